@@ -1,0 +1,311 @@
+"""One call, no Trainer: the learning coefficient of a module in a notebook, or of a stored checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from lightning_slt.functional.learning_coefficient import summarise
+from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
+from lightning_slt.record import Estimate
+from lightning_slt.sampling.batches import MinibatchSource, source_of
+from lightning_slt.sampling.calibration import calibrate, heat_share, virial_ratio
+from lightning_slt.sampling.chains import STATS_EVERY, Chains, Progress, Segment, open_window
+from lightning_slt.sampling.collective import Alone, Collective
+from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.restriction import Restriction
+from lightning_slt.sampling.rng import preserve_rng
+from lightning_slt.sampling.samplers import SGLD, Sampler
+from lightning_slt.sampling.steps import LossFn, NoLossError
+
+log = logging.getLogger(__name__)
+
+MAX_HEAT = 0.5
+"""Share of the estimate that may be step-size heat before it is called invalid."""
+DIVERGED = 10.0
+"""A chain whose excess over the anchor is this many times the number of weights has left the posterior."""
+MIN_LOCALIZATION, MAX_LOCALIZATION = 1.0, 100.0
+
+
+class NonFiniteLossError(ValueError):
+    """The loss at the weights under study is not finite: there is no minimum to study."""
+
+
+@dataclass(frozen=True)
+class ChainSettings:
+    """What is asked of the chains; None is chosen by calibration. The names are those of :func:`estimate_llc`.
+
+    Raises:
+        ValueError: naming the argument, its value and what to do.
+    """
+
+    sampler: Optional[Sampler] = None
+    num_chains: int = 8
+    num_draws: int = 200
+    num_burnin_steps: Optional[int] = None
+    num_steps_bw_draws: Optional[int] = None
+    nbeta: Optional[float] = None
+    localization: Optional[float] = None
+    seed: int = 0
+    method: str = "auto"
+    max_burnin_steps: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_chains", 1), ("num_draws", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}.")
+        for name, least in (("num_burnin_steps", 0), ("num_steps_bw_draws", 1), ("max_burnin_steps", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}, or None to have it chosen.")
+        if self.nbeta is not None and not (math.isfinite(self.nbeta) and self.nbeta > 0):
+            raise ValueError(f"nbeta={self.nbeta}: must be positive; leave it None for n / log n.")
+        if self.localization is not None and not (math.isfinite(self.localization) and self.localization >= 0):
+            raise ValueError(f"localization={self.localization}: must not be negative; leave it None to have it chosen.")
+        if self.method not in ("auto", "sequential", "batched"):
+            raise ValueError(f"method={self.method!r}: must be 'auto', 'sequential' or 'batched'.")
+
+
+def default_localization(anchor: Tensor) -> float:
+    """The gamma at which a free direction moves by the weights' own scale, ``d / |w*|²``, within [1, 100].
+
+    A fixed 100 hides the singular directions of small models with weights of order one (an LLC of 7-12 for 35-37 at
+    1000); a fixed 1 lets the many weights of a network wander ten times their own size. What the choice costs is
+    reported with every estimate as ``localization_effect``.
+
+    Args:
+        anchor: ``[d]``, the weights that move.
+    """
+    square = float(anchor.double().square().sum())
+    return min(max(anchor.numel() / square if square > 0 else MIN_LOCALIZATION, MIN_LOCALIZATION), MAX_LOCALIZATION)
+
+
+def measure_llc(
+    objective: Objective,
+    source: MinibatchSource,
+    settings: ChainSettings,
+    collective: Optional[Collective] = None,
+    progress: Optional[Progress] = None,
+) -> Estimate:
+    """Run the chains and read the learning coefficient off them: the one function behind every road to an estimate.
+
+    Args:
+        objective: the loss on a private copy of the module.
+        source: minibatches.
+        settings: what is asked of the chains.
+        collective: ranks that share them.
+        progress: told about chain-steps done.
+
+    Raises:
+        NonFiniteLossError: where the loss at ``w*`` is not finite.
+        NoLossError: where the step gives no loss for any minibatch.
+        ValueError: where nbeta cannot be derived, or the posterior is improper.
+    """
+    start = time.perf_counter()
+    collective = collective or Alone()
+    nbeta = settings.nbeta
+    if nbeta is None:
+        if source.num_samples is None:
+            raise ValueError(
+                "nbeta=None: the data has no length, so n is not known and nbeta = n / log n cannot be derived. "
+                "Give num_samples= or nbeta=."
+            )
+        nbeta = default_nbeta(source.num_samples)
+    gamma = settings.localization if settings.localization is not None else default_localization(objective.anchor)
+    posterior = LocalPosterior(nbeta, gamma)
+    sampler = settings.sampler if settings.sampler is not None else SGLD()
+
+    with preserve_rng(settings.seed), objective.active():
+        first = collective.exchange(lambda: _finite_start(objective, source))
+        log.debug(f"loss at w* on the first minibatch: {first[0]:.6g}")
+        chains = Chains(
+            objective,
+            source,
+            posterior,
+            sampler,
+            settings.num_chains,
+            settings.seed,
+            collective,
+            settings.method,
+            progress,
+        )
+        plan = calibrate(
+            chains,
+            settings.seed,
+            settings.num_draws,
+            sampler.lr,
+            settings.num_burnin_steps,
+            settings.num_steps_bw_draws,
+            settings.max_burnin_steps,
+        )
+        segment = chains.advance(settings.num_draws * plan.num_steps_bw_draws, plan.lr)
+    return _read(segment, chains, plan.lr, plan.num_burnin_steps, plan.num_steps_bw_draws, settings).replace(
+        seconds=time.perf_counter() - start,
+        extra={"method_" + chains.method: 1.0},
+    )
+
+
+def _finite_start(objective: Objective, source: MinibatchSource) -> float:
+    loss = open_window(objective, source)
+    if not math.isfinite(loss) or not bool(torch.isfinite(objective.anchor).all()):
+        raise NonFiniteLossError(f"the loss at the current weights is {loss}: there is no minimum to study.")
+    return loss
+
+
+def _read(
+    segment: Segment, chains: Chains, lr: float, burnin: int, between: int, settings: ChainSettings
+) -> Estimate:
+    posterior, d = chains.posterior, len(chains.objective.anchor)
+    raw = posterior.nbeta * segment.difference
+    trace = raw.reshape(len(raw), settings.num_draws, between).mean(dim=2)
+    finite = segment.finite
+    diverged = ~finite | (trace.abs().amax(dim=1) > DIVERGED * d + 100.0)
+    heat = heat_share(segment, lr, posterior, ~diverged) if bool((~diverged).any()) else math.nan
+    correction = 1.0 - heat if math.isfinite(heat) and heat < MAX_HEAT else 1.0
+    summary = summarise(trace * correction, diverged)
+    reasons = summary.reasons
+    if math.isfinite(heat) and heat >= MAX_HEAT and summary.mean > 0:
+        reasons += (f"step size {lr:.2g} is too large: {heat:.0%} of the estimate is heat of the step",)
+    init_loss = sum(segment.anchors.values()) / len(segment.anchors)
+    return Estimate(
+        mean=summary.mean,
+        se=summary.se,
+        per_chain=summary.per_chain,
+        trace=(trace * correction).float(),
+        rhat=summary.rhat,
+        ess=summary.ess,
+        valid=not reasons,
+        reasons=reasons,
+        nbeta=posterior.nbeta,
+        localization=posterior.localization,
+        init_loss=init_loss,
+        chain_loss=init_loss + summary.mean / posterior.nbeta,
+        num_samples=chains.source.num_samples,
+        num_weights=d,
+        step_size=lr,
+        step_bias=summary.mean * (1.0 / correction - 1.0),
+        virial=virial_ratio(segment, lr, posterior, d, ~diverged),
+        localization_effect=_localization_effect(segment, posterior, ~diverged),
+        finite_share=float(finite.double().mean()),
+        num_bad_chains=int((~summary.good).sum()),
+        num_chains=settings.num_chains,
+        num_draws=settings.num_draws,
+        num_burnin_steps=burnin,
+        num_steps_bw_draws=between,
+        batch_size=chains.source.batch_size,
+        seed=settings.seed,
+        method=chains.method,
+    )
+
+
+def _localization_effect(segment: Segment, posterior: LocalPosterior, keep: Tensor) -> float:
+    """``d LLC / d log2 gamma = -(gamma log 2 / 2) Cov(nbeta dL, |w - w*|²)``, the covariance within chains."""
+    if not bool(keep.any()):
+        return math.nan
+    value = posterior.nbeta * segment.difference[keep][:, ::STATS_EVERY]
+    square = segment.square[keep]
+    covariance = ((value - value.mean(1, keepdim=True)) * (square - square.mean(1, keepdim=True))).mean()
+    return -0.5 * math.log(2.0) * posterior.localization * float(covariance)
+
+
+def estimate_llc(
+    module: nn.Module,
+    data: Any,
+    loss_fn: Optional[LossFn] = None,
+    *,
+    sampler: Optional[Sampler] = None,
+    nbeta: Optional[float] = None,
+    localization: Optional[float] = None,
+    num_chains: int = 8,
+    num_draws: int = 200,
+    num_burnin_steps: Optional[int] = None,
+    num_steps_bw_draws: Optional[int] = None,
+    batch_size: Optional[int] = None,
+    weights: Optional[Mapping[str, Any]] = None,
+    restrict: Restriction = None,
+    seed: int = 0,
+    device: Optional[torch.device | str] = None,
+    full_batch: bool = False,
+    num_samples: Optional[int] = None,
+    method: str = "auto",
+) -> Estimate:
+    """The local learning coefficient of a module at its weights, ``nbeta (E_w[L_n(w)] - L_n(w*))``.
+
+    Lau et al. 2023, arXiv 2308.12108; with ``restrict`` the weight-refined one of Wang et al. 2024, arXiv 2410.02984.
+    The module is not changed, nor is any global random state.
+
+    Args:
+        module: a LightningModule (its ``training_step`` is the loss), or any module with ``loss_fn``.
+        data: training data: a map-style Dataset, a DataLoader, or an iterable of batches (then give ``num_samples``).
+        loss_fn: ``loss_fn(module, batch)`` -> scalar or ``[batch]``.
+        sampler: None for SGLD with a calibrated step; ``SGLD(lr=...)`` fixes it.
+        nbeta: None for ``n / log n``.
+        localization: gamma; None for ``d / |w*|²`` within [1, 100], see :func:`default_localization`.
+        num_chains: independent chains.
+        num_draws: draws of each.
+        num_burnin_steps: None to burn in until the trace is flat.
+        num_steps_bw_draws: steps a draw; every one of them counts in the mean. None for as many as the burn-in asks.
+        batch_size: None for that of the DataLoader, else 64.
+        weights: a ``state_dict`` (or a Lightning checkpoint with one) to study in place of the module's weights.
+        restrict: which weights move.
+        seed: determines the estimate.
+        device: None for where the module is.
+        full_batch: every step sees all the data.
+        num_samples: n, where the data cannot tell.
+        method: ``"auto"`` (the faster of the two, tried), ``"sequential"`` or ``"batched"`` (vmap).
+
+    Returns:
+        An :class:`~lightning_slt.record.Estimate`; look at ``valid`` and ``reasons`` before ``mean``.
+
+    Raises:
+        ValueError: for an argument out of range, no data, n < 2, a restriction that matches nothing, a module without a
+            usable loss, a non-finite starting loss. The message names the argument and the remedy.
+        TypeError: where ``data`` is no data or the loss no tensor.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> g = torch.Generator().manual_seed(0)
+        >>> x = torch.randn(200, 4, generator=g)
+        >>> net = nn.Linear(4, 1, bias=False)
+        >>> data = TensorDataset(x, net(x).detach())
+        >>> est = estimate_llc(net, data, lambda m, b: (m(b[0]) - b[1]).square().mean() / 2, localization=0.1)
+        >>> est.valid, abs(est.mean - 2.0) < 0.3  # d / 2
+        (True, True)
+    """
+    settings = ChainSettings(
+        sampler=sampler,
+        num_chains=num_chains,
+        num_draws=num_draws,
+        num_burnin_steps=num_burnin_steps,
+        num_steps_bw_draws=num_steps_bw_draws,
+        nbeta=nbeta,
+        localization=localization,
+        seed=seed,
+        method=method,
+    )
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1.")
+    with preserve_rng(seed):
+        objective = Objective(module, loss_fn, restrict, device, weights=state_dict_of(weights))
+        source = source_of(data, batch_size, objective.device, seed, num_samples, full_batch)
+        if nbeta is None and source.num_samples is not None:
+            default_nbeta(source.num_samples)
+        try:
+            return measure_llc(objective, source, settings)
+        except NoLossError as error:
+            raise ValueError(f"{error} Give loss_fn(module, batch) -> loss.") from error
+
+
+def state_dict_of(weights: Optional[Mapping[str, Any]]) -> Optional[dict[str, Tensor]]:
+    """The ``state_dict`` in what was given: one itself, or a Lightning checkpoint that holds one."""
+    if weights is None:
+        return None
+    inner = weights.get("state_dict", weights)
+    return dict(inner)

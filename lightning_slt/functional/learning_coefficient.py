@@ -1,0 +1,110 @@
+"""The local learning coefficient as a formula: loss differences in, a number with its error and its validity out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_slt.functional.convergence import effective_sample_size, rhat, standard_error
+
+MAX_RHAT = 1.1
+"""R-hat above which chains are said not to have mixed, where the disagreement also matters for the number."""
+MAX_RELATIVE_ERROR = 0.1
+"""Chains that disagree (R-hat) or drift by less than this share of the estimate, or an LLC of 0.1, do no harm."""
+MIN_CHAIN_SHARE = 0.75
+"""Share of chains that must have stayed finite for the rest to be read."""
+
+
+def learning_coefficient(loss: Tensor, init_loss: Tensor, nbeta: float) -> Tensor:
+    """The integrand of the LLC, ``nbeta * (L_B(w) - L_B(w*))``, both losses on the same minibatch.
+
+    Its mean over draws is the estimate ``nbeta (E_w[L_n(w)] - L_n(w*))`` of Lau et al. 2023 (arXiv 2308.12108). Taking
+    the difference on the same minibatch removes the minibatch's own scatter, the largest error there is.
+
+    Args:
+        loss: losses along the chains, any shape, usually ``[num_chains, num_draws]``.
+        init_loss: loss of the same minibatches at ``w*``, the same shape.
+        nbeta: inverse temperature times n.
+
+    Returns:
+        float64 tensor of the same shape.
+
+    Raises:
+        ValueError: where the shapes differ.
+
+    Example:
+        >>> learning_coefficient(torch.tensor([[0.25, 0.5]]), torch.tensor([[0.0, 0.25]]), nbeta=10.0)
+        tensor([[2.5000, 2.5000]], dtype=torch.float64)
+    """
+    if loss.shape != init_loss.shape:
+        raise ValueError(f"init_loss: shape {tuple(init_loss.shape)} is not that of loss, {tuple(loss.shape)}.")
+    return nbeta * (loss.double() - init_loss.double())
+
+
+@dataclass(frozen=True, eq=False)
+class Summary:
+    """What a trace says; the fields are those of :class:`lightning_slt.record.Estimate`."""
+
+    mean: float
+    se: float
+    per_chain: Tensor
+    rhat: float
+    ess: float
+    good: Tensor
+    reasons: tuple[str, ...]
+
+    @property
+    def valid(self) -> bool:
+        return not self.reasons
+
+
+def summarise(trace: Tensor, diverged: Tensor | None = None) -> Summary:
+    """Mean, error and verdict of a trace of the LLC integrand.
+
+    Args:
+        trace: ``[num_chains, num_draws]``.
+        diverged: ``[num_chains]`` bool: chains known to have left the posterior; non-finite ones are found here.
+
+    Returns:
+        A :class:`Summary`. Bad chains are left out of every figure, never averaged in; ``reasons`` is empty where the
+        number may be read as a learning coefficient.
+    """
+    trace = trace.detach().cpu().double()
+    good = torch.isfinite(trace).all(dim=1)
+    if diverged is not None:
+        good &= ~diverged.cpu()
+    per_chain = torch.where(good, trace.mean(dim=1), torch.nan)
+    kept = trace[good]
+    if kept.numel() == 0:
+        return Summary(math.nan, math.nan, per_chain, math.nan, math.nan, good, ("no chain stayed finite",))
+    mean, se = float(kept.mean()), standard_error(kept)
+    r, ess = rhat(kept), effective_sample_size(kept)
+
+    reasons = []
+    bad = (~good).nonzero().flatten().tolist()
+    if len(bad) > (1 - MIN_CHAIN_SHARE) * len(good):
+        reasons.append(f"{len(bad)} of {len(good)} chains diverged or became non-finite (chains {bad}): left out")
+    tolerance = max(MAX_RELATIVE_ERROR * abs(mean), MAX_RELATIVE_ERROR)
+    if r > MAX_RHAT and se > tolerance / 2:
+        reasons.append(f"chains have not mixed: R-hat {r:.2f} > {MAX_RHAT}, error {se:.2g}")
+    drift, drift_se = _drift(kept)
+    if abs(drift) > 3 * drift_se and abs(drift) > tolerance:
+        reasons.append(f"chains drift: second half minus first half is {drift:+.2g} ± {drift_se:.1g}")
+    if mean + 2 * (se if math.isfinite(se) else 0.0) < 0:
+        reasons.append("negative beyond its error: the weights are not at a minimum (chains run downhill)")
+    return Summary(mean, se, per_chain, r, ess, good, tuple(reasons))
+
+
+def _drift(trace: Tensor) -> tuple[float, float]:
+    """Second half minus first half, and its standard error between chains (within, for a single chain)."""
+    half = trace.shape[1] // 2
+    if half < 2:
+        return 0.0, math.inf
+    first, second = trace[:, :half], trace[:, -half:]
+    change = second.mean(dim=1) - first.mean(dim=1)
+    if len(change) > 1:
+        return float(change.mean()), float(change.std() / math.sqrt(len(change)))
+    return float(change.mean()), math.hypot(standard_error(first), standard_error(second))

@@ -1,0 +1,253 @@
+"""What was measured, as plain data: the result of one firing, and its files on disk.
+
+Everything above (callbacks, publishers, reports) exchanges :class:`Estimate` objects; nothing here knows a sampler, a
+trainer or a logger. On disk a run is one folder:
+
+========================  ==============================================================================================
+``estimates.jsonl``       one JSON object a line, one line an estimate, appended and flushed at every firing
+``traces/step_*.npz``     the chains of that firing: ``trace`` and ``per_chain`` (NumPy, float32 / float64)
+``figures/``              the pictures (written by :mod:`lightning_slt.publish`)
+========================  ==============================================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RECORD_FILE = "estimates.jsonl"
+TRACE_FOLDER = "traces"
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """The local learning coefficient of one set of weights, with what is needed to trust it or not.
+
+    The number is ``llc = nbeta * (E_w[L_n(w)] - L_n(w*))`` (Lau et al. 2023, arXiv 2308.12108), the expectation taken
+    over the local posterior ``p(w) ∝ exp(-nbeta L_n(w) - localization/2 |w - w*|²)``.
+
+    Attributes:
+        mean: The estimate: the mean over the good chains (NaN where there is none).
+        se: Monte-Carlo standard error of ``mean``; counts the autocorrelation within chains and the spread between.
+        per_chain: ``[num_chains]`` float64, the mean of each chain; NaN for a chain that was left out.
+        trace: ``[num_chains, num_draws]`` float32; entry ``[c, t]`` is the mean over the ``num_steps_bw_draws`` steps
+            of draw ``t`` of ``nbeta * (L_B(w) - L_B(w*))``, both losses on the same minibatch, corrected for step size.
+        rhat: Rank-normalised split R-hat over the good chains (1 is mixed).
+        ess: Bulk effective sample size over the good chains, in draws.
+        valid: Whether the number may be read as a learning coefficient; ``reasons`` says why not.
+        reasons: Sentences, each a reason why ``valid`` is false.
+        nbeta: ``n * beta``, the inverse temperature times the number of samples.
+        localization: gamma, the strength of the quadratic pull to ``w*``.
+        init_loss: ``L_n(w*)``, the mean loss at the weights under study on the chains' minibatches.
+        chain_loss: Mean loss over the chains, ``init_loss + mean / nbeta``.
+        num_samples: n, the number of training samples behind ``nbeta`` (None where ``nbeta`` was given without n).
+        num_weights: d, the number of weights that moved.
+        step_size: The sampler's step (``eps`` of the SGLD update).
+        step_bias: What the finite step adds to ``mean``, in LLC units; it has been taken off.
+        virial: ``(nbeta E[grad.(w-w*)] + gamma E|w-w*|²) / d`` with the heat of the step taken off: 1 at stationarity,
+            below where flat directions have not been reached yet.
+        localization_effect: ``d mean / d log2(localization)``: the change for each doubling of ``localization``.
+        acceptance: Acceptance rate, for samplers that have one.
+        finite_share: Share of chains whose every loss was finite.
+        num_bad_chains: Chains left out: non-finite or diverged.
+        num_chains: Chains that were run.
+        num_draws: Draws of each chain.
+        num_burnin_steps: Steps of each chain before the first draw.
+        num_steps_bw_draws: Steps a draw.
+        batch_size: Samples in a minibatch.
+        seed: Seed of the chains.
+        method: How the chains were computed: ``"sequential"`` or ``"batched"``.
+        step: Optimiser steps done when the weights were taken (None outside a trainer).
+        epoch: Epoch at that moment.
+        x: The logger's own step at that moment, the x-axis of the loss curve.
+        seconds: Wall-clock time of the firing.
+        overhead: Share of the wall-clock since the start of fit that went into firings, this one included.
+        component: Name of the monitor, where several run.
+    """
+
+    mean: float
+    se: float
+    per_chain: Tensor
+    trace: Tensor
+    rhat: float
+    ess: float
+    valid: bool
+    reasons: tuple[str, ...]
+    nbeta: float
+    localization: float
+    init_loss: float
+    chain_loss: float
+    num_samples: Optional[int]
+    num_weights: int
+    step_size: float
+    step_bias: float = 0.0
+    virial: float = math.nan
+    localization_effect: float = math.nan
+    acceptance: Optional[float] = None
+    finite_share: float = 1.0
+    num_bad_chains: int = 0
+    num_chains: int = 0
+    num_draws: int = 0
+    num_burnin_steps: int = 0
+    num_steps_bw_draws: int = 1
+    batch_size: int = 0
+    seed: int = 0
+    method: str = "sequential"
+    step: Optional[int] = None
+    epoch: Optional[int] = None
+    x: Optional[int] = None
+    seconds: float = math.nan
+    overhead: float = math.nan
+    component: str = ""
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """``mean -/+ 1.96 se``: the 95 % band that is drawn."""
+        return self.mean - 1.96 * self.se, self.mean + 1.96 * self.se
+
+    def replace(self, **changes: Any) -> Estimate:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def scalars(self) -> dict[str, Any]:
+        """The estimate without its trace, as types that JSON knows (NaN stays NaN; see :meth:`RunRecord.append`)."""
+        out: dict[str, Any] = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name == "trace":
+                continue
+            if isinstance(value, Tensor):
+                value = [float(v) for v in value]
+            elif isinstance(value, tuple):
+                value = list(value)
+            elif isinstance(value, Mapping):
+                value = {str(k): float(v) for k, v in value.items()}
+            out[f.name] = value
+        return out
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors only, so that a checkpoint that holds it loads with ``weights_only=True``."""
+        return {**self.scalars(), "trace": self.trace.detach().to("cpu", torch.float32).clone()}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Estimate:
+        """The inverse of :meth:`state_dict`; keys of a newer version are passed over."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        values = {k: v for k, v in state.items() if k in names}
+        values["per_chain"] = torch.tensor(
+            [math.nan if v is None else v for v in values["per_chain"]], dtype=torch.float64
+        )
+        values["reasons"] = tuple(values.get("reasons", ()))
+        values["extra"] = dict(values.get("extra", {}))
+        if "trace" not in values:
+            values["trace"] = torch.empty(len(values["per_chain"]), 0)
+        for f in dataclasses.fields(cls):
+            if f.type in ("float",) and values.get(f.name) is None and f.name in values:
+                values[f.name] = math.nan
+        return cls(**values)
+
+    def __str__(self) -> str:
+        where = f"step {self.step}: " if self.step is not None else ""
+        state = "" if self.valid else f"  NOT VALID: {'; '.join(self.reasons)}"
+        return (
+            f"{where}LLC {self.mean:.3g} ± {self.se:.2g}  (loss {self.init_loss:.4g}, R-hat {self.rhat:.2f}, "
+            f"ESS {self.ess:.0f}, {self.num_chains} chains x {self.num_draws} draws){state}"
+        )
+
+    def __repr__(self) -> str:
+        return f"Estimate(mean={self.mean:.6g}, se={self.se:.3g}, valid={self.valid}, step={self.step})"
+
+
+def _finite_or_none(value: Any) -> Any:
+    """JSON has no NaN: it becomes null, so that any reader can parse the file."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _finite_or_none(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite_or_none(v) for v in value]
+    return value
+
+
+class RunRecord:
+    """The local record of one run: appended at each firing, readable while the run is alive and after it died.
+
+    Args:
+        folder: The run's own folder; made at the first :meth:`append`.
+
+    Example:
+        >>> import tempfile
+        >>> record = RunRecord(tempfile.mkdtemp())
+        >>> list(record.read())
+        []
+    """
+
+    def __init__(self, folder: Union[str, os.PathLike[str]]) -> None:
+        self.folder = Path(folder)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / RECORD_FILE
+
+    def trace_path(self, estimate: Estimate) -> Path:
+        return self.folder / TRACE_FOLDER / f"step_{estimate.step or 0:09d}.npz"
+
+    def append(self, estimate: Estimate) -> None:
+        """Add one estimate; the line is on disk when this returns.
+
+        Raises:
+            OSError: where the folder cannot be written.
+        """
+        self.trace_path(estimate).parent.mkdir(parents=True, exist_ok=True)
+        np.savez(
+            self.trace_path(estimate),
+            trace=estimate.trace.numpy(force=True).astype(np.float32),
+            per_chain=estimate.per_chain.numpy(force=True),
+        )
+        line = json.dumps(_finite_or_none(estimate.scalars()), allow_nan=False)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def drop_after(self, step: int) -> None:
+        """Forget what was recorded after ``step``: a resumed run measures those steps again."""
+        if not self.path.exists():
+            return
+        kept = [line for line in self._lines() if (json.loads(line).get("step") or 0) <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def read(self, traces: bool = True) -> Iterator[Estimate]:
+        """The estimates in order of writing. A last line that was cut off by a crash is passed over."""
+        for line in self._lines():
+            estimate = Estimate.from_state_dict(json.loads(line))
+            path = self.trace_path(estimate)
+            if traces and path.exists():
+                with np.load(path) as arrays:
+                    estimate = estimate.replace(trace=torch.from_numpy(arrays["trace"]))
+            yield estimate
+
+    def _lines(self) -> Iterator[str]:
+        if not self.path.exists():
+            return
+        with open(self.path, encoding="utf-8") as file:
+            for line in file:
+                line = line.rstrip("\n")
+                try:
+                    json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                yield line

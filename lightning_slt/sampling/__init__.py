@@ -1,0 +1,1 @@
+"""Chains over the weights of any module: torch, no Trainer."""

@@ -1,0 +1,330 @@
+"""Minibatches for chains, from a source of their own: never the iterator that training reads.
+
+A source hands out *windows*: lists of minibatches on the chains' device. A small data set is one window that holds every
+batch (it is *resident*); a large one is read in windows of bounded size, so that it is never held in memory as a whole.
+Within a window every chain draws batches with replacement, by its own random numbers: the batch is then independent of
+the chain's weights, so that ``L_B(w) - L_B(w*)`` is an unbiased estimate of the loss difference.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
+
+from lightning_slt.sampling.rng import LOADER, generator
+
+MAX_RESIDENT_BYTES = 256 * 2**20
+MAX_RESIDENT_BATCHES = 1024
+WINDOW_BATCHES = 128
+MAX_UNEVEN = 0.002
+"""Largest share of the data that may be left out where the batch size does not divide n."""
+
+
+def num_bytes(batch: Any) -> int:
+    return sum(x.numel() * x.element_size() for x in tree_flatten(batch)[0] if isinstance(x, Tensor))
+
+
+class Window:
+    """Some minibatches, addressed by number, alone or several stacked."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self.batches = list(batches)
+        self._stacked: Any = None
+        self.anchor_loss: dict[int, float] = {}
+        """``L_B(w*)`` of the batches measured so far."""
+        self.without_loss: set[int] = set()
+        """Batches for which the step gives no loss."""
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.batches[index]
+
+    @property
+    def stackable(self) -> bool:
+        """Whether every batch has the same structure and shapes, so that several chains can be computed at once."""
+        first, spec = tree_flatten(self.batches[0])
+        for batch in self.batches[1:]:
+            leaves, other = tree_flatten(batch)
+            if other != spec:
+                return False
+            for a, b in zip(first, leaves, strict=True):
+                if isinstance(a, Tensor) != isinstance(b, Tensor):
+                    return False
+                if isinstance(a, Tensor):
+                    if a.shape != b.shape or a.dtype != b.dtype:
+                        return False
+                elif a is not b and a != b:
+                    return False
+        return any(isinstance(leaf, Tensor) for leaf in first)
+
+    def gather(self, indices: Tensor) -> tuple[Any, Any]:
+        """The batches of ``indices`` stacked along a new first dimension, and the ``in_dims`` of :func:`torch.vmap`."""
+        if self._stacked is None:
+            flat = [tree_flatten(batch)[0] for batch in self.batches]
+            spec = tree_flatten(self.batches[0])[1]
+            columns = [torch.stack(c) if isinstance(c[0], Tensor) else c[0] for c in zip(*flat, strict=True)]
+            # the batches become views of the stack: they are not held twice
+            self.batches = [
+                tree_unflatten([c[i] if isinstance(c, Tensor) else c for c in columns], spec)
+                for i in range(len(self.batches))
+            ]
+            self._stacked = columns, spec
+        columns, spec = self._stacked
+        stacked = [c.index_select(0, indices.to(c.device)) if isinstance(c, Tensor) else c for c in columns]
+        dims = [0 if isinstance(c, Tensor) else None for c in columns]
+        return tree_unflatten(stacked, spec), tree_unflatten(dims, spec)
+
+
+class MinibatchSource:
+    """What chains need to know of data.
+
+    Attributes:
+        num_samples: n, or None where it cannot be known.
+        batch_size: samples in a minibatch.
+        resident: every window is the same one.
+    """
+
+    num_samples: Optional[int]
+    batch_size: int
+    resident: bool
+
+    def window(self, index: int) -> Window:
+        """The ``index``-th window; the same for the same seed, on every rank."""
+        raise NotImplementedError
+
+
+class DatasetSource(MinibatchSource):
+    """Minibatches of a map-style dataset, uniform over its samples.
+
+    Args:
+        dataset: map style, with ``__len__`` and ``__getitem__``.
+        batch_size: samples in a minibatch; more than there are samples means all of them.
+        collate_fn: as in a DataLoader.
+        indices: the samples to use (None for all).
+        transfer: applied to each collated batch (to the device, user's hooks).
+        seed: order of the samples.
+        num_workers: processes that read the data; None reads a dataset that is known to be plain tensors here, and any
+            other in one forked process, so that a dataset with random numbers or counters of its own is not moved on.
+
+    Raises:
+        ValueError: for an empty dataset or a batch size below 1.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        collate_fn: Optional[Callable[[list[Any]], Any]] = None,
+        indices: Optional[Sequence[int]] = None,
+        transfer: Callable[[Any], Any] = lambda batch: batch,
+        seed: int = 0,
+        num_workers: Optional[int] = None,
+        max_bytes: int = MAX_RESIDENT_BYTES,
+    ) -> None:
+        self.dataset = dataset
+        self.indices = indices
+        n = len(indices) if indices is not None else len(dataset)  # type: ignore[arg-type]
+        if n == 0:
+            raise ValueError("data: the dataset is empty; chains need samples to compute a loss on.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: must be at least 1.")
+        self.num_samples = n
+        self.batch_size = min(batch_size, n)
+        self._collate = collate_fn or default_collate
+        self._transfer = transfer
+        self._seed = seed
+        self._num_workers = num_workers
+        self._max_bytes = max_bytes
+        self._epochs = _epochs_for_even_use(n, self.batch_size)
+        self._order: Optional[Iterator[list[int]]] = None
+        self._next_window = 0
+        self._kept: Optional[Window] = None
+        first = self._read([self._stream_batches(0, 1)[0]])[0]
+        self._bytes = max(num_bytes(first), 1)
+        affordable = max(1, max_bytes // self._bytes)
+        total = n * self._epochs // self.batch_size
+        while self._epochs > 1 and total > min(affordable, MAX_RESIDENT_BATCHES):
+            self._epochs = 1
+            total = n // self.batch_size
+        self.resident = total <= min(affordable, MAX_RESIDENT_BATCHES)
+        self._window_batches = total if self.resident else min(affordable, WINDOW_BATCHES)
+
+    def _stream_batches(self, start: int, count: int) -> list[list[int]]:
+        """Batches ``start .. start + count`` of the endless stream of shuffled epochs, cut into batches."""
+        assert self.num_samples is not None
+        n, b = self.num_samples, self.batch_size
+        out: list[list[int]] = []
+        first, last = start * b, (start + count) * b
+        orders = {e: _epoch_order(n, self._seed, e) for e in range(first // n, (last - 1) // n + 1)}
+        for k in range(start, start + count):
+            numbers = [orders[i // n][i % n] for i in range(k * b, (k + 1) * b)]
+            out.append([self.indices[j] for j in numbers] if self.indices is not None else numbers)
+        return out
+
+    def window(self, index: int) -> Window:
+        if self._kept is not None and (self.resident or self._next_window == index):
+            return self._kept
+        start = 0 if self.resident else index * self._window_batches
+        window = Window(self._read(self._stream_batches(start, self._window_batches)))
+        self._kept, self._next_window = window, index
+        return window
+
+    def _read(self, batches: list[list[int]]) -> list[Any]:
+        workers = self._num_workers
+        if workers is None:
+            workers = 0 if is_plain_data(self.dataset) or not _can_fork() else 1
+        try:
+            return self._load(batches, workers)
+        except RuntimeError:
+            if workers == 0:
+                raise
+            # a dataset that cannot be read in another process (tensors on a GPU, open handles) is read in this one
+            return self._load(batches, 0)
+
+    def _load(self, batches: list[list[int]], workers: int) -> list[Any]:
+        loader: DataLoader[Any] = DataLoader(
+            self.dataset,
+            batch_sampler=batches,
+            collate_fn=self._collate,
+            num_workers=workers,
+            generator=generator(self._seed, LOADER),
+            multiprocessing_context="fork" if workers and _can_fork() else None,
+        )
+        return [self._transfer(batch) for batch in loader]
+
+
+class ReplaySource(MinibatchSource):
+    """Batches that were seen elsewhere (the trainer's own, cloned), or that an iterable gives."""
+
+    resident = True
+
+    def __init__(self, batches: Sequence[Any], num_samples: Optional[int], batch_size: int) -> None:
+        if not batches:
+            raise ValueError("data: no batch has been seen yet; chains need batches to compute a loss on.")
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self._window = Window(batches)
+
+    def window(self, index: int) -> Window:
+        return self._window
+
+
+class IterableSource(MinibatchSource):
+    """Windows read one after another from an iterable of batches, which is started again at its end."""
+
+    resident = False
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        num_samples: Optional[int],
+        transfer: Callable[[Any], Any] = lambda batch: batch,
+        max_bytes: int = MAX_RESIDENT_BYTES,
+    ) -> None:
+        self._iterable = batches
+        self._iterator = iter(batches)
+        self._transfer = transfer
+        self.num_samples = num_samples
+        first = list(itertools.islice(self._iterator, 1))
+        if not first:
+            raise ValueError("data: the iterable gave no batch; chains need batches to compute a loss on.")
+        self._pending = [transfer(first[0])]
+        leaves = [x for x in tree_flatten(self._pending[0])[0] if isinstance(x, Tensor) and x.ndim > 0]
+        self.batch_size = len(leaves[0]) if leaves else 1
+        self._size = min(max(1, max_bytes // max(1, num_bytes(self._pending[0]))), WINDOW_BATCHES)
+        self._index = -1
+        self._current: Optional[Window] = None
+
+    def window(self, index: int) -> Window:
+        if self._current is not None and index == self._index:
+            return self._current
+        batches, self._pending = self._pending, []
+        restarts = 0
+        while len(batches) < self._size and restarts < 2:
+            more = [self._transfer(b) for b in itertools.islice(self._iterator, self._size - len(batches))]
+            batches += more
+            if len(batches) < self._size:
+                self._iterator = iter(self._iterable)
+                restarts += 1
+        self._index, self._current = index, Window(batches)
+        return self._current
+
+
+def to_device(device: torch.device) -> Callable[[Any], Any]:
+    """A transfer that moves the tensors of a batch (and what has a ``.to``) to ``device``."""
+
+    def move(batch: Any) -> Any:
+        return tree_map(lambda x: x.to(device) if hasattr(x, "to") and callable(x.to) else x, batch)
+
+    return move
+
+
+def source_of(
+    data: Any,
+    batch_size: Optional[int],
+    device: torch.device,
+    seed: int,
+    num_samples: Optional[int] = None,
+    full_batch: bool = False,
+) -> MinibatchSource:
+    """The source for data handed to a one-call estimate: a Dataset, a DataLoader, or an iterable of batches.
+
+    Raises:
+        ValueError: for no data; TypeError: for something that is no data.
+    """
+    collate: Optional[Callable[[list[Any]], Any]] = None
+    workers: Optional[int] = None
+    move = to_device(device)
+    if isinstance(data, DataLoader):
+        collate, workers = data.collate_fn, data.num_workers or None
+        if batch_size is None and data.batch_size is not None:
+            batch_size = data.batch_size
+        if isinstance(data.dataset, IterableDataset):
+            return IterableSource(data, num_samples, move)
+        data = data.dataset
+    if isinstance(data, IterableDataset):
+        return IterableSource(DataLoader(data, batch_size=batch_size or 64), num_samples, move)
+    if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+        if len(data) == 0:
+            raise ValueError("data: the dataset is empty; chains need samples to compute a loss on.")
+        if full_batch:
+            batch_size = len(data)
+        return DatasetSource(data, batch_size or 64, collate, None, move, seed, workers)
+    if isinstance(data, Iterable):
+        return IterableSource(data, num_samples, move)
+    raise TypeError(f"data: expected a Dataset, a DataLoader or an iterable of batches, got {type(data).__name__}.")
+
+
+def is_plain_data(dataset: Any) -> bool:
+    """Whether reading it cannot change it: tensors and lists of numbers, and subsets of those."""
+    if isinstance(dataset, Subset):
+        return is_plain_data(dataset.dataset)
+    return type(dataset) in (TensorDataset, list, tuple) or isinstance(dataset, Tensor)
+
+
+def _can_fork() -> bool:
+    return "fork" in multiprocessing.get_all_start_methods() and not (
+        torch.cuda.is_available() and torch.cuda.is_initialized()
+    )
+
+
+def _epoch_order(n: int, seed: int, epoch: int) -> list[int]:
+    return torch.randperm(n, generator=generator(seed, LOADER, epoch)).tolist()
+
+
+def _epochs_for_even_use(n: int, batch_size: int) -> int:
+    """How many shuffled epochs to cut into batches, so that what is left over at the end is a negligible share."""
+    for epochs in range(1, 33):
+        if (n * epochs) % batch_size <= MAX_UNEVEN * n * epochs:
+            return epochs
+    return math.ceil(batch_size / (MAX_UNEVEN * n)) if n < batch_size else 32

@@ -1,0 +1,281 @@
+"""Chains: weights that start at ``w*`` and move under a sampler, and what is read off them on the way.
+
+Every random number belongs to a chain: chain k of a seed gets the same noise and the same minibatches whatever the
+chunks, the engine or the number of ranks that share the work.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_slt.functional.posterior import LocalPosterior
+from lightning_slt.sampling.batches import MinibatchSource, Window
+from lightning_slt.sampling.collective import Collective, own_chains
+from lightning_slt.sampling.engines import BatchedEngine, Choice, Engine, SequentialEngine, choose_engine
+from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.rng import MINIBATCHES, NOISE, generator
+from lightning_slt.sampling.samplers import Sampler
+from lightning_slt.sampling.steps import NoLossError
+
+log = logging.getLogger(__name__)
+
+STATS_EVERY = 4
+"""Steps between readings of |grad|², grad.(w - w*) and |w - w*|²: three passes over the weights each."""
+
+Progress = Callable[[int], None]
+"""Told how many chain-steps have been done since it was last called."""
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """What a stretch of steps showed, chain by chain.
+
+    Attributes:
+        chains: the numbers of the chains, ascending; every tensor has one row for each.
+        difference: ``[chains, steps]`` float64, ``L_B(w_t) - L_B(w*)`` on the minibatch of step t.
+        grad_square, grad_dot, square: ``[chains, steps / STATS_EVERY]`` float64: ``|grad|²``, ``grad.(w - w*)``,
+            ``|w - w*|²``, with grad that of the minibatch's mean loss.
+        anchors: ``L_B(w*)`` of the minibatches used, by (window, number).
+    """
+
+    chains: list[int]
+    difference: Tensor
+    grad_square: Tensor
+    grad_dot: Tensor
+    square: Tensor
+    anchors: dict[tuple[int, int], float]
+
+    @staticmethod
+    def merge(parts: Sequence[Segment]) -> Segment:
+        """The parts of several ranks as one, in order of the chains' numbers; nothing is counted twice."""
+        chains = [number for part in parts for number in part.chains]
+        order = torch.tensor(sorted(range(len(chains)), key=chains.__getitem__), dtype=torch.long)
+
+        def rows(name: str) -> Tensor:
+            return torch.cat([getattr(part, name) for part in parts])[order]
+
+        anchors: dict[tuple[int, int], float] = {}
+        for part in parts:
+            anchors.update(part.anchors)
+        return Segment(
+            sorted(chains), rows("difference"), rows("grad_square"), rows("grad_dot"), rows("square"), anchors
+        )
+
+    @property
+    def steps(self) -> int:
+        return self.difference.shape[1]
+
+    @property
+    def finite(self) -> Tensor:
+        """``[chains]`` bool: every loss and every reading finite."""
+        readings = torch.isfinite(torch.cat([self.grad_square, self.grad_dot, self.square], dim=1)).all(dim=1)
+        return torch.isfinite(self.difference).all(dim=1) & readings
+
+
+class Chains:
+    """The chains of this rank.
+
+    Args:
+        objective: the loss; must have been adapted to a batch of ``source`` (see :func:`open_window`).
+        source: where minibatches come from.
+        posterior: what is sampled.
+        sampler: how the weights move.
+        num_chains: chains of all ranks together.
+        seed: with the chain's number, it determines every random number.
+        collective: the ranks that share the chains.
+        method: ``"auto"``, ``"sequential"`` or ``"batched"``.
+        progress: told about chain-steps done.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        source: MinibatchSource,
+        posterior: LocalPosterior,
+        sampler: Sampler,
+        num_chains: int,
+        seed: int,
+        collective: Collective,
+        method: str = "auto",
+        progress: Progress | None = None,
+    ) -> None:
+        self.objective, self.source, self.posterior, self.sampler = objective, source, posterior, sampler
+        self.num_chains = num_chains
+        self.collective = collective
+        self.progress = progress or (lambda steps: None)
+        self.numbers = own_chains(num_chains, collective)
+        self._window_index, self._window_used = 0, 0
+        choices = collective.exchange(lambda: self._choose(method))
+        self.method, self.reason = choices[0]
+        device, dtype, d = objective.device, objective.dtype, len(objective.anchor)
+        self.weights = objective.anchor.repeat(len(self.numbers), 1)
+        width = max(1, min(self._engine.width, len(self.numbers)))
+        self._grad = torch.zeros(width, d, device=device, dtype=dtype)
+        self._noise = torch.zeros(width, d, device=device, dtype=dtype)
+        self._noise_streams = [generator(seed, k, NOISE, device=device) for k in self.numbers]
+        self._batch_streams = [generator(seed, k, MINIBATCHES) for k in self.numbers]
+
+    def _choose(self, method: str) -> tuple[str, str]:
+        window = self.source.window(0)
+        choice: Choice = choose_engine(self.objective, window, min(self.num_chains, max(len(self.numbers), 1)), method)
+        self._engine: Engine = choice.engine
+        return choice.engine.method, choice.reason
+
+    def advance(self, steps: int, lr: float) -> Segment:
+        """Move every chain ``steps`` further, on all ranks, and return what all of them showed.
+
+        Raises:
+            NoLossError: where no minibatch has a loss.
+            Exception: what the user's step raised, on any rank.
+        """
+        return Segment.merge(self.collective.exchange(lambda: self._advance(steps, lr)))
+
+    def restart(self) -> None:
+        """Put every chain back to ``w*``; their random numbers go on."""
+        self.weights.copy_(self.objective.anchor.expand_as(self.weights))
+
+    def _advance(self, steps: int, lr: float) -> Segment:
+        pieces: list[Segment] = []
+        done = 0
+        while done < steps:
+            window = self.source.window(self._window_index)
+            room = steps - done if self.source.resident else max(len(window) - self._window_used, 1)
+            count = min(steps - done, room)
+            pieces.append(self._advance_window(window, count, lr))
+            done += count
+            if not self.source.resident:
+                self._window_used += count
+                if self._window_used >= len(window):
+                    self._window_index, self._window_used = self._window_index + 1, 0
+        return _join(pieces)
+
+    def _advance_window(self, window: Window, steps: int, lr: float) -> Segment:
+        chains = len(self.numbers)
+        indices = torch.stack(
+            [torch.randint(len(window), (steps,), generator=g) for g in self._batch_streams]
+            or [torch.empty(0, dtype=torch.long)]
+        )[:chains]
+        indices = self._measure_anchor(window, indices)
+        losses = torch.zeros(chains, steps, dtype=torch.float64)
+        readings = torch.zeros(3, chains, len(range(0, steps, STATS_EVERY)), dtype=torch.float64)
+        width = self._engine.width
+        try:
+            for start in range(0, chains, width):
+                rows = slice(start, min(start + width, chains))
+                losses[rows], readings[:, rows] = self._move(window, indices[rows], rows, lr)
+                self.progress(steps * (rows.stop - rows.start))
+        finally:
+            self._engine.release()
+        anchor = torch.tensor([[window.anchor_loss[i] for i in row] for row in indices.tolist()], dtype=torch.float64)
+        used = {(self._window_index, i): window.anchor_loss[i] for i in indices.unique().tolist()}
+        return Segment(self.numbers, losses - anchor.reshape(chains, steps), *readings, used)
+
+    def _measure_anchor(self, window: Window, indices: Tensor) -> Tensor:
+        """Losses at ``w*`` of the batches that are about to be used; batches without a loss are replaced by others."""
+        for i in indices.unique().tolist():
+            if i in window.anchor_loss:
+                continue
+            try:
+                with torch.no_grad():
+                    window.anchor_loss[i] = float(self.objective.loss(window[i]))
+            except NoLossError:
+                window.without_loss.add(i)
+        if window.without_loss:
+            usable = torch.tensor([i for i in range(len(window)) if i in window.anchor_loss])
+            if not len(usable):
+                raise NoLossError("training_step returned None for every minibatch: there is no loss to sample.")
+            without = torch.isin(indices, torch.tensor(sorted(window.without_loss)))
+            indices = torch.where(without, usable[indices % len(usable)], indices)
+        return indices
+
+    def _move(self, window: Window, indices: Tensor, rows: slice, lr: float) -> tuple[Tensor, Tensor]:
+        """Losses ``[chains, steps]`` and readings ``[3, chains, readings]`` of one chunk; its weights are moved."""
+        weights, count = self.weights[rows], rows.stop - rows.start
+        grad, noise = self._grad[:count], self._noise[:count]
+        anchor, posterior, update = self.objective.anchor, self.posterior, self.sampler.update_
+        streams = self._noise_streams[rows]
+        engine = self._engine
+        engine.bind(weights, grad)
+        alone = isinstance(engine, SequentialEngine)
+        numbers = indices[0].tolist() if alone else []
+        losses: list[Tensor] = []
+        readings: list[Tensor] = []
+        steps = indices.shape[1]
+        for t in range(steps):
+            try:
+                loss = engine.step(window[numbers[t]]) if alone else engine(window, indices[:, t])  # type: ignore[attr-defined]
+            except (ValueError, RuntimeError):
+                if torch.isfinite(weights).all():
+                    raise
+                # some losses raise on non-finite input: the chain has diverged, which is not the module's fault
+                losses += [torch.full((count,), torch.nan, dtype=loss.dtype) for _ in range(t, steps)] if t else []
+                break
+            losses.append(loss)
+            with torch.no_grad():
+                if t % STATS_EVERY == 0:
+                    torch.sub(weights, anchor, out=noise)
+                    readings += [_dot(grad, grad), _dot(grad, noise), _dot(noise, noise)]
+                for k, stream in enumerate(streams):
+                    noise[k].normal_(generator=stream)
+                update(weights, anchor, grad, noise, lr, posterior)
+        table = torch.stack([x.reshape(count) for x in losses], dim=1).double().cpu() if losses else torch.empty(count, 0)
+        if table.shape[1] < steps:
+            missing = torch.full((count, steps - table.shape[1]), torch.nan, dtype=torch.float64)
+            table = torch.cat([table.double(), missing], dim=1)
+        number = len(range(0, steps, STATS_EVERY))
+        read = torch.full((3, count, number), torch.nan, dtype=torch.float64)
+        if readings:
+            got = torch.stack(readings).reshape(-1, 3, count).permute(1, 2, 0).double().cpu()
+            read[:, :, : got.shape[2]] = got
+        return table, read
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    if len(a) == 1:
+        return torch.dot(a[0], b[0]).reshape(1)
+    return torch.linalg.vecdot(a, b)
+
+
+def _join(pieces: Sequence[Segment]) -> Segment:
+    anchors: dict[tuple[int, int], float] = {}
+    for piece in pieces:
+        anchors.update(piece.anchors)
+
+    def along_steps(name: str) -> Tensor:
+        return torch.cat([getattr(piece, name) for piece in pieces], dim=1)
+
+    return Segment(
+        pieces[0].chains,
+        along_steps("difference"),
+        along_steps("grad_square"),
+        along_steps("grad_dot"),
+        along_steps("square"),
+        anchors,
+    )
+
+
+def open_window(objective: Objective, source: MinibatchSource) -> float:
+    """Adapt ``objective`` to the first minibatch that has a loss, and return that loss.
+
+    Raises:
+        NoLossError: where no minibatch of the first window has a loss.
+    """
+    window = source.window(0)
+    for i in range(len(window)):
+        try:
+            objective.adapt(window[i])
+        except NoLossError:
+            window.without_loss.add(i)
+            continue
+        with torch.no_grad():
+            window.anchor_loss[i] = float(objective.loss(window[i]))
+        return window.anchor_loss[i]
+    raise NoLossError("training_step returned None for every minibatch: there is no loss to sample.")
+
+
+__all__ = ["BatchedEngine", "Chains", "Progress", "Segment", "open_window"]

@@ -1,0 +1,367 @@
+"""Two ways to get the losses and gradients of chains: one after another on the live buffer, or several under vmap.
+
+Both write the gradient of every chain into one flat buffer ``[chains, d]``, with no Python work per parameter in the
+sequential one: the parameters of the private copy are views of the chain's weights, and their ``.grad`` are views of the
+gradient buffer, so that ``backward`` accumulates in place.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_slt.sampling.batches import Window
+from lightning_slt.sampling.objective import Objective
+
+log = logging.getLogger(__name__)
+
+ACTIVATION_BUDGET = 2**30
+"""Bytes of activations that the chains of one chunk may hold together on the CPU."""
+BATCHED_GAIN = 1.15
+"""How much faster the batched path must be to be kept: near ties go to the path that always works."""
+
+
+class Engine:
+    """Losses and gradients of the chains in ``weights`` ``[chains, d]``; ``width`` of them at a time."""
+
+    method: str
+    width: int
+
+    def bind(self, weights: Tensor, grad: Tensor) -> None:
+        """Work on these buffers from now on: ``[width or fewer, d]``, both contiguous."""
+        raise NotImplementedError
+
+    def __call__(self, window: Window, indices: Tensor) -> Tensor:
+        """Losses ``[chains]`` of the bound chains on the batches ``indices`` ``[chains]``; gradients in the buffer."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Give the module its own weights back."""
+
+
+class SequentialEngine(Engine):
+    """One chain at a time through the private copy itself. Takes any module."""
+
+    method = "sequential"
+    width = 1
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+        self._parameters = objective.parameters()
+        self._rounds = objective.rounds
+        self._masters: list[Tensor] = []
+        self._grad: Tensor | None = None
+        self._grad_pieces: list[Tensor] = []
+        # one copy of w* is enough: the module's own weights become views of the anchor
+        self._home = [p.data for p in self._parameters] if self._rounds else objective.pieces(objective.anchor)
+        self.release()
+
+    def bind(self, weights: Tensor, grad: Tensor) -> None:
+        self._masters = self._objective.pieces(weights[0])
+        self._grad = grad[0]
+        self._grad_pieces = self._objective.pieces(grad[0])
+        if not self._rounds:
+            for parameter, piece, gradient in zip(self._parameters, self._masters, self._grad_pieces, strict=True):
+                parameter.data = piece
+                parameter.grad = gradient
+
+    def evaluate(self, batch: Any) -> Tensor:
+        """The loss at the bound weights, without a gradient."""
+        self._load()
+        with torch.no_grad():
+            return self._objective.loss(batch).detach()
+
+    def __call__(self, window: Window, indices: Tensor) -> Tensor:
+        return self.step(window[int(indices[0])]).reshape(1)
+
+    def step(self, batch: Any) -> Tensor:
+        """Loss of one batch at the bound weights, its gradient left in the bound buffer."""
+        assert self._grad is not None
+        self._load()
+        self._grad.zero_()
+        loss = self._objective.loss(batch)
+        loss.backward()
+        if self._rounds:
+            pairs = [(g, p.grad) for g, p in zip(self._grad_pieces, self._parameters, strict=True) if p.grad is not None]
+            torch._foreach_copy_([g for g, _ in pairs], [g for _, g in pairs])  # type: ignore[misc]
+        return loss.detach()
+
+    def _load(self) -> None:
+        if self._rounds:
+            with torch.no_grad():
+                torch._foreach_copy_(self._home, self._masters)
+            for parameter in self._parameters:
+                parameter.grad = None
+
+    def release(self) -> None:
+        for parameter, home in zip(self._parameters, self._home, strict=True):
+            parameter.data = home
+            parameter.grad = None
+        self._grad, self._masters, self._grad_pieces = None, [], []
+        if self._rounds:
+            with torch.no_grad():
+                torch._foreach_copy_(self._home, self._objective.pieces(self._objective.anchor))
+
+
+class BorrowedEngine(SequentialEngine):
+    """The sequential path for a module that cannot be copied: ``functional_call`` on the live one.
+
+    Protects parameters and buffers; metrics and Python attributes that the step changes are put back by
+    :meth:`Objective.active`, as far as they are attributes.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+        self._wrapper = _LossModule(objective.module, objective)
+        self._buffers = {f"module.{k}": b for k, b in objective.module.named_buffers()}
+        self._leaves: list[Tensor] = []
+
+    def bind(self, weights: Tensor, grad: Tensor) -> None:
+        low = [p.dtype for p in self._objective.parameters()]
+        self._grad_pieces = self._objective.pieces(grad[0])
+        self._masters = self._objective.pieces(weights[0])
+        self._low = low
+
+    def _call(self, batch: Any, grad: bool) -> tuple[Tensor, list[Tensor]]:
+        leaves = [m.detach().to(t).requires_grad_(grad) for m, t in zip(self._masters, self._low, strict=True)]
+        named = {f"module.{n}": leaf for n, leaf in zip(self._objective.names, leaves, strict=True)}
+        buffers = {k: b.clone() for k, b in self._buffers.items()}
+        return torch.func.functional_call(self._wrapper, {**named, **buffers}, (batch,)), leaves
+
+    def evaluate(self, batch: Any) -> Tensor:
+        with torch.no_grad():
+            return self._call(batch, False)[0].detach()
+
+    def step(self, batch: Any) -> Tensor:
+        loss, leaves = self._call(batch, True)
+        for piece, g in zip(self._grad_pieces, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
+            piece.zero_() if g is None else piece.copy_(g)
+        return loss.detach()
+
+    def release(self) -> None:
+        self._masters, self._grad_pieces = [], []
+
+
+class _LossModule(nn.Module):
+    """The loss as a ``forward``, as :func:`torch.func.functional_call` wants it."""
+
+    def __init__(self, module: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.module = module
+        self._objective = objective
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._objective.loss_of(self.module, batch)
+
+
+class BatchedEngine(Engine):
+    """``width`` chains at a time: stacked weights, the forward pass under vmap.
+
+    Args:
+        through: ``"backward"`` differentiates the vmapped forward pass the ordinary way; ``"grad"`` vmaps the gradient
+            itself, which some modules (recurrent ones) need.
+    """
+
+    method = "batched"
+
+    def __init__(self, objective: Objective, width: int, through: str) -> None:
+        self._objective = objective
+        self._wrapper = _LossModule(objective.copy_module(), objective)
+        self._names = [f"module.{name}" for name in objective.names]
+        self.width = width
+        self._through = through
+        self._leaves: list[Tensor] = []
+        self._grad_pieces: list[Tensor] = []
+        self._grad: Tensor | None = None
+
+    def bind(self, weights: Tensor, grad: Tensor) -> None:
+        self._grad = grad
+        self._grad_pieces = self._objective.pieces(grad)
+        self._leaves = []
+        for piece, gradient in zip(self._objective.pieces(weights), self._grad_pieces, strict=True):
+            leaf = piece.detach()
+            if self._through == "backward":
+                leaf.requires_grad_(True)
+                leaf.grad = gradient
+            self._leaves.append(leaf)
+
+    def _loss(self, named: dict[str, Tensor], batch: Any) -> Tensor:
+        return torch.func.functional_call(self._wrapper, named, (batch,))
+
+    def __call__(self, window: Window, indices: Tensor) -> Tensor:
+        assert self._grad is not None
+        batch, dims = window.gather(indices)
+        named = dict(zip(self._names, self._leaves, strict=True))
+        if self._through == "backward":
+            self._grad.zero_()
+            losses = torch.vmap(self._loss, in_dims=(0, dims), randomness="different")(named, batch)
+            losses.sum().backward()
+            return losses.detach()
+        function = torch.func.grad_and_value(self._loss)
+        grads, losses = torch.vmap(function, in_dims=(0, dims), randomness="different")(named, batch)
+        torch._foreach_copy_(self._grad_pieces, [grads[name] for name in self._names])
+        return losses.detach()
+
+    def release(self) -> None:
+        self._leaves, self._grad_pieces, self._grad = [], [], None
+
+
+def sequential_engine(objective: Objective) -> SequentialEngine:
+    return BorrowedEngine(objective) if objective.borrowed else SequentialEngine(objective)
+
+
+def activation_bytes(objective: Objective, batch: Any) -> int:
+    """What autograd keeps for the backward pass of one chain's loss."""
+    total = 0
+    known = {p.data_ptr() for p in objective.module.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal total
+        if tensor.data_ptr() not in known:
+            total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        objective.loss(batch)
+    return total
+
+
+def chunk_width(objective: Objective, batch: Any, num_chains: int) -> int:
+    """How many chains fit a chunk: activations within the budget (a quarter of what is free, on a GPU)."""
+    budget = ACTIVATION_BUDGET
+    if objective.device.type == "cuda":
+        budget = torch.cuda.mem_get_info(objective.device)[0] // 4
+    # twice: what autograd saved, and what the backward pass makes from it
+    each = 2 * activation_bytes(objective, batch) + 4 * len(objective.anchor) * objective.anchor.element_size()
+    return int(max(1, min(num_chains, budget // max(each, 1))))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which engine was kept and why, for the log."""
+
+    engine: Engine
+    reason: str
+
+
+def choose_engine(objective: Objective, window: Window, num_chains: int, method: str = "auto") -> Choice:
+    """Try the paths on the first batches: equal numbers are demanded, then the faster one is kept.
+
+    Args:
+        method: ``"auto"``, ``"sequential"`` or ``"batched"``.
+
+    Raises:
+        ValueError: for another method, or for ``"batched"`` where the module does not allow it.
+    """
+    if method not in ("auto", "sequential", "batched"):
+        raise ValueError(f"method={method!r}: must be 'auto', 'sequential' or 'batched'.")
+    sequential = sequential_engine(objective)
+    if method == "sequential":
+        return Choice(sequential, "asked for")
+    refusal = ""
+    if num_chains < 2:
+        refusal = "there is one chain"
+    elif objective.borrowed:
+        refusal = "the module cannot be copied"
+    elif objective.rounds:
+        refusal = "half-precision weights are rounded from float32 masters"
+    elif not window.stackable:
+        refusal = "the batches differ in shape"
+    if refusal:
+        if method == "batched":
+            raise ValueError(f"method='batched' cannot be used: {refusal}.")
+        return Choice(sequential, refusal)
+
+    width = chunk_width(objective, window[0], num_chains)
+    if width < 2:
+        if method == "batched":
+            raise ValueError("method='batched' cannot be used: two chains do not fit the memory budget.")
+        return Choice(sequential, "two chains do not fit the memory budget")
+    probe = _Probe(objective, window, min(width, num_chains))
+    expected = probe.run(sequential)
+    time_sequential = probe.seconds(sequential)
+    sequential.release()
+    reason = ""
+    best: tuple[float, Engine] | None = None
+    for through in ("backward", "grad"):
+        try:
+            engine = BatchedEngine(objective, width, through)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = probe.run(engine)
+                difference = probe.difference(expected, found)
+                if difference > probe.tolerance:
+                    reason = reason or f"vmap gives other numbers (relative difference {difference:.1e})"
+                    continue
+                seconds = probe.seconds(engine)
+            if best is None or seconds < best[0]:
+                best = seconds, engine
+        except Exception as error:
+            reason = reason or f"vmap fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if best is None:
+        if method == "batched":
+            raise ValueError(f"method='batched' cannot be used: {reason}.")
+        return Choice(sequential, reason)
+    gain = time_sequential / best[0]
+    if method == "batched" or gain > BATCHED_GAIN:
+        return Choice(best[1], f"{gain:.1f} times the speed of one after another, same numbers")
+    return Choice(sequential, f"vmap would be {gain:.2f} times as fast")
+
+
+class _Probe:
+    """A few chains at perturbed weights on a few batches, to compare engines in numbers and speed."""
+
+    def __init__(self, objective: Objective, window: Window, chains: int) -> None:
+        d = len(objective.anchor)
+        gen = torch.Generator(device=objective.device).manual_seed(0)
+        scale = 0.01 * float(objective.anchor.norm()) / max(d, 1) ** 0.5 or 0.01
+        noise = torch.randn(chains, d, generator=gen, device=objective.device, dtype=objective.dtype)
+        self._weights = objective.anchor + scale * noise
+        self._indices = torch.arange(chains) % len(window)
+        self._window = window
+        # autocast rounds each product to 8 or 11 bits; float32 sums in another order
+        self.tolerance = 1e-8 if objective.dtype == torch.float64 else 1e-3
+        if objective.autocast:
+            self.tolerance = 2e-2
+
+    def run(self, engine: Engine) -> tuple[Tensor, Tensor]:
+        """Losses ``[chains]`` and gradients ``[chains, d]``."""
+        weights, grad = self._weights.clone(), torch.empty_like(self._weights)
+        losses = []
+        for start in range(0, len(weights), engine.width):
+            rows = slice(start, start + engine.width)
+            engine.bind(weights[rows], grad[rows])
+            losses.append(engine(self._window, self._indices[rows]).reshape(-1).double())
+        return torch.cat(losses), grad
+
+    @staticmethod
+    def difference(expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> float:
+        """Relative difference in losses and gradients, chain by chain; infinite where a number is not finite."""
+        worst = 0.0
+        for a, b in zip(expected, found, strict=True):
+            a, b = a.reshape(len(a), -1), b.reshape(len(b), -1).to(a.dtype)
+            relative = (a - b).norm(dim=1) / a.norm(dim=1).clamp_min(1e-12)
+            worst = max(worst, float(relative.max())) if torch.isfinite(relative).all() else float("inf")
+        return worst
+
+    def seconds(self, engine: Engine) -> float:
+        """Least of three timings of a step of all the chains."""
+        best = float("inf")
+        for _ in range(3):
+            _synchronise(self._weights.device)
+            start = time.perf_counter()
+            self.run(engine)
+            _synchronise(self._weights.device)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,223 @@
+"""The loss of THIS module at weights that chains move: a private copy, its moving weights, and how to call it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lightning_slt.sampling import steps
+from lightning_slt.sampling.restriction import Restriction, select_parameters
+from lightning_slt.sampling.shadow import CopyError, detach_from_training, shadow_copy
+
+log = logging.getLogger(__name__)
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class Objective:
+    """The training loss as a function of the weights that move, on a private copy of the user's module.
+
+    The copy is in eval mode, logs nothing, and holds the anchor ``w*``. Chains move in float32 (float64 for a float64
+    module) whatever the module's dtype: a bfloat16 weight of 1 cannot take a step of 0.001. A half-precision module is
+    therefore evaluated in float32 where it can be, and else through float32 masters that are rounded at every call.
+
+    Args:
+        module: the user's module; read, never changed.
+        loss_fn: ``loss_fn(module, batch)``; None for the ``training_step`` of a LightningModule.
+        restrict: which weights move, see :func:`~lightning_slt.sampling.restriction.select_parameters`.
+        device: where the copy goes; None leaves it where the module is.
+        trainer: what the copy may read as ``self.trainer``.
+        context: makes the context in which the loss is computed (autocast); None for none.
+        weights: a ``state_dict`` to study in place of the module's own weights.
+
+    Raises:
+        ValueError: for a module without a usable loss, or a restriction that names nothing.
+        CopyError: where the module cannot be copied and cannot be borrowed either.
+
+    Attributes:
+        module: the private copy (the live module where ``borrowed``).
+        names: the parameters that move.
+        anchor: ``[d]``, the flat ``w*``, float32 or float64.
+        borrowed: the module could not be copied: it is called in place with other weights, and put back after.
+        rounds: the module computes in half precision from float32 masters.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss_fn: Optional[steps.LossFn] = None,
+        restrict: Restriction = None,
+        device: Optional[torch.device | str] = None,
+        trainer: Any = None,
+        context: Optional[Callable[[], AbstractContextManager[Any]]] = None,
+        weights: Optional[dict[str, Tensor]] = None,
+    ) -> None:
+        self.names = select_parameters(module, restrict)
+        self._loss_fn = steps.loss_function(module, loss_fn)
+        self._trainer = trainer
+        self._context = context or nullcontext
+        self.borrowed = False
+        self.rounds = False
+        try:
+            self.module = shadow_copy(module)
+        except CopyError as error:
+            if device is not None or weights is not None:
+                raise
+            log.warning(f"{error} Chains call the module in place instead, and put it back after.")
+            self.module, self.borrowed = module, True
+        if weights is not None:
+            self.module.load_state_dict(weights)
+        if not self.borrowed:
+            if device is not None:
+                self.module.to(device)
+            prepare(self.module, trainer)
+        self._upcast = False
+        self._enable(self.names)
+        self._read_anchor()
+
+    def _enable(self, names: list[str]) -> None:
+        if self.borrowed:
+            return
+        moving = set(names)
+        for name, parameter in self.module.named_parameters():
+            parameter.requires_grad_(name in moving)
+
+    def _read_anchor(self) -> None:
+        parameters = self.parameters()
+        devices = {p.device for p in parameters}
+        if len(devices) > 1:
+            raise ValueError(f"the moving weights are on several devices, {sorted(map(str, devices))}: use restrict=.")
+        self.device = devices.pop()
+        self.dtype = torch.float64 if all(p.dtype == torch.float64 for p in parameters) else torch.float32
+        self.anchor = torch.cat([p.detach().reshape(-1).to(self.dtype) for p in parameters])
+        self.rounds = any(p.dtype != self.dtype for p in parameters)
+        self.shapes = [p.shape for p in parameters]
+        self.sizes = [p.numel() for p in parameters]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The moving parameters of the copy, in the order of ``anchor``."""
+        by_name = dict(self.module.named_parameters())
+        return [by_name[name] for name in self.names]
+
+    def pieces(self, flat: Tensor) -> list[Tensor]:
+        """Views of the last dimension of ``flat`` in the shapes of the parameters, leading dimensions kept."""
+        lead = flat.shape[:-1]
+        return [p.view(*lead, *shape) for p, shape in zip(flat.split(self.sizes, dim=-1), self.shapes, strict=True)]
+
+    def loss(self, batch: Any) -> Tensor:
+        """The scalar mean loss of ``batch`` at the weights that the copy holds.
+
+        Raises:
+            NoLossError: where the step returned None for this batch.
+        """
+        return self.loss_of(self.module, batch)
+
+    def loss_of(self, module: nn.Module, batch: Any) -> Tensor:
+        """As :meth:`loss`, for another copy of the module."""
+        if self._upcast:
+            batch = _to_float32(batch)
+        with self._context():
+            return self._loss_fn(module, batch)
+
+    @property
+    def autocast(self) -> bool:
+        """Whether the loss is computed under autocast, and so known to 8 or 11 bits only."""
+        with self._context():
+            return torch.is_autocast_enabled(self.device.type)
+
+    def copy_module(self) -> nn.Module:
+        """A second private copy, for the batched path: vmap may leave dead tensors in a module's attributes."""
+        if self.borrowed:
+            raise CopyError("the module cannot be copied")
+        twin = copy.deepcopy(self.module)
+        detach_from_training(twin)
+        prepare(twin, self._trainer)
+        return twin
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Around every use of the loss: gradients on; a borrowed module is muted inside and restored after."""
+        with torch.enable_grad():
+            if not self.borrowed:
+                yield
+                return
+            with _borrow(self.module, self._trainer):
+                yield
+
+    def adapt(self, batch: Any) -> None:
+        """Settle on a first batch what can only be known by trying: float32 for half precision, stubs for metrics.
+
+        Raises:
+            NoLossError: where the step returns no loss for this batch.
+            Exception: whatever the user's step raises.
+        """
+        if self.borrowed:
+            with self.active():
+                self.loss(batch)
+            return
+        if self.rounds and any(p.dtype in _LOW_PRECISION for p in self.parameters()):
+            self._try_float32(batch)
+        with torch.no_grad():
+            reference = self.loss(batch)
+        if steps.stub_metrics(self.module):
+            try:
+                with torch.no_grad():
+                    unchanged = torch.allclose(self.loss(batch), reference, rtol=1e-5, equal_nan=True)
+            except Exception:
+                unchanged = False
+            if not unchanged:
+                steps.unstub_metrics(self.module)
+
+    def _try_float32(self, batch: Any) -> None:
+        context, self._context = self._context, nullcontext
+        original = self.module
+        try:
+            self.module = copy.deepcopy(original).float()
+            prepare(self.module, self._trainer)
+            self._upcast = True
+            with torch.no_grad():
+                self.loss(batch)
+            self._enable(self.names)
+            self._read_anchor()
+        except Exception as error:
+            log.info(f"chains keep float32 weights and round them at each call: {type(error).__name__}: {error}")
+            self.module, self._context, self._upcast = original, context, False
+            self._read_anchor()
+
+
+def prepare(module: nn.Module, trainer: Any) -> None:
+    """Silence a private copy and let it read, but not touch, its trainer."""
+    steps.mute(module)
+    steps.attach_trainer(module, trainer)
+
+
+def _to_float32(batch: Any) -> Any:
+    return tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype in _LOW_PRECISION else x, batch)
+
+
+@contextmanager
+def _borrow(module: nn.Module, trainer: Any) -> Iterator[None]:
+    """The live module in eval mode and muted, put back exactly after: flag by flag, attribute by attribute."""
+    saved = [(m, dict(m.__dict__)) for m in module.modules()]
+    buffers = [(m, dict(m._buffers), {k: b.clone() for k, b in m._buffers.items() if b is not None}) for m, _ in saved]
+    try:
+        for m, _ in saved:
+            m.training = isinstance(m, nn.RNNBase) and m.dropout == 0.0
+        prepare(module, trainer)
+        yield
+    finally:
+        for m, attributes in saved:
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
+        for m, live, values in buffers:
+            m._buffers.update(live)
+            with torch.no_grad():
+                for name, value in values.items():
+                    live[name].copy_(value)  # type: ignore[union-attr]

@@ -1,0 +1,64 @@
+"""Which weights move: all that train, or the subset of a refined learning coefficient (wrLLC).
+
+Wang et al. 2024 (arXiv 2410.02984): with only a component's weights moving, and the rest held at ``w*``, the learning
+coefficient is that component's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Union
+
+from torch import nn
+
+Restriction = Union[str, nn.Module, Sequence[Union[str, nn.Module]], None]
+
+
+def select_parameters(module: nn.Module, restrict: Restriction = None) -> list[str]:
+    """Names of the parameters that chains move, in the module's order.
+
+    Args:
+        module: its parameters with ``requires_grad`` are the candidates: frozen ones never move.
+        restrict: None for all of them, or one or several of: a glob over parameter names (``"encoder.*.weight"``), the
+            name of a submodule (``"encoder"``), or a submodule itself.
+
+    Raises:
+        ValueError: where nothing is named, nothing is matched, or all that is matched is frozen.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+        >>> select_parameters(net, "1.*")
+        ['1.weight', '1.bias']
+        >>> select_parameters(net, [net[0], "1.bias"])
+        ['0.weight', '0.bias', '1.bias']
+    """
+    trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError(
+            f"{type(module).__name__} has no parameter with requires_grad=True: there is nothing for a chain to move."
+        )
+    if restrict is None:
+        return trainable
+    entries = [restrict] if isinstance(restrict, (str, nn.Module)) else list(restrict)
+    if not entries:
+        raise ValueError("restrict is empty: leave it None to move every weight, or name parameters or submodules.")
+
+    # a tied weight has several names but is one parameter: match every name, move it once
+    aliases = list(module.named_parameters(remove_duplicate=False))
+    chosen: set[int] = set()
+    for entry in entries:
+        if isinstance(entry, nn.Module):
+            matched = {id(p) for p in entry.parameters()} & {id(p) for _, p in aliases}
+            label = f"the submodule {type(entry).__name__}"
+        else:
+            matched = {id(p) for name, p in aliases if fnmatchcase(name, entry) or name.startswith(f"{entry}.")}
+            label = repr(entry)
+        if not matched:
+            shown = ", ".join(trainable[:8]) + (", ..." if len(trainable) > 8 else "")
+            raise ValueError(f"restrict: {label} matches no parameter. The trainable parameters are: {shown}.")
+        chosen |= matched
+    moving = [name for name, p in module.named_parameters() if p.requires_grad and id(p) in chosen]
+    if not moving:
+        raise ValueError(f"restrict: every parameter matched by {entries} is frozen (requires_grad=False).")
+    return moving

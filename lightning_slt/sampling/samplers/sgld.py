@@ -1,0 +1,47 @@
+"""Stochastic gradient Langevin dynamics."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Optional
+
+from torch import Tensor
+
+from lightning_slt.functional.posterior import LocalPosterior
+
+
+@dataclass(frozen=True)
+class SGLD:
+    r"""Stochastic gradient Langevin dynamics (Welling & Teh 2011), localised (Lau et al. 2023, arXiv 2308.12108):
+
+    .. math:: w \leftarrow w - \tfrac{\epsilon}{2} [ n\beta \nabla L_B(w) + \gamma (w - w^*) ] + \sqrt{\epsilon}\, N(0, I)
+
+    Args:
+        lr: the step size epsilon; None has it calibrated, see :mod:`lightning_slt.sampling.calibration`.
+
+    Raises:
+        ValueError: for a step size that is not positive and finite.
+
+    Example:
+        >>> import torch
+        >>> from lightning_slt.functional import LocalPosterior
+        >>> w, zero = torch.tensor([1.0]), torch.zeros(1)
+        >>> SGLD().update_(w, zero, torch.tensor([0.5]), zero.clone(), lr=0.1, posterior=LocalPosterior(10.0, 2.0))
+        >>> round(w.item(), 6)  # 1 - 0.05 * (10 * 0.5 + 2 * 1)
+        0.65
+    """
+
+    lr: Optional[float] = None
+
+    def __post_init__(self) -> None:
+        if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr={self.lr}: the step size must be positive; leave it None to have it calibrated.")
+
+    def update_(
+        self, weights: Tensor, anchor: Tensor, grad: Tensor, noise: Tensor, lr: float, posterior: LocalPosterior
+    ) -> None:
+        """One step, in place; see the class for the equation. Shapes: ``[d]`` or ``[num_chains, d]``, anchor ``[d]``."""
+        weights.lerp_(anchor.expand_as(weights), 0.5 * lr * posterior.localization)
+        weights.add_(grad, alpha=-0.5 * lr * posterior.nbeta)
+        weights.add_(noise, alpha=math.sqrt(lr))

@@ -1,0 +1,137 @@
+"""A private copy of the user's module: chains move the copy, never the module that trains."""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class CopyError(Exception):
+    """The module cannot be copied; the message names the attribute that blocks it."""
+
+
+def shadow_copy(module: nn.Module) -> nn.Module:
+    """A copy that shares no parameter, buffer or submodule with ``module``, in eval mode, without ``torch.compile``.
+
+    ``copy.deepcopy`` does most of it. An attribute that it cannot copy is stood in for: a cached non-leaf tensor by its
+    detached clone, a generator by one in the same state; locks and open files, which hold no weights, are shared.
+
+    Raises:
+        CopyError: where an attribute of another kind blocks the copy, or where the copy still shares a parameter.
+    """
+    module = getattr(module, "_orig_mod", module)
+    memo: dict[int, Any] = {}
+    try:
+        shadow = copy.deepcopy(module, memo)
+    except Exception as error:
+        stand_ins = _stand_ins(module, error)
+        try:
+            shadow = copy.deepcopy(module, dict(stand_ins))
+        except Exception as again:
+            raise CopyError(
+                f"{type(module).__name__} cannot be copied: {type(again).__name__}: {again}. Give loss_fn=, or define "
+                "__deepcopy__ or __getstate__ on the class that holds the attribute."
+            ) from again
+    shadow = uncompile(shadow)
+    live = {id(t) for t in (*module.parameters(), *module.buffers())}
+    if any(id(t) in live for t in (*shadow.parameters(), *shadow.buffers())):
+        raise CopyError(
+            f"a copy of {type(module).__name__} still shares parameters or buffers with it (a scripted submodule?)."
+        )
+    detach_from_training(shadow)
+    return shadow
+
+
+def detach_from_training(shadow: nn.Module) -> None:
+    """Eval mode (dropout off, BatchNorm on its running statistics: L(w) must be a function of w), no gradients held."""
+    shadow.eval()
+    for submodule in shadow.modules():
+        if isinstance(submodule, nn.RNNBase):
+            # cuDNN refuses the backward pass of an RNN in eval mode; without dropout both modes are the same function
+            submodule.dropout = 0.0
+            submodule.train()
+    for parameter in shadow.parameters():
+        parameter.grad = None
+
+
+def uncompile(module: nn.Module) -> nn.Module:
+    """Take ``torch.compile`` off a private copy and its submodules: its compiled step is bound to the original."""
+    module = getattr(module, "_orig_mod", module)
+    if getattr(module, "_compiler_ctx", None) is not None:
+        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+            module.__dict__.pop(name, None)
+        module._compiler_ctx = None  # type: ignore[assignment]
+    for parent in list(module.modules()):
+        parent.__dict__.pop("_compiled_call_impl", None)  # module.compile() in place
+        for name, child in list(parent._modules.items()):
+            if child is not None and hasattr(child, "_orig_mod"):
+                parent._modules[name] = uncompile(child)
+    return module
+
+
+def _stand_ins(module: nn.Module, error: Exception) -> dict[int, Any]:
+    """A deepcopy memo with a substitute for everything that blocks the copy."""
+    memo: dict[int, Any] = {}
+    blocking: list[str] = []
+    seen: set[int] = set()
+
+    def visit(value: Any, path: str) -> None:
+        if id(value) in seen or value is None or isinstance(value, (str, bytes, int, float, bool, type)):
+            return
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            if not isinstance(value, nn.Parameter) and value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
+            return
+        if isinstance(value, torch.Generator):
+            memo[id(value)] = torch.Generator(device=value.device)
+            memo[id(value)].set_state(value.get_state())
+            return
+        if isinstance(value, _SHARED):
+            memo[id(value)] = value
+            return
+        if isinstance(value, dict):
+            for key, item in list(value.items()):
+                visit(item, f"{path}[{key!r}]")
+            return
+        if isinstance(value, (list, tuple, set)):
+            for index, item in enumerate(list(value)):
+                visit(item, f"{path}[{index}]")
+            return
+        if isinstance(value, nn.Module) or hasattr(value, "__dict__"):
+            for name, item in list(vars(value).items()):
+                if name in ("_trainer", "_fabric") and isinstance(value, nn.Module):
+                    continue
+                visit(item, f"{path}.{name}")
+        if not isinstance(value, nn.Module) and not callable(value):
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception:
+                blocking.append(path)
+
+    visit(module, type(module).__name__)
+    try:
+        copy.deepcopy(module, dict(memo))
+    except Exception as again:
+        where = f"the attribute {blocking[0]}" if blocking else "an attribute"
+        raise CopyError(
+            f"{type(module).__name__} cannot be copied: {where} blocks it ({type(again).__name__}: {again}). Give that "
+            "attribute's class a __deepcopy__ or __getstate__, or create it when it is used."
+        ) from error
+    return memo
+
+
+_SHARED = (
+    type(threading.Lock()),
+    type(threading.RLock()),
+    threading.Event,
+    threading.Condition,
+    threading.Semaphore,
+    threading.Thread,
+    io.IOBase,
+)

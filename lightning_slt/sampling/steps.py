@@ -1,0 +1,211 @@
+"""The loss of a LightningModule: its own ``training_step``, called so that nothing outside the copy notices."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, Optional
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+"""``loss_fn(module, batch)``: a scalar, or one loss a sample ``[batch]`` (their mean is taken)."""
+
+
+class NoLossError(Exception):
+    """The step gave no loss for a batch (it returned None): that batch is left out."""
+
+
+def loss_function(module: nn.Module, loss_fn: Optional[LossFn] = None) -> LossFn:
+    """How to get the loss of ``module`` on a batch: ``loss_fn`` where given, else the module's ``training_step``.
+
+    Raises:
+        ValueError: where there is no usable step: a plain module without ``loss_fn``, manual optimisation (its step
+            moves the optimisers), or a step that takes ``dataloader_iter``.
+    """
+    if loss_fn is not None:
+        return _user_loss(loss_fn)
+    if not isinstance(module, LightningModule):
+        raise ValueError(
+            f"loss_fn is None, and {type(module).__name__} is not a LightningModule: give loss_fn(module, batch) -> loss."
+        )
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"{type(module).__name__} uses manual optimisation: its training_step moves the optimisers, so chains cannot "
+            "call it. Give loss_fn(module, batch) -> loss."
+        )
+    positional = _step_arguments(module)
+
+    def step_loss(copy: nn.Module, batch: Any) -> Tensor:
+        return read_loss(copy.training_step(batch, *positional))  # type: ignore[operator]
+
+    return step_loss
+
+
+def _step_arguments(module: LightningModule) -> tuple[int, ...]:
+    """What follows the batch: nothing, or ``batch_idx`` = 0 (a constant: L(w) must not depend on the batch's number)."""
+    parameters = list(inspect.signature(_unwrapped_step(module)).parameters.values())
+    if any(parameter.name == "dataloader_iter" for parameter in parameters):
+        raise ValueError(
+            f"{type(module).__name__}.training_step takes dataloader_iter: it draws its own batches, so the loss of a "
+            "given batch is not defined. Give loss_fn(module, batch) -> loss, or write training_step(batch, batch_idx)."
+        )
+    by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    takes_index = len(by_position) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    return (0,) if takes_index else ()
+
+
+def _unwrapped_step(module: LightningModule) -> Callable[..., Any]:
+    context = getattr(module, "_compiler_ctx", None)
+    return context["original_training_step"] if context else module.training_step
+
+
+def _user_loss(loss_fn: LossFn) -> LossFn:
+    def loss(copy: nn.Module, batch: Any) -> Tensor:
+        return read_loss(loss_fn(copy, batch))
+
+    return loss
+
+
+def read_loss(output: Any) -> Tensor:
+    """The scalar loss in what a step returned: a tensor, or a mapping with ``"loss"``.
+
+    Raises:
+        NoLossError: for None, which Lightning reads as "skip this batch".
+        TypeError: for anything that holds no tensor loss.
+    """
+    if isinstance(output, Mapping):
+        output = output.get("loss")
+    if output is None:
+        raise NoLossError("the step returned no loss")
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the loss must be a tensor (or a mapping with 'loss'), got {type(output).__name__}.")
+    return output if output.ndim == 0 else output.mean()
+
+
+def mute(shadow: nn.Module) -> None:
+    """Silence a private copy: nothing it logs or counts may reach the run, or cost time."""
+    for module in shadow.modules():
+        if isinstance(module, LightningModule):
+            for name in ("log", "log_dict", "print", "toggle_optimizer", "untoggle_optimizer"):
+                module.__dict__[name] = _nothing
+
+
+def stub_metrics(shadow: nn.Module) -> bool:
+    """Replace the torchmetrics of a private copy by constants: their state would grow with every step of a chain.
+
+    Returns:
+        Whether there was any metric to replace.
+    """
+    found = False
+    for module in shadow.modules():
+        if isinstance(module, (Metric, MetricCollection)):
+            found = True
+            value: Any = _zeros(module)
+            module.__dict__["forward"] = lambda *_, _value=value, **__: _value
+            module.__dict__["compute"] = lambda *_, _value=value, **__: _value
+            module.__dict__["update"] = _nothing
+            module.__dict__["reset"] = _nothing
+    return found
+
+
+def unstub_metrics(shadow: nn.Module) -> None:
+    """Undo :func:`stub_metrics`, for a module whose loss is itself a metric."""
+    for module in shadow.modules():
+        if isinstance(module, (Metric, MetricCollection)):
+            for name in ("forward", "compute", "update", "reset"):
+                module.__dict__.pop(name, None)
+            if isinstance(module, Metric):
+                cls = type(module)
+                module.__dict__["update"] = module._wrap_update(cls.update.__get__(module))
+                module.__dict__["compute"] = module._wrap_compute(cls.compute.__get__(module))
+
+
+def _zeros(metric: nn.Module) -> Any:
+    if isinstance(metric, MetricCollection):
+        return {name: torch.zeros(()) for name in metric.keys()}  # noqa: SIM118 - a ModuleDict's keys carry the prefix
+    return torch.zeros(())
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+class ReadThroughTrainer:
+    """What a private copy sees as ``self.trainer``: the trainer's attributes, without a way to change or log anything.
+
+    Args:
+        trainer: the live trainer, or None outside one.
+    """
+
+    def __init__(self, trainer: Any = None) -> None:
+        self.__dict__["_live"] = trainer
+        self.__dict__["_local"] = {"logger": _SILENT_LOGGER, "loggers": []}
+
+    def __getattr__(self, name: str) -> Any:
+        local = self.__dict__["_local"]
+        if name in local:
+            return local[name]
+        live = self.__dict__["_live"]
+        if live is None:
+            if name in _OUTSIDE:
+                return _OUTSIDE[name]
+            raise AttributeError(
+                f"training_step reads trainer.{name}, and there is no trainer here: give loss_fn(module, batch) -> loss."
+            )
+        return getattr(live, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__["_local"][name] = value
+
+
+class _SilentLogger:
+    """Takes every call and attribute, like Lightning's DummyLogger, and does nothing."""
+
+    def __getattr__(self, name: str) -> _SilentLogger:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *_: Any, **__: Any) -> _SilentLogger:
+        return self
+
+    def __getitem__(self, _: Any) -> _SilentLogger:
+        return self
+
+    def __setitem__(self, *_: Any) -> None:
+        pass
+
+
+_SILENT_LOGGER = _SilentLogger()
+_OUTSIDE: dict[str, Any] = {
+    "global_step": 0,
+    "current_epoch": 0,
+    "max_epochs": None,
+    "max_steps": -1,
+    "world_size": 1,
+    "global_rank": 0,
+    "local_rank": 0,
+    "is_global_zero": True,
+    "num_training_batches": 1,
+    "accumulate_grad_batches": 1,
+    "training": True,
+    "sanity_checking": False,
+    "callback_metrics": {},
+    "logged_metrics": {},
+    "optimizers": [],
+    "strategy": SimpleNamespace(root_device=torch.device("cpu")),
+}
+
+
+def attach_trainer(shadow: nn.Module, trainer: Any = None) -> None:
+    """Give every LightningModule in a private copy a :class:`ReadThroughTrainer` in place of its trainer."""
+    view = ReadThroughTrainer(trainer)
+    for module in shadow.modules():
+        if isinstance(module, LightningModule):
+            module._trainer = view  # type: ignore[assignment]
+            module._fabric = None
