@@ -1,5 +1,6 @@
 """Structure of a model, visible while it trains: Lightning callbacks that run SGLD chains from the current weights."""
 
+from lightning_slt.callbacks import SLTMonitor
 from lightning_slt.estimate import estimate_llc
 from lightning_slt.measures import LearningCoefficient
 from lightning_slt.record import Estimate
@@ -7,4 +8,4 @@ from lightning_slt.sampling.samplers import SGLD
 
 __version__ = "0.1.0"
 
-__all__ = ["SGLD", "Estimate", "LearningCoefficient", "estimate_llc"]
+__all__ = ["SGLD", "Estimate", "LearningCoefficient", "SLTMonitor", "estimate_llc"]

@@ -16,7 +16,7 @@ from lightning_slt.functional.learning_coefficient import summarise
 from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import MinibatchSource, source_of
-from lightning_slt.sampling.calibration import calibrate, heat_share, virial_ratio
+from lightning_slt.sampling.calibration import MAX_STEPS_BW_DRAWS, Budget, Drawn, draw, heat_share, virial_ratio
 from lightning_slt.sampling.chains import STATS_EVERY, Chains, Progress, Segment, open_window
 from lightning_slt.sampling.collective import Alone, Collective
 from lightning_slt.sampling.objective import Objective
@@ -55,22 +55,39 @@ class ChainSettings:
     localization: Optional[float] = None
     seed: int = 0
     method: str = "auto"
-    max_burnin_steps: Optional[int] = None
+    tolerance: float = 0.03
+    max_steps_bw_draws: int = MAX_STEPS_BW_DRAWS
+    start_lr: Optional[float] = None
+    """A step size to start the calibration at: that of the last firing."""
 
     def __post_init__(self) -> None:
         for name, least in (("num_chains", 1), ("num_draws", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}.")
-        for name, least in (("num_burnin_steps", 0), ("num_steps_bw_draws", 1), ("max_burnin_steps", 0)):
+        for name, least in (("num_burnin_steps", 0), ("num_steps_bw_draws", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}: must be at least {least}, or None to have it chosen.")
         if self.nbeta is not None and not (math.isfinite(self.nbeta) and self.nbeta > 0):
             raise ValueError(f"nbeta={self.nbeta}: must be positive; leave it None for n / log n.")
         if self.localization is not None and not (math.isfinite(self.localization) and self.localization >= 0):
-            raise ValueError(f"localization={self.localization}: must not be negative; leave it None to have it chosen.")
+            raise ValueError(
+                f"localization={self.localization}: must not be negative; leave it None to have it chosen."
+            )
         if self.method not in ("auto", "sequential", "batched"):
             raise ValueError(f"method={self.method!r}: must be 'auto', 'sequential' or 'batched'.")
+
+    def budget(self) -> Budget:
+        """What the chains may cost, for the calibration."""
+        return Budget(
+            self.num_draws,
+            self.num_burnin_steps,
+            self.num_steps_bw_draws,
+            self.sampler.lr if self.sampler is not None else None,
+            self.start_lr,
+            self.tolerance,
+            self.max_steps_bw_draws,
+        )
 
 
 def default_localization(anchor: Tensor) -> float:
@@ -136,20 +153,8 @@ def measure_llc(
             settings.method,
             progress,
         )
-        plan = calibrate(
-            chains,
-            settings.seed,
-            settings.num_draws,
-            sampler.lr,
-            settings.num_burnin_steps,
-            settings.num_steps_bw_draws,
-            settings.max_burnin_steps,
-        )
-        segment = chains.advance(settings.num_draws * plan.num_steps_bw_draws, plan.lr)
-    return _read(segment, chains, plan.lr, plan.num_burnin_steps, plan.num_steps_bw_draws, settings).replace(
-        seconds=time.perf_counter() - start,
-        extra={"method_" + chains.method: 1.0},
-    )
+        drawn = draw(chains, settings.seed, settings.budget())
+    return _read(drawn, chains, settings).replace(seconds=time.perf_counter() - start)
 
 
 def _finite_start(objective: Objective, source: MinibatchSource) -> float:
@@ -159,9 +164,9 @@ def _finite_start(objective: Objective, source: MinibatchSource) -> float:
     return loss
 
 
-def _read(
-    segment: Segment, chains: Chains, lr: float, burnin: int, between: int, settings: ChainSettings
-) -> Estimate:
+def _read(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
+    """What the draws say."""
+    segment, lr, between = drawn.segment, drawn.lr, drawn.num_steps_bw_draws
     posterior, d = chains.posterior, len(chains.objective.anchor)
     raw = posterior.nbeta * segment.difference
     trace = raw.reshape(len(raw), settings.num_draws, between).mean(dim=2)
@@ -197,11 +202,12 @@ def _read(
         num_bad_chains=int((~summary.good).sum()),
         num_chains=settings.num_chains,
         num_draws=settings.num_draws,
-        num_burnin_steps=burnin,
+        num_burnin_steps=drawn.num_burnin_steps,
         num_steps_bw_draws=between,
         batch_size=chains.source.batch_size,
         seed=settings.seed,
         method=chains.method,
+        method_reason=chains.reason,
     )
 
 

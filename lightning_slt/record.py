@@ -17,7 +17,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -67,6 +67,7 @@ class Estimate:
         batch_size: Samples in a minibatch.
         seed: Seed of the chains.
         method: How the chains were computed: ``"sequential"`` or ``"batched"``.
+        method_reason: Why so.
         step: Optimiser steps done when the weights were taken (None outside a trainer).
         epoch: Epoch at that moment.
         x: The logger's own step at that moment, the x-axis of the loss curve.
@@ -103,13 +104,13 @@ class Estimate:
     batch_size: int = 0
     seed: int = 0
     method: str = "sequential"
+    method_reason: str = ""
     step: Optional[int] = None
     epoch: Optional[int] = None
     x: Optional[int] = None
     seconds: float = math.nan
     overhead: float = math.nan
     component: str = ""
-    extra: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -131,8 +132,6 @@ class Estimate:
                 value = [float(v) for v in value]
             elif isinstance(value, tuple):
                 value = list(value)
-            elif isinstance(value, Mapping):
-                value = {str(k): float(v) for k, v in value.items()}
             out[f.name] = value
         return out
 
@@ -149,7 +148,6 @@ class Estimate:
             [math.nan if v is None else v for v in values["per_chain"]], dtype=torch.float64
         )
         values["reasons"] = tuple(values.get("reasons", ()))
-        values["extra"] = dict(values.get("extra", {}))
         if "trace" not in values:
             values["trace"] = torch.empty(len(values["per_chain"]), 0)
         for f in dataclasses.fields(cls):
@@ -216,8 +214,10 @@ class RunRecord:
             per_chain=estimate.per_chain.numpy(force=True),
         )
         line = json.dumps(_finite_or_none(estimate.scalars()), allow_nan=False)
+        # a crash may have cut the last line off: it must not swallow this one
+        cut_off = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(("\n" if cut_off and self.path.stat().st_size else "") + line + "\n")
             file.flush()
             os.fsync(file.fileno())
 

@@ -90,7 +90,7 @@ def summarise(trace: Tensor, diverged: Tensor | None = None) -> Summary:
     tolerance = max(MAX_RELATIVE_ERROR * abs(mean), MAX_RELATIVE_ERROR)
     if r > MAX_RHAT and se > tolerance / 2:
         reasons.append(f"chains have not mixed: R-hat {r:.2f} > {MAX_RHAT}, error {se:.2g}")
-    drift, drift_se = _drift(kept)
+    drift, drift_se = half_change(kept)
     if abs(drift) > 3 * drift_se and abs(drift) > tolerance:
         reasons.append(f"chains drift: second half minus first half is {drift:+.2g} ± {drift_se:.1g}")
     if mean + 2 * (se if math.isfinite(se) else 0.0) < 0:
@@ -98,8 +98,12 @@ def summarise(trace: Tensor, diverged: Tensor | None = None) -> Summary:
     return Summary(mean, se, per_chain, r, ess, good, tuple(reasons))
 
 
-def _drift(trace: Tensor) -> tuple[float, float]:
-    """Second half minus first half, and its standard error between chains (within, for a single chain)."""
+def half_change(trace: Tensor) -> tuple[float, float]:
+    """Second half minus first half, and its standard error between chains (within, for a single chain).
+
+    Args:
+        trace: ``[num_chains, num_draws]``, finite.
+    """
     half = trace.shape[1] // 2
     if half < 2:
         return 0.0, math.inf

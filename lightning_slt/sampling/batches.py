@@ -11,9 +11,12 @@ from __future__ import annotations
 import itertools
 import math
 import multiprocessing
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -45,6 +48,11 @@ class Window:
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    def forget(self) -> None:
+        """Drop what belongs to the weights under study; the batches stay."""
+        self.anchor_loss.clear()
+        self.without_loss.clear()
 
     def __getitem__(self, index: int) -> Any:
         return self.batches[index]
@@ -102,6 +110,11 @@ class MinibatchSource:
         """The ``index``-th window; the same for the same seed, on every rank."""
         raise NotImplementedError
 
+    def forget(self) -> None:
+        """The weights under study have changed: what is known of the losses at ``w*`` no longer holds."""
+        if self.resident:
+            self.window(0).forget()
+
 
 class DatasetSource(MinibatchSource):
     """Minibatches of a map-style dataset, uniform over its samples.
@@ -115,6 +128,8 @@ class DatasetSource(MinibatchSource):
         seed: order of the samples.
         num_workers: processes that read the data; None reads a dataset that is known to be plain tensors here, and any
             other in one forked process, so that a dataset with random numbers or counters of its own is not moved on.
+        max_bytes: how much of the data may be held at once.
+        worker_init_fn: as in a DataLoader, for those processes.
 
     Raises:
         ValueError: for an empty dataset or a batch size below 1.
@@ -130,8 +145,10 @@ class DatasetSource(MinibatchSource):
         seed: int = 0,
         num_workers: Optional[int] = None,
         max_bytes: int = MAX_RESIDENT_BYTES,
+        worker_init_fn: Optional[Callable[[int], None]] = None,
     ) -> None:
         self.dataset = dataset
+        self._worker_init_fn = worker_init_fn
         self.indices = indices
         n = len(indices) if indices is not None else len(dataset)  # type: ignore[arg-type]
         if n == 0:
@@ -199,8 +216,10 @@ class DatasetSource(MinibatchSource):
             num_workers=workers,
             generator=generator(self._seed, LOADER),
             multiprocessing_context="fork" if workers and _can_fork() else None,
+            worker_init_fn=self._worker_init_fn if workers else None,
         )
-        return [self._transfer(batch) for batch in loader]
+        with preserve_generators(self.dataset):
+            return [self._transfer(batch) for batch in loader]
 
 
 class ReplaySource(MinibatchSource):
@@ -313,9 +332,35 @@ def is_plain_data(dataset: Any) -> bool:
 
 
 def _can_fork() -> bool:
-    return "fork" in multiprocessing.get_all_start_methods() and not (
-        torch.cuda.is_available() and torch.cuda.is_initialized()
-    )
+    return "fork" in multiprocessing.get_all_start_methods()
+
+
+@contextmanager
+def preserve_generators(dataset: Any) -> Iterator[None]:
+    """Put back the random generators that a dataset holds as attributes, its own and those of datasets inside it."""
+    restore: list[Callable[[], object]] = []
+    stack, seen = [dataset], set()
+    while stack:
+        item = stack.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Generator):
+            restore.append(lambda g=item, s=item.get_state(): g.set_state(s))
+        elif isinstance(item, random.Random):
+            restore.append(lambda g=item, s=item.getstate(): g.setstate(s))
+        elif isinstance(item, np.random.Generator):
+            restore.append(lambda g=item.bit_generator, s=item.bit_generator.state: setattr(g, "state", s))
+        elif isinstance(item, np.random.RandomState):
+            restore.append(lambda g=item, s=item.get_state(): g.set_state(s))
+        elif isinstance(item, Dataset):
+            stack += list(vars(item).values())
+            stack += list(getattr(item, "datasets", []))
+    try:
+        yield
+    finally:
+        for put_back in restore:
+            put_back()
 
 
 def _epoch_order(n: int, seed: int, epoch: int) -> list[int]:

@@ -11,12 +11,13 @@ posterior precision A, the closed form of the discretised Gaussian. The share of
     ``heat = (eps/4) E[nbeta grad . G] / E[nbeta grad . (w - w*)]``
 
 is dimensionless, costs three dot products every few steps, and counts discretisation and minibatch noise together. The
-step is set so that it is :data:`HEAT`, and the estimate is corrected by the factor ``1 - heat``: exact for a regular
+step is set so that the heat is about :data:`HEAT` of the LLC, and the estimate is corrected by the factor ``1 - heat``: exact for a regular
 model, first order for any other.
 
-**Burn-in.** Rounds of doubling length until the last one is flat: no drift between its halves beyond the error, and an
-error small enough to have seen one. **Length.** As many steps as the burn-in took, spread over the draws: chains that
-were slow to arrive are slow to turn round.
+**Burn-in and length.** Once the step is found it is frozen, and the chains run in rounds of doubling length. All rounds
+but the last are burn-in; the last is the draws. It is the last when it is flat (no drift between its halves beyond the
+error), its error is within the tolerance, and the step was right; or when the budget is used, which the verdict on the
+estimate then says.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_slt.functional.convergence import standard_error
+from lightning_slt.functional.learning_coefficient import half_change
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.sampling.batches import Window
 from lightning_slt.sampling.chains import Chains, Segment
@@ -36,22 +39,56 @@ from lightning_slt.sampling.rng import PROBE, generator
 
 HEAT = 0.06
 """Share of the estimate that the finite step may add before it is taken off."""
+SMALL_LLC = 0.4
+"""Below this the heat is held against a constant: an LLC near zero would ask for a step of nothing."""
 FIRST_ROUNDS = (25, 25, 50, 50, 50)
 """Steps of the rounds in which the step size is found."""
-MAX_BURNIN_PER_DRAW = 10
-"""Burn-in steps at the most, in draws."""
+LATER_ROUNDS = (25, 50)
+"""The same where the last firing's step size is at hand."""
 MAX_STEPS_BW_DRAWS = 16
-RELATIVE_TOLERANCE = 0.05
-"""Drift that is small enough to stop the burn-in at, as a share of the LLC; and as an LLC, where that is small."""
+"""Longest last round, in steps a draw."""
+FLAT = 0.05
+"""Drift within the last round that is tolerated, as a share of the LLC (of 0.4, where the LLC is below)."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the chains do: found by :func:`calibrate`, or given by the user."""
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """The draws, and how they came about.
 
+    Attributes:
+        segment: ``num_draws * num_steps_bw_draws`` steps of every chain.
+        lr: the step size they were made with.
+        num_burnin_steps: steps before them.
+        num_steps_bw_draws: steps a draw.
+    """
+
+    segment: Segment
     lr: float
     num_burnin_steps: int
     num_steps_bw_draws: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How good an estimate has to be, and what it may cost; what is None is chosen.
+
+    Attributes:
+        num_draws: draws of each chain.
+        num_burnin_steps: given, the burn-in is this long once the step size is known.
+        num_steps_bw_draws: given, the draws are this many steps apart.
+        lr: given, the step size is not looked for.
+        start_lr: a step size that was right a moment ago, to start the search at.
+        tolerance: standard error to reach, as a share of the LLC (of 0.4, where the LLC is below).
+        max_steps_bw_draws: longest last round, in steps a draw; all rounds together take twice that.
+    """
+
+    num_draws: int
+    num_burnin_steps: int | None = None
+    num_steps_bw_draws: int | None = None
+    lr: float | None = None
+    start_lr: float | None = None
+    tolerance: float = 0.03
+    max_steps_bw_draws: int = MAX_STEPS_BW_DRAWS
 
 
 def heat_share(segment: Segment, lr: float, posterior: LocalPosterior, keep: Tensor | None = None) -> float:
@@ -123,54 +160,62 @@ def first_step(objective: Objective, window: Window, posterior: LocalPosterior, 
     return 0.3 / (posterior.nbeta * curvature + posterior.localization + 1e-12)
 
 
-def calibrate(
-    chains: Chains,
-    seed: int,
-    num_draws: int,
-    lr: float | None = None,
-    num_burnin_steps: int | None = None,
-    num_steps_bw_draws: int | None = None,
-    max_burnin_steps: int | None = None,
-) -> Plan:
-    """Choose what the user left open, moving the chains to where sampling can start.
+def draw(chains: Chains, seed: int, budget: Budget) -> Drawn:
+    """Find the step size, burn in, and draw.
 
     Args:
-        chains: at ``w*``; left burnt in.
+        chains: at ``w*``.
         seed: of the probe of the curvature.
-        num_draws: draws to come.
-        lr: the step size; None to find it.
-        num_burnin_steps: burn-in after the step size is known; None to go on until the trace is flat.
-        num_steps_bw_draws: None for a sampling phase as long as the burn-in.
-        max_burnin_steps: where to stop at the latest; None for ``10 * num_draws``.
+        budget: what is given, and what the rest may cost.
     """
-    posterior = chains.posterior
-    limit = max_burnin_steps if max_burnin_steps is not None else MAX_BURNIN_PER_DRAW * num_draws
-    done = 0
-    settled = lr is not None
-    step = lr if lr is not None else _agreed_first_step(chains, seed)
-    if lr is None:
-        for length in FIRST_ROUNDS:
-            segment = chains.advance(length, step)
+    step = budget.lr or budget.start_lr or _agreed_first_step(chains, seed)
+    done, settled = 0, True
+    if budget.lr is None:
+        for length in FIRST_ROUNDS if budget.start_lr is None else LATER_ROUNDS:
+            step, settled = _next_step(chains, chains.advance(length, step), step)
             done += length
-            step, settled = _next_step(chains, segment, step)
-    if num_burnin_steps is not None:
-        if num_burnin_steps:
-            chains.advance(num_burnin_steps, step)
-        done += num_burnin_steps
-        return Plan(step, done, num_steps_bw_draws or 1)
+    if budget.num_burnin_steps is not None:
+        if budget.num_burnin_steps:
+            chains.advance(budget.num_burnin_steps, step)
+        between = budget.num_steps_bw_draws or 1
+        segment = chains.advance(budget.num_draws * between, step)
+        return Drawn(segment, step, done + budget.num_burnin_steps, between)
 
-    length = 50
-    while done < limit:
-        length = min(length, limit - done)
+    between = budget.num_steps_bw_draws or 1
+    longest = budget.num_steps_bw_draws or budget.max_steps_bw_draws
+    rounds = 0
+    while True:
+        length = budget.num_draws * between
         segment = chains.advance(length, step)
-        done += length
-        if lr is None:
-            step, settled = _next_step(chains, segment, step)
-        if settled and _is_flat(segment, posterior.nbeta):
+        rounds += 1
+        next_step, settled = _next_step(chains, segment, step) if budget.lr is None else (step, True)
+        if rounds > 1 and settled and _is_good(segment, budget, chains.posterior.nbeta):
             break
-        length *= 2
-    between = num_steps_bw_draws or min(max(1, round(done / num_draws)), MAX_STEPS_BW_DRAWS)
-    return Plan(step, done, between)
+        if rounds > _rounds(longest):
+            break
+        done += length
+        step = next_step
+        # the first two rounds are of equal length: the draws are never more than half of all steps
+        between = min(2 * between, longest) if rounds > 1 else between
+    return Drawn(segment, step, done, between)
+
+
+def _rounds(longest: int) -> int:
+    return 1 + math.ceil(math.log2(longest)) if longest > 1 else 1
+
+
+def _is_good(segment: Segment, budget: Budget, nbeta: float) -> bool:
+    """Flat and precise enough, as far as this segment can tell."""
+    keep = segment.finite
+    if not bool(keep.any()):
+        return False
+    trace = nbeta * segment.difference[keep]
+    trace = trace.reshape(len(trace), budget.num_draws, -1).mean(dim=2)
+    level = max(abs(float(trace.mean())), SMALL_LLC)
+    drift, drift_error = half_change(trace)
+    if abs(drift) > max(FLAT * level, 2 * drift_error) or abs(drift) > 4 * FLAT * level:
+        return False
+    return standard_error(trace) <= budget.tolerance * level
 
 
 def _agreed_first_step(chains: Chains, seed: int) -> float:
@@ -188,23 +233,11 @@ def _next_step(chains: Chains, segment: Segment, step: float) -> tuple[float, bo
     if not bool(finite.all()):
         chains.restart()
         return step / 8, False
-    heat = heat_share(segment, step, chains.posterior)
-    if math.isnan(heat):
-        return step / 2, False
+    posterior = chains.posterior
+    force = posterior.nbeta * segment.grad_square.mean() + posterior.localization * segment.grad_dot.mean()
+    added = 0.125 * step * posterior.nbeta * float(force)
+    # against |LLC|, so that chains that run downhill from a saddle (a negative LLC) still find their step
+    level = posterior.nbeta * float(segment.difference.mean())
+    heat = max(added, 1e-12) / max(abs(level), SMALL_LLC)
     factor = min(max(HEAT / heat, 0.25), 2.0)
     return step * factor, 0.7 < HEAT / heat < 1.6
-
-
-def _is_flat(segment: Segment, nbeta: float) -> bool:
-    """No drift between the halves of a round, told with an error that would have shown one."""
-    trace = nbeta * segment.difference[segment.finite]
-    if not len(trace):
-        return False
-    half = trace.shape[1] // 2
-    first, second = trace[:, :half].mean(dim=1), trace[:, half:].mean(dim=1)
-    change = second - first
-    level = abs(float(second.mean()))
-    tolerance = max(RELATIVE_TOLERANCE * level, RELATIVE_TOLERANCE)
-    error = float(change.std() / math.sqrt(len(change))) if len(change) > 1 else 0.0
-    drift = float(change.mean())
-    return drift < tolerance + error and error < 2 * tolerance

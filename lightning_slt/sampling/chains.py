@@ -223,7 +223,9 @@ class Chains:
                 for k, stream in enumerate(streams):
                     noise[k].normal_(generator=stream)
                 update(weights, anchor, grad, noise, lr, posterior)
-        table = torch.stack([x.reshape(count) for x in losses], dim=1).double().cpu() if losses else torch.empty(count, 0)
+        table = (
+            torch.stack([x.reshape(count) for x in losses], dim=1).double().cpu() if losses else torch.empty(count, 0)
+        )
         if table.shape[1] < steps:
             missing = torch.full((count, steps - table.shape[1]), torch.nan, dtype=torch.float64)
             table = torch.cat([table.double(), missing], dim=1)

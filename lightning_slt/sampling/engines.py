@@ -88,7 +88,9 @@ class SequentialEngine(Engine):
         loss = self._objective.loss(batch)
         loss.backward()
         if self._rounds:
-            pairs = [(g, p.grad) for g, p in zip(self._grad_pieces, self._parameters, strict=True) if p.grad is not None]
+            pairs = [
+                (g, p.grad) for g, p in zip(self._grad_pieces, self._parameters, strict=True) if p.grad is not None
+            ]
             torch._foreach_copy_([g for g, _ in pairs], [g for _, g in pairs])  # type: ignore[misc]
         return loss.detach()
 

@@ -25,13 +25,15 @@ def shadow_copy(module: nn.Module) -> nn.Module:
         CopyError: where an attribute of another kind blocks the copy, or where the copy still shares a parameter.
     """
     module = getattr(module, "_orig_mod", module)
-    memo: dict[int, Any] = {}
+    # gradients are not copied: a tensor's deepcopy takes its .grad along unless the memo already answers for it
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    memo: dict[int, Any] = {id(g): None for g in grads}
     try:
-        shadow = copy.deepcopy(module, memo)
+        shadow = copy.deepcopy(module, dict(memo))
     except Exception as error:
         stand_ins = _stand_ins(module, error)
         try:
-            shadow = copy.deepcopy(module, dict(stand_ins))
+            shadow = copy.deepcopy(module, {**memo, **stand_ins})
         except Exception as again:
             raise CopyError(
                 f"{type(module).__name__} cannot be copied: {type(again).__name__}: {again}. Give loss_fn=, or define "

@@ -1,0 +1,249 @@
+"""Minibatches for chains inside a trainer: from the training data, but never from the iterator that training reads.
+
+A plain training loader is rebuilt: its dataset and collate function, an order of our own. Iterating the loader itself
+would reset persistent workers, and training would lose steps. Where the order carries meaning (a custom sampler or batch
+sampler) or cannot be had twice (an iterable dataset), batches that training has seen are cloned and replayed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+)
+
+from lightning_slt.sampling.batches import (
+    MAX_RESIDENT_BYTES,
+    DatasetSource,
+    MinibatchSource,
+    ReplaySource,
+    Window,
+    num_bytes,
+)
+from lightning_slt.sampling.rng import derive_seed
+
+REPLAYED_BATCHES = 64
+Transfer = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """One loader that can be rebuilt."""
+
+    loader: DataLoader[Any]
+    indices: Optional[Sequence[int]]
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.indices) if self.indices is not None else len(self.loader.dataset)  # type: ignore[arg-type]
+
+
+class TrainingData:
+    """What the trainer's loaders are, looked at once before training.
+
+    Args:
+        trainer: with its training loaders set up.
+        batch_size: of the chains' minibatches; None for the loader's own.
+        num_samples: n; None to take it from the data.
+        seed: order of the chains' data.
+
+    Attributes:
+        num_samples: n, or None where it is not known.
+        replays: batches that training sees must be handed to :meth:`see`.
+    """
+
+    def __init__(self, trainer: Trainer, batch_size: Optional[int], num_samples: Optional[int], seed: int) -> None:
+        self._seed = seed
+        self._batch_size = batch_size
+        loaders = trainer.train_dataloader
+        flat, self._spec = tree_flatten(loaders, is_leaf=lambda x: isinstance(x, DataLoader))
+        combined = trainer.fit_loop._combined_loader
+        self._shortest = combined is not None and combined._mode == "min_size"
+        leaves = [_rebuildable(loader, trainer) for loader in flat]
+        self._leaves = [leaf for leaf in leaves if leaf is not None]
+        self.replays = not flat or len(self._leaves) < len(flat)
+        if num_samples is None and flat:
+            sizes = [_size(loader, leaf) for loader, leaf in zip(flat, leaves, strict=True)]
+            known = [size for size in sizes if size is not None]
+            if len(known) == len(sizes):
+                num_samples = min(known) if self._shortest else max(known)
+        self.num_samples = num_samples
+        self._seen: list[Any] = []
+        self._seen_bytes = 0
+        self._count = 0
+        self._order = random.Random(derive_seed(seed, 1))
+
+    def see(self, batch: Any) -> None:
+        """Clone a batch that training is about to use (on its device, hooks applied): a uniform sample of those seen."""
+        self._count += 1
+        if self._seen and len(self._seen) >= min(
+            REPLAYED_BATCHES, max(1, MAX_RESIDENT_BYTES // max(1, self._seen_bytes // len(self._seen)))
+        ):
+            place = self._order.randrange(self._count)
+            if place < len(self._seen):
+                self._seen[place] = _clone(batch)
+            return
+        self._seen.append(_clone(batch))
+        self._seen_bytes += num_bytes(batch)
+
+    def source(self, transfer: Transfer) -> MinibatchSource:
+        """The chains' minibatches.
+
+        Args:
+            transfer: what the trainer does to a collated batch before its step.
+
+        Raises:
+            ValueError: where there is no data (yet).
+        """
+        if self.replays:
+            leaf = (
+                next((x for x in tree_flatten(self._seen[0])[0] if isinstance(x, Tensor) and x.ndim), None)
+                if (self._seen)
+                else None
+            )
+            return ReplaySource(self._seen, self.num_samples, len(leaf) if leaf is not None else 1)
+        single = len(self._leaves) == 1 and self._spec.num_leaves == 1 and self._spec.num_nodes == 1
+        parts = [
+            DatasetSource(
+                leaf.loader.dataset,
+                self._batch_size or leaf.loader.batch_size or 1,
+                leaf.loader.collate_fn,
+                leaf.indices,
+                transfer if single else _unchanged,
+                derive_seed(self._seed, number),
+                leaf.loader.num_workers if leaf.loader.num_workers > 1 else None,
+                MAX_RESIDENT_BYTES // len(self._leaves),
+                leaf.loader.worker_init_fn,
+            )
+            for number, leaf in enumerate(self._leaves)
+        ]
+        if single:
+            return parts[0]
+        return _Combined(parts, self._spec, self.num_samples, self._shortest, transfer)
+
+
+class _Combined(MinibatchSource):
+    """Several loaders side by side, the structure of the batch kept (a dict of loaders gives a dict of batches)."""
+
+    def __init__(
+        self, parts: list[DatasetSource], spec: Any, num_samples: Optional[int], shortest: bool, transfer: Transfer
+    ) -> None:
+        self._parts, self._spec, self._shortest, self._transfer = parts, spec, shortest, transfer
+        self.num_samples = num_samples
+        self.batch_size = sum(part.batch_size for part in parts)
+        self.resident = all(part.resident for part in parts)
+        self._kept: tuple[int, Window] | None = None
+
+    def window(self, index: int) -> Window:
+        if self._kept is not None and (self.resident or self._kept[0] == index):
+            return self._kept[1]
+        windows = [part.window(index) for part in self._parts]
+        count = (min if self._shortest else max)(len(w) for w in windows)
+        batches = [self._transfer(tree_unflatten([w[i % len(w)] for w in windows], self._spec)) for i in range(count)]
+        self._kept = index, Window(batches)
+        return self._kept[1]
+
+
+def _rebuildable(loader: Any, trainer: Trainer) -> Optional[_Leaf]:
+    """The loader as a leaf, or None where its batches must be replayed."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+        return None
+    if type(loader.batch_sampler) is not BatchSampler or not hasattr(loader.dataset, "__len__"):
+        return None
+    sampler = loader.sampler
+    if isinstance(sampler, SubsetRandomSampler):
+        return _Leaf(loader, list(sampler.indices))
+    if not isinstance(sampler, (RandomSampler, SequentialSampler, DistributedSampler)):
+        return None
+    in_order = isinstance(sampler, SequentialSampler) or (
+        isinstance(sampler, DistributedSampler) and not sampler.shuffle
+    )
+    total = len(loader.dataset)  # type: ignore[arg-type]
+    batches = trainer.num_training_batches
+    if in_order and batches != float("inf"):
+        # overfit_batches and limit_train_batches without shuffling: only the front of the data is ever trained on
+        world = sampler.num_replicas if isinstance(sampler, DistributedSampler) else 1
+        used = int(batches) * loader.batch_size * world
+        if used < total - loader.batch_size * world:
+            return _Leaf(loader, range(used))
+        if trainer.overfit_batches and used < total:
+            return _Leaf(loader, range(used))
+    return _Leaf(loader, None)
+
+
+def _size(loader: Any, leaf: Optional[_Leaf]) -> Optional[int]:
+    if leaf is not None:
+        return leaf.num_samples
+    try:
+        return len(loader.dataset)
+    except (AttributeError, TypeError, NotImplementedError):
+        return None
+
+
+def _clone(batch: Any) -> Any:
+    return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, batch)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def training_transfer(trainer: Trainer, module: LightningModule) -> Transfer:
+    """What the trainer does between collating a batch and its step, each once, with the hooks of the private copy.
+
+    Args:
+        trainer: gives the precision plugin, the device, and the DataModule whose hooks go before the module's.
+        module: the private copy.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+
+    def hook(name: str) -> Callable[..., Any]:
+        if datamodule is not None and is_overridden(name, datamodule):
+            return getattr(datamodule, name)
+        return getattr(module, name)
+
+    device: torch.device = trainer.strategy.root_device
+
+    def transfer(batch: Any) -> Any:
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = hook("on_before_batch_transfer")(batch, 0)
+        batch = hook("transfer_batch_to_device")(batch, device, 0)
+        return hook("on_after_batch_transfer")(batch, 0)
+
+    return transfer
+
+
+def check_num_samples(num_samples: Optional[int], nbeta: Optional[float]) -> None:
+    """Refuse, before training, data from which nbeta cannot be derived.
+
+    Raises:
+        MisconfigurationException: naming ``num_samples`` and ``nbeta``.
+    """
+    if nbeta is not None:
+        return
+    if num_samples is None:
+        raise MisconfigurationException(
+            "SLTMonitor: the training data has no length (an IterableDataset without __len__?), so n is not known and "
+            "nbeta = n / log n cannot be derived. Give SLTMonitor(num_samples=...) or SLTMonitor(nbeta=...)."
+        )
+    if num_samples < 2:
+        raise MisconfigurationException(
+            f"SLTMonitor: the training data has num_samples={num_samples}; nbeta = n / log n needs at least 2. Give more "
+            "data, or set SLTMonitor(nbeta=...)."
+        )

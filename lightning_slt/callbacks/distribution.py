@@ -1,0 +1,78 @@
+"""Ranks that share a firing: which strategies are supported, and how ranks agree and hand each other results."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Optional, TypeVar
+
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_slt.sampling.collective import Alone, Collective
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for another in a firing; a slow rank is waited for, a dead one ends the run as DDP would."""
+
+
+class RankFailedError(RuntimeError):
+    """Another rank failed in its share of the chains; this firing is skipped on all of them."""
+
+
+class Ranks:
+    """The ranks of a data-parallel run, with a process group of their own on the CPU.
+
+    A group of its own keeps the chains' messages out of the way of those of training (Lightning broadcasts a signal on
+    the default group with every batch). It must be made on every rank at the same moment: in ``setup``.
+    """
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+    def exchange(self, work: Callable[[], T]) -> list[T]:
+        """See :class:`~lightning_slt.sampling.collective.Collective`."""
+        error: Optional[Exception] = None
+        mine: Any = None
+        try:
+            mine = work()
+        except Exception as raised:
+            error = raised
+        told = None if error is None else f"{type(error).__name__}: {error}"
+        answers: list[Any] = [None] * self.world_size
+        dist.all_gather_object(answers, (told, mine), group=self._group)
+        if error is not None:
+            raise error
+        failed = [(rank, what) for rank, (what, _) in enumerate(answers) if what is not None]
+        if failed:
+            raise RankFailedError("; ".join(f"rank {rank} failed: {what}" for rank, what in failed))
+        return [value for _, value in answers]
+
+
+def make_collective(trainer: Trainer) -> Collective:
+    """The collective of this run; called on every rank in ``setup``."""
+    if trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
+        return Ranks()
+    return Alone()
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Refuse, before training, a strategy under which chains could not run.
+
+    Raises:
+        MisconfigurationException: for sharded and engine-owned strategies, naming what can be done.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        return
+    raise MisconfigurationException(
+        f"SLTMonitor does not support {type(strategy).__name__}: it needs whole weights on each device, as under a "
+        "single device or DDP. Train with strategy='ddp', or measure stored checkpoints with estimate_llc(...)."
+    )

@@ -1,0 +1,458 @@
+"""SLTMonitor: the learning coefficient of the model that is being trained, with training left as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from lightning_slt.callbacks.data import TrainingData, check_num_samples, training_transfer
+from lightning_slt.callbacks.distribution import check_strategy, make_collective
+from lightning_slt.callbacks.progress import FiringProgress
+from lightning_slt.callbacks.schedule import Schedule
+from lightning_slt.estimate import ChainSettings, default_localization, measure_llc
+from lightning_slt.publish import RunPublisher
+from lightning_slt.record import Estimate, RunRecord
+from lightning_slt.sampling.batches import MinibatchSource
+from lightning_slt.sampling.collective import Alone, Collective
+from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.restriction import select_parameters
+from lightning_slt.sampling.rng import preserve_rng
+from lightning_slt.sampling.samplers import SGLD
+from lightning_slt.sampling.steps import LossFn, loss_function
+
+log = logging.getLogger(__name__)
+
+
+class SLTMonitor(Callback):
+    """Measures the local learning coefficient while a model trains, and logs it with its error.
+
+    At each firing SGLD chains start from the current weights, on a private copy of the module, with minibatches of
+    their own; training goes on bit for bit as it would have without. The loss is the module's own ``training_step``.
+
+    Args:
+        every_n_train_steps: measure at every n-th batch that stepped an optimiser.
+        every_n_epochs: measure at the end of every n-th training epoch.
+        at_steps: measure at these steps; 0 is before training.
+        log_spaced: measure this often over the run, log-spaced. With none of these four given: 20.
+        sampler: None for SGLD with a calibrated step; ``SGLD(lr=...)`` fixes the step.
+        num_chains: chains of a firing, over all ranks together.
+        num_draws: draws of each chain.
+        num_burnin_steps: None to burn in until the trace is flat.
+        num_steps_bw_draws: steps a draw; None for as many as the error asks, 4 at the most.
+        batch_size: of the chains' minibatches; None for that of the training loader.
+        nbeta: None for ``n / log n``.
+        localization: gamma; None for ``d / |w*|²`` within [1, 100] at the first firing, and kept.
+        loss_fn: ``loss_fn(module, batch)`` -> scalar or ``[batch]``; needed for manual optimisation.
+        restrict: which weights move: glob patterns over parameter names, submodule names, submodules.
+        on_failure: what to do when a firing fails: ``"warn"`` and train on, or ``"raise"``.
+        seed: of the chains; the same at every firing, so that the errors of neighbouring points cancel.
+        num_samples: n, where the data cannot tell.
+        name: key prefix and folder of this monitor (``slt_<name>``); several monitors are numbered without it.
+        dirpath: folder of the local record; None for ``<logger's run folder>/slt``.
+        method: ``"auto"``, ``"sequential"`` or ``"batched"``, see :func:`~lightning_slt.estimate_llc`.
+
+    Raises:
+        ValueError: for an argument out of range.
+        MisconfigurationException: before training starts, where the module, data or strategy cannot be measured.
+
+    Attributes:
+        estimates: what was measured so far, oldest first.
+        folder: where the local record is, None where no files are written.
+
+    Example:
+        >>> monitor = SLTMonitor(every_n_train_steps=500)
+        >>> monitor.estimates
+        []
+    """
+
+    def __init__(
+        self,
+        every_n_train_steps: Optional[int] = None,
+        every_n_epochs: Optional[int] = None,
+        at_steps: Optional[Sequence[int]] = None,
+        log_spaced: Optional[int] = None,
+        sampler: Optional[SGLD] = None,
+        num_chains: int = 4,
+        num_draws: int = 100,
+        num_burnin_steps: Optional[int] = None,
+        num_steps_bw_draws: Optional[int] = None,
+        batch_size: Optional[int] = None,
+        nbeta: Optional[float] = None,
+        localization: Optional[float] = None,
+        loss_fn: Optional[LossFn] = None,
+        restrict: Optional[Union[str, list[str], nn.Module, list[nn.Module]]] = None,
+        on_failure: str = "warn",
+        seed: int = 0,
+        num_samples: Optional[int] = None,
+        name: Optional[str] = None,
+        dirpath: Optional[str] = None,
+        method: str = "auto",
+    ) -> None:
+        self._schedule = Schedule.build(every_n_train_steps, every_n_epochs, at_steps, log_spaced)
+        self._settings = ChainSettings(
+            sampler=_as_sampler(sampler),
+            num_chains=num_chains,
+            num_draws=num_draws,
+            num_burnin_steps=num_burnin_steps,
+            num_steps_bw_draws=num_steps_bw_draws,
+            nbeta=nbeta,
+            localization=localization,
+            seed=seed,
+            method=method,
+            tolerance=0.05,
+            max_steps_bw_draws=4,
+        )
+        if on_failure not in ("warn", "raise"):
+            raise ValueError(f"on_failure={on_failure!r}: must be 'warn' or 'raise'.")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: must be at least 1, or None for that of the training loader.")
+        if num_samples is not None and num_samples < 2:
+            raise ValueError(f"num_samples={num_samples}: must be at least 2, or None to take it from the data.")
+        if name is not None and not re.fullmatch(r"[a-z0-9_]+", name):
+            raise ValueError(f"name={name!r}: only lower-case letters, digits and underscores (it becomes a log key).")
+        self._loss_fn = loss_fn
+        self._restrict = _plain(restrict)
+        self._batch_size = batch_size
+        self._num_samples = num_samples
+        self._on_failure = on_failure
+        self._name = name
+        self._dirpath = dirpath
+        self.estimates: list[Estimate] = []
+        self.folder: Optional[Path] = None
+        self._prefix = f"slt_{name}" if name else "slt"
+        self._localization = localization
+        self._step_size: Optional[float] = None
+        self._last_step = 0
+        self._seconds = 0.0
+        self._run_seconds = 0.0
+        self._start: Optional[float] = None
+        self._collective: Collective = Alone()
+        self._data: Optional[TrainingData] = None
+        self._source: Optional[MinibatchSource] = None
+        self._hook_owner: Optional[nn.Module] = None
+        self._publisher: Optional[RunPublisher] = None
+        self._explicit: tuple[int, ...] = ()
+        self._said_method = False
+        self._done_fast_run = False
+
+    # --- before training ------------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """Differs between monitors that measure at other moments or other weights, so that each keeps its history."""
+        restrict = self._restrict
+        if restrict is not None and not isinstance(restrict, str):
+            restrict = [r if isinstance(r, str) else type(r).__name__ for r in _listed(restrict)]
+        return self._generate_state_key(
+            name=self._name, schedule=repr(self._schedule), restrict=restrict, seed=self._settings.seed
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        check_strategy(trainer)
+        try:
+            loss_function(pl_module, self._loss_fn)
+            if next(pl_module.parameters(), None) is not None or self._restrict is not None:
+                select_parameters(pl_module, self._restrict)
+        except ValueError as error:
+            raise MisconfigurationException(f"SLTMonitor: {error}") from error
+        self._collective = make_collective(trainer)
+        if self._name is None:
+            unnamed = [c for c in trainer.callbacks if isinstance(c, SLTMonitor) and c._name is None]  # type: ignore[attr-defined]
+            number = unnamed.index(self) + 1 if self in unnamed else 1
+            self._prefix = "slt" if number == 1 else f"slt_{number}"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._data = TrainingData(trainer, self._batch_size, self._num_samples, self._settings.seed)
+        self._source = None
+        check_num_samples(self._data.num_samples, self._settings.nbeta)
+        total = trainer.estimated_stepping_batches
+        self._explicit = self._schedule.explicit_steps(None if total in (-1, float("inf")) else int(total))
+        self._start = time.monotonic() - self._run_seconds
+        self._done_fast_run = False
+        before = trainer.fit_loop.epoch_loop._batches_that_stepped
+        self._last_step = max(self._last_step, before)
+        self._open_publisher(trainer)
+        trainer.callback_metrics.setdefault(f"{self._prefix}/diag/valid", torch.tensor(0.0))
+        if before == 0 and not self.estimates and 0 in self._explicit and not trainer.fast_dev_run:
+            self._fire(trainer, pl_module, step=0, x=0)
+
+    def _open_publisher(self, trainer: Trainer) -> None:
+        """The folder and the loggers of this run; none of either under ``fast_dev_run``."""
+        if trainer.fast_dev_run:
+            self._publisher = RunPublisher([], None, self._prefix)
+            return
+        folder = self._run_folder(trainer) if not getattr(trainer, "barebones", False) else None
+        resumed = bool(self.estimates)
+        if folder is not None and trainer.is_global_zero:
+            if resumed:
+                self._restore_record(RunRecord(folder))
+            else:
+                folder = _fresh(folder)
+        self.folder = folder
+        self._publisher = RunPublisher(trainer.loggers, folder, self._prefix)
+        self._publisher.start(self._config())
+
+    def _run_folder(self, trainer: Trainer) -> Path:
+        if self._dirpath is not None:
+            return Path(self._dirpath)
+        logger = trainer.loggers[0] if trainer.loggers else None
+        if logger is None or logger.version is None:
+            return Path(trainer.default_root_dir) / self._prefix
+        root = Path(logger.save_dir or trainer.default_root_dir)
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        return root / str(logger.name or "") / version / self._prefix
+
+    def _restore_record(self, record: RunRecord) -> None:
+        """The history of a resumed run, complete in its folder: what came after the checkpoint is forgotten."""
+        try:
+            record.drop_after(self._last_step)
+            known = {e.step for e in record.read(traces=False)}
+            for estimate in self.estimates:
+                if estimate.step not in known:
+                    record.append(estimate)
+        except OSError as error:
+            rank_zero_warn(f"lightning_slt could not restore its record in {record.folder}: {error}")
+
+    def _config(self) -> dict[str, Any]:
+        settings, schedule = self._settings, self._schedule
+        return {
+            "every_n_train_steps": schedule.every_n_train_steps,
+            "every_n_epochs": schedule.every_n_epochs,
+            "at_steps": list(schedule.at_steps) if schedule.at_steps is not None else None,
+            "log_spaced": schedule.log_spaced,
+            "sampler": repr(settings.sampler) if settings.sampler is not None else "SGLD, calibrated",
+            "num_chains": settings.num_chains,
+            "num_draws": settings.num_draws,
+            "num_burnin_steps": settings.num_burnin_steps,
+            "num_steps_bw_draws": settings.num_steps_bw_draws,
+            "batch_size": self._batch_size,
+            "nbeta": settings.nbeta,
+            "num_samples": self._data.num_samples if self._data else self._num_samples,
+            "localization": self._localization,
+            "restrict": [str(r) if isinstance(r, str) else type(r).__name__ for r in _listed(self._restrict)] or None,
+            "seed": settings.seed,
+        }
+
+    # --- while training -------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._data is not None and self._data.replays:
+            self._data.see(batch)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        if loop._should_accumulate():
+            return
+        # one behind here: Lightning counts the batch after this hook, and logs its metrics at the count before
+        x = loop._batches_that_stepped
+        step, last = x + 1, self._last_step
+        if step <= last:
+            return
+        self._last_step = step
+        if trainer.fast_dev_run:
+            if not self._done_fast_run:
+                self._done_fast_run = True
+                self._fire(trainer, pl_module, step, x)
+        elif self._schedule.due(last, step, self._explicit):
+            self._fire(trainer, pl_module, step, x)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run or not self._schedule.due_epoch(trainer.current_epoch + 1):
+            return
+        if self.estimates and self.estimates[-1].step == self._last_step:
+            return
+        # Lightning takes its count one back around this hook, so that epoch-end values share the last batch's x
+        self._fire(trainer, pl_module, self._last_step, trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def _fire(self, trainer: Trainer, pl_module: LightningModule, step: int, x: int) -> None:
+        """Measure now, on all ranks, and publish; a failure follows ``on_failure``."""
+        begin = time.monotonic()
+        try:
+            with preserve_rng(), FiringProgress(trainer, f"{self._prefix} at step {step}") as progress:
+                estimate = self._measure(trainer, pl_module, progress)
+        except Exception as error:
+            self._hook_owner = None
+            if self._on_failure == "raise" or trainer.fast_dev_run:
+                raise
+            rank_zero_warn(
+                f"SLTMonitor: the measurement at step {step} failed and is left out; training goes on. "
+                f"{type(error).__name__}: {error}"
+            )
+            return
+        self._seconds += time.monotonic() - begin
+        elapsed = time.monotonic() - (self._start if self._start is not None else begin)
+        estimate = estimate.replace(
+            step=step,
+            x=x,
+            epoch=trainer.current_epoch,
+            seconds=time.monotonic() - begin,
+            overhead=self._seconds / max(elapsed, 1e-9),
+            component=self._name or "",
+        )
+        self.estimates.append(estimate)
+        trainer.callback_metrics.update(
+            {
+                f"{self._prefix}/llc/mean": torch.tensor(estimate.mean),
+                f"{self._prefix}/llc/se": torch.tensor(estimate.se),
+                f"{self._prefix}/diag/valid": torch.tensor(float(estimate.valid)),
+            }
+        )
+        if self._publisher is not None:
+            self._publisher.estimate(estimate)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, progress: FiringProgress) -> Estimate:
+        assert self._data is not None
+        data = self._data
+
+        def build() -> tuple[Objective, MinibatchSource]:
+            objective = Objective(
+                pl_module, self._loss_fn, self._restrict, trainer=trainer, context=_loss_context(trainer)
+            )
+            self._hook_owner = objective.module
+            if self._source is None or data.replays:
+                self._source = data.source(lambda batch: training_transfer(trainer, self._hook_owner)(batch))  # type: ignore[arg-type]
+            else:
+                self._source.forget()
+            return objective, self._source
+
+        # the objects stay here: only the word that it worked is exchanged
+        built: list[tuple[Objective, MinibatchSource]] = []
+        self._collective.exchange(lambda: built.append(build()))
+        objective, source = built[0]
+        if self._localization is None:
+            self._localization = default_localization(objective.anchor)
+        settings = dataclasses.replace(self._settings, localization=self._localization, start_lr=self._step_size)
+        if trainer.fast_dev_run:
+            settings = dataclasses.replace(
+                settings, num_chains=1, num_draws=4, num_burnin_steps=2, num_steps_bw_draws=1
+            )
+        estimate = measure_llc(objective, source, settings, self._collective, progress)
+        self._hook_owner = None
+        self._step_size = estimate.step_size
+        if not self._said_method:
+            self._said_method = True
+            rank_zero_info(
+                f"SLTMonitor: {estimate.num_chains} {estimate.method} chains over {estimate.num_weights} weights "
+                f"({estimate.method_reason}), n = {estimate.num_samples}, nbeta = {estimate.nbeta:.4g}, localization = "
+                f"{estimate.localization:.4g}, step size {estimate.step_size:.2g}"
+            )
+        return estimate
+
+    # --- after training -------------------------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer, "finished")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._finish(trainer, "failed")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._source, self._data, self._hook_owner = None, None, None
+
+    def _finish(self, trainer: Trainer, status: str) -> None:
+        publisher, self._publisher = self._publisher, None
+        if publisher is None:
+            return
+        publisher.finish(self.estimates, status)
+        if self.estimates and self.folder is not None:
+            rank_zero_info(f"SLTMonitor: {len(self.estimates)} estimates in {self.folder}")
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        run_seconds = time.monotonic() - self._start if self._start is not None else self._run_seconds
+        return {
+            "estimates": [estimate.state_dict() for estimate in self.estimates],
+            "last_step": self._last_step,
+            "localization": self._localization,
+            "step_size": self._step_size,
+            "seconds": self._seconds,
+            "run_seconds": run_seconds,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.estimates = [Estimate.from_state_dict(state) for state in state_dict["estimates"]]
+        self._last_step = int(state_dict["last_step"])
+        if self._settings.localization is None:
+            self._localization = state_dict["localization"]
+        self._step_size = state_dict["step_size"]
+        self._seconds = float(state_dict["seconds"])
+        self._run_seconds = float(state_dict["run_seconds"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For strategies that spawn: what belongs to a running process stays behind."""
+        state = dict(self.__dict__)
+        state.update(_collective=Alone(), _publisher=None, _data=None, _source=None, _hook_owner=None, _start=None)
+        return state
+
+
+def _loss_context(trainer: Trainer) -> Optional[Callable[[], AbstractContextManager[Any]]]:
+    """The trainer's precision around the loss: autocast where it is used, with float32 weights.
+
+    float16 autocast needs the scaler of training, which chains must not touch: their losses are computed in float32.
+    """
+    plugin = trainer.precision_plugin
+    if isinstance(plugin, MixedPrecision) and plugin.precision == "16-mixed":
+        return None
+    if isinstance(plugin, (MixedPrecision, HalfPrecision)) or plugin.precision != "32-true":
+        return plugin.train_step_context
+    return None
+
+
+def _as_sampler(sampler: Any) -> Optional[SGLD]:
+    """A sampler as it is, or built from a mapping (Hydra hands nested arguments over as untyped dicts).
+
+    Raises:
+        ValueError: for an unknown key, naming it.
+        TypeError: for anything else.
+    """
+    if sampler is None or callable(getattr(sampler, "update_", None)):
+        return sampler
+    if isinstance(sampler, Mapping):
+        known = set(SGLD.__dataclass_fields__)
+        unknown = {str(k) for k in sampler} - known
+        if unknown:
+            raise ValueError(f"sampler: unknown key {sorted(unknown)}; SGLD has {sorted(known)}.")
+        return SGLD(**{str(k): v for k, v in sampler.items()})
+    raise TypeError(f"sampler: expected a sampler such as SGLD(lr=...), got {type(sampler).__name__}.")
+
+
+def _plain(restrict: Any) -> Any:
+    """Lists of a configuration library as plain lists."""
+    if restrict is None or isinstance(restrict, (str, nn.Module)):
+        return restrict
+    return list(restrict)
+
+
+def _listed(restrict: Any) -> list[Any]:
+    if restrict is None:
+        return []
+    return [restrict] if isinstance(restrict, (str, nn.Module)) else list(restrict)
+
+
+def _fresh(folder: Path) -> Path:
+    """A folder that no earlier run has its record in."""
+    candidate, number = folder, 1
+    while RunRecord(candidate).path.exists():
+        candidate, number = folder.with_name(f"{folder.name}_run{number}"), number + 1
+    return candidate
+
+
+__all__ = ["SLTMonitor"]

@@ -1,0 +1,87 @@
+"""When to measure: by steps, by epochs, at named steps, or log-spaced over the run."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Optional
+
+DEFAULT_LOG_SPACED = 20
+"""Firings of a run where nothing is said: close together at first, when structure is built fast."""
+
+
+def log_spaced_steps(count: int, last: Optional[int]) -> tuple[int, ...]:
+    """At most ``count`` distinct steps from 1 to ``last``, evenly spaced on a log scale.
+
+    Args:
+        count: number of steps asked for; near 1 several round to the same step.
+        last: the last step; None (a run without a known end) gives steps a factor ``sqrt 2`` apart.
+
+    Example:
+        >>> log_spaced_steps(5, 1000)
+        (1, 6, 32, 178, 1000)
+    """
+    if last is None:
+        return tuple(sorted({round(2 ** (k / 2)) for k in range(count)}))
+    if count == 1 or last <= 1:
+        return (max(last, 1),)
+    return tuple(sorted({round(last ** (k / (count - 1))) for k in range(count)}))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which optimiser steps and epochs are measured.
+
+    Args:
+        every_n_train_steps: every n-th batch that stepped an optimiser.
+        every_n_epochs: at the end of every n-th epoch.
+        at_steps: these steps; 0 is before the first.
+        log_spaced: this many steps over the run, log-spaced.
+
+    Raises:
+        ValueError: for a number below 1 (below 0 in ``at_steps``).
+    """
+
+    every_n_train_steps: Optional[int] = None
+    every_n_epochs: Optional[int] = None
+    at_steps: Optional[tuple[int, ...]] = None
+    log_spaced: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        for name in ("every_n_train_steps", "every_n_epochs", "log_spaced"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1, or None to leave it out.")
+        if self.at_steps is not None and any(step < 0 for step in self.at_steps):
+            raise ValueError(f"at_steps={list(self.at_steps)}: steps must not be negative.")
+
+    @staticmethod
+    def build(
+        every_n_train_steps: Optional[int],
+        every_n_epochs: Optional[int],
+        at_steps: Optional[Sequence[int]],
+        log_spaced: Optional[int],
+    ) -> Schedule:
+        """A schedule; log-spaced over the run where nothing is given."""
+        steps = tuple(sorted({int(s) for s in at_steps})) if at_steps is not None else None
+        if every_n_train_steps is None and every_n_epochs is None and steps is None and log_spaced is None:
+            log_spaced = DEFAULT_LOG_SPACED
+        return Schedule(every_n_train_steps, every_n_epochs, steps, log_spaced)
+
+    def explicit_steps(self, total_steps: Optional[int]) -> tuple[int, ...]:
+        """``at_steps`` and the log-spaced ones, of a run of ``total_steps`` (None where it has no known end)."""
+        spaced = log_spaced_steps(self.log_spaced, total_steps) if self.log_spaced else ()
+        return tuple(sorted({*(self.at_steps or ()), *spaced}))
+
+    def due(self, last: int, step: int, explicit: tuple[int, ...]) -> bool:
+        """Whether a step that is to be measured lies in ``(last, step]``: none is lost where steps come in twos."""
+        n = self.every_n_train_steps
+        if n is not None and math.floor(step / n) > math.floor(last / n):
+            return True
+        return bisect_right(explicit, step) > bisect_right(explicit, last)
+
+    def due_epoch(self, epochs_done: int) -> bool:
+        """Whether the end of this epoch (counted from 1) is to be measured."""
+        return self.every_n_epochs is not None and epochs_done % self.every_n_epochs == 0

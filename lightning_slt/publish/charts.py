@@ -1,0 +1,258 @@
+"""The two pictures: the chains of one estimate, and the learning coefficient over training.
+
+Figures are made with matplotlib's object interface and drawn by Agg, never through pyplot: a callback must not change
+the backend, the current figure or the open windows of the script it runs in.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import Any, Optional
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image  # a dependency of matplotlib
+
+from lightning_slt.record import Estimate
+
+_SIZE = (10.0, 4.5)  # inches at 100 dpi: 1000 x 450 pixels
+_GOOD = "#1f5fa8"
+_BAD = "#c62828"
+_TEXT = "#333333"
+_MUTED = "#8a8a8a"
+_CHAINS = ("#1f77b4", "#e08214", "#2ca02c", "#9467bd", "#17a2b8", "#b5651d", "#d0559f", "#7a7a00")
+
+_drawn: WeakKeyDictionary[Figure, npt.NDArray[np.uint8]] = WeakKeyDictionary()
+
+
+def pixels(figure: Figure) -> npt.NDArray[np.uint8]:
+    """The figure as ``[height, width, 4]`` RGBA bytes; drawn once, however many sinks ask."""
+    if figure not in _drawn:
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        _drawn[figure] = np.array(canvas.buffer_rgba(), dtype=np.uint8)
+    return _drawn[figure]
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
+    out = io.BytesIO()
+    Image.fromarray(pixels(figure)).convert("RGB").save(out, format="png", compress_level=4)
+    return out.getvalue()
+
+
+def chains_figure(estimate: Estimate) -> Figure:
+    """How one number came about: the running mean of each chain (left) and where each chain ended (right).
+
+    The band is ``mean ± 1.96 se``. Chains that were left out are dotted grey; an estimate that is not valid has a red
+    title with the reasons and a hatched grey band, so that it cannot be taken for a result.
+
+    Args:
+        estimate: What was measured; the trace may hold NaN.
+
+    Returns:
+        A figure of 1000 x 450 pixels with two axes that share y, in LLC units.
+    """
+    figure = Figure(figsize=_SIZE, dpi=100, facecolor="white")
+    grid = figure.add_gridspec(
+        1, 2, width_ratios=(2.6, 1.0), wspace=0.06, left=0.075, right=0.985, bottom=0.13, top=0.8
+    )
+    left = figure.add_subplot(grid[0])
+    right = figure.add_subplot(grid[1], sharey=left)
+
+    trace = estimate.trace.double().numpy(force=True)
+    ends = estimate.per_chain.double().numpy(force=True)
+    left_out = ~np.isfinite(ends)
+    with np.errstate(all="ignore"):
+        running = np.cumsum(trace, axis=1) / np.arange(1, trace.shape[1] + 1)
+    running[~np.isfinite(running)] = np.nan
+    draws = np.arange(1, trace.shape[1] + 1)
+
+    for axes in (left, right):
+        _style(axes, estimate.valid)
+        _band(axes, estimate)
+    for chain, values in enumerate(running):
+        good = chain < len(ends) and not left_out[chain]
+        colour = _CHAINS[chain % len(_CHAINS)] if good else _MUTED
+        left.plot(draws, values, color=colour, lw=1.5 if good else 1.0, ls="-" if good else ":", alpha=0.9)
+    for chain, end in enumerate(ends):
+        if math.isfinite(end):
+            right.plot([chain], [end], "o", color=_CHAINS[chain % len(_CHAINS)], ms=7, mec="white", mew=0.8)
+        else:  # at the foot of the axes: it has no height of its own
+            right.plot([chain], [0.04], "x", color=_BAD, ms=8, mew=2, transform=right.get_xaxis_transform())
+
+    left.set(xlabel="draw", ylabel="LLC, running mean of each chain", xlim=(1, max(2, trace.shape[1])))
+    right.set(xlabel="chain (× = left out)" if left_out.any() else "chain", xlim=(-0.7, max(1, len(ends)) - 0.3))
+    right.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    right.tick_params(labelleft=False)
+    limits = _limits(running, ends, estimate)
+    if limits is not None:
+        left.set_ylim(*limits)
+    _headline(figure, estimate)
+    return figure
+
+
+def history_figure(
+    estimates: Sequence[Estimate], loss_curve: Optional[tuple[Sequence[float], Sequence[float]]] = None
+) -> Figure:
+    """The learning coefficient over training (top) above the loss (bottom), on one x axis.
+
+    Valid estimates are filled points joined by a line with a ``± 1.96 se`` band; invalid ones are hollow and red, and
+    neither line nor band passes through them. The x axis is logarithmic where the steps span more than a factor of 100
+    and are spaced that way.
+
+    Args:
+        estimates: In any order; may be empty.
+        loss_curve: ``(steps, losses)`` of training, drawn thin behind the loss at the estimates.
+
+    Returns:
+        A figure of 1000 x 450 pixels with two axes that share x (optimiser steps).
+    """
+    points = sorted(((_step(e, i), e) for i, e in enumerate(estimates)), key=lambda point: point[0])
+    steps = np.array([step for step, _ in points], dtype=np.float64)
+    llc = np.array([e.mean for _, e in points], dtype=np.float64)
+    error = 1.96 * np.nan_to_num(np.array([e.se for _, e in points], dtype=np.float64), nan=0.0, posinf=0.0)
+    loss = np.array([e.init_loss for _, e in points], dtype=np.float64)
+    valid = np.array([e.valid for _, e in points], dtype=bool) & np.isfinite(llc)
+    doubtful = ~valid & np.isfinite(llc)
+    lost = ~np.isfinite(llc)
+
+    figure = Figure(figsize=_SIZE, dpi=100, facecolor="white")
+    grid = figure.add_gridspec(
+        2, 1, height_ratios=(1.7, 1.0), hspace=0.1, left=0.085, right=0.985, bottom=0.12, top=0.9
+    )
+    top = figure.add_subplot(grid[0])
+    bottom = figure.add_subplot(grid[1], sharex=top)
+    for axes in (top, bottom):
+        _style(axes, True)
+
+    top.fill_between(steps[valid], (llc - error)[valid], (llc + error)[valid], color=_GOOD, alpha=0.18, lw=0)
+    top.plot(steps[valid], llc[valid], "-o", color=_GOOD, lw=1.8, ms=5, mec="white", mew=0.6, label="LLC ± 1.96 se")
+    if doubtful.any():
+        top.errorbar(steps[doubtful], llc[doubtful], error[doubtful], fmt="none", ecolor=_BAD, elinewidth=1, alpha=0.5)
+        top.plot(steps[doubtful], llc[doubtful], "o", color=_BAD, mfc="white", ms=6, mew=1.6, label="not valid")
+    if lost.any():
+        foot = np.full(int(lost.sum()), 0.05)
+        top.plot(
+            steps[lost], foot, "x", color=_BAD, ms=7, mew=1.8, label="no estimate", transform=top.get_xaxis_transform()
+        )
+    if valid.any() and doubtful.any():
+        # the error bars of a diverged chain would flatten everything that can be read
+        _fit_y(top, llc[valid], error[valid], llc[doubtful])
+
+    if loss_curve is not None:
+        bottom.plot(loss_curve[0], loss_curve[1], color=_MUTED, lw=0.9, alpha=0.7, label="train loss")
+    bottom.plot(steps, loss, "-o", color="#444444", lw=1.4, ms=4, mec="white", mew=0.5, label="loss at the weights")
+
+    if _log_spaced(steps):
+        if steps.min() > 0:
+            top.set_xscale("log")
+        else:  # the weights at initialisation are at step 0, which a logarithmic axis would drop
+            top.set_xscale("symlog", linthresh=float(steps[steps > 0].min()))
+    finite_loss = loss[np.isfinite(loss)]
+    if finite_loss.size and finite_loss.min() > 0 and finite_loss.max() / finite_loss.min() > 50:
+        bottom.set_yscale("log")
+    top.set_ylabel("LLC")
+    top.tick_params(labelbottom=False)
+    bottom.set(xlabel="optimiser step", ylabel="loss")
+    for axes in (top, bottom):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="best", fontsize=8.5, frameon=False)
+    title = f"Local learning coefficient: {len(points)} estimates"
+    if len(points) > int(valid.sum()):
+        title += f", {len(points) - int(valid.sum())} not valid"
+    figure.suptitle(title, x=0.085, y=0.965, ha="left", fontsize=12, fontweight="bold", color=_TEXT)
+    return figure
+
+
+def _style(axes: Axes, valid: bool) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_MUTED)
+    axes.grid(True, color="#dddddd", lw=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_TEXT, labelsize=9)
+    axes.xaxis.label.set(color=_TEXT, size=10)
+    axes.yaxis.label.set(color=_TEXT, size=10)
+    if not valid:
+        axes.set_facecolor("#f4f2f2")
+
+
+def _band(axes: Axes, estimate: Estimate) -> None:
+    low, high = estimate.interval
+    if not math.isfinite(estimate.mean):
+        return
+    colour = _GOOD if estimate.valid else _MUTED
+    if math.isfinite(low) and math.isfinite(high):
+        look: dict[str, Any] = {"alpha": 0.15, "lw": 0} if estimate.valid else {"alpha": 0.35, "lw": 0, "hatch": "//"}
+        axes.axhspan(low, high, facecolor=colour, edgecolor="#666666", zorder=0.5, **look)
+    axes.axhline(estimate.mean, color=colour if estimate.valid else _BAD, lw=1.6, ls="--", zorder=1)
+
+
+def _limits(
+    running: npt.NDArray[np.float64], ends: npt.NDArray[np.float64], estimate: Estimate
+) -> Optional[tuple[float, float]]:
+    """The y range: band, ends, and the chains after their first tenth, whose running mean is one or two noisy draws."""
+    used = running[np.isfinite(ends)] if len(ends) == len(running) else running
+    late = used[:, running.shape[1] // 10 :]
+    values = np.concatenate([late.ravel(), ends, np.array(estimate.interval), [estimate.mean]])
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return None
+    low, high = float(values.min()), float(values.max())
+    margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin
+
+
+def _headline(figure: Figure, estimate: Estimate) -> None:
+    def number(value: float, form: str) -> str:
+        return format(value, form) if math.isfinite(value) else "n/a"
+
+    parts = [f"step {estimate.step:,}"] if estimate.step is not None else []
+    parts.append(f"LLC {number(estimate.mean, '.4g')} ± {number(estimate.se, '.2g')}")
+    parts.append(f"R-hat {number(estimate.rhat, '.3f')}")
+    parts.append(f"ESS {number(estimate.ess, '.0f')}")
+    colour = _TEXT if estimate.valid else _BAD
+    title = "    ".join(parts)
+    figure.suptitle(title, x=0.075, y=0.965, ha="left", fontsize=13, fontweight="bold", color=colour)
+    if estimate.valid:
+        verdict = f"valid: {estimate.num_chains} chains of {estimate.num_draws} draws, band is ± 1.96 se"
+    else:
+        verdict = "NOT VALID: " + ("; ".join(estimate.reasons) or "no reason given")
+    # textwrap, since matplotlib's own wrapping is not known until the figure is drawn
+    lines = textwrap.wrap(verdict, 140, max_lines=2, placeholder=" …")
+    figure.text(
+        0.075, 0.9, "\n".join(lines), ha="left", va="top", fontsize=9.5, color=_MUTED if estimate.valid else _BAD
+    )
+
+
+def _step(estimate: Estimate, index: int) -> int:
+    if estimate.step is not None:
+        return estimate.step
+    return estimate.x if estimate.x is not None else index
+
+
+def _log_spaced(steps: npt.NDArray[np.float64]) -> bool:
+    positive = np.unique(steps[steps > 0])
+    if positive.size < 3 or positive[-1] / positive[0] <= 100:
+        return False
+    gaps = np.diff(positive)
+    # every 100 steps up to 20,000 spans a factor of 200 too, and is linear
+    return bool(gaps.max() > 10 * gaps.min())
+
+
+def _fit_y(
+    axes: Axes, good: npt.NDArray[np.float64], error: npt.NDArray[np.float64], bad: npt.NDArray[np.float64]
+) -> None:
+    low, high = float((good - error).min()), float((good + error).max())
+    room = max(high - low, 0.1 * abs(high), 1e-12)
+    # an invalid point widens the range, up to twice its height; further out it is cut by the frame
+    low, high = max(min(low, float(bad.min())), low - room), min(max(high, float(bad.max())), high + room)
+    axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))

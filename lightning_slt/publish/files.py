@@ -1,0 +1,81 @@
+"""Local files, complete without any server and readable while the run is alive.
+
+==============================  =======================================================================================
+``summary.json``                status, settings, number of estimates, and the last one
+``history.csv``                 one row an estimate
+``figures/chains_step_*.png``   the chains of each estimate
+``figures/history.png``         the learning coefficient over training, at the end
+==============================  =======================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from matplotlib.figure import Figure
+
+from lightning_slt.publish.charts import png
+from lightning_slt.publish.sink import plain_config
+from lightning_slt.publish.tables import history_csv
+from lightning_slt.record import Estimate
+
+
+def _write(path: Path, data: bytes) -> None:
+    """In one step, so that a reader or a crash never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+class FilesSink:
+    """Publishes to a folder, which is made on the first write.
+
+    Args:
+        folder: The run's own folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._config: dict[str, Any] = {}
+        self._count = 0
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        self._config = plain_config(config)
+        self._summary("running", None)
+
+    def estimate(self, estimate: Estimate, figure: Optional[Figure], step: int) -> None:
+        self._count += 1
+        path = self.folder / "history.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = history_csv([estimate], header=not path.exists())
+        with open(path, "a", encoding="utf-8", newline="") as file:
+            file.write(text)
+        self._summary("running", estimate)
+        if figure is not None:
+            _write(self.folder / "figures" / f"chains_step_{step:09d}.png", png(figure))
+
+    def finish(self, estimates: Sequence[Estimate], status: str, figure: Optional[Figure]) -> None:
+        self._count = len(estimates)
+        self._summary(status, estimates[-1] if estimates else None)
+        # written anew: a resumed run has measured some steps a second time
+        _write(self.folder / "history.csv", history_csv(estimates).encode())
+        if figure is not None:
+            _write(self.folder / "figures" / "history.png", png(figure))
+
+    def _summary(self, status: str, last: Optional[Estimate]) -> None:
+        scalars = None
+        if last is not None:
+            # JSON has no NaN
+            scalars = {
+                k: None if isinstance(v, float) and not math.isfinite(v) else v
+                for k, v in last.scalars().items()
+                if k not in ("per_chain", "extra")
+            }
+        summary = {"status": status, "num_estimates": self._count, "last": scalars, "config": self._config}
+        _write(self.folder / "summary.json", (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())

@@ -1,0 +1,150 @@
+"""One place to hand results to: draws once, writes the local record first, and lets no logger stop the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from matplotlib.figure import Figure
+
+from lightning_slt.publish.charts import chains_figure, history_figure
+from lightning_slt.publish.csv_logger import CSVSink
+from lightning_slt.publish.files import FilesSink
+from lightning_slt.publish.generic import GenericSink
+from lightning_slt.publish.keys import STATUSES, x_of
+from lightning_slt.publish.mlflow_logger import MLflowSink
+from lightning_slt.publish.sink import Sink
+from lightning_slt.publish.tensorboard import TensorBoardSink
+from lightning_slt.publish.wandb_logger import WandbSink
+from lightning_slt.record import Estimate, RunRecord
+
+
+def _is_rank_zero() -> bool:
+    # the attribute is set by Lightning's strategies, and on import from the environment
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)
+
+
+def sink_for(logger: Any, prefix: str = "slt", has_folder: bool = False) -> Sink:
+    """The sink of a Lightning logger.
+
+    Chosen by the names of its classes: no logger's package is imported to find out, and the loggers of ``lightning``,
+    of ``pytorch_lightning`` and those derived from them are all known.
+    """
+    names = {cls.__name__ for cls in type(logger).__mro__}
+    if "WandbLogger" in names:
+        return WandbSink(logger, prefix)
+    if "TensorBoardLogger" in names:
+        return TensorBoardSink(logger, prefix)
+    if "CSVLogger" in names:
+        return CSVSink(logger, prefix, sidecar=not has_folder)
+    if "MLFlowLogger" in names:
+        return MLflowSink(logger, prefix)
+    return GenericSink(logger, prefix)
+
+
+class RunPublisher:
+    """Publishes the estimates of one run to its loggers and to its folder.
+
+    Nothing here raises: what fails is warned about once for each place, and the others go on. On ranks other than zero
+    every method does nothing.
+
+    Args:
+        loggers: The trainer's loggers.
+        folder: The run's own folder for the record and the local files; None writes no files.
+        prefix: The group in front of every key.
+        media_limit: Pictures of chains in a run. Later estimates are published without one (their traces are in
+            the record).
+
+    Example:
+        >>> publisher = RunPublisher(loggers=[], folder=None)
+        >>> publisher.start({"num_chains": 4})
+        >>> publisher.finish([], "finished")
+    """
+
+    def __init__(
+        self, loggers: Sequence[Any], folder: Optional[Path], prefix: str = "slt", media_limit: int = 50
+    ) -> None:
+        self.prefix = prefix
+        self.media_limit = media_limit
+        self.record = RunRecord(folder) if folder is not None else None
+        # the folder first: a logger may hang on its server until the job is killed
+        self._sinks: list[tuple[str, Sink]] = []
+        if folder is not None:
+            self._sinks.append(("the local files", FilesSink(Path(folder))))
+        for logger in loggers:
+            self._sinks.append((type(logger).__name__, sink_for(logger, prefix, has_folder=folder is not None)))
+        self._num_estimates = 0
+        self._num_media = 0
+        self._warned: set[int] = set()
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        """The run begins.
+
+        Args:
+            config: The settings; published under ``prefix``.
+        """
+        if not _is_rank_zero():
+            return
+        for i, (name, sink) in enumerate(self._sinks):
+            self._guard(i, name, partial(sink.start, config))
+
+    def estimate(self, estimate: Estimate) -> None:
+        """Publish one estimate at ``estimate.x`` (else its step, else its number in the order of arrival).
+
+        May be called late and out of order.
+        """
+        if not _is_rank_zero():
+            return
+        x = x_of(estimate)
+        step = x if x is not None else self._num_estimates
+        self._num_estimates += 1
+        if self.record is not None:
+            self._guard(-1, "the local record", partial(self.record.append, estimate))
+        figure: Optional[Figure] = None
+        if self._sinks and self._num_media < self.media_limit:
+            self._num_media += 1
+            figure = self._guard(-2, "the picture of the chains", partial(chains_figure, estimate))
+        for i, (name, sink) in enumerate(self._sinks):
+            self._guard(i, name, partial(sink.estimate, estimate, figure, step))
+
+    def finish(
+        self,
+        estimates: Sequence[Estimate],
+        status: str,
+        loss_curve: Optional[tuple[Sequence[float], Sequence[float]]] = None,
+    ) -> None:
+        """The run is over: the history as one table and one picture, and the status.
+
+        Args:
+            estimates: Everything that was measured, those before a resume included.
+            status: ``"finished"`` or ``"failed"``.
+            loss_curve: ``(steps, losses)`` of training, for the history picture.
+
+        Raises:
+            ValueError: if ``status`` is not one of :data:`~lightning_slt.publish.keys.STATUSES`.
+        """
+        if status not in STATUSES:
+            raise ValueError(f"status is {status!r}; it must be one of {', '.join(STATUSES)}")
+        if not _is_rank_zero():
+            return
+        figure: Optional[Figure] = None
+        if self._sinks and estimates:
+            figure = self._guard(-3, "the picture of the history", partial(history_figure, estimates, loss_curve))
+        for i, (name, sink) in enumerate(self._sinks):
+            self._guard(i, name, partial(sink.finish, estimates, status, figure))
+
+    def _guard(self, place: int, name: str, call: Callable[[], Any]) -> Any:
+        """Call it; warn at the first failure of this place and return None."""
+        try:
+            return call()
+        except Exception as error:
+            if place not in self._warned:
+                self._warned.add(place)
+                rank_zero_warn(
+                    f"lightning_slt could not publish to {name}: {type(error).__name__}: {error}. Training and the "
+                    "other loggers go on; further failures there are not reported."
+                )
+            return None

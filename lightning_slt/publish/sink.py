@@ -1,0 +1,34 @@
+"""What a place that results are sent to must be able to do, and how a sink is chosen for a logger."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional, Protocol, runtime_checkable
+
+from matplotlib.figure import Figure
+
+from lightning_slt.record import Estimate
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """One place that results go to. A method may raise; :class:`~lightning_slt.publish.RunPublisher` guards it."""
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        """The run begins with these settings; the status becomes ``"running"``."""
+
+    def estimate(self, estimate: Estimate, figure: Optional[Figure], step: int) -> None:
+        """One result at logger step ``step``; ``figure`` is None where the limit on pictures has been reached."""
+
+    def finish(self, estimates: Sequence[Estimate], status: str, figure: Optional[Figure]) -> None:
+        """All results, the final status, and the history figure (None where nothing was measured)."""
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as JSON types: YAML and protobuf writers fail on anything else.
+
+    What JSON does not know becomes text (a path, a dtype); NaN and infinity become None.
+    """
+    plain: dict[str, Any] = json.loads(json.dumps(dict(config), default=str), parse_constant=lambda _: None)
+    return plain

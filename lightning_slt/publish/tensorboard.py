@@ -1,0 +1,52 @@
+"""TensorBoard: scalars, pictures in IMAGES, the history and the settings as Markdown in TEXT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+from matplotlib.figure import Figure
+
+from lightning_slt.publish.charts import pixels
+from lightning_slt.publish.keys import metrics_of, x_of
+from lightning_slt.publish.sink import plain_config
+from lightning_slt.publish.tables import history_markdown
+from lightning_slt.record import Estimate
+
+
+class TensorBoardSink:
+    """Publishes to a ``TensorBoardLogger``.
+
+    Args:
+        logger: The logger; its ``experiment`` is a ``SummaryWriter``.
+        prefix: The group in front of every tag.
+    """
+
+    def __init__(self, logger: Any, prefix: str = "slt") -> None:
+        self.logger = logger
+        self.prefix = prefix
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        # As text: log_hyperparams would add an "hp_metric" and a second hparams session to the user's own.
+        rows = "\n".join(f"| {k} | {v} |" for k, v in plain_config(config).items())
+        self.logger.experiment.add_text(f"{self.prefix}/config", f"| setting | value |\n| --- | --- |\n{rows}", 0)
+        self.logger.experiment.add_text(f"{self.prefix}/status", "running", 0)
+
+    def estimate(self, estimate: Estimate, figure: Optional[Figure], step: int) -> None:
+        self.logger.log_metrics(metrics_of(estimate, self.prefix), step=step)
+        if figure is not None:
+            self._add_figure("media/chains", figure, step)
+
+    def finish(self, estimates: Sequence[Estimate], status: str, figure: Optional[Figure]) -> None:
+        step = x_of(estimates[-1]) if estimates else 0
+        self.logger.experiment.add_text(f"{self.prefix}/status", status, step)
+        if estimates:
+            self.logger.experiment.add_text(f"{self.prefix}/tables/history", history_markdown(estimates), step)
+        if figure is not None:
+            self._add_figure("media/history", figure, step)
+        # the writer flushes every 120 s: a process that is killed after the failure would lose these
+        self.logger.experiment.flush()
+
+    def _add_figure(self, name: str, figure: Figure, step: Optional[int]) -> None:
+        # add_figure is add_image behind an import of pyplot, and pyplot's state belongs to the user
+        self.logger.experiment.add_image(f"{self.prefix}/{name}", pixels(figure)[..., :3], step, dataformats="HWC")

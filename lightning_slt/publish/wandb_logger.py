@@ -1,0 +1,81 @@
+"""Weights & Biases. Scalars and the picture of an estimate are one row, at an exact x, that may arrive late.
+
+The row goes through ``WandbLogger.log_metrics``: it carries ``trainer/global_step`` itself and leaves wandb's own step
+to wandb. ``run.log(step=N)`` would move that step, and every later training row with a smaller one would be dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from lightning_slt.publish.charts import pixels
+from lightning_slt.publish.keys import METRIC_NAMES, metrics_of, x_of
+from lightning_slt.publish.sink import plain_config
+from lightning_slt.publish.tables import CHAIN_COLUMNS, HISTORY_COLUMNS, chain_rows, history_row
+from lightning_slt.record import Estimate
+
+
+def _image(figure: Figure) -> Any:
+    import wandb
+
+    return wandb.Image(Image.fromarray(pixels(figure)))
+
+
+class WandbSink:
+    """Publishes to a ``WandbLogger``.
+
+    Args:
+        logger: The logger. It brings wandb with it, which is imported nowhere else.
+        prefix: The group in front of every key.
+    """
+
+    def __init__(self, logger: Any, prefix: str = "slt") -> None:
+        self.logger = logger
+        self.prefix = prefix
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        run = self.logger.experiment
+        if getattr(run, "disabled", False):
+            return
+        user_prefix = getattr(self.logger, "_prefix", "")
+        front = f"{user_prefix}{self.logger.LOGGER_JOIN_CHAR}" if user_prefix else ""
+        by_tensorboard = getattr(self.logger, "_wandb_init", {}).get("sync_tensorboard")
+        axis = "global_step" if by_tensorboard else "trainer/global_step"
+        for name in METRIC_NAMES:
+            # Exact names: a glob would overlap with the logger's own "*", and wandb resolves that at random. The axis
+            # is repeated since an exact definition replaces the one of "*".
+            run.define_metric(f"{front}{self.prefix}/{name}", step_metric=axis, summary="min,max,last")
+        run.config.update({self.prefix: plain_config(config)}, allow_val_change=True)
+        run.summary[f"{self.prefix}/status"] = "running"
+
+    def estimate(self, estimate: Estimate, figure: Optional[Figure], step: int) -> None:
+        row: dict[str, Any] = dict(metrics_of(estimate, self.prefix))
+        if figure is not None and not getattr(self.logger.experiment, "disabled", False):
+            row[f"{self.prefix}/media/chains"] = _image(figure)
+        self.logger.log_metrics(row, step=step)
+
+    def finish(self, estimates: Sequence[Estimate], status: str, figure: Optional[Figure]) -> None:
+        run = self.logger.experiment
+        if getattr(run, "disabled", False):
+            return
+        # first, so that a table that fails does not leave a run that says "running" for ever
+        run.summary[f"{self.prefix}/status"] = status
+        if not estimates:
+            return
+        import wandb
+
+        last = estimates[-1]
+        row: dict[str, Any] = {
+            f"{self.prefix}/tables/history": wandb.Table(
+                columns=list(HISTORY_COLUMNS), data=[history_row(e) for e in estimates], allow_mixed_types=True
+            )
+        }
+        if last.trace.numel():
+            row[f"{self.prefix}/tables/chains"] = wandb.Table(columns=list(CHAIN_COLUMNS), data=chain_rows(last))
+        if figure is not None:
+            row[f"{self.prefix}/media/history"] = _image(figure)
+        self.logger.log_metrics(row, step=x_of(last))

@@ -1,0 +1,99 @@
+import io
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from PIL import Image
+
+from lightning_slt.publish import chains_figure, history_figure
+from lightning_slt.publish.charts import pixels, png
+from tests.publish.helpers import make_estimate
+
+RED = "#c62828"
+
+
+def test_one_line_for_each_chain_and_one_for_the_mean():
+    estimate = make_estimate(num_chains=4, num_draws=50, step=1200)
+    figure = chains_figure(estimate)
+    left, right = figure.axes
+    assert len(left.lines) == 5
+    assert len(right.lines) == 5
+    ends = sorted(float(line.get_ydata()[-1]) for line in left.lines if len(line.get_ydata()) == 50)
+    assert ends == pytest.approx(sorted(estimate.per_chain.tolist()), rel=1e-5)
+    band = left.patches[0].get_extents().transformed(left.transData.inverted())
+    assert (band.y0, band.y1) == pytest.approx((11.02, 12.98))
+    title = figure.get_suptitle()
+    assert "1,200" in title and "12 ± 0.5" in title and "R-hat 1.010" in title
+    assert left.patches[0].get_hatch() is None
+
+
+def test_an_invalid_estimate_is_red_hatched_and_says_why():
+    figure = chains_figure(make_estimate(bad_chains=1, reasons=("the chains have not mixed",)))
+    left, right = figure.axes
+    assert to_hex(figure._suptitle.get_color()) == RED
+    assert any(t.get_text() == "NOT VALID: the chains have not mixed" for t in figure.texts)
+    assert left.patches[0].get_hatch() == "//"
+    assert sum(line.get_linestyle() == ":" for line in left.lines) == 1
+    assert sum(line.get_marker() == "x" for line in right.lines) == 1
+
+
+@pytest.mark.parametrize(
+    "estimate",
+    [
+        make_estimate(mean=math.nan, se=math.nan, rhat=math.nan, ess=math.nan, bad_chains=4, step=None),
+        make_estimate(num_draws=0),
+        make_estimate(num_chains=1, num_draws=1),
+    ],
+    ids=["nothing finite", "no draws", "one draw"],
+)
+def test_degenerate_estimates_are_drawn(estimate):
+    assert pixels(chains_figure(estimate)).shape == (450, 1000, 4)
+    assert pixels(history_figure([estimate])).shape == (450, 1000, 4)
+
+
+def test_history_marks_invalid_points_and_passes_them_by():
+    estimates = [make_estimate(mean=float(k), step=100 * k, valid=k != 3) for k in (4, 1, 2, 3)]
+    estimates.append(make_estimate(mean=math.nan, step=500, valid=False))
+    top, bottom = history_figure(estimates, loss_curve=([1, 500], [1.0, 0.1])).axes
+    line = next(x for x in top.lines if x.get_label() == "LLC ± 1.96 se")
+    assert line.get_xdata().tolist() == [100, 200, 400]
+    assert line.get_ydata().tolist() == [1.0, 2.0, 4.0]
+    hollow = next(x for x in top.lines if x.get_label() == "not valid")
+    assert hollow.get_xydata().tolist() == [[300.0, 3.0]]
+    assert to_hex(hollow.get_color()) == RED and hollow.get_markerfacecolor() == "white"
+    assert next(x for x in top.lines if x.get_label() == "no estimate").get_xdata().tolist() == [500]
+    assert len(bottom.lines) == 2
+    assert top.get_xlim() == bottom.get_xlim()
+
+
+@pytest.mark.parametrize(
+    ("steps", "scale"),
+    [([1, 10, 100, 1000], "log"), (range(100, 20_100, 100), "linear"), ([10, 20, 30], "linear"), ([], "linear"),
+     ([0, 1, 10, 100, 1000], "symlog")],
+)  # fmt: skip
+def test_the_axis_is_logarithmic_only_for_log_spaced_steps(steps, scale):
+    top, bottom = history_figure([make_estimate(num_draws=2, step=s) for s in steps]).axes
+    assert top.get_xscale() == bottom.get_xscale() == scale
+
+
+def test_a_png_is_what_was_drawn():
+    figure = chains_figure(make_estimate(num_draws=5))
+    read = np.asarray(Image.open(io.BytesIO(png(figure))))
+    assert read.shape == (450, 1000, 3)
+    assert (read == pixels(figure)[..., :3]).all()
+    assert pixels(figure) is pixels(figure)
+
+
+def test_the_users_pyplot_is_left_alone():
+    code = (
+        "import sys; from lightning_slt.publish.charts import chains_figure, history_figure, png;"
+        "from tests.publish.helpers import make_estimate as m;"
+        "was = 'matplotlib.pyplot' in sys.modules;"
+        "png(chains_figure(m())); png(history_figure([m()]));"
+        "assert was or 'matplotlib.pyplot' not in sys.modules;"
+        "import matplotlib; import matplotlib.pyplot as plt; assert plt.get_fignums() == []"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

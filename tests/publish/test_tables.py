@@ -1,0 +1,30 @@
+import csv
+import io
+import math
+
+from lightning_slt.publish.tables import HISTORY_COLUMNS, chain_rows, history_csv, history_markdown, history_row
+from tests.publish.helpers import make_estimate
+
+
+def test_chains_are_thinned_to_whole_draws_within_the_limit():
+    estimate = make_estimate(num_chains=4, num_draws=1001)
+    rows = chain_rows(estimate)
+    assert len(rows) == 4 * 334  # every third draw
+    assert [row[:2] for row in rows[:3]] == [[0, 0], [0, 3], [0, 6]]
+    assert rows[1][2] == float(estimate.trace[0, 3])
+    assert len(chain_rows(make_estimate(num_chains=4, num_draws=500))) == 2000
+    assert len(chain_rows(make_estimate(num_chains=5, num_draws=10), limit=3)) == 3
+
+
+def test_nan_is_none_in_rows_and_empty_in_csv():
+    estimate = make_estimate(mean=math.nan, se=math.nan, reasons=("a", "b"), step=7)
+    row = dict(zip(HISTORY_COLUMNS, history_row(estimate), strict=True))
+    assert (row["step"], row["llc"], row["valid"], row["reasons"]) == (7, None, False, "a; b")
+    read = next(csv.DictReader(io.StringIO(history_csv([estimate]))))
+    assert (read["llc"], read["rhat"], read["reasons"]) == ("", "1.01", "a; b")
+
+
+def test_a_bar_in_a_reason_does_not_end_the_markdown_cell():
+    lines = history_markdown([make_estimate(reasons=("|w| grew",))]).splitlines()
+    assert len(lines) == 3
+    assert lines[2].replace("\\|", "").count("|") == len(HISTORY_COLUMNS) + 1

@@ -1,0 +1,121 @@
+"""A real offline run, read back with wandb's own reader (``wandb leet inspect --json``)."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lightning_slt.publish import RunPublisher
+from lightning_slt.publish.keys import METRIC_NAMES
+from lightning_slt.publish.tables import HISTORY_COLUMNS
+from tests.publish.helpers import make_estimate
+from tests.publish.test_loggers import run_out_of_order
+
+wandb = pytest.importorskip("wandb")
+from lightning.pytorch.loggers import WandbLogger  # noqa: E402
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    for name, value in {
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "WANDB_DIR": str(tmp_path),
+        "WANDB_DATA_DIR": str(tmp_path / "data"),
+        "WANDB_CACHE_DIR": str(tmp_path / "cache"),
+        "WANDB_CONFIG_DIR": str(tmp_path / "config"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    wandb.teardown()  # the mode is cached in the process
+    yield tmp_path
+    wandb.teardown()
+
+
+def inspect(folder, *options):
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", *options, "--json", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def records(folder):
+    """Every record; finish() can return before the file is written, so wait for the exit record."""
+    for _ in range(20):
+        found = [json.loads(line) for line in inspect(folder).splitlines()]
+        if any(record["type"] == "exit" for record in found):
+            return found
+        time.sleep(0.5)
+    raise AssertionError("no exit record")
+
+
+def test_every_value_of_a_run_with_late_results_reads_back(offline):
+    logger = WandbLogger(save_dir=offline, project="p")
+    run_out_of_order(logger)
+    folder = Path(logger.experiment.dir).parent
+    wandb.finish()
+
+    found = records(folder)
+    rows = [record["history"]["item"] for record in found if record["type"] == "history"]
+    x = "trainer/global_step"
+    assert [(r[x], r["train_loss"]) for r in rows if "train_loss" in r] == [(10, 1.0), (20, 0.9), (30, 0.8)]
+    llc = [r for r in rows if "slt/llc/mean" in r]
+    assert [(r[x], r["slt/step"], r["slt/llc/mean"]) for r in llc] == [(20, 21, 5.0), (12, 13, 4.0)]
+    assert [r["_step"] for r in rows] == list(range(len(rows)))  # wandb's own step was not moved
+    assert {key for key in llc[1] if key.startswith("slt/") and "media" not in key} == {
+        f"slt/{n}" for n in METRIC_NAMES
+    }
+    assert [(r["slt/media/chains.width"], r["slt/media/chains.height"]) for r in llc] == [(1000, 450)] * 2
+
+    defined = [record["metric"] for record in found if record["type"] == "metric"]
+    assert [m["glob_name"] for m in defined if "glob_name" in m] == ["*"]  # Lightning's, and no glob of ours
+    exact = {m["name"]: m for m in defined if m.get("name", "").startswith("slt/")}
+    assert set(exact) == {f"slt/{name}" for name in METRIC_NAMES}
+    assert {m["step_metric"] for m in exact.values()} == {x}
+
+    whole = json.loads(inspect(folder, "--summary"))
+    assert whole["config"]["slt"] == {"num_chains": 4}
+    assert whole["summary"]["slt/status"] == "finished"
+    assert whole["summary"]["slt/llc/mean"] == {"last": 4, "max": 5, "min": 4}
+    table = whole["summary"]["slt/tables/history"]
+    assert (table["nrows"], table["ncols"], table["log_mode"]) == (2, len(HISTORY_COLUMNS), "IMMUTABLE")
+    assert whole["summary"]["slt/tables/chains"]["nrows"] == 400
+    data = json.loads((folder / "files" / table["path"]).read_text())["data"]
+    assert [row[:4] for row in data] == [[13, 12, None, 4.0], [21, 20, None, 5.0]]
+    assert whole["summary"]["slt/media/history"]["width"] == 1000
+
+
+def test_a_failed_run_says_so_even_without_estimates(offline):
+    logger = WandbLogger(save_dir=offline, project="p", prefix="mine")
+    publisher = RunPublisher([logger], None)
+    publisher.start({})
+    publisher.estimate(make_estimate(mean=float("nan"), se=float("nan"), reasons=("diverged",), step=5))
+    publisher.finish([], "failed")
+    folder = Path(logger.experiment.dir).parent
+    wandb.finish()
+    found = records(folder)
+    rows = [record["history"]["item"] for record in found if record["type"] == "history"]
+    assert len(rows) == 1
+    assert rows[0]["mine-slt/diag/valid"] == 0 and "mine-slt/llc/mean" not in rows[0]
+    names = {record["metric"].get("name") for record in found if record["type"] == "metric"}
+    assert "mine-slt/llc/mean" in names and "slt/llc/mean" not in names
+    assert json.loads(inspect(folder, "--summary"))["summary"]["slt/status"] == "failed"
+
+
+def test_a_disabled_run_writes_nothing_and_does_not_warn(offline, monkeypatch, recwarn):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    logger = WandbLogger(save_dir=offline / "none", project="p")
+    run_out_of_order(logger)
+    assert not [w for w in recwarn if "could not publish" in str(w.message)]
+    assert not (offline / "none/wandb").exists()
+
+
+def test_wandb_is_not_imported_to_publish_elsewhere(tmp_path):
+    code = (
+        "import sys; sys.modules['wandb'] = None;"
+        "from lightning_slt.publish import RunPublisher; from tests.publish.helpers import make_estimate as m;"
+        f"p = RunPublisher([], __import__('pathlib').Path({str(tmp_path)!r}));"
+        "p.start({}); p.estimate(m()); p.finish([m()], 'finished')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert (tmp_path / "figures/history.png").exists()
