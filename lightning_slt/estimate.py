@@ -16,7 +16,7 @@ from lightning_slt.functional.learning_coefficient import summarise
 from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import MinibatchSource, source_of
-from lightning_slt.sampling.calibration import MAX_STEPS_BW_DRAWS, Budget, Drawn, draw, heat_share, virial_ratio
+from lightning_slt.sampling.calibration import HEAT, MAX_STEPS_BW_DRAWS, Budget, Drawn, draw, heat_share, virial_ratio
 from lightning_slt.sampling.chains import STATS_EVERY, Chains, Progress, Segment, open_window
 from lightning_slt.sampling.collective import Alone, Collective
 from lightning_slt.sampling.objective import Objective
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 MAX_HEAT = 0.5
 """Share of the estimate that may be step-size heat before it is called invalid."""
+MIN_VIRIAL = 0.8
+"""Below it, chains whose step could be several times larger have been too slow to arrive."""
 DIVERGED = 10.0
 """A chain whose excess over the anchor is this many times the number of weights has left the posterior."""
 MIN_LOCALIZATION, MAX_LOCALIZATION = 1.0, 100.0
@@ -178,6 +180,12 @@ def _read(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     reasons = summary.reasons
     if math.isfinite(heat) and heat >= MAX_HEAT and summary.mean > 0:
         reasons += (f"step size {lr:.2g} is too large: {heat:.0%} of the estimate is heat of the step",)
+    virial = virial_ratio(segment, lr, posterior, d, ~diverged)
+    if virial < MIN_VIRIAL and heat < HEAT / 2:
+        reasons += (
+            f"step size {lr:.2g} is too small for {drawn.num_burnin_steps + segment.steps} steps: the chains have not "
+            f"reached their width (virial ratio {virial:.2f})",
+        )
     init_loss = sum(segment.anchors.values()) / len(segment.anchors)
     return Estimate(
         mean=summary.mean,
@@ -196,7 +204,7 @@ def _read(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
         num_weights=d,
         step_size=lr,
         step_bias=summary.mean * (1.0 / correction - 1.0),
-        virial=virial_ratio(segment, lr, posterior, d, ~diverged),
+        virial=virial,
         localization_effect=_localization_effect(segment, posterior, ~diverged),
         finite_share=float(finite.double().mean()),
         num_bad_chains=int((~summary.good).sum()),

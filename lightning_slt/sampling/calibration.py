@@ -39,6 +39,8 @@ from lightning_slt.sampling.rng import PROBE, generator
 
 HEAT = 0.06
 """Share of the estimate that the finite step may add before it is taken off."""
+CEILING = 4.0
+"""Largest step, in those of :func:`first_step`: half of what is stable along the steepest direction at ``w*``."""
 SMALL_LLC = 0.4
 """Below this the heat is held against a constant: an LLC near zero would ask for a step of nothing."""
 FIRST_ROUNDS = (25, 25, 50, 50, 50)
@@ -116,7 +118,7 @@ def virial_ratio(segment: Segment, lr: float, posterior: LocalPosterior, d: int,
 
 
 def first_step(objective: Objective, window: Window, posterior: LocalPosterior, seed: int) -> float:
-    """A step that is safe along the steepest direction: 0.3 over the largest posterior precision.
+    """A step that is safe along the steepest direction: 0.3 over the largest posterior precision (4 is unstable).
 
     Power iteration with gradient differences at the posterior's own scale ``1/sqrt(nbeta h + gamma)`` along the
     direction: a degenerate minimum, whose Hessian vanishes at ``w*``, still shows its curvature there.
@@ -168,11 +170,15 @@ def draw(chains: Chains, seed: int, budget: Budget) -> Drawn:
         seed: of the probe of the curvature.
         budget: what is given, and what the rest may cost.
     """
-    step = budget.lr or budget.start_lr or _agreed_first_step(chains, seed)
-    done, settled = 0, True
-    if budget.lr is None:
+    done, settled, ceiling = 0, True, math.inf
+    if budget.lr is not None:
+        step = budget.lr
+    else:
+        safe = _agreed_first_step(chains, seed)
+        ceiling = CEILING * safe
+        step = min(budget.start_lr, ceiling) if budget.start_lr is not None else safe
         for length in FIRST_ROUNDS if budget.start_lr is None else LATER_ROUNDS:
-            step, settled = _next_step(chains, chains.advance(length, step), step)
+            step, settled = _next_step(chains, chains.advance(length, step), step, ceiling)
             done += length
     if budget.num_burnin_steps is not None:
         if budget.num_burnin_steps:
@@ -188,7 +194,7 @@ def draw(chains: Chains, seed: int, budget: Budget) -> Drawn:
         length = budget.num_draws * between
         segment = chains.advance(length, step)
         rounds += 1
-        next_step, settled = _next_step(chains, segment, step) if budget.lr is None else (step, True)
+        next_step, settled = _next_step(chains, segment, step, ceiling) if budget.lr is None else (step, True)
         if rounds > 1 and settled and _is_good(segment, budget, chains.posterior.nbeta):
             break
         if rounds > _rounds(longest):
@@ -227,17 +233,30 @@ def _agreed_first_step(chains: Chains, seed: int) -> float:
     return chains.collective.exchange(probe)[0]
 
 
-def _next_step(chains: Chains, segment: Segment, step: float) -> tuple[float, bool]:
+def _next_step(chains: Chains, segment: Segment, step: float, ceiling: float) -> tuple[float, bool]:
     """The step for the next round, and whether the last one was about right."""
-    finite = segment.finite
-    if not bool(finite.all()):
+    if not bool(segment.finite.all()):
         chains.restart()
         return step / 8, False
     posterior = chains.posterior
     force = posterior.nbeta * segment.grad_square.mean() + posterior.localization * segment.grad_dot.mean()
-    added = 0.125 * step * posterior.nbeta * float(force)
-    # against |LLC|, so that chains that run downhill from a saddle (a negative LLC) still find their step
-    level = posterior.nbeta * float(segment.difference.mean())
-    heat = max(added, 1e-12) / max(abs(level), SMALL_LLC)
-    factor = min(max(HEAT / heat, 0.25), 2.0)
-    return step * factor, 0.7 < HEAT / heat < 1.6
+    heat = max(0.125 * step * posterior.nbeta * float(force), 1e-12)
+    trace = posterior.nbeta * segment.difference
+    wanted = HEAT * _scale(trace) / heat
+    drift, drift_error = half_change(trace)
+    if wanted < 1 and (abs(drift) > 2 * drift_error or segment.steps < 50):
+        # still on the way up from w*: an LLC that is small today is no reason to creep from here on
+        wanted = max(wanted, 0.7)
+    new = min(step * min(max(wanted, 0.5), 3.0), ceiling)
+    return new, 0.6 < new / step < 1.7
+
+
+def _scale(trace: Tensor) -> float:
+    """What the heat is held against: |LLC|, or the variance of its integrand, the same number on a regular model.
+
+    The LLC itself goes through zero between a saddle (where chains run downhill) and a minimum; the variance does not.
+    Neighbouring steps see independent minibatches, so that their covariance is free of the minibatches' own noise.
+    """
+    centred = trace - trace.mean()
+    variance = float((centred[:, 1:] * centred[:, :-1]).mean()) if trace.shape[1] > 1 else 0.0
+    return max(abs(float(trace.mean())), variance, SMALL_LLC)
