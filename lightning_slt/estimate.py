@@ -139,7 +139,7 @@ def measure_llc(
         nbeta = default_nbeta(source.num_samples)
     gamma = settings.localization if settings.localization is not None else default_localization(objective.anchor)
     posterior = LocalPosterior(nbeta, gamma)
-    sampler = settings.sampler if settings.sampler is not None else SGLD()
+    sampler: Sampler = settings.sampler if settings.sampler is not None else SGLD()
 
     with preserve_rng(settings.seed), objective.active():
         first = collective.exchange(lambda: _finite_start(objective, source))

@@ -1,8 +1,8 @@
 """Minibatches for chains inside a trainer: from the training data, but never from the iterator that training reads.
 
 A plain training loader is rebuilt: its dataset and collate function, an order of our own. Iterating the loader itself
-would reset persistent workers, and training would lose steps. Where the order carries meaning (a custom sampler or batch
-sampler) or cannot be had twice (an iterable dataset), batches that training has seen are cloned and replayed.
+would reset persistent workers, and training would lose steps. Where the order carries meaning (a custom sampler or
+batch sampler) or cannot be had twice (an iterable dataset), batches that training has seen are cloned and replayed.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class TrainingData:
         self._order = random.Random(derive_seed(seed, 1))
 
     def see(self, batch: Any) -> None:
-        """Clone a batch that training is about to use (on its device, hooks applied): a uniform sample of those seen."""
+        """Clone a batch that training is about to use (on its device, hooks applied): a sample of all seen."""
         self._count += 1
         if self._seen and len(self._seen) >= min(
             REPLAYED_BATCHES, max(1, MAX_RESIDENT_BYTES // max(1, self._seen_bytes // len(self._seen)))
@@ -182,7 +182,7 @@ def _rebuildable(loader: Any, trainer: Trainer) -> Optional[_Leaf]:
         used = int(batches) * loader.batch_size * world
         if used < total - loader.batch_size * world:
             return _Leaf(loader, range(used))
-        if trainer.overfit_batches and used < total:
+        if trainer.overfit_batches and used < total:  # type: ignore[attr-defined]
             return _Leaf(loader, range(used))
     return _Leaf(loader, None)
 
@@ -244,6 +244,6 @@ def check_num_samples(num_samples: Optional[int], nbeta: Optional[float]) -> Non
         )
     if num_samples < 2:
         raise MisconfigurationException(
-            f"SLTMonitor: the training data has num_samples={num_samples}; nbeta = n / log n needs at least 2. Give more "
-            "data, or set SLTMonitor(nbeta=...)."
+            f"SLTMonitor: the training data has num_samples={num_samples}; nbeta = n / log n needs at least 2. "
+            "Give more data, or set SLTMonitor(nbeta=...)."
         )

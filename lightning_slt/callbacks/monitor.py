@@ -188,12 +188,12 @@ class SLTMonitor(Callback):
         self._last_step = max(self._last_step, before)
         self._open_publisher(trainer)
         trainer.callback_metrics.setdefault(f"{self._prefix}/diag/valid", torch.tensor(0.0))
-        if before == 0 and not self.estimates and 0 in self._explicit and not trainer.fast_dev_run:
+        if before == 0 and not self.estimates and 0 in self._explicit and not _is_smoke_test(trainer):
             self._fire(trainer, pl_module, step=0, x=0)
 
     def _open_publisher(self, trainer: Trainer) -> None:
         """The folder and the loggers of this run; none of either under ``fast_dev_run``."""
-        if trainer.fast_dev_run:
+        if _is_smoke_test(trainer):
             self._publisher = RunPublisher([], None, self._prefix)
             return
         folder = self._run_folder(trainer) if not getattr(trainer, "barebones", False) else None
@@ -266,7 +266,7 @@ class SLTMonitor(Callback):
         if step <= last:
             return
         self._last_step = step
-        if trainer.fast_dev_run:
+        if _is_smoke_test(trainer):
             if not self._done_fast_run:
                 self._done_fast_run = True
                 self._fire(trainer, pl_module, step, x)
@@ -274,7 +274,7 @@ class SLTMonitor(Callback):
             self._fire(trainer, pl_module, step, x)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fast_dev_run or not self._schedule.due_epoch(trainer.current_epoch + 1):
+        if _is_smoke_test(trainer) or not self._schedule.due_epoch(trainer.current_epoch + 1):
             return
         if self.estimates and self.estimates[-1].step == self._last_step:
             return
@@ -289,7 +289,7 @@ class SLTMonitor(Callback):
                 estimate = self._measure(trainer, pl_module, progress)
         except Exception as error:
             self._hook_owner = None
-            if self._on_failure == "raise" or trainer.fast_dev_run:
+            if self._on_failure == "raise" or _is_smoke_test(trainer):
                 raise
             rank_zero_warn(
                 f"SLTMonitor: the measurement at step {step} failed and is left out; training goes on. "
@@ -339,7 +339,7 @@ class SLTMonitor(Callback):
         if self._localization is None:
             self._localization = default_localization(objective.anchor)
         settings = dataclasses.replace(self._settings, localization=self._localization, start_lr=self._step_size)
-        if trainer.fast_dev_run:
+        if _is_smoke_test(trainer):
             settings = dataclasses.replace(
                 settings, num_chains=1, num_draws=4, num_burnin_steps=2, num_steps_bw_draws=1
             )
@@ -401,6 +401,10 @@ class SLTMonitor(Callback):
         state = dict(self.__dict__)
         state.update(_collective=Alone(), _publisher=None, _data=None, _source=None, _hook_owner=None, _start=None)
         return state
+
+
+def _is_smoke_test(trainer: Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 def _loss_context(trainer: Trainer) -> Optional[Callable[[], AbstractContextManager[Any]]]:

@@ -14,7 +14,7 @@ DELAY = 2.0
 
 
 class FiringProgress:
-    """Counts chain-steps; after :data:`DELAY` seconds shows them below the trainer's own bar, and clears them at the end.
+    """Counts chain-steps; after :data:`DELAY` seconds shows them below the trainer's bar, and clears them at the end.
 
     Silent where the trainer has no progress bar, where it is disabled, and on ranks other than zero.
 

@@ -1,7 +1,7 @@
 """Minibatches for chains, from a source of their own: never the iterator that training reads.
 
-A source hands out *windows*: lists of minibatches on the chains' device. A small data set is one window that holds every
-batch (it is *resident*); a large one is read in windows of bounded size, so that it is never held in memory as a whole.
+A source hands out *windows*: lists of minibatches on the chains' device. A small data set is one window that holds
+every batch (it is *resident*); a large one is read in windows of bounded size, so that it is never held as a whole.
 Within a window every chain draws batches with replacement, by its own random numbers: the batch is then independent of
 the chain's weights, so that ``L_B(w) - L_B(w*)`` is an unbiased estimate of the loss difference.
 """
@@ -14,6 +14,7 @@ import multiprocessing
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Optional
 
 import numpy as np
@@ -346,13 +347,13 @@ def preserve_generators(dataset: Any) -> Iterator[None]:
             continue
         seen.add(id(item))
         if isinstance(item, torch.Generator):
-            restore.append(lambda g=item, s=item.get_state(): g.set_state(s))
+            restore.append(partial(item.set_state, item.get_state()))
         elif isinstance(item, random.Random):
-            restore.append(lambda g=item, s=item.getstate(): g.setstate(s))
+            restore.append(partial(item.setstate, item.getstate()))
         elif isinstance(item, np.random.Generator):
-            restore.append(lambda g=item.bit_generator, s=item.bit_generator.state: setattr(g, "state", s))
+            restore.append(partial(setattr, item.bit_generator, "state", item.bit_generator.state))
         elif isinstance(item, np.random.RandomState):
-            restore.append(lambda g=item, s=item.get_state(): g.set_state(s))
+            restore.append(partial(item.set_state, item.get_state()))
         elif isinstance(item, Dataset):
             stack += list(vars(item).values())
             stack += list(getattr(item, "datasets", []))

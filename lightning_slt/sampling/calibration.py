@@ -11,8 +11,8 @@ posterior precision A, the closed form of the discretised Gaussian. The share of
     ``heat = (eps/4) E[nbeta grad . G] / E[nbeta grad . (w - w*)]``
 
 is dimensionless, costs three dot products every few steps, and counts discretisation and minibatch noise together. The
-step is set so that the heat is about :data:`HEAT` of the LLC, and the estimate is corrected by the factor ``1 - heat``: exact for a regular
-model, first order for any other.
+step is set so that the heat is about :data:`HEAT` of the LLC, and the estimate is corrected by the factor ``1 - heat``:
+exact for a regular model, first order for any other.
 
 **Burn-in and length.** Once the step is found it is frozen, and the chains run in rounds of doubling length. All rounds
 but the last are burn-in; the last is the draws. It is the last when it is flat (no drift between its halves beyond the
@@ -127,7 +127,7 @@ def first_step(objective: Objective, window: Window, posterior: LocalPosterior, 
     gen = generator(seed, PROBE, device=objective.device)
     anchor = objective.anchor
     weights, grad = anchor.clone().unsqueeze(0), torch.zeros_like(anchor).unsqueeze(0)
-    batches = [window[i] for i in list(window.anchor_loss)[:1] + [0, len(window) // 2]]
+    batches = [window[i] for i in [*list(window.anchor_loss)[:1], 0, len(window) // 2]]
     batches = [b for n, b in enumerate(batches) if n == 0 or (n - 1) * (len(window) // 2) not in window.without_loss]
 
     def gradient(displacement: Tensor) -> Tensor:

@@ -173,7 +173,9 @@ class Chains:
             self._engine.release()
         anchor = torch.tensor([[window.anchor_loss[i] for i in row] for row in indices.tolist()], dtype=torch.float64)
         used = {(self._window_index, i): window.anchor_loss[i] for i in indices.unique().tolist()}
-        return Segment(self.numbers, losses - anchor.reshape(chains, steps), *readings, used)
+        grad_square, grad_dot, square = readings
+        difference = losses - anchor.reshape(chains, steps)
+        return Segment(self.numbers, difference, grad_square, grad_dot, square, used)
 
     def _measure_anchor(self, window: Window, indices: Tensor) -> Tensor:
         """Losses at ``w*`` of the batches that are about to be used; batches without a loss are replaced by others."""

@@ -1,8 +1,8 @@
 """Two ways to get the losses and gradients of chains: one after another on the live buffer, or several under vmap.
 
 Both write the gradient of every chain into one flat buffer ``[chains, d]``, with no Python work per parameter in the
-sequential one: the parameters of the private copy are views of the chain's weights, and their ``.grad`` are views of the
-gradient buffer, so that ``backward`` accumulates in place.
+sequential one: the parameters of the private copy are views of the chain's weights, and their ``.grad`` are views of
+the gradient buffer, so that ``backward`` accumulates in place.
 """
 
 from __future__ import annotations

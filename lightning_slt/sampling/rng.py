@@ -31,13 +31,14 @@ def preserve_rng(seed: int | None = None) -> Iterator[None]:
         seed: where given, the generators are seeded with it inside, so that a module that draws random numbers in its
             step gives the same answer at every call.
     """
-    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    python_state, torch_state = random.getstate(), torch.get_rng_state()
+    numpy_state = np.random.get_state()  # noqa: NPY002 - the caller's legacy generator is what is preserved
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     cuda_states = torch.cuda.get_rng_state_all() if cuda else []
     try:
         if seed is not None:
             random.seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002 - the caller's modules may draw from the legacy generator
+            np.random.seed(seed % 2**32)  # noqa: NPY002
             torch.default_generator.manual_seed(seed)
             if cuda:
                 torch.cuda.manual_seed_all(seed)

@@ -31,12 +31,12 @@ def loss_function(module: nn.Module, loss_fn: Optional[LossFn] = None) -> LossFn
         return _user_loss(loss_fn)
     if not isinstance(module, LightningModule):
         raise ValueError(
-            f"loss_fn is None, and {type(module).__name__} is not a LightningModule: give loss_fn(module, batch) -> loss."
+            f"loss_fn is None, and {type(module).__name__} is not a LightningModule: give loss_fn(module, batch)."
         )
     if not module.automatic_optimization:
         raise ValueError(
-            f"{type(module).__name__} uses manual optimisation: its training_step moves the optimisers, so chains cannot "
-            "call it. Give loss_fn(module, batch) -> loss."
+            f"{type(module).__name__} uses manual optimisation: its training_step moves the optimisers, so "
+            "chains cannot call it. Give loss_fn(module, batch) -> loss."
         )
     positional = _step_arguments(module)
 
@@ -47,7 +47,7 @@ def loss_function(module: nn.Module, loss_fn: Optional[LossFn] = None) -> LossFn
 
 
 def _step_arguments(module: LightningModule) -> tuple[int, ...]:
-    """What follows the batch: nothing, or ``batch_idx`` = 0 (a constant: L(w) must not depend on the batch's number)."""
+    """What follows the batch: nothing, or ``batch_idx`` = 0 (a constant: L(w) must not depend on it)."""
     parameters = list(inspect.signature(_unwrapped_step(module)).parameters.values())
     if any(parameter.name == "dataloader_iter" for parameter in parameters):
         raise ValueError(
@@ -155,7 +155,7 @@ class ReadThroughTrainer:
             if name in _OUTSIDE:
                 return _OUTSIDE[name]
             raise AttributeError(
-                f"training_step reads trainer.{name}, and there is no trainer here: give loss_fn(module, batch) -> loss."
+                f"training_step reads trainer.{name}, and there is no trainer here: give loss_fn(module, batch)."
             )
         return getattr(live, name)
 

@@ -11,13 +11,11 @@ from lightning_slt.functional.posterior import LocalPosterior
 
 @runtime_checkable
 class Sampler(Protocol):
-    """One update rule, applied in place to one chain ``[d]`` or several ``[num_chains, d]``.
+    """One update rule, applied in place to one chain ``[d]`` or several ``[num_chains, d]``."""
 
-    Attributes:
-        lr: the step size; None where it is to be calibrated.
-    """
-
-    lr: Optional[float]
+    @property
+    def lr(self) -> Optional[float]:
+        """The step size; None where it is to be calibrated."""
 
     def update_(
         self, weights: Tensor, anchor: Tensor, grad: Tensor, noise: Tensor, lr: float, posterior: LocalPosterior

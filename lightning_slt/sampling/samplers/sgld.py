@@ -15,7 +15,8 @@ from lightning_slt.functional.posterior import LocalPosterior
 class SGLD:
     r"""Stochastic gradient Langevin dynamics (Welling & Teh 2011), localised (Lau et al. 2023, arXiv 2308.12108):
 
-    .. math:: w \leftarrow w - \tfrac{\epsilon}{2} [ n\beta \nabla L_B(w) + \gamma (w - w^*) ] + \sqrt{\epsilon}\, N(0, I)
+    .. math::
+        w \leftarrow w - \tfrac{\epsilon}{2} [ n\beta \nabla L_B(w) + \gamma (w - w^*) ] + \sqrt{\epsilon}\, N(0, I)
 
     Args:
         lr: the step size epsilon; None has it calibrated, see :mod:`lightning_slt.sampling.calibration`.
@@ -41,7 +42,7 @@ class SGLD:
     def update_(
         self, weights: Tensor, anchor: Tensor, grad: Tensor, noise: Tensor, lr: float, posterior: LocalPosterior
     ) -> None:
-        """One step, in place; see the class for the equation. Shapes: ``[d]`` or ``[num_chains, d]``, anchor ``[d]``."""
+        """One step, in place; the equation is the class's. ``weights``: ``[d]`` or ``[num_chains, d]``."""
         weights.lerp_(anchor.expand_as(weights), 0.5 * lr * posterior.localization)
         weights.add_(grad, alpha=-0.5 * lr * posterior.nbeta)
         weights.add_(noise, alpha=math.sqrt(lr))
