@@ -17,7 +17,7 @@ from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import MinibatchSource, source_of
 from lightning_slt.sampling.calibration import HEAT, MAX_STEPS_BW_DRAWS, Budget, Drawn, draw, heat_share, virial_ratio
-from lightning_slt.sampling.chains import STATS_EVERY, Chains, Progress, Segment, open_window
+from lightning_slt.sampling.chains import Chains, Progress, open_window
 from lightning_slt.sampling.collective import Alone, Collective
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.restriction import Restriction
@@ -96,8 +96,8 @@ def default_localization(anchor: Tensor) -> float:
     """The gamma at which a free direction moves by the weights' own scale, ``d / |w*|²``, within [1, 100].
 
     A fixed 100 hides the singular directions of small models with weights of order one (an LLC of 7-12 for 35-37 at
-    1000); a fixed 1 lets the many weights of a network wander ten times their own size. What the choice costs is
-    reported with every estimate as ``localization_effect``.
+    1000); a fixed 1 lets the many weights of a network wander ten times their own size. What a
+    value costs on a model whose answer is known is tabled in docs/choosing.md.
 
     Args:
         anchor: ``[d]``, the weights that move.
@@ -205,7 +205,6 @@ def _read(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
         step_size=lr,
         step_bias=summary.mean * (1.0 / correction - 1.0),
         virial=virial,
-        localization_effect=_localization_effect(segment, posterior, ~diverged),
         finite_share=float(finite.double().mean()),
         num_bad_chains=int((~summary.good).sum()),
         num_chains=settings.num_chains,
@@ -217,16 +216,6 @@ def _read(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
         method=chains.method,
         method_reason=chains.reason,
     )
-
-
-def _localization_effect(segment: Segment, posterior: LocalPosterior, keep: Tensor) -> float:
-    """``d LLC / d log2 gamma = -(gamma log 2 / 2) Cov(nbeta dL, |w - w*|²)``, the covariance within chains."""
-    if not bool(keep.any()):
-        return math.nan
-    value = posterior.nbeta * segment.difference[keep][:, ::STATS_EVERY]
-    square = segment.square[keep]
-    covariance = ((value - value.mean(1, keepdim=True)) * (square - square.mean(1, keepdim=True))).mean()
-    return -0.5 * math.log(2.0) * posterior.localization * float(covariance)
 
 
 def estimate_llc(

@@ -56,7 +56,6 @@ class Estimate:
         step_bias: What the finite step adds to ``mean``, in LLC units; it has been taken off.
         virial: ``(nbeta E[grad.(w-w*)] + gamma E|w-w*|²) / d`` with the heat of the step taken off: 1 at stationarity,
             below where flat directions have not been reached yet.
-        localization_effect: ``d mean / d log2(localization)``: the change for each doubling of ``localization``.
         acceptance: Acceptance rate, for samplers that have one.
         finite_share: Share of chains whose every loss was finite.
         num_bad_chains: Chains left out: non-finite or diverged.
@@ -93,7 +92,6 @@ class Estimate:
     step_size: float
     step_bias: float = 0.0
     virial: float = math.nan
-    localization_effect: float = math.nan
     acceptance: Optional[float] = None
     finite_share: float = 1.0
     num_bad_chains: int = 0

@@ -1,0 +1,63 @@
+"""The floors of docs/architecture.md: a room imports only from its own floor or lower ones."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lightning_slt"
+FLOORS = {
+    "functional": 1,
+    "record": 1,
+    "sampling": 2,
+    "measures": 2,
+    "publish": 2,
+    "estimate": 3,
+    "callbacks": 4,
+    "config": 5,
+}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_room_imports_only_from_its_own_floor_or_lower(path: Path) -> None:
+    floor = FLOORS[room_of(path)]
+    inside = {name.split(".")[1] for name in imports(path) if name.startswith("lightning_slt.")}
+    above = {room for room in inside if FLOORS[room] > floor}
+    assert not above, f"{path.name} is on floor {floor} and imports from above: {above}"
+
+
+@pytest.mark.parametrize("room", ["functional", "record", "sampling", "measures"])
+def test_only_callbacks_know_a_trainer(room: str) -> None:
+    for path in FILES:
+        if room_of(path) != room:
+            continue
+        names = {
+            alias.name
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning.")
+            for alias in node.names
+        }
+        assert "Trainer" not in names, f"{path.name} imports Trainer below the callbacks"
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room_of(p) for p in FILES} <= set(FLOORS)
