@@ -210,6 +210,10 @@ class DatasetSource(MinibatchSource):
             return self._load(batches, 0)
 
     def _load(self, batches: list[list[int]], workers: int) -> list[Any]:
+        tensors = _plain_tensors(self.dataset) if self._collate is default_collate else None
+        if tensors is not None:
+            # the same batches without a Python call for each sample
+            return [self._transfer([t[torch.tensor(numbers)] for t in tensors]) for numbers in batches]
         loader: DataLoader[Any] = DataLoader(
             self.dataset,
             batch_sampler=batches,
@@ -330,6 +334,11 @@ def is_plain_data(dataset: Any) -> bool:
     if isinstance(dataset, Subset):
         return is_plain_data(dataset.dataset)
     return type(dataset) in (TensorDataset, list, tuple) or isinstance(dataset, Tensor)
+
+
+def _plain_tensors(dataset: Any) -> Optional[tuple[Tensor, ...]]:
+    """The tensors of a dataset whose items are just their rows."""
+    return dataset.tensors if type(dataset) is TensorDataset and len(dataset.tensors) > 1 else None
 
 
 def _can_fork() -> bool:
