@@ -7,6 +7,7 @@ a schema of your own, make :class:`MonitorConfig` the type of one of its fields 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ def load(source: Source, overrides: Sequence[str] = (), *, schema: type[Any] = M
         >>> load({"num_chain": 8})
         Traceback (most recent call last):
         ...
-        ValueError: num_chain=8: no such setting. MonitorConfig has every_n_train_steps, ..., num_chains, ...
+        ValueError: num_chain=8: no such setting (did you mean num_chains?). MonitorConfig has every_n_train_steps, ...
     """
     given = _read(source)
     for item in overrides:
@@ -170,18 +171,35 @@ def _sections(schema: type[Any]) -> dict[str, type[Any]]:
 
 def _explain(error: OmegaConfBaseException, given: DictConfig, schema: type[Any]) -> str:
     """One line: which key, which value, what is wrong, and what there is."""
-    full_key = str(error.full_key or error.key or "")
-    value: Any = given
+    what = str(error.msg or error).splitlines()[0].rstrip(".")
+    plain = OmegaConf.to_container(given, resolve=False)
+    full_key = str(error.full_key or error.key or "") or _not_a_section(plain, schema)
+    *sections, last = full_key.split("[")[0].split(".")
     owner: Optional[type[Any]] = schema
-    *sections, last = full_key.split(".")
+    value: Any = plain
     for section in sections:
         owner = _sections(owner).get(section) if owner is not None else None
-    for part in full_key.split("."):
-        value = value.get(part) if isinstance(value, DictConfig) else None
-    what = str(error.msg or error).splitlines()[0]
+        value = _item(value, section)
+    value = _item(value, last)
     if owner is None:
-        return f"{full_key}={value!r}: {what}"
+        return f"{full_key}={value!r}: {what}."
     names = [f.name for f in dataclasses.fields(owner)]
-    if last in names:
-        return f"{full_key}={value!r}: {what}. {owner.__name__} has {', '.join(names)}."
-    return f"{full_key}={value!r}: no such setting. {owner.__name__} has {', '.join(names)}."
+    if last not in names:
+        near = difflib.get_close_matches(last, names, n=1)
+        what = "no such setting" + (f" (did you mean {near[0]}?)" if near else "")
+    elif last in _sections(owner) and not isinstance(value, Mapping):
+        what = f"expected the settings of a {_sections(owner)[last].__name__}"
+    return f"{full_key}={value!r}: {what}. {owner.__name__} has {', '.join(names)}."
+
+
+def _item(value: Any, key: str) -> Any:
+    """``value[key]``, None where there is none; a key that YAML read as a number is found too."""
+    return next((v for k, v in value.items() if str(k) == key), None) if isinstance(value, Mapping) else None
+
+
+def _not_a_section(plain: Any, schema: type[Any]) -> str:
+    """The section that was given as something else: OmegaConf does not name it."""
+    for name in _sections(schema):
+        if name in plain and not isinstance(plain[name], Mapping):
+            return name
+    return ""

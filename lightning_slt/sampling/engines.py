@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 ACTIVATION_BUDGET = 2**30
 """Bytes of activations that the chains of one chunk may hold together on the CPU."""
 COMPUTE_BOUND = 0.004
-"""Seconds of a step on the CPU above which products, not calls, take the time: batching cannot help, and is not tried."""
+"""Seconds of a step on the CPU above which products, not calls, take the time: batching is not tried."""
 BATCHED_GAIN = 1.25
 """How much faster the batched path must be to be kept: near ties go to the path that always works."""
 
@@ -286,7 +286,7 @@ def choose_engine(objective: Objective, window: Window, num_chains: int, method:
         seconds = _one_step_seconds(objective, sequential, window)
         if seconds > COMPUTE_BOUND:
             return Choice(
-                sequential, f"a step takes {1000 * seconds:.0f} ms of computing, which batching would not save"
+                sequential, f"a step is {1000 * seconds:.0f} ms of computing, which batching would not save"
             )
     width = chunk_width(objective, window[0], num_chains)
     if width < 2:
