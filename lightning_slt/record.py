@@ -130,6 +130,8 @@ class Estimate:
                 value = [float(v) for v in value]
             elif isinstance(value, tuple):
                 value = list(value)
+            elif isinstance(value, np.generic):
+                value = value.item()
             out[f.name] = value
         return out
 

@@ -9,7 +9,7 @@ from typing import Any, Optional, TypeVar
 
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_slt.sampling.collective import Alone, Collective
@@ -70,7 +70,8 @@ def check_strategy(trainer: Trainer) -> None:
         MisconfigurationException: for sharded and engine-owned strategies, naming what can be done.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+    # DeepSpeedStrategy derives from DDPStrategy, but its engine owns the weights
+    if isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, DeepSpeedStrategy):
         return
     raise MisconfigurationException(
         f"SLTMonitor does not support {type(strategy).__name__}: it needs whole weights on each device, as under a "

@@ -182,14 +182,23 @@ class SLTMonitor(Callback):
         check_num_samples(self._data.num_samples, self._settings.nbeta)
         total = trainer.estimated_stepping_batches
         self._explicit = self._schedule.explicit_steps(None if total in (-1, float("inf")) else int(total))
+        before = trainer.fit_loop.epoch_loop._batches_that_stepped
+        if before == 0 and trainer.ckpt_path is None:
+            self._forget()
         self._start = time.monotonic() - self._run_seconds
         self._done_fast_run = False
-        before = trainer.fit_loop.epoch_loop._batches_that_stepped
         self._last_step = max(self._last_step, before)
         self._open_publisher(trainer)
         trainer.callback_metrics.setdefault(f"{self._prefix}/diag/valid", torch.tensor(0.0))
         if before == 0 and not self.estimates and 0 in self._explicit and not _is_smoke_test(trainer):
             self._fire(trainer, pl_module, step=0, x=0)
+
+    def _forget(self) -> None:
+        """A run that starts at its first step has no history, whatever this object has measured before."""
+        self.estimates = []
+        self._localization, self._step_size = self._settings.localization, None
+        self._last_step, self._seconds, self._run_seconds = 0, 0.0, 0.0
+        self._said_method = False
 
     def _open_publisher(self, trainer: Trainer) -> None:
         """The folder and the loggers of this run; none of either under ``fast_dev_run``."""
@@ -278,8 +287,8 @@ class SLTMonitor(Callback):
             return
         if self.estimates and self.estimates[-1].step == self._last_step:
             return
-        # Lightning takes its count one back around this hook, so that epoch-end values share the last batch's x
-        self._fire(trainer, pl_module, self._last_step, trainer.fit_loop.epoch_loop._batches_that_stepped)
+        # Lightning takes its count one back to log an epoch's values: they share the x of the last batch
+        self._fire(trainer, pl_module, self._last_step, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
 
     def _fire(self, trainer: Trainer, pl_module: LightningModule, step: int, x: int) -> None:
         """Measure now, on all ranks, and publish; a failure follows ``on_failure``."""
@@ -296,14 +305,14 @@ class SLTMonitor(Callback):
                 f"{type(error).__name__}: {error}"
             )
             return
-        self._seconds += time.monotonic() - begin
+        seconds = time.monotonic() - begin
         elapsed = time.monotonic() - (self._start if self._start is not None else begin)
         estimate = estimate.replace(
             step=step,
             x=x,
             epoch=trainer.current_epoch,
-            seconds=time.monotonic() - begin,
-            overhead=self._seconds / max(elapsed, 1e-9),
+            seconds=seconds,
+            overhead=(self._seconds + seconds) / max(elapsed, 1e-9),
             component=self._name or "",
         )
         self.estimates.append(estimate)
@@ -316,6 +325,8 @@ class SLTMonitor(Callback):
         )
         if self._publisher is not None:
             self._publisher.estimate(estimate)
+        # drawing and logging count as overhead too, from the next firing's figure on
+        self._seconds += time.monotonic() - begin
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, progress: FiringProgress) -> Estimate:
         assert self._data is not None

@@ -62,7 +62,7 @@ def _ess(array: _Array) -> float:
     pairs = pairs[: negative[0]] if negative.size else pairs
     tau = -1.0 + 2.0 * np.minimum.accumulate(pairs).sum()
     # antithetic chains may beat independent draws, but not without bound (Vehtari et al., section 3.2)
-    return array.size / max(tau, 1.0 / math.log10(max(array.size, 11)))
+    return float(array.size / max(tau, 1.0 / math.log10(max(array.size, 11))))
 
 
 def rhat(draws: Tensor) -> float:
@@ -84,7 +84,7 @@ def rhat(draws: Tensor) -> float:
         return math.nan
     split = _split(array)
     folded = np.abs(split - np.median(split))
-    return max(_rhat(_rank_normalise(split)), _rhat(_rank_normalise(folded)))
+    return float(max(_rhat(_rank_normalise(split)), _rhat(_rank_normalise(folded))))
 
 
 def effective_sample_size(draws: Tensor) -> float:

@@ -285,9 +285,7 @@ def choose_engine(objective: Objective, window: Window, num_chains: int, method:
     if method == "auto" and objective.device.type == "cpu":
         seconds = _one_step_seconds(objective, sequential, window)
         if seconds > COMPUTE_BOUND:
-            return Choice(
-                sequential, f"a step is {1000 * seconds:.0f} ms of computing, which batching would not save"
-            )
+            return Choice(sequential, f"a step is {1000 * seconds:.0f} ms of computing, which batching would not save")
     width = chunk_width(objective, window[0], num_chains)
     if width < 2:
         if method == "batched":

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_slt.sampling import steps
 from lightning_slt.sampling.restriction import Restriction, select_parameters
-from lightning_slt.sampling.shadow import CopyError, detach_from_training, shadow_copy
+from lightning_slt.sampling.shadow import CopyError, detach_from_training, shadow_copy, without_compile
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +72,10 @@ class Objective:
                 raise
             log.warning(f"{error} Chains call the module in place instead, and put it back after.")
             self.module, self.borrowed = module, True
+        if not self.borrowed:
+            self.names = [without_compile(name) for name in self.names]
         if weights is not None:
-            self.module.load_state_dict(weights)
+            self.module.load_state_dict({without_compile(name): w for name, w in weights.items()})
         if not self.borrowed:
             if device is not None:
                 self.module.to(device)

@@ -12,6 +12,8 @@ from typing import Union
 
 from torch import nn
 
+from lightning_slt.sampling.shadow import without_compile
+
 Restriction = Union[str, nn.Module, Sequence[Union[str, nn.Module]], None]
 
 
@@ -45,14 +47,15 @@ def select_parameters(module: nn.Module, restrict: Restriction = None) -> list[s
         raise ValueError("restrict is empty: leave it None to move every weight, or name parameters or submodules.")
 
     # a tied weight has several names but is one parameter: match every name, move it once
-    aliases = list(module.named_parameters(remove_duplicate=False))
+    aliases = [(without_compile(name), p) for name, p in module.named_parameters(remove_duplicate=False)]
     chosen: set[int] = set()
     for entry in entries:
         if isinstance(entry, nn.Module):
             matched = {id(p) for p in entry.parameters()} & {id(p) for _, p in aliases}
             label = f"the submodule {type(entry).__name__}"
         else:
-            matched = {id(p) for name, p in aliases if fnmatchcase(name, entry) or name.startswith(f"{entry}.")}
+            wanted = without_compile(entry)
+            matched = {id(p) for name, p in aliases if fnmatchcase(name, wanted) or name.startswith(f"{wanted}.")}
             label = repr(entry)
         if not matched:
             shown = ", ".join(trainable[:8]) + (", ..." if len(trainable) > 8 else "")

@@ -61,6 +61,11 @@ def detach_from_training(shadow: nn.Module) -> None:
         parameter.grad = None
 
 
+def without_compile(name: str) -> str:
+    """A parameter's name as it is without ``torch.compile`` around the modules that hold it."""
+    return name.replace("_orig_mod.", "")
+
+
 def uncompile(module: nn.Module) -> nn.Module:
     """Take ``torch.compile`` off a private copy and its submodules: its compiled step is bound to the original."""
     module = getattr(module, "_orig_mod", module)

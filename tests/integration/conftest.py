@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lightning_slt.publish import publisher
+from tests.integration import models
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The ranks of test_ddp.py run while the other worker of xdist is busy elsewhere: one test first, the rest last."""
+    ranks = [item for item in items if item.path.name == "test_ddp.py"]
+    others = [item for item in items if item.path.name != "test_ddp.py"]
+    items[:] = [*ranks[:1], *others, *ranks[1:]]
+
+
+@pytest.fixture(autouse=True)
+def _one_quiet_process() -> Iterator[None]:
+    """One thread (sums in one order), no chatter, nothing left over from another test, no process left behind."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    models.CHAIN_SAW.clear()
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        # Lightning's advice on loaders and scheduler order, true of every small test
+        warnings.filterwarnings("ignore", message=".*(does not have many workers|smaller than the logging interval).*")
+        yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+    torch.set_num_threads(threads)
+    for child in multiprocessing.active_children():
+        child.join(timeout=5)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes ten times as long as the smallest chains: left out where a test does not ask for ``pictures``."""
+    if "pictures" not in request.fixturenames:
+        for name in ("chains_figure", "history_figure"):
+            monkeypatch.setattr(publisher, name, lambda *_, **__: None)
+
+
+@pytest.fixture
+def pictures() -> None:
+    """Asks for the pictures of each estimate to be drawn."""

@@ -1,0 +1,237 @@
+"""Scenarios of several ranks, as processes of their own: ``python -m tests.integration.ddp FOLDER NAME:RANKS ...``.
+
+Imports take longer than any scenario, so that one process imports everything and forks the ranks of each scenario in
+turn. A scenario that takes longer than its limit hangs: its ranks are killed, and the others still run. Each
+rank leaves ``FOLDER/NAME-RANKS/RANK.pt`` with what its function returned, or the error that it ended with.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+
+from tests.integration import models
+from tests.integration.harness import (
+    Scenario,
+    SLTMonitor,
+    assert_same,
+    quiet_trainer,
+    seed_everything,
+    tiny_monitor,
+)
+from tests.integration.models import Net, Plain, loaders, with_validation
+
+LIMIT = {"spawn": 90.0}
+DEFAULT_LIMIT = 30.0
+Result = dict[str, Any]
+
+
+def ranks_of(world: int, **kwargs: Any) -> Callable[[], dict[str, Any]]:
+    """A trainer of ``world`` CPU ranks; of one process where it is 1."""
+
+    def make() -> dict[str, Any]:
+        strategy = {"strategy": DDPStrategy(process_group_backend="gloo")} if world > 1 else {}
+        return {"devices": world, **strategy, **kwargs}
+
+    return make
+
+
+def said(monitor: SLTMonitor, **more: Any) -> Result:
+    return {"estimates": [e.state_dict() for e in monitor.estimates], **more}
+
+
+def undisturbed(folder: Path, world: int) -> Result:
+    """3 steps an epoch on each of two ranks, with validation."""
+    monitor = tiny_monitor(every_n_train_steps=2)
+    trace = Scenario(Net, with_validation, ranks_of(world)).assert_undisturbed(folder, monitor)
+    metrics = {k: float(v) for k, v in trace.trainer.callback_metrics.items() if k.startswith("slt")}
+    return said(monitor, num_batches=trace.num_batches, metrics=metrics, weights=trace.module.net[0].weight.detach())
+
+
+def accumulation(folder: Path, world: int) -> Result:
+    """4 batches an epoch in windows of 3."""
+    monitor = tiny_monitor(every_n_train_steps=1)
+    scenario = Scenario(Net, lambda: loaders(28), ranks_of(world, accumulate_grad_batches=3))
+    trace = scenario.assert_undisturbed(folder, monitor)
+    return said(monitor, num_batches=trace.num_batches, global_step=trace.trainer.global_step)
+
+
+def tried_methods(folder: Path, world: int) -> Result:
+    monitor = tiny_monitor(every_n_epochs=1, method="auto")
+    Scenario(Net, loaders, ranks_of(world)).assert_undisturbed(folder, monitor)
+    return said(monitor)
+
+
+def _held(folder: Path, world: int, **settings: Any) -> Result:
+    """Weights that stay where they began, so that they are the same for any number of ranks."""
+    monitor = tiny_monitor(every_n_epochs=1, num_chains=4, **settings)
+    trainer = ranks_of(world, max_epochs=1)
+    Scenario(lambda: SeesWeights(lr=0.0), loaders, trainer).run(folder, monitor)
+    return said(monitor, chain_steps=len(models.CHAIN_SAW), weights=list(models.CHAIN_SAW))
+
+
+class SeesWeights(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        models.chain_saw(self, self.net.weight)
+        return super().training_step(batch, batch_idx)
+
+
+def fixed_step(folder: Path, world: int) -> Result:
+    return _held(folder, world, num_draws=20)
+
+
+def calibrated_step(folder: Path, world: int) -> Result:
+    return _held(folder, world, sampler=None, num_draws=20, num_burnin_steps=None, num_steps_bw_draws=None)
+
+
+def fewer_chains_than_ranks(folder: Path, world: int) -> Result:
+    monitor = tiny_monitor(every_n_epochs=1, num_chains=1)
+    Scenario(Net, loaders, ranks_of(world)).assert_undisturbed(folder, monitor)
+    return said(monitor)
+
+
+class OneRankRaises(Net):
+    """Fails on rank 1, in the chains of the second firing."""
+
+    def loss(self, batch: Any) -> Tensor:
+        in_chain = not self.training and not self.trainer.validating
+        if in_chain and self.trainer.global_rank == 1 and self.trainer.global_step == 4:
+            raise RuntimeError("only this rank fails")
+        return super().loss(batch)
+
+
+def one_rank_raises_warn(folder: Path, world: int) -> Result:
+    monitor = tiny_monitor(every_n_train_steps=2, on_failure="warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trace = Scenario(OneRankRaises, loaders, ranks_of(world)).assert_undisturbed(folder, monitor)
+    texts = [str(w.message) for w in caught if "only this rank fails" in str(w.message)]
+    return said(monitor, num_batches=trace.num_batches, warnings=texts)
+
+
+def one_rank_raises_raise(folder: Path, world: int) -> Result:
+    monitor = tiny_monitor(every_n_train_steps=2, on_failure="raise")
+    try:
+        Scenario(OneRankRaises, loaders, ranks_of(world)).run(folder, monitor)
+    except Exception as error:
+        return said(monitor, raised=f"{type(error).__name__}: {error}")
+    return said(monitor, raised="")
+
+
+def resume(folder: Path, world: int) -> Result:
+    saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=False)
+    first, again = tiny_monitor(every_n_train_steps=2), tiny_monitor(every_n_train_steps=2)
+    saving = ranks_of(world, callbacks=[saver], enable_checkpointing=True, max_epochs=1)
+    Scenario(Net, loaders, saving).run(folder, first)
+    checkpoint = str(folder / "step=3.ckpt")
+    without = Scenario(Net, loaders, ranks_of(world)).run(folder, ckpt_path=checkpoint)
+    with_monitor = Scenario(Net, loaders, ranks_of(world)).run(folder, again, ckpt_path=checkpoint)
+    assert_same(without, with_monitor)
+    return said(again, before=[e.state_dict() for e in first.estimates])
+
+
+def spawn(folder: Path, world: int) -> Result:
+    """Lightning starts the ranks itself; what is asked is what the process that called ``fit`` has after."""
+    seed_everything()
+    strategy = DDPStrategy(process_group_backend="gloo", start_method="spawn")
+    monitor = tiny_monitor(every_n_train_steps=2)
+    trainer = quiet_trainer(folder, devices=2, strategy=strategy, callbacks=[monitor])
+    trainer.fit(Net(), **loaders())
+    return said(monitor, metrics={k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
+    f.__name__: f
+    for f in (
+        undisturbed,
+        accumulation,
+        tried_methods,
+        fixed_step,
+        calibrated_step,
+        fewer_chains_than_ranks,
+        one_rank_raises_warn,
+        one_rank_raises_raise,
+        resume,
+        spawn,
+    )
+}
+RUNS: tuple[tuple[str, int], ...] = (
+    *((name, 2) for name in SCENARIOS if name != "spawn"),
+    ("fixed_step", 1),
+    ("calibrated_step", 1),
+)
+SPAWNED: tuple[tuple[str, int], ...] = (("spawn", 0),)
+"""Names and ranks; 0 leaves the start of the ranks to Lightning."""
+
+
+def place(folder: Path, name: str, world: int) -> Path:
+    return folder / f"{name}-{world}"
+
+
+def _rank(folder: Path, name: str, world: int, rank: int, port: int) -> None:
+    """What one rank does, in its own process and process group."""
+    os.setsid()
+    if world > 1:
+        # read by Lightning as "the processes exist already"
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0", LOCAL_RANK=str(rank), WORLD_SIZE=str(world)
+        )
+    here = place(folder, name, world)
+    try:
+        result = SCENARIOS[name](here / "root", world)
+    except BaseException:
+        result = {"error": traceback.format_exc()}
+    torch.save(result, here / f"{rank}.pt")
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def run_scenario(folder: Path, name: str, world: int) -> None:
+    place(folder, name, world).mkdir(parents=True, exist_ok=True)
+    fork, port = multiprocessing.get_context("fork"), _free_port()
+    ranks = [fork.Process(target=_rank, args=(folder, name, world, r, port)) for r in range(max(world, 1))]
+    for process in ranks:
+        process.start()
+    limit = LIMIT.get(name, DEFAULT_LIMIT)
+    end = time.monotonic() + limit
+    for process in ranks:
+        process.join(max(0.0, end - time.monotonic()))
+    for rank, process in enumerate(ranks):
+        if process.is_alive():
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+            torch.save({"error": f"hung: killed after {limit} s"}, place(folder, name, world) / f"{rank}.pt")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    for item in sys.argv[2:]:
+        name, world = item.split(":")
+        start = time.monotonic()
+        run_scenario(folder, name, int(world))
+        print(f"{item}: {time.monotonic() - start:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Bad input: refused before training with the argument and the remedy, or a firing skipped with a warning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import TensorDataset
+
+from tests.integration import models
+from tests.integration.harness import SGLD, TINY, Scenario, SLTMonitor, tiny_monitor
+from tests.integration.models import Plain, loaders
+
+ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
+    "no draws": ({"num_draws": 0}, r"num_draws=0.*at least 1"),
+    "no chains": ({"num_chains": 0}, r"num_chains=0.*at least 1"),
+    "negative burn-in": ({"num_burnin_steps": -1}, r"num_burnin_steps=-1.*at least 0"),
+    "no steps a draw": ({"num_steps_bw_draws": 0}, r"num_steps_bw_draws=0.*at least 1"),
+    "negative nbeta": ({"nbeta": -1.0}, r"nbeta=-1.0.*positive"),
+    "negative localization": ({"localization": -1.0}, r"localization=-1.0.*negative"),
+    "no batch": ({"batch_size": 0}, r"batch_size=0.*at least 1"),
+    "one sample": ({"num_samples": 1}, r"num_samples=1.*at least 2"),
+    "schedule of nothing": ({"every_n_train_steps": 0}, r"every_n_train_steps=0.*at least 1"),
+    "negative steps": ({"at_steps": [-1]}, r"at_steps=.*negative"),
+    "unknown policy": ({"on_failure": "ignore"}, r"on_failure='ignore'.*'warn' or 'raise'"),
+    "unknown method": ({"method": "fast"}, r"method='fast'.*'sequential' or 'batched'"),
+    "name that is no key": ({"name": "My Run"}, r"name='My Run'.*lower-case"),
+    "sampler of another kind": ({"sampler": {"step": 1e-4}}, r"sampler.*step.*lr"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), ARGUMENTS.values(), ids=ARGUMENTS)
+def test_argument_out_of_range(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, MisconfigurationException), match=message):
+        SLTMonitor(**arguments)
+
+
+@pytest.mark.parametrize("lr", [-1e-4, 0.0, float("nan"), float("inf")])
+def test_step_size_out_of_range(lr: float) -> None:
+    with pytest.raises(ValueError, match=r"lr=.*positive"):
+        SGLD(lr=lr)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]], str]] = {
+    "empty restriction": ({"restrict": []}, loaders, r"restrict is empty.*None"),
+    "restriction that matches nothing": ({"restrict": "body.*"}, loaders, r"'body\.\*' matches no.*net\.weight"),
+    "one of two restrictions matches nothing": ({"restrict": ["net.*", "head"]}, loaders, r"'head' matches no"),
+    "n = 1": ({}, lambda: loaders(1), r"num_samples=1.*nbeta"),
+    "stream without length": ({}, lambda: loaders(dataset=models.Stream()), r"length.*num_samples=.*nbeta="),
+}
+
+
+@pytest.mark.parametrize("policy", ["warn", "raise"])
+@pytest.mark.parametrize(("settings", "data", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_before_the_first_batch(
+    settings: dict[str, Any], data: Callable[[], dict[str, Any]], message: str, policy: str, tmp_path: Path
+) -> None:
+    module = Plain()
+    with pytest.raises(MisconfigurationException, match=message):
+        Scenario(lambda: module, data).run(tmp_path, tiny_monitor(on_failure=policy, **settings))
+    assert module.trainer.fit_loop.epoch_loop.batch_progress.total.ready == 0
+
+
+@pytest.mark.parametrize("restrict", [None, "net"])
+def test_module_with_nothing_to_move_is_refused(restrict: Any, tmp_path: Path) -> None:
+    def frozen() -> Plain:
+        module = Plain()
+        module.net.requires_grad_(False)
+        return module
+
+    with pytest.raises(MisconfigurationException, match="requires_grad"):
+        Scenario(frozen, loaders).run(tmp_path, tiny_monitor(restrict=restrict))
+
+
+def test_no_data_leaves_the_run_to_lightning(tmp_path: Path) -> None:
+    """Lightning itself trains on nothing without an error: there is nothing to measure either."""
+    empty = TensorDataset(torch.empty(0, models.IN), torch.empty(0, dtype=torch.long))
+    monitor = tiny_monitor()
+    trace = Scenario(Plain, lambda: loaders(dataset=empty, shuffle=False)).run(tmp_path, monitor)
+    assert trace.num_batches == 0
+    assert monitor.estimates == []
+
+
+GOES_ON: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]], str]] = {
+    "non-finite starting loss": (models.NaNInChain, loaders, r"step 4 failed.*loss at the current weights is nan"),
+    "step that always returns None": (models.AlwaysNone, loaders, r"step \d+ failed.*returned None"),
+}
+
+
+@pytest.mark.parametrize(("module", "data", "message"), GOES_ON.values(), ids=GOES_ON)
+def test_firing_is_skipped_with_a_warning_and_training_ends_well(
+    module: Callable[[], Any], data: Callable[[], dict[str, Any]], message: str, tmp_path: Path
+) -> None:
+    monitor = SLTMonitor(every_n_train_steps=4, on_failure="warn", sampler=SGLD(lr=1e-4), **TINY)
+    scenario = Scenario(module, data)
+    with pytest.warns(UserWarning, match=message):
+        trace = scenario.assert_undisturbed(tmp_path, monitor)
+    assert trace.num_batches == 12
+    assert monitor.estimates == []
+
+
+class DivergesInTraining(Plain):
+    """A learning rate that makes the weights NaN after a few batches."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * (torch.inf if self.trainer.global_step >= 5 else 1.0)
+
+
+def test_training_that_diverges_is_measured_until_then(tmp_path: Path) -> None:
+    monitor = tiny_monitor(on_failure="warn")
+    with pytest.warns(UserWarning, match="step 8 failed.*no minimum"):
+        Scenario(DivergesInTraining, loaders).assert_undisturbed(tmp_path, monitor)
+    assert [e.step for e in monitor.estimates] == [4]
+
+
+def test_chains_that_diverge_are_not_averaged(tmp_path: Path) -> None:
+    """A step size far too large: no finite number may come out as valid."""
+    monitor = tiny_monitor(sampler=SGLD(lr=1e6), num_draws=40)
+    Scenario(Plain, loaders).assert_undisturbed(tmp_path, monitor)
+    assert len(monitor.estimates) == 3
+    assert not any(e.valid for e in monitor.estimates)
+    assert all(e.reasons for e in monitor.estimates)

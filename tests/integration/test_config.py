@@ -1,0 +1,123 @@
+"""LightningCLI and Hydra build the monitor from files; a typo is refused with its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_slt import SGLD
+from tests.integration.harness import Scenario, SLTMonitor, steps_of
+from tests.integration.models import Net, Plain, loaders
+
+ARGUMENTS: dict[str, Any] = {
+    "every_n_train_steps": 4,
+    "num_chains": 2,
+    "num_draws": 4,
+    "num_burnin_steps": 2,
+    "num_steps_bw_draws": 1,
+    "localization": 1.0,
+    "restrict": ["net.*"],
+    "on_failure": "raise",
+}
+
+
+def assert_as_configured(monitor: SLTMonitor, folder: Path) -> None:
+    """It trains, fires, and its chains are those that the file asks for."""
+    Scenario(Plain, loaders).assert_undisturbed(folder, monitor)
+    assert steps_of(monitor) == [4, 8, 12]
+    assert {(e.num_chains, e.num_draws, e.num_burnin_steps) for e in monitor.estimates} == {(2, 4, 2)}
+    assert {(e.localization, e.step_size, e.num_weights) for e in monitor.estimates} == {(1.0, 1e-4, 10)}
+
+
+def command_line(folder: Path, arguments: dict[str, Any], *overrides: str) -> LightningCLI:
+    trainer = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "default_root_dir": str(folder),
+        "callbacks": [{"class_path": "lightning_slt.SLTMonitor", "init_args": arguments}],
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({"trainer": trainer}))
+    args = ["--config", str(path), *overrides]
+    return LightningCLI(Plain, run=False, args=args, save_config_callback=None, seed_everything_default=False)
+
+
+def monitor_of(cli: LightningCLI) -> SLTMonitor:
+    (monitor,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, SLTMonitor)]
+    return monitor
+
+
+def test_lightning_cli_builds_it(tmp_path: Path) -> None:
+    sampler = {"class_path": "lightning_slt.SGLD", "init_args": {"lr": 1e-4}}
+    assert_as_configured(monitor_of(command_line(tmp_path, {**ARGUMENTS, "sampler": sampler})), tmp_path)
+
+
+def test_lightning_cli_takes_overrides(tmp_path: Path) -> None:
+    monitor = monitor_of(command_line(tmp_path, ARGUMENTS, "--trainer.callbacks.every_n_train_steps=6"))
+    Scenario(Plain, loaders).run(tmp_path, monitor)
+    assert steps_of(monitor) == [6, 12]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [({"num_chain": 2}, "num_chain"), ({"num_chains": "two"}, "num_chains"), ({"every_n_steps": 1}, "every_n_steps")],
+)
+def test_lightning_cli_refuses_a_typo(
+    wrong: dict[str, Any], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command_line(tmp_path, {**ARGUMENTS, **wrong})
+    assert name in capsys.readouterr().err
+
+
+def hydra_monitor(folder: Path, arguments: dict[str, Any]) -> SLTMonitor:
+    """Through a composed file, so that nested values arrive as Hydra hands them over: DictConfig and ListConfig."""
+    hydra = pytest.importorskip("hydra")
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"monitor": {"_target_": "lightning_slt.SLTMonitor", **arguments}})
+    )
+    with hydra.initialize_config_dir(str(folder), version_base=None):
+        config = hydra.compose("config")
+    return hydra.utils.instantiate(config.monitor)
+
+
+SAMPLERS: dict[str, Any] = {
+    "nested target": {"_target_": "lightning_slt.SGLD", "lr": 1e-4},
+    "untyped nested dict": {"lr": 1e-4},
+}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_hydra_builds_it(sampler: dict[str, Any], tmp_path: Path) -> None:
+    monitor = hydra_monitor(tmp_path, {**ARGUMENTS, "sampler": sampler})
+    assert_as_configured(monitor, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"), [({"num_chain": 2}, "num_chain"), ({"sampler": {"learning_rate": 1e-4}}, "learning_rate")]
+)
+def test_hydra_refuses_a_typo(wrong: dict[str, Any], name: str, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=name):
+        hydra_monitor(tmp_path, {**ARGUMENTS, **wrong})
+
+
+def test_checkpoint_of_a_hydra_run_holds_plain_types(tmp_path: Path) -> None:
+    """A DictConfig in the state would break ``torch.load(weights_only=True)``."""
+    monitor = hydra_monitor(tmp_path, {**ARGUMENTS, "at_steps": [1, 2], "sampler": {"lr": 1e-4}})
+    saver = ModelCheckpoint(tmp_path, "last", every_n_train_steps=12)
+    settings = {"callbacks": [saver], "enable_checkpointing": True}
+    Scenario(Net, loaders, lambda: dict(settings)).run(tmp_path, monitor)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    (state,) = [v for k, v in checkpoint["callbacks"].items() if "SLTMonitor" in k]
+    assert [e["step"] for e in state["estimates"]] == steps_of(monitor) == [1, 2, 4, 8, 12]
+
+
+def test_sampler_given_in_python(tmp_path: Path) -> None:
+    assert_as_configured(SLTMonitor(**ARGUMENTS, sampler=SGLD(lr=1e-4)), tmp_path)

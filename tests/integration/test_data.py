@@ -1,0 +1,153 @@
+"""Every kind of data: training keeps its batches, and chains get the data that training has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+
+from tests.integration import models
+from tests.integration.harness import Scenario, steps_of, tiny_monitor
+from tests.integration.models import BATCH, Net, Plain, loaders, tensors
+
+
+def generated() -> dict[str, Any]:
+    """A user's generator for the order, given to the loader and to its sampler."""
+    g = torch.Generator().manual_seed(3)
+    return loaders(sampler=RandomSampler(tensors(), generator=g), shuffle=False, generator=g)
+
+
+def weighted() -> dict[str, Any]:
+    return loaders(sampler=WeightedRandomSampler(torch.arange(24.0), 24), shuffle=False)
+
+
+def subset() -> dict[str, Any]:
+    return loaders(sampler=SubsetRandomSampler(range(0, 24, 2)), shuffle=False)
+
+
+def several(make: Callable[[list[Any]], Any]) -> Callable[[], dict[str, Any]]:
+    """Two loaders, of 24 and of 12 samples, in a container."""
+    return lambda: {"train_dataloaders": make([loaders(n)["train_dataloaders"] for n in (24, 12)])}
+
+
+DATA: dict[str, tuple[Callable[[], dict[str, Any]], dict[str, Any], int]] = {
+    "persistent workers": (lambda: loaders(num_workers=1, persistent_workers=True), {}, 24),
+    "two workers": (lambda: loaders(num_workers=2), {}, 24),
+    "user generator": (generated, {}, 24),
+    "weighted sampler": (weighted, {}, 24),
+    "subset sampler": (subset, {}, 12),
+    "stateful iterable dataset": (lambda: loaders(dataset=models.Stream()), {"num_samples": 24}, 24),
+    "iterable dataset in a worker": (lambda: loaders(dataset=models.Stream(), num_workers=1), {"num_samples": 24}, 24),
+    "dataset with random numbers of its own": (lambda: loaders(dataset=models.OwnsGenerator()), {}, 24),
+    "the same in persistent workers": (
+        lambda: loaders(dataset=models.OwnsGenerator(), num_workers=1, persistent_workers=True),
+        {},
+        24,
+    ),
+    "last batch smaller": (lambda: loaders(23), {}, 23),
+    "last batch dropped": (lambda: loaders(23, drop_last=True), {}, 23),
+}
+
+
+@pytest.mark.parametrize(("data", "settings", "n"), DATA.values(), ids=DATA)
+def test_training_keeps_its_batches(
+    data: Callable[[], dict[str, Any]], settings: dict[str, Any], n: int, tmp_path: Path
+) -> None:
+    monitor = tiny_monitor(every_n_epochs=1, **settings)
+    trace = Scenario(Net, data).assert_undisturbed(tmp_path, monitor)
+    assert trace.num_batches == 2 * -(-n // BATCH) or n == 23
+    assert len(monitor.estimates) == 2
+    assert [e.num_samples for e in monitor.estimates] == [n, n]
+    assert all(e.trace.isfinite().all() for e in monitor.estimates)
+
+
+def test_a_dataset_is_not_moved_on_by_the_chains(tmp_path: Path) -> None:
+    """Reads of a dataset that owns its random numbers: those of training, none of the chains."""
+    monitor = tiny_monitor()
+    trace = Scenario(Net, lambda: loaders(dataset=models.OwnsGenerator())).run(tmp_path, monitor)
+    assert steps_of(monitor) == [4, 8, 12]
+    assert trace.trainer.train_dataloader.dataset.num_reads == 2 * 24
+
+
+def test_a_stream_is_read_by_training_only(tmp_path: Path) -> None:
+    monitor = tiny_monitor(num_samples=24)
+    trace = Scenario(Net, lambda: loaders(dataset=models.Stream())).run(tmp_path, monitor)
+    assert steps_of(monitor) == [4, 8, 12]
+    assert trace.trainer.train_dataloader.dataset.position == 2 * 24
+
+
+@pytest.mark.parametrize("containers", [lambda x: dict(zip("ab", x, strict=True)), list], ids=["dict", "list"])
+def test_several_loaders_keep_their_structure(containers: Callable[[list[Any]], Any], tmp_path: Path) -> None:
+    monitor = tiny_monitor()
+    Scenario(models.TwoStreams, several(containers)).assert_undisturbed(tmp_path, monitor)
+    assert steps_of(monitor) == [4, 8, 12]
+    assert models.CHAIN_SAW
+    assert all(saw == (["a", "b"] if containers is not list else 2) for saw in models.CHAIN_SAW)
+
+
+@pytest.mark.parametrize("owner", ["module", "datamodule"])
+def test_transfer_hooks_are_applied_exactly_once(owner: str, tmp_path: Path) -> None:
+    """Zeros become 1 before the transfer and 2 after it; a second time would make 3, 4 or 6 of them."""
+    monitor = tiny_monitor()
+    if owner == "module":
+        scenario = Scenario(models.Augments, lambda: loaders(dataset=models.zeros()))
+    else:
+        scenario = Scenario(models.SeesBatch, lambda: {"datamodule": models.AugmentingData()})
+    scenario.assert_undisturbed(tmp_path, monitor)
+    assert steps_of(monitor) == [4, 8, 12]
+    assert {value for batch in models.CHAIN_SAW for value in batch.flatten().tolist()} == {2.0}
+
+
+def test_replayed_batches_have_been_transferred_once(tmp_path: Path) -> None:
+    """The same where batches come from training itself."""
+
+    def stream() -> dict[str, Any]:
+        zeros = models.zeros()
+        return {"train_dataloaders": DataLoader(zeros, batch_sampler=[[i, i + 1] for i in range(0, 24, 2)])}
+
+    monitor = tiny_monitor()
+    Scenario(models.Augments, stream).assert_undisturbed(tmp_path, monitor)
+    assert steps_of(monitor) == [4, 8, 12, 16, 20, 24]
+    assert {value for batch in models.CHAIN_SAW for value in batch.flatten().tolist()} == {2.0}
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_overfit_batches_restricts_n(shuffle: bool, tmp_path: Path) -> None:
+    """Two batches of 4 are all that is trained on: n = 8, and chains see no other sample."""
+    monitor = tiny_monitor(every_n_train_steps=2)
+    scenario = Scenario(models.SeesBatch, lambda: loaders(shuffle=shuffle), lambda: {"overfit_batches": 2})
+    trace = scenario.assert_undisturbed(tmp_path, monitor)
+    assert trace.num_batches == 4
+    assert [e.num_samples for e in monitor.estimates] == [8, 8]
+    trained = {tuple(row) for _, s in trace.snapshots if "batch/0" in s for row in s["batch/0"].tolist()}
+    measured = {tuple(row) for batch in models.CHAIN_SAW for row in batch.tolist()}
+    assert len(trained) == 8
+    assert measured <= trained
+
+
+def test_a_batch_size_of_its_own(tmp_path: Path) -> None:
+    monitor = tiny_monitor(batch_size=6)
+    Scenario(models.SeesBatch, loaders).run(tmp_path, monitor)
+    assert [e.batch_size for e in monitor.estimates] == [6, 6, 6]
+    assert {len(batch) for batch in models.CHAIN_SAW} == {6}
+
+
+def test_chains_use_all_the_data_evenly(tmp_path: Path) -> None:
+    """300 draws over 24 samples reach every one of them, none twice as often as another."""
+    monitor = tiny_monitor(every_n_epochs=2, num_chains=1, num_draws=600)
+    Scenario(models.SeesBatch, loaders).run(tmp_path, monitor)
+    samples = torch.cat([batch[:, 0] for batch in models.CHAIN_SAW])
+    counts = torch.tensor([(samples == x).sum() for x in tensors().tensors[0][:, 0]]).float()
+    assert counts.min() > 0.7 * counts.mean() and counts.max() < 1.4 * counts.mean()
+
+
+def test_a_firing_does_not_depend_on_earlier_ones(tmp_path: Path) -> None:
+    often, seldom = (tiny_monitor(every_n_train_steps=n, localization=1.0) for n in (2, 12))
+    for name, monitor in (("often", often), ("seldom", seldom)):
+        Scenario(Plain, loaders).run(tmp_path / name, monitor)
+    assert len(often.estimates) == 6 and len(seldom.estimates) == 1
+    assert torch.equal(often.estimates[-1].trace, seldom.estimates[-1].trace)

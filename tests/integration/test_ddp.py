@@ -1,0 +1,164 @@
+"""Two DDP ranks on the CPU (gloo): training is the same, the ranks agree, and no failure makes a rank wait for ever."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_slt.record import RECORD_FILE, Estimate
+from tests.integration.ddp import RUNS, SPAWNED, place
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT = 120.0
+Results = dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the ranks left their results."""
+    return _launched_once(tmp_path_factory, "ddp", RUNS)
+
+
+@pytest.fixture(scope="session")
+def spawned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same where Lightning starts the ranks: slow, since each of them imports everything."""
+    return _launched_once(tmp_path_factory, "ddp_spawn", SPAWNED)
+
+
+def _launched_once(factory: pytest.TempPathFactory, name: str, runs: tuple[tuple[str, int], ...]) -> Path:
+    """The scenarios run once, in whichever xdist worker asks first; the others wait for it."""
+    base = factory.getbasetemp()
+    shared = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / name
+    shared.mkdir(exist_ok=True)
+    with open(shared / "lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "log").exists():
+            _launch(shared, runs)
+    return shared
+
+
+def _launch(shared: Path, runs: tuple[tuple[str, int], ...]) -> None:
+    command = [sys.executable, "-m", "tests.integration.ddp", str(shared), *(f"{name}:{n}" for name, n in runs)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with open(shared / "log", "w", encoding="utf-8") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def results_of(folder: Path, name: str, world: int) -> list[Results]:
+    """What each rank returned; fails with what a rank ended with."""
+    paths = [place(folder, name, world) / f"{rank}.pt" for rank in range(max(world, 1))]
+    missing = [path for path in paths if not path.exists()]
+    assert not missing, f"{missing} missing; the log says:\n{(folder / 'log').read_text()[-3000:]}"
+    results = [torch.load(path, weights_only=False) for path in paths]
+    for rank, result in enumerate(results):
+        assert "error" not in result, f"rank {rank}: {result['error']}"
+    return results
+
+
+def estimates_of(result: Results) -> list[Estimate]:
+    return [Estimate.from_state_dict(state) for state in result["estimates"]]
+
+
+def assert_ranks_agree(results: list[Results], steps: list[int]) -> list[Estimate]:
+    """Every rank has the same estimates, at ``steps``, to the last bit."""
+    first, second = (estimates_of(result) for result in results)
+    assert [e.step for e in first] == [e.step for e in second] == steps
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.trace, b.trace) and torch.equal(a.per_chain, b.per_chain)
+        assert (a.mean, a.se, a.init_loss, a.step_size, a.x) == (b.mean, b.se, b.init_loss, b.step_size, b.x)
+        assert a.trace.isfinite().all()
+    return first
+
+
+def test_training_is_the_same_and_the_ranks_agree(folder: Path) -> None:
+    results = results_of(folder, "undisturbed", 2)
+    estimates = assert_ranks_agree(results, [2, 4, 6])
+    assert [r["num_batches"] for r in results] == [6, 6]
+    assert torch.equal(results[0]["weights"], results[1]["weights"])
+    assert results[0]["metrics"] == results[1]["metrics"]
+    assert results[0]["metrics"]["slt/llc/mean"] == pytest.approx(estimates[-1].mean)
+    assert [e.num_samples for e in estimates] == [24, 24, 24]
+
+
+def test_accumulation_under_ddp(folder: Path) -> None:
+    results = results_of(folder, "accumulation", 2)
+    assert_ranks_agree(results, [1, 2, 3, 4])
+    assert [(r["num_batches"], r["global_step"]) for r in results] == [(8, 4), (8, 4)]
+
+
+def test_ranks_agree_whatever_method_each_finds_faster(folder: Path) -> None:
+    assert_ranks_agree(results_of(folder, "tried_methods", 2), [3, 6])
+
+
+def test_fewer_chains_than_ranks(folder: Path) -> None:
+    (first, _) = assert_ranks_agree(results_of(folder, "fewer_chains_than_ranks", 2), [3, 6])
+    assert first.trace.shape == (1, 4)
+
+
+def test_chains_differ_by_rank(folder: Path) -> None:
+    """Two of the four chains on each rank; no two walk the same way."""
+    results = results_of(folder, "fixed_step", 2)
+    (estimate,) = assert_ranks_agree(results, [3])
+    assert estimate.trace.shape == (4, 20)
+    differences = torch.pdist(estimate.trace.double())
+    assert differences.min() > 0.05 * differences.max()
+    anchor = results[0]["weights"][0]
+    moved = [{w.sub(anchor).sum().item() for w in r["weights"]} - {0.0} for r in results]
+    assert len(moved[0]) > 20 and len(moved[1]) > 20
+    assert not moved[0] & moved[1]
+    (alone,) = results_of(folder, "fixed_step", 1)
+    assert max(r["chain_steps"] for r in results) < 0.75 * alone["chain_steps"]
+
+
+@pytest.mark.parametrize("name", ["fixed_step", "calibrated_step"])
+def test_the_answer_does_not_depend_on_the_number_of_ranks(name: str, folder: Path) -> None:
+    (shared,) = assert_ranks_agree(results_of(folder, name, 2), [3])
+    (alone,) = estimates_of(results_of(folder, name, 1)[0])
+    scale = float(alone.trace.abs().max())
+    assert scale > 0
+    torch.testing.assert_close(shared.per_chain, alone.per_chain, rtol=0.0, atol=1e-6 * scale)
+    torch.testing.assert_close(shared.trace, alone.trace, rtol=0.0, atol=1e-6 * scale)
+    assert shared.num_burnin_steps == alone.num_burnin_steps
+    assert (shared.step_size, shared.init_loss) == pytest.approx((alone.step_size, alone.init_loss), rel=1e-6)
+
+
+def test_one_rank_raises_and_that_firing_is_left_out_on_both(folder: Path) -> None:
+    results = results_of(folder, "one_rank_raises_warn", 2)
+    assert_ranks_agree(results, [2, 6])
+    assert [r["num_batches"] for r in results] == [6, 6]
+    assert len(results[0]["warnings"]) == 1
+    assert "step 4" in results[0]["warnings"][0] and "rank 1" in results[0]["warnings"][0]
+
+
+def test_one_rank_raises_and_both_end_where_failures_raise(folder: Path) -> None:
+    first, second = results_of(folder, "one_rank_raises_raise", 2)
+    assert second["raised"] == "RuntimeError: only this rank fails"
+    assert "rank 1" in first["raised"] and "only this rank fails" in first["raised"]
+    assert [e.step for e in estimates_of(first)] == [e.step for e in estimates_of(second)] == [2]
+
+
+def test_resume_under_ddp(folder: Path) -> None:
+    results = results_of(folder, "resume", 2)
+    estimates = assert_ranks_agree(results, [2, 4, 6])
+    assert torch.equal(estimates[0].trace, results[0]["before"][0]["trace"])
+
+
+def test_ddp_spawn_returns_metrics_and_leaves_a_record(spawned: Path) -> None:
+    (result,) = results_of(spawned, "spawn", 0)
+    records = list(place(spawned, "spawn", 0).rglob(RECORD_FILE))
+    assert len(records) == 1
+    assert len(records[0].read_text().splitlines()) == 3
+    assert result["metrics"]["slt/llc/mean"] != 0.0
+    assert "loss_epoch" in result["metrics"]

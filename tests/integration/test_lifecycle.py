@@ -1,0 +1,278 @@
+"""Beginnings and ends: resuming, crashing, failing, stopping, two monitors, and smoke runs."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from tests.integration import models
+from tests.integration.harness import Scenario, SLTMonitor, assert_same, flatten, rng_state, steps_of, tiny_monitor
+from tests.integration.models import Net, loaders, with_validation
+
+# ---------------------------------------------------------------------------------------------------- resume and crash
+
+
+class Stops(Callback):
+    """Ends the run after so many batches, by raising where an exception is given."""
+
+    def __init__(self, after: int, exception: Optional[BaseException] = None) -> None:
+        self.after, self.exception = after, exception
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.after and self.exception is not None:
+            raise self.exception
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == self.after and self.exception is None:
+            trainer.should_stop = True
+
+
+def saving(folder: Path, *others: Callback) -> Callable[[], dict[str, Any]]:
+    """A trainer that keeps a checkpoint of every step."""
+
+    def make() -> dict[str, Any]:
+        saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=False)
+        return {"callbacks": [*others, saver], "enable_checkpointing": True}
+
+    return make
+
+
+def stopped_at_5(folder: Path, *callbacks: Callback) -> str:
+    """Train 5 of the 6 batches of the first epoch; the checkpoint."""
+    Scenario(Net, loaders, saving(folder, Stops(5))).run(folder, *callbacks)
+    return str(folder / "step=5.ckpt")
+
+
+def resume(folder: Path, checkpoint: str, *callbacks: Callback) -> Any:
+    return Scenario(Net, loaders).run(folder, *callbacks, ckpt_path=checkpoint)
+
+
+def test_resume_mid_epoch_is_the_same_and_goes_on_with_the_history(tmp_path: Path) -> None:
+    first = tiny_monitor(every_n_train_steps=2)
+    plain = stopped_at_5(tmp_path / "plain")
+    monitored = stopped_at_5(tmp_path / "monitored", first)
+    again = tiny_monitor(every_n_train_steps=2)
+    without = resume(tmp_path / "plain", plain)
+    with_monitor = resume(tmp_path / "monitored", monitored, again)
+    assert without.num_batches == 7
+    assert_same(without, with_monitor)
+    assert steps_of(first) == [2, 4]
+    assert steps_of(again) == [2, 4, 6, 8, 10, 12]
+    assert [e.x for e in again.estimates] == [1, 3, 5, 7, 9, 11]
+    for before, after in zip(first.estimates, again.estimates, strict=False):
+        assert torch.equal(before.trace, after.trace) and before.mean == after.mean
+
+
+def test_resumed_estimates_are_those_of_an_uninterrupted_run(tmp_path: Path) -> None:
+    """Data without an order to lose: the chains after a resume start from the same weights with the same settings."""
+    scenario = Scenario(models.Plain, lambda: loaders(dataset=models.zeros(4), shuffle=False), saving(tmp_path))
+    whole, resumed = tiny_monitor(every_n_train_steps=1), tiny_monitor(every_n_train_steps=1)
+    scenario.run(tmp_path, whole)
+    Scenario(scenario.module, scenario.data).run(tmp_path, resumed, ckpt_path=str(tmp_path / "step=1.ckpt"))
+    assert steps_of(resumed) == steps_of(whole) == [1, 2]
+    assert torch.equal(resumed.estimates[1].trace, whole.estimates[1].trace)
+
+
+@pytest.mark.parametrize("exception", [RuntimeError("crash"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_crash_and_resume(exception: BaseException, tmp_path: Path) -> None:
+    """Measured at 2, 4 and 6, dead at 7; from the checkpoint of step 4 on, 6 is measured again and recorded once."""
+    crashed, again = (tiny_monitor(every_n_train_steps=2, dirpath=str(tmp_path / "slt")) for _ in range(2))
+    persistent = lambda: loaders(num_workers=1, persistent_workers=True)  # noqa: E731
+    with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
+        Scenario(Net, persistent, saving(tmp_path, Stops(7, exception))).run(tmp_path, crashed)
+    assert steps_of(crashed) == [2, 4, 6]
+    assert json.loads((tmp_path / "slt" / "summary.json").read_text())["status"] == "failed"
+    for child in multiprocessing.active_children():  # the loader's own worker ends with its loader
+        child.join(timeout=10)
+    assert multiprocessing.active_children() == []
+
+    resume(tmp_path, str(tmp_path / "step=4.ckpt"), again)
+    assert steps_of(again) == [2, 4, 6, 8, 10, 12]
+    recorded = [json.loads(line)["step"] for line in (tmp_path / "slt" / "estimates.jsonl").read_text().splitlines()]
+    assert recorded == [2, 4, 6, 8, 10, 12]
+    assert json.loads((tmp_path / "slt" / "summary.json").read_text())["status"] == "finished"
+
+
+def test_callback_removed_on_resume_is_a_warning(tmp_path: Path) -> None:
+    checkpoint = stopped_at_5(tmp_path, tiny_monitor(every_n_train_steps=2))
+    with pytest.warns(UserWarning, match="SLTMonitor"):
+        trace = resume(tmp_path, checkpoint)
+    assert trace.trainer.global_step == 12
+
+
+def test_callback_added_on_resume(tmp_path: Path) -> None:
+    checkpoint = stopped_at_5(tmp_path)
+    monitor = tiny_monitor(every_n_train_steps=2)
+    resume(tmp_path, checkpoint, monitor)
+    assert steps_of(monitor) == [6, 8, 10, 12]
+
+
+@pytest.mark.parametrize("restrict", [None, ["net.4.*"], ["net.0.*"]])
+def test_checkpoint_loads_with_weights_only(restrict: Optional[list[str]], tmp_path: Path) -> None:
+    monitor = tiny_monitor(every_n_train_steps=2, restrict=restrict)
+    checkpoint = torch.load(stopped_at_5(tmp_path, monitor), weights_only=True)
+    (state,) = [v for k, v in checkpoint["callbacks"].items() if "SLTMonitor" in k]
+    assert [e["step"] for e in state["estimates"]] == [2, 4]
+    again = tiny_monitor(every_n_train_steps=2)
+    again.load_state_dict(state)
+    assert torch.equal(again.estimates[1].trace, monitor.estimates[1].trace)
+    assert torch.equal(again.estimates[1].per_chain, monitor.estimates[1].per_chain)
+
+
+@pytest.mark.parametrize("names", [("head", "body"), (None, None)], ids=["named", "numbered"])
+def test_two_instances_keep_apart(names: tuple[Optional[str], Optional[str]], tmp_path: Path) -> None:
+    def pair() -> list[SLTMonitor]:
+        parts = ("net.4.*", "net.0.*")
+        return [tiny_monitor(every_n_train_steps=2, restrict=r, name=n) for r, n in zip(parts, names, strict=True)]
+
+    first, again = pair(), pair()
+    checkpoint = stopped_at_5(tmp_path, *first)
+    trace = resume(tmp_path, checkpoint, *again)
+    assert [steps_of(m) for m in again] == [[2, 4, 6, 8, 10, 12]] * 2
+    assert [{e.num_weights for e in m.estimates} for m in again] == [{18}, {40}]
+    for before, after in zip(first, again, strict=True):
+        assert torch.equal(before.estimates[1].trace, after.estimates[1].trace)
+    prefixes = [f"slt_{n}" for n in names] if names[0] else ["slt", "slt_2"]
+    for prefix, monitor in zip(prefixes, again, strict=True):
+        assert trace.trainer.callback_metrics[f"{prefix}/llc/mean"].item() == pytest.approx(monitor.estimates[-1].mean)
+    assert len({m.folder for m in again}) == 2
+
+
+def test_two_instances_leave_training_the_same(tmp_path: Path) -> None:
+    scenario, pair = Scenario(Net, loaders), [tiny_monitor(every_n_train_steps=k) for k in (4, 6)]
+    assert_same(scenario.run(tmp_path), scenario.run(tmp_path, *pair))
+    assert [steps_of(m) for m in pair] == [[4, 8, 12], [6, 12]]
+
+
+def test_second_fit_with_the_same_monitor(tmp_path: Path) -> None:
+    """A second run, of another module, starts at its own first step, and is measured there."""
+    monitor = tiny_monitor(every_n_train_steps=6)
+    Scenario(Net, loaders).run(tmp_path / "first", monitor)
+    Scenario(models.Plain, loaders).run(tmp_path / "second", monitor)
+    assert [(e.step, e.num_weights) for e in monitor.estimates[-2:]] == [(6, 10), (12, 10)]
+
+
+def test_fit_that_goes_on(tmp_path: Path) -> None:
+    """The same trainer, told to train further."""
+    monitor = tiny_monitor(every_n_train_steps=4)
+    trace = Scenario(Net, loaders, lambda: {"max_epochs": 1}).run(tmp_path, monitor)
+    assert steps_of(monitor) == [4]
+    trace.trainer.fit_loop.max_epochs = 2
+    trace.trainer.fit(trace.module, **loaders())
+    assert steps_of(monitor) == [4, 8, 12]
+
+
+# -------------------------------------------------------------------------------------------- smoke runs, sanity check
+
+
+def files_under(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("batches", [True, 3])
+def test_fast_dev_run_is_one_minimal_chain_and_no_files(batches: Any, tmp_path: Path) -> None:
+    monitor = SLTMonitor(every_n_train_steps=500)
+    scenario = Scenario(Net, with_validation, lambda: {"fast_dev_run": batches})
+    trace = scenario.assert_undisturbed(tmp_path, monitor)
+    assert trace.num_batches == int(batches)
+    assert [(e.num_chains, e.num_draws, e.num_steps_bw_draws) for e in monitor.estimates] == [(1, 4, 1)]
+    assert monitor.estimates[0].seconds < 5
+    assert files_under(tmp_path) == []
+
+
+def test_fast_dev_run_makes_a_failure_a_failure(tmp_path: Path) -> None:
+    monitor = SLTMonitor(every_n_train_steps=500, on_failure="warn")
+    with pytest.raises(RuntimeError, match="inside a chain"):
+        Scenario(models.RaisesInChain, loaders, lambda: {"fast_dev_run": True}).run(tmp_path, monitor)
+
+
+class CountsAtSanityCheck(Callback):
+    def __init__(self, monitor: SLTMonitor) -> None:
+        self.monitor, self.count = monitor, -1
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.count = len(self.monitor.estimates)
+
+
+@pytest.mark.parametrize("schedule", [{"every_n_train_steps": 1}, {"at_steps": [0, 1]}, {"every_n_epochs": 1}])
+def test_sanity_check_does_not_fire(schedule: dict[str, Any], tmp_path: Path) -> None:
+    monitor = tiny_monitor(**schedule)
+    counts = CountsAtSanityCheck(monitor)
+    Scenario(Net, with_validation, lambda: {"num_sanity_val_steps": 2, "max_steps": 6}).run(tmp_path, monitor, counts)
+    assert counts.count == 0
+    assert monitor.estimates
+
+
+# --------------------------------------------------------------------------------------------------- failing in a chain
+
+
+def test_exception_in_a_chain_warns_and_training_goes_on(tmp_path: Path) -> None:
+    monitor = tiny_monitor(on_failure="warn")
+    with pytest.warns(UserWarning, match=r"step 4 failed.*RuntimeError: the step failed inside a chain") as caught:
+        Scenario(models.RaisesInChain, loaders).assert_undisturbed(tmp_path, monitor)
+    assert monitor.estimates == []
+    assert len([w for w in caught if "training goes on" in str(w.message)]) == 3
+
+
+def test_exception_in_a_chain_raises_with_random_numbers_restored(tmp_path: Path) -> None:
+    reference = Scenario(models.RaisesInChain, loaders).run(tmp_path)
+    with pytest.raises(RuntimeError, match="inside a chain"):
+        Scenario(models.RaisesInChain, loaders).run(tmp_path, tiny_monitor(on_failure="raise"))
+    after = flatten({"rng": rng_state()})
+    fourth = [state for moment, state in reference.snapshots if moment.startswith("after batch")][3]
+    assert after["rng/python"] == fourth["rng/python"]
+    assert torch.equal(after["rng/numpy/1"], fourth["rng/numpy/1"]) and after["rng/numpy/2"] == fourth["rng/numpy/2"]
+    assert torch.equal(after["rng/torch"], fourth["rng/torch"])
+
+
+# ------------------------------------------------------------------------------------------- stopping and saving on it
+
+
+@pytest.mark.parametrize("stopper_first", [True, False])
+@pytest.mark.parametrize("schedule", [{"every_n_train_steps": 4}, {"every_n_epochs": 1}])
+def test_early_stopping_on_the_coefficient(stopper_first: bool, schedule: dict[str, Any], tmp_path: Path) -> None:
+    """Below a threshold that any value is below: the run ends with its first epoch."""
+    monitor = tiny_monitor(**schedule)
+    stopper = EarlyStopping(
+        "slt/llc/mean", mode="min", stopping_threshold=1e9, strict=True, check_on_train_epoch_end=True
+    )
+    callbacks = [stopper, monitor] if stopper_first else [monitor, stopper]
+    trace = Scenario(Net, loaders).run(tmp_path, *callbacks)
+    assert trace.trainer.global_step == 6
+    assert len(monitor.estimates) == 1
+    assert stopper.stopped_epoch == 0 and "Stopping threshold" in (stopper.stopping_reason_message or "")
+
+
+def test_checkpoint_on_the_coefficient(tmp_path: Path) -> None:
+    """The step of the largest value is the one that is kept."""
+    monitor = tiny_monitor(every_n_train_steps=3)
+    saver = ModelCheckpoint(
+        tmp_path, "{step}", monitor="slt/llc/mean", mode="max", every_n_train_steps=3, save_on_train_epoch_end=False
+    )
+    trainer = lambda: {"callbacks": [saver], "enable_checkpointing": True}  # noqa: E731
+    Scenario(Net, loaders, trainer).run(tmp_path, monitor)
+    assert steps_of(monitor) == [3, 6, 9, 12]
+    best = max(monitor.estimates, key=lambda e: e.mean)
+    assert saver.best_model_score.item() == pytest.approx(best.mean)
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == [f"step={best.step}.ckpt"]
+
+
+def test_monitored_key_is_there_before_the_first_firing(tmp_path: Path) -> None:
+    """A strict saver that looks at every step must not end the run."""
+    monitor = tiny_monitor(every_n_train_steps=4)
+    saver = ModelCheckpoint(tmp_path, monitor="slt/diag/valid", mode="max", every_n_train_steps=1)
+    trainer = lambda: {"callbacks": [saver], "enable_checkpointing": True}  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        trace = Scenario(Net, loaders, trainer).run(tmp_path, monitor)
+    assert trace.trainer.global_step == 12
+    assert steps_of(monitor) == [4, 8, 12]

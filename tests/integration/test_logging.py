@@ -1,0 +1,212 @@
+"""Every value reaches every logger, at its exact x; and no logger, slow or broken, costs the run anything."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
+from lightning_slt.record import RunRecord
+from tests.integration.harness import RecordingLogger, Scenario, SLTMonitor, assert_same, steps_of, tiny_monitor
+from tests.integration.models import Net, loaders, with_validation
+
+EVERY_STEP = {"log_every_n_steps": 1}
+
+
+def curve_x(rows: list[tuple[dict[str, Any], Optional[int]]]) -> list[Optional[int]]:
+    """Where the points of the training loss are."""
+    return [step for metrics, step in rows if "loss_step" in metrics]
+
+
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, [2, 4, 6, 8, 10, 12]), (2, [2, 4, 6]), (4, [2, 4])])
+def test_x_is_that_of_the_loss_curve(accumulate: int, steps: list[int], tmp_path: Path) -> None:
+    """The value after step k lies above the loss of the batch that made step k."""
+    logger, monitor = RecordingLogger(), tiny_monitor(every_n_train_steps=2)
+    settings = {"logger": logger, "accumulate_grad_batches": accumulate, **EVERY_STEP}
+    Scenario(Net, loaders, lambda: dict(settings)).run(tmp_path, monitor)
+    curve = curve_x(logger.rows)
+    assert steps_of(monitor) == steps
+    assert [e.x for e in monitor.estimates] == [curve[step - 1] for step in steps]
+    published = [(metrics["slt/llc/mean"], x) for metrics, x in logger.of_callback() if "slt/llc/mean" in metrics]
+    assert published == [(e.mean, e.x) for e in monitor.estimates]
+
+
+def test_x_of_an_epoch_end_is_that_of_lightnings_own_epoch_values(tmp_path: Path) -> None:
+    logger, monitor = RecordingLogger(), tiny_monitor(every_n_epochs=1)
+    Scenario(Net, with_validation, lambda: {"logger": logger}).run(tmp_path, monitor)
+    assert steps_of(monitor) == [6, 12]
+    assert [e.x for e in monitor.estimates] == [x for metrics, x in logger.rows if "loss_epoch" in metrics]
+
+
+def test_csv_logger_has_every_value_at_its_x(tmp_path: Path) -> None:
+    logger, monitor = CSVLogger(tmp_path, "csv", "run"), tiny_monitor(every_n_train_steps=3)
+    Scenario(Net, loaders, lambda: {"logger": logger, "log_every_n_steps": 50}).run(tmp_path, monitor)
+    with open(tmp_path / "csv" / "run" / "metrics.csv", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("slt/llc/mean")]
+    assert steps_of(monitor) == [3, 6, 9, 12]
+    assert [int(row["step"]) for row in rows] == [2, 5, 8, 11] == [e.x for e in monitor.estimates]
+    assert [float(row["slt/llc/mean"]) for row in rows] == [e.mean for e in monitor.estimates]
+    assert [float(row["slt/step"]) for row in rows] == [3, 6, 9, 12]
+    assert monitor.folder == tmp_path / "csv" / "run" / "slt"
+
+
+@pytest.mark.parametrize("logger", [False, True], ids=["no logger", "a logger"])
+def test_local_record_is_complete(logger: bool, pictures: None, tmp_path: Path) -> None:
+    monitor = tiny_monitor(every_n_train_steps=6)
+    Scenario(Net, loaders, lambda: {"logger": RecordingLogger() if logger else False}).run(tmp_path, monitor)
+    assert monitor.folder is not None and monitor.folder.is_relative_to(tmp_path)
+    recorded = list(RunRecord(monitor.folder).read())
+    assert [(e.step, e.mean, e.x) for e in recorded] == [(e.step, e.mean, e.x) for e in monitor.estimates]
+    names = sorted(path.name for path in (monitor.folder / "figures").iterdir())
+    assert names == ["chains_step_000000005.png", "chains_step_000000011.png", "history.png"]
+    assert all((monitor.folder / "figures" / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+def test_callback_metrics_carry_the_last_value(tmp_path: Path) -> None:
+    monitor = tiny_monitor()
+    metrics = Scenario(Net, loaders).run(tmp_path, monitor).trainer.callback_metrics
+    last = monitor.estimates[-1]
+    assert metrics["slt/llc/mean"].item() == pytest.approx(last.mean)
+    assert metrics["slt/llc/se"].item() == pytest.approx(last.se)
+    assert metrics["slt/diag/valid"].item() == float(last.valid)
+
+
+# ------------------------------------------------------------------------------------------------------------- silence
+
+
+def test_no_logger_is_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    monitor = tiny_monitor()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Scenario(Net, loaders, lambda: {"logger": False}).run(tmp_path, monitor)
+    assert steps_of(monitor) == [4, 8, 12]
+    assert not [w for w in caught if "slt" in str(w.message).lower() or "lightning_slt" in w.filename]
+    assert capfd.readouterr().out == ""
+
+
+def test_barebones_is_silent_and_writes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    monitor = tiny_monitor()
+    scenario = Scenario(Net, loaders, lambda: {"barebones": True})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scenario.assert_undisturbed(tmp_path, monitor)
+    assert steps_of(monitor) == [4, 8, 12]
+    assert not [w for w in caught if "slt" in str(w.message).lower() or "lightning_slt" in w.filename]
+    assert "SLTMonitor" not in capfd.readouterr().out
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+# ---------------------------------------------------------------------------------------------------- loggers that fail
+
+
+class BrokenLogger(RecordingLogger):
+    """Its server is gone as soon as the callback's values come."""
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: Optional[int] = None) -> None:
+        if any(key.startswith("slt") for key in metrics):
+            raise ConnectionError("the server is gone")
+        super().log_metrics(metrics, step)
+
+
+def test_logger_that_raises_costs_nothing(tmp_path: Path) -> None:
+    """One warning; the other logger, the record and training have everything."""
+    broken, sound, monitor = BrokenLogger(), RecordingLogger(), tiny_monitor()
+    reference = Scenario(Net, loaders).run(tmp_path / "without")
+    with pytest.warns(UserWarning, match=r"BrokenLogger.*the server is gone") as caught:
+        trace = Scenario(Net, loaders, lambda: {"logger": [broken, sound]}).run(tmp_path, monitor)
+    reference.rows, trace.rows = [], []  # loggers of another kind
+    assert_same(reference, trace)
+    assert len([w for w in caught if "the server is gone" in str(w.message)]) == 1
+    assert [x for metrics, x in sound.of_callback() if "slt/llc/mean" in metrics] == [3, 7, 11]
+    assert monitor.folder is not None
+    assert [e.step for e in RunRecord(monitor.folder).read()] == steps_of(monitor) == [4, 8, 12]
+
+
+def test_folder_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file where the folder should be")
+    monitor = tiny_monitor(dirpath=str(tmp_path / "taken"))
+    with pytest.warns(UserWarning, match="local"):
+        trace = Scenario(Net, loaders).run(tmp_path, monitor)
+    assert trace.num_batches == 12
+    assert steps_of(monitor) == [4, 8, 12]
+
+
+# --------------------------------------------------------------------------------------------------------------- wandb
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that offline runs are written to; wandb keeps its mode for the process, so it is torn down after."""
+    wandb = pytest.importorskip("wandb")
+    for name, value in {
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "WANDB_DATA_DIR": str(tmp_path / "staging"),
+        "WANDB_CACHE_DIR": str(tmp_path / "cache"),
+        "WANDB_CONFIG_DIR": str(tmp_path / "config"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield tmp_path
+    if wandb.run is not None:
+        wandb.finish()
+    wandb.teardown()
+
+
+def records_of(run_folder: Path) -> list[dict[str, Any]]:
+    """All records of an offline run, once it says that it has ended (``finish`` can return before that)."""
+    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(run_folder)]
+    for _ in range(20):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        records = [json.loads(line) for line in done.stdout.splitlines()]
+        if any(record["type"] == "exit" for record in records):
+            return records
+        time.sleep(0.2)
+    raise TimeoutError(f"no exit record in {run_folder}: {done.stderr}")
+
+
+def test_wandb_offline_has_every_value(offline: Path, pictures: None) -> None:
+    """Rows of training are written every 50 steps only; those of the callback all are, each at its x."""
+    import wandb
+
+    monitor = tiny_monitor(every_n_train_steps=2)
+    logger = WandbLogger(save_dir=str(offline), offline=True, project="test")
+    scenario = Scenario(Net, with_validation, lambda: {"logger": logger, "log_every_n_steps": 50})
+    scenario.run(offline, monitor)
+    run_folder = Path(logger.experiment.dir).parent
+    wandb.finish()
+    rows = [record["history"]["item"] for record in records_of(run_folder) if record["type"] == "history"]
+    ours = [row for row in rows if "slt/llc/mean" in row]
+    assert steps_of(monitor) == [2, 4, 6, 8, 10, 12]
+    assert [row["slt/llc/mean"] for row in ours] == pytest.approx([e.mean for e in monitor.estimates])
+    assert [row["trainer/global_step"] for row in ours] == [1, 3, 5, 7, 9, 11]
+    assert [row["slt/step"] for row in ours] == [2, 4, 6, 8, 10, 12]
+    assert all(row["slt/media/chains._type"] == "image-file" for row in ours)
+    assert any(row.get("slt/tables/history._type") == "table-file" for row in rows)
+    assert [row["trainer/global_step"] for row in rows if "val_loss" in row] == [5, 11]
+
+
+def test_wandb_disabled_is_no_obstacle(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monitor = tiny_monitor()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*could not publish.*")
+        trace = Scenario(Net, loaders, lambda: {"logger": WandbLogger(save_dir=str(offline))}).run(offline, monitor)
+    assert trace.num_batches == 12
+    assert steps_of(monitor) == [4, 8, 12]
+
+
+def test_method_and_settings_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        Scenario(Net, loaders).run(tmp_path, SLTMonitor(every_n_train_steps=4, num_chains=2, num_draws=4))
+    said = [record.getMessage() for record in caplog.records if "chains over" in record.getMessage()]
+    assert len(said) == 1
+    assert "n = 24" in said[0]

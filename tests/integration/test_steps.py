@@ -1,0 +1,112 @@
+"""Every form of training step and every kind of module: measured, or refused before training with the reason."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from tests.integration import models
+from tests.integration.harness import Scenario, quiet_trainer, steps_of, tiny_monitor
+from tests.integration.models import Net, loaders
+
+FORMS: dict[str, type[Net]] = {
+    "returns a dict": models.ReturnsDict,
+    "takes the batch only": models.OneArgument,
+    "returns None for some batches": models.SometimesNone,
+}
+
+
+@pytest.mark.parametrize("module", FORMS.values(), ids=FORMS)
+def test_form_of_the_training_step(module: type[Net], tmp_path: Path) -> None:
+    monitor = tiny_monitor(every_n_epochs=1)
+    Scenario(module, loaders).assert_undisturbed(tmp_path, monitor)
+    assert len(monitor.estimates) == 2
+    assert all(e.trace.isfinite().all() and e.finite_share == 1.0 for e in monitor.estimates)
+
+
+def refusal(module: Any, folder: Path, **settings: Any) -> str:
+    """What the monitor says when it refuses to set up; no batch has been trained on."""
+    with pytest.raises(MisconfigurationException) as raised:
+        Scenario(lambda: module, loaders).run(folder, tiny_monitor(**settings))
+    assert module.trainer.fit_loop.epoch_loop.batch_progress.total.ready == 0
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "cause"),
+    [(models.TakesIterator, "dataloader_iter"), (models.Manual, "manual"), (models.TwoOptimizers, "manual")],
+)
+def test_step_without_a_loss_of_a_batch_is_refused(module: type[Any], cause: str, tmp_path: Path) -> None:
+    message = refusal(module(), tmp_path)
+    assert cause in message and "loss_fn" in message
+
+
+def test_manual_optimisation_with_a_loss_function(tmp_path: Path) -> None:
+    monitor = tiny_monitor(loss_fn=models.loss_of_net)
+    Scenario(models.Manual, loaders).assert_undisturbed(tmp_path, monitor)
+    assert steps_of(monitor) == [4, 8, 12]
+
+
+def test_dataloader_iter_with_a_loss_function(tmp_path: Path) -> None:
+    monitor = tiny_monitor(loss_fn=lambda module, batch: models.Plain.training_step(module, batch, 0))
+    Scenario(models.TakesIterator, loaders).assert_undisturbed(tmp_path, monitor)
+    assert steps_of(monitor) == [4, 8, 12]
+
+
+def test_two_optimisers_keep_the_x_axis_of_the_loss_curve(tmp_path: Path) -> None:
+    """``global_step`` is 24 after 12 batches; the loggers count 12."""
+    monitor = tiny_monitor(loss_fn=models.loss_of_net)
+    scenario = Scenario(models.TwoOptimizers, loaders, lambda: {"log_every_n_steps": 1})
+    trace = scenario.assert_undisturbed(tmp_path, monitor)
+    assert trace.trainer.global_step == 24
+    curve = [step for metrics, step in trace.rows if "loss" in metrics]
+    assert curve == list(range(12))
+    assert [e.x for e in monitor.estimates] == [curve[3], curve[7], curve[11]]
+
+
+# --------------------------------------------------------------------------------------------- modules that do not copy
+
+
+UNCOPYABLE: dict[str, Callable[[], Net]] = {
+    "cached tensor with a history": models.CachesActivation,
+    "lock": lambda: models.Holds(lambda _: threading.Lock()),
+    "event in a list": lambda: models.Holds(lambda _: [threading.Event()]),
+    "torch generator": lambda: models.Holds(lambda _: models.torch.Generator().manual_seed(3)),
+    "file handle": lambda: models.Holds(lambda _: open(__file__)),  # noqa: SIM115
+    "legacy weight_norm": models.OldWeightNorm,
+    "python generator": lambda: models.Holds(lambda _: (i for i in range(3))),
+}
+
+
+@pytest.mark.parametrize("method", ["sequential", "auto"])
+@pytest.mark.parametrize("module", UNCOPYABLE.values(), ids=UNCOPYABLE)
+def test_module_that_cannot_be_copied(module: Callable[[], Net], method: str, tmp_path: Path) -> None:
+    monitor = tiny_monitor(method=method)
+    Scenario(module, loaders).assert_undisturbed(tmp_path, monitor)
+    assert steps_of(monitor) == [4, 8, 12]
+    assert all(e.trace.abs().min() > 0 for e in monitor.estimates)
+
+
+def test_attribute_that_blocks_the_copy_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    monitor = tiny_monitor()
+    Scenario(UNCOPYABLE["python generator"], loaders).run(tmp_path, monitor)
+    assert steps_of(monitor) == [4, 8, 12]
+    assert "Holds.held" in caplog.text
+
+
+# ----------------------------------------------------------------------------------------------------------- strategies
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
+def test_sharded_strategy_is_refused_at_setup(strategy: type[Any], tmp_path: Path) -> None:
+    """Neither can be made on this machine: the trainer is told that it has one."""
+    module, trainer = Net(), quiet_trainer(tmp_path)
+    trainer._accelerator_connector.strategy = object.__new__(strategy)
+    with pytest.raises(MisconfigurationException, match=f"{strategy.__name__}.*ddp"):
+        tiny_monitor().setup(trainer, module, "fit")

@@ -1,0 +1,201 @@
+"""Training with the monitor is bit for bit training without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
+
+from tests.integration import models
+from tests.integration.harness import SGLD, Scenario, SLTMonitor, assert_same, steps_of, tiny_monitor
+from tests.integration.models import Net, loaders, uneven, with_validation
+
+
+def trainer_with(**kwargs: Any) -> Callable[[], dict[str, Any]]:
+    return lambda: dict(kwargs)
+
+
+def scaled() -> dict[str, Any]:
+    """float16 autocast with a loss scale that grows every other step, so that the scaler's state moves."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
+
+
+def averaged() -> dict[str, Any]:
+    return {"callbacks": [EMAWeightAveraging(decay=0.5)]}
+
+
+def swa() -> dict[str, Any]:
+    return {"callbacks": [StochasticWeightAveraging(1e-3, swa_epoch_start=1)]}
+
+
+MODULES: dict[str, Scenario] = {
+    "mlp with BatchNorm and dropout": Scenario(Net, with_validation),
+    "torchmetrics logged per epoch": Scenario(models.WithMetric, with_validation),
+    "frozen BatchNorm": Scenario(models.FrozenNorm, with_validation),
+    "frozen layer": Scenario(models.FrozenLayer, loaders),
+    "random numbers in the step": Scenario(models.OwnRandomness, loaders),
+    "plateau scheduler": Scenario(models.Plateau, with_validation),
+    "recurrent net": Scenario(models.Recurrent, loaders),
+    "forward hooks": Scenario(models.Hooked, loaders),
+    "compiled module": Scenario(models.compiled_module, loaders),
+    "compiled submodule": Scenario(models.compiled_submodule, loaders),
+    "module compiled in place": Scenario(models.compiled_in_place, loaders),
+    "validation within the epoch": Scenario(Net, with_validation, trainer_with(val_check_interval=2)),
+    "gradient clipping": Scenario(Net, loaders, trainer_with(gradient_clip_val=0.1)),
+    "fp16 with a scaler": Scenario(Net, loaders, scaled),
+    "bf16-mixed": Scenario(Net, loaders, trainer_with(precision="bf16-mixed")),
+    "bf16-true": Scenario(Net, loaders, trainer_with(precision="bf16-true")),
+    "64-true": Scenario(Net, loaders, trainer_with(precision="64-true")),
+    "EMA": Scenario(Net, with_validation, averaged),
+    "stochastic weight averaging": Scenario(Net, loaders, swa),
+    "deterministic": Scenario(Net, loaders, trainer_with(deterministic=True)),
+}
+"""Each takes 12 steps: 2 epochs of 6 batches."""
+
+
+@pytest.fixture(autouse=True)
+def _restore_determinism() -> Any:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("scenario", MODULES.values(), ids=MODULES)
+def test_training_is_the_same(scenario: Scenario, tmp_path: Path) -> None:
+    monitor = tiny_monitor(every_n_train_steps=4)
+    trace = scenario.assert_undisturbed(tmp_path, monitor)
+    assert trace.num_batches >= 12  # SWA adds an epoch
+    assert steps_of(monitor) == [4, 8, 12]
+    assert all(e.trace.shape == (2, 4) and e.trace.isfinite().all() and e.init_loss > 0 for e in monitor.estimates)
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "at the end of epochs": ({"every_n_epochs": 1}, [6, 12]),
+    "before training and at named steps": ({"at_steps": [0, 1, 7]}, [0, 1, 7]),
+    "log-spaced": ({"log_spaced": 3}, [1, 3, 12]),
+    "by steps and by epochs": ({"every_n_train_steps": 5, "every_n_epochs": 1}, [5, 6, 10, 12]),
+    "calibrated step size and burn-in": (
+        {"every_n_train_steps": 12, "sampler": None, "num_burnin_steps": None, "num_steps_bw_draws": None},
+        [12],
+    ),
+    "the faster method, tried": ({"method": "auto"}, [4, 8, 12]),
+    "batched chains": ({"method": "batched"}, [4, 8, 12]),
+    "restricted to a layer": ({"restrict": "net.4.*"}, [4, 8, 12]),
+    "a batch size of its own": ({"batch_size": 24}, [4, 8, 12]),
+    "a loss of its own": ({"loss_fn": models.loss_of_net}, [4, 8, 12]),
+    "diverging chains": ({"nbeta": 1e8, "localization": 1.0}, [4, 8, 12]),
+}
+
+
+@pytest.mark.parametrize(("settings", "steps"), SETTINGS.values(), ids=SETTINGS)
+def test_whatever_is_asked_of_the_chains(settings: dict[str, Any], steps: list[int], tmp_path: Path) -> None:
+    monitor = tiny_monitor(**settings)
+    Scenario(Net, with_validation).assert_undisturbed(tmp_path, monitor)
+    assert steps_of(monitor) == steps
+
+
+@pytest.mark.parametrize(
+    ("window", "data", "steps"),
+    [
+        (2, loaders, [1, 2, 3, 4, 5, 6]),
+        (4, loaders, [1, 2, 3, 4]),
+        (2, uneven, [1, 2, 3, 4, 5, 6, 7, 8]),
+        (4, uneven, [1, 2, 3, 4]),
+    ],
+)
+def test_accumulation_fires_once_per_optimiser_step(
+    window: int, data: Callable[[], dict[str, Any]], steps: list[int], tmp_path: Path
+) -> None:
+    monitor = tiny_monitor(every_n_train_steps=1)
+    scenario = Scenario(Net, data, trainer_with(accumulate_grad_batches=window))
+    trace = scenario.assert_undisturbed(tmp_path, monitor)
+    assert trace.trainer.global_step == len(steps)
+    assert steps_of(monitor) == steps
+
+
+class FiresMidWindow(Callback):
+    """Has the monitor measure where gradients have been accumulated and not been used yet."""
+
+    def __init__(self, monitor: SLTMonitor) -> None:
+        self.monitor = monitor
+        self.gradients: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        if i == 1:
+            self.gradients.append(float(pl_module.net[0].weight.grad.abs().sum()))
+            self.monitor.on_train_epoch_end(trainer, pl_module)
+
+
+def test_firing_in_the_middle_of_an_accumulation_window(tmp_path: Path) -> None:
+    scenario = Scenario(Net, loaders, trainer_with(accumulate_grad_batches=4))
+    monitor = tiny_monitor(every_n_epochs=1)
+    midway = FiresMidWindow(monitor)
+    without = scenario.run(tmp_path / "without")
+    with_monitor = scenario.run(tmp_path / "with", monitor, midway)
+    assert_same(without, with_monitor)
+    assert len(midway.gradients) == 2 and min(midway.gradients) > 0
+    assert steps_of(monitor) == [0, 2, 4]  # in the second window the weights are those of step 2 still
+
+
+@pytest.mark.parametrize("compiled", [models.compiled_module, models.compiled_submodule, models.compiled_in_place])
+def test_chains_of_a_compiled_module_move_their_own_weights(compiled: Callable[[], Any], tmp_path: Path) -> None:
+    """The copy's loss responds to the copy's weights: it is what the same module gives without the compiler."""
+    plain, monitored = tiny_monitor(), tiny_monitor()
+    Scenario(Net, loaders).run(tmp_path / "plain", plain)
+    Scenario(compiled, loaders).run(tmp_path / "compiled", monitored)
+    assert steps_of(monitored) == [4, 8, 12]
+    for a, b in zip(plain.estimates, monitored.estimates, strict=True):
+        assert a.trace.abs().min() > 0
+        torch.testing.assert_close(a.trace, b.trace, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("ema_first", [True, False])
+def test_chains_see_the_raw_weights_beside_ema(ema_first: bool, tmp_path: Path) -> None:
+    def measured(*others: Callback) -> SLTMonitor:
+        monitor = tiny_monitor(every_n_epochs=1)
+        callbacks = [*others, monitor] if ema_first else [monitor, *others]
+        Scenario(Net, with_validation).run(tmp_path / str(len(others)), *callbacks)
+        return monitor
+
+    raw, beside = measured(), measured(EMAWeightAveraging(decay=0.5))
+    assert steps_of(beside) == [6, 12]
+    for a, b in zip(raw.estimates, beside.estimates, strict=True):
+        assert a.init_loss == b.init_loss
+        assert torch.equal(a.trace, b.trace)
+
+
+def test_frozen_weights_do_not_count(tmp_path: Path) -> None:
+    whole, frozen = tiny_monitor(), tiny_monitor()
+    Scenario(Net, loaders).run(tmp_path, whole)
+    Scenario(models.FrozenLayer, loaders).run(tmp_path, frozen)
+    in_first_layer = 8 * models.IN + 8
+    assert {e.num_weights for e in whole.estimates} == {in_first_layer + 16 + 8 * 2 + 2}
+    assert {e.num_weights for e in frozen.estimates} == {16 + 8 * 2 + 2}
+
+
+def test_bf16_true_chains_keep_float32_weights(tmp_path: Path) -> None:
+    """At weights of 1 a bf16 step of 1e-3 is rounded away: the noise that arrives would be a third of it."""
+    steps, lr = 500, 1e-6
+    monitor = tiny_monitor(
+        every_n_train_steps=6,
+        sampler=SGLD(lr=lr),
+        num_chains=1,
+        num_burnin_steps=0,
+        num_draws=steps + 1,  # the last loss is taken before the last move
+        nbeta=1.0,
+        localization=1e-6,
+        method="sequential",
+    )
+    scenario = Scenario(models.Flat, loaders, trainer_with(precision="bf16-true", max_epochs=1))
+    scenario.run(tmp_path, monitor)
+    assert steps_of(monitor) == [6]
+    (weights,) = models.CHAIN_SAW
+    assert weights.sub(1).var().item() == pytest.approx(steps * lr, rel=0.02)
