@@ -108,7 +108,7 @@ def load(source: Source, overrides: Sequence[str] = (), *, schema: type[Any] = M
     Example:
         >>> load({"num_chains": 8}, ["num_draws=50", "sampler.lr=1e-5"]).sampler
         SamplerConfig(lr=1e-05)
-        >>> load({"num_chain": 8})
+        >>> load({"num_chain": 8})  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
         ValueError: num_chain=8: no such setting (did you mean num_chains?). MonitorConfig has every_n_train_steps, ...
@@ -140,7 +140,7 @@ def _read(source: Source) -> DictConfig:
     else:
         where = str(Path(source))
         try:
-            raw = OmegaConf.load(source)
+            raw = OmegaConf.load(Path(source))
         except yaml.YAMLError as error:
             raise ValueError(f"{where}: not a YAML file: {error}") from error
     if not isinstance(raw, DictConfig):

@@ -9,7 +9,6 @@ the chain's weights, so that ``L_B(w) - L_B(w*)`` is an unbiased estimate of the
 from __future__ import annotations
 
 import itertools
-import math
 import multiprocessing
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -163,17 +162,12 @@ class DatasetSource(MinibatchSource):
         self._seed = seed
         self._num_workers = num_workers
         self._max_bytes = max_bytes
-        self._epochs = _epochs_for_even_use(n, self.batch_size)
-        self._order: Optional[Iterator[list[int]]] = None
         self._next_window = 0
         self._kept: Optional[Window] = None
         first = self._read([self._stream_batches(0, 1)[0]])[0]
         self._bytes = max(num_bytes(first), 1)
         affordable = max(1, max_bytes // self._bytes)
-        total = n * self._epochs // self.batch_size
-        while self._epochs > 1 and total > min(affordable, MAX_RESIDENT_BATCHES):
-            self._epochs = 1
-            total = n // self.batch_size
+        total = n * _epochs_for_even_use(n, self.batch_size) // self.batch_size
         self.resident = total <= min(affordable, MAX_RESIDENT_BATCHES)
         self._window_batches = total if self.resident else min(affordable, WINDOW_BATCHES)
 
@@ -192,6 +186,7 @@ class DatasetSource(MinibatchSource):
     def window(self, index: int) -> Window:
         if self._kept is not None and (self.resident or self._next_window == index):
             return self._kept
+        self._kept = None  # two windows are never held at once
         start = 0 if self.resident else index * self._window_batches
         window = Window(self._read(self._stream_batches(start, self._window_batches)))
         self._kept, self._next_window = window, index
@@ -210,10 +205,10 @@ class DatasetSource(MinibatchSource):
             return self._load(batches, 0)
 
     def _load(self, batches: list[list[int]], workers: int) -> list[Any]:
-        tensors = _plain_tensors(self.dataset) if self._collate is default_collate else None
-        if tensors is not None:
+        rows = _plain_rows(self.dataset) if self._collate is default_collate else None
+        if rows is not None:
             # the same batches without a Python call for each sample
-            return [self._transfer([t[torch.tensor(numbers)] for t in tensors]) for numbers in batches]
+            return [self._transfer(rows(torch.tensor(numbers))) for numbers in batches]
         loader: DataLoader[Any] = DataLoader(
             self.dataset,
             batch_sampler=batches,
@@ -272,6 +267,7 @@ class IterableSource(MinibatchSource):
     def window(self, index: int) -> Window:
         if self._current is not None and index == self._index:
             return self._current
+        self._current = None  # two windows are never held at once
         batches, self._pending = self._pending, []
         restarts = 0
         while len(batches) < self._size and restarts < 2:
@@ -280,6 +276,10 @@ class IterableSource(MinibatchSource):
             if len(batches) < self._size:
                 self._iterator = iter(self._iterable)
                 restarts += 1
+        if not batches:
+            raise ValueError(
+                "data: the iterable has run dry and cannot be started again. Give a Dataset or a DataLoader."
+            )
         self._index, self._current = index, Window(batches)
         return self._current
 
@@ -336,9 +336,16 @@ def is_plain_data(dataset: Any) -> bool:
     return type(dataset) in (TensorDataset, list, tuple) or isinstance(dataset, Tensor)
 
 
-def _plain_tensors(dataset: Any) -> Optional[tuple[Tensor, ...]]:
-    """The tensors of a dataset whose items are just their rows."""
-    return dataset.tensors if type(dataset) is TensorDataset and len(dataset.tensors) > 1 else None
+def _plain_rows(dataset: Any) -> Optional[Callable[[Tensor], list[Tensor]]]:
+    """Several rows at once of a dataset whose items are just rows of tensors, or a subset of such; None for others."""
+    if type(dataset) is TensorDataset and len(dataset.tensors) > 1:
+        return lambda numbers: [tensor[numbers] for tensor in dataset.tensors]
+    if type(dataset) is Subset:
+        inner = _plain_rows(dataset.dataset)
+        if inner is not None:
+            indices = torch.as_tensor(dataset.indices)
+            return lambda numbers: inner(indices[numbers])
+    return None
 
 
 def _can_fork() -> bool:
@@ -379,7 +386,8 @@ def _epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 
 def _epochs_for_even_use(n: int, batch_size: int) -> int:
     """How many shuffled epochs to cut into batches, so that what is left over at the end is a negligible share."""
-    for epochs in range(1, 33):
-        if (n * epochs) % batch_size <= MAX_UNEVEN * n * epochs:
-            return epochs
-    return math.ceil(batch_size / (MAX_UNEVEN * n)) if n < batch_size else 32
+
+    def left_over(epochs: int) -> float:
+        return (n * epochs) % batch_size / (n * epochs)
+
+    return next((e for e in range(1, 129) if left_over(e) <= MAX_UNEVEN), None) or min(range(1, 129), key=left_over)

@@ -152,6 +152,7 @@ class Chains:
                 self._window_used += count
                 if self._window_used >= len(window):
                     self._window_index, self._window_used = self._window_index + 1, 0
+            del window  # the source reads the next one into the memory of this one
         return _join(pieces)
 
     def _advance_window(self, window: Window, steps: int, lr: float) -> Segment:

@@ -138,7 +138,8 @@ class Objective:
         """A second private copy, for the batched path: vmap may leave dead tensors in a module's attributes."""
         if self.borrowed:
             raise CopyError("the module cannot be copied")
-        twin = copy.deepcopy(self.module)
+        with torch.no_grad():
+            twin = copy.deepcopy(self.module)
         detach_from_training(twin)
         prepare(twin, self._trainer)
         return twin
@@ -181,7 +182,8 @@ class Objective:
         context, self._context = self._context, nullcontext
         original = self.module
         try:
-            self.module = copy.deepcopy(original).float()
+            with torch.no_grad():
+                self.module = copy.deepcopy(original).float()
             prepare(self.module, self._trainer)
             self._upcast = True
             with torch.no_grad():

@@ -15,6 +15,7 @@ class CopyError(Exception):
     """The module cannot be copied; the message names the attribute that blocks it."""
 
 
+@torch.no_grad()  # the copy of a scripted parameter would be a result of the original's, not a leaf
 def shadow_copy(module: nn.Module) -> nn.Module:
     """A copy that shares no parameter, buffer or submodule with ``module``, in eval mode, without ``torch.compile``.
 

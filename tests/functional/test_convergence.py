@@ -1,0 +1,115 @@
+"""R-hat, effective sample size and standard error against cases whose answer is known.
+
+Seeds are fixed, so that a test passes or fails for good; the rates in comments are those of a run with other seeds.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy.signal import lfilter
+from torch import Tensor
+
+from lightning_slt.functional import effective_sample_size, rhat, standard_error
+
+
+def white(chains: int, draws: int, seed: int = 0) -> Tensor:
+    return torch.randn(chains, draws, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def ar1(chains: int, draws: int, phi: float, seed: int = 0) -> Tensor:
+    """Stationary AR(1) of unit variance: tau = (1 + phi) / (1 - phi), in every chain."""
+    noise = white(chains, draws, seed).numpy() * math.sqrt(1 - phi**2)
+    noise[:, 0] /= math.sqrt(1 - phi**2)
+    return torch.from_numpy(lfilter([1.0], [1.0, -phi], noise, axis=1))
+
+
+def test_rhat_of_independent_draws_is_one() -> None:
+    assert 0.999 < rhat(white(4, 1000)) < 1.01  # above 1.01: 0 of 300 other seeds
+
+
+def test_ess_of_independent_draws_is_their_number() -> None:
+    assert effective_sample_size(white(4, 1000)) == pytest.approx(4000, rel=0.15)  # outside: 0 of 300 other seeds
+
+
+@pytest.mark.parametrize(("phi", "chains", "draws"), [(0.5, 4, 2000), (0.9, 4, 8000), (0.9, 1, 16000)])
+def test_ess_of_ar1_is_the_number_over_tau(phi: float, chains: int, draws: int) -> None:
+    expected = chains * draws * (1 - phi) / (1 + phi)
+    # a spread of 4-7 % over seeds: outside 25 % in fewer than 1 in 1000
+    assert effective_sample_size(ar1(chains, draws, phi)) == pytest.approx(expected, rel=0.25)
+
+
+def test_antithetic_draws_count_for_more_than_independent_ones_but_not_without_bound() -> None:
+    draws = ar1(4, 1000, -0.9)
+    assert 4000 < effective_sample_size(draws) <= 4000 * math.log10(4000) * 1.0001
+
+
+def test_one_shifted_chain_of_four_raises_rhat_and_takes_the_ess_down() -> None:
+    draws = white(4, 1000)
+    draws[2] += 2.0
+    assert rhat(draws) > 1.1
+    assert effective_sample_size(draws) < 50
+
+
+def test_one_wide_chain_raises_rhat_though_the_means_agree() -> None:
+    draws = white(4, 1000)
+    draws[1] *= 5.0
+    assert abs(float(draws[1].mean())) < 0.3
+    assert rhat(draws) > 1.1
+
+
+def test_a_trend_within_one_chain_raises_rhat() -> None:
+    draws = white(1, 1000)
+    assert rhat(draws) < 1.02
+    assert rhat(draws + torch.linspace(0, 3, 1000)) > 1.1
+
+
+def test_rhat_sees_ranks_only() -> None:
+    draws = white(4, 200)
+    assert rhat(draws.exp()) == pytest.approx(rhat(draws), rel=0.02)
+    assert effective_sample_size(draws.exp()) == pytest.approx(effective_sample_size(draws), rel=1e-9)
+
+
+def test_constant_chains_have_mixed_and_have_no_error() -> None:
+    draws = torch.full((4, 100), 3.25)
+    assert (rhat(draws), effective_sample_size(draws), standard_error(draws)) == (1.0, 400.0, 0.0)
+
+
+def test_constant_chains_at_different_values_have_not_mixed() -> None:
+    draws = torch.tensor([[1.0], [2.0], [3.0]]).repeat(1, 100)
+    assert rhat(draws) > 1e6  # no spread within, up to rounding
+    assert standard_error(draws) >= 1.0 / math.sqrt(3)
+
+
+def test_too_few_draws_to_split_give_nan() -> None:
+    draws = white(4, 3)
+    assert math.isnan(rhat(draws)) and math.isnan(effective_sample_size(draws))
+    assert standard_error(draws) == pytest.approx(float(draws.mean(1).std()) / 2)
+    assert math.isnan(standard_error(white(1, 3)))
+
+
+@pytest.mark.parametrize("function", [rhat, effective_sample_size, standard_error])
+def test_draws_of_another_shape_are_refused(function: object) -> None:
+    with pytest.raises(ValueError, match=r"draws: expected \[num_chains, num_draws\], got shape \(10,\)"):
+        function(torch.zeros(10))  # type: ignore[operator]
+
+
+def test_standard_error_of_one_independent_chain() -> None:
+    assert standard_error(white(1, 4000)) == pytest.approx(1 / math.sqrt(4000), rel=0.15)  # spread 3 %
+
+
+def test_standard_error_is_never_below_the_spread_between_chains() -> None:
+    draws = white(6, 50) + torch.arange(6.0).unsqueeze(1)
+    assert standard_error(draws) >= float(draws.mean(1).std()) / math.sqrt(6) - 1e-12
+
+
+@pytest.mark.parametrize(("chains", "draws", "phi"), [(8, 200, 0.0), (8, 200, 0.8), (8, 200, 0.95), (4, 400, 0.9)])
+def test_nominal_95_percent_interval_covers(chains: int, draws: int, phi: float) -> None:
+    """400 experiments: a coverage of 0.95 has a spread of 0.011; 0.90 to 0.99 is asked."""
+    truth_within = 0
+    for seed in range(400):
+        x = ar1(chains, draws, phi, seed=1000 + seed)
+        truth_within += abs(float(x.mean())) < 1.96 * standard_error(x)
+    assert 0.90 <= truth_within / 400 <= 0.99

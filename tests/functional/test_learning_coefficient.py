@@ -1,0 +1,128 @@
+"""From loss differences to a number with a verdict."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_slt.functional import learning_coefficient, standard_error, summarise
+from lightning_slt.functional.learning_coefficient import half_change
+
+
+def trace_of(level: float = 10.0, spread: float = 1.0, chains: int = 8, draws: int = 200, seed: int = 0) -> Tensor:
+    gen = torch.Generator().manual_seed(seed)
+    return level + spread * torch.randn(chains, draws, generator=gen, dtype=torch.float64)
+
+
+def test_integrand_is_nbeta_times_the_difference_in_float64() -> None:
+    loss, init = torch.tensor([[1.5, 2.0], [0.0, -1.0]]), torch.tensor([[1.0, 1.0], [0.5, 1.0]])
+    out = learning_coefficient(loss, init, nbeta=100.0)
+    assert out.dtype == torch.float64
+    assert out.tolist() == [[50.0, 100.0], [-50.0, -200.0]]
+
+
+def test_small_differences_of_large_float32_losses_are_taken_in_float64() -> None:
+    loss = torch.tensor([[1000.0625]])
+    assert learning_coefficient(loss, torch.tensor([[1000.0]]), nbeta=1e6).item() == 62500.0
+
+
+def test_losses_of_different_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"init_loss: shape \(4,\) is not that of loss, \(2, 4\)"):
+        learning_coefficient(torch.zeros(2, 4), torch.zeros(4), nbeta=1.0)
+
+
+def test_settled_chains_are_valid() -> None:
+    trace = trace_of()
+    s = summarise(trace)
+    assert s.valid and s.reasons == () and bool(s.good.all())
+    assert s.mean == pytest.approx(float(trace.mean()), abs=1e-12)
+    assert s.se == standard_error(trace)
+    torch.testing.assert_close(s.per_chain, trace.mean(1))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_chain_is_left_out_and_never_averaged(bad: float) -> None:
+    trace = trace_of()
+    trace[3, 117] = bad
+    s = summarise(trace)
+    rest = torch.cat([trace[:3], trace[4:]])
+    assert s.mean == pytest.approx(float(rest.mean()), abs=1e-12)
+    assert s.se == standard_error(rest)
+    assert s.good.tolist() == [True] * 3 + [False] + [True] * 4
+    assert math.isnan(float(s.per_chain[3])) and bool(torch.isfinite(s.per_chain[s.good]).all())
+    assert s.valid  # one of eight may fall out
+
+
+def test_too_many_bad_chains_are_a_reason_that_numbers_them() -> None:
+    trace = trace_of()
+    trace[[1, 4, 6], 0] = math.nan
+    s = summarise(trace)
+    assert not s.valid
+    assert any("3 of 8" in reason and "[1, 4, 6]" in reason for reason in s.reasons)
+    assert math.isfinite(s.mean)
+
+
+def test_chains_known_to_have_diverged_are_left_out() -> None:
+    trace = trace_of()
+    trace[0] += 1e6
+    diverged = torch.zeros(8, dtype=torch.bool)
+    diverged[0] = True
+    s = summarise(trace, diverged)
+    assert s.mean == pytest.approx(float(trace[1:].mean()), abs=1e-12)
+
+
+def test_no_good_chain_gives_nan_and_says_so() -> None:
+    s = summarise(torch.full((4, 50), math.nan))
+    assert not s.valid and s.reasons
+    assert all(math.isnan(v) for v in (s.mean, s.se, s.rhat, s.ess))
+    assert bool(torch.isnan(s.per_chain).all()) and not bool(s.good.any())
+
+
+def test_negative_beyond_its_error_is_a_reason() -> None:
+    s = summarise(trace_of(level=-5.0))
+    assert not s.valid and any("negative" in reason for reason in s.reasons)
+
+
+def test_negative_within_its_error_is_none() -> None:
+    trace = trace_of(level=0.0, spread=1.0)
+    s = summarise(trace - trace.mean() - 0.5 * standard_error(trace))
+    assert s.mean < 0 and s.valid
+
+
+@pytest.mark.parametrize("slope", [4.0, -4.0])
+def test_drift_is_a_reason(slope: float) -> None:
+    s = summarise(trace_of() + torch.linspace(0, slope, 200))
+    assert not s.valid
+    # second half minus first half is half the rise
+    assert any("drift" in reason and f"{slope / 2:+.1f}"[:2] in reason for reason in s.reasons)
+
+
+def test_chains_at_different_levels_have_not_mixed() -> None:
+    trace = trace_of() + 4.0 * torch.arange(8.0).unsqueeze(1)
+    s = summarise(trace)
+    assert s.rhat > 1.1 and any("not mixed" in reason for reason in s.reasons)
+
+
+def test_disagreement_that_cannot_matter_for_the_number_is_no_reason() -> None:
+    trace = trace_of(level=100.0, spread=0.01)
+    trace[0] += 0.05
+    s = summarise(trace)
+    assert s.rhat > 1.1 and s.valid
+
+
+def test_half_change_by_hand() -> None:
+    trace = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 3.0, 3.0]], dtype=torch.float64)
+    change, error = half_change(trace)
+    assert change == pytest.approx(2.0)
+    assert error == pytest.approx(math.sqrt(2) / math.sqrt(2))  # sd of (1, 3) over sqrt 2
+    assert half_change(trace[:, :3]) == (0.0, math.inf)
+
+
+def test_a_short_trace_has_a_mean_and_does_not_raise() -> None:
+    s = summarise(torch.tensor([[1.0], [3.0]]))
+    assert s.mean == 2.0 and s.se == pytest.approx(1.0)
+    one = summarise(torch.tensor([[1.0]]))
+    assert one.mean == 1.0 and math.isnan(one.se)

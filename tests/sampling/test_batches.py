@@ -1,0 +1,388 @@
+"""Every sample alike, in bounded memory, from a source of its own, leaving the dataset as it was."""
+
+from __future__ import annotations
+
+import os
+import random
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from lightning_slt.sampling.batches import (
+    MAX_UNEVEN,
+    DatasetSource,
+    IterableSource,
+    MinibatchSource,
+    ReplaySource,
+    Window,
+    is_plain_data,
+    source_of,
+)
+
+CPU = torch.device("cpu")
+
+
+def numbered(n: int) -> TensorDataset:
+    return TensorDataset(torch.arange(n), torch.arange(n) * 10)
+
+
+def uses(source: MinibatchSource, windows: int = 1) -> Counter[int]:
+    """How often each sample is seen in the first windows."""
+    counts: Counter[int] = Counter()
+    for k in range(windows):
+        for batch in source.window(k).batches:
+            counts.update(batch[0].tolist())
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("n", "batch"), [(64, 64), (100, 64), (100, 33), (10, 7), (1797, 64), (1000, 256), (50, 64), (1021, 100), (2, 1)]
+)
+def test_every_sample_is_used_alike(n: int, batch: int) -> None:
+    """All counts equal, but for at most MAX_UNEVEN of all uses that are missing."""
+    source = DatasetSource(numbered(n), batch)
+    assert source.resident and source.batch_size == min(batch, n)
+    counts = uses(source)
+    most = max(counts.values())
+    assert set(counts) == set(range(n))
+    assert sum(most - c for c in counts.values()) <= MAX_UNEVEN * n * most
+    assert all(len(b[0]) == min(batch, n) for b in source.window(0).batches)
+    assert len({int(i) for i in source.window(0)[0][0]}) == min(batch, n)  # without replacement within an epoch
+
+
+def test_every_sample_is_used_alike_where_few_batches_fit_in_memory() -> None:
+    """100 samples in batches of 64, of which four fit: the one batch of an epoch is not all there is to see."""
+    source = DatasetSource(numbered(100), 64, max_bytes=4 * 64 * 16)
+    counts = uses(source, windows=25)  # 25 windows of 4 batches are 64 epochs
+    assert set(counts) == set(range(100))
+    assert max(counts.values()) - min(counts.values()) <= 1 or source.resident
+    assert max(counts.values()) <= 1.1 * min(counts.values())
+
+
+def test_windows_walk_through_all_the_data() -> None:
+    source = DatasetSource(numbered(300), 10, max_bytes=5 * 10 * 16)
+    assert not source.resident and len(source.window(0)) == 5
+    counts = uses(source, windows=12)  # 60 batches: two epochs
+    assert set(counts.values()) == {2} and len(counts) == 300
+    assert source.window(3) is source.window(3)
+    again = DatasetSource(numbered(300), 10, max_bytes=5 * 10 * 16)
+    assert torch.equal(again.window(3)[2][0], source.window(3)[2][0])
+
+
+def test_the_same_seed_gives_the_same_windows_and_another_seed_others() -> None:
+    def order(seed: int) -> list[list[int]]:
+        return [b[0].tolist() for b in DatasetSource(numbered(60), 10, seed=seed).window(0).batches]
+
+    assert order(4) == order(4) != order(5)
+
+
+class Lazy(Dataset[Any]):
+    """Made at access; the collated batches that are alive are counted."""
+
+    def __init__(self, n: int, floats: int) -> None:
+        self.n, self.floats = n, floats
+        self.alive = self.peak = self.read = 0
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.read += 1
+        return torch.full((self.floats,), float(index))
+
+    def collate(self, items: list[Tensor]) -> Tensor:
+        batch = torch.stack(items)
+        size = batch.numel() * 4
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(batch, self._gone, size)
+        return batch
+
+    def _gone(self, size: int) -> None:
+        self.alive -= size
+
+
+def test_a_large_dataset_is_held_in_windows_of_bounded_bytes() -> None:
+    data, cap = Lazy(5000, 250), 200_000  # 5 MB, of which 200 kB at once
+    source = DatasetSource(data, 20, data.collate, num_workers=0, max_bytes=cap)
+    assert not source.resident
+    for k in range(6):
+        window = source.window(k)
+        assert sum(b.numel() * 4 for b in window.batches) <= cap
+        del window
+    assert data.alive <= cap
+    # "how much of the data may be held at once": the old window is let go before the new one is read
+    assert data.peak <= cap + 20_000
+    assert data.read <= 6 * cap // 1000 + 20
+
+
+def test_a_stream_is_held_in_windows_of_bounded_bytes() -> None:
+    data, cap = Lazy(5000, 250), 200_000
+    loader = DataLoader(data, 20, collate_fn=data.collate)
+    source = IterableSource(loader, 5000, max_bytes=cap)
+    for k in range(6):
+        source.window(k)
+    assert data.peak <= cap + 20_000
+
+
+def test_small_data_is_resident_and_read_once() -> None:
+    data = Lazy(64, 4)
+    source = DatasetSource(data, 16, num_workers=0)
+    assert source.resident
+    source.window(0)
+    read = data.read
+    assert source.window(7) is source.window(0) and data.read == read
+
+
+class Pids(Dataset[Any]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor([os.getpid(), index])
+
+
+def test_plain_data_is_read_here_and_odd_data_in_a_process_of_its_own() -> None:
+    assert is_plain_data(numbered(3)) and is_plain_data(Subset(numbered(3), [0])) and is_plain_data([1, 2])
+    assert not is_plain_data(Pids()) and not is_plain_data(Subset(Pids(), [0]))
+    pids = {int(row[0]) for b in DatasetSource(Pids(), 4).window(0).batches for row in b}
+    assert len(pids) == 1 and os.getpid() not in pids
+    read_here: list[int] = []
+
+    def collate(items: list[Any]) -> Tensor:
+        read_here.append(os.getpid())
+        return torch.stack([x for x, _ in items])
+
+    DatasetSource(numbered(8), 4, collate).window(0)
+    assert set(read_here) == {os.getpid()}
+
+
+class Counting(Dataset[Any]):
+    """Draws random numbers of its own and counts accesses: reading it changes it."""
+
+    def __init__(self) -> None:
+        self.torch_generator = torch.Generator().manual_seed(1)
+        self.python = random.Random(1)
+        self.numpy = np.random.default_rng(1)
+        self.legacy = np.random.RandomState(1)
+        self.accesses = 0
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.accesses += 1
+        noise = [
+            float(torch.rand((), generator=self.torch_generator)),
+            self.python.random(),
+            self.numpy.random(),
+            float(self.legacy.rand()),
+        ]
+        return torch.tensor(noise)
+
+    def state(self) -> Any:
+        return (
+            self.torch_generator.get_state().tolist(),
+            self.python.getstate(),
+            self.numpy.bit_generator.state,
+            self.legacy.get_state()[1].tolist(),
+        )
+
+
+@pytest.mark.parametrize("workers", [None, 0])
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: Subset(d, range(8)), lambda d: ConcatDataset([d, d])])
+def test_generators_that_a_dataset_owns_are_put_back(wrap: Any, workers: int | None) -> None:
+    data = Counting()
+    before = data.state()
+    DatasetSource(wrap(data), 4, num_workers=workers).window(0)
+    assert data.state() == before
+    assert data.accesses == 0 or workers == 0
+
+
+@pytest.mark.parametrize("workers", [None, 0])
+def test_global_generators_that_a_dataset_draws_from_are_put_back_by_the_estimate(workers: int | None) -> None:
+    """The source itself reads in a forked process; in this one, preserve_rng is around it (see test_estimate)."""
+
+    class Global(Pids):
+        def __getitem__(self, index: int) -> Tensor:
+            return torch.rand(2)
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    DatasetSource(Global(), 4, num_workers=workers).window(0)
+    assert torch.equal(before, torch.get_rng_state()) or workers == 0
+
+
+def test_a_dataset_that_cannot_be_read_in_another_process_is_read_here() -> None:
+    parent = os.getpid()
+
+    class OnlyHere(Pids):
+        def __getitem__(self, index: int) -> Tensor:
+            if os.getpid() != parent:
+                raise RuntimeError("a handle that does not survive a fork")
+            return torch.tensor([index])
+
+    assert uses(ReplaySource([b for b in DatasetSource(OnlyHere(), 4).window(0).batches], 8, 4))
+    assert len(DatasetSource(OnlyHere(), 4).window(0)) == 2
+
+
+def test_an_error_of_the_dataset_reaches_the_caller() -> None:
+    class Broken(Pids):
+        def __getitem__(self, index: int) -> Tensor:
+            raise KeyError("no such file")
+
+    with pytest.raises(KeyError, match="no such file"):
+        DatasetSource(Broken(), 4)
+
+
+class Items(Dataset[Any]):
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = torch.full((3,), float(index)), index
+        if self.kind == "dict":
+            return {"x": x, "y": {"label": y, "name": "n"}}
+        return (x, y) if self.kind == "tuple" else [x, y]
+
+
+@pytest.mark.parametrize("kind", ["dict", "tuple", "list"])
+def test_structures_of_batches_survive_and_stack(kind: str) -> None:
+    window = DatasetSource(Items(kind), 4, num_workers=0).window(0)
+    first = window[0]
+    x, y = (first["x"], first["y"]["label"]) if kind == "dict" else first
+    assert x.shape == (4, 3) and torch.equal(x[:, 0].long(), y)
+    assert window.stackable
+    expected = [window[i] for i in (2, 0, 2)]
+    stacked, dims = window.gather(torch.tensor([2, 0, 2]))
+    sx, dx = (stacked["x"], dims["x"]) if kind == "dict" else (stacked[0], dims[0])
+    ex = [e["x"] if kind == "dict" else e[0] for e in expected]
+    assert dx == 0 and torch.equal(sx, torch.stack(ex))
+    if kind == "dict":
+        assert stacked["y"]["name"] == ["n"] * 4 and dims["y"]["name"] == [None] * 4
+        assert torch.equal(window[1]["x"][:, 0].long(), window[1]["y"]["label"])
+
+
+def test_collate_fn_and_transfer_are_used_once_a_batch() -> None:
+    calls: list[str] = []
+
+    def collate(items: list[Any]) -> Tensor:
+        calls.append("collate")
+        return torch.stack([x for x, _ in items]).float()
+
+    def transfer(batch: Tensor) -> Tensor:
+        calls.append("transfer")
+        return batch + 0.5
+
+    source = DatasetSource(numbered(8), 4, collate, transfer=transfer)
+    calls.clear()
+    batches = source.window(0).batches
+    assert calls.count("collate") == calls.count("transfer") == len(batches) == 2
+    assert sorted(torch.cat(batches).tolist()) == [i + 0.5 for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ((torch.zeros(4, 2),), (torch.zeros(3, 2),)),
+        ((torch.zeros(4),), (torch.zeros(4, dtype=torch.long),)),
+        ({"x": torch.zeros(4)}, {"y": torch.zeros(4)}),
+        ((torch.zeros(4), "a"), (torch.zeros(4), "b")),
+        (("a",), ("a",)),
+    ],
+)
+def test_batches_that_do_not_stack(a: Any, b: Any) -> None:
+    assert not Window([a, b]).stackable
+
+
+def test_indices_restrict_the_data() -> None:
+    source = DatasetSource(numbered(100), 4, indices=[3, 5, 7, 9, 11, 13, 15, 17])
+    assert source.num_samples == 8 and set(uses(source)) == {3, 5, 7, 9, 11, 13, 15, 17}
+
+
+def test_replayed_batches() -> None:
+    batches = [torch.arange(4), torch.arange(4, 8)]
+    source = ReplaySource(batches, 100, 4)
+    assert source.resident and source.num_samples == 100 and source.window(5) is source.window(0)
+    source.window(0).anchor_loss[0] = 1.0
+    source.forget()
+    assert source.window(0).anchor_loss == {}
+    with pytest.raises(ValueError, match=r"data: no batch"):
+        ReplaySource([], 100, 4)
+
+
+class Stream(IterableDataset[Any]):
+    def __init__(self, n: int = 20) -> None:
+        self.n = n
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.arange(self.n).unsqueeze(1))
+
+
+def test_iterables_are_read_on_and_started_again_at_their_end() -> None:
+    source = IterableSource(DataLoader(Stream(20), batch_size=4), 20, max_bytes=3 * 4 * 8)
+    seen = [int(i) for k in range(5) for b in source.window(k).batches for i in b]
+    assert source.batch_size == 4 and not source.resident
+    assert seen == (list(range(20)) * 3)[:60]
+    assert source.window(4) is source.window(4)
+
+
+def test_a_generator_that_has_run_dry_is_an_error_that_says_so() -> None:
+    source = source_of((torch.arange(4) for _ in range(3)), None, CPU, 0, num_samples=12)
+    assert len(source.window(0)) == 3
+    with pytest.raises(ValueError, match=r"data: .*(ended|exhausted|again)"):
+        source.window(1)
+
+
+def test_kinds_of_data() -> None:
+    assert source_of(numbered(10), None, CPU, 0).batch_size == 10
+    assert source_of(numbered(100), None, CPU, 0).batch_size == 64
+    loader = DataLoader(numbered(100), batch_size=16, shuffle=True)
+    assert (source_of(loader, None, CPU, 0).batch_size, source_of(loader, 8, CPU, 0).batch_size) == (16, 8)
+    full = source_of(loader, None, CPU, 0, full_batch=True)
+    assert full.batch_size == 100 and len(full.window(0)) == 1
+    assert source_of([torch.zeros(2)] * 6, 3, CPU, 0).num_samples == 6
+    assert source_of(Stream(), 5, CPU, 0).num_samples is None
+    assert source_of(DataLoader(Stream(), batch_size=5), None, CPU, 0, 77).num_samples == 77
+
+
+@pytest.mark.parametrize("data", [TensorDataset(torch.empty(0, 2)), [], DataLoader(TensorDataset(torch.empty(0, 2)))])
+def test_no_data(data: Any) -> None:
+    with pytest.raises(ValueError, match=r"data: the dataset is empty"):
+        source_of(data, None, CPU, 0)
+
+
+def test_no_batches() -> None:
+    with pytest.raises(ValueError, match=r"data: the iterable gave no batch"):
+        source_of(iter([]), None, CPU, 0)
+
+
+@pytest.mark.parametrize("data", [3, None, object()])
+def test_no_kind_of_data(data: Any) -> None:
+    with pytest.raises(TypeError, match=r"data: expected a Dataset, a DataLoader or an iterable.*got"):
+        source_of(data, None, CPU, 0)
+
+
+def test_the_loader_itself_is_never_iterated() -> None:
+    class Loader(DataLoader[Any]):
+        def __iter__(self) -> Any:
+            raise AssertionError("this is the iterator that training reads")
+
+    assert len(source_of(Loader(numbered(32), batch_size=8), None, CPU, 0).window(0)) == 4
+
+
+def test_the_order_of_the_loaders_generator_is_not_moved() -> None:
+    own = torch.Generator().manual_seed(3)
+    before = own.get_state()
+    source_of(DataLoader(numbered(32), batch_size=8, shuffle=True, generator=own), None, CPU, 0).window(0)
+    assert torch.equal(own.get_state(), before)

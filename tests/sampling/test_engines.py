@@ -1,0 +1,303 @@
+"""Every road to losses and gradients gives the numbers of the module itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import TensorDataset
+
+from lightning_slt.sampling import engines
+from lightning_slt.sampling.batches import Window
+from lightning_slt.sampling.engines import BatchedEngine, SequentialEngine, choose_engine
+from lightning_slt.sampling.objective import Objective
+from tests.sampling import helpers
+from tests.sampling.helpers import cross_entropy, gen, mean_squared, mlp, next_token, regression, seeded, tokens
+
+BATCH, CHAINS = 8, 3
+
+
+def window_of(data: TensorDataset) -> Window:
+    return Window([tuple(t[i : i + BATCH] for t in data.tensors) for i in range(0, 4 * BATCH, BATCH)])
+
+
+def images() -> TensorDataset:
+    return helpers.classification((1, 8, 8))
+
+
+Problem = tuple[Callable[[], nn.Module], Callable[[], TensorDataset], Any]
+PROBLEMS: dict[str, Problem] = {
+    "mlp": (mlp, regression, mean_squared),
+    "conv with GroupNorm": (lambda: helpers.Conv(lambda: nn.GroupNorm(2, 4)), images, cross_entropy),
+    "conv with BatchNorm": (lambda: helpers.Conv(lambda: nn.BatchNorm2d(4)), images, cross_entropy),
+    "lstm": (helpers.Recurrent, lambda: helpers.classification((5, 4)), cross_entropy),
+    "attention": (helpers.Attention, tokens, next_token),
+    "tied embedding": (helpers.Tied, tokens, next_token),
+    "scripted submodule": (helpers.Scripted, regression, mean_squared),
+    "torchmetrics in a LightningModule": (helpers.WithMetric, lambda: helpers.classification((5,)), None),
+}
+
+
+def losses_and_gradients(
+    objective: Objective, engine: Any, window: Window, weights: Tensor, indices: Tensor
+) -> tuple[Tensor, Tensor]:
+    weights, grad, losses = weights.clone(), torch.full_like(weights, 7.0), []
+    for start in range(0, len(weights), engine.width):
+        rows = slice(start, start + engine.width)
+        engine.bind(weights[rows], grad[rows])
+        losses.append(engine(window, indices[rows]).reshape(-1))
+    engine.release()
+    return torch.cat(losses), grad
+
+
+def by_autograd(module: nn.Module, loss_fn: Any, window: Window, weights: Tensor, indices: Tensor) -> Any:
+    """The same with nothing of the package: a copy in eval mode, weights written in, torch.autograd.grad."""
+    losses, grads = [], []
+    for w, i in zip(weights, indices.tolist(), strict=True):
+        twin = copy.deepcopy(module).eval()
+        for sub in twin.modules():
+            if isinstance(sub, nn.LSTM):
+                sub.train()
+        parameters = [p for p in twin.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for p, piece in zip(parameters, w.split([p.numel() for p in parameters]), strict=True):
+                p.copy_(piece.view_as(p))
+        if loss_fn is None:
+            loss = nn.functional.cross_entropy(twin.net(window[i][0]), window[i][1])
+        else:
+            loss = loss_fn(twin, window[i])
+        losses.append(loss.detach())
+        grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
+    return torch.stack(losses), torch.stack(grads)
+
+
+def opened(name: str) -> tuple[nn.Module, Any, Objective, Window, Tensor, Tensor]:
+    make, data, loss_fn = PROBLEMS[name]
+    module = seeded(make)
+    window = window_of(data())
+    objective = Objective(module, loss_fn)
+    objective.adapt(window[0])
+    d = len(objective.anchor)
+    weights = objective.anchor + 0.05 * torch.randn(CHAINS, d, generator=gen(9))
+    return module, loss_fn, objective, window, weights, torch.tensor([2, 0, 3])
+
+
+def assert_close(found: Any, expected: Any, tolerance: float = 2e-5) -> None:
+    """Relative to the largest number of each chain: float32 sums in another order."""
+    for a, b in zip(found, expected, strict=True):
+        scale = b.abs().reshape(CHAINS, -1).amax(1)
+        assert ((a - b).abs().reshape(CHAINS, -1).amax(1) <= tolerance * scale).all()
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_sequential_engine_gives_the_modules_own_losses_and_gradients(name: str) -> None:
+    module, loss_fn, objective, window, weights, indices = opened(name)
+    found = losses_and_gradients(objective, SequentialEngine(objective), window, weights, indices)
+    assert_close(found, by_autograd(module, loss_fn, window, weights, indices))
+
+
+@pytest.mark.parametrize("width", [2, 3])
+@pytest.mark.parametrize("name", [name for name in PROBLEMS if name != "scripted submodule"])
+def test_batched_engine_gives_the_modules_own_losses_and_gradients(
+    name: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "chunk_width", lambda *_: width)
+    module, loss_fn, objective, window, weights, indices = opened(name)
+    choice = choose_engine(objective, window, CHAINS, "batched")
+    assert isinstance(choice.engine, BatchedEngine) and "same numbers" in choice.reason
+    found = losses_and_gradients(objective, choice.engine, window, weights, indices)
+    assert_close(found, by_autograd(module, loss_fn, window, weights, indices))
+
+
+@pytest.mark.parametrize("method", ["sequential", "batched"])
+@pytest.mark.parametrize("name", ["conv with BatchNorm", "torchmetrics in a LightningModule"])
+def test_buffers_and_metrics_of_the_module_are_not_touched(name: str, method: str) -> None:
+    module, _, objective, window, weights, indices = opened(name)
+    module.train()
+    before = copy.deepcopy(module.state_dict())
+    metric_before = {n: copy.deepcopy(v.__dict__.get("_update_count")) for n, v in module.named_modules()}
+    engine = choose_engine(objective, window, CHAINS, method).engine
+    losses_and_gradients(objective, engine, window, weights, indices)
+    assert all(torch.equal(v, module.state_dict()[k]) for k, v in before.items())
+    assert {n: v.__dict__.get("_update_count") for n, v in module.named_modules()} == metric_before
+    assert module.training and all(p.grad is None for p in module.parameters())
+    # the copy's own running statistics stand still as well: L(w) is a function of w
+    shadow = objective.module.state_dict()
+    assert all(torch.equal(v, shadow[k]) for k, v in before.items() if "running" in k)
+
+
+@pytest.mark.parametrize("name", ["mlp", "lstm", "torchmetrics in a LightningModule"])
+def test_engines_give_the_anchor_back(name: str) -> None:
+    module, _, objective, window, weights, indices = opened(name)
+    losses_and_gradients(objective, SequentialEngine(objective), window, weights, indices)
+    for p, q in zip(objective.parameters(), module.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0)
+        assert p.grad is None
+
+
+def with_item(module: nn.Module, batch: Any) -> Tensor:
+    loss = mean_squared(module, batch)
+    return loss * 1.0 if loss.item() > 0 else loss
+
+
+def data_dependent(module: nn.Module, batch: Any) -> Tensor:
+    error = (module(batch[0]) - batch[1]).square().sum(-1)
+    return error[error > 0.5].mean()
+
+
+@pytest.mark.parametrize("loss_fn", [with_item, data_dependent])
+def test_a_step_that_vmap_cannot_take_falls_back_with_the_reason(loss_fn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "COMPUTE_BOUND", 10.0)  # never "too slow to try" on a busy machine
+    objective, window = Objective(mlp(), loss_fn), window_of(regression())
+    objective.adapt(window[0])
+    choice = choose_engine(objective, window, CHAINS)
+    assert choice.engine.method == "sequential" and "vmap fails: RuntimeError: vmap" in choice.reason
+    with pytest.raises(ValueError, match=r"method='batched' cannot be used: vmap fails"):
+        choose_engine(objective, window, CHAINS, "batched")
+
+
+def test_other_numbers_under_vmap_are_not_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            return 1.01 * y if torch._C._functorch.maybe_current_level() else y
+
+    monkeypatch.setattr(engines, "COMPUTE_BOUND", 10.0)
+    objective, window = Objective(seeded(Sly), mean_squared), window_of(regression())
+    objective.adapt(window[0])
+    choice = choose_engine(objective, window, CHAINS)
+    assert choice.engine.method == "sequential" and "vmap gives other numbers" in choice.reason
+
+
+def test_reasons_for_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, window = Objective(mlp(), mean_squared), window_of(regression())
+    objective.adapt(window[0])
+    x, y = regression().tensors
+    ragged = Window([(x[:8], y[:8]), (x[:5], y[:5])])
+    assert choose_engine(objective, window, 4, "sequential").reason == "asked for"
+    assert "one chain" in choose_engine(objective, window, 1).reason
+    assert "differ in shape" in choose_engine(objective, ragged, 4).reason
+    with pytest.raises(ValueError, match="the batches differ in shape"):
+        choose_engine(objective, ragged, 4, "batched")
+    monkeypatch.setattr(engines, "COMPUTE_BOUND", 0.0)
+    assert "computing" in choose_engine(objective, window, 4).reason
+    monkeypatch.setattr(engines, "COMPUTE_BOUND", 10.0)
+    monkeypatch.setattr(engines, "ACTIVATION_BUDGET", 1)
+    assert "memory budget" in choose_engine(objective, window, 4).reason
+    with pytest.raises(ValueError, match=r"method='fast': must be 'auto', 'sequential' or 'batched'"):
+        choose_engine(objective, window, 4, "fast")
+
+
+def test_the_chunk_fits_the_memory_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, window = Objective(mlp(), mean_squared), window_of(regression())
+    each = 2 * engines.activation_bytes(objective, window[0]) + 16 * len(objective.anchor)
+    assert engines.activation_bytes(objective, window[0]) >= BATCH * 7 * 4  # tanh's output at least
+    for chains in (3, 100):
+        monkeypatch.setattr(engines, "ACTIVATION_BUDGET", 5 * each)
+        assert engines.chunk_width(objective, window[0], chains) == min(chains, 5)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant: bool | None) -> None:
+        super().__init__()
+        self.first, self.body, self.last = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.use_reentrant is None:
+            h = self.body(h).tanh()
+        else:
+            h = checkpoint(lambda v: self.body(v).tanh(), h, use_reentrant=self.use_reentrant)
+        return self.last(h)
+
+
+@pytest.mark.parametrize("method", ["sequential", "auto"])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_gives_the_gradients_of_the_plain_twin(
+    use_reentrant: bool, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "COMPUTE_BOUND", 10.0)
+    monkeypatch.setattr(engines, "BATCHED_GAIN", 0.0)  # take batching wherever it is thought right
+    module, plain = seeded(lambda: Checkpointed(use_reentrant)), Checkpointed(None)
+    plain.load_state_dict(module.state_dict())
+    window = window_of(regression())
+    objective = Objective(module, mean_squared)
+    objective.adapt(window[0])
+    weights = objective.anchor + 0.3 * torch.randn(CHAINS, len(objective.anchor), generator=gen(9))
+    indices = torch.tensor([2, 0, 3])
+    engine = choose_engine(objective, window, CHAINS, method).engine
+    found = losses_and_gradients(objective, engine, window, weights, indices)
+    assert_close(found, by_autograd(plain, mean_squared, window, weights, indices))
+
+
+def test_bfloat16_module_is_computed_in_float32() -> None:
+    module = mlp().bfloat16()
+    data = TensorDataset(*(t.bfloat16() for t in regression().tensors))
+    window = window_of(data)
+    objective = Objective(module, mean_squared)
+    objective.adapt(window[0])
+    assert objective.anchor.dtype == torch.float32 and not objective.rounds
+    assert all(p.dtype == torch.float32 for p in objective.parameters())
+    assert all(p.dtype == torch.bfloat16 for p in module.parameters())
+    weights = objective.anchor + 1e-4 * torch.randn(CHAINS, len(objective.anchor), generator=gen(9))
+    indices = torch.tensor([2, 0, 3])
+    found = losses_and_gradients(objective, SequentialEngine(objective), window, weights, indices)
+    full = Window([tuple(t.float() for t in batch) for batch in window.batches])
+    assert_close(found, by_autograd(copy.deepcopy(module).float(), mean_squared, full, weights, indices))
+
+
+class Casts(nn.Module):
+    """Computes in bfloat16 by explicit casts: it cannot run with float32 weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3).bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.bfloat16()).float()
+
+
+def test_a_module_that_insists_on_bfloat16_is_rounded_from_float32_masters() -> None:
+    module, window = seeded(Casts), window_of(regression())
+    objective = Objective(module, mean_squared)
+    objective.adapt(window[0])
+    assert objective.rounds and objective.anchor.dtype == torch.float32
+    assert all(p.dtype == torch.bfloat16 for p in objective.parameters())
+    choice = choose_engine(objective, window, CHAINS)
+    assert choice.engine.method == "sequential" and "half-precision" in choice.reason
+    weights = objective.anchor + 0.05 * torch.randn(CHAINS, len(objective.anchor), generator=gen(9))
+    indices = torch.tensor([2, 0, 3])
+    found = losses_and_gradients(objective, choice.engine, window, weights, indices)
+    losses, grads = by_autograd(module, mean_squared, window, weights, indices)
+    assert_close(found, (losses, grads.float()), 1e-6)
+    for p, q in zip(objective.parameters(), module.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_rounded_masters_keep_steps_that_bfloat16_would_lose() -> None:
+    """100 steps of noise 1e-4 at weights near 1, where bfloat16 numbers are 0.004 to 0.008 apart."""
+    module = Casts()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.fill_(1.0)
+    chains = helpers.make_chains(module, regression(), mean_squared, num_chains=8, nbeta=1e-6, gamma=0.0)
+    assert chains.objective.rounds
+    chains.advance(100, 1e-8)
+    variance = float((chains.weights - 1.0).square().mean())
+    # 144 numbers: a relative error of sqrt(2 / 144) = 12 %; float32 at 1 rounds by 6e-8: nothing
+    assert variance == pytest.approx(100 * 1e-8, rel=0.4)
+
+
+def test_float64_module_stays_float64() -> None:
+    objective = Objective(mlp().double(), mean_squared)
+    assert objective.anchor.dtype == objective.dtype == torch.float64

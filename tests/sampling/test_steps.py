@@ -1,0 +1,158 @@
+"""The loss of a module: what its step may return and take, what is refused, what is silenced."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.steps import NoLossError, ReadThroughTrainer, loss_function, read_loss
+from tests.sampling.helpers import WithMetric, mean_squared, mlp
+
+BATCH = (torch.ones(2, 3), torch.zeros(2, 1))
+
+
+class Base(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 1)
+
+    def value(self, batch: Any) -> Tensor:
+        return mean_squared(self.net, batch)
+
+
+class ReturnsDict(Base):
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        return {"loss": self.value(batch), "batch": batch_idx}
+
+
+class OneArgument(Base):
+    def training_step(self, batch: Any) -> Tensor:
+        return self.value(batch)
+
+
+class AnyArguments(Base):
+    def training_step(self, *args: Any) -> Tensor:
+        batch, index = args
+        assert index == 0
+        return self.value(batch)
+
+
+class Keyword(Base):
+    def training_step(self, batch: Any, *, scale: float = 1.0) -> Tensor:
+        return scale * self.value(batch)
+
+
+class Defaulted(Base):
+    def training_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        assert (batch_idx, dataloader_idx) == (0, 0)
+        return self.value(batch)
+
+
+class PerSample(Base):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return 0.5 * (self.net(x) - y).square().sum(-1)
+
+
+@pytest.mark.parametrize("kind", [ReturnsDict, OneArgument, AnyArguments, Keyword, Defaulted, PerSample])
+def test_forms_of_the_step(kind: type[Base]) -> None:
+    module = kind()
+    objective = Objective(module)
+    assert objective.loss(BATCH).shape == ()
+    assert float(objective.loss(BATCH).detach()) == pytest.approx(float(module.value(BATCH).detach()), rel=1e-6)
+
+
+def test_forms_of_the_loss() -> None:
+    assert read_loss(torch.tensor([1.0, 3.0])).item() == 2.0
+    assert read_loss({"loss": torch.tensor(2.0), "other": None}).item() == 2.0
+    for nothing in (None, {"loss": None}, {}):
+        with pytest.raises(NoLossError):
+            read_loss(nothing)
+    for wrong in (1.0, {"loss": 1.0}, "loss"):
+        with pytest.raises(TypeError, match=r"the loss must be a tensor.*got (float|str)"):
+            read_loss(wrong)
+
+
+def test_dataloader_iter_is_refused_with_the_remedy() -> None:
+    class Iter(Base):
+        def training_step(self, dataloader_iter: Any) -> Tensor:
+            raise AssertionError
+
+    with pytest.raises(ValueError, match=r"Iter.*dataloader_iter.*loss_fn\(module, batch\)"):
+        loss_function(Iter())
+    assert loss_function(Iter(), lambda m, b: m.value(b))(Iter(), BATCH).ndim == 0
+
+
+def test_manual_optimisation_is_refused_and_taken_with_a_loss_fn() -> None:
+    class Manual(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+    with pytest.raises(ValueError, match=r"Manual uses manual optimisation.*loss_fn\(module, batch\)"):
+        Objective(Manual())
+    module = Manual()
+    assert float(Objective(module, lambda m, b: m.value(b)).loss(BATCH).detach()) == pytest.approx(
+        float(module.value(BATCH).detach())
+    )
+
+
+def test_a_plain_module_needs_a_loss_fn() -> None:
+    with pytest.raises(ValueError, match=r"loss_fn is None, and Sequential is not a LightningModule"):
+        Objective(mlp())
+
+
+def test_what_the_step_logs_goes_nowhere_and_its_metric_does_not_grow() -> None:
+    module = WithMetric()
+    objective = Objective(module)
+    batch = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    objective.adapt(batch)
+    counted = objective.module.accuracy._update_count
+    for _ in range(3):
+        objective.loss(batch)
+    assert objective.module.accuracy._update_count == counted
+    assert module.accuracy._update_count == 0 and objective.module.log("x", 1.0) is None
+    assert "log" not in module.__dict__
+
+
+def test_a_loss_that_is_a_metric_is_not_stubbed() -> None:
+    from torchmetrics import MeanSquaredError
+
+    class MetricLoss(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.error = MeanSquaredError()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.error(self.net(batch[0]), batch[1])
+
+    module = MetricLoss()
+    objective = Objective(module)
+    objective.adapt(BATCH)
+    expected = float((module.net(BATCH[0]) - BATCH[1]).square().mean())
+    assert float(objective.loss(BATCH).detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_trainer_is_read_through_and_never_written() -> None:
+    live = SimpleNamespace(current_epoch=7, global_step=5, logger=object())
+    view = ReadThroughTrainer(live)
+    assert (view.current_epoch, view.global_step) == (7, 5)
+    view.current_epoch = 9
+    assert (view.current_epoch, live.current_epoch) == (9, 7)
+    assert view.logger is not live.logger and view.loggers == []
+    view.logger.experiment.add_scalar("x", 1.0)  # silent
+    with pytest.raises(AttributeError):
+        view.missing  # noqa: B018
+
+
+def test_outside_a_trainer_the_usual_attributes_are_there_and_others_say_what_to_do() -> None:
+    view = ReadThroughTrainer(None)
+    assert (view.current_epoch, view.global_step, view.world_size) == (0, 0, 1)
+    with pytest.raises(AttributeError, match=r"trainer\.datamodule.*no trainer here.*loss_fn"):
+        view.datamodule  # noqa: B018

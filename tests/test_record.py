@@ -1,0 +1,153 @@
+"""An estimate through a file, a checkpoint, a crash and a resume."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_slt.record import RECORD_FILE, Estimate, RunRecord
+
+
+def estimate(step: int | None = 100, **changes: Any) -> Estimate:
+    trace = torch.randn(4, 30, generator=torch.Generator().manual_seed(step or 0))
+    fields: dict[str, Any] = {
+        "mean": 12.25,
+        "se": 0.5,
+        "per_chain": trace.double().mean(1),
+        "trace": trace,
+        "rhat": 1.01,
+        "ess": 250.0,
+        "valid": True,
+        "reasons": (),
+        "nbeta": 144.7,
+        "localization": 2.0,
+        "init_loss": 0.1,
+        "chain_loss": 0.2,
+        "num_samples": 1000,
+        "num_weights": 10,
+        "step_size": 1e-4,
+        "virial": 0.99,
+        "num_chains": 4,
+        "num_draws": 30,
+        "step": step,
+        "seconds": 1.5,
+        "overhead": 0.1,
+    }
+    return Estimate(**{**fields, **changes})
+
+
+def assert_same(a: Estimate, b: Estimate) -> None:
+    x, y = a.state_dict(), b.state_dict()
+    assert x.keys() == y.keys()
+    torch.testing.assert_close(x.pop("trace"), y.pop("trace"), rtol=0, atol=0, equal_nan=True)
+    assert repr(x) == repr(y)  # NaN is not equal to itself, but is spelt the same
+
+
+def not_valid() -> Estimate:
+    one_bad = torch.tensor([1.0, math.nan, 2.0, 3.0], dtype=torch.float64)
+    return estimate(
+        200, mean=math.nan, se=math.nan, rhat=math.nan, ess=math.nan, valid=False, reasons=("a", "b"), per_chain=one_bad
+    )
+
+
+@pytest.mark.parametrize("original", [estimate(), not_valid(), estimate(None, num_samples=None)])
+def test_roundtrip_through_files(original: Estimate, tmp_path: Path) -> None:
+    record = RunRecord(tmp_path / "run" / "deep")
+    record.append(original)
+    (back,) = RunRecord(tmp_path / "run" / "deep").read()
+    assert_same(original, back)
+    assert back.per_chain.dtype == torch.float64 and isinstance(back.reasons, tuple)
+
+
+@pytest.mark.parametrize("original", [estimate(), not_valid()])
+def test_roundtrip_through_a_checkpoint_that_is_loaded_weights_only(original: Estimate, tmp_path: Path) -> None:
+    torch.save({"estimates": [original.state_dict()]}, tmp_path / "last.ckpt")
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert_same(original, Estimate.from_state_dict(state["estimates"][0]))
+
+
+def test_keys_of_a_newer_version_are_passed_over() -> None:
+    state = {**estimate().state_dict(), "susceptibility": 3.0}
+    assert_same(Estimate.from_state_dict(state), estimate())
+
+
+def test_nan_and_infinity_are_null_in_the_file(tmp_path: Path) -> None:
+    RunRecord(tmp_path).append(not_valid().replace(step_bias=math.inf))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    line = json.loads((tmp_path / RECORD_FILE).read_text(), parse_constant=refuse)
+    assert line["mean"] is None and line["step_bias"] is None
+    assert line["per_chain"] == [1.0, None, 2.0, 3.0]
+    assert "trace" not in line
+
+
+def test_one_line_an_estimate_in_order(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path)
+    for step in (10, 20, 30):
+        record.append(estimate(step))
+        assert (tmp_path / RECORD_FILE).read_text().endswith("}\n")
+    assert [e.step for e in record.read()] == [10, 20, 30]
+    traces = [e.trace for e in record.read()]
+    torch.testing.assert_close(traces[1], estimate(20).trace, rtol=0, atol=0)
+    assert [e.trace.shape for e in record.read(traces=False)] == [(4, 0)] * 3
+
+
+def test_a_lost_trace_costs_the_trace_only(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path)
+    record.append(estimate(10))
+    record.trace_path(estimate(10)).unlink()
+    (back,) = record.read()
+    assert back.mean == 12.25 and back.trace.shape == (4, 0)
+
+
+@pytest.mark.parametrize("cut", [1, 40, 300])
+def test_a_last_line_cut_off_by_a_crash_is_passed_over_and_does_not_swallow_the_next(cut: int, tmp_path: Path) -> None:
+    record = RunRecord(tmp_path)
+    record.append(estimate(10))
+    record.append(estimate(20))
+    text = (tmp_path / RECORD_FILE).read_bytes()
+    (tmp_path / RECORD_FILE).write_bytes(text[: -cut - 1])
+    assert [e.step for e in record.read()] == [10]
+    record.append(estimate(30))
+    assert [e.step for e in record.read()] == [10, 30]
+
+
+def test_a_line_without_its_line_end_is_whole_and_stays_so(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path)
+    record.append(estimate(10))
+    (tmp_path / RECORD_FILE).write_bytes((tmp_path / RECORD_FILE).read_bytes()[:-1])
+    record.append(estimate(20))
+    assert [e.step for e in record.read()] == [10, 20]
+
+
+def test_drop_after_forgets_what_a_resumed_run_measures_again(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path)
+    for step in (10, 20, 30):
+        record.append(estimate(step))
+    record.drop_after(20)
+    assert [e.step for e in record.read()] == [10, 20]
+    assert not list(tmp_path.glob("*.tmp"))
+    record.append(estimate(30, mean=1.0))
+    assert [(e.step, e.mean) for e in record.read()] == [(10, 12.25), (20, 12.25), (30, 1.0)]
+    record.drop_after(5)
+    assert list(record.read()) == []
+
+
+def test_an_empty_folder_reads_as_nothing(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path / "none")
+    record.drop_after(3)
+    assert list(record.read()) == [] and not (tmp_path / "none").exists()
+
+
+def test_interval_and_text() -> None:
+    e = estimate()
+    assert e.interval == pytest.approx((12.25 - 0.98, 12.25 + 0.98))
+    assert str(e).startswith("step 100: LLC 12.2 ± 0.5") and "NOT VALID" not in str(e)
+    assert "NOT VALID: a; b" in str(not_valid())
