@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from types import TracebackType
 from typing import Any, Optional
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+
+log = logging.getLogger(__name__)
 
 DELAY = 2.0
 """Seconds before a firing counts as long."""
@@ -36,12 +39,19 @@ class FiringProgress:
         self._done += steps
         if self._bar is None or time.monotonic() - self._start < DELAY:
             return
-        rate = self._done / (time.monotonic() - self._start)
-        text = f"{self._label}: {self._done} chain-steps, {rate:.0f}/s"
+        rate = self._done / max(time.monotonic() - self._start, 1e-9)
+        try:
+            self._show(f"{self._label}: {self._done} chain-steps, {rate:.0f}/s")
+        except Exception as error:
+            # a measurement is worth more than its progress line
+            log.debug(f"no progress line: {type(error).__name__}: {error}")
+            self._bar = None
+
+    def _show(self, text: str) -> None:
         if isinstance(self._bar, RichProgressBar):
             if self._bar.progress is not None:
                 if self._task is None:
-                    self._task = self._bar.progress.add_task(text, total=None)
+                    self._task = self._bar.progress.add_task(text, total=float("inf"))
                 self._bar.progress.update(self._task, description=text)
             return
         if self._line is None:

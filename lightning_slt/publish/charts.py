@@ -100,9 +100,7 @@ def chains_figure(estimate: Estimate) -> Figure:
     return figure
 
 
-def history_figure(
-    estimates: Sequence[Estimate], loss_curve: Optional[tuple[Sequence[float], Sequence[float]]] = None
-) -> Figure:
+def history_figure(estimates: Sequence[Estimate]) -> Figure:
     """The learning coefficient over training (top) above the loss (bottom), on one x axis.
 
     Valid estimates are filled points joined by a line with a ``± 1.96 se`` band; invalid ones are hollow and red, and
@@ -111,7 +109,6 @@ def history_figure(
 
     Args:
         estimates: In any order; may be empty.
-        loss_curve: ``(steps, losses)`` of training, drawn thin behind the loss at the estimates.
 
     Returns:
         A figure of 1000 x 450 pixels with two axes that share x (optimiser steps).
@@ -147,9 +144,8 @@ def history_figure(
     if valid.any() and doubtful.any():
         # the error bars of a diverged chain would flatten everything that can be read
         _fit_y(top, llc[valid], error[valid], llc[doubtful])
+        _mark_outside(top, steps[doubtful], llc[doubtful])
 
-    if loss_curve is not None:
-        bottom.plot(loss_curve[0], loss_curve[1], color=_MUTED, lw=0.9, alpha=0.7, label="train loss")
     bottom.plot(steps, loss, "-o", color="#444444", lw=1.4, ms=4, mec="white", mew=0.5, label="loss at the weights")
 
     if _log_spaced(steps):
@@ -246,6 +242,24 @@ def _log_spaced(steps: npt.NDArray[np.float64]) -> bool:
     gaps = np.diff(positive)
     # every 100 steps up to 20,000 spans a factor of 200 too, and is linear
     return bool(gaps.max() > 10 * gaps.min())
+
+
+def _mark_outside(axes: Axes, steps: npt.NDArray[np.float64], llc: npt.NDArray[np.float64]) -> None:
+    """Triangles on the frame where a point that is not valid lies beyond it."""
+    low, high = axes.get_ylim()
+    for beyond, place, marker in ((llc < low, 0.03, "v"), (llc > high, 0.97, "^")):
+        if beyond.any():
+            axes.plot(
+                steps[beyond],
+                np.full(int(beyond.sum()), place),
+                marker,
+                color=_BAD,
+                mfc="white",
+                ms=6,
+                mew=1.4,
+                transform=axes.get_xaxis_transform(),
+                label=f"not valid, {'below' if marker == 'v' else 'above'} the frame",
+            )
 
 
 def _fit_y(

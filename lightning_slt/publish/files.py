@@ -58,7 +58,10 @@ class FilesSink:
             file.write(text)
         self._summary("running", estimate)
         if figure is not None:
-            _write(self.folder / "figures" / f"chains_step_{step:09d}.png", png(figure))
+            _write(
+                self.folder / "figures" / f"chains_step_{step if estimate.step is None else estimate.step:09d}.png",
+                png(figure),
+            )
 
     def finish(self, estimates: Sequence[Estimate], status: str, figure: Optional[Figure]) -> None:
         self._count = len(estimates)

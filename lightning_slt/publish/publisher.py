@@ -114,14 +114,12 @@ class RunPublisher:
         self,
         estimates: Sequence[Estimate],
         status: str,
-        loss_curve: Optional[tuple[Sequence[float], Sequence[float]]] = None,
     ) -> None:
         """The run is over: the history as one table and one picture, and the status.
 
         Args:
             estimates: Everything that was measured, those before a resume included.
             status: ``"finished"`` or ``"failed"``.
-            loss_curve: ``(steps, losses)`` of training, for the history picture.
 
         Raises:
             ValueError: if ``status`` is not one of :data:`~lightning_slt.publish.keys.STATUSES`.
@@ -132,7 +130,7 @@ class RunPublisher:
             return
         figure: Optional[Figure] = None
         if self._sinks and estimates:
-            figure = self._guard(-3, "the picture of the history", partial(history_figure, estimates, loss_curve))
+            figure = self._guard(-3, "the picture of the history", partial(history_figure, estimates))
         for i, (name, sink) in enumerate(self._sinks):
             self._guard(i, name, partial(sink.finish, estimates, status, figure))
 

@@ -39,6 +39,9 @@ from lightning_slt.sampling.rng import PROBE, generator
 
 HEAT = 0.06
 """Share of the estimate that the finite step may add before it is taken off."""
+WIDTHS = 1.5
+"""A direction that the loss leaves free is reached at the rate ``step * localization / 2``; so many of its times are
+waited for, where the budget has room for them."""
 CEILING = 4.0
 """Largest step, in those of :func:`first_step`: half of what is stable along the steepest direction at ``w*``."""
 SMALL_LLC = 0.4
@@ -195,7 +198,11 @@ def draw(chains: Chains, seed: int, budget: Budget) -> Drawn:
         segment = chains.advance(length, step)
         rounds += 1
         next_step, settled = _next_step(chains, segment, step, ceiling) if budget.lr is None else (step, True)
-        if rounds > 1 and settled and _is_good(segment, budget, chains.posterior.nbeta):
+        awaited = WIDTHS * 2 / (step * max(chains.posterior.localization, 1e-12))
+        waited = done >= awaited or awaited > longest * budget.num_draws
+        if rounds > 1 and settled and waited and _is_good(segment, budget, chains.posterior.nbeta):
+            break
+        if rounds > 1 and _is_downhill(segment, chains.posterior.nbeta):
             break
         if rounds > _rounds(longest):
             break
@@ -208,6 +215,12 @@ def draw(chains: Chains, seed: int, budget: Budget) -> Drawn:
 
 def _rounds(longest: int) -> int:
     return 1 + math.ceil(math.log2(longest)) if longest > 1 else 1
+
+
+def _is_downhill(segment: Segment, nbeta: float) -> bool:
+    """Far below zero: the verdict is clear, and more steps would only run further down."""
+    trace = nbeta * segment.difference[segment.finite]
+    return len(trace) > 0 and float(trace.mean()) + 5 * standard_error(trace) < -SMALL_LLC
 
 
 def _is_good(segment: Segment, budget: Budget, nbeta: float) -> bool:

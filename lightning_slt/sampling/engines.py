@@ -319,7 +319,7 @@ def choose_engine(objective: Objective, window: Window, num_chains: int, method:
     gain = time_sequential / best[0]
     if method == "batched" or gain > BATCHED_GAIN:
         return Choice(best[1], f"{gain:.1f} times the speed of one after another, same numbers")
-    return Choice(sequential, f"vmap would be {gain:.2f} times as fast")
+    return Choice(sequential, f"batched would be {gain:.2f} times as fast, which is no gain")
 
 
 class _Probe:

@@ -67,7 +67,7 @@ def test_local_record_is_complete(logger: bool, pictures: None, tmp_path: Path) 
     recorded = list(RunRecord(monitor.folder).read())
     assert [(e.step, e.mean, e.x) for e in recorded] == [(e.step, e.mean, e.x) for e in monitor.estimates]
     names = sorted(path.name for path in (monitor.folder / "figures").iterdir())
-    assert names == ["chains_step_000000005.png", "chains_step_000000011.png", "history.png"]
+    assert names == ["chains_step_000000006.png", "chains_step_000000012.png", "history.png"]
     assert all((monitor.folder / "figures" / name).read_bytes().startswith(b"\x89PNG") for name in names)
 
 

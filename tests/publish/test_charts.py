@@ -57,7 +57,7 @@ def test_degenerate_estimates_are_drawn(estimate):
 def test_history_marks_invalid_points_and_passes_them_by():
     estimates = [make_estimate(mean=float(k), step=100 * k, valid=k != 3) for k in (4, 1, 2, 3)]
     estimates.append(make_estimate(mean=math.nan, step=500, valid=False))
-    top, bottom = history_figure(estimates, loss_curve=([1, 500], [1.0, 0.1])).axes
+    top, bottom = history_figure(estimates).axes
     line = next(x for x in top.lines if x.get_label() == "LLC ± 1.96 se")
     assert line.get_xdata().tolist() == [100, 200, 400]
     assert line.get_ydata().tolist() == [1.0, 2.0, 4.0]
@@ -65,8 +65,18 @@ def test_history_marks_invalid_points_and_passes_them_by():
     assert hollow.get_xydata().tolist() == [[300.0, 3.0]]
     assert to_hex(hollow.get_color()) == RED and hollow.get_markerfacecolor() == "white"
     assert next(x for x in top.lines if x.get_label() == "no estimate").get_xdata().tolist() == [500]
-    assert len(bottom.lines) == 2
+    assert len(bottom.lines) == 1
     assert top.get_xlim() == bottom.get_xlim()
+
+
+def test_points_beyond_the_frame_are_marked_on_it():
+    estimates = [
+        make_estimate(mean=float(m), step=100 * k, valid=k > 2) for k, m in enumerate((-90, -80, 500, 5, 6, 7))
+    ]
+    top, _ = history_figure(estimates).axes
+    marks = {x.get_label(): x.get_xdata().tolist() for x in top.lines}
+    assert marks["not valid, below the frame"] == [0, 100]
+    assert marks["not valid, above the frame"] == [200]
 
 
 @pytest.mark.parametrize(

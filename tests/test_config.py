@@ -1,0 +1,183 @@
+"""The structured configs: the same arguments as the callback, and mistakes refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from lightning_slt import SGLD, SLTMonitor
+from lightning_slt.config import MonitorConfig, SamplerConfig, load
+
+NOT_PLAIN_DATA = {"loss_fn"}
+
+
+@dataclass
+class TrainingConfig:
+    max_epochs: int = 3
+
+
+@dataclass
+class Experiment:
+    """A schema of a user's own, with the monitor as one section."""
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+
+def test_names_order_and_defaults_are_those_of_the_callback() -> None:
+    arguments = {
+        name: p.default for name, p in inspect.signature(SLTMonitor).parameters.items() if name not in NOT_PLAIN_DATA
+    }
+    fields = {f.name: f.default for f in dataclasses.fields(MonitorConfig)}
+    assert list(fields.items()) == list(arguments.items())
+
+
+def test_names_and_defaults_are_those_of_the_sampler() -> None:
+    arguments = {name: p.default for name, p in inspect.signature(SGLD).parameters.items()}
+    assert {f.name: f.default for f in dataclasses.fields(SamplerConfig)} == arguments
+
+
+def test_builds_the_callback_with_every_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {
+        "every_n_train_steps": 5,
+        "every_n_epochs": 2,
+        "at_steps": [1, 2],
+        "log_spaced": 3,
+        "sampler": {"lr": 1e-4},
+        "num_chains": 2,
+        "num_draws": 7,
+        "num_burnin_steps": 8,
+        "num_steps_bw_draws": 3,
+        "batch_size": 16,
+        "nbeta": 12.5,
+        "localization": 2.5,
+        "restrict": ["net.*"],
+        "on_failure": "raise",
+        "seed": 9,
+        "num_samples": 100,
+        "name": "first",
+        "dirpath": "here",
+        "method": "sequential",
+    }
+    assert set(given) == {f.name for f in dataclasses.fields(MonitorConfig)}
+    assert isinstance(load(given).build(), SLTMonitor)
+
+    taken: dict[str, Any] = {}
+    monkeypatch.setattr("lightning_slt.config.SLTMonitor", lambda **arguments: taken.update(arguments))
+    load(given).build()
+    assert taken == {**given, "sampler": SGLD(lr=1e-4)}
+    assert type(taken["at_steps"]) is list and type(taken["restrict"]) is list  # no ListConfig in a checkpoint
+
+
+def test_an_argument_out_of_range_is_refused_by_the_callback() -> None:
+    with pytest.raises(ValueError, match="num_draws=0"):
+        load({"num_draws": 0}).build()
+
+
+def test_file_mapping_and_node_give_the_same(tmp_path: Path) -> None:
+    text = "num_chains: 8\nsampler:\n  lr: 1e-5\nat_steps: [1, 10]\n"
+    path = tmp_path / "monitor.yaml"
+    path.write_text(text)
+    expected = MonitorConfig(num_chains=8, sampler=SamplerConfig(lr=1e-5), at_steps=[1, 10])
+    plain = {"num_chains": 8, "sampler": {"lr": 1e-5}, "at_steps": [1, 10]}
+    for source in (path, str(path), plain, OmegaConf.create(text)):
+        assert load(source) == expected
+    assert plain == {"num_chains": 8, "sampler": {"lr": 1e-5}, "at_steps": [1, 10]}
+    (tmp_path / "empty.yaml").write_text("# nothing set\n")
+    assert load(tmp_path / "empty.yaml") == MonitorConfig()
+
+
+def test_overrides_win_and_the_later_one_wins() -> None:
+    config = load({"num_chains": 8, "seed": 1}, ["num_chains=2", "sampler.lr=1e-6", "seed=3", "seed=4", "name=null"])
+    assert config == MonitorConfig(num_chains=2, sampler=SamplerConfig(lr=1e-6), seed=4)
+
+
+def test_a_single_pattern_is_a_list_of_one() -> None:
+    assert load({"restrict": "net.*"}).restrict == ["net.*"]
+    assert load({}, ["restrict=net.*"]).restrict == ["net.*"]
+    assert load({"monitor": {"restrict": "net.*"}}, schema=Experiment).monitor.restrict == ["net.*"]
+
+
+def test_a_section_of_a_larger_schema() -> None:
+    config = load({"training": {"max_epochs": 5}}, ["monitor.num_draws=${training.max_epochs}"], schema=Experiment)
+    assert config == Experiment(TrainingConfig(5), MonitorConfig(num_draws=5))
+
+
+def test_a_node_that_refers_to_its_siblings() -> None:
+    whole = OmegaConf.create({"chains": 6, "monitor": {"num_chains": "${chains}"}})
+    assert load(whole.monitor).num_chains == 6
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "also"),
+    [
+        ({"num_chain": 8}, "num_chain=8", "did you mean num_chains"),
+        ({"every_steps": 8}, "every_steps=8", "every_n_train_steps"),
+        ({"num_chains": "two"}, "num_chains='two'", "Integer"),
+        ({"num_chains": 2.5}, "num_chains=2.5", "Integer"),
+        ({"num_chains": None}, "num_chains=None", "int"),
+        ({"nbeta": "hot"}, "nbeta='hot'", "Float"),
+        ({"at_steps": 5}, "at_steps=5", "list"),
+        ({"at_steps": ["a"]}, "at_steps[0]=['a']", "Integer"),
+        ({"seed": {"a": 1}}, "seed={'a': 1}", "Integer"),
+        ({"sampler": {"learning_rate": 1.0}}, "sampler.learning_rate=1.0", "SamplerConfig has lr"),
+        ({"sampler": {"lr": "x"}}, "sampler.lr='x'", "SamplerConfig has lr"),
+        ({"sampler": 3}, "sampler=3", "expected the settings of a SamplerConfig"),
+        ({"num_draws": "${nothing}"}, "num_draws='${nothing}'", "nothing"),
+    ],
+)
+def test_a_mistake_is_named_with_its_value_and_what_there_is(given: dict[str, Any], key: str, also: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        load(given)
+    message = str(caught.value)
+    assert message.startswith(f"{key}: ") and also in message
+    assert "\n" not in message
+    if not key.startswith("sampler."):
+        assert "MonitorConfig has every_n_train_steps, " in message and "num_chains" in message
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"monitor": {"num_chain": 3}}, "monitor.num_chain=3: no such setting (did you mean num_chains?). Monitor"),
+        (
+            {"monitor": {"sampler": {"l": 3}}},
+            "monitor.sampler.l=3: no such setting (did you mean lr?). SamplerConfig has lr.",
+        ),
+        ({"monitors": {}}, "monitors={}: no such setting (did you mean monitor?). Experiment has training, monitor."),
+        ({"training": [1]}, "training=[1]: expected the settings of a TrainingConfig."),
+        ({"monitor": 5}, "monitor=5: expected the settings of a MonitorConfig."),
+    ],
+)
+def test_a_mistake_in_a_larger_schema(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        load(given, schema=Experiment)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("override", ["num_chains", "=3", ""])
+def test_an_override_without_a_value(override: str) -> None:
+    with pytest.raises(ValueError, match="write it as key=value"):
+        load({}, [override])
+
+
+def test_text_that_is_no_settings(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="overrides"):
+        load({}, ["at_steps=[1"])
+    path = tmp_path / "monitor.yaml"
+    for text, what in (
+        ("- 1\n- 2\n", "expected settings"),
+        ("a: [1\n", "not a YAML file"),
+        ("just text", "just text=None: no such setting"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=what):
+            load(path)
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "nowhere.yaml")

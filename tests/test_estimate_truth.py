@@ -1,0 +1,137 @@
+"""Learning coefficients that are known, at default arguments: closed forms, quadrature, long exact sampling.
+
+Only ``nbeta`` and ``localization`` are those that the truth holds for. An exact value is met within 5 % or two standard
+errors (the estimate's and the reference's together), an asymptotic one at n = 1000 within 10 % or two standard errors.
+Where the 5 % is narrower than two errors, a right estimate with an honest error falls outside in 1 of 20 seeds: the
+seeds here are fixed, and the spread over seeds is measured in the last tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+
+from lightning_slt import Estimate, estimate_llc
+from tests.cases.make_references import load_references
+from tests.cases.problems import CASES, normal_crossing
+
+REFERENCES = load_references()
+
+
+@functools.cache
+def estimate(name: str, seed: int = 0) -> Estimate:
+    case = CASES[name]()
+    return estimate_llc(case.module, case.dataset, case.loss_fn, nbeta=case.nbeta, localization=case.gamma, seed=seed)
+
+
+def truth_of(name: str) -> tuple[float, float]:
+    """The value at this nbeta, gamma and n, and its standard error."""
+    case = CASES[name]()
+    if case.truth_kind == "exact":
+        assert case.truth is not None
+        return case.truth, 0.0
+    return REFERENCES[name]["mean"], REFERENCES[name]["se"]
+
+
+def what_came_out(e: Estimate, truth: float) -> str:
+    return (
+        f"{e} for {truth:.4g}: step {e.step_size:.2g}, burn-in {e.num_burnin_steps}, "
+        f"{e.num_steps_bw_draws} steps a draw, virial {e.virial:.2f}, step bias {e.step_bias:.2g}"
+    )
+
+
+EXACT = [
+    "regular-10",
+    "regular-10-noisy",
+    "regular-50",
+    "regular-50-noisy",
+    "crossing-11",
+    "crossing-12",
+    "crossing-111",
+    "rrr-8-4-8-r2-n300",
+    "rrr-8-4-8-r2",
+    "rrr-8-4-8-r2-n10000",
+    "rrr-5-3-5-r1",
+    "linear-6-6-6-r2",
+    "linear-6-6-6-6-r2-n300",
+    "linear-6-6-6-6-r2",
+    "linear-6-6-6-6-r2-n10000",
+    "linear-6-6-6-6-6-r2",
+    "digits-mlp-gamma100",
+]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_value_at_finite_n(name: str) -> None:
+    truth, truth_se = truth_of(name)
+    e = estimate(name)
+    assert abs(e.mean - truth) <= max(0.05 * truth, 2 * math.hypot(e.se, truth_se)), what_came_out(e, truth)
+    assert e.valid, e.reasons
+    # 2 standard errors are no excuse for an error bar without end
+    assert e.se < 0.1 * truth
+
+
+ASYMPTOTIC = ["rrr-8-4-8-r2", "rrr-5-3-5-r1", "linear-6-6-6-r2", "linear-6-6-6-6-r2", "linear-6-6-6-6-6-r2"]
+
+
+@pytest.mark.parametrize("name", ASYMPTOTIC)
+def test_closed_form_at_a_thousand_samples(name: str) -> None:
+    case = CASES[name]()
+    assert case.n == 1000 and case.gamma == 1.0 and case.asymptotic is not None
+    e = estimate(name)
+    assert abs(e.mean - case.asymptotic[0]) <= max(0.10 * case.asymptotic[0], 2 * e.se), what_came_out(
+        e, case.asymptotic[0]
+    )
+
+
+@pytest.mark.parametrize("family", ["rrr-8-4-8-r2", "linear-6-6-6-6-r2"])
+def test_gap_to_the_closed_form_shrinks_over_three_n(family: str) -> None:
+    """Of the exact references, which the estimates above meet one by one: by more than their errors."""
+    names = [f"{family}-n300", family, f"{family}-n10000"]
+    assert [REFERENCES[name]["n"] for name in names] == [300, 1000, 10_000]
+    gaps = [REFERENCES[name]["asymptotic"] - REFERENCES[name]["mean"] for name in names]
+    errors = [REFERENCES[name]["se"] for name in names]
+    assert gaps[0] > gaps[1] > gaps[2] > 0
+    for k in (0, 1):
+        assert gaps[k] - gaps[k + 1] > 2 * math.hypot(errors[k], errors[k + 1])
+
+
+@pytest.mark.parametrize("powers", [(1, 1), (1, 2)])
+def test_gap_of_a_normal_crossing_shrinks_over_three_n(powers: tuple[int, ...]) -> None:
+    cases = [normal_crossing(powers, n) for n in (300, 1000, 10_000)]
+    gaps = [case.asymptotic[0] - case.truth for case in cases]  # type: ignore[index,operator]
+    assert gaps[0] > gaps[1] > gaps[2] > 0
+
+
+FAR_OFF = ["linear-6-6-6-6-r2-n300", pytest.param("linear-6-6-6-6-r2-n10000", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("name", FAR_OFF)
+def test_an_answer_far_off_does_not_claim_to_be_valid(name: str) -> None:
+    """Eight seeds of a potential with a heavy tail: 15 % or three errors off, and not marked, in none of them."""
+    truth, truth_se = truth_of(name)
+    wrong = [
+        what_came_out(e, truth)
+        for e in (estimate(name, seed) for seed in range(8))
+        if e.valid and abs(e.mean - truth) > max(0.15 * truth, 3 * math.hypot(e.se, truth_se))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", ["rrr-8-4-8-r2", pytest.param("regular-10", marks=pytest.mark.slow)])
+def test_standard_error_is_the_spread_over_seeds(name: str) -> None:
+    """20 seeds: the ratio has an error of 16 %; outside [1/1.5, 1.5] by chance in 2 of 100 where it is 1.15.
+
+    Measured: 1.08 (reduced-rank regression) and 1.15 (regular). Tools before this one: 1.8 to 2.0.
+    """
+    truth, _ = truth_of(name)
+    estimates = [estimate(name, seed) for seed in range(20)]
+    means = torch.tensor([e.mean for e in estimates], dtype=torch.float64)
+    reported = sum(e.se for e in estimates) / 20
+    ratio = float(means.std()) / reported
+    assert 1 / 1.5 < ratio < 1.5, f"spread {float(means.std()):.3g}, reported {reported:.3g}: ratio {ratio:.2f}"
+    # and their mean is right to within what 20 runs can tell, or 3 %
+    assert abs(float(means.mean()) - truth) < max(0.03 * truth, 3 * float(means.std()) / math.sqrt(20))
