@@ -38,7 +38,7 @@ def test_csv_rows_keep_their_x_and_training_keeps_its_rows(tmp_path):
     assert yaml.safe_load((folder / "hparams.yaml").read_text())["slt"] == {"num_chains": 4}
     assert json.loads((folder / "slt_media/summary.json").read_text())["status"] == "finished"
     pictures = sorted(path.name for path in (folder / "slt_media/figures").iterdir())
-    assert pictures == ["chains_step_000000012.png", "chains_step_000000020.png", "history.png"]
+    assert pictures == ["chains_step_000000013.png", "chains_step_000000021.png", "history.png"]
 
 
 def test_csv_has_no_sidecar_where_the_run_has_a_folder(tmp_path):
