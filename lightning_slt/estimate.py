@@ -16,7 +16,16 @@ from lightning_slt.functional.learning_coefficient import summarise
 from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import MinibatchSource, source_of
-from lightning_slt.sampling.calibration import HEAT, MAX_STEPS_BW_DRAWS, Budget, Drawn, draw, heat_share, virial_ratio
+from lightning_slt.sampling.calibration import (
+    MAX_STEPS_BW_DRAWS,
+    MIN_VIRIAL,
+    Budget,
+    Drawn,
+    draw,
+    heat_share,
+    heat_share_error,
+    virial_ratio,
+)
 from lightning_slt.sampling.chains import Chains, Progress, open_window
 from lightning_slt.sampling.collective import Alone, Collective
 from lightning_slt.sampling.objective import Objective
@@ -27,12 +36,10 @@ from lightning_slt.sampling.steps import LossFn, NoLossError
 
 log = logging.getLogger(__name__)
 
-MAX_HEAT = 0.5
+MAX_HEAT = 0.25
 """Share of the estimate that may be step-size heat before it is called invalid."""
-MIN_VIRIAL = 0.8
-"""Below it, chains whose step could be several times larger have been too slow to arrive."""
 DIVERGED = 10.0
-"""A chain whose excess over the anchor is this many times the number of weights has left the posterior."""
+"""A chain whose mean excess over the anchor is this many times the number of weights has left the posterior."""
 MIN_LOCALIZATION, MAX_LOCALIZATION = 1.0, 100.0
 
 
@@ -173,23 +180,25 @@ def _read(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     raw = posterior.nbeta * segment.difference
     trace = raw.reshape(len(raw), settings.num_draws, between).mean(dim=2)
     finite = segment.finite
-    diverged = ~finite | (trace.abs().amax(dim=1) > DIVERGED * d + 100.0)
+    half = segment.steps // 2
+    diverged = ~finite | (raw[:, half:].mean(dim=1) > DIVERGED * d + 100.0)
     heat = heat_share(segment, lr, posterior, ~diverged) if bool((~diverged).any()) else math.nan
     correction = 1.0 - heat if math.isfinite(heat) and heat < MAX_HEAT else 1.0
+    heat_error = heat_share_error(segment, lr, posterior, ~diverged) if correction < 1.0 else 0.0
     summary = summarise(trace * correction, diverged)
     reasons = summary.reasons
     if math.isfinite(heat) and heat >= MAX_HEAT and summary.mean > 0:
         reasons += (f"step size {lr:.2g} is too large: {heat:.0%} of the estimate is heat of the step",)
     virial = virial_ratio(segment, lr, posterior, d, ~diverged)
-    if virial < MIN_VIRIAL and heat < HEAT / 2:
+    if virial < MIN_VIRIAL and summary.mean > 0:
         reasons += (
-            f"step size {lr:.2g} is too small for {drawn.num_burnin_steps + segment.steps} steps: the chains have not "
-            f"reached their width (virial ratio {virial:.2f})",
+            f"the chains have not reached their width in {drawn.num_burnin_steps + segment.steps} steps (virial ratio "
+            f"{virial:.2f}): more draws, or a stronger localization",
         )
     init_loss = sum(segment.anchors.values()) / len(segment.anchors)
     return Estimate(
         mean=summary.mean,
-        se=summary.se,
+        se=math.hypot(summary.se, heat_error * summary.mean),
         per_chain=summary.per_chain,
         trace=(trace * correction).float(),
         rhat=summary.rhat,

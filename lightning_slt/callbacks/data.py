@@ -16,29 +16,25 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-)
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
 from lightning_slt.sampling.batches import (
+    MAX_RESIDENT_BATCHES,
     MAX_RESIDENT_BYTES,
     DatasetSource,
     MinibatchSource,
     ReplaySource,
     Window,
+    clone,
     num_bytes,
+    uniform_samples,
 )
 from lightning_slt.sampling.rng import derive_seed
 
-REPLAYED_BATCHES = 64
+REPLAYED_BATCHES = MAX_RESIDENT_BATCHES
 Transfer = Callable[[Any], Any]
 
 
@@ -71,6 +67,7 @@ class TrainingData:
     def __init__(self, trainer: Trainer, batch_size: Optional[int], num_samples: Optional[int], seed: int) -> None:
         self._seed = seed
         self._batch_size = batch_size
+        self._given = num_samples is not None
         loaders = trainer.train_dataloader
         flat, self._spec = tree_flatten(loaders, is_leaf=lambda x: isinstance(x, DataLoader))
         combined = trainer.fit_loop._combined_loader
@@ -97,9 +94,9 @@ class TrainingData:
         ):
             place = self._order.randrange(self._count)
             if place < len(self._seen):
-                self._seen[place] = _clone(batch)
+                self._seen[place] = clone(batch)
             return
-        self._seen.append(_clone(batch))
+        self._seen.append(clone(batch))
         self._seen_bytes += num_bytes(batch)
 
     def source(self, transfer: Transfer) -> MinibatchSource:
@@ -112,12 +109,10 @@ class TrainingData:
             ValueError: where there is no data (yet).
         """
         if self.replays:
-            leaf = (
-                next((x for x in tree_flatten(self._seen[0])[0] if isinstance(x, Tensor) and x.ndim), None)
-                if (self._seen)
-                else None
-            )
-            return ReplaySource(self._seen, self.num_samples, len(leaf) if leaf is not None else 1)
+            sizes = [_samples(batch) for batch in self._seen]
+            # weights are no minimum of a few samples: nbeta must be that of the samples that are held, not of all
+            n = self.num_samples if self._given or self.num_samples is None else min(sum(sizes), self.num_samples)
+            return ReplaySource(self._seen, n, sizes[0] if sizes else 1)
         single = len(self._leaves) == 1 and self._spec.num_leaves == 1 and self._spec.num_nodes == 1
         parts = [
             DatasetSource(
@@ -134,6 +129,7 @@ class TrainingData:
             for number, leaf in enumerate(self._leaves)
         ]
         if single:
+            parts[0].num_samples = self.num_samples
             return parts[0]
         return _Combined(parts, self._spec, self.num_samples, self._shortest, transfer)
 
@@ -148,41 +144,36 @@ class _Combined(MinibatchSource):
         self.num_samples = num_samples
         self.batch_size = sum(part.batch_size for part in parts)
         self.resident = all(part.resident for part in parts)
-        self._kept: tuple[int, Window] | None = None
+        self._index = -1
 
     def window(self, index: int) -> Window:
-        if self._kept is not None and (self.resident or self._kept[0] == index):
-            return self._kept[1]
+        if self._kept is not None and (self.resident or self._index == index):
+            return self._kept
+        self._kept = None
         windows = [part.window(index) for part in self._parts]
         count = (min if self._shortest else max)(len(w) for w in windows)
         batches = [self._transfer(tree_unflatten([w[i % len(w)] for w in windows], self._spec)) for i in range(count)]
-        self._kept = index, Window(batches)
-        return self._kept[1]
+        self._index, self._kept = index, Window(batches)
+        return self._kept
 
 
 def _rebuildable(loader: Any, trainer: Trainer) -> Optional[_Leaf]:
     """The loader as a leaf, or None where its batches must be replayed."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+    uniform, indices = uniform_samples(loader)
+    if not uniform:
         return None
-    if type(loader.batch_sampler) is not BatchSampler or not hasattr(loader.dataset, "__len__"):
-        return None
+    if indices is not None:
+        return _Leaf(loader, indices)
     sampler = loader.sampler
-    if isinstance(sampler, SubsetRandomSampler):
-        return _Leaf(loader, list(sampler.indices))
-    if not isinstance(sampler, (RandomSampler, SequentialSampler, DistributedSampler)):
-        return None
-    in_order = isinstance(sampler, SequentialSampler) or (
-        isinstance(sampler, DistributedSampler) and not sampler.shuffle
-    )
-    total = len(loader.dataset)  # type: ignore[arg-type]
+    distributed = isinstance(sampler, DistributedSampler)
+    in_order = isinstance(sampler, SequentialSampler) or (distributed and not sampler.shuffle)
+    total = len(loader.dataset)
     batches = trainer.num_training_batches
     if in_order and batches != float("inf"):
         # overfit_batches and limit_train_batches without shuffling: only the front of the data is ever trained on
-        world = sampler.num_replicas if isinstance(sampler, DistributedSampler) else 1
-        used = int(batches) * loader.batch_size * world
-        if used < total - loader.batch_size * world:
-            return _Leaf(loader, range(used))
-        if trainer.overfit_batches and used < total:  # type: ignore[attr-defined]
+        across = loader.batch_size * (sampler.num_replicas if distributed else 1)
+        used = int(batches) * across
+        if used < total - across or (trainer.overfit_batches and used < total):  # type: ignore[attr-defined]
             return _Leaf(loader, range(used))
     return _Leaf(loader, None)
 
@@ -196,8 +187,11 @@ def _size(loader: Any, leaf: Optional[_Leaf]) -> Optional[int]:
         return None
 
 
-def _clone(batch: Any) -> Any:
-    return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, batch)
+def _samples(batch: Any) -> int:
+    """Samples in a batch: the length of its first tensor."""
+    sizes: list[int] = []
+    apply_to_collection(batch, Tensor, lambda tensor: sizes.append(len(tensor) if tensor.ndim else 1))
+    return sizes[0] if sizes else 1
 
 
 def _unchanged(batch: Any) -> Any:

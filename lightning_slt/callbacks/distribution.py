@@ -37,6 +37,11 @@ class Ranks:
         self.world_size = dist.get_world_size()
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
+    def close(self) -> None:
+        """Give the process group back; no exchange after this."""
+        if dist.is_initialized():
+            dist.destroy_process_group(self._group)
+
     def exchange(self, work: Callable[[], T]) -> list[T]:
         """See :class:`~lightning_slt.sampling.collective.Collective`."""
         error: Optional[Exception] = None
@@ -70,6 +75,12 @@ def check_strategy(trainer: Trainer) -> None:
         MisconfigurationException: for sharded and engine-owned strategies, naming what can be done.
     """
     strategy = trainer.strategy
+    precision = type(getattr(strategy, "_precision_plugin", None)).__name__
+    if precision in ("TransformerEnginePrecision", "BitsandbytesPrecision"):
+        raise MisconfigurationException(
+            f"SLTMonitor does not support {precision}: its scaling state is shared with training. Train with another "
+            "precision, or measure stored checkpoints with estimate_llc(...)."
+        )
     # DeepSpeedStrategy derives from DDPStrategy, but its engine owns the weights
     if isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, DeepSpeedStrategy):
         return

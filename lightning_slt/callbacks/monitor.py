@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_slt.callbacks.data import TrainingData, check_num_samples, training_transfer
-from lightning_slt.callbacks.distribution import check_strategy, make_collective
+from lightning_slt.callbacks.distribution import Ranks, check_strategy, make_collective
 from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.estimate import ChainSettings, default_localization, measure_llc
@@ -33,7 +32,8 @@ from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import SGLD
 from lightning_slt.sampling.steps import LossFn, loss_function
 
-log = logging.getLogger(__name__)
+SMOKE_SAMPLER = SGLD(lr=1e-6)
+"""A smoke test shows that chains run, not what they say: no step size is looked for."""
 
 
 class SLTMonitor(Callback):
@@ -133,6 +133,8 @@ class SLTMonitor(Callback):
         self.estimates: list[Estimate] = []
         self.folder: Optional[Path] = None
         self._prefix = f"slt_{name}" if name else "slt"
+        self._resumed_folder: Optional[Path] = None
+        self._method = method
         self._localization = localization
         self._step_size: Optional[float] = None
         self._last_step = 0
@@ -152,13 +154,17 @@ class SLTMonitor(Callback):
 
     @property
     def state_key(self) -> str:
-        """Differs between monitors that measure at other moments or other weights, so that each keeps its history."""
+        """That of the name, where there is one; else it differs between monitors with other settings.
+
+        Two monitors of the same settings on different submodules need names.
+        """
         restrict = self._restrict
         if restrict is not None and not isinstance(restrict, str):
             restrict = [r if isinstance(r, str) else type(r).__name__ for r in _listed(restrict)]
-        return self._generate_state_key(
-            name=self._name, schedule=repr(self._schedule), restrict=restrict, seed=self._settings.seed
-        )
+        if self._name is not None:
+            return self._generate_state_key(name=self._name)
+        settings = repr(dataclasses.replace(self._settings, sampler=None))
+        return self._generate_state_key(schedule=repr(self._schedule), settings=settings, restrict=restrict)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -166,8 +172,6 @@ class SLTMonitor(Callback):
         check_strategy(trainer)
         try:
             loss_function(pl_module, self._loss_fn)
-            if next(pl_module.parameters(), None) is not None or self._restrict is not None:
-                select_parameters(pl_module, self._restrict)
         except ValueError as error:
             raise MisconfigurationException(f"SLTMonitor: {error}") from error
         self._collective = make_collective(trainer)
@@ -175,6 +179,13 @@ class SLTMonitor(Callback):
             unnamed = [c for c in trainer.callbacks if isinstance(c, SLTMonitor) and c._name is None]  # type: ignore[attr-defined]
             number = unnamed.index(self) + 1 if self in unnamed else 1
             self._prefix = "slt" if number == 1 else f"slt_{number}"
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # not in setup: a module may build its layers in its own setup or configure_model, which come after
+        try:
+            select_parameters(pl_module, self._restrict)
+        except ValueError as error:
+            raise MisconfigurationException(f"SLTMonitor: {error}") from error
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._data = TrainingData(trainer, self._batch_size, self._num_samples, self._settings.seed)
@@ -198,7 +209,8 @@ class SLTMonitor(Callback):
         self.estimates = []
         self._localization, self._step_size = self._settings.localization, None
         self._last_step, self._seconds, self._run_seconds = 0, 0.0, 0.0
-        self._said_method = False
+        self._said_method, self._method = False, self._settings.method
+        self._resumed_folder = None
 
     def _open_publisher(self, trainer: Trainer) -> None:
         """The folder and the loggers of this run; none of either under ``fast_dev_run``."""
@@ -208,17 +220,19 @@ class SLTMonitor(Callback):
         folder = self._run_folder(trainer) if not getattr(trainer, "barebones", False) else None
         resumed = bool(self.estimates)
         if folder is not None and trainer.is_global_zero:
+            if not resumed or folder != self._resumed_folder:
+                folder = _fresh(folder)
             if resumed:
                 self._restore_record(RunRecord(folder))
-            else:
-                folder = _fresh(folder)
-        self.folder = folder
+        self.folder = self._resumed_folder = folder
         self._publisher = RunPublisher(trainer.loggers, folder, self._prefix)
         self._publisher.start(self._config())
 
     def _run_folder(self, trainer: Trainer) -> Path:
+        if self._resumed_folder is not None and RunRecord(self._resumed_folder).path.exists():
+            return self._resumed_folder
         if self._dirpath is not None:
-            return Path(self._dirpath)
+            return Path(self._dirpath) if self._prefix == "slt" else Path(self._dirpath) / self._prefix
         logger = trainer.loggers[0] if trainer.loggers else None
         if logger is None or logger.version is None:
             return Path(trainer.default_root_dir) / self._prefix
@@ -347,16 +361,21 @@ class SLTMonitor(Callback):
         built: list[tuple[Objective, MinibatchSource]] = []
         self._collective.exchange(lambda: built.append(build()))
         objective, source = built[0]
+        self._share_buffers(objective)
         if self._localization is None:
             self._localization = default_localization(objective.anchor)
-        settings = dataclasses.replace(self._settings, localization=self._localization, start_lr=self._step_size)
+        settings = dataclasses.replace(
+            self._settings, localization=self._localization, start_lr=self._step_size, method=self._method
+        )
         if _is_smoke_test(trainer):
             settings = dataclasses.replace(
-                settings, num_chains=1, num_draws=4, num_burnin_steps=2, num_steps_bw_draws=1
+                settings, num_chains=1, num_draws=4, num_burnin_steps=2, num_steps_bw_draws=1, sampler=SMOKE_SAMPLER
             )
         estimate = measure_llc(objective, source, settings, self._collective, progress)
         self._hook_owner = None
         self._step_size = estimate.step_size
+        # what was the faster stays: another path rounds otherwise, and points would not share their noise
+        self._method = estimate.method
         if not self._said_method:
             self._said_method = True
             rank_zero_info(
@@ -365,6 +384,16 @@ class SLTMonitor(Callback):
                 f"{estimate.localization:.4g}, step size {estimate.step_size:.2g}"
             )
         return estimate
+
+    def _share_buffers(self, objective: Objective) -> None:
+        """The first rank's buffers for all: BatchNorm statistics differ between ranks, and a chain must not."""
+        buffers = list(objective.module.buffers())
+        if self._collective.world_size == 1 or objective.borrowed or not buffers:
+            return
+        first = self._collective.rank == 0
+        told = self._collective.exchange(lambda: [b.cpu() for b in buffers] if first else None)[0]
+        for buffer, value in zip(buffers, told or [], strict=True):
+            buffer.copy_(value)
 
     # --- after training -------------------------------------------------------------------------------------------
 
@@ -376,6 +405,9 @@ class SLTMonitor(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._source, self._data, self._hook_owner = None, None, None
+        if isinstance(self._collective, Ranks):
+            self._collective.close()
+        self._collective = Alone()
 
     def _finish(self, trainer: Trainer, status: str) -> None:
         publisher, self._publisher = self._publisher, None
@@ -396,6 +428,8 @@ class SLTMonitor(Callback):
             "step_size": self._step_size,
             "seconds": self._seconds,
             "run_seconds": run_seconds,
+            "folder": str(self.folder) if self.folder is not None else None,
+            "method": self._method,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -406,6 +440,9 @@ class SLTMonitor(Callback):
         self._step_size = state_dict["step_size"]
         self._seconds = float(state_dict["seconds"])
         self._run_seconds = float(state_dict["run_seconds"])
+        folder = state_dict.get("folder")
+        self._resumed_folder = Path(folder) if folder else None
+        self._method = state_dict.get("method", self._method)
 
     def __getstate__(self) -> dict[str, Any]:
         """For strategies that spawn: what belongs to a running process stays behind."""

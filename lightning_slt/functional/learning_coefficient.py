@@ -15,7 +15,7 @@ MAX_RHAT = 1.1
 MAX_RELATIVE_ERROR = 0.1
 """Chains that disagree (R-hat) or drift by less than this share of the estimate, or an LLC of 0.1, do no harm."""
 MIN_CHAIN_SHARE = 0.75
-"""Share of chains that must have stayed finite for the rest to be read."""
+"""More than this share of the chains must be good: one bad chain of eight is left out and counted."""
 
 
 def learning_coefficient(loss: Tensor, init_loss: Tensor, nbeta: float) -> Tensor:
@@ -85,7 +85,7 @@ def summarise(trace: Tensor, diverged: Tensor | None = None) -> Summary:
 
     reasons = []
     bad = (~good).nonzero().flatten().tolist()
-    if len(bad) > (1 - MIN_CHAIN_SHARE) * len(good):
+    if len(bad) >= (1 - MIN_CHAIN_SHARE) * len(good):
         reasons.append(f"{len(bad)} of {len(good)} chains diverged or became non-finite (chains {bad}): left out")
     tolerance = max(MAX_RELATIVE_ERROR * abs(mean), MAX_RELATIVE_ERROR)
     if r > MAX_RHAT and se > tolerance / 2:

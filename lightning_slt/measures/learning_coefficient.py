@@ -7,6 +7,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_slt.functional.learning_coefficient import Summary, learning_coefficient, summarise
 
@@ -32,17 +33,19 @@ class LearningCoefficient(Metric):
         5.0
     """
 
-    full_state_update = False
+    full_state_update = True
     higher_is_better: Optional[bool] = None
     is_differentiable = False
-    trace: Tensor
+    trace: list[Tensor]
 
     def __init__(self, nbeta: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not nbeta > 0:
             raise ValueError(f"nbeta={nbeta}: must be positive.")
         self.nbeta = float(nbeta)
-        self.add_state("trace", default=torch.empty(0, 0, dtype=torch.float64), dist_reduce_fx="cat")
+        # one tensor [num_chains, draws] in a list: draws are joined here, chains between processes by torchmetrics,
+        # which gathers list states of unequal size
+        self.add_state("trace", default=[], dist_reduce_fx="cat")
 
     def update(self, loss: Tensor, init_loss: Tensor) -> None:
         """Add draws.
@@ -51,12 +54,17 @@ class LearningCoefficient(Metric):
             loss: ``[num_chains, draws]`` losses along the chains.
             init_loss: the same shape, losses of the same minibatches at ``w*``.
         """
-        new = learning_coefficient(loss, init_loss, self.nbeta).to(self.trace.device)
-        self.trace = new if self.trace.numel() == 0 else torch.cat([self.trace, new], dim=1)
+        new = learning_coefficient(loss, init_loss, self.nbeta).to(self.device)
+        self.trace = [torch.cat([*self.trace, new], dim=1)]
+
+    def draws(self) -> Tensor:
+        """``[num_chains, num_draws]``, the integrand so far; of all processes inside ``compute``."""
+        joined: Any = self.trace  # after a synchronisation torchmetrics leaves the joined tensor itself
+        return dim_zero_cat(joined) if len(joined) else torch.empty(0, 0, dtype=torch.float64)
 
     def summary(self) -> Summary:
         """All of what the trace says, with the reasons where it is not valid."""
-        return summarise(self.trace)
+        return summarise(self.draws())
 
     def compute(self) -> dict[str, Tensor]:
         s = self.summary()
@@ -78,7 +86,7 @@ class LearningCoefficient(Metric):
         """
         from matplotlib.figure import Figure
 
-        trace = self.trace.cpu()
+        trace = self.draws().cpu()
         figure = ax.get_figure() if ax is not None else Figure(figsize=(6, 3.5), layout="constrained")
         axes = ax if ax is not None else figure.add_subplot()
         count = torch.arange(1, trace.shape[1] + 1)

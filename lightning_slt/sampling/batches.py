@@ -2,8 +2,8 @@
 
 A source hands out *windows*: lists of minibatches on the chains' device. A small data set is one window that holds
 every batch (it is *resident*); a large one is read in windows of bounded size, so that it is never held as a whole.
-Within a window every chain draws batches with replacement, by its own random numbers: the batch is then independent of
-the chain's weights, so that ``L_B(w) - L_B(w*)`` is an unbiased estimate of the loss difference.
+From a resident window every chain draws batches with replacement, from one that passes by each batch once, in an order
+of its own: the batch is then independent of the chain's weights, and ``L_B(w) - L_B(w*)`` unbiased.
 """
 
 from __future__ import annotations
@@ -18,9 +18,24 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    default_collate,
+)
 
 from lightning_slt.sampling.rng import LOADER, generator
 
@@ -32,7 +47,21 @@ MAX_UNEVEN = 0.002
 
 
 def num_bytes(batch: Any) -> int:
-    return sum(x.numel() * x.element_size() for x in tree_flatten(batch)[0] if isinstance(x, Tensor))
+    """Bytes of the tensors in a batch of any structure (mappings, dataclasses and named tuples included)."""
+    total = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal total
+        total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    apply_to_collection(batch, Tensor, count)
+    return total
+
+
+def clone(batch: Any) -> Any:
+    """The same structure with tensors of its own."""
+    return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
 
 
 class Window:
@@ -71,7 +100,7 @@ class Window:
                 if isinstance(a, Tensor):
                     if a.shape != b.shape or a.dtype != b.dtype:
                         return False
-                elif a is not b and a != b:
+                elif a is not b and (type(a) is not type(b) or not isinstance(a, _PLAIN) or a != b):
                     return False
         return any(isinstance(leaf, Tensor) for leaf in first)
 
@@ -93,10 +122,14 @@ class Window:
         return tree_unflatten(stacked, spec), tree_unflatten(dims, spec)
 
 
+_PLAIN = (str, bytes, int, float, bool)
+
+
 class MinibatchSource:
     """What chains need to know of data.
 
     Attributes:
+        shared: every rank has the same windows.
         num_samples: n, or None where it cannot be known.
         batch_size: samples in a minibatch.
         resident: every window is the same one.
@@ -105,6 +138,8 @@ class MinibatchSource:
     num_samples: Optional[int]
     batch_size: int
     resident: bool
+    shared: bool = True
+    _kept: Optional[Window] = None
 
     def window(self, index: int) -> Window:
         """The ``index``-th window; the same for the same seed, on every rank."""
@@ -112,8 +147,8 @@ class MinibatchSource:
 
     def forget(self) -> None:
         """The weights under study have changed: what is known of the losses at ``w*`` no longer holds."""
-        if self.resident:
-            self.window(0).forget()
+        if self._kept is not None:
+            self._kept.forget()
 
 
 class DatasetSource(MinibatchSource):
@@ -155,7 +190,7 @@ class DatasetSource(MinibatchSource):
             raise ValueError("data: the dataset is empty; chains need samples to compute a loss on.")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1.")
-        self.num_samples = n
+        self.num_samples, self._count = n, n
         self.batch_size = min(batch_size, n)
         self._collate = collate_fn or default_collate
         self._transfer = transfer
@@ -163,7 +198,6 @@ class DatasetSource(MinibatchSource):
         self._num_workers = num_workers
         self._max_bytes = max_bytes
         self._next_window = 0
-        self._kept: Optional[Window] = None
         first = self._read([self._stream_batches(0, 1)[0]])[0]
         self._bytes = max(num_bytes(first), 1)
         affordable = max(1, max_bytes // self._bytes)
@@ -173,8 +207,7 @@ class DatasetSource(MinibatchSource):
 
     def _stream_batches(self, start: int, count: int) -> list[list[int]]:
         """Batches ``start .. start + count`` of the endless stream of shuffled epochs, cut into batches."""
-        assert self.num_samples is not None
-        n, b = self.num_samples, self.batch_size
+        n, b = self._count, self.batch_size
         out: list[list[int]] = []
         first, last = start * b, (start + count) * b
         orders = {e: _epoch_order(n, self._seed, e) for e in range(first // n, (last - 1) // n + 1)}
@@ -197,18 +230,19 @@ class DatasetSource(MinibatchSource):
         if workers is None:
             workers = 0 if is_plain_data(self.dataset) or not _can_fork() else 1
         try:
-            return self._load(batches, workers)
+            read = self._load(batches, workers)
         except RuntimeError:
             if workers == 0:
                 raise
             # a dataset that cannot be read in another process (tensors on a GPU, open handles) is read in this one
-            return self._load(batches, 0)
+            read = self._load(batches, 0)
+        return [self._transfer(batch) for batch in read]
 
     def _load(self, batches: list[list[int]], workers: int) -> list[Any]:
         rows = _plain_rows(self.dataset) if self._collate is default_collate else None
         if rows is not None:
             # the same batches without a Python call for each sample
-            return [self._transfer(rows(torch.tensor(numbers))) for numbers in batches]
+            return [rows(torch.tensor(numbers)) for numbers in batches]
         loader: DataLoader[Any] = DataLoader(
             self.dataset,
             batch_sampler=batches,
@@ -219,23 +253,25 @@ class DatasetSource(MinibatchSource):
             worker_init_fn=self._worker_init_fn if workers else None,
         )
         with preserve_generators(self.dataset):
-            return [self._transfer(batch) for batch in loader]
+            return list(loader)
 
 
 class ReplaySource(MinibatchSource):
     """Batches that were seen elsewhere (the trainer's own, cloned), or that an iterable gives."""
 
     resident = True
+    shared = False
 
     def __init__(self, batches: Sequence[Any], num_samples: Optional[int], batch_size: int) -> None:
         if not batches:
             raise ValueError("data: no batch has been seen yet; chains need batches to compute a loss on.")
         self.num_samples = num_samples
         self.batch_size = batch_size
-        self._window = Window(batches)
+        self._kept = Window(batches)
 
     def window(self, index: int) -> Window:
-        return self._window
+        assert self._kept is not None
+        return self._kept
 
 
 class IterableSource(MinibatchSource):
@@ -262,12 +298,11 @@ class IterableSource(MinibatchSource):
         self.batch_size = len(leaves[0]) if leaves else 1
         self._size = min(max(1, max_bytes // max(1, num_bytes(self._pending[0]))), WINDOW_BATCHES)
         self._index = -1
-        self._current: Optional[Window] = None
 
     def window(self, index: int) -> Window:
-        if self._current is not None and index == self._index:
-            return self._current
-        self._current = None  # two windows are never held at once
+        if self._kept is not None and index == self._index:
+            return self._kept
+        self._kept = None  # two windows are never held at once
         batches, self._pending = self._pending, []
         restarts = 0
         while len(batches) < self._size and restarts < 2:
@@ -280,17 +315,14 @@ class IterableSource(MinibatchSource):
             raise ValueError(
                 "data: the iterable has run dry and cannot be started again. Give a Dataset or a DataLoader."
             )
-        self._index, self._current = index, Window(batches)
-        return self._current
+        self._index, self._kept = index, Window(batches)
+        return self._kept
 
 
 def to_device(device: torch.device) -> Callable[[Any], Any]:
     """A transfer that moves the tensors of a batch (and what has a ``.to``) to ``device``."""
 
-    def move(batch: Any) -> Any:
-        return tree_map(lambda x: x.to(device) if hasattr(x, "to") and callable(x.to) else x, batch)
-
-    return move
+    return partial(move_data_to_device, device=device)
 
 
 def source_of(
@@ -309,24 +341,66 @@ def source_of(
     collate: Optional[Callable[[list[Any]], Any]] = None
     workers: Optional[int] = None
     move = to_device(device)
+    indices: Optional[Sequence[int]] = None
     if isinstance(data, DataLoader):
+        uniform, indices = uniform_samples(data)
+        if not uniform:
+            _refuse_full_batch(full_batch)
+            return IterableSource(data, num_samples or _length(data), move)
         collate, workers = data.collate_fn, data.num_workers or None
         if batch_size is None and data.batch_size is not None:
             batch_size = data.batch_size
-        if isinstance(data.dataset, IterableDataset):
-            return IterableSource(data, num_samples, move)
         data = data.dataset
+    if isinstance(data, (list, tuple)) and num_samples is not None:
+        _refuse_full_batch(full_batch)
+        return IterableSource(data, num_samples, move)
     if isinstance(data, IterableDataset):
+        _refuse_full_batch(full_batch)
         return IterableSource(DataLoader(data, batch_size=batch_size or 64), num_samples, move)
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         if len(data) == 0:
             raise ValueError("data: the dataset is empty; chains need samples to compute a loss on.")
         if full_batch:
             batch_size = len(data)
-        return DatasetSource(data, batch_size or 64, collate, None, move, seed, workers)
+        source = DatasetSource(data, batch_size or 64, collate, indices, move, seed, workers)
+        source.num_samples = num_samples or source.num_samples
+        return source
     if isinstance(data, Iterable):
+        _refuse_full_batch(full_batch)
         return IterableSource(data, num_samples, move)
     raise TypeError(f"data: expected a Dataset, a DataLoader or an iterable of batches, got {type(data).__name__}.")
+
+
+def uniform_samples(loader: Any) -> tuple[bool, Optional[Sequence[int]]]:
+    """Whether a loader's batches are uniform over its dataset or over some indices, so that they can be drawn anew.
+
+    Returns:
+        ``(False, None)`` for an iterable dataset, a batch sampler or a sampler that gives the order a meaning; else
+        True and the indices (None for the whole dataset).
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+        return False, None
+    if type(loader.batch_sampler) is not BatchSampler or not hasattr(loader.dataset, "__len__"):
+        return False, None
+    sampler: Any = loader.sampler
+    if isinstance(sampler, DistributedSamplerWrapper):
+        sampler = getattr(sampler.dataset, "_sampler", None)  # what the user's own sampler was before DDP
+    if type(sampler) is SubsetRandomSampler:
+        return True, list(sampler.indices)
+    # exactly these: a class derived from one may do anything
+    return type(sampler) in (RandomSampler, SequentialSampler, DistributedSampler), None
+
+
+def _length(loader: DataLoader[Any]) -> Optional[int]:
+    try:
+        return len(loader.dataset)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError, AttributeError):
+        return None
+
+
+def _refuse_full_batch(full_batch: bool) -> None:
+    if full_batch:
+        raise ValueError("full_batch=True needs a map-style Dataset, or a DataLoader that is uniform over one.")
 
 
 def is_plain_data(dataset: Any) -> bool:

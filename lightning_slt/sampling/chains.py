@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 STATS_EVERY = 4
 """Steps between readings of |grad|², grad.(w - w*) and |w - w*|²: three passes over the weights each."""
 
+PROBED_BATCHES = 8
+"""Minibatches whose loss is known before anything is tried on them."""
+
 Progress = Callable[[int], None]
 """Told how many chain-steps have been done since it was last called."""
 
@@ -40,7 +43,7 @@ class Segment:
         difference: ``[chains, steps]`` float64, ``L_B(w_t) - L_B(w*)`` on the minibatch of step t.
         grad_square, grad_dot, square: ``[chains, steps / STATS_EVERY]`` float64: ``|grad|²``, ``grad.(w - w*)``,
             ``|w - w*|²``, with grad that of the minibatch's mean loss.
-        anchors: ``L_B(w*)`` of the minibatches used, by (window, number).
+        anchors: ``L_B(w*)`` of the minibatches used, by (rank where ranks have data of their own, window, number).
     """
 
     chains: list[int]
@@ -48,7 +51,7 @@ class Segment:
     grad_square: Tensor
     grad_dot: Tensor
     square: Tensor
-    anchors: dict[tuple[int, int], float]
+    anchors: dict[tuple[int, int, int], float]
 
     @staticmethod
     def merge(parts: Sequence[Segment]) -> Segment:
@@ -59,7 +62,7 @@ class Segment:
         def rows(name: str) -> Tensor:
             return torch.cat([getattr(part, name) for part in parts])[order]
 
-        anchors: dict[tuple[int, int], float] = {}
+        anchors: dict[tuple[int, int, int], float] = {}
         for part in parts:
             anchors.update(part.anchors)
         return Segment(
@@ -109,22 +112,35 @@ class Chains:
         self.collective = collective
         self.progress = progress or (lambda steps: None)
         self.numbers = own_chains(num_chains, collective)
+        self._seed = seed
         self._window_index, self._window_used = 0, 0
+        self._orders: list[Tensor] = []
         choices = collective.exchange(lambda: self._choose(method))
         self.method, self.reason = choices[0]
-        device, dtype, d = objective.device, objective.dtype, len(objective.anchor)
-        self.weights = objective.anchor.repeat(len(self.numbers), 1)
-        width = max(1, min(self._engine.width, len(self.numbers)))
-        self._grad = torch.zeros(width, d, device=device, dtype=dtype)
-        self._noise = torch.zeros(width, d, device=device, dtype=dtype)
-        self._noise_streams = [generator(seed, k, NOISE, device=device) for k in self.numbers]
-        self._batch_streams = [generator(seed, k, MINIBATCHES) for k in self.numbers]
+        if any(chosen != self.method for chosen, _ in choices):
+            # timings differ between ranks; the first one's choice holds for all
+            collective.exchange(lambda: self._choose(self.method))
+        collective.exchange(self._allocate)
 
     def _choose(self, method: str) -> tuple[str, str]:
         window = self.source.window(0)
         choice: Choice = choose_engine(self.objective, window, min(self.num_chains, max(len(self.numbers), 1)), method)
         self._engine: Engine = choice.engine
         return choice.engine.method, choice.reason
+
+    def _allocate(self) -> None:
+        device, dtype, d = self.objective.device, self.objective.dtype, len(self.objective.anchor)
+        self.weights = self.objective.anchor.repeat(len(self.numbers), 1)
+        width = max(1, min(self._engine.width, len(self.numbers)))
+        self._grad = torch.zeros(width, d, device=device, dtype=dtype)
+        self._noise = torch.zeros(width, d, device=device, dtype=dtype)
+        self.reseed(0)
+
+    def reseed(self, part: int) -> None:
+        """Start the random numbers of every chain anew, those of part ``part`` of the run."""
+        device = self.objective.device
+        self._noise_streams = [generator(self._seed, k, NOISE, part, device=device) for k in self.numbers]
+        self._batch_streams = [generator(self._seed, k, MINIBATCHES, part) for k in self.numbers]
 
     def advance(self, steps: int, lr: float) -> Segment:
         """Move every chain ``steps`` further, on all ranks, and return what all of them showed.
@@ -157,10 +173,7 @@ class Chains:
 
     def _advance_window(self, window: Window, steps: int, lr: float) -> Segment:
         chains = len(self.numbers)
-        indices = torch.stack(
-            [torch.randint(len(window), (steps,), generator=g) for g in self._batch_streams]
-            or [torch.empty(0, dtype=torch.long)]
-        )[:chains]
+        indices = self._pick(window, steps)
         indices = self._measure_anchor(window, indices)
         losses = torch.zeros(chains, steps, dtype=torch.float64)
         readings = torch.zeros(3, chains, len(range(0, steps, STATS_EVERY)), dtype=torch.float64)
@@ -173,10 +186,26 @@ class Chains:
         finally:
             self._engine.release()
         anchor = torch.tensor([[window.anchor_loss[i] for i in row] for row in indices.tolist()], dtype=torch.float64)
-        used = {(self._window_index, i): window.anchor_loss[i] for i in indices.unique().tolist()}
+        owner = 0 if self.source.shared else self.collective.rank
+        used = {(owner, self._window_index, i): window.anchor_loss[i] for i in indices.unique().tolist()}
         grad_square, grad_dot, square = readings
         difference = losses - anchor.reshape(chains, steps)
         return Segment(self.numbers, difference, grad_square, grad_dot, square, used)
+
+    def _pick(self, window: Window, steps: int) -> Tensor:
+        """Which minibatch each chain sees at each step, ``[chains, steps]``.
+
+        From a window that holds all the data, with replacement: the batch does not depend on where the chain is. Of a
+        window that is passing by, every batch once, each chain in an order of its own: a batch that comes back would
+        find a chain that has already moved towards it.
+        """
+        if self.source.resident:
+            picks = [torch.randint(len(window), (steps,), generator=g) for g in self._batch_streams]
+        else:
+            if self._window_used == 0:
+                self._orders = [torch.randperm(len(window), generator=g) for g in self._batch_streams]
+            picks = [order[self._window_used : self._window_used + steps] for order in self._orders]
+        return torch.stack(picks) if picks else torch.empty(0, steps, dtype=torch.long)
 
     def _measure_anchor(self, window: Window, indices: Tensor) -> Tensor:
         """Losses at ``w*`` of the batches that are about to be used; batches without a loss are replaced by others."""
@@ -216,7 +245,7 @@ class Chains:
                 if torch.isfinite(weights).all():
                     raise
                 # some losses raise on non-finite input: the chain has diverged, which is not the module's fault
-                losses += [torch.full((count,), torch.nan, dtype=loss.dtype) for _ in range(t, steps)] if t else []
+                losses += [torch.full_like(loss, torch.nan) for _ in range(t, steps)] if t else []
                 break
             losses.append(loss)
             with torch.no_grad():
@@ -247,7 +276,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _join(pieces: Sequence[Segment]) -> Segment:
-    anchors: dict[tuple[int, int], float] = {}
+    anchors: dict[tuple[int, int, int], float] = {}
     for piece in pieces:
         anchors.update(piece.anchors)
 
@@ -265,21 +294,26 @@ def _join(pieces: Sequence[Segment]) -> Segment:
 
 
 def open_window(objective: Objective, source: MinibatchSource) -> float:
-    """Adapt ``objective`` to the first minibatch that has a loss, and return that loss.
+    """Adapt ``objective`` to the first minibatch that has a loss, and return that loss; measure a few more for probes.
 
     Raises:
         NoLossError: where no minibatch of the first window has a loss.
     """
     window = source.window(0)
+    adapted = False
     for i in range(len(window)):
         try:
-            objective.adapt(window[i])
+            if not adapted:
+                objective.adapt(window[i])
+                adapted = True
+            with torch.no_grad():
+                window.anchor_loss[i] = float(objective.loss(window[i]))
         except NoLossError:
             window.without_loss.add(i)
-            continue
-        with torch.no_grad():
-            window.anchor_loss[i] = float(objective.loss(window[i]))
-        return window.anchor_loss[i]
+        if len(window.anchor_loss) >= PROBED_BATCHES:
+            break
+    if window.anchor_loss:
+        return next(iter(window.anchor_loss.values()))
     raise NoLossError("training_step returned None for every minibatch: there is no loss to sample.")
 
 

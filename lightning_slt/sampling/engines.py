@@ -25,6 +25,7 @@ ACTIVATION_BUDGET = 2**30
 """Bytes of activations that the chains of one chunk may hold together on the CPU."""
 COMPUTE_BOUND = 0.004
 """Seconds of a step on the CPU above which products, not calls, take the time: batching is not tried."""
+PROBED_AT_MOST = 8
 BATCHED_GAIN = 1.25
 """How much faster the batched path must be to be kept: near ties go to the path that always works."""
 
@@ -72,12 +73,6 @@ class SequentialEngine(Engine):
             for parameter, piece, gradient in zip(self._parameters, self._masters, self._grad_pieces, strict=True):
                 parameter.data = piece
                 parameter.grad = gradient
-
-    def evaluate(self, batch: Any) -> Tensor:
-        """The loss at the bound weights, without a gradient."""
-        self._load()
-        with torch.no_grad():
-            return self._objective.loss(batch).detach()
 
     def __call__(self, window: Window, indices: Tensor) -> Tensor:
         return self.step(window[int(indices[0])]).reshape(1)
@@ -137,10 +132,6 @@ class BorrowedEngine(SequentialEngine):
         named = {f"module.{n}": leaf for n, leaf in zip(self._objective.names, leaves, strict=True)}
         buffers = {k: b.clone() for k, b in self._buffers.items()}
         return torch.func.functional_call(self._wrapper, {**named, **buffers}, (batch,)), leaves
-
-    def evaluate(self, batch: Any) -> Tensor:
-        with torch.no_grad():
-            return self._call(batch, False)[0].detach()
 
     def step(self, batch: Any) -> Tensor:
         loss, leaves = self._call(batch, True)
@@ -286,7 +277,7 @@ def choose_engine(objective: Objective, window: Window, num_chains: int, method:
         seconds = _one_step_seconds(objective, sequential, window)
         if seconds > COMPUTE_BOUND:
             return Choice(sequential, f"a step is {1000 * seconds:.0f} ms of computing, which batching would not save")
-    width = chunk_width(objective, window[0], num_chains)
+    width = chunk_width(objective, window[next(iter(window.anchor_loss), 0)], num_chains)
     if width < 2:
         if method == "batched":
             raise ValueError("method='batched' cannot be used: two chains do not fit the memory budget.")
@@ -331,7 +322,8 @@ class _Probe:
         scale = 0.01 * float(objective.anchor.norm()) / max(d, 1) ** 0.5 or 0.01
         noise = torch.randn(chains, d, generator=gen, device=objective.device, dtype=objective.dtype)
         self._weights = objective.anchor + scale * noise
-        self._indices = torch.arange(chains) % len(window)
+        known = list(window.anchor_loss)[:PROBED_AT_MOST] or list(range(min(len(window), PROBED_AT_MOST)))
+        self._indices = torch.tensor([known[k % len(known)] for k in range(chains)])
         self._window = window
         # autocast rounds each product to 8 or 11 bits; float32 sums in another order
         self.tolerance = 1e-8 if objective.dtype == torch.float64 else 1e-3

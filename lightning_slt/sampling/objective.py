@@ -9,12 +9,21 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Optional
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten
 
 from lightning_slt.sampling import steps
+from lightning_slt.sampling.batches import clone
 from lightning_slt.sampling.restriction import Restriction, select_parameters
-from lightning_slt.sampling.shadow import CopyError, detach_from_training, shadow_copy, without_compile
+from lightning_slt.sampling.shadow import (
+    CopyError,
+    detach_from_training,
+    put_hooks_back,
+    shadow_copy,
+    take_hooks,
+    without_compile,
+)
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +68,10 @@ class Objective:
         context: Optional[Callable[[], AbstractContextManager[Any]]] = None,
         weights: Optional[dict[str, Tensor]] = None,
     ) -> None:
-        self.names = select_parameters(module, restrict)
+        self._live, self._live_names = module, select_parameters(module, restrict)
+        self._may_borrow = device is None and weights is None
+        self._mutates = False
+        self.names = self._live_names
         self._loss_fn = steps.loss_function(module, loss_fn)
         self._trainer = trainer
         self._context = context or nullcontext
@@ -68,7 +80,7 @@ class Objective:
         try:
             self.module = shadow_copy(module)
         except CopyError as error:
-            if device is not None or weights is not None:
+            if not self._may_borrow:
                 raise
             log.warning(f"{error} Chains call the module in place instead, and put it back after.")
             self.module, self.borrowed = module, True
@@ -123,6 +135,9 @@ class Objective:
 
     def loss_of(self, module: nn.Module, batch: Any) -> Tensor:
         """As :meth:`loss`, for another copy of the module."""
+        return self._loss_on(module, clone(batch) if self._mutates else batch)
+
+    def _loss_on(self, module: nn.Module, batch: Any) -> Tensor:
         if self._upcast:
             batch = _to_float32(batch)
         with self._context():
@@ -161,22 +176,65 @@ class Objective:
             NoLossError: where the step returns no loss for this batch.
             Exception: whatever the user's step raises.
         """
+        if not self.borrowed:
+            # the user's hooks write to what is not copied: they are called this once
+            with torch.no_grad():
+                reference = self._loss_on(self.module, clone(batch))
+            taken = take_hooks(self.module)
+            if taken and not self._same_loss(batch, reference):
+                put_hooks_back(taken)
+            if steps.stub_metrics(self.module) and not self._same_loss(batch, reference):
+                steps.unstub_metrics(self.module)
+        self._mutates = self._changes(batch)
         if self.borrowed:
-            with self.active():
-                self.loss(batch)
             return
         if self.rounds and any(p.dtype in _LOW_PRECISION for p in self.parameters()):
-            self._try_float32(batch)
+            self._try_float32(clone(batch))
+        self._check_own_weights(clone(batch))
+
+    def _same_loss(self, batch: Any, reference: Tensor) -> bool:
+        try:
+            with torch.no_grad():
+                return torch.allclose(self._loss_on(self.module, clone(batch)), reference, rtol=1e-5, equal_nan=True)
+        except Exception:
+            return False
+
+    def _changes(self, batch: Any) -> bool:
+        """Whether the step changes the batch that it is given: a chain then hands it a copy each time."""
+        trial = clone(batch)
+        before, versions = tree_flatten(trial), _versions(trial)
         with torch.no_grad():
-            reference = self.loss(batch)
-        if steps.stub_metrics(self.module):
-            try:
-                with torch.no_grad():
-                    unchanged = torch.allclose(self.loss(batch), reference, rtol=1e-5, equal_nan=True)
-            except Exception:
-                unchanged = False
-            if not unchanged:
-                steps.unstub_metrics(self.module)
+            self._loss_on(self.module, trial)
+        after = tree_flatten(trial)
+        same = after[1] == before[1] and all(a is b for a, b in zip(after[0], before[0], strict=True))
+        return not same or _versions(trial) != versions
+
+    def _check_own_weights(self, batch: Any) -> None:
+        """The loss must depend on the copy's weights and on nothing of the live module (a closure kept as attribute).
+
+        Raises:
+            CopyError: where it does not and the module cannot be borrowed instead.
+        """
+        own = self.parameters()
+        live = [p for p in self._live.parameters() if p.requires_grad]
+        try:
+            grads = torch.autograd.grad(self.loss(batch), [*own, *live], allow_unused=True)
+        except RuntimeError as error:
+            # re-entrant checkpointing knows only backward(); a loss without any gradient shows in the chains
+            log.debug(f"could not check which weights the loss depends on: {error}")
+            return
+        if all(g is None for g in grads[len(own) :]):
+            return
+        message = (
+            f"the loss of a copy of {type(self._live).__name__} still reads the live weights: an attribute is a "
+            "function bound to the original module."
+        )
+        if not self._may_borrow:
+            raise CopyError(f"{message} Make it a method, or give loss_fn(module, batch) -> loss.")
+        log.warning(f"{message} Chains call the module in place instead, and put it back after.")
+        self.module, self.borrowed = self._live, True
+        self.names = self._live_names
+        self._read_anchor()
 
     def _try_float32(self, batch: Any) -> None:
         context, self._context = self._context, nullcontext
@@ -203,18 +261,27 @@ def prepare(module: nn.Module, trainer: Any) -> None:
 
 
 def _to_float32(batch: Any) -> Any:
-    return tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype in _LOW_PRECISION else x, batch)
+    return apply_to_collection(batch, Tensor, lambda x: x.float() if x.dtype in _LOW_PRECISION else x)
+
+
+def _versions(batch: Any) -> list[int]:
+    """How often each tensor has been changed in place."""
+    found: list[int] = []
+    apply_to_collection(batch, Tensor, lambda tensor: found.append(tensor._version))
+    return found
 
 
 @contextmanager
 def _borrow(module: nn.Module, trainer: Any) -> Iterator[None]:
     """The live module in eval mode and muted, put back exactly after: flag by flag, attribute by attribute."""
     saved = [(m, dict(m.__dict__)) for m in module.modules()]
+    # a metric changes its state in place, which putting the attributes back would not undo: it is not called at all
     buffers = [(m, dict(m._buffers), {k: b.clone() for k, b in m._buffers.items() if b is not None}) for m, _ in saved]
     try:
         for m, _ in saved:
             m.training = isinstance(m, nn.RNNBase) and m.dropout == 0.0
         prepare(module, trainer)
+        steps.stub_metrics(module)
         yield
     finally:
         for m, attributes in saved:

@@ -62,6 +62,31 @@ def detach_from_training(shadow: nn.Module) -> None:
         parameter.grad = None
 
 
+def take_hooks(module: nn.Module) -> list[tuple[dict[int, Any], dict[int, Any]]]:
+    """Take the user's own forward hooks off a copy: a hook is a plain function, and what it writes to is not copied.
+
+    Hooks of torch itself (weight norm, pruning, parametrisations) are a part of the model and stay.
+
+    Returns:
+        What :func:`put_hooks_back` needs.
+    """
+    taken = []
+    for submodule in module.modules():
+        for hooks in (submodule._forward_hooks, submodule._forward_pre_hooks):
+            own = {k: h for k, h in hooks.items() if not str(getattr(h, "__module__", "")).startswith("torch.")}
+            for key in own:
+                del hooks[key]
+            if own:
+                taken.append((hooks, own))
+    return taken  # type: ignore[return-value]
+
+
+def put_hooks_back(taken: list[tuple[dict[int, Any], dict[int, Any]]]) -> None:
+    """Undo :func:`take_hooks`."""
+    for hooks, own in taken:
+        hooks.update(own)
+
+
 def without_compile(name: str) -> str:
     """A parameter's name as it is without ``torch.compile`` around the modules that hold it."""
     return name.replace("_orig_mod.", "")

@@ -93,6 +93,7 @@ def mute(shadow: nn.Module) -> None:
         if isinstance(module, LightningModule):
             for name in ("log", "log_dict", "print", "toggle_optimizer", "untoggle_optimizer"):
                 module.__dict__[name] = _nothing
+            module.__dict__["all_gather"] = _refuse_gather
 
 
 def stub_metrics(shadow: nn.Module) -> bool:
@@ -131,12 +132,20 @@ def _zeros(metric: nn.Module) -> Any:
     return torch.zeros(())
 
 
+def _refuse_gather(*_: Any, **__: Any) -> Any:
+    # chains of different ranks are at different weights and steps: a collective call inside one would never be answered
+    raise ValueError(
+        "training_step gathers from other ranks (self.all_gather), which a chain cannot: give loss_fn(module, batch), "
+        "with the loss of one rank's batch."
+    )
+
+
 def _nothing(*_: Any, **__: Any) -> None:
     return None
 
 
 class ReadThroughTrainer:
-    """What a private copy sees as ``self.trainer``: the trainer's attributes, without a way to change or log anything.
+    """What a private copy sees as ``self.trainer``: its attributes to read; writes stay here, loggers are silent.
 
     Args:
         trainer: the live trainer, or None outside one.

@@ -50,7 +50,7 @@ def test_reset_forgets() -> None:
     metric.update(*losses(seed=1))
     metric.reset()
     metric.update(*losses(seed=2))
-    assert metric.trace.shape == (4, 120)
+    assert metric.draws().shape == (4, 120)
     assert metric.compute()["mean"].item() == pytest.approx(
         summarise(learning_coefficient(*losses(seed=2), 50.0)).mean, abs=1e-12
     )
@@ -68,7 +68,7 @@ def test_two_processes_are_merged_chain_after_chain() -> None:
     both = torch.cat([learning_coefficient(*first, 50.0), other])
     assert metric.compute()["mean"].item() == pytest.approx(summarise(both).mean, abs=1e-12)
     assert metric.compute()["se"].item() == pytest.approx(summarise(both).se, abs=1e-12)
-    assert metric.trace.shape == (4, 120)  # its own again, after the synchronisation
+    assert metric.draws().shape == (4, 120)  # its own again, after the synchronisation
 
 
 @pytest.mark.parametrize("nbeta", [0.0, -1.0, math.nan])
@@ -87,4 +87,4 @@ def test_plot_shows_the_running_mean_of_each_chain() -> None:
     metric.update(*losses())
     figure, axes = metric.plot()
     assert len(axes.lines) == 4 and axes.figure is figure
-    assert axes.lines[2].get_ydata()[-1] == pytest.approx(float(metric.trace[2].mean()), abs=1e-9)
+    assert axes.lines[2].get_ydata()[-1] == pytest.approx(float(metric.draws()[2].mean()), abs=1e-9)

@@ -107,7 +107,7 @@ def opened(noise: float = 0.0, seed: int = 0, gamma: float = 1.0) -> Chains:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_calibrated_step_heats_by_what_is_wanted(seed: int, noise: float) -> None:
     chains = opened(noise, seed)
-    drawn = draw(chains, seed, Budget(num_draws=200))
+    drawn = draw(chains, seed, Budget(num_draws=200, max_steps_bw_draws=4))
     assert 0.2 * HEAT <= heat_share(drawn.segment, drawn.lr, chains.posterior) <= 2.5 * HEAT
     assert virial_ratio(drawn.segment, drawn.lr, chains.posterior, 10) == pytest.approx(1.0, abs=0.1)
 
@@ -138,7 +138,7 @@ def test_a_start_that_is_given_shortens_the_search() -> None:
 @pytest.mark.parametrize("start", [1e3, 1e-12])
 def test_a_bad_start_does_not_spoil_the_draws(start: float) -> None:
     chains = opened()
-    drawn = draw(chains, 0, Budget(num_draws=200, start_lr=start))
+    drawn = draw(chains, 0, Budget(num_draws=100, start_lr=start, max_steps_bw_draws=4))
     assert bool(drawn.segment.finite.all())
     assert heat_share(drawn.segment, drawn.lr, chains.posterior) <= 2.5 * HEAT
 
@@ -146,6 +146,6 @@ def test_a_bad_start_does_not_spoil_the_draws(start: float) -> None:
 def test_draws_are_never_more_than_all_the_steps_before_them() -> None:
     for seed in range(3):
         chains = make_chains(mlp(), regression(), mean_squared, seed=seed)
-        drawn = draw(chains, seed, Budget(num_draws=20))
-        assert drawn.segment.steps == 20 * drawn.num_steps_bw_draws <= drawn.num_burnin_steps
+        drawn = draw(chains, seed, Budget(num_draws=10))
+        assert drawn.segment.steps == 10 * drawn.num_steps_bw_draws <= drawn.num_burnin_steps
         assert drawn.num_steps_bw_draws <= 16

@@ -126,7 +126,7 @@ def test_a_run_in_stretches_is_the_run_in_one_when_windows_are_walked_through() 
     chains = make()
     pieces = [chains.advance(steps, LR) for steps in (4, 8, 12)]
     torch.testing.assert_close(torch.cat([p.difference for p in pieces], dim=1), whole.difference, rtol=0, atol=0)
-    assert len({window for window, _ in whole.anchors}) == 6
+    assert len({window for _, window, _ in whole.anchors}) == 6
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -201,7 +201,7 @@ def test_a_batch_without_a_loss_is_replaced_by_one_that_has_one() -> None:
     chains = make_chains(mlp(), data, some, source=ReplaySource(batches, 96, 8))
     segment = chains.advance(200, LR)
     assert bool(segment.finite.all())
-    assert {i for _, i in segment.anchors} == set(range(12)) - without
+    assert {i for _, _, i in segment.anchors} == set(range(12)) - without
 
 
 def test_no_batch_with_a_loss() -> None:

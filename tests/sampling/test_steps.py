@@ -135,7 +135,7 @@ def test_a_loss_that_is_a_metric_is_not_stubbed() -> None:
     module = MetricLoss()
     objective = Objective(module)
     objective.adapt(BATCH)
-    expected = float((module.net(BATCH[0]) - BATCH[1]).square().mean())
+    expected = (module.net(BATCH[0]) - BATCH[1]).square().mean().item()
     assert float(objective.loss(BATCH).detach()) == pytest.approx(expected, rel=1e-5)
 
 
