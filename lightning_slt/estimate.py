@@ -36,7 +36,7 @@ from lightning_slt.sampling.steps import LossFn, NoLossError
 
 log = logging.getLogger(__name__)
 
-MAX_HEAT = 0.25
+MAX_HEAT = 0.15
 """Share of the estimate that may be step-size heat before it is called invalid."""
 DIVERGED = 10.0
 """A chain whose mean excess over the anchor is this many times the number of weights has left the posterior."""
@@ -168,7 +168,9 @@ def measure_llc(
 
 def _finite_start(objective: Objective, source: MinibatchSource) -> float:
     loss = open_window(objective, source)
-    if not math.isfinite(loss) or not bool(torch.isfinite(objective.anchor).all()):
+    if not bool(torch.isfinite(objective.anchor).all()):
+        raise NonFiniteLossError("some of the current weights are not finite: there is no minimum to study.")
+    if not math.isfinite(loss):
         raise NonFiniteLossError(f"the loss at the current weights is {loss}: there is no minimum to study.")
     return loss
 

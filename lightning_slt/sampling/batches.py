@@ -253,7 +253,12 @@ class DatasetSource(MinibatchSource):
             worker_init_fn=self._worker_init_fn if workers else None,
         )
         with preserve_generators(self.dataset):
-            return list(loader)
+            batches_read = iter(loader)
+            try:
+                return list(batches_read)
+            finally:
+                # a worker that failed would else be waited for when its iterator is collected, while training goes on
+                getattr(batches_read, "_shutdown_workers", _nothing_to_do)()
 
 
 class ReplaySource(MinibatchSource):
@@ -452,6 +457,10 @@ def preserve_generators(dataset: Any) -> Iterator[None]:
     finally:
         for put_back in restore:
             put_back()
+
+
+def _nothing_to_do() -> None:
+    pass
 
 
 def _epoch_order(n: int, seed: int, epoch: int) -> list[int]:

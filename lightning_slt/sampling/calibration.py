@@ -38,10 +38,13 @@ from lightning_slt.sampling.engines import sequential_engine
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import PROBE, generator
 
-HEAT = 0.06
+HEAT = 0.04
 """Share of the estimate that the finite step may add before it is taken off."""
-MIN_VIRIAL = 0.8
-"""Virial ratio below which chains have not reached their width: the number is not valid, and no round ends early."""
+ARRIVED = 0.93
+"""Virial ratio below which more rounds are run while there is budget."""
+MIN_VIRIAL = 0.7
+"""Virial ratio below which chains that have used their budget have not reached their width: the number is not valid.
+Between the two lie singular models, whose free directions take longest and matter least."""
 DRAWS = 1000
 """Streams of random numbers from here on belong to the rounds of draws, those below to the search for the step."""
 WIDTHS = 1.5
@@ -221,7 +224,7 @@ def draw(chains: Chains, seed: int, budget: Budget) -> Drawn:
         awaited = WIDTHS * 2 / (step * max(chains.posterior.localization, 1e-12))
         waited = done >= awaited or awaited > longest * budget.num_draws
         # slow directions look flat: what they still owe shows in the virial ratio alone
-        waited &= virial_ratio(segment, step, chains.posterior, len(chains.objective.anchor)) >= MIN_VIRIAL
+        waited &= virial_ratio(segment, step, chains.posterior, len(chains.objective.anchor)) >= ARRIVED
         if rounds > 1 and settled and waited and _is_good(segment, budget, chains.posterior.nbeta):
             break
         if rounds > 1 and _is_downhill(segment, chains.posterior.nbeta):
@@ -293,7 +296,10 @@ def _scale(trace: Tensor) -> float:
     The LLC itself goes through zero between a saddle (where chains run downhill) and a minimum; the variance does not.
     Neighbouring steps see independent minibatches, so that their covariance is free of the minibatches' own noise.
     """
-    centred = trace - trace.mean()
+    # bursts of a heavy-tailed chain must not buy it a larger step, which would make more of them
+    low, high = torch.quantile(trace, torch.tensor([0.05, 0.95], dtype=trace.dtype))
+    centred = trace.clamp(low, high)
+    centred = centred - centred.mean()
     products = centred[:, 1:] * centred[:, :-1]
     variance = float(products.mean() - 2 * products.std() / math.sqrt(products.numel()))
     return max(abs(float(trace.mean())), variance, SMALL_LLC)
