@@ -36,7 +36,7 @@ from lightning_slt.sampling.steps import LossFn, NoLossError
 
 log = logging.getLogger(__name__)
 
-MAX_HEAT = 0.15
+MAX_HEAT = 0.25
 """Share of the estimate that may be step-size heat before it is called invalid."""
 DIVERGED = 10.0
 """A chain whose mean excess over the anchor is this many times the number of weights has left the posterior."""
@@ -185,7 +185,7 @@ def _read(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     half = segment.steps // 2
     diverged = ~finite | (raw[:, half:].mean(dim=1) > DIVERGED * d + 100.0)
     heat = heat_share(segment, lr, posterior, ~diverged) if bool((~diverged).any()) else math.nan
-    correction = 1.0 - heat if math.isfinite(heat) and heat < MAX_HEAT else 1.0
+    correction = 1.0 - heat if math.isfinite(heat) and heat < 2 * MAX_HEAT else 1.0
     heat_error = heat_share_error(segment, lr, posterior, ~diverged) if correction < 1.0 else 0.0
     summary = summarise(trace * correction, diverged)
     reasons = summary.reasons

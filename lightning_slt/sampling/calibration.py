@@ -58,7 +58,7 @@ FIRST_ROUNDS = (25, 25, 50, 50, 50)
 """Steps of the rounds in which the step size is found."""
 LATER_ROUNDS = (25, 50)
 """The same where the last firing's step size is at hand."""
-MAX_STEPS_BW_DRAWS = 16
+MAX_STEPS_BW_DRAWS = 32
 """Longest last round, in steps a draw."""
 FLAT = 0.05
 """Drift within the last round that is tolerated, as a share of the LLC (of 0.4, where the LLC is below)."""

@@ -11,7 +11,15 @@ from torch import Tensor
 from lightning_slt import SGLD, estimate_llc
 from lightning_slt.functional import LocalPosterior
 from lightning_slt.sampling.batches import DatasetSource
-from lightning_slt.sampling.calibration import HEAT, Budget, draw, first_step, heat_share, virial_ratio
+from lightning_slt.sampling.calibration import (
+    HEAT,
+    MAX_STEPS_BW_DRAWS,
+    Budget,
+    draw,
+    first_step,
+    heat_share,
+    virial_ratio,
+)
 from lightning_slt.sampling.chains import Chains, Segment
 from tests.cases.problems import regular
 from tests.sampling.helpers import make_chains, mean_squared, mlp, regression
@@ -148,4 +156,4 @@ def test_draws_are_never_more_than_all_the_steps_before_them() -> None:
         chains = make_chains(mlp(), regression(), mean_squared, seed=seed)
         drawn = draw(chains, seed, Budget(num_draws=10))
         assert drawn.segment.steps == 10 * drawn.num_steps_bw_draws <= drawn.num_burnin_steps
-        assert drawn.num_steps_bw_draws <= 16
+        assert drawn.num_steps_bw_draws <= MAX_STEPS_BW_DRAWS
