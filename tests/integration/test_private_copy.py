@@ -1,0 +1,129 @@
+"""What a copy of the module may still share with the live one, and what the chains make of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lightning_slt import SGLD, SLTMonitor, estimate_llc
+from lightning_slt.sampling import steps
+
+
+class Base(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (self.net(batch[0]) - batch[1]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+
+class Closure(Base):
+    """An attribute is a function bound to the live module: deepcopy does not re-bind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.apply_net = lambda x: self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (self.apply_net(batch[0]) - batch[1]).square().mean()
+
+
+class Hooked(Base):
+    """A hook writes to a list that no copy has."""
+
+    def __init__(self, calls: list[int]) -> None:
+        super().__init__()
+        self.net.register_forward_hook(lambda module, args, output: calls.append(1))
+
+
+class Pops(Base):
+    """The step takes its batch apart, and changes it in place."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        y = batch.pop("y")
+        batch["x"].mul_(0.5)
+        return (self.net(batch["x"]) - y).square().mean()
+
+
+class Gathers(Base):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.all_gather(super().training_step(batch, batch_idx)).mean()
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    def __init__(self, data: TensorDataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        x, y = self.data[index]
+        return {"x": x.clone(), "y": y}
+
+
+def data(n: int = 48) -> TensorDataset:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 3, generator=g)
+    return TensorDataset(x, x.sum(dim=1, keepdim=True) + 0.1 * torch.randn(n, 1, generator=g))
+
+
+def fit(module: LightningModule, dataset: Any, folder: Path, **settings: Any) -> SLTMonitor:
+    torch.manual_seed(0)
+    monitor = SLTMonitor(every_n_train_steps=3, num_chains=2, num_draws=6, num_burnin_steps=4, **settings)
+    trainer = Trainer(
+        max_steps=6, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder, callbacks=[monitor],
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(dataset, 8))
+    return monitor
+
+
+def test_a_closure_over_the_live_module_neither_hides_the_weights_nor_gets_gradients(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    plain = Base()
+    closure = Closure()
+    closure.load_state_dict(plain.state_dict())
+    settings: dict[str, Any] = {"sampler": SGLD(lr=1e-3), "num_draws": 20, "num_burnin_steps": 5, "localization": 1.0}
+    expected = estimate_llc(plain, data(), method="sequential", **settings)
+    closure.net.weight.grad = torch.full_like(closure.net.weight, 7.0)
+    found = estimate_llc(closure, data(), **settings)
+    assert torch.allclose(found.trace, expected.trace, rtol=1e-4, atol=1e-5)
+    assert bool((closure.net.weight.grad == 7.0).all()) and closure.net.bias.grad is None
+    assert all(torch.equal(a, b) for a, b in zip(closure.parameters(), plain.parameters(), strict=True))
+
+
+def test_a_closure_is_measured_inside_a_trainer(tmp_path: Path) -> None:
+    assert [e.step for e in fit(Closure(), data(), tmp_path, on_failure="raise").estimates] == [3, 6]
+
+
+def test_a_hook_is_called_once_a_firing_not_once_a_step(tmp_path: Path) -> None:
+    calls: list[int] = []
+    monitor = fit(Hooked(calls), data(), tmp_path, on_failure="raise")
+    assert len(monitor.estimates) == 2
+    assert len(calls) == 6 + 2  # the six steps of training, and one look for each of two firings
+
+
+def test_a_step_that_changes_its_batch_gets_a_copy_each_time(tmp_path: Path) -> None:
+    monitor = fit(Pops(), Rows(data()), tmp_path, on_failure="raise")
+    assert [e.step for e in monitor.estimates] == [3, 6]
+    assert all(bool(torch.isfinite(e.trace).all()) for e in monitor.estimates)
+    # halved once at every call, never again and again
+    assert abs(monitor.estimates[0].init_loss) > 0.1
+
+
+def test_a_step_that_gathers_across_ranks_is_refused_with_the_remedy() -> None:
+    module = Gathers()
+    steps.mute(module)
+    with pytest.raises(ValueError, match=r"all_gather.*loss_fn"):
+        module.training_step([torch.zeros(2, 3), torch.zeros(2, 1)], 0)
