@@ -148,21 +148,23 @@ def measure_llc(
     posterior = LocalPosterior(nbeta, gamma)
     sampler: Sampler = settings.sampler if settings.sampler is not None else SGLD()
 
-    with preserve_rng(settings.seed), objective.active():
+    with preserve_rng(settings.seed):
+        # before active(): only the first batches show whether the module has to be called in place
         first = collective.exchange(lambda: _finite_start(objective, source))
         log.debug(f"loss at w* on the first minibatch: {first[0]:.6g}")
-        chains = Chains(
-            objective,
-            source,
-            posterior,
-            sampler,
-            settings.num_chains,
-            settings.seed,
-            collective,
-            settings.method,
-            progress,
-        )
-        drawn = draw(chains, settings.seed, settings.budget())
+        with objective.active():
+            chains = Chains(
+                objective,
+                source,
+                posterior,
+                sampler,
+                settings.num_chains,
+                settings.seed,
+                collective,
+                settings.method,
+                progress,
+            )
+            drawn = draw(chains, settings.seed, settings.budget())
     return _read(drawn, chains, settings).replace(seconds=time.perf_counter() - start)
 
 

@@ -374,8 +374,9 @@ class SLTMonitor(Callback):
         estimate = measure_llc(objective, source, settings, self._collective, progress)
         self._hook_owner = None
         self._step_size = estimate.step_size
-        # what was the faster stays: another path rounds otherwise, and points would not share their noise
-        self._method = estimate.method
+        if estimate.method == "sequential":
+            # it always works, so it stays: another path rounds otherwise, and points would not share their noise
+            self._method = "sequential"
         if not self._said_method:
             self._said_method = True
             rank_zero_info(

@@ -306,7 +306,7 @@ def open_window(objective: Objective, source: MinibatchSource) -> float:
             if not adapted:
                 objective.adapt(window[i])
                 adapted = True
-            with torch.no_grad():
+            with objective.active(), torch.no_grad():
                 window.anchor_loss[i] = float(objective.loss(window[i]))
         except NoLossError:
             window.without_loss.add(i)

@@ -177,20 +177,24 @@ class Objective:
             Exception: whatever the user's step raises.
         """
         if not self.borrowed:
-            # the user's hooks write to what is not copied: they are called this once
-            with torch.no_grad():
-                reference = self._loss_on(self.module, clone(batch))
-            taken = take_hooks(self.module)
-            if taken and not self._same_loss(batch, reference):
-                put_hooks_back(taken)
-            if steps.stub_metrics(self.module) and not self._same_loss(batch, reference):
-                steps.unstub_metrics(self.module)
-        self._mutates = self._changes(batch)
+            with _buffers_kept(self._live):
+                self._adapt_copy(batch)
+        with self.active():
+            self._mutates = self._changes(batch)
+
+    def _adapt_copy(self, batch: Any) -> None:
+        self._check_own_weights(clone(batch))
         if self.borrowed:
             return
+        with torch.no_grad():
+            reference = self._loss_on(self.module, clone(batch))
+        taken = take_hooks(self.module)
+        if taken and not self._same_loss(batch, reference):
+            put_hooks_back(taken)
+        if steps.stub_metrics(self.module) and not self._same_loss(batch, reference):
+            steps.unstub_metrics(self.module)
         if self.rounds and any(p.dtype in _LOW_PRECISION for p in self.parameters()):
             self._try_float32(clone(batch))
-        self._check_own_weights(clone(batch))
 
     def _same_loss(self, batch: Any, reference: Tensor) -> bool:
         try:
@@ -217,12 +221,16 @@ class Objective:
         """
         own = self.parameters()
         live = [p for p in self._live.parameters() if p.requires_grad]
+        taken = take_hooks(self.module)  # they write to what is not copied, and change nothing of what is asked here
         try:
-            grads = torch.autograd.grad(self.loss(batch), [*own, *live], allow_unused=True)
+            with torch.enable_grad():
+                grads = torch.autograd.grad(self.loss(batch), [*own, *live], allow_unused=True)
         except RuntimeError as error:
             # re-entrant checkpointing knows only backward(); a loss without any gradient shows in the chains
             log.debug(f"could not check which weights the loss depends on: {error}")
             return
+        finally:
+            put_hooks_back(taken)
         if all(g is None for g in grads[len(own) :]):
             return
         message = (
@@ -258,6 +266,19 @@ def prepare(module: nn.Module, trainer: Any) -> None:
     """Silence a private copy and let it read, but not touch, its trainer."""
     steps.mute(module)
     steps.attach_trainer(module, trainer)
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Put back what a copy that still reaches the live module might have moved there: running statistics."""
+    saved = [(b, b.detach().clone()) for b in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for live, value in saved:
+                if not torch.equal(live, value):
+                    live.copy_(value)
 
 
 def _to_float32(batch: Any) -> Any:

@@ -103,8 +103,38 @@ def test_a_closure_over_the_live_module_neither_hides_the_weights_nor_gets_gradi
     assert all(torch.equal(a, b) for a, b in zip(closure.parameters(), plain.parameters(), strict=True))
 
 
-def test_a_closure_is_measured_inside_a_trainer(tmp_path: Path) -> None:
-    assert [e.step for e in fit(Closure(), data(), tmp_path, on_failure="raise").estimates] == [3, 6]
+class LoggingClosure(Closure):
+    """With BatchNorm behind the closure, and a value logged in the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        self.apply_net = lambda x: self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+
+def test_a_closure_is_measured_inside_a_trainer_and_training_is_the_same(tmp_path: Path) -> None:
+    def train(callbacks: list[SLTMonitor]) -> tuple[dict[str, Tensor], float]:
+        torch.manual_seed(3)
+        module = LoggingClosure()
+        trainer = Trainer(
+            max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=tmp_path, callbacks=[*callbacks],
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(data(), 8))
+        return module.state_dict(), float(trainer.callback_metrics["loss"])
+
+    monitor = SLTMonitor(
+        every_n_train_steps=3, num_chains=2, num_draws=6, num_burnin_steps=4, on_failure="raise", seed=1
+    )
+    alone, watched = train([]), train([monitor])
+    assert [e.step for e in monitor.estimates] == [3, 6]
+    assert alone[1] == watched[1]
+    assert all(torch.equal(alone[0][k], watched[0][k]) for k in alone[0])
 
 
 def test_a_hook_is_called_once_a_firing_not_once_a_step(tmp_path: Path) -> None:
