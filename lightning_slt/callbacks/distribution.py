@@ -75,6 +75,11 @@ def check_strategy(trainer: Trainer) -> None:
         MisconfigurationException: for sharded and engine-owned strategies, naming what can be done.
     """
     strategy = trainer.strategy
+    if type(strategy).__module__.startswith("pytorch_lightning"):
+        raise MisconfigurationException(
+            "SLTMonitor is a callback of the package lightning, and this Trainer is of pytorch_lightning: they do not "
+            "know each other's classes. Import the Trainer and the modules from lightning.pytorch."
+        )
     precision = type(getattr(strategy, "_precision_plugin", None)).__name__
     if precision in ("TransformerEnginePrecision", "BitsandbytesPrecision"):
         raise MisconfigurationException(

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_slt import SLTMonitor
 from tests.integration import models
 from tests.integration.harness import Scenario, quiet_trainer, steps_of, tiny_monitor
 from tests.integration.models import Net, loaders
@@ -110,3 +112,26 @@ def test_sharded_strategy_is_refused_at_setup(strategy: type[Any], tmp_path: Pat
     trainer._accelerator_connector.strategy = object.__new__(strategy)
     with pytest.raises(MisconfigurationException, match=f"{strategy.__name__}.*ddp"):
         tiny_monitor().setup(trainer, module, "fit")
+
+
+def test_a_trainer_of_the_other_package_is_told_which_to_import(tmp_path: Path) -> None:
+    pl = pytest.importorskip("pytorch_lightning")
+
+    class Other(pl.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Linear(2, 1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return self.net(batch[0]).mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    trainer = pl.Trainer(
+        max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, callbacks=[SLTMonitor(every_n_train_steps=1)],
+    )  # fmt: skip
+    data = torch.utils.data.TensorDataset(torch.zeros(4, 2), torch.zeros(4, 1))
+    with pytest.raises(MisconfigurationException, match=r"lightning\.pytorch"):
+        trainer.fit(Other(), torch.utils.data.DataLoader(data, 2))
