@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Optional, TypeVar
@@ -14,7 +13,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_slt.sampling.collective import Alone, Collective
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)

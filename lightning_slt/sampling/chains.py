@@ -6,7 +6,6 @@ chunks, the engine or the number of ranks that share the work.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,13 +15,11 @@ from torch import Tensor
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.sampling.batches import MinibatchSource, Window
 from lightning_slt.sampling.collective import Collective, own_chains
-from lightning_slt.sampling.engines import BatchedEngine, Choice, Engine, SequentialEngine, choose_engine
+from lightning_slt.sampling.engines import Choice, Engine, SequentialEngine, choose_engine
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import MINIBATCHES, NOISE, generator
 from lightning_slt.sampling.samplers import Sampler
 from lightning_slt.sampling.steps import NoLossError
-
-log = logging.getLogger(__name__)
 
 STATS_EVERY = 4
 """Steps between readings of |grad|², grad.(w - w*) and |w - w*|²: three passes over the weights each."""
@@ -315,6 +312,3 @@ def open_window(objective: Objective, source: MinibatchSource) -> float:
     if window.anchor_loss:
         return next(iter(window.anchor_loss.values()))
     raise NoLossError("training_step returned None for every minibatch: there is no loss to sample.")
-
-
-__all__ = ["BatchedEngine", "Chains", "Progress", "Segment", "open_window"]

@@ -7,7 +7,6 @@ the gradient buffer, so that ``backward`` accumulates in place.
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ from torch import Tensor, nn
 
 from lightning_slt.sampling.batches import Window
 from lightning_slt.sampling.objective import Objective
-
-log = logging.getLogger(__name__)
 
 ACTIVATION_BUDGET = 2**30
 """Bytes of activations that the chains of one chunk may hold together on the CPU."""
@@ -119,7 +116,6 @@ class BorrowedEngine(SequentialEngine):
         self._objective = objective
         self._wrapper = _LossModule(objective.module, objective)
         self._buffers = {f"module.{k}": b for k, b in objective.module.named_buffers()}
-        self._leaves: list[Tensor] = []
 
     def bind(self, weights: Tensor, grad: Tensor) -> None:
         low = [p.dtype for p in self._objective.parameters()]
