@@ -11,6 +11,7 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, Optional, TypeVar, Union, cast, get_type_hints, overload
 
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_slt.callbacks import SLTMonitor
-from lightning_slt.sampling.samplers import SGLD
+from lightning_slt.sampling.samplers import SGLD, SGNHT, RMSpropSGLD
 
 Source = Union[str, os.PathLike[str], Mapping[str, Any], DictConfig]
 """A YAML file, or what such a file holds."""
@@ -27,19 +28,29 @@ Source = Union[str, os.PathLike[str], Mapping[str, Any], DictConfig]
 S = TypeVar("S")
 
 
+class SamplerName(Enum):
+    """The samplers that a monitor may use."""
+
+    SGLD = "SGLD"
+    RMSpropSGLD = "RMSpropSGLD"
+    SGNHT = "SGNHT"
+
+
 @dataclass
 class SamplerConfig:
-    """Arguments of :class:`~lightning_slt.SGLD`.
+    """Which sampler, and its step size; finer arguments of a sampler are given in Python.
 
     Args:
+        name: SGLD, RMSpropSGLD or SGNHT.
         lr: the step size; None has it calibrated.
     """
 
+    name: SamplerName = SamplerName.SGLD
     lr: Optional[float] = None
 
-    def build(self) -> SGLD:
+    def build(self) -> Union[SGLD, RMSpropSGLD, SGNHT]:
         """The sampler."""
-        return SGLD(lr=self.lr)
+        return {"SGLD": SGLD, "RMSpropSGLD": RMSpropSGLD, "SGNHT": SGNHT}[self.name.value](lr=self.lr)
 
 
 @dataclass
@@ -57,6 +68,7 @@ class MonitorConfig:
     every_n_epochs: Optional[int] = None
     at_steps: Optional[list[int]] = None
     log_spaced: Optional[int] = None
+    max_overhead: Optional[float] = None
     sampler: Optional[SamplerConfig] = None
     num_chains: int = 4
     num_draws: int = 100
@@ -68,6 +80,7 @@ class MonitorConfig:
     restrict: Optional[list[str]] = None
     on_failure: str = "warn"
     seed: int = 0
+    warm_start: bool = True
     num_samples: Optional[int] = None
     name: Optional[str] = None
     dirpath: Optional[str] = None
@@ -107,7 +120,7 @@ def load(source: Source, overrides: Sequence[str] = (), *, schema: type[Any] = M
 
     Example:
         >>> load({"num_chains": 8}, ["num_draws=50", "sampler.lr=1e-5"]).sampler
-        SamplerConfig(lr=1e-05)
+        SamplerConfig(name=<SamplerName.SGLD: 'SGLD'>, lr=1e-05)
         >>> load({"num_chain": 8})  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...

@@ -28,6 +28,7 @@ from lightning_slt.sampling.calibration import (
 )
 from lightning_slt.sampling.chains import Chains, Progress, open_window
 from lightning_slt.sampling.collective import Alone, Collective
+from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.rng import preserve_rng
@@ -67,7 +68,9 @@ class ChainSettings:
     tolerance: float = 0.03
     max_steps_bw_draws: int = MAX_STEPS_BW_DRAWS
     start_lr: Optional[float] = None
-    """A step size to start the calibration at: that of the last firing."""
+    """A step size to start the calibration at."""
+    second_moment: Optional[Tensor] = None
+    """``[d]`` mean squared gradients, for a preconditioned sampler to start from."""
 
     def __post_init__(self) -> None:
         for name, least in (("num_chains", 1), ("num_draws", 1)):
@@ -96,6 +99,7 @@ class ChainSettings:
             self.start_lr,
             self.tolerance,
             self.max_steps_bw_draws,
+            self.second_moment,
         )
 
 
@@ -119,6 +123,7 @@ def measure_llc(
     settings: ChainSettings,
     collective: Optional[Collective] = None,
     progress: Optional[Progress] = None,
+    memory: Optional[ChainMemory] = None,
 ) -> Estimate:
     """Run the chains and read the learning coefficient off them: the one function behind every road to an estimate.
 
@@ -128,6 +133,7 @@ def measure_llc(
         settings: what is asked of the chains.
         collective: ranks that share them.
         progress: told about chain-steps done.
+        memory: what the last firing left, to start from; brought up to date for the next.
 
     Raises:
         NonFiniteLossError: where the loss at ``w*`` is not finite.
@@ -164,7 +170,7 @@ def measure_llc(
                 settings.method,
                 progress,
             )
-            drawn = draw(chains, settings.seed, settings.budget())
+            drawn = draw(chains, settings.seed, settings.budget(), memory)
     return _read(drawn, chains, settings).replace(seconds=time.perf_counter() - start)
 
 
@@ -186,14 +192,15 @@ def _read(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     finite = segment.finite
     half = segment.steps // 2
     diverged = ~finite | (raw[:, half:].mean(dim=1) > DIVERGED * d + 100.0)
-    heat = heat_share(segment, lr, posterior, ~diverged) if bool((~diverged).any()) else math.nan
+    heats = chains.sampler.calibration == "heat"
+    heat = heat_share(segment, lr, posterior, ~diverged) if heats and bool((~diverged).any()) else math.nan
     correction = 1.0 - heat if math.isfinite(heat) and heat < 2 * MAX_HEAT else 1.0
     heat_error = heat_share_error(segment, lr, posterior, ~diverged) if correction < 1.0 else 0.0
     summary = summarise(trace * correction, diverged)
     reasons = summary.reasons
     if math.isfinite(heat) and heat >= MAX_HEAT and summary.mean > 0:
         reasons += (f"step size {lr:.2g} is too large: {heat:.0%} of the estimate is heat of the step",)
-    virial = virial_ratio(segment, lr, posterior, d, ~diverged)
+    virial = virial_ratio(segment, lr if heats else 0.0, posterior, d, ~diverged)
     if virial < MIN_VIRIAL and summary.mean > 0:
         reasons += (
             f"the chains have not reached their width in {drawn.num_burnin_steps + segment.steps} steps (virial ratio "
@@ -261,7 +268,8 @@ def estimate_llc(
         module: a LightningModule (its ``training_step`` is the loss), or any module with ``loss_fn``.
         data: training data: a map-style Dataset, a DataLoader, or an iterable of batches (then give ``num_samples``).
         loss_fn: ``loss_fn(module, batch)`` -> scalar or ``[batch]``.
-        sampler: None for SGLD with a calibrated step; ``SGLD(lr=...)`` fixes it.
+        sampler: None for SGLD with a calibrated step; ``SGLD(lr=...)`` fixes it. Also RMSpropSGLD, SGNHT, and MALA,
+            whose every step sees all the data.
         nbeta: None for ``n / log n``.
         localization: gamma; None for ``d / |w*|²`` within [1, 100], see :func:`default_localization`.
         num_chains: independent chains.
@@ -310,6 +318,7 @@ def estimate_llc(
         raise ValueError(f"batch_size={batch_size}: must be at least 1.")
     with preserve_rng(seed):
         objective = Objective(module, loss_fn, restrict, device, weights=state_dict_of(weights))
+        full_batch = full_batch or (sampler is not None and sampler.full_batch)
         source = source_of(data, batch_size, objective.device, seed, num_samples, full_batch)
         if nbeta is None and source.num_samples is not None:
             default_nbeta(source.num_samples)

@@ -72,6 +72,9 @@ class Estimate:
         x: The logger's own step at that moment, the x-axis of the loss curve.
         seconds: Wall-clock time of the firing.
         overhead: Share of the wall-clock since the start of fit that went into firings, this one included.
+        credit_seconds: What the overhead budget had saved up for this firing (NaN without a budget).
+        predicted_seconds: What it expected the firing to take (NaN without a budget).
+        skipped: Steps that were to be measured and were left out since the firing before (None without a budget).
         component: Name of the monitor, where several run.
     """
 
@@ -109,6 +112,9 @@ class Estimate:
     seconds: float = math.nan
     overhead: float = math.nan
     component: str = ""
+    credit_seconds: float = math.nan
+    predicted_seconds: float = math.nan
+    skipped: Optional[int] = None
 
     @property
     def interval(self) -> tuple[float, float]:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from lightning_slt import SGLD, SLTMonitor
-from lightning_slt.config import MonitorConfig, SamplerConfig, load
+from lightning_slt import SGLD, SGNHT, RMSpropSGLD, SLTMonitor
+from lightning_slt.config import MonitorConfig, SamplerConfig, SamplerName, load
 
 NOT_PLAIN_DATA = {"loss_fn"}
 
@@ -40,7 +40,20 @@ def test_names_order_and_defaults_are_those_of_the_callback() -> None:
 
 def test_names_and_defaults_are_those_of_the_sampler() -> None:
     arguments = {name: p.default for name, p in inspect.signature(SGLD).parameters.items()}
-    assert {f.name: f.default for f in dataclasses.fields(SamplerConfig)} == arguments
+    fields = {f.name: f.default for f in dataclasses.fields(SamplerConfig)}
+    assert fields.pop("name") is SamplerName.SGLD
+    assert fields == arguments
+
+
+@pytest.mark.parametrize("kind", [SGLD, RMSpropSGLD, SGNHT])
+def test_every_sampler_by_its_name(kind: type) -> None:
+    built = load({"sampler": {"name": kind.__name__, "lr": 1e-4}}).sampler.build()
+    assert type(built) is kind and built.lr == 1e-4
+
+
+def test_a_sampler_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match=r"sampler\.name='MALA'.*SGNHT"):
+        load({"sampler": {"name": "MALA"}})
 
 
 def test_builds_the_callback_with_every_argument(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,6 +62,7 @@ def test_builds_the_callback_with_every_argument(monkeypatch: pytest.MonkeyPatch
         "every_n_epochs": 2,
         "at_steps": [1, 2],
         "log_spaced": 3,
+        "max_overhead": 0.1,
         "sampler": {"lr": 1e-4},
         "num_chains": 2,
         "num_draws": 7,
@@ -60,6 +74,7 @@ def test_builds_the_callback_with_every_argument(monkeypatch: pytest.MonkeyPatch
         "restrict": ["net.*"],
         "on_failure": "raise",
         "seed": 9,
+        "warm_start": False,
         "num_samples": 100,
         "name": "first",
         "dirpath": "here",
@@ -126,8 +141,8 @@ def test_a_node_that_refers_to_its_siblings() -> None:
         ({"at_steps": 5}, "at_steps=5", "list"),
         ({"at_steps": ["a"]}, "at_steps[0]=['a']", "Integer"),
         ({"seed": {"a": 1}}, "seed={'a': 1}", "Integer"),
-        ({"sampler": {"learning_rate": 1.0}}, "sampler.learning_rate=1.0", "SamplerConfig has lr"),
-        ({"sampler": {"lr": "x"}}, "sampler.lr='x'", "SamplerConfig has lr"),
+        ({"sampler": {"learning_rate": 1.0}}, "sampler.learning_rate=1.0", "SamplerConfig has name, lr"),
+        ({"sampler": {"lr": "x"}}, "sampler.lr='x'", "SamplerConfig has name, lr"),
         ({"sampler": 3}, "sampler=3", "expected the settings of a SamplerConfig"),
         ({"num_draws": "${nothing}"}, "num_draws='${nothing}'", "nothing"),
     ],
@@ -148,7 +163,7 @@ def test_a_mistake_is_named_with_its_value_and_what_there_is(given: dict[str, An
         ({"monitor": {"num_chain": 3}}, "monitor.num_chain=3: no such setting (did you mean num_chains?). Monitor"),
         (
             {"monitor": {"sampler": {"l": 3}}},
-            "monitor.sampler.l=3: no such setting (did you mean lr?). SamplerConfig has lr.",
+            "monitor.sampler.l=3: no such setting (did you mean lr?). SamplerConfig has name, lr.",
         ),
         ({"monitors": {}}, "monitors={}: no such setting (did you mean monitor?). Experiment has training, monitor."),
         ({"training": [1]}, "training=[1]: expected the settings of a TrainingConfig."),

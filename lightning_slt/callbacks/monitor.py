@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +16,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_slt.callbacks.data import TrainingData, check_num_samples, training_transfer
 from lightning_slt.callbacks.distribution import Ranks, check_strategy, make_collective
+from lightning_slt.callbacks.overhead import Decision, OverheadBudget
 from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.estimate import ChainSettings, default_localization, measure_llc
@@ -26,14 +28,19 @@ from lightning_slt.publish import RunPublisher
 from lightning_slt.record import Estimate, RunRecord
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.collective import Alone, Collective
+from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.restriction import select_parameters
 from lightning_slt.sampling.rng import preserve_rng
-from lightning_slt.sampling.samplers import SGLD
+from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, RMSpropSGLD
 from lightning_slt.sampling.steps import LossFn, loss_function
 
 SMOKE_SAMPLER = SGLD(lr=1e-6)
 """A smoke test shows that chains run, not what they say: no step size is looked for."""
+SEARCH_STEPS = 250
+"""About what looking for the step size takes, in steps of a chain."""
+LARGE_OVERHEAD = 0.25
+"""Share of wall-clock above which a monitor without a budget says that there is one."""
 
 
 class SLTMonitor(Callback):
@@ -47,7 +54,10 @@ class SLTMonitor(Callback):
         every_n_epochs: measure at the end of every n-th training epoch.
         at_steps: measure at these steps; 0 is before training.
         log_spaced: measure this often over the run, log-spaced. With none of these four given: 20.
-        sampler: None for SGLD with a calibrated step; ``SGLD(lr=...)`` fixes the step.
+        max_overhead: the share of the run's wall-clock that measuring may take, such as 0.05: the steps named above are
+            then candidates, and those that the budget does not cover are left out. With none named, every step is one.
+        sampler: None for SGLD with a calibrated step; ``SGLD(lr=...)`` fixes the step. Also RMSpropSGLD, which starts
+            from the second moments of an Adam where there is one, and SGNHT.
         num_chains: chains of a firing, over all ranks together.
         num_draws: draws of each chain.
         num_burnin_steps: None to burn in until the trace is flat.
@@ -59,6 +69,8 @@ class SLTMonitor(Callback):
         restrict: which weights move: glob patterns over parameter names, submodule names, submodules.
         on_failure: what to do when a firing fails: ``"warn"`` and train on, or ``"raise"``.
         seed: of the chains; the same at every firing, so that the errors of neighbouring points cancel.
+        warm_start: chains start from the displacements of an earlier firing while these fit, which takes most of the
+            burn-in away, see :mod:`lightning_slt.sampling.memory`; False: every firing starts at the weights.
         num_samples: n, where the data cannot tell.
         name: key prefix and folder of this monitor (``slt_<name>``); several monitors are numbered without it.
         dirpath: folder of the local record; None for ``<logger's run folder>/slt``.
@@ -84,7 +96,8 @@ class SLTMonitor(Callback):
         every_n_epochs: Optional[int] = None,
         at_steps: Optional[Sequence[int]] = None,
         log_spaced: Optional[int] = None,
-        sampler: Optional[SGLD] = None,
+        max_overhead: Optional[float] = None,
+        sampler: Optional[Union[SGLD, RMSpropSGLD, SGNHT]] = None,
         num_chains: int = 4,
         num_draws: int = 100,
         num_burnin_steps: Optional[int] = None,
@@ -96,11 +109,15 @@ class SLTMonitor(Callback):
         restrict: Optional[Union[str, list[str], nn.Module, list[nn.Module]]] = None,
         on_failure: str = "warn",
         seed: int = 0,
+        warm_start: bool = True,
         num_samples: Optional[int] = None,
         name: Optional[str] = None,
         dirpath: Optional[str] = None,
         method: str = "auto",
     ) -> None:
+        self._budget = OverheadBudget(max_overhead) if max_overhead is not None else None
+        if max_overhead is not None and (every_n_train_steps, every_n_epochs, at_steps, log_spaced) == (None,) * 4:
+            every_n_train_steps = 1
         self._schedule = Schedule.build(every_n_train_steps, every_n_epochs, at_steps, log_spaced)
         self._settings = ChainSettings(
             sampler=_as_sampler(sampler),
@@ -136,11 +153,14 @@ class SLTMonitor(Callback):
         self._resumed_folder: Optional[Path] = None
         self._method = method
         self._localization = localization
-        self._step_size: Optional[float] = None
+        self._warm_start = warm_start
+        self._memory = ChainMemory()
         self._last_step = 0
         self._seconds = 0.0
         self._run_seconds = 0.0
         self._start: Optional[float] = None
+        self._earned_until: Optional[float] = None
+        self._ask_at, self._skipped = 0, 0
         self._collective: Collective = Alone()
         self._data: Optional[TrainingData] = None
         self._source: Optional[MinibatchSource] = None
@@ -148,6 +168,7 @@ class SLTMonitor(Callback):
         self._publisher: Optional[RunPublisher] = None
         self._explicit: tuple[int, ...] = ()
         self._said_method = False
+        self._said_overhead = False
         self._done_fast_run = False
 
     # --- before training ------------------------------------------------------------------------------------------
@@ -196,21 +217,30 @@ class SLTMonitor(Callback):
         before = trainer.fit_loop.epoch_loop._batches_that_stepped
         if before == 0 and trainer.ckpt_path is None:
             self._forget()
-        self._start = time.monotonic() - self._run_seconds
+        now = time.monotonic()
+        self._start = now - self._run_seconds
+        if self._budget is not None and not _is_smoke_test(trainer):
+            self._budget.planned_steps = _planned_steps(self._settings, self._collective.world_size)
+            # what passed since the last fit, or since a crash, is nobody's training; and every rank asks at once
+            self._earned_until, self._ask_at = now, 0
         self._done_fast_run = False
         self._last_step = max(self._last_step, before)
         self._open_publisher(trainer)
         trainer.callback_metrics.setdefault(f"{self._prefix}/diag/valid", torch.tensor(0.0))
         if before == 0 and not self.estimates and 0 in self._explicit and not _is_smoke_test(trainer):
-            self._fire(trainer, pl_module, step=0, x=0)
+            self._consider(trainer, pl_module, step=0, x=0)
 
     def _forget(self) -> None:
         """A run that starts at its first step has no history, whatever this object has measured before."""
         self.estimates = []
-        self._localization, self._step_size = self._settings.localization, None
+        self._localization, self._memory = self._settings.localization, ChainMemory()
         self._last_step, self._seconds, self._run_seconds = 0, 0.0, 0.0
         self._said_method, self._method = False, self._settings.method
+        self._said_overhead = False
         self._resumed_folder = None
+        self._skipped = 0
+        if self._budget is not None:
+            self._budget.forget()
 
     def _open_publisher(self, trainer: Trainer) -> None:
         """The folder and the loggers of this run; none of either under ``fast_dev_run``."""
@@ -258,6 +288,7 @@ class SLTMonitor(Callback):
             "every_n_epochs": schedule.every_n_epochs,
             "at_steps": list(schedule.at_steps) if schedule.at_steps is not None else None,
             "log_spaced": schedule.log_spaced,
+            "max_overhead": self._budget.max_overhead if self._budget is not None else None,
             "sampler": repr(settings.sampler) if settings.sampler is not None else "SGLD, calibrated",
             "num_chains": settings.num_chains,
             "num_draws": settings.num_draws,
@@ -269,6 +300,7 @@ class SLTMonitor(Callback):
             "localization": self._localization,
             "restrict": [str(r) if isinstance(r, str) else type(r).__name__ for r in _listed(self._restrict)] or None,
             "seed": settings.seed,
+            "warm_start": self._warm_start,
         }
 
     # --- while training -------------------------------------------------------------------------------------------
@@ -280,6 +312,8 @@ class SLTMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._budget is not None and self._earned_until is not None:
+            self._budget.saw_batch(self._earn())
         loop = trainer.fit_loop.epoch_loop
         if loop._should_accumulate():
             return
@@ -294,7 +328,7 @@ class SLTMonitor(Callback):
                 self._done_fast_run = True
                 self._fire(trainer, pl_module, step, x)
         elif self._schedule.due(last, step, self._explicit):
-            self._fire(trainer, pl_module, step, x)
+            self._consider(trainer, pl_module, step, x)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if _is_smoke_test(trainer) or not self._schedule.due_epoch(trainer.current_epoch + 1):
@@ -302,9 +336,50 @@ class SLTMonitor(Callback):
         if self.estimates and self.estimates[-1].step == self._last_step:
             return
         # Lightning takes its count one back to log an epoch's values: they share the x of the last batch
-        self._fire(trainer, pl_module, self._last_step, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+        self._consider(trainer, pl_module, self._last_step, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
 
-    def _fire(self, trainer: Trainer, pl_module: LightningModule, step: int, x: int) -> None:
+    def _earn(self) -> float:
+        """Credit the budget with the time since it was last credited, and return it.
+
+        All that is not a firing is the run to its user: validation, loading data and checkpoints as much as batches.
+        """
+        assert self._budget is not None and self._earned_until is not None
+        now = time.monotonic()
+        seconds, self._earned_until = now - self._earned_until, now
+        self._budget.earn(seconds)
+        return seconds
+
+    def _consider(self, trainer: Trainer, pl_module: LightningModule, step: int, x: int) -> None:
+        """Fire at a step that the schedule names, where the budget covers it or there is none.
+
+        The first rank decides, and tells the others at which step to ask next: clocks differ between ranks, and an
+        exchange at every step would be dear.
+        """
+        budget = self._budget
+        if budget is None:
+            self._fire(trainer, pl_module, step, x)
+            return
+        decision: Optional[Decision] = None
+        if step >= self._ask_at:
+            self._earn()
+            decision = self._collective.exchange(lambda: budget.decide(step))[0]
+            self._ask_at = decision.ask_at
+        if decision is not None and decision.fire:
+            self._fire(trainer, pl_module, step, x, decision)
+        else:
+            self._skipped += 1
+
+    def _account(self, begin: float, failed: bool = False) -> None:
+        """What a firing that began then has cost, a failed one too."""
+        now = time.monotonic()
+        self._seconds += now - begin
+        if self._budget is not None and self._earned_until is not None:
+            (self._budget.fail if failed else self._budget.spend)(now - begin)
+            self._earned_until = now
+
+    def _fire(
+        self, trainer: Trainer, pl_module: LightningModule, step: int, x: int, decision: Optional[Decision] = None
+    ) -> None:
         """Measure now, on all ranks, and publish; a failure follows ``on_failure``."""
         begin = time.monotonic()
         try:
@@ -318,6 +393,7 @@ class SLTMonitor(Callback):
                 f"SLTMonitor: the measurement at step {step} failed and is left out; training goes on. "
                 f"{type(error).__name__}: {error}"
             )
+            self._account(begin, failed=True)
             return
         seconds = time.monotonic() - begin
         elapsed = time.monotonic() - (self._start if self._start is not None else begin)
@@ -329,6 +405,13 @@ class SLTMonitor(Callback):
             overhead=(self._seconds + seconds) / max(elapsed, 1e-9),
             component=self._name or "",
         )
+        if decision is not None:
+            estimate = estimate.replace(
+                credit_seconds=decision.credit_seconds,
+                predicted_seconds=decision.predicted_seconds,
+                skipped=self._skipped,
+            )
+            self._skipped = 0
         self.estimates.append(estimate)
         trainer.callback_metrics.update(
             {
@@ -340,7 +423,20 @@ class SLTMonitor(Callback):
         if self._publisher is not None:
             self._publisher.estimate(estimate)
         # drawing and logging count as overhead too, from the next firing's figure on
-        self._seconds += time.monotonic() - begin
+        self._account(begin)
+        self._warn_if_large(estimate)
+
+    def _warn_if_large(self, estimate: Estimate) -> None:
+        """Say once that there is a budget, where the cadence alone takes much of the run."""
+        # the first firings of a run come close together, and prove nothing
+        large = len(self.estimates) > 3 and estimate.overhead > LARGE_OVERHEAD
+        if self._budget is not None or self._said_overhead or not large:
+            return
+        self._said_overhead = True
+        rank_zero_warn(
+            f"SLTMonitor: measuring has taken {estimate.overhead:.0%} of this run's wall-clock so far. "
+            "SLTMonitor(max_overhead=0.05) keeps it to 5 %, by leaving firings out; or choose a wider cadence."
+        )
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, progress: FiringProgress) -> Estimate:
         assert self._data is not None
@@ -365,15 +461,21 @@ class SLTMonitor(Callback):
         if self._localization is None:
             self._localization = default_localization(objective.anchor)
         settings = dataclasses.replace(
-            self._settings, localization=self._localization, start_lr=self._step_size, method=self._method
+            self._settings,
+            localization=self._localization,
+            method=self._method,
+            second_moment=self._moments(trainer, objective),
         )
+        memory: Optional[ChainMemory] = self._memory
         if _is_smoke_test(trainer):
             settings = dataclasses.replace(
                 settings, num_chains=1, num_draws=4, num_burnin_steps=2, num_steps_bw_draws=1, sampler=SMOKE_SAMPLER
             )
-        estimate = measure_llc(objective, source, settings, self._collective, progress)
+            memory = None
+        estimate = measure_llc(objective, source, settings, self._collective, progress, memory)
         self._hook_owner = None
-        self._step_size = estimate.step_size
+        if not self._warm_start:
+            self._memory.forget()
         if estimate.method == "sequential":
             # it always works, so it stays: another path rounds otherwise, and points would not share their noise
             self._method = "sequential"
@@ -385,6 +487,15 @@ class SLTMonitor(Callback):
                 f"{estimate.localization:.4g}, step size {estimate.step_size:.2g}"
             )
         return estimate
+
+    def _moments(self, trainer: Trainer, objective: Objective) -> Optional[Tensor]:
+        """``[d]`` second moments of the optimisers, the first rank's, for a sampler that wants them."""
+        sampler = self._settings.sampler
+        if sampler is None or not sampler.preconditioned:
+            return None
+        return self._collective.exchange(
+            lambda: second_moments(trainer.optimizers, trainer.lightning_module, objective)
+        )[0]
 
     def _share_buffers(self, objective: Objective) -> None:
         """The first rank's buffers for all: BatchNorm statistics differ between ranks, and a chain must not."""
@@ -400,6 +511,19 @@ class SLTMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(trainer, "finished")
+        tried = self.estimates or self._seconds > 0
+        if self._budget is not None and self._skipped and not tried and math.isfinite(self._budget.predicted_seconds):
+            self._warn_of_nothing(self._budget)
+
+    def _warn_of_nothing(self, budget: OverheadBudget) -> None:
+        """The budget never sufficed: what a firing would have cost, and what can be done."""
+        predicted = budget.predicted_seconds
+        rank_zero_warn(
+            f"SLTMonitor(max_overhead={budget.max_overhead:g}): nothing was measured. A firing would have cost about "
+            f"{predicted:.3g} s, which {predicted / budget.rate:.3g} s of training earn, and training lasted "
+            f"{budget.trained_seconds:.3g} s. Raise max_overhead, make a firing cheaper (num_chains, num_draws, "
+            "batch_size), or train for longer."
+        )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._finish(trainer, "failed")
@@ -411,6 +535,12 @@ class SLTMonitor(Callback):
         self._collective = Alone()
 
     def _finish(self, trainer: Trainer, status: str) -> None:
+        if self._start is not None:
+            # the clock stops: what comes between two fits is neither training nor measuring
+            if self._earned_until is not None:
+                self._earn()
+            self._run_seconds = time.monotonic() - self._start
+            self._start = self._earned_until = None
         publisher, self._publisher = self._publisher, None
         if publisher is None:
             return
@@ -421,16 +551,20 @@ class SLTMonitor(Callback):
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
+        if self._earned_until is not None:
+            self._earn()
         run_seconds = time.monotonic() - self._start if self._start is not None else self._run_seconds
         return {
             "estimates": [estimate.state_dict() for estimate in self.estimates],
             "last_step": self._last_step,
             "localization": self._localization,
-            "step_size": self._step_size,
+            "memory": self._memory.state_dict(),
             "seconds": self._seconds,
             "run_seconds": run_seconds,
             "folder": str(self.folder) if self.folder is not None else None,
             "method": self._method,
+            "budget": self._budget.state_dict() if self._budget is not None else None,
+            "skipped": self._skipped,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -438,22 +572,42 @@ class SLTMonitor(Callback):
         self._last_step = int(state_dict["last_step"])
         if self._settings.localization is None:
             self._localization = state_dict["localization"]
-        self._step_size = state_dict["step_size"]
+        self._memory.load_state_dict(state_dict["memory"])
         self._seconds = float(state_dict["seconds"])
         self._run_seconds = float(state_dict["run_seconds"])
         folder = state_dict.get("folder")
         self._resumed_folder = Path(folder) if folder else None
         self._method = state_dict.get("method", self._method)
+        self._skipped = int(state_dict.get("skipped", 0))
+        if self._budget is not None and state_dict.get("budget") is not None:
+            self._budget.load_state_dict(state_dict["budget"])
 
     def __getstate__(self) -> dict[str, Any]:
         """For strategies that spawn: what belongs to a running process stays behind."""
         state = dict(self.__dict__)
         state.update(_collective=Alone(), _publisher=None, _data=None, _source=None, _hook_owner=None, _start=None)
+        state["_earned_until"] = None
         return state
 
 
 def _is_smoke_test(trainer: Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def _planned_steps(settings: ChainSettings, world_size: int) -> int:
+    """Chain-steps of a firing, one after another on one rank: about the most that the chains may take.
+
+    Rounds that double take twice the longest together (see :mod:`lightning_slt.sampling.calibration`); most firings
+    end earlier.
+    """
+    between = settings.num_steps_bw_draws
+    if settings.num_burnin_steps is not None:
+        steps = settings.num_burnin_steps + settings.num_draws * (between or 1)
+    else:
+        steps = 2 * settings.num_draws * (between or settings.max_steps_bw_draws)
+    if settings.sampler is None or settings.sampler.lr is None:
+        steps += SEARCH_STEPS
+    return math.ceil(settings.num_chains / world_size) * steps
 
 
 def _loss_context(trainer: Trainer) -> Optional[Callable[[], AbstractContextManager[Any]]]:
@@ -469,13 +623,32 @@ def _loss_context(trainer: Trainer) -> Optional[Callable[[], AbstractContextMana
     return None
 
 
-def _as_sampler(sampler: Any) -> Optional[SGLD]:
+def second_moments(
+    optimizers: Sequence[torch.optim.Optimizer], module: nn.Module, objective: Objective
+) -> Optional[Tensor]:
+    """``[d]`` of what an Adam keeps of the squared gradients of the weights that move; None where some have none."""
+    parameters, pieces = dict(module.named_parameters()), []
+    for name in objective.names:
+        states = [o.state[parameters[name]] for o in optimizers if parameters.get(name) in o.state]
+        moment = states[0].get("exp_avg_sq") if states else None
+        if not isinstance(moment, Tensor) or moment.shape != parameters[name].shape:
+            return None
+        pieces.append(moment.detach().flatten().to("cpu", torch.float32))
+    return torch.cat(pieces)
+
+
+def _as_sampler(sampler: Any) -> Any:
     """A sampler as it is, or built from a mapping (Hydra hands nested arguments over as untyped dicts).
 
     Raises:
-        ValueError: for an unknown key, naming it.
+        ValueError: for an unknown key, naming it; for a sampler of full batches.
         TypeError: for anything else.
     """
+    if isinstance(sampler, MALA):
+        raise ValueError(
+            "sampler=MALA(): needs the loss of all the data at every step, which is no way to measure while training. "
+            "Use SGLD, RMSpropSGLD or SGNHT here, and estimate_llc(..., sampler=MALA()) on a stored checkpoint."
+        )
     if sampler is None or callable(getattr(sampler, "update_", None)):
         return sampler
     if isinstance(sampler, Mapping):

@@ -28,6 +28,9 @@ METRIC_NAMES: tuple[str, ...] = (
     "loss/chain_mean",
     "cost/seconds",
     "cost/overhead_frac",
+    "cost/credit_seconds",
+    "cost/predicted_seconds",
+    "cost/skipped",
     "step",
 )
 """Every scalar that :func:`metrics_of` can give, without the prefix."""
@@ -50,8 +53,9 @@ def metrics_of(estimate: Estimate, prefix: str = "slt") -> dict[str, float]:
 
     Returns:
         A subset of ``{prefix}/{name}`` for ``name`` in :data:`METRIC_NAMES`. ``llc/*`` are in LLC units (nats),
-        ``loss/*`` in units of the loss, ``cost/seconds`` in seconds, ``nan_frac`` and ``overhead_frac`` are shares in
-        [0, 1]. ``diag/valid`` (0.0 or 1.0) is always there; any other value that is not finite, or None, is not.
+        ``loss/*`` in units of the loss, ``cost/*seconds`` in seconds, ``nan_frac`` and ``overhead_frac`` are shares in
+        [0, 1]. ``diag/valid`` (0.0 or 1.0) is always there; any other value that is not finite, or None, is not
+        (such as what only a monitor with an overhead budget knows).
 
     Example:
         >>> import torch
@@ -81,6 +85,9 @@ def metrics_of(estimate: Estimate, prefix: str = "slt") -> dict[str, float]:
         "loss/chain_mean": estimate.chain_loss,
         "cost/seconds": estimate.seconds,
         "cost/overhead_frac": estimate.overhead,
+        "cost/credit_seconds": estimate.credit_seconds,
+        "cost/predicted_seconds": estimate.predicted_seconds,
+        "cost/skipped": estimate.skipped,
         "step": estimate.step,
     }
     # Left out where not finite: wandb stores NaN as a string that breaks its min/max summary, MLflow's databases refuse

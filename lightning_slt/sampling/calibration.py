@@ -1,24 +1,30 @@
 """Step size, burn-in and length, chosen from the chains themselves: no user has to guess them.
 
-**Step size.** An unadjusted chain is heated by its own step. At stationarity ``E|w - w*|²`` does not change, so for any
-potential, any minibatch noise and any step ``eps``, with ``G = nbeta grad + gamma (w - w*)`` the stochastic gradient,
+**Step size.** An unadjusted chain is heated by its own step. At stationarity ``E[u.P^-1 u]`` does not change, with
+``u = w - w*`` and P the preconditioner (1 for SGLD), so for any potential, any minibatch noise and any step ``eps``,
+with ``G = nbeta grad + gamma u`` the stochastic gradient,
 
-    ``E[G . (w - w*)] = d + eps/4 E|G|²``
+    ``E[G . u] = d + eps/4 E[G . P G]``
 
 The second term is the heat. On a regular model it inflates the LLC by ``1/(1 - eps A/4)`` along a direction of
 posterior precision A, the closed form of the discretised Gaussian. The share of it in the loss's part,
 
-    ``heat = (eps/4) E[nbeta grad . G] / E[nbeta grad . (w - w*)]``
+    ``heat = (eps/4) E[nbeta grad . P G] / E[nbeta grad . u]``
 
 is dimensionless, costs three dot products every few steps, and counts discretisation and minibatch noise together. The
 step is set so that the heat is about :data:`HEAT` of the LLC, and the estimate is corrected by the factor ``1 - heat``:
 exact for the full batch of a regular model, first order otherwise (with minibatch noise and a strong localisation it
-takes a little too much: 5 % at nbeta h = 13, gamma = 100, batches of 8).
+takes a little too much: 5 % at nbeta h = 13, gamma = 100, batches of 8). MALA needs no correction, its step is set by
+the share of proposals accepted; the thermostat of SGNHT takes the heat off itself, its step is a share of the largest
+curvature.
 
-**Burn-in and length.** Once the step is found it is frozen, and the chains run in rounds of doubling length. All rounds
-but the last are burn-in; the last is the draws. It is the last when it is flat (no drift between its halves beyond the
+**Burn-in and length.** Once the step is found it is frozen, and the chains run in rounds, each as long as all before.
+What is burn-in is then read off the trace: the cut that makes the standard error of the rest smallest (the MSER rule of
+White 1997), of half the steps at the most. It is enough when the rest is flat (no drift between its halves beyond the
 error), its error is within the tolerance, and the step was right; or when the budget is used, which the verdict on the
 estimate then says.
+
+**Warm chains** skip the search and most of the burn-in: see :mod:`lightning_slt.sampling.memory`.
 """
 
 from __future__ import annotations
@@ -33,8 +39,9 @@ from lightning_slt.functional.convergence import standard_error
 from lightning_slt.functional.learning_coefficient import half_change
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.sampling.batches import Window
-from lightning_slt.sampling.chains import Chains, Segment
+from lightning_slt.sampling.chains import STATS_EVERY, Chains, Segment
 from lightning_slt.sampling.engines import sequential_engine
+from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import PROBE, generator
 
@@ -45,8 +52,17 @@ ARRIVED = 0.93
 MIN_VIRIAL = 0.7
 """Virial ratio below which chains that have used their budget have not reached their width: the number is not valid.
 Between the two lie singular models, whose free directions take longest and matter least."""
-DRAWS = 1000
-"""Streams of random numbers from here on belong to the rounds of draws, those below to the search for the step."""
+WARM, DRAWS, _GENERATION = 500, 1000, 10_000
+"""Streams of random numbers: below 500 those of the search for the step, then those of the first steps of warm chains,
+then those of the draws; and anew for each generation of kept displacements."""
+WARM_SHARE = 0.25
+"""Steps of warm chains before their draws, as a share of the draws: the stiff directions settle in them."""
+LATE = 0.25
+"""Share of the trace that may be cut off as burn-in while the kept displacements are still said to fit."""
+CURVATURE_SHARE = 0.1
+"""Squared time step of a sampler with momenta, in inverses of the largest posterior precision (4 is unstable)."""
+ACCEPTANCE = 0.57
+"""Share of MALA's proposals to be accepted."""
 WIDTHS = 1.5
 """A direction that the loss leaves free is reached at the rate ``step * localization / 2``; so many of its times are
 waited for, where the budget has room for them."""
@@ -54,7 +70,7 @@ CEILING = 4.0
 """Largest step, in those of :func:`first_step`: half of what is stable along the steepest direction at ``w*``."""
 SMALL_LLC = 0.4
 """Below this the heat is held against a constant: an LLC near zero would ask for a step of nothing."""
-FIRST_ROUNDS = (25, 25, 50, 50, 50)
+FIRST_ROUNDS = (25, 25, 50, 50)
 """Steps of the rounds in which the step size is found."""
 LATER_ROUNDS = (25, 50)
 """The same where the last firing's step size is at hand."""
@@ -92,7 +108,8 @@ class Budget:
         lr: given, the step size is not looked for.
         start_lr: a step size that was right a moment ago, to start the search at.
         tolerance: standard error to reach, as a share of the LLC (of 0.4, where the LLC is below).
-        max_steps_bw_draws: longest last round, in steps a draw; all rounds together take twice that.
+        max_steps_bw_draws: longest trace, in steps a draw; all rounds together take twice that.
+        second_moment: ``[d]`` mean squared gradients, for a preconditioned sampler to start from.
     """
 
     num_draws: int
@@ -102,6 +119,7 @@ class Budget:
     start_lr: float | None = None
     tolerance: float = 0.03
     max_steps_bw_draws: int = MAX_STEPS_BW_DRAWS
+    second_moment: Tensor | None = None
 
 
 def heat_share(segment: Segment, lr: float, posterior: LocalPosterior, keep: Tensor | None = None) -> float:
@@ -111,12 +129,10 @@ def heat_share(segment: Segment, lr: float, posterior: LocalPosterior, keep: Ten
         NaN where no chain is finite or the chains have not moved against the gradient yet.
     """
     keep = segment.finite if keep is None else keep
-    grad_square = float(segment.grad_square[keep].mean())
     grad_dot = float(segment.grad_dot[keep].mean())
-    nbeta, gamma = posterior.nbeta, posterior.localization
     if not grad_dot > 0:
         return math.nan
-    return 0.25 * lr * (nbeta * grad_square + gamma * grad_dot) / grad_dot
+    return 0.25 * lr * float(_force(segment, posterior)[keep].mean()) / grad_dot
 
 
 def heat_share_error(segment: Segment, lr: float, posterior: LocalPosterior, keep: Tensor) -> float:
@@ -124,19 +140,31 @@ def heat_share_error(segment: Segment, lr: float, posterior: LocalPosterior, kee
     rows = keep.nonzero().flatten()
     if len(rows) < 2:
         return 0.0
-    nbeta, gamma = posterior.nbeta, posterior.localization
-    gg, gu = segment.grad_square[rows].mean(dim=1), segment.grad_dot[rows].mean(dim=1)
+    force, gu = _force(segment, posterior)[rows].mean(dim=1), segment.grad_dot[rows].mean(dim=1)
     # of a ratio of means, to first order
-    residual = 0.25 * lr * (nbeta * gg + gamma * gu) - heat_share(segment, lr, posterior, keep) * gu
+    residual = 0.25 * lr * force - heat_share(segment, lr, posterior, keep) * gu
     return float(residual.std() / math.sqrt(len(rows)) / gu.mean().abs())
 
 
+def _force(segment: Segment, posterior: LocalPosterior) -> Tensor:
+    """``grad . P G``, reading by reading."""
+    pulled = segment.pulled_dot if segment.pulled_dot is not None else segment.grad_dot
+    return posterior.nbeta * segment.grad_square + posterior.localization * pulled
+
+
 def virial_ratio(segment: Segment, lr: float, posterior: LocalPosterior, d: int, keep: Tensor | None = None) -> float:
-    """``(E[G.(w - w*)] - eps/4 E|G|²) / d``: 1 at stationarity, less where directions have not been reached yet."""
+    """``(E[G.u] - eps/4 E[G.P G]) / d``: 1 at stationarity, less where directions have not been reached yet.
+
+    Args:
+        lr: 0 for a sampler whose step does not heat.
+    """
     keep = segment.finite if keep is None else keep
-    gg, gu, uu = (float(x[keep].mean()) for x in (segment.grad_square, segment.grad_dot, segment.square))
+    gu, uu = (float(x[keep].mean()) for x in (segment.grad_dot, segment.square))
+    pulled_dot = segment.pulled_dot if segment.pulled_dot is not None else segment.grad_dot
+    pulled_square = segment.pulled_square if segment.pulled_square is not None else segment.square
     nbeta, gamma = posterior.nbeta, posterior.localization
-    force = nbeta**2 * gg + 2 * nbeta * gamma * gu + gamma**2 * uu
+    force = nbeta * float(_force(segment, posterior)[keep].mean())
+    force += gamma * (nbeta * float(pulled_dot[keep].mean()) + gamma * float(pulled_square[keep].mean()))
     return (nbeta * gu + gamma * uu - 0.25 * lr * force) / d
 
 
@@ -184,62 +212,180 @@ def first_step(objective: Objective, window: Window, posterior: LocalPosterior, 
     return 0.3 / (posterior.nbeta * curvature + posterior.localization + 1e-12)
 
 
-def draw(chains: Chains, seed: int, budget: Budget) -> Drawn:
+def draw(chains: Chains, seed: int, budget: Budget, memory: ChainMemory | None = None) -> Drawn:
     """Find the step size, burn in, and draw.
 
     Args:
         chains: at ``w*``.
         seed: of the probe of the curvature.
         budget: what is given, and what the rest may cost.
+        memory: what the last firing left; it is brought up to date for the next one.
     """
-    done, settled, ceiling = 0, True, math.inf
-    if budget.lr is not None:
-        step = budget.lr
-    else:
-        safe = _agreed_first_step(chains, seed)
-        ceiling = CEILING * safe
-        step = min(budget.start_lr, ceiling) if budget.start_lr is not None else safe
-        for number, length in enumerate(FIRST_ROUNDS if budget.start_lr is None else LATER_ROUNDS):
-            chains.reseed(number)
-            step, settled = _next_step(chains, chains.advance(length, step), step, ceiling)
-            done += length
+    memory = memory if memory is not None else ChainMemory()
+    if budget.second_moment is not None:
+        chains.precondition(budget.second_moment)
+    start = _warm_start(chains, budget, memory)
+    warm = start is not None
+    start = start or _cold_start(chains, seed, budget, memory)
     if budget.num_burnin_steps is not None:
-        chains.reseed(DRAWS)
-        if budget.num_burnin_steps:
-            chains.advance(budget.num_burnin_steps, step)
-        between = budget.num_steps_bw_draws or 1
-        segment = chains.advance(budget.num_draws * between, step)
-        return Drawn(segment, step, done + budget.num_burnin_steps, between)
+        drawn, fits = _given_length(chains, start, budget, memory.generation), True
+    else:
+        drawn, fits = _until_good(chains, start, budget, memory.generation)
+    memory.lr = drawn.lr if budget.lr is None else None
+    if not bool(drawn.segment.finite.all()) or _is_downhill(drawn.segment, chains.posterior.nbeta):
+        memory.forget()
+    elif not (warm and fits):
+        memory.keep(chains)
+    return drawn
 
+
+@dataclass
+class _Start:
+    """Where the search for the step size leaves the chains.
+
+    Attributes:
+        step: to go on with.
+        ceiling: never to be exceeded.
+        done: steps each chain has made.
+        head: the last of them, where they were made with ``step``.
+        warm: whether they come from kept displacements.
+    """
+
+    step: float
+    ceiling: float
+    done: int
+    head: list[Segment]
+    warm: bool = False
+
+
+def _warm_start(chains: Chains, budget: Budget, memory: ChainMemory) -> _Start | None:
+    """From the kept displacements; None where there are none, or where they turn out not to fit at all."""
+    fits = [
+        told is not None for told in chains.collective.exchange(lambda: None if memory.start_of(chains) is None else 1)
+    ]
+    step = budget.lr if budget.lr is not None else memory.lr
+    if step is None or not all(fits):
+        return None
+    kept = memory.start_of(chains)
+    assert kept is not None
+    chains.place(kept)
+    chains.fix_preconditioner(memory.preconditioner)
+    chains.reseed(WARM + _GENERATION * memory.generation)
+    length = budget.num_burnin_steps
+    if length is None:
+        length = max(math.ceil(WARM_SHARE * budget.num_draws), STATS_EVERY)
+    segment = chains.advance(length, step)
+    level = chains.posterior.nbeta * float(segment.difference[:, -(length // 4 + 1) :].mean()) if length else 0.0
+    if not bool(segment.finite.all()) or level > 10 * len(chains.objective.anchor):
+        chains.restart()
+        return None
+    settled = True
+    if budget.lr is None and budget.num_burnin_steps is None:
+        wanted, settled = _next_step(chains, segment, step, math.inf)
+        step = step if settled else wanted
+    return _Start(step, math.inf, length, [segment] if settled else [], warm=True)
+
+
+def _cold_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) -> _Start:
+    """From ``w*``: the step size, and the preconditioner where the sampler wants one."""
+    kind = chains.sampler.calibration
+    given, known = budget.lr, memory.lr if memory.lr is not None else budget.start_lr
+    if given is not None and not chains.sampler.preconditioned:
+        return _Start(given, math.inf, 0, [])
+    ceiling = math.inf
+    if given is None:
+        safe = _agreed_first_step(chains, seed)
+        ceiling = {"heat": CEILING, "curvature": CURVATURE_SHARE / 0.3, "acceptance": 10 * CEILING}[kind] * safe
+        step = min(known, ceiling) if known is not None else min(safe, ceiling)
+    else:
+        step = given
+    rounds = FIRST_ROUNDS if known is None or chains.sampler.preconditioned else LATER_ROUNDS
+    done, head = 0, []
+    for number, length in enumerate(rounds):
+        chains.learn_preconditioner(keep_learning=number + 2 < len(rounds))
+        chains.reseed(number)
+        segment = chains.advance(length, step)
+        done += length
+        wanted, settled = _next_step(chains, segment, step, ceiling) if given is None else (step, True)
+        head = [segment] if settled and number + 1 == len(rounds) else []
+        step = step if head else wanted
+    return _Start(step, ceiling, done, head)
+
+
+def _given_length(chains: Chains, start: _Start, budget: Budget, generation: int) -> Drawn:
+    """Burn-in and draws of the lengths asked for."""
+    assert budget.num_burnin_steps is not None
+    done = start.done
+    chains.reseed(DRAWS + _GENERATION * generation)
+    if not start.warm:
+        if budget.num_burnin_steps:
+            chains.advance(budget.num_burnin_steps, start.step)
+        done += budget.num_burnin_steps
     between = budget.num_steps_bw_draws or 1
-    longest = budget.num_steps_bw_draws or budget.max_steps_bw_draws
-    rounds = 0
+    return Drawn(chains.advance(budget.num_draws * between, start.step), start.step, done, between)
+
+
+def _until_good(chains: Chains, start: _Start, budget: Budget, generation: int) -> tuple[Drawn, bool]:
+    """Rounds until the trace is good, or the budget is used; with it, whether it was flat from the start."""
+    unit = budget.num_draws * (budget.num_steps_bw_draws or 1)
+    longest = budget.num_draws * (budget.num_steps_bw_draws or budget.max_steps_bw_draws)
+    step, done, pieces = start.step, start.done - sum(p.steps for p in start.head), list(start.head)
+    d, posterior = len(chains.objective.anchor), chains.posterior
+    heats = chains.sampler.calibration == "heat"
+    length, rounds, spent, steady = unit, 0, start.done, True
     while True:
-        length = budget.num_draws * between
-        # rounds of one length have the same noise at every firing, whatever came before them
-        chains.reseed(DRAWS + (between if rounds else 0))
+        # a round has the same noise at every firing, whatever came before it
+        chains.reseed(DRAWS + _GENERATION * generation + rounds)
         segment = chains.advance(length, step)
         rounds += 1
-        next_step, settled = _next_step(chains, segment, step, ceiling) if budget.lr is None else (step, True)
-        awaited = WIDTHS * 2 / (step * max(chains.posterior.localization, 1e-12))
-        waited = done >= awaited or awaited > longest * budget.num_draws
+        spent += length
+        pieces.append(segment)
+        joined = Segment.join(pieces)
+        burnin = transient(posterior.nbeta * joined.difference[joined.finite])
+        units = (joined.steps - burnin) // unit
+        kept = joined.last(max(units, 1) * unit)
+        wanted, settled = (step, True) if budget.lr is not None else _next_step(chains, segment, step, start.ceiling)
+        awaited = WIDTHS * 2 / (step * max(posterior.localization, 1e-12)) if heats else 0.0
+        waited = start.warm or spent >= awaited or awaited > longest
         # slow directions look flat: what they still owe shows in the virial ratio alone
-        waited &= virial_ratio(segment, step, chains.posterior, len(chains.objective.anchor)) >= ARRIVED
-        if rounds > 1 and settled and waited and _is_good(segment, budget, chains.posterior.nbeta):
+        waited &= virial_ratio(kept, step if heats else 0.0, posterior, d) >= ARRIVED
+        if units >= 1 and settled and waited and _is_good(kept, budget, posterior.nbeta):
             break
-        if rounds > 1 and _is_downhill(segment, chains.posterior.nbeta):
+        if rounds > 1 and _is_downhill(kept, posterior.nbeta):
             break
-        if rounds > _rounds(longest):
+        if spent + length > 2 * longest and rounds > 1:
             break
-        done += length
-        step = next_step
-        # the first two rounds are of equal length: the draws are never more than half of all steps
-        between = min(2 * between, longest) if rounds > 1 else between
-    return Drawn(segment, step, done, between)
+        if not settled:
+            done += joined.steps
+            step, pieces, steady = wanted, [], False
+        length = max(sum(p.steps for p in pieces) // unit, 1) * unit
+    fits = steady and burnin <= LATE * joined.steps and _is_flat(kept, budget, posterior.nbeta)
+    if budget.num_steps_bw_draws is not None:
+        kept = kept.last(unit)
+    return Drawn(kept, step, done + joined.steps - kept.steps, kept.steps // budget.num_draws), fits
 
 
-def _rounds(longest: int) -> int:
-    return 1 + math.ceil(math.log2(longest)) if longest > 1 else 1
+def transient(trace: Tensor) -> int:
+    """Steps to leave out at the front: the cut that makes the standard error of the rest smallest, half at the most.
+
+    White 1997, *An effective truncation heuristic for bias reduction in simulation output* (MSER), on the mean over
+    the chains, in at most 200 blocks.
+
+    Args:
+        trace: ``[num_chains, steps]``; none of them where no chain is finite.
+    """
+    steps = trace.shape[1]
+    if len(trace) == 0 or steps < 8:
+        return 0
+    size = max(1, steps // 200)
+    count = steps // size
+    # from the end: what is left over is at the front
+    blocks = trace.mean(dim=0)[steps - count * size :].reshape(count, size).mean(dim=1).flip(0)
+    left = torch.arange(1, count + 1, dtype=blocks.dtype)
+    mean = blocks.cumsum(0) / left
+    squared_error = ((blocks.square().cumsum(0) / left - mean.square()) / left).clamp(min=0)
+    best = int(squared_error[count // 2 - 1 :].argmin()) + count // 2 - 1
+    return 0 if best == count - 1 else steps - (best + 1) * size
 
 
 def _is_downhill(segment: Segment, nbeta: float) -> bool:
@@ -248,18 +394,28 @@ def _is_downhill(segment: Segment, nbeta: float) -> bool:
     return len(trace) > 0 and float(trace.mean()) + 5 * standard_error(trace) < -SMALL_LLC
 
 
-def _is_good(segment: Segment, budget: Budget, nbeta: float) -> bool:
-    """Flat and precise enough, as far as this segment can tell."""
-    keep = segment.finite
-    if not bool(keep.any()):
+def _draws(segment: Segment, budget: Budget, nbeta: float) -> Tensor:
+    """``[finite chains, num_draws]``, the integrand."""
+    trace = nbeta * segment.difference[segment.finite]
+    return trace.reshape(len(trace), budget.num_draws, -1).mean(dim=2) if len(trace) else trace
+
+
+def _is_flat(segment: Segment, budget: Budget, nbeta: float) -> bool:
+    """No drift between the halves beyond the error, as far as this segment can tell."""
+    trace = _draws(segment, budget, nbeta)
+    if not len(trace):
         return False
-    trace = nbeta * segment.difference[keep]
-    trace = trace.reshape(len(trace), budget.num_draws, -1).mean(dim=2)
     level = max(abs(float(trace.mean())), SMALL_LLC)
     drift, drift_error = half_change(trace)
-    if abs(drift) > max(FLAT * level, 2 * drift_error) or abs(drift) > 4 * FLAT * level:
+    return abs(drift) <= max(FLAT * level, 2 * drift_error) and abs(drift) <= 4 * FLAT * level
+
+
+def _is_good(segment: Segment, budget: Budget, nbeta: float) -> bool:
+    """Flat and precise enough."""
+    if not _is_flat(segment, budget, nbeta):
         return False
-    return standard_error(trace) <= budget.tolerance * level
+    trace = _draws(segment, budget, nbeta)
+    return standard_error(trace) <= budget.tolerance * max(abs(float(trace.mean())), SMALL_LLC)
 
 
 def _agreed_first_step(chains: Chains, seed: int) -> float:
@@ -276,9 +432,15 @@ def _next_step(chains: Chains, segment: Segment, step: float, ceiling: float) ->
     if not bool(segment.finite.all()):
         chains.restart()
         return step / 8, False
+    if chains.sampler.calibration == "curvature":
+        return step, True
+    if segment.acceptance is not None:
+        share = float(segment.acceptance.mean())
+        return min(step * min(max(math.exp(3 * (share - ACCEPTANCE)), 0.3), 2.0), ceiling), abs(
+            share - ACCEPTANCE
+        ) < 0.2
     posterior = chains.posterior
-    force = posterior.nbeta * segment.grad_square.mean() + posterior.localization * segment.grad_dot.mean()
-    heat = max(0.125 * step * posterior.nbeta * float(force), 1e-12)
+    heat = max(0.125 * step * posterior.nbeta * float(_force(segment, posterior).mean()), 1e-12)
     trace = posterior.nbeta * segment.difference
     wanted = HEAT * _scale(trace) / heat
     drift, drift_error = half_change(trace)

@@ -6,8 +6,10 @@ chunks, the engine or the number of ranks that share the work.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +19,8 @@ from lightning_slt.sampling.batches import MinibatchSource, Window
 from lightning_slt.sampling.collective import Collective, own_chains
 from lightning_slt.sampling.engines import Choice, Engine, SequentialEngine, choose_engine
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.rng import MINIBATCHES, NOISE, generator
-from lightning_slt.sampling.samplers import Sampler
+from lightning_slt.sampling.rng import CHOICE, MINIBATCHES, NOISE, generator
+from lightning_slt.sampling.samplers import Sampler, SamplerState, empty_state
 from lightning_slt.sampling.steps import NoLossError
 
 STATS_EVERY = 4
@@ -26,6 +28,11 @@ STATS_EVERY = 4
 
 PROBED_BATCHES = 8
 """Minibatches whose loss is known before anything is tried on them."""
+
+BLOCK = {"cpu": 2**16, "cuda": 2**24}
+"""Weights that are moved together: their noise needs no buffer of the size of the model, and stays in the cache."""
+
+READINGS = ("grad_square", "grad_dot", "square", "pulled_dot", "pulled_square")
 
 Progress = Callable[[int], None]
 """Told how many chain-steps have been done since it was last called."""
@@ -38,9 +45,11 @@ class Segment:
     Attributes:
         chains: the numbers of the chains, ascending; every tensor has one row for each.
         difference: ``[chains, steps]`` float64, ``L_B(w_t) - L_B(w*)`` on the minibatch of step t.
-        grad_square, grad_dot, square: ``[chains, steps / STATS_EVERY]`` float64: ``|grad|²``, ``grad.(w - w*)``,
-            ``|w - w*|²``, with grad that of the minibatch's mean loss.
+        grad_square, grad_dot, square: ``[chains, steps / STATS_EVERY]`` float64: ``grad.P grad``, ``grad.(w - w*)``,
+            ``|w - w*|²``, with grad that of the minibatch's mean loss and P the sampler's preconditioner (1 if none).
         anchors: ``L_B(w*)`` of the minibatches used, by (rank where ranks have data of their own, window, number).
+        pulled_dot, pulled_square: ``grad.P (w - w*)`` and ``(w - w*).P (w - w*)``; None where P is 1.
+        acceptance: ``[chains]``, share of the proposals accepted; None for a sampler that does not reject.
     """
 
     chains: list[int]
@@ -49,6 +58,9 @@ class Segment:
     grad_dot: Tensor
     square: Tensor
     anchors: dict[tuple[int, int, int], float]
+    pulled_dot: Tensor | None = None
+    pulled_square: Tensor | None = None
+    acceptance: Tensor | None = None
 
     @staticmethod
     def merge(parts: Sequence[Segment]) -> Segment:
@@ -56,15 +68,37 @@ class Segment:
         chains = [number for part in parts for number in part.chains]
         order = torch.tensor(sorted(range(len(chains)), key=chains.__getitem__), dtype=torch.long)
 
-        def rows(name: str) -> Tensor:
-            return torch.cat([getattr(part, name) for part in parts])[order]
+        tables = {
+            name: torch.cat([getattr(part, name) for part in parts])[order]
+            for name in ("difference", *READINGS, "acceptance")
+            if getattr(parts[0], name) is not None
+        }
+        return Segment(sorted(chains), anchors=_all_anchors(parts), **tables)
 
-        anchors: dict[tuple[int, int, int], float] = {}
-        for part in parts:
-            anchors.update(part.anchors)
-        return Segment(
-            sorted(chains), rows("difference"), rows("grad_square"), rows("grad_dot"), rows("square"), anchors
-        )
+    @staticmethod
+    def join(pieces: Sequence[Segment]) -> Segment:
+        """Stretches of the same chains, one after another, as one."""
+        tables = {
+            name: torch.cat([getattr(piece, name) for piece in pieces], dim=1)
+            for name in ("difference", *READINGS)
+            if getattr(pieces[0], name) is not None
+        }
+        acceptance = None
+        if pieces[0].acceptance is not None:
+            shares = [piece.acceptance for piece in pieces if piece.acceptance is not None]
+            steps = torch.tensor([piece.steps for piece in pieces], dtype=torch.float64)
+            acceptance = (torch.stack(shares, dim=1) * (steps / steps.sum())).sum(dim=1)
+        return Segment(pieces[0].chains, anchors=_all_anchors(pieces), acceptance=acceptance, **tables)
+
+    def last(self, steps: int) -> Segment:
+        """The last ``steps`` of it; a multiple of :data:`STATS_EVERY` keeps every reading with its steps."""
+        tables: dict[str, Any] = {"difference": self.difference[:, self.steps - steps :]}
+        readings = -(-steps // STATS_EVERY)
+        for name in READINGS:
+            value = getattr(self, name)
+            if value is not None:
+                tables[name] = value[:, value.shape[1] - readings :]
+        return dataclasses.replace(self, **tables)
 
     @property
     def steps(self) -> int:
@@ -128,9 +162,14 @@ class Chains:
     def _allocate(self) -> None:
         device, dtype, d = self.objective.device, self.objective.dtype, len(self.objective.anchor)
         self.weights = self.objective.anchor.repeat(len(self.numbers), 1)
+        self._state = empty_state(self.sampler, self.weights)
         width = max(1, min(self._engine.width, len(self.numbers)))
         self._grad = torch.zeros(width, d, device=device, dtype=dtype)
-        self._noise = torch.zeros(width, d, device=device, dtype=dtype)
+        block = min(d, BLOCK.get(device.type, d)) if self.sampler.elementwise else d
+        self._noise = torch.zeros(width, block, device=device, dtype=dtype)
+        self._blocks = [slice(start, min(start + block, d)) for start in range(0, d, block)]
+        self._moments: Tensor | None = None
+        self._moments_count = 0
         self.reseed(0)
 
     def reseed(self, part: int) -> None:
@@ -138,6 +177,51 @@ class Chains:
         device = self.objective.device
         self._noise_streams = [generator(self._seed, k, NOISE, part, device=device) for k in self.numbers]
         self._batch_streams = [generator(self._seed, k, MINIBATCHES, part) for k in self.numbers]
+        self._choice_streams = [generator(self._seed, k, CHOICE, part, device=device) for k in self.numbers]
+
+    def place(self, displacements: Tensor) -> None:
+        """Put every chain of this rank at ``w* + displacement``, ``[own chains, d]``, with no memory of a past."""
+        torch.add(self.objective.anchor, displacements.to(self.weights), out=self.weights)
+        for tensor in self._state.tensors.values():
+            tensor.zero_()
+
+    def displacements(self) -> Tensor:
+        """``[own chains, d]``: where the chains of this rank are, from ``w*``."""
+        at = self._state.tensors.get("accepted_weights", self.weights)
+        return at - self.objective.anchor
+
+    @property
+    def preconditioner(self) -> Tensor | None:
+        """``[d]``, the sampler's metric as it is now; None where it is the identity."""
+        return self._state.preconditioner
+
+    def precondition(self, second_moment: Tensor) -> None:
+        """Give a sampler that wants one its preconditioner, from mean squared gradients ``[d]``."""
+        if self.sampler.preconditioned:
+            self._state.preconditioner = self.sampler.preconditioner(second_moment.to(self.objective.anchor))  # type: ignore[attr-defined]
+
+    def fix_preconditioner(self, preconditioner: Tensor | None) -> None:
+        """Use this one, ``[d]``, from now on."""
+        self._state.preconditioner = preconditioner.to(self.objective.anchor) if preconditioner is not None else None
+        self._moments = None
+
+    def learn_preconditioner(self, keep_learning: bool) -> None:
+        """Take the preconditioner from the gradients since the last call, of all chains on all ranks.
+
+        Args:
+            keep_learning: go on collecting; else what there is stays for good.
+        """
+        if not self.sampler.preconditioned:
+            return
+        if self._moments is not None:
+            own = (self._moments, self._moments_count)
+            told = [(total, count) for total, count in self.collective.exchange(lambda: own) if count]
+            if told:
+                mean = torch.stack([total.to(own[0]) for total, _ in told]).sum(dim=0) / sum(count for _, count in told)
+                if bool(torch.isfinite(mean).all()):
+                    self.precondition(mean)
+        self._moments = torch.zeros_like(self.objective.anchor) if keep_learning else None
+        self._moments_count = 0
 
     def advance(self, steps: int, lr: float) -> Segment:
         """Move every chain ``steps`` further, on all ranks, and return what all of them showed.
@@ -150,7 +234,7 @@ class Chains:
 
     def restart(self) -> None:
         """Put every chain back to ``w*``; their random numbers go on."""
-        self.weights.copy_(self.objective.anchor.expand_as(self.weights))
+        self.place(torch.zeros_like(self.weights[:1]).expand_as(self.weights))
 
     def _advance(self, steps: int, lr: float) -> Segment:
         pieces: list[Segment] = []
@@ -166,14 +250,19 @@ class Chains:
                 if self._window_used >= len(window):
                     self._window_index, self._window_used = self._window_index + 1, 0
             del window  # the source reads the next one into the memory of this one
-        return _join(pieces)
+        return Segment.join(pieces)
 
     def _advance_window(self, window: Window, steps: int, lr: float) -> Segment:
         chains = len(self.numbers)
         indices = self._pick(window, steps)
         indices = self._measure_anchor(window, indices)
+        preconditioned = self._state.preconditioner is not None
         losses = torch.zeros(chains, steps, dtype=torch.float64)
-        readings = torch.zeros(3, chains, len(range(0, steps, STATS_EVERY)), dtype=torch.float64)
+        readings = torch.zeros(
+            5 if preconditioned else 3, chains, len(range(0, steps, STATS_EVERY)), dtype=torch.float64
+        )
+        tallies = [self._state.tensors.get(name) for name in ("accepted", "proposed")]
+        before = [tally.clone() for tally in tallies if tally is not None]
         width = self._engine.width
         try:
             for start in range(0, chains, width):
@@ -185,9 +274,17 @@ class Chains:
         anchor = torch.tensor([[window.anchor_loss[i] for i in row] for row in indices.tolist()], dtype=torch.float64)
         owner = 0 if self.source.shared else self.collective.rank
         used = {(owner, self._window_index, i): window.anchor_loss[i] for i in indices.unique().tolist()}
-        grad_square, grad_dot, square = readings
-        difference = losses - anchor.reshape(chains, steps)
-        return Segment(self.numbers, difference, grad_square, grad_dot, square, used)
+        acceptance = None
+        if before:
+            accepted, proposed = ((tally - old).cpu() for tally, old in zip(tallies, before, strict=True))  # type: ignore[operator]
+            acceptance = accepted / proposed.clamp(min=1)
+        return Segment(
+            self.numbers,
+            losses - anchor.reshape(chains, steps),
+            anchors=used,
+            acceptance=acceptance,
+            **dict(zip(READINGS, readings, strict=False)),
+        )
 
     def _pick(self, window: Window, steps: int) -> Tensor:
         """Which minibatch each chain sees at each step, ``[chains, steps]``.
@@ -223,13 +320,16 @@ class Chains:
         return indices
 
     def _move(self, window: Window, indices: Tensor, rows: slice, lr: float) -> tuple[Tensor, Tensor]:
-        """Losses ``[chains, steps]`` and readings ``[3, chains, readings]`` of one chunk; its weights are moved."""
+        """Losses ``[chains, steps]`` and readings ``[3 or 5, chains, readings]`` of one chunk, whose weights move."""
         weights, count = self.weights[rows], rows.stop - rows.start
         grad, noise = self._grad[:count], self._noise[:count]
-        anchor, posterior, update = self.objective.anchor, self.posterior, self.sampler.update_
-        streams = self._noise_streams[rows]
+        posterior, update = self.posterior, self.sampler.update_
+        streams, choices = self._noise_streams[rows], self._choice_streams[rows]
         engine = self._engine
         engine.bind(weights, grad)
+        blocks = [self._block(block, rows, weights, grad, noise) for block in self._blocks]
+        state = blocks[0][-1]
+        decides = self.sampler.full_batch
         alone = isinstance(engine, SequentialEngine)
         numbers = indices[0].tolist() if alone else []
         losses: list[Tensor] = []
@@ -244,26 +344,72 @@ class Chains:
                 # some losses raise on non-finite input: the chain has diverged, which is not the module's fault
                 losses += [torch.full_like(loss, torch.nan) for _ in range(t, steps)] if t else []
                 break
-            losses.append(loss)
             with torch.no_grad():
                 if t % STATS_EVERY == 0:
-                    torch.sub(weights, anchor, out=noise)
-                    readings += [_dot(grad, grad), _dot(grad, noise), _dot(noise, noise)]
-                for k, stream in enumerate(streams):
-                    noise[k].normal_(generator=stream)
-                update(weights, anchor, grad, noise, lr, posterior)
+                    readings += self._read(blocks, state)
+                    if self._moments is not None and bool(torch.isfinite(grad).all()):
+                        for row in grad:
+                            self._moments.addcmul_(row, row)
+                        self._moments_count += count
+                if decides:
+                    state.loss = loss.reshape(count)
+                    state.uniform = torch.stack([torch.rand((), generator=g, device=loss.device) for g in choices])
+                for moved, fixed, slope, random, inner in blocks:
+                    for k, stream in enumerate(streams):
+                        random[k].normal_(generator=stream)
+                    update(moved, fixed, slope, random, lr, posterior, inner)
+                if decides:
+                    loss = state.loss  # type: ignore[assignment]
+            losses.append(loss)
         table = (
             torch.stack([x.reshape(count) for x in losses], dim=1).double().cpu() if losses else torch.empty(count, 0)
         )
         if table.shape[1] < steps:
             missing = torch.full((count, steps - table.shape[1]), torch.nan, dtype=torch.float64)
             table = torch.cat([table.double(), missing], dim=1)
-        number = len(range(0, steps, STATS_EVERY))
-        read = torch.full((3, count, number), torch.nan, dtype=torch.float64)
+        number, kinds = len(range(0, steps, STATS_EVERY)), 3 if state.preconditioner is None else 5
+        read = torch.full((kinds, count, number), torch.nan, dtype=torch.float64)
         if readings:
-            got = torch.stack(readings).reshape(-1, 3, count).permute(1, 2, 0).double().cpu()
+            got = torch.stack(readings).reshape(-1, kinds, count).permute(1, 2, 0).double().cpu()
             read[:, :, : got.shape[2]] = got
         return table, read
+
+    def _block(self, block: slice, rows: slice, weights: Tensor, grad: Tensor, noise: Tensor) -> _Block:
+        """Views of one block of the weights of a chunk of chains; rows of the sampler's own tensors with it."""
+        p = self._state.preconditioner
+        state = SamplerState(
+            {
+                name: tensor[rows, block] if tensor.dim() > 1 else tensor[rows]
+                for name, tensor in self._state.tensors.items()
+            },
+            p[block] if p is not None else None,
+        )
+        width = block.stop - block.start
+        return weights[:, block], self.objective.anchor[block], grad[:, block], noise[:, :width], state
+
+    def _read(self, blocks: Sequence[_Block], state: SamplerState) -> list[Tensor]:
+        """The three readings (five with a preconditioner), each ``[chains]``; the noise's memory is used on the way."""
+        totals: list[Tensor] = []
+        for weights, anchor, grad, scratch, inner in blocks:
+            at, slope = weights, grad
+            if "accepted_weights" in state.tensors:  # the weights are a proposal that may be rejected
+                at, slope = state.tensors["accepted_weights"], state.tensors["accepted_grad"]
+                if not bool(state.tensors["started"].all()):
+                    at, slope = weights, grad
+            torch.sub(at, anchor, out=scratch)
+            p = inner.preconditioner
+            if p is None:
+                got = [_dot(slope, slope), _dot(slope, scratch), _dot(scratch, scratch)]
+            else:
+                pulled = scratch * p
+                got = [_dot(slope, slope * p), _dot(slope, scratch), _dot(scratch, scratch)]
+                got += [_dot(slope, pulled), _dot(scratch, pulled)]
+            totals = got if not totals else [total + more for total, more in zip(totals, got, strict=True)]
+        return totals
+
+
+_Block = tuple[Tensor, Tensor, Tensor, Tensor, SamplerState]
+"""Weights, anchor, gradient, scratch for noise, and the sampler's state, of one block of a chunk of chains."""
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -272,22 +418,11 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vecdot(a, b)
 
 
-def _join(pieces: Sequence[Segment]) -> Segment:
+def _all_anchors(pieces: Sequence[Segment]) -> dict[tuple[int, int, int], float]:
     anchors: dict[tuple[int, int, int], float] = {}
     for piece in pieces:
         anchors.update(piece.anchors)
-
-    def along_steps(name: str) -> Tensor:
-        return torch.cat([getattr(piece, name) for piece in pieces], dim=1)
-
-    return Segment(
-        pieces[0].chains,
-        along_steps("difference"),
-        along_steps("grad_square"),
-        along_steps("grad_dot"),
-        along_steps("square"),
-        anchors,
-    )
+    return anchors
 
 
 def open_window(objective: Objective, source: MinibatchSource) -> float:

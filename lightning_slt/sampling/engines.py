@@ -218,8 +218,11 @@ def activation_bytes(objective: Objective, batch: Any) -> int:
             total += tensor.numel() * tensor.element_size()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        objective.loss(batch)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            objective.loss(batch)
+    except RuntimeError:  # functorch inside the step refuses the hooks: as much again as was counted, or the weights
+        total = max(2 * total, objective.anchor.numel() * objective.anchor.element_size())
     return total
 
 
@@ -284,7 +287,13 @@ def choose_engine(objective: Objective, window: Window, num_chains: int, method:
     sequential.release()
     reason = ""
     best: tuple[float, Engine] | None = None
+    padded = any(isinstance(m, nn.Embedding) and m.padding_idx is not None for m in objective.module.modules())
     for through in ("backward", "grad"):
+        if padded and through == "backward":
+            # under vmap the gradient of the padding row is masked for the first chain only, which a probe without
+            # padding in its batches would not see
+            reason = "an embedding with padding_idx has other gradients under vmap"
+            continue
         try:
             engine = BatchedEngine(objective, width, through)
             with warnings.catch_warnings():

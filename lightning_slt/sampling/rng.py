@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-NOISE, MINIBATCHES, LOADER, PROBE = range(4)
+NOISE, MINIBATCHES, LOADER, PROBE, CHOICE = range(5)
 """Streams: one random number never serves two purposes."""
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from tests.cases.networks import ConvNet, SequenceClassifier, TinyTransformer, mlp
 from tests.cases.theory import deep_linear_llc, normal_crossing_llc, regular_llc
 
 __all__ = [
@@ -35,7 +36,6 @@ __all__ = [
 ]
 
 LossFn = Callable[[nn.Module, Sequence[Tensor]], Tensor]
-DIGITS_WEIGHTS = Path(__file__).with_name("digits_mlp.npz")
 
 
 def default_nbeta(n: int) -> float:
@@ -53,6 +53,18 @@ def cross_entropy(module: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     """Cross-entropy, averaged over the batch."""
     x, y = batch
     return nn.functional.cross_entropy(module(x), y)
+
+
+def smoothed_cross_entropy(module: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+    """Cross-entropy with labels smoothed by 0.1: its minimum is at finite weights even where classes are separable."""
+    x, y = batch
+    return nn.functional.cross_entropy(module(x), y, label_smoothing=0.1)
+
+
+def next_token(module: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+    """Cross-entropy of the next token, averaged over tokens and sequences."""
+    (tokens,) = batch
+    return nn.functional.cross_entropy(module(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
 @dataclass
@@ -321,40 +333,74 @@ def reduced_rank(
     return deep_linear((input_dim, hidden_dim, output_dim), rank, n, **options)  # type: ignore[arg-type]
 
 
-# --------------------------------------------------------------------------------------------------------------- digits
+# ----------------------------------------------------------------------------------------------------- trained networks
 
 
-def digits_data() -> tuple[Tensor, Tensor]:
-    """scikit-learn's digits, all 1797 samples, pixels scaled to [0, 1]."""
+def digits_data(n: int | None = None) -> tuple[Tensor, Tensor]:
+    """scikit-learn's digits, pixels scaled to [0, 1]: the first n of its 1797 samples."""
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
-    return torch.tensor(x / 16.0, dtype=torch.float32), torch.tensor(np.asarray(y), dtype=torch.int64)
+    return torch.tensor(x[:n] / 16.0, dtype=torch.float32), torch.tensor(np.asarray(y)[:n], dtype=torch.int64)
 
 
-def digits_module() -> nn.Module:
-    """The MLP 64-128-128-10 with ReLU: 26,122 weights."""
-    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+def markov_data(n: int = 400, length: int = 12, vocabulary: int = 16, seed: int = 0) -> tuple[Tensor]:
+    """``[n, length]`` tokens of a Markov chain whose rows hold a few likely successors."""
+    generator = torch.Generator().manual_seed(seed)
+    transition = torch.softmax(2.0 * torch.randn(vocabulary, vocabulary, generator=generator), dim=1)
+    tokens = torch.randint(vocabulary, (n, 1), generator=generator)
+    for _ in range(length - 1):
+        tokens = torch.cat([tokens, torch.multinomial(transition[tokens[:, -1]], 1, generator=generator)], dim=1)
+    return (tokens,)
 
 
-def digits_mlp(gamma: float = 100.0, nbeta: float | None = None) -> Case:
-    """A trained MLP (digits_mlp.npz, made by `python -m tests.cases.train_digits`); its truth is in references.json."""
-    x, y = digits_data()
-    module = digits_module()
-    with np.load(DIGITS_WEIGHTS) as stored:
-        module.load_state_dict({name: torch.from_numpy(stored[name]) for name in module.state_dict()})
+@dataclass(frozen=True)
+class Network:
+    """What a trained case is made of: `build` gives the untrained module."""
+
+    build: Callable[[], nn.Module]
+    data: Callable[[], tuple[Tensor, ...]]
+    loss_fn: LossFn
+
+
+#: The trained networks, by the name of the file that holds their weights (`python -m tests.cases.train_networks`).
+NETWORKS: dict[str, Network] = {
+    "digits_mlp": Network(mlp, digits_data, cross_entropy),
+    "convnet": Network(ConvNet, lambda: digits_data(500), smoothed_cross_entropy),
+    "lstm": Network(SequenceClassifier, lambda: digits_data(500), smoothed_cross_entropy),
+    "transformer": Network(TinyTransformer, markov_data, next_token),
+}
+
+
+def weights_file(name: str) -> Path:
+    """Where the weights of a trained network lie."""
+    return Path(__file__).with_name(f"{name}.npz")
+
+
+def trained(name: str, gamma: float, nbeta: float | None = None) -> Case:
+    """A trained network in eval mode; its truth is in references.json."""
+    network = NETWORKS[name]
+    module, data = network.build().eval(), network.data()
+    with np.load(weights_file(name)) as stored:
+        module.load_state_dict({key: torch.from_numpy(stored[key]) for key in module.state_dict()})
+    n = len(data[0])
     return Case(
-        name="digits-mlp",
+        name=name.replace("_", "-"),
         module=module,
-        dataset=TensorDataset(x, y),
-        loss_fn=cross_entropy,
-        n=len(x),
+        dataset=TensorDataset(*data),
+        loss_fn=network.loss_fn,
+        n=n,
         truth=None,
         truth_kind="reference",
-        nbeta=default_nbeta(len(x)) if nbeta is None else nbeta,
+        nbeta=default_nbeta(n) if nbeta is None else nbeta,
         gamma=gamma,
         tolerance="max(5 %, 2 standard errors) against references.json",
     )
+
+
+def digits_mlp(gamma: float = 100.0, nbeta: float | None = None) -> Case:
+    """A trained MLP on the digits."""
+    return trained("digits_mlp", gamma, nbeta)
 
 
 #: Every case of the tests, by the name under which references.json holds it.
@@ -377,4 +423,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "linear-6-6-6-6-6-r2": lambda: deep_linear((6, 6, 6, 6, 6), 2),
     "digits-mlp-gamma100": lambda: digits_mlp(100.0),
     "digits-mlp-gamma10": lambda: digits_mlp(10.0),
+    "convnet": lambda: trained("convnet", 25.0),
+    "lstm": lambda: trained("lstm", 5.0),
+    "transformer": lambda: trained("transformer", 9.0),
 }

@@ -96,8 +96,42 @@ class _Objective(nn.Module):
         return self.loss_fn(self.module, batch)
 
 
+class _LoopPotential:
+    """L_n and its gradient at w* + displacement, one chain after another through plain autograd on a live module.
+
+    For modules that vmap cannot take (nn.LSTM), and as fast where one gradient over all rows fills the processor.
+    """
+
+    def __init__(self, case: Case, dtype: torch.dtype) -> None:
+        self.module = copy.deepcopy(case.module).to(dtype)
+        self.loss_fn = case.loss_fn
+        self.batch = tuple(t.to(dtype) if t.is_floating_point() else t for t in case.data)
+        self.parameters = list(self.module.parameters())
+        # w* is taken as stored (float32), in float64
+        self.anchor = torch.cat([p.detach().double().flatten() for p in case.module.parameters()])
+
+    def _loss(self, displacement: Tensor) -> Tensor:
+        with torch.no_grad():
+            pieces = (self.anchor + displacement).split([p.numel() for p in self.parameters])
+            for parameter, piece in zip(self.parameters, pieces, strict=True):
+                parameter.copy_(piece.view_as(parameter))
+        return self.loss_fn(self.module, self.batch)
+
+    def value(self, displacement: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.stack([self._loss(row) for row in displacement]).double()
+
+    def gradient(self, displacement: Tensor) -> tuple[Tensor, Tensor]:
+        values, gradients = [], []
+        for row in displacement:
+            loss = self._loss(row)
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.parameters)]))
+            values.append(loss.detach())
+        return torch.stack(gradients).double(), torch.stack(values).double()
+
+
 class _Potential:
-    """L_n and its gradient at w* + displacement, for a batch of chains; displacements are float64."""
+    """L_n and its gradient at w* + displacement, for a batch of chains under vmap; displacements are float64."""
 
     def __init__(self, case: Case, dtype: torch.dtype, use_sufficient: bool) -> None:
         self.objective = _Objective(case, dtype)
@@ -148,6 +182,7 @@ def hmc_reference(
     initial_step: float | None = None,
     dtype: torch.dtype = torch.float64,
     sufficient: bool = True,
+    loop: bool = False,
     seed: int = 0,
 ) -> Reference:
     """The LLC of `case` under exact sampling, with its standard error.
@@ -160,7 +195,8 @@ def hmc_reference(
     seldom enters or leaves the arms (w1 w2: effective sample size 7 times smaller at 2/3 of the cost, and the errors
     of short runs too small). Gradients are taken in `dtype`; positions, momenta and the energies of the Metropolis
     test are float64. `sufficient` lets linear cases use their sufficient statistics instead of all rows: the same loss
-    at every w. se is the larger of the between-chain error and the one from the effective sample size.
+    at every w. `loop` takes the chains one after another, without vmap. se
+    is the larger of the between-chain error and the one from the effective sample size.
     """
     nbeta = case.nbeta if nbeta is None else nbeta
     gamma = case.gamma if gamma is None else gamma
@@ -168,8 +204,12 @@ def hmc_reference(
         raise ValueError("the reference needs a localisation: the posterior of a singular model is improper without")
     omega = math.sqrt(gamma)
     length = math.pi / (2 * omega) if trajectory is None else trajectory
-    forces = _Potential(case, dtype, sufficient)
-    energies = forces if dtype == torch.float64 else _Potential(case, torch.float64, sufficient)
+
+    def potential(dtype: torch.dtype) -> _LoopPotential | _Potential:
+        return _LoopPotential(case, dtype) if loop else _Potential(case, dtype, sufficient)
+
+    forces = potential(dtype)
+    energies = forces if dtype == torch.float64 else potential(torch.float64)
     generator = torch.Generator().manual_seed(seed)
     dim = forces.anchor.numel()
 

@@ -25,6 +25,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
+from lightning_slt.callbacks import monitor as monitor_module
+from lightning_slt.callbacks.distribution import Ranks
 from tests.integration import models
 from tests.integration.harness import (
     Scenario,
@@ -145,6 +147,48 @@ def resume(folder: Path, world: int) -> Result:
     return said(again, before=[e.state_dict() for e in first.estimates])
 
 
+class Clock:
+    """Stands in for the module ``time`` in the monitor: a step takes 1 s on the first rank, ever longer on others."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def step(self, rank: int) -> None:
+        self.now += 1.0 if rank == 0 else 1.0 + 0.7 * self.now
+
+
+CLOCK = Clock()
+
+
+class Timed(Plain):
+    """Moves the clock with each step of training and of a chain."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        CLOCK.step(self.trainer.global_rank)
+        return super().training_step(batch, batch_idx)
+
+
+def budget(folder: Path, world: int) -> Result:
+    """The ranks' clocks tell quite different times, and only the first one's counts."""
+    monitor_module.time = CLOCK  # type: ignore[assignment]
+    monitor = tiny_monitor(every_n_train_steps=None, max_overhead=0.2)
+    exchanges = 0
+    original = Ranks.exchange
+
+    def counted(self: Ranks, work: Callable[[], Any]) -> list[Any]:
+        nonlocal exchanges
+        exchanges += 1
+        return original(self, work)
+
+    Ranks.exchange = counted  # type: ignore[method-assign]
+    trainer = ranks_of(world, max_epochs=-1, max_steps=150)
+    trace = Scenario(Timed, loaders, trainer).assert_undisturbed(folder, monitor)
+    return said(monitor, num_batches=trace.num_batches, now=CLOCK.now, exchanges=exchanges)
+
+
 def spawn(folder: Path, world: int) -> Result:
     """Lightning starts the ranks itself; what is asked is what the process that called ``fit`` has after."""
     seed_everything()
@@ -167,6 +211,7 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
         one_rank_raises_warn,
         one_rank_raises_raise,
         resume,
+        budget,
         spawn,
     )
 }

@@ -155,6 +155,21 @@ def test_resume_under_ddp(folder: Path) -> None:
     assert torch.equal(estimates[0].trace, results[0]["before"][0]["trace"])
 
 
+def test_the_first_rank_spends_the_budget_for_all(folder: Path) -> None:
+    """Their clocks agree on nothing, and yet they fire at the same steps, asking each other now and then."""
+    results = results_of(folder, "budget", 2)
+    steps = [e.step for e in estimates_of(results[0])]
+    estimates = assert_ranks_agree(results, steps)
+    assert results[1]["now"] > 1e6 * results[0]["now"]
+    assert [r["num_batches"] for r in results] == [150, 150]
+    # one of the two chains on each rank, of six steps: priced at a batch's second each
+    assert estimates[0].predicted_seconds == 6.0 and estimates[0].step == 24 and len(estimates) >= 2
+    assert estimates[1].overhead <= 0.2
+    for a, b in zip(*(estimates_of(r) for r in results), strict=True):
+        assert (a.credit_seconds, a.predicted_seconds, a.skipped) == (b.credit_seconds, b.predicted_seconds, b.skipped)
+    assert results[0]["exchanges"] == results[1]["exchanges"] < 75
+
+
 def test_ddp_spawn_returns_metrics_and_leaves_a_record(spawned: Path) -> None:
     (result,) = results_of(spawned, "spawn", 0)
     records = list(place(spawned, "spawn", 0).rglob(RECORD_FILE))

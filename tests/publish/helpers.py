@@ -54,6 +54,9 @@ def make_estimate(
         "num_draws": num_draws,
         "seconds": 1.5,
         "overhead": 0.0625,
+        "credit_seconds": 1.75,
+        "predicted_seconds": 1.5,
+        "skipped": 3,
         "step": 100,
     }
     return Estimate(**{**fields, **changes})

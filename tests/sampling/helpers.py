@@ -166,12 +166,13 @@ def make_chains(
     collective: Collective | None = None,
     source: MinibatchSource | None = None,
     restrict: Any = None,
+    sampler: Any = None,
 ) -> Chains:
     objective = Objective(module, loss_fn, restrict)
     source = source or DatasetSource(data, batch_size, seed=seed)
     open_window(objective, source)
     posterior = LocalPosterior(nbeta, gamma)
-    return Chains(objective, source, posterior, SGLD(), num_chains, seed, collective or Alone(), method)
+    return Chains(objective, source, posterior, sampler or SGLD(), num_chains, seed, collective or Alone(), method)
 
 
 class _ThreadRank:

@@ -16,6 +16,7 @@ from lightning_slt.sampling.collective import Alone, Collective, own_chains
 from lightning_slt.sampling.engines import BatchedEngine, Choice
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import NOISE, generator
+from lightning_slt.sampling.samplers import SGLD
 from lightning_slt.sampling.steps import NoLossError
 from tests.sampling.helpers import make_chains, mean_squared, mlp, on_ranks, regression
 
@@ -256,13 +257,11 @@ def test_restart_goes_back_to_the_anchor_and_on_with_the_noise() -> None:
 
 
 def test_a_sampler_of_the_users_own_moves_the_chains() -> None:
-    class Still:
-        lr = None
-
+    class Drifting(SGLD):
         def update_(self, weights: Tensor, *_: Any, **__: Any) -> None:
             weights.add_(1.0)
 
     chains = make_chains(mlp(), regression(), mean_squared)
-    chains.sampler = Still()
+    chains.sampler = Drifting()
     chains.advance(3, LR)
     torch.testing.assert_close(chains.weights, chains.objective.anchor + 3.0 * torch.ones(4, 1))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from lightning_slt import estimate_llc
 from lightning_slt.functional import LocalPosterior
-from lightning_slt.sampling.samplers import SGLD, Sampler
-from tests.sampling.helpers import gen
+from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, RMSpropSGLD, Sampler, empty_state
+from tests.cases.problems import regular
+from tests.sampling.helpers import gen, make_chains, mean_squared, mlp, on_ranks, regression
 
 
 def test_update_is_the_equation_by_hand() -> None:
@@ -78,3 +83,187 @@ def test_step_size_out_of_range(lr: float) -> None:
 
 def test_sgld_is_a_sampler() -> None:
     assert isinstance(SGLD(), Sampler) and SGLD().lr is None and SGLD(lr=1e-3).lr == 1e-3
+
+
+# --------------------------------------------------------------------------------- every sampler, known targets
+
+SAMPLERS: list[Sampler] = [SGLD(), RMSpropSGLD(), SGNHT(diffusion_factor=0.1), MALA()]
+
+
+def simulate(
+    sampler: Any,
+    loss: Callable[[Tensor], Tensor],
+    posterior: LocalPosterior,
+    anchor: Tensor,
+    lr: float,
+    *,
+    chains: int,
+    steps: int,
+    burnin: int,
+    every: int,
+    second_moment: Tensor | None = None,
+) -> Tensor:
+    """``[readings, chains, d]``: the states of many chains on one potential, all from the anchor."""
+    w = anchor.repeat(chains, 1)
+    state = empty_state(sampler, w)
+    if second_moment is not None:
+        state.preconditioner = sampler.preconditioner(second_moment)
+    noise, stream, seen = torch.empty_like(w), gen(7), []
+    for t in range(steps):
+        at = w.clone().requires_grad_()
+        losses = loss(at)
+        (grad,) = torch.autograd.grad(losses.sum(), at)
+        state.loss = losses.detach()
+        state.uniform = torch.rand(chains, generator=stream, dtype=w.dtype)
+        noise.normal_(generator=stream)
+        sampler.update_(w, anchor, grad, noise, lr, posterior, state)
+        if t >= burnin and t % every == 0:
+            seen.append(state.tensors.get("accepted_weights", w).clone())
+    return torch.stack(seen)
+
+
+def a_gaussian() -> tuple[Tensor, Tensor, LocalPosterior, Tensor]:
+    """Hessian, precision, posterior and anchor of a correlated Gaussian in three dimensions."""
+    q, _ = torch.linalg.qr(torch.randn(3, 3, generator=gen(0), dtype=torch.float64))
+    hessian = q @ torch.diag(torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64)) @ q.T
+    posterior = LocalPosterior(50.0, 20.0)
+    anchor = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    return hessian, 50.0 * hessian + 20.0 * torch.eye(3, dtype=torch.float64), posterior, anchor
+
+
+@pytest.mark.parametrize("share", [0.03, 0.3])
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)
+def test_mean_and_covariance_of_a_gaussian_at_two_step_sizes(sampler: Sampler, share: float) -> None:
+    """Each against its own stationary law: exact for MALA, the discretised Gaussian in the metric for the others.
+
+    ``share`` is the step in inverses of the largest precision (of P A where there is a P). At 0.3 the
+    discretised law is 8 % wider along the steepest direction, and the tolerance tells it from the exact one.
+    2000 chains x 20 readings far apart: the error of a variance is 0.7 to 1.6 %, so that 5 % is more than three of it
+    for each of six numbers; the seed is fixed.
+    """
+    hessian, precision, posterior, anchor = a_gaussian()
+    moment = torch.tensor([4.0, 1.0, 0.1], dtype=torch.float64) if isinstance(sampler, RMSpropSGLD) else None
+    p = sampler.preconditioner(moment) if isinstance(sampler, RMSpropSGLD) and moment is not None else torch.ones(3)
+    root = torch.diag(p.double().sqrt())
+    rates = torch.linalg.eigvalsh(root @ precision @ root)
+    lr = share / float(rates[-1])
+    slow = math.ceil(4.0 / (lr * float(rates[0]))) if not isinstance(sampler, SGNHT) else math.ceil(40 / share**0.5)
+    slow = min(slow, 400)
+    draws = simulate(
+        sampler,
+        lambda w: 0.5 * ((w - anchor) @ hessian * (w - anchor)).sum(-1),
+        posterior,
+        anchor,
+        lr,
+        chains=2000,
+        steps=slow * 25,
+        burnin=slow * 5,
+        every=slow,
+        second_moment=moment,
+    )
+    u = (draws - anchor).reshape(-1, 3)
+    exact = torch.linalg.inv(precision)
+    expected = exact
+    if not isinstance(sampler, MALA):
+        inner = torch.eye(3, dtype=torch.float64) - lr / 4 * root @ precision @ root
+        expected = root @ torch.linalg.inv(root @ precision @ root @ inner) @ root
+    if isinstance(sampler, SGNHT):  # the thermostat holds the mean over the directions
+        widening = 1 / (1 - lr / 4 * rates)
+        a = sampler.diffusion_factor
+        expected = expected / float(widening.mean()) * (2 - a) / 2 / math.sqrt(1 - a)
+    scale = exact.diag().sqrt()
+    assert ((u.T @ u / len(u) - expected) / torch.outer(scale, scale)).abs().max() < 0.05
+    assert (u.mean(0) / scale).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("share", [0.02, 0.08])
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)
+def test_double_well_at_two_step_sizes(sampler: Sampler, share: float) -> None:
+    """An uneven double well against quadrature: which well, how wide, and the mean of the loss."""
+    posterior, anchor = LocalPosterior(3.0, 0.2), torch.zeros(1, dtype=torch.float64)
+
+    def loss(w: Tensor) -> Tensor:
+        return ((w.square() - 1).square() / 2 + 0.1 * w).sum(-1)
+
+    grid = torch.linspace(-4, 4, 8001, dtype=torch.float64)
+    weight = torch.softmax(-3.0 * loss(grid[:, None]) - 0.1 * grid.square(), 0)
+    lr = share / (3.0 * 4.0)  # the curvature at the bottom of a well is 4
+    if isinstance(sampler, SGNHT):
+        lr *= 4  # of a time step squared
+    draws = simulate(
+        sampler, loss, posterior, anchor, lr, chains=4000, steps=4000 if share < 0.05 else 2000, burnin=1000, every=250
+    )
+    left, square = float(weight[grid < 0].sum()), float((weight * grid.square()).sum())
+    mean_loss = float((weight * loss(grid[:, None])).sum())
+    assert float((draws < 0).double().mean()) == pytest.approx(left, abs=0.03)
+    assert float(draws.square().mean()) == pytest.approx(square, rel=0.03)
+    assert float(loss(draws).mean()) == pytest.approx(mean_loss, rel=0.06)
+
+
+def test_the_preconditioner_is_the_equation_and_has_a_floor() -> None:
+    p = RMSpropSGLD(kappa=0.5).preconditioner(torch.tensor([0.0, 4.0, 4.0, 8.0]))
+    s = 2.0
+    expected = torch.tensor([1.5 * s / (v**0.5 + 0.5 * s) for v in (0.0, 4.0, 4.0, 8.0)])
+    torch.testing.assert_close(p, expected)
+    assert RMSpropSGLD().preconditioner(torch.zeros(3)).tolist() == [1.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match=r"kappa=0.0.*positive"):
+        RMSpropSGLD(kappa=0.0)
+
+
+def test_the_preconditioner_is_frozen_in_the_draws_and_the_same_on_every_rank() -> None:
+    def run(**settings: Any) -> tuple[Tensor, Tensor]:
+        chains = make_chains(mlp(), regression(), mean_squared, num_chains=5, sampler=RMSpropSGLD(), **settings)
+        chains.learn_preconditioner(keep_learning=True)
+        chains.advance(12, 1e-3)
+        chains.learn_preconditioner(keep_learning=False)
+        learnt = chains.preconditioner
+        assert learnt is not None
+        learnt = learnt.clone()
+        assert 0.05 < float(learnt.min()) < float(learnt.max()) < 11.1
+        segment = chains.advance(12, 1e-3)
+        assert torch.equal(chains.preconditioner, learnt)
+        return learnt, segment.difference
+
+    alone, trace = run()
+    for learnt, segment in on_ranks(2, lambda c: run(collective=c)):
+        torch.testing.assert_close(learnt, alone, rtol=1e-5, atol=0)
+        torch.testing.assert_close(segment, trace, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)
+def test_every_sampler_finds_the_learning_coefficient_of_a_regular_model(sampler: Sampler) -> None:
+    """Nothing else given; exact value 4.9 at gamma = 1. Batched and one after another alike."""
+    case = regular(n=400, eigenvalues=[4.0, 4.0, 3.0, 2.0, 2.0, 1.5, 1.0, 1.0, 1.0, 1.0], gamma=1.0)
+    assert case.truth is not None
+    found = [
+        estimate_llc(
+            case.module,
+            case.dataset,
+            case.loss_fn,
+            sampler=sampler,
+            localization=1.0,
+            num_chains=4,
+            num_draws=100,
+            method=method,
+        )
+        for method in ("batched", "sequential")
+    ]
+    for estimate in found:
+        assert abs(estimate.mean - case.truth) < max(0.05 * case.truth, 3 * estimate.se)
+        assert estimate.virial == pytest.approx(1.0, abs=0.12)
+        assert math.isfinite(estimate.se) and estimate.se < 0.1 * case.truth
+    if isinstance(sampler, (MALA, SGNHT)):
+        assert found[0].step_bias == 0.0
+
+
+def test_samplers_out_of_range_and_without_a_state() -> None:
+    w = torch.zeros(2)
+    for sampler in (SGNHT(), MALA()):
+        with pytest.raises(ValueError, match="state"):
+            sampler.update_(w, w, w, w.clone(), 0.1, LocalPosterior(1.0, 1.0))
+    with pytest.raises(ValueError, match=r"diffusion_factor=1.0"):
+        SGNHT(diffusion_factor=1.0)
+    for kind in (RMSpropSGLD, SGNHT, MALA):
+        with pytest.raises(ValueError, match=r"lr=-1"):
+            kind(lr=-1.0)
+        assert isinstance(kind(), Sampler)

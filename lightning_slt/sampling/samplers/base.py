@@ -2,23 +2,89 @@
 
 from __future__ import annotations
 
-from typing import Optional, Protocol, runtime_checkable
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Optional, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
 
+Calibration = Literal["heat", "curvature", "acceptance"]
+"""How a step size that is not given is found: by the heat of the step that the chains show, as a share of the largest
+posterior precision, or by the share of proposals that are accepted."""
+
+
+@dataclass(slots=True)
+class SamplerState:
+    """What a sampler keeps of a few chains between steps, and what it is told about this one.
+
+    Attributes:
+        tensors: its own, by name; ``[num_chains, d]`` or ``[num_chains]``, changed in place.
+        preconditioner: ``[d]`` diagonal of the metric's inverse, the same for all chains; None for the identity.
+        loss: ``[num_chains]``, the mean loss at the weights before the update. A sampler that may reject puts the loss
+            of the accepted weights in its place: that one is recorded.
+        uniform: ``[num_chains]`` uniform random numbers of the chains, for samplers that ask for them.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    preconditioner: Optional[Tensor] = None
+    loss: Optional[Tensor] = None
+    uniform: Optional[Tensor] = None
+
 
 @runtime_checkable
 class Sampler(Protocol):
-    """One update rule, applied in place to one chain ``[d]`` or several ``[num_chains, d]``."""
+    """One update rule, applied in place to one chain ``[d]`` or several ``[num_chains, d]``.
+
+    Attributes:
+        calibration: how its step size is found.
+        elementwise: a step of a weight needs that weight only: the chains may then move them a block at a time.
+        full_batch: it needs the loss of all the data at every step.
+        preconditioned: it wants :attr:`SamplerState.preconditioner`.
+        per_chain: names of its tensors ``[num_chains]``; ``per_weight``: of those ``[num_chains, d]``.
+    """
+
+    calibration: ClassVar[Calibration]
+    elementwise: ClassVar[bool]
+    full_batch: ClassVar[bool]
+    preconditioned: ClassVar[bool]
+    per_chain: ClassVar[tuple[str, ...]]
+    per_weight: ClassVar[tuple[str, ...]]
 
     @property
     def lr(self) -> Optional[float]:
         """The step size; None where it is to be calibrated."""
 
     def update_(
-        self, weights: Tensor, anchor: Tensor, grad: Tensor, noise: Tensor, lr: float, posterior: LocalPosterior
+        self,
+        weights: Tensor,
+        anchor: Tensor,
+        grad: Tensor,
+        noise: Tensor,
+        lr: float,
+        posterior: LocalPosterior,
+        state: Optional[SamplerState] = None,
     ) -> None:
         """Move ``weights`` by one step. ``grad`` is that of the mean loss; ``noise`` is standard normal and may be
-        overwritten."""
+        overwritten, ``grad`` as well."""
+
+
+def empty_state(sampler: Sampler, weights: Tensor) -> SamplerState:
+    """The state of chains that have not moved.
+
+    Args:
+        weights: ``[num_chains, d]``.
+    """
+    tensors = {name: torch.zeros_like(weights) for name in sampler.per_weight}
+    tensors |= {name: weights.new_zeros(weights.shape[:-1], dtype=torch.float64) for name in sampler.per_chain}
+    return SamplerState(tensors)
+
+
+def check_step_size(lr: Optional[float]) -> None:
+    """Raises:
+    ValueError: for a step size that is not positive and finite.
+    """
+    if lr is not None and not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"lr={lr}: the step size must be positive; leave it None to have it calibrated.")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Optional
+from typing import ClassVar, Optional
 
 from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
+from lightning_slt.sampling.samplers.base import Calibration, SamplerState, check_step_size
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,25 @@ class SGLD:
 
     lr: Optional[float] = None
 
+    calibration: ClassVar[Calibration] = "heat"
+    elementwise: ClassVar[bool] = True
+    full_batch: ClassVar[bool] = False
+    preconditioned: ClassVar[bool] = False
+    per_chain: ClassVar[tuple[str, ...]] = ()
+    per_weight: ClassVar[tuple[str, ...]] = ()
+
     def __post_init__(self) -> None:
-        if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"lr={self.lr}: the step size must be positive; leave it None to have it calibrated.")
+        check_step_size(self.lr)
 
     def update_(
-        self, weights: Tensor, anchor: Tensor, grad: Tensor, noise: Tensor, lr: float, posterior: LocalPosterior
+        self,
+        weights: Tensor,
+        anchor: Tensor,
+        grad: Tensor,
+        noise: Tensor,
+        lr: float,
+        posterior: LocalPosterior,
+        state: Optional[SamplerState] = None,
     ) -> None:
         """One step, in place; the equation is the class's. ``weights``: ``[d]`` or ``[num_chains, d]``."""
         weights.lerp_(anchor.expand_as(weights), 0.5 * lr * posterior.localization)

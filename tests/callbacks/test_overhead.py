@@ -1,0 +1,234 @@
+"""The overhead budget alone: simulated runs, with seconds that are made up."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Optional
+
+import pytest
+
+from lightning_slt.callbacks.overhead import CAP, OverheadBudget
+
+BATCH_SECONDS = 0.1
+PLANNED = 20
+"""Chain-steps that cost as much as most firings here do, 2 s."""
+
+
+@dataclass
+class Run:
+    """A training run that asks the budget as the monitor does, and keeps what came of it.
+
+    Attributes:
+        fired: the steps at which it fired.
+        times: the seconds of training before each of them.
+        shares: the share of wall-clock that firings had taken, after each of them.
+        asked: how often it asked.
+    """
+
+    budget: OverheadBudget
+    cost: Callable[[int], float]
+    batch: Callable[[int], float] = lambda _: BATCH_SECONDS
+    candidate: Callable[[int], bool] = lambda _: True
+    step: int = 0
+    trained: float = 0.0
+    spent: float = 0.0
+    asked: int = 0
+    fired: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
+    _ask_at: int = 0
+
+    def go(self, steps: int) -> Run:
+        for _ in range(steps):
+            self.step += 1
+            seconds = self.batch(self.step)
+            self.trained += seconds
+            self.budget.earn(seconds)
+            self.budget.saw_batch(seconds)
+            if self.candidate(self.step) and self.step >= self._ask_at:
+                self._ask()
+        return self
+
+    def _ask(self) -> None:
+        self.asked += 1
+        decision = self.budget.decide(self.step)
+        self._ask_at = decision.ask_at
+        assert decision.ask_at > self.step
+        if decision.fire:
+            cost = self.cost(self.step)
+            self.budget.spend(cost)
+            self.spent += cost
+            self.fired.append(self.step)
+            self.times.append(self.trained)
+            self.shares.append(self.share)
+
+    @property
+    def share(self) -> float:
+        return self.spent / (self.trained + self.spent)
+
+    @property
+    def intervals(self) -> list[int]:
+        return [b - a for a, b in pairwise(self.fired)]
+
+
+@pytest.mark.parametrize("max_overhead", [0.01, 0.05, 0.3, 0.8])
+def test_a_steady_cost_uses_the_budget_and_never_more(max_overhead: float) -> None:
+    run = Run(OverheadBudget(max_overhead, planned_steps=40), cost=lambda _: 2.0).go(60_000)
+    assert max(run.shares) <= max_overhead * (1 + 1e-9)
+    assert run.share >= 0.95 * max_overhead
+    wanted = 2.0 / (max_overhead / (1 - max_overhead)) / BATCH_SECONDS
+    late = run.intervals[2:]
+    assert min(late) >= wanted - 2 and max(late) <= wanted + 2
+
+
+@pytest.mark.parametrize("factor", [2.5, 0.4])
+def test_a_cost_that_changes_by_two_and_a_half(factor: float) -> None:
+    """Dearer: one firing makes a debt of one and a half old costs, which is paid before the next."""
+    run = Run(OverheadBudget(0.05, PLANNED), cost=lambda step: 2.0 if step < 50_000 else 2.0 * factor).go(100_000)
+    assert 0.95 * 0.05 <= run.share <= 0.05
+    above = [share for share in run.shares if share > 0.05 * (1 + 1e-9)]
+    assert len(above) == (1 if factor > 1 else 0)
+    assert all(share < 0.051 for share in above)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_costs_with_noise_stay_within_one_firing_of_the_bound(seed: int) -> None:
+    """Chains take between the least and the most of their steps, a factor of 3.3, and training has hiccups."""
+    rng = random.Random(seed)
+    run = Run(
+        OverheadBudget(0.05),
+        cost=lambda _: rng.uniform(1.5, 5.0),
+        batch=lambda _: rng.expovariate(1 / BATCH_SECONDS) + (30.0 if rng.random() < 1e-4 else 0.0),
+    ).go(100_000)
+    assert 0.8 * 0.05 <= run.share <= 0.05 + 5.0 / run.trained
+    late = run.shares[10:]
+    assert sum(share > 0.05 for share in late) < 0.3 * len(late)
+    assert max(late) < 0.055
+
+
+def test_a_cadence_with_gaps_below_the_cost_uses_the_budget_too() -> None:
+    """Every hundredth step earns nine tenths of a firing."""
+    cost = 100 * BATCH_SECONDS * (0.05 / 0.95) / 0.9
+    run = Run(OverheadBudget(0.05, PLANNED), cost=lambda _: cost, candidate=lambda step: step % 100 == 0).go(50_000)
+    assert all(step % 100 == 0 for step in run.fired)
+    assert 0.85 * 0.05 <= run.share <= 0.05
+
+
+def test_a_cadence_that_the_budget_covers_is_kept_as_it_is() -> None:
+    run = Run(OverheadBudget(0.05, planned_steps=1), cost=lambda _: 0.1, candidate=lambda step: step % 100 == 0)
+    assert run.go(2_000).fired == list(range(100, 2_001, 100))
+
+
+@pytest.mark.parametrize("pause", [600.0, 1e6])
+def test_a_quiet_stretch_is_not_followed_by_a_burst(pause: float) -> None:
+    """A validation that earns fifteen firings, or a hundred thousand: one at once, and half a one is kept."""
+    interval = round(2.0 * 19 / BATCH_SECONDS)
+    run = Run(OverheadBudget(0.05, PLANNED), cost=lambda _: 2.0, batch=lambda s: pause if s == 5_000 else BATCH_SECONDS)
+    run.go(4_999)
+    assert run.budget.affordable_seconds <= CAP * 2.0
+    run.go(5_001)
+    after = [step for step in run.fired if step >= 5_000]
+    assert after[1] - after[0] >= 0.45 * interval
+    assert min(b - a for a, b in pairwise(after[1:])) >= 0.95 * interval
+
+
+def test_a_first_firing_cheaper_than_feared_is_not_followed_by_a_burst() -> None:
+    run = Run(OverheadBudget(0.05, planned_steps=200), cost=lambda _: 1.0).go(20_000)
+    interval = 1.0 * 19 / BATCH_SECONDS
+    assert run.fired[0] == pytest.approx(200 * 19, rel=0.01)
+    assert min(run.intervals) >= 0.45 * interval
+
+
+def test_before_the_first_firing_the_plan_is_priced_at_the_median_batch() -> None:
+    budget = OverheadBudget(0.05, planned_steps=1000)
+    assert budget.predicted_seconds == float("inf") and not budget.decide(0).fire
+    for seconds in (60.0, 0.2, 0.1, 0.2, 0.3, 90.0, 0.2):  # the first batch compiles, one waits for a validation
+        budget.saw_batch(seconds)
+    assert budget.predicted_seconds == pytest.approx(200.0)
+    budget.spend(7.0)
+    assert budget.predicted_seconds == 7.0
+
+
+def test_one_freak_firing_is_paid_and_forgotten() -> None:
+    """Twenty times as dear as the others: a long wait, three firings that are expected to cost as much, no burst."""
+    run = Run(OverheadBudget(0.05, PLANNED), cost=lambda step: 40.0 if 10_000 <= step < 11_000 else 2.0).go(100_000)
+    assert 0.8 * 0.05 <= run.share <= 0.05
+    assert run.intervals[-1] == pytest.approx(380, abs=2)
+    assert min(run.intervals) >= 0.45 * 380
+
+
+def test_a_long_wait_takes_few_questions() -> None:
+    run = Run(OverheadBudget(0.05, PLANNED), cost=lambda _: 500.0).go(300_000)
+    assert 2 <= len(run.fired) <= 4
+    assert run.asked < 45 * len(run.fired)
+
+
+def test_steps_that_become_slower_are_noticed_in_time() -> None:
+    """Four times slower from a step in the middle of a wait: the firing comes not much later than it could."""
+    interval = 2.0 * 19
+    run = Run(OverheadBudget(0.05, PLANNED), lambda _: 2.0, batch=lambda s: BATCH_SECONDS * (1 if s < 2_000 else 4))
+    run.go(10_000)
+    assert 0.9 * 0.05 <= run.share <= 0.05
+    assert max(b - a for a, b in pairwise(run.times)) <= 1.5 * interval
+
+
+def test_a_failure_is_not_tried_again_at_once() -> None:
+    budget = OverheadBudget(0.05)
+    budget.earn(100.0)
+    budget.saw_batch(2.0)
+    assert budget.decide(1).fire
+    budget.fail(0.01)
+    assert not budget.decide(2).fire
+    budget.earn(18.0)
+    assert not budget.decide(3).fire  # half a firing's credit was kept, and a firing costs what was planned
+    budget.earn(1.1)
+    assert budget.decide(4).fire
+    assert budget.predicted_seconds == 2.0
+
+
+def test_what_a_firing_may_take() -> None:
+    budget = OverheadBudget(0.05)
+    budget.saw_batch(2.0)
+    assert budget.affordable_seconds == 0.0
+    budget.earn(19.0)
+    assert budget.affordable_seconds == pytest.approx(1.0)
+    budget.earn(1e6)
+    assert budget.affordable_seconds == pytest.approx(2.0 * CAP)
+    budget.spend(10.0)
+    assert budget.affordable_seconds >= 0.0
+
+
+@pytest.mark.parametrize("at", [1_000, 1_100, 5_003])
+def test_a_resumed_run_goes_on_with_its_ledger(at: int) -> None:
+    def begin(budget: Optional[OverheadBudget] = None) -> Run:
+        return Run(budget or OverheadBudget(0.05, PLANNED), cost=lambda step: 2.0 + 0.5 * (step % 3))
+
+    whole, first = begin().go(10_000), begin().go(at)
+    state: dict[str, Any] = json.loads(json.dumps(first.budget.state_dict()))
+    again = OverheadBudget(0.05)
+    again.load_state_dict(state)
+    assert again.predicted_seconds == first.budget.predicted_seconds
+    assert again.affordable_seconds == first.budget.affordable_seconds
+    assert again.trained_seconds == first.budget.trained_seconds
+    resumed = begin(again)
+    resumed.step, resumed.trained, resumed.spent = first.step, first.trained, first.spent
+    resumed.go(10_000 - at)
+    assert len([*first.fired, *resumed.fired]) == pytest.approx(len(whole.fired), abs=1)
+    assert 0.9 * 0.05 <= resumed.share <= 0.05 * (1 + 1e-9) + 1.0 / resumed.trained
+
+
+def test_forgetting_is_a_new_ledger() -> None:
+    budget = OverheadBudget(0.05)
+    Run(budget, cost=lambda _: 2.0).go(5_000)
+    budget.forget()
+    assert budget.state_dict() == OverheadBudget(0.05).state_dict()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 5.0, float("nan")])
+def test_a_share_out_of_range_is_refused_by_name(value: float) -> None:
+    with pytest.raises(ValueError, match=r"max_overhead=.*between 0 and 1"):
+        OverheadBudget(value)

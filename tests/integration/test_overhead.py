@@ -1,0 +1,269 @@
+"""The overhead budget inside a trainer, by a clock that only training steps and chain-steps move."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lightning_slt.callbacks import monitor as monitor_module
+from tests.integration.harness import RecordingLogger, Scenario, SLTMonitor, steps_of, tiny_monitor
+from tests.integration.models import Plain, loaders
+
+CHAIN_STEPS = 12
+"""Of the smallest chains: two of 2 + 4 steps."""
+
+
+class Clock:
+    """Stands in for the module ``time`` in the monitor; a batch and a chain-step take as long as is said."""
+
+    def __init__(self, batch: float = 1.0, chain_step: float = 1.0) -> None:
+        self.now, self.batch, self.chain_step = 1e6, batch, chain_step
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Timed(Plain):
+    """Moves the clock with each step of training and of a chain."""
+
+    clock = Clock()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        type(self).clock.now += type(self).clock.batch if self.training else type(self).clock.chain_step
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(monitor_module, "time", clock)
+    monkeypatch.setattr(Timed, "clock", clock)
+    return clock
+
+
+def budgeted(max_overhead: float = 0.2, **changes: Any) -> SLTMonitor:
+    """The smallest chains; every step is a candidate where no cadence is given."""
+    return tiny_monitor(**{"every_n_train_steps": None, "max_overhead": max_overhead, **changes})
+
+
+def scenario(steps: int, **trainer: Any) -> Scenario:
+    return Scenario(Timed, loaders, lambda: {"max_epochs": -1, "max_steps": steps, **trainer})
+
+
+def share(monitor: SLTMonitor) -> float:
+    seconds, run_seconds = (monitor.state_dict()[key] for key in ("seconds", "run_seconds"))
+    return float(seconds / run_seconds)
+
+
+def test_every_step_is_a_candidate_and_the_share_is_kept(clock: Clock, tmp_path: Path) -> None:
+    monitor = budgeted()
+    scenario(400).run(tmp_path, monitor)
+    assert 0.8 * 0.2 < share(monitor) <= 0.2
+    first, later = monitor.estimates[0], monitor.estimates[1:]
+    assert first.predicted_seconds == CHAIN_STEPS * 1.0  # as planned, before any was measured
+    assert first.step == 4 * CHAIN_STEPS
+    cost = later[0].predicted_seconds
+    assert CHAIN_STEPS <= cost <= 2.5 * CHAIN_STEPS  # and the losses at the anchor
+    intervals = [b.step - a.step for a, b in zip(monitor.estimates, later, strict=False)]
+    assert intervals[1:] == pytest.approx([4 * cost] * len(intervals[1:]), abs=2)
+    assert [e.skipped for e in later] == [n - 1 for n in intervals]
+    assert all(e.credit_seconds >= e.predicted_seconds for e in monitor.estimates)
+    assert all(e.overhead <= 0.2 for e in later[2:])
+
+
+def test_what_is_published(clock: Clock, tmp_path: Path) -> None:
+    monitor, logger = budgeted(), RecordingLogger()
+    scenario(100, logger=logger).run(tmp_path, monitor)
+    row, _ = logger.of_callback()[0]
+    assert {k for k in row if k.startswith("slt/cost/")} == {
+        f"slt/cost/{k}" for k in ("seconds", "overhead_frac", "credit_seconds", "predicted_seconds", "skipped")
+    }
+    assert row["slt/cost/skipped"] == 4 * CHAIN_STEPS - 1
+    assert monitor.folder is not None
+    lines = [json.loads(line) for line in (monitor.folder / "estimates.jsonl").read_text().splitlines()]
+    assert lines[0]["skipped"] == 4 * CHAIN_STEPS - 1 and lines[0]["predicted_seconds"] == CHAIN_STEPS
+    assert monitor._config()["max_overhead"] == 0.2 and monitor._config()["every_n_train_steps"] == 1
+
+
+def test_the_steps_of_a_cadence_are_the_candidates(clock: Clock, tmp_path: Path) -> None:
+    monitor = budgeted(every_n_train_steps=10)
+    scenario(400).run(tmp_path, monitor)
+    steps = steps_of(monitor)
+    assert 3 < len(steps) < 20 and all(step is not None and step % 10 == 0 for step in steps)
+    assert share(monitor) <= 0.2
+    skipped = [e.skipped for e in monitor.estimates]
+    assert skipped == [(b - a) // 10 - 1 for a, b in zip([0, *steps], steps, strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("cadence", "candidates"),
+    [({"at_steps": [0, 5, 60, 61, 190]}, [60, 190]), ({"log_spaced": 3}, [200]), ({"every_n_epochs": 10}, [60, 180])],
+    ids=["steps", "log-spaced", "epochs"],
+)
+def test_any_cadence(cadence: dict[str, Any], candidates: list[int], clock: Clock, tmp_path: Path) -> None:
+    """Six batches an epoch, 200 in all; step 0 comes before anything is earned."""
+    monitor = budgeted(**cadence)
+    scenario(200).run(tmp_path, monitor)
+    assert steps_of(monitor) == candidates
+
+
+def test_cheap_firings_keep_their_cadence(clock: Clock, tmp_path: Path) -> None:
+    clock.chain_step = 0.01
+    monitor = budgeted(every_n_train_steps=60)
+    scenario(240).run(tmp_path, monitor)
+    assert steps_of(monitor) == [60, 120, 180, 240]
+    assert [e.skipped for e in monitor.estimates] == [0, 0, 0, 0]
+
+
+class Validates(Timed):
+    """A validation batch takes a hundred times as long as one of training."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.clock.now += 50.0
+
+
+def test_validation_is_wall_clock_too(clock: Clock, tmp_path: Path) -> None:
+    """50 s at the end of every epoch of 6 s: all of it earns, and the median prices a chain-step without it."""
+    monitor = budgeted()
+    trainer = lambda: {"max_epochs": 10, "num_sanity_val_steps": 0}  # noqa: E731
+    Scenario(Validates, lambda: loaders(validation=True), trainer).run(tmp_path, monitor)
+    assert monitor.estimates[0].step in (7, 8)  # wherever it asks next after the first epoch
+    assert monitor.estimates[0].predicted_seconds == CHAIN_STEPS
+    assert share(monitor) <= 0.2
+
+
+def test_without_a_budget_nothing_is_decided(clock: Clock, tmp_path: Path) -> None:
+    monitor = tiny_monitor(every_n_train_steps=1)
+    scenario(3).run(tmp_path, monitor)
+    assert steps_of(monitor) == [1, 2, 3]
+    assert all(e.skipped is None and math.isnan(e.credit_seconds) for e in monitor.estimates)
+    assert monitor.state_dict()["budget"] is None
+
+
+@pytest.mark.parametrize("max_overhead", [None, 0.01])
+def test_fast_dev_run_is_unaffected(max_overhead: Optional[float], clock: Clock, tmp_path: Path) -> None:
+    monitor = SLTMonitor(max_overhead=max_overhead)
+    Scenario(Timed, loaders, lambda: {"fast_dev_run": 3}).run(tmp_path, monitor)
+    assert [(e.num_chains, e.num_draws) for e in monitor.estimates] == [(1, 4)]
+
+
+# ------------------------------------------------------------------------------------------------- failing and resuming
+
+
+class Fails(Timed):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if not self.training:
+            self.clock.now += 0.5
+            raise RuntimeError("the step failed inside a chain")
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_firing_that_fails_is_not_tried_again_at_every_step(clock: Clock, tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Scenario(Fails, loaders, lambda: {"max_epochs": 34}).run(tmp_path, budgeted(on_failure="warn"))
+    texts = [str(w.message) for w in caught]
+    assert len([text for text in texts if "training goes on" in text]) == 204 // (4 * CHAIN_STEPS)
+    assert not any("nothing was measured" in text for text in texts)
+
+
+def saving(folder: Path, steps: int) -> Callable[[], dict[str, Any]]:
+    def make() -> dict[str, Any]:
+        saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=20, save_on_train_epoch_end=False)
+        return {"callbacks": [saver], "enable_checkpointing": True, "max_epochs": -1, "max_steps": steps}
+
+    return make
+
+
+def test_resume_keeps_the_ledger_and_not_the_time_between(clock: Clock, tmp_path: Path) -> None:
+    whole, first, again = budgeted(), budgeted(), budgeted()
+    Scenario(Timed, loaders, saving(tmp_path / "whole", 300)).run(tmp_path, whole)
+    Scenario(Timed, loaders, saving(tmp_path / "first", 150)).run(tmp_path, first)
+    path = tmp_path / "first" / "step=120.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    (state,) = [v for k, v in checkpoint["callbacks"].items() if "SLTMonitor" in k]
+    assert state["budget"]["trained"] == 120.0 and len(state["budget"]["costs"]) == len(state["estimates"]) > 0
+
+    clock.now += 1e7
+    Scenario(Timed, loaders, saving(tmp_path / "again", 300)).run(tmp_path, again, ckpt_path=str(path))
+    before = [step for step in steps_of(whole) if step is not None and step <= 120]
+    assert steps_of(again)[: len(before)] == before
+    # it asks at other steps than the run that was not cut off, and finds the credit a step or two sooner or later
+    assert steps_of(again) == pytest.approx(steps_of(whole), abs=2)
+    assert 0.8 * 0.2 < share(again) <= 0.2
+
+
+def test_a_new_run_has_a_new_ledger(clock: Clock, tmp_path: Path) -> None:
+    monitor = budgeted()
+    for name in ("one", "two"):
+        scenario(60).run(tmp_path / name, monitor)
+        assert steps_of(monitor) == [4 * CHAIN_STEPS]
+
+
+def test_a_checkpoint_of_before_there_was_a_budget(clock: Clock) -> None:
+    old = tiny_monitor().state_dict()
+    del old["budget"], old["skipped"]
+    monitor = budgeted()
+    monitor.load_state_dict(old)
+    assert monitor.estimates == []
+
+
+def test_the_clock_stops_between_two_fits(clock: Clock, tmp_path: Path) -> None:
+    monitor = budgeted()
+    trace = scenario(60).run(tmp_path, monitor)
+    clock.now += 1e7
+    assert monitor.state_dict()["run_seconds"] < 1e3
+    trace.trainer.fit_loop.epoch_loop.max_steps = 400
+    trace.trainer.fit(trace.module, **loaders())
+    assert 0.8 * 0.2 < share(monitor) <= 0.2
+
+
+# -------------------------------------------------------------------------------------------------------- what is said
+
+
+def said(run: Callable[[], object]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return [str(w.message) for w in caught if "max_overhead" in str(w.message)]
+
+
+def test_a_run_that_never_earned_a_firing_says_so(clock: Clock, tmp_path: Path) -> None:
+    monitor = budgeted(0.05)
+    (text,) = said(lambda: scenario(100).run(tmp_path, monitor))
+    assert monitor.estimates == []
+    assert text.startswith("SLTMonitor(max_overhead=0.05): nothing was measured.")
+    assert "about 12 s, which 228 s of training earn, and training lasted 100 s" in text
+
+
+def test_a_run_without_candidates_does_not_blame_the_budget(clock: Clock, tmp_path: Path) -> None:
+    assert said(lambda: scenario(5).run(tmp_path, budgeted(0.05, at_steps=[50]))) == []
+
+
+def test_a_cadence_that_takes_much_of_the_run_says_once_that_there_is_a_budget(clock: Clock, tmp_path: Path) -> None:
+    (text,) = said(lambda: scenario(24).run(tmp_path, tiny_monitor(every_n_train_steps=4)))
+    assert "of this run's wall-clock so far" in text
+    assert said(lambda: scenario(12).run(tmp_path, tiny_monitor(every_n_train_steps=4))) == []  # three prove nothing
+    clock.chain_step = 0.01
+    assert said(lambda: scenario(24).run(tmp_path, tiny_monitor(every_n_train_steps=4))) == []
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 5])
+def test_a_share_out_of_range_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="max_overhead="):
+        SLTMonitor(max_overhead=value)
+
+
+def test_two_monitors_each_keep_their_own_share(clock: Clock, tmp_path: Path) -> None:
+    pair = [budgeted(0.1, name="one"), budgeted(0.2, name="two")]
+    scenario(600).run(tmp_path, *pair)
+    assert 0.7 * 0.1 < share(pair[0]) <= 0.1 and 0.7 * 0.2 < share(pair[1]) <= 0.2
