@@ -265,6 +265,8 @@ def choose_engine(objective: Objective, window: Window, num_chains: int, method:
         refusal = "the module cannot be copied"
     elif objective.rounds:
         refusal = "half-precision weights are rounded from float32 masters"
+    elif objective.writes:
+        refusal = "the step writes to buffers or frozen weights, which are put back before every call"
     elif not window.stackable:
         refusal = "the batches differ in shape"
     if refusal:

@@ -71,6 +71,7 @@ class Objective:
         self._live, self._live_names = module, select_parameters(module, restrict)
         self._may_borrow = device is None and weights is None
         self._mutates = False
+        self._written: list[tuple[nn.Module, str, Tensor]] = []
         self.names = self._live_names
         self._loss_fn = steps.loss_function(module, loss_fn)
         self._trainer = trainer
@@ -105,6 +106,12 @@ class Objective:
 
     def _read_anchor(self) -> None:
         parameters = self.parameters()
+        complex_ones = [name for name, p in zip(self.names, parameters, strict=True) if p.is_complex()]
+        if complex_ones:
+            raise ValueError(
+                f"the moving weights {complex_ones[:3]} are complex, which chains do not know. Keep them as real pairs "
+                "(torch.view_as_real) in the module, or leave them out with restrict=."
+            )
         devices = {p.device for p in parameters}
         if len(devices) > 1:
             raise ValueError(f"the moving weights are on several devices, {sorted(map(str, devices))}: use restrict=.")
@@ -140,8 +147,56 @@ class Objective:
     def _loss_on(self, module: nn.Module, batch: Any) -> Tensor:
         if self._upcast:
             batch = _to_float32(batch)
+        if self._written:
+            self._rewind(module)
         with self._context():
             return self._loss_fn(module, batch)
+
+    @property
+    def writes(self) -> bool:
+        """Whether the step writes to buffers or to weights that do not move: they are put back before every call."""
+        return bool(self._written)
+
+    def _rewind(self, module: nn.Module) -> None:
+        """Buffers and frozen weights as they were: the loss must not depend on how often it was asked for."""
+        if module is not self.module:
+            return
+        with torch.no_grad():
+            for owner, name, value in self._written:
+                if name in owner._buffers:
+                    owner._buffers[name] = value.clone()
+                else:
+                    owner._parameters[name].copy_(value)  # type: ignore[union-attr]
+
+    def _find_written(self, batch: Any) -> None:
+        """Which buffers and frozen weights one call of the step changes."""
+        moving = {id(p) for p in self.parameters()}
+        held = [
+            (owner, name, tensor, tensor._version, tensor.detach().clone())
+            for owner in self.module.modules()
+            for name, tensor in [*owner._buffers.items(), *owner._parameters.items()]
+            if tensor is not None and id(tensor) not in moving
+        ]
+        taken = take_hooks(self.module)  # a user's hook is called once a firing, and not here
+        try:
+            with torch.no_grad():
+                self._loss_on(self.module, clone(batch))
+        except steps.NoLossError:
+            raise
+        except Exception as error:
+            log.debug(f"could not see what the step writes to without its hooks: {error}")
+        finally:
+            put_hooks_back(taken)
+        for owner, name, tensor, version, value in held:
+            now = owner._buffers.get(name, owner._parameters.get(name))
+            if now is not tensor or tensor._version != version:
+                self._written.append((owner, name, value))
+        if self._written:
+            self._rewind(self.module)
+            log.info(
+                f"the step writes to {', '.join(sorted({name for _, name, _ in self._written}))}: put back before "
+                "every call of the chains"
+            )
 
     @property
     def autocast(self) -> bool:
@@ -178,7 +233,13 @@ class Objective:
         """
         if not self.borrowed:
             with _buffers_kept(self._live):
+                copied = self.module
+                self._find_written(batch)
                 self._adapt_copy(batch)
+            if self.module is not copied:
+                self._written = []
+                if not self.borrowed:
+                    self._find_written(batch)
         with self.active():
             self._mutates = self._changes(batch)
 

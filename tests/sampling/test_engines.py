@@ -12,10 +12,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
+from lightning_slt.functional import LocalPosterior
 from lightning_slt.sampling import engines
-from lightning_slt.sampling.batches import Window
+from lightning_slt.sampling.batches import DatasetSource, Window
+from lightning_slt.sampling.chains import Chains, open_window
+from lightning_slt.sampling.collective import Alone
 from lightning_slt.sampling.engines import BatchedEngine, SequentialEngine, choose_engine
 from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.samplers import SGLD
 from tests.sampling import helpers
 from tests.sampling.helpers import cross_entropy, gen, mean_squared, mlp, next_token, regression, seeded, tokens
 
@@ -301,3 +305,47 @@ def test_rounded_masters_keep_steps_that_bfloat16_would_lose() -> None:
 def test_float64_module_stays_float64() -> None:
     objective = Objective(mlp().double(), mean_squared)
     assert objective.anchor.dtype == objective.dtype == torch.float64
+
+
+class _Averages(nn.Module):
+    """A target network that follows, and a running mean that is assigned anew: both written to by the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.online, self.target = nn.Linear(5, 3), nn.Linear(5, 3)
+        self.target.requires_grad_(False)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.online(x)
+        with torch.no_grad():
+            self.target.weight.lerp_(self.online.weight, 0.1)
+            self.mean = 0.9 * self.mean + 0.1 * out.mean(dim=0)
+        return out - self.target(x) + self.mean
+
+
+def test_a_step_that_writes_to_buffers_and_frozen_weights_has_one_loss() -> None:
+    """200 steps elsewhere, and the loss of a batch at w* is what it was; the live module has not moved."""
+    net = seeded(_Averages)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    objective = Objective(net, mean_squared, restrict="online.*")
+    source = DatasetSource(regression(), 16)
+    first = open_window(objective, source)
+    choice = choose_engine(objective, source.window(0), 4)
+    assert choice.engine.method == "sequential" and "writes to buffers" in choice.reason
+    choice.engine.release()
+    chains = Chains(objective, source, LocalPosterior(20.0, 1.0), SGLD(), 2, 0, Alone())
+    chains.advance(100, 1e-3)
+    with torch.no_grad():
+        assert float(objective.loss(source.window(0)[0])) == pytest.approx(first, rel=1e-6)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_complex_weights_are_refused() -> None:
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.filter = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+
+    with pytest.raises(ValueError, match=r"filter.*complex.*view_as_real"):
+        Objective(Spectral(), mean_squared)
