@@ -200,7 +200,8 @@ def _read(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     reasons = summary.reasons
     if math.isfinite(heat) and heat >= MAX_HEAT and summary.mean > 0:
         reasons += (f"step size {lr:.2g} is too large: {heat:.0%} of the estimate is heat of the step",)
-    virial = virial_ratio(segment, lr if heats else 0.0, posterior, d, ~diverged)
+    # of the second half: the question is where the chains have arrived, not how they came there
+    virial = virial_ratio(segment.last(segment.steps - half), lr if heats else 0.0, posterior, d, ~diverged)
     if virial < MIN_VIRIAL and summary.mean > 0:
         reasons += (
             f"the chains have not reached their width in {drawn.num_burnin_steps + segment.steps} steps (virial ratio "

@@ -475,7 +475,7 @@ class SLTMonitor(Callback):
         estimate = measure_llc(objective, source, settings, self._collective, progress, memory)
         self._hook_owner = None
         if not self._warm_start:
-            self._memory.forget()
+            self._memory = ChainMemory(lr=self._memory.lr)
         if estimate.method == "sequential":
             # it always works, so it stays: another path rounds otherwise, and points would not share their noise
             self._method = "sequential"

@@ -348,17 +348,20 @@ def _until_good(chains: Chains, start: _Start, budget: Budget, generation: int) 
         awaited = WIDTHS * 2 / (step * max(posterior.localization, 1e-12)) if heats else 0.0
         waited = start.warm or spent >= awaited or awaited > longest
         # slow directions look flat: what they still owe shows in the virial ratio alone
-        waited &= virial_ratio(kept, step if heats else 0.0, posterior, d) >= ARRIVED
+        waited &= virial_ratio(kept.last(kept.steps - kept.steps // 2), step if heats else 0.0, posterior, d) >= ARRIVED
         if units >= 1 and settled and waited and _is_good(kept, budget, posterior.nbeta):
             break
         if rounds > 1 and _is_downhill(kept, posterior.nbeta):
             break
-        if spent + length > 2 * longest and rounds > 1:
+        left = (2 * longest - spent) // unit * unit
+        if left < unit and rounds > 1:
             break
-        if not settled:
+        # late in the budget a new step would leave too few draws: the heat of this one is measured and taken off anyway
+        if not settled and spent < longest:
             done += joined.steps
             step, pieces, steady = wanted, [], False
-        length = max(sum(p.steps for p in pieces) // unit, 1) * unit
+        # as long as all before, or what is left of the budget
+        length = max(min(sum(p.steps for p in pieces) // unit * unit, left), unit)
     fits = steady and burnin <= LATE * joined.steps and _is_flat(kept, budget, posterior.nbeta)
     if budget.num_steps_bw_draws is not None:
         kept = kept.last(unit)

@@ -28,6 +28,14 @@ _TOY: dict[str, Any] = {
 _LINEAR: dict[str, Any] = {"num_chains": 128, "num_draws": 150, "num_warmup": 100}
 _DIGITS: dict[str, Any] = {"num_chains": 8, "num_draws": 150, "num_warmup": 60, "dtype": torch.float32}
 
+_NETWORK: dict[str, Any] = {
+    "num_chains": 8,
+    "num_draws": 70,
+    "num_warmup": 40,
+    "dtype": torch.float32,
+    "loop": True,
+}
+
 #: What is run, with which settings, cheapest and most used first.
 RUNS: dict[str, dict[str, Any]] = {
     "crossing-11": _TOY,
@@ -43,6 +51,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "rrr-8-4-8-r2-n10000": _LINEAR,
     "linear-6-6-6-6-r2-n300": _LINEAR,
     "linear-6-6-6-6-r2-n10000": {"num_chains": 128, "num_draws": 80, "num_warmup": 60},
+    "transformer": _NETWORK,
     "digits-mlp-gamma10": {**_DIGITS, "num_draws": 80, "num_warmup": 50},
 }
 

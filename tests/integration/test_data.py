@@ -145,8 +145,8 @@ def test_chains_use_all_the_data_evenly(tmp_path: Path) -> None:
     assert counts.min() > 0.7 * counts.mean() and counts.max() < 1.4 * counts.mean()
 
 
-def test_a_firing_does_not_depend_on_earlier_ones(tmp_path: Path) -> None:
-    often, seldom = (tiny_monitor(every_n_train_steps=n, localization=1.0) for n in (2, 12))
+def test_a_cold_firing_does_not_depend_on_earlier_ones(tmp_path: Path) -> None:
+    often, seldom = (tiny_monitor(every_n_train_steps=n, localization=1.0, warm_start=False) for n in (2, 12))
     for name, monitor in (("often", often), ("seldom", seldom)):
         Scenario(Plain, loaders).run(tmp_path / name, monitor)
     assert len(often.estimates) == 6 and len(seldom.estimates) == 1
