@@ -1,8 +1,8 @@
 """Writes the cases as ``.npz`` files for the runners of every environment; runs in this package's own environment.
 
 The digits MLP and the reduced-rank regression are those of ``tests/cases`` (same weights, data and references). The
-transformer is trained here for a few seconds on sequences from a random Markov chain, so that its chains start near a
-minimum.
+transformer is trained here for a few seconds on sequences from a random Markov chain, and the convnet on the digits
+enlarged to 28x28, so that their chains start near a minimum.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from models import SEQUENCE_LENGTH, VOCABULARY, Transformer, default_nbeta, next_token_loss
+from models import IMAGE_SIDE, SEQUENCE_LENGTH, VOCABULARY, Transformer, default_nbeta, next_token_loss
+from models import convnet as build_convnet
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,10 +139,43 @@ def transformer(folder: Path, name: str, batch_size: int, lr: float = 1e-5, n: i
     )
 
 
+def convnet(folder: Path, name: str, batch_size: int, lr: float = 1e-5, steps: int = 200) -> None:
+    """Two convolutions (16 and 32 channels) and a linear layer on the digits enlarged to 28x28, trained here."""
+    from tests.cases.problems import digits_data
+
+    generator = torch.Generator().manual_seed(0)
+    images, y = digits_data()
+    x = nn.functional.interpolate(images.view(-1, 1, 8, 8), size=IMAGE_SIDE, mode="bilinear")
+    channels = (16, 32)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = build_convnet(channels)
+    optimiser = torch.optim.Adam(module.parameters(), lr=3e-3)
+    for _ in range(steps):
+        chosen = torch.randint(len(x), (64,), generator=generator)
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(module(x[chosen]), y[chosen]).backward()
+        optimiser.step()
+    _write(
+        folder,
+        name,
+        "convnet",
+        module,
+        [key for key, _ in module.named_parameters()],
+        (x, y),
+        sizes=channels,
+        batch_size=batch_size,
+        lr=lr,
+        nbeta=default_nbeta(len(x)),
+        localization=LOCALIZATION,
+    )
+
+
 #: name of a case -> what writes it into a folder
 SPEED_CASES: dict[str, Callable[[Path], None]] = {
     "mlp64": lambda folder: digits(folder, "mlp64", 64),
     "mlp256": lambda folder: digits(folder, "mlp256", 256),
+    "convnet32": lambda folder: convnet(folder, "convnet32", 32),
     "transformer16": lambda folder: transformer(folder, "transformer16", 16),
     "transformer64": lambda folder: transformer(folder, "transformer64", 64),
 }

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 SEQUENCE_LENGTH = 32
 VOCABULARY = 64
 WIDTH = 64
+IMAGE_SIDE = 28
 
 
 class Block(nn.Module):
@@ -60,6 +61,15 @@ class Transformer(nn.Module):
         return self.unembed(self.norm(self.blocks(self.token(tokens) + self.position[: tokens.shape[1]])))
 
 
+def convnet(channels: tuple[int, ...]) -> nn.Sequential:
+    """Padded 3x3 convolutions with ReLU and max pooling, then a linear layer; images ``[batch, 1, 28, 28]``."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise((1, *channels)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    side = IMAGE_SIDE // 2 ** len(channels)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * side**2, 10))
+
+
 def mlp(sizes: tuple[int, ...]) -> nn.Sequential:
     """Linear layers with ReLU between them."""
     layers: list[nn.Module] = []
@@ -74,14 +84,16 @@ def deep_linear(sizes: tuple[int, ...]) -> nn.Sequential:
 
 
 def build_module(kind: str, sizes: tuple[int, ...]) -> nn.Module:
-    """The untrained module of a case; ``sizes`` are the layer widths (unused by the transformer)."""
+    """The untrained module of a case; ``sizes`` are the layer widths or channels (unused by the transformer)."""
     if kind == "transformer":
         return Transformer()
+    if kind == "convnet":
+        return convnet(sizes)
     if kind == "mlp":
         return mlp(sizes)
     if kind == "linear":
         return deep_linear(sizes)
-    raise ValueError(f"no case is of kind {kind!r}: transformer, mlp, linear")
+    raise ValueError(f"no case is of kind {kind!r}: transformer, convnet, mlp, linear")
 
 
 def next_token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -109,6 +121,7 @@ def half_square_loss(output: Tensor, target: Tensor) -> Tensor:
 SampleLoss = Callable[[Tensor, Tensor], Tensor]
 LOSSES: dict[str, tuple[SampleLoss, SampleLoss]] = {
     "transformer": (next_token_loss, next_token_losses),
+    "convnet": (F.cross_entropy, cross_entropy_losses),
     "mlp": (F.cross_entropy, cross_entropy_losses),
     "linear": (half_square_loss, half_square_losses),
 }

@@ -16,20 +16,12 @@ from lightning_slt.functional.learning_coefficient import summarise
 from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import MinibatchSource, source_of
-from lightning_slt.sampling.calibration import (
-    MAX_STEPS_BW_DRAWS,
-    MIN_VIRIAL,
-    Budget,
-    Drawn,
-    draw,
-    heat_share,
-    heat_share_error,
-    virial_ratio,
-)
+from lightning_slt.sampling.calibration import MAX_STEPS_BW_DRAWS, MIN_VIRIAL, Budget, Drawn, draw
 from lightning_slt.sampling.chains import Chains, Progress, open_window
 from lightning_slt.sampling.collective import Alone, Collective
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.readings import diverged, heat_share, heat_share_error, virial_ratio
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import SGLD, Sampler
@@ -39,8 +31,6 @@ log = logging.getLogger(__name__)
 
 MAX_HEAT = 0.25
 """Share of the estimate that may be step-size heat before it is called invalid."""
-DIVERGED = 10.0
-"""A chain whose mean excess over the anchor is this many times the number of weights has left the posterior."""
 MIN_LOCALIZATION, MAX_LOCALIZATION = 1.0, 100.0
 
 
@@ -67,8 +57,6 @@ class ChainSettings:
     method: str = "auto"
     tolerance: float = 0.03
     max_steps_bw_draws: int = MAX_STEPS_BW_DRAWS
-    start_lr: Optional[float] = None
-    """A step size to start the calibration at."""
     second_moment: Optional[Tensor] = None
     """``[d]`` mean squared gradients, for a preconditioned sampler to start from."""
 
@@ -96,7 +84,6 @@ class ChainSettings:
             self.num_burnin_steps,
             self.num_steps_bw_draws,
             self.sampler.lr if self.sampler is not None else None,
-            self.start_lr,
             self.tolerance,
             self.max_steps_bw_draws,
             self.second_moment,
@@ -190,18 +177,16 @@ def _read(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     raw = posterior.nbeta * segment.difference
     trace = raw.reshape(len(raw), settings.num_draws, between).mean(dim=2)
     finite = segment.finite
-    half = segment.steps // 2
-    diverged = ~finite | (raw[:, half:].mean(dim=1) > DIVERGED * d + 100.0)
+    good = ~diverged(segment, posterior.nbeta, d)
     heats = chains.sampler.calibration == "heat"
-    heat = heat_share(segment, lr, posterior, ~diverged) if heats and bool((~diverged).any()) else math.nan
+    heat = heat_share(segment, lr, posterior, good) if heats and bool(good.any()) else math.nan
     correction = 1.0 - heat if math.isfinite(heat) and heat < 2 * MAX_HEAT else 1.0
-    heat_error = heat_share_error(segment, lr, posterior, ~diverged) if correction < 1.0 else 0.0
-    summary = summarise(trace * correction, diverged)
+    heat_error = heat_share_error(segment, lr, posterior, good) if correction < 1.0 else 0.0
+    summary = summarise(trace * correction, ~good)
     reasons = summary.reasons
     if math.isfinite(heat) and heat >= MAX_HEAT and summary.mean > 0:
         reasons += (f"step size {lr:.2g} is too large: {heat:.0%} of the estimate is heat of the step",)
-    # of the second half: the question is where the chains have arrived, not how they came there
-    virial = virial_ratio(segment.last(segment.steps - half), lr if heats else 0.0, posterior, d, ~diverged)
+    virial = virial_ratio(segment.second_half(), lr if heats else 0.0, posterior, d, good)
     if virial < MIN_VIRIAL and summary.mean > 0:
         reasons += (
             f"the chains have not reached their width in {drawn.num_burnin_steps + segment.steps} steps (virial ratio "

@@ -37,8 +37,6 @@ from lightning_slt.sampling.steps import LossFn, loss_function
 
 SMOKE_SAMPLER = SGLD(lr=1e-6)
 """A smoke test shows that chains run, not what they say: no step size is looked for."""
-SEARCH_STEPS = 250
-"""About what looking for the step size takes, in steps of a chain."""
 LARGE_OVERHEAD = 0.25
 """Share of wall-clock above which a monitor without a budget says that there is one."""
 
@@ -220,7 +218,8 @@ class SLTMonitor(Callback):
         now = time.monotonic()
         self._start = now - self._run_seconds
         if self._budget is not None and not _is_smoke_test(trainer):
-            self._budget.planned_steps = _planned_steps(self._settings, self._collective.world_size)
+            share = math.ceil(self._settings.num_chains / self._collective.world_size)
+            self._budget.planned_steps = share * self._settings.budget().most_steps
             # what passed since the last fit, or since a crash, is nobody's training; and every rank asks at once
             self._earned_until, self._ask_at = now, 0
         self._done_fast_run = False
@@ -489,12 +488,13 @@ class SLTMonitor(Callback):
         return estimate
 
     def _moments(self, trainer: Trainer, objective: Objective) -> Optional[Tensor]:
-        """``[d]`` second moments of the optimisers, the first rank's, for a sampler that wants them."""
+        """``[d]`` second moments of the optimisers, the first rank's, for a sampler that wants them and starts cold."""
         sampler = self._settings.sampler
-        if sampler is None or not sampler.preconditioned:
+        if sampler is None or not sampler.preconditioned or self._memory.displacements is not None:
             return None
+        first, module = self._collective.rank == 0, trainer.lightning_module
         return self._collective.exchange(
-            lambda: second_moments(trainer.optimizers, trainer.lightning_module, objective)
+            lambda: second_moments(trainer.optimizers, module, objective) if first else None
         )[0]
 
     def _share_buffers(self, objective: Objective) -> None:
@@ -592,22 +592,6 @@ class SLTMonitor(Callback):
 
 def _is_smoke_test(trainer: Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-
-
-def _planned_steps(settings: ChainSettings, world_size: int) -> int:
-    """Chain-steps of a firing, one after another on one rank: about the most that the chains may take.
-
-    Rounds that double take twice the longest together (see :mod:`lightning_slt.sampling.calibration`); most firings
-    end earlier.
-    """
-    between = settings.num_steps_bw_draws
-    if settings.num_burnin_steps is not None:
-        steps = settings.num_burnin_steps + settings.num_draws * (between or 1)
-    else:
-        steps = 2 * settings.num_draws * (between or settings.max_steps_bw_draws)
-    if settings.sampler is None or settings.sampler.lr is None:
-        steps += SEARCH_STEPS
-    return math.ceil(settings.num_chains / world_size) * steps
 
 
 def _loss_context(trainer: Trainer) -> Optional[Callable[[], AbstractContextManager[Any]]]:

@@ -43,6 +43,7 @@ from lightning_slt.sampling.chains import STATS_EVERY, Chains, Segment
 from lightning_slt.sampling.engines import sequential_engine
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.readings import diverged, force_of, transient, virial_ratio
 from lightning_slt.sampling.rng import PROBE, generator
 
 HEAT = 0.04
@@ -75,7 +76,7 @@ FIRST_ROUNDS = (25, 25, 50, 50)
 LATER_ROUNDS = (25, 50)
 """The same where the last firing's step size is at hand."""
 MAX_STEPS_BW_DRAWS = 32
-"""Longest last round, in steps a draw."""
+"""Half of all the steps of a chain at the most, burn-in included, in steps a draw."""
 FLAT = 0.05
 """Drift within the last round that is tolerated, as a share of the LLC (of 0.4, where the LLC is below)."""
 
@@ -106,9 +107,8 @@ class Budget:
         num_burnin_steps: given, the burn-in is this long once the step size is known.
         num_steps_bw_draws: given, the draws are this many steps apart.
         lr: given, the step size is not looked for.
-        start_lr: a step size that was right a moment ago, to start the search at.
         tolerance: standard error to reach, as a share of the LLC (of 0.4, where the LLC is below).
-        max_steps_bw_draws: longest trace, in steps a draw; all rounds together take twice that.
+        max_steps_bw_draws: half of all the steps there may be, burn-in included, in steps a draw.
         second_moment: ``[d]`` mean squared gradients, for a preconditioned sampler to start from.
     """
 
@@ -116,56 +116,17 @@ class Budget:
     num_burnin_steps: int | None = None
     num_steps_bw_draws: int | None = None
     lr: float | None = None
-    start_lr: float | None = None
     tolerance: float = 0.03
     max_steps_bw_draws: int = MAX_STEPS_BW_DRAWS
     second_moment: Tensor | None = None
 
-
-def heat_share(segment: Segment, lr: float, posterior: LocalPosterior, keep: Tensor | None = None) -> float:
-    """Share of the LLC that is heat of the finite step, pooled over the chains that are kept (all finite ones).
-
-    Returns:
-        NaN where no chain is finite or the chains have not moved against the gradient yet.
-    """
-    keep = segment.finite if keep is None else keep
-    grad_dot = float(segment.grad_dot[keep].mean())
-    if not grad_dot > 0:
-        return math.nan
-    return 0.25 * lr * float(_force(segment, posterior)[keep].mean()) / grad_dot
-
-
-def heat_share_error(segment: Segment, lr: float, posterior: LocalPosterior, keep: Tensor) -> float:
-    """Standard error of :func:`heat_share` between chains; 0 where one chain is all there is."""
-    rows = keep.nonzero().flatten()
-    if len(rows) < 2:
-        return 0.0
-    force, gu = _force(segment, posterior)[rows].mean(dim=1), segment.grad_dot[rows].mean(dim=1)
-    # of a ratio of means, to first order
-    residual = 0.25 * lr * force - heat_share(segment, lr, posterior, keep) * gu
-    return float(residual.std() / math.sqrt(len(rows)) / gu.mean().abs())
-
-
-def _force(segment: Segment, posterior: LocalPosterior) -> Tensor:
-    """``grad . P G``, reading by reading."""
-    pulled = segment.pulled_dot if segment.pulled_dot is not None else segment.grad_dot
-    return posterior.nbeta * segment.grad_square + posterior.localization * pulled
-
-
-def virial_ratio(segment: Segment, lr: float, posterior: LocalPosterior, d: int, keep: Tensor | None = None) -> float:
-    """``(E[G.u] - eps/4 E[G.P G]) / d``: 1 at stationarity, less where directions have not been reached yet.
-
-    Args:
-        lr: 0 for a sampler whose step does not heat.
-    """
-    keep = segment.finite if keep is None else keep
-    gu, uu = (float(x[keep].mean()) for x in (segment.grad_dot, segment.square))
-    pulled_dot = segment.pulled_dot if segment.pulled_dot is not None else segment.grad_dot
-    pulled_square = segment.pulled_square if segment.pulled_square is not None else segment.square
-    nbeta, gamma = posterior.nbeta, posterior.localization
-    force = nbeta * float(_force(segment, posterior)[keep].mean())
-    force += gamma * (nbeta * float(pulled_dot[keep].mean()) + gamma * float(pulled_square[keep].mean()))
-    return (nbeta * gu + gamma * uu - 0.25 * lr * force) / d
+    @property
+    def most_steps(self) -> int:
+        """The most steps that a chain makes; a search that is followed by a burn-in of given length comes on top."""
+        if self.num_burnin_steps is None:
+            return 2 * self.num_draws * (self.num_steps_bw_draws or self.max_steps_bw_draws)
+        search = sum(FIRST_ROUNDS) if self.lr is None else 0
+        return search + self.num_burnin_steps + self.num_draws * (self.num_steps_bw_draws or 1)
 
 
 def first_step(objective: Objective, window: Window, posterior: LocalPosterior, seed: int) -> float:
@@ -228,11 +189,12 @@ def draw(chains: Chains, seed: int, budget: Budget, memory: ChainMemory | None =
     warm = start is not None
     start = start or _cold_start(chains, seed, budget, memory)
     if budget.num_burnin_steps is not None:
-        drawn, fits = _given_length(chains, start, budget, memory.generation), True
+        drawn, fits = _given_length(chains, start, budget, memory.generation)
     else:
         drawn, fits = _until_good(chains, start, budget, memory.generation)
     memory.lr = drawn.lr if budget.lr is None else None
-    if not bool(drawn.segment.finite.all()) or _is_downhill(drawn.segment, chains.posterior.nbeta):
+    nbeta = chains.posterior.nbeta
+    if bool(diverged(drawn.segment, nbeta, len(chains.objective.anchor)).any()) or _is_downhill(drawn.segment, nbeta):
         memory.forget()
     elif not (warm and fits):
         memory.keep(chains)
@@ -260,14 +222,10 @@ class _Start:
 
 def _warm_start(chains: Chains, budget: Budget, memory: ChainMemory) -> _Start | None:
     """From the kept displacements; None where there are none, or where they turn out not to fit at all."""
-    fits = [
-        told is not None for told in chains.collective.exchange(lambda: None if memory.start_of(chains) is None else 1)
-    ]
-    step = budget.lr if budget.lr is not None else memory.lr
-    if step is None or not all(fits):
-        return None
     kept = memory.start_of(chains)
-    assert kept is not None
+    step = budget.lr if budget.lr is not None else memory.lr
+    if not all(chains.collective.exchange(lambda: kept is not None)) or step is None or kept is None:
+        return None
     chains.place(kept)
     chains.fix_preconditioner(memory.preconditioner)
     chains.reseed(WARM + _GENERATION * memory.generation)
@@ -275,8 +233,7 @@ def _warm_start(chains: Chains, budget: Budget, memory: ChainMemory) -> _Start |
     if length is None:
         length = max(math.ceil(WARM_SHARE * budget.num_draws), STATS_EVERY)
     segment = chains.advance(length, step)
-    level = chains.posterior.nbeta * float(segment.difference[:, -(length // 4 + 1) :].mean()) if length else 0.0
-    if not bool(segment.finite.all()) or level > 10 * len(chains.objective.anchor):
+    if length and bool(diverged(segment, chains.posterior.nbeta, len(chains.objective.anchor)).any()):
         chains.restart()
         return None
     settled = True
@@ -289,7 +246,7 @@ def _warm_start(chains: Chains, budget: Budget, memory: ChainMemory) -> _Start |
 def _cold_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) -> _Start:
     """From ``w*``: the step size, and the preconditioner where the sampler wants one."""
     kind = chains.sampler.calibration
-    given, known = budget.lr, memory.lr if memory.lr is not None else budget.start_lr
+    given, known = budget.lr, memory.lr
     if given is not None and not chains.sampler.preconditioned:
         return _Start(given, math.inf, 0, [])
     ceiling = math.inf
@@ -302,7 +259,7 @@ def _cold_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) 
     rounds = FIRST_ROUNDS if known is None or chains.sampler.preconditioned else LATER_ROUNDS
     done, head = 0, []
     for number, length in enumerate(rounds):
-        chains.learn_preconditioner(keep_learning=number + 2 < len(rounds))
+        chains.learn_preconditioner(keep_learning=number + 1 < len(rounds))
         chains.reseed(number)
         segment = chains.advance(length, step)
         done += length
@@ -312,8 +269,8 @@ def _cold_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) 
     return _Start(step, ceiling, done, head)
 
 
-def _given_length(chains: Chains, start: _Start, budget: Budget, generation: int) -> Drawn:
-    """Burn-in and draws of the lengths asked for."""
+def _given_length(chains: Chains, start: _Start, budget: Budget, generation: int) -> tuple[Drawn, bool]:
+    """Burn-in and draws of the lengths asked for; with them, whether the draws are flat."""
     assert budget.num_burnin_steps is not None
     done = start.done
     chains.reseed(DRAWS + _GENERATION * generation)
@@ -322,7 +279,8 @@ def _given_length(chains: Chains, start: _Start, budget: Budget, generation: int
             chains.advance(budget.num_burnin_steps, start.step)
         done += budget.num_burnin_steps
     between = budget.num_steps_bw_draws or 1
-    return Drawn(chains.advance(budget.num_draws * between, start.step), start.step, done, between)
+    segment = chains.advance(budget.num_draws * between, start.step)
+    return Drawn(segment, start.step, done, between), _is_flat(segment, budget, chains.posterior.nbeta)
 
 
 def _until_good(chains: Chains, start: _Start, budget: Budget, generation: int) -> tuple[Drawn, bool]:
@@ -348,7 +306,7 @@ def _until_good(chains: Chains, start: _Start, budget: Budget, generation: int) 
         awaited = WIDTHS * 2 / (step * max(posterior.localization, 1e-12)) if heats else 0.0
         waited = start.warm or spent >= awaited or awaited > longest
         # slow directions look flat: what they still owe shows in the virial ratio alone
-        waited &= virial_ratio(kept.last(kept.steps - kept.steps // 2), step if heats else 0.0, posterior, d) >= ARRIVED
+        waited &= virial_ratio(kept.second_half(), step if heats else 0.0, posterior, d) >= ARRIVED
         if units >= 1 and settled and waited and _is_good(kept, budget, posterior.nbeta):
             break
         if rounds > 1 and _is_downhill(kept, posterior.nbeta):
@@ -357,7 +315,7 @@ def _until_good(chains: Chains, start: _Start, budget: Budget, generation: int) 
         if left < unit and rounds > 1:
             break
         # late in the budget a new step would leave too few draws: the heat of this one is measured and taken off anyway
-        if not settled and spent < longest:
+        if not settled and (spent < longest or not bool(segment.finite.all())):
             done += joined.steps
             step, pieces, steady = wanted, [], False
         # as long as all before, or what is left of the budget
@@ -366,29 +324,6 @@ def _until_good(chains: Chains, start: _Start, budget: Budget, generation: int) 
     if budget.num_steps_bw_draws is not None:
         kept = kept.last(unit)
     return Drawn(kept, step, done + joined.steps - kept.steps, kept.steps // budget.num_draws), fits
-
-
-def transient(trace: Tensor) -> int:
-    """Steps to leave out at the front: the cut that makes the standard error of the rest smallest, half at the most.
-
-    White 1997, *An effective truncation heuristic for bias reduction in simulation output* (MSER), on the mean over
-    the chains, in at most 200 blocks.
-
-    Args:
-        trace: ``[num_chains, steps]``; none of them where no chain is finite.
-    """
-    steps = trace.shape[1]
-    if len(trace) == 0 or steps < 8:
-        return 0
-    size = max(1, steps // 200)
-    count = steps // size
-    # from the end: what is left over is at the front
-    blocks = trace.mean(dim=0)[steps - count * size :].reshape(count, size).mean(dim=1).flip(0)
-    left = torch.arange(1, count + 1, dtype=blocks.dtype)
-    mean = blocks.cumsum(0) / left
-    squared_error = ((blocks.square().cumsum(0) / left - mean.square()) / left).clamp(min=0)
-    best = int(squared_error[count // 2 - 1 :].argmin()) + count // 2 - 1
-    return 0 if best == count - 1 else steps - (best + 1) * size
 
 
 def _is_downhill(segment: Segment, nbeta: float) -> bool:
@@ -439,11 +374,10 @@ def _next_step(chains: Chains, segment: Segment, step: float, ceiling: float) ->
         return step, True
     if segment.acceptance is not None:
         share = float(segment.acceptance.mean())
-        return min(step * min(max(math.exp(3 * (share - ACCEPTANCE)), 0.3), 2.0), ceiling), abs(
-            share - ACCEPTANCE
-        ) < 0.2
+        factor = min(max(math.exp(3 * (share - ACCEPTANCE)), 0.3), 2.0)
+        return min(step * factor, ceiling), abs(share - ACCEPTANCE) < 0.2
     posterior = chains.posterior
-    heat = max(0.125 * step * posterior.nbeta * float(_force(segment, posterior).mean()), 1e-12)
+    heat = max(0.125 * step * posterior.nbeta * float(force_of(segment, posterior).mean()), 1e-12)
     trace = posterior.nbeta * segment.difference
     wanted = HEAT * _scale(trace) / heat
     drift, drift_error = half_change(trace)

@@ -100,6 +100,10 @@ class Segment:
                 tables[name] = value[:, value.shape[1] - readings :]
         return dataclasses.replace(self, **tables)
 
+    def second_half(self) -> Segment:
+        """Where the chains have arrived, without how they came there."""
+        return self.last(self.steps - self.steps // 2)
+
     @property
     def steps(self) -> int:
         return self.difference.shape[1]
@@ -214,10 +218,10 @@ class Chains:
         if not self.sampler.preconditioned:
             return
         if self._moments is not None:
-            own = (self._moments, self._moments_count)
+            own = (self._moments.cpu(), self._moments_count)
             told = [(total, count) for total, count in self.collective.exchange(lambda: own) if count]
             if told:
-                mean = torch.stack([total.to(own[0]) for total, _ in told]).sum(dim=0) / sum(count for _, count in told)
+                mean = torch.stack([total for total, _ in told]).sum(dim=0) / sum(count for _, count in told)
                 if bool(torch.isfinite(mean).all()):
                     self.precondition(mean)
         self._moments = torch.zeros_like(self.objective.anchor) if keep_learning else None

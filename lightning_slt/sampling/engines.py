@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_slt.sampling.batches import Window
 from lightning_slt.sampling.objective import Objective
@@ -207,8 +208,35 @@ def sequential_engine(objective: Objective) -> SequentialEngine:
     return BorrowedEngine(objective) if objective.borrowed else SequentialEngine(objective)
 
 
-def activation_bytes(objective: Objective, batch: Any) -> int:
-    """What autograd keeps for the backward pass of one chain's loss."""
+@dataclass(frozen=True)
+class Observed:
+    """What one step showed on its way.
+
+    Attributes:
+        saved_bytes: what autograd keeps for the backward pass of one chain's loss.
+        pads: an embedding is looked up with a padding index. Under vmap the ordinary backward pass masks the gradient
+            of the padding row for the first chain only, which a probe without padding in its batches would not see.
+    """
+
+    saved_bytes: int
+    pads: bool
+
+
+class _Embeddings(TorchFunctionMode):
+    """Sees whether an embedding under it has a padding index, as a module or as a function."""
+
+    padded = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.embedding:
+            index = args[2] if len(args) > 2 else kwargs.get("padding_idx")
+            self.padded |= index is not None
+        return func(*args, **kwargs)
+
+
+def observe(objective: Objective, batch: Any) -> Observed:
+    """Run the loss of one batch at the weights that the copy holds, and look on."""
     total = 0
     known = {p.data_ptr() for p in objective.module.parameters()}
 
@@ -218,21 +246,24 @@ def activation_bytes(objective: Objective, batch: Any) -> int:
             total += tensor.numel() * tensor.element_size()
         return tensor
 
+    embeddings = _Embeddings()
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), embeddings:
             objective.loss(batch)
     except RuntimeError:  # functorch inside the step refuses the hooks: as much again as was counted, or the weights
         total = max(2 * total, objective.anchor.numel() * objective.anchor.element_size())
-    return total
+        with embeddings:
+            objective.loss(batch)
+    return Observed(total, embeddings.padded)
 
 
-def chunk_width(objective: Objective, batch: Any, num_chains: int) -> int:
+def chunk_width(objective: Objective, saved_bytes: int, num_chains: int) -> int:
     """How many chains fit a chunk: activations within the budget (a quarter of what is free, on a GPU)."""
     budget = ACTIVATION_BUDGET
     if objective.device.type == "cuda":
         budget = torch.cuda.mem_get_info(objective.device)[0] // 4
     # twice: what autograd saved, and what the backward pass makes from it
-    each = 2 * activation_bytes(objective, batch) + 4 * len(objective.anchor) * objective.anchor.element_size()
+    each = 2 * saved_bytes + 4 * len(objective.anchor) * objective.anchor.element_size()
     return int(max(1, min(num_chains, budget // max(each, 1))))
 
 
@@ -278,7 +309,8 @@ def choose_engine(objective: Objective, window: Window, num_chains: int, method:
         seconds = _one_step_seconds(objective, sequential, window)
         if seconds > COMPUTE_BOUND:
             return Choice(sequential, f"a step is {1000 * seconds:.0f} ms of computing, which batching would not save")
-    width = chunk_width(objective, window[next(iter(window.anchor_loss), 0)], num_chains)
+    observed = observe(objective, window[next(iter(window.anchor_loss), 0)])
+    width = chunk_width(objective, observed.saved_bytes, num_chains)
     if width < 2:
         if method == "batched":
             raise ValueError("method='batched' cannot be used: two chains do not fit the memory budget.")
@@ -289,11 +321,8 @@ def choose_engine(objective: Objective, window: Window, num_chains: int, method:
     sequential.release()
     reason = ""
     best: tuple[float, Engine] | None = None
-    padded = any(isinstance(m, nn.Embedding) and m.padding_idx is not None for m in objective.module.modules())
     for through in ("backward", "grad"):
-        if padded and through == "backward":
-            # under vmap the gradient of the padding row is masked for the first chain only, which a probe without
-            # padding in its batches would not see
+        if observed.pads and through == "backward":
             reason = "an embedding with padding_idx has other gradients under vmap"
             continue
         try:

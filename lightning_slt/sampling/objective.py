@@ -71,6 +71,7 @@ class Objective:
         self._live, self._live_names = module, select_parameters(module, restrict)
         self._may_borrow = device is None and weights is None
         self._mutates = False
+        self._weights = weights
         self._written: list[tuple[nn.Module, str, Tensor]] = []
         self.names = self._live_names
         self._loss_fn = steps.loss_function(module, loss_fn)
@@ -168,15 +169,21 @@ class Objective:
                 else:
                     owner._parameters[name].copy_(value)  # type: ignore[union-attr]
 
+    def _given(self, name: str) -> Tensor:
+        """A weight of the copy as it came: from the weights that were handed over, or from the live module."""
+        source = self._weights if self._weights is not None else dict(self._live.named_parameters())
+        return next(value for key, value in source.items() if without_compile(key) == name).detach().clone()
+
     def _find_written(self, batch: Any) -> None:
         """Which buffers and frozen weights one call of the step changes."""
         moving = {id(p) for p in self.parameters()}
-        held = [
-            (owner, name, tensor, tensor._version, tensor.detach().clone())
+        buffers = [
+            (owner, name, buffer, buffer._version, buffer.detach().clone())
             for owner in self.module.modules()
-            for name, tensor in [*owner._buffers.items(), *owner._parameters.items()]
-            if tensor is not None and id(tensor) not in moving
+            for name, buffer in owner._buffers.items()
+            if buffer is not None
         ]
+        frozen = [(name, p, p._version) for name, p in self.module.named_parameters() if id(p) not in moving]
         taken = take_hooks(self.module)  # a user's hook is called once a firing, and not here
         try:
             with torch.no_grad():
@@ -187,10 +194,16 @@ class Objective:
             log.debug(f"could not see what the step writes to without its hooks: {error}")
         finally:
             put_hooks_back(taken)
-        for owner, name, tensor, version, value in held:
-            now = owner._buffers.get(name, owner._parameters.get(name))
-            if now is not tensor or tensor._version != version:
-                self._written.append((owner, name, value))
+        self._written = [
+            (owner, name, value)
+            for owner, name, buffer, version, value in buffers
+            if owner._buffers.get(name) is not buffer or buffer._version != version
+        ]
+        # no copies of these beforehand: they may be most of the model, and are hardly ever written to
+        for name, parameter, version in frozen:
+            if parameter._version != version:
+                path, _, last = name.rpartition(".")
+                self._written.append((self.module.get_submodule(path), last, self._given(name).to(parameter)))
         if self._written:
             self._rewind(self.module)
             log.info(
@@ -236,10 +249,10 @@ class Objective:
                 copied = self.module
                 self._find_written(batch)
                 self._adapt_copy(batch)
-            if self.module is not copied:
+            if self.borrowed:
                 self._written = []
-                if not self.borrowed:
-                    self._find_written(batch)
+            elif self.module is not copied:
+                self._find_written(batch)
         with self.active():
             self._mutates = self._changes(batch)
 

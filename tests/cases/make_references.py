@@ -35,6 +35,8 @@ _NETWORK: dict[str, Any] = {
     "dtype": torch.float32,
     "loop": True,
 }
+# stiffer, and no arms to speak of: fewer of the short steps
+_STIFF: dict[str, Any] = {**_NETWORK, "num_draws": 60, "step_factors": (1.0, 1.0, 0.5)}
 
 #: What is run, with which settings, cheapest and most used first.
 RUNS: dict[str, dict[str, Any]] = {
@@ -52,6 +54,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "linear-6-6-6-6-r2-n300": _LINEAR,
     "linear-6-6-6-6-r2-n10000": {"num_chains": 128, "num_draws": 80, "num_warmup": 60},
     "transformer": _NETWORK,
+    "lstm": _STIFF,
     "digits-mlp-gamma10": {**_DIGITS, "num_draws": 80, "num_warmup": 50},
 }
 

@@ -52,7 +52,10 @@ def test_regular_cases_have_the_stated_hessian_and_sit_at_the_minimum(name: str)
     assert float(loss.detach()) == pytest.approx(0.5 if "noisy" in name else 0.0, abs=0.05)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if CASES[name]().sufficient is not None])
+REALISABLE = [name for name in CASES if name.startswith(("crossing", "rrr", "linear"))] + ["regular-10", "regular-50"]
+
+
+@pytest.mark.parametrize("name", REALISABLE)
 def test_realisable_cases_have_zero_loss_and_exact_sufficient_statistics(name: str) -> None:
     case = CASES[name]()
     assert case.loss_at_anchor() < 1e-12

@@ -11,18 +11,10 @@ from torch import Tensor
 from lightning_slt import SGLD, estimate_llc
 from lightning_slt.functional import LocalPosterior
 from lightning_slt.sampling.batches import DatasetSource
-from lightning_slt.sampling.calibration import (
-    FIRST_ROUNDS,
-    HEAT,
-    MAX_STEPS_BW_DRAWS,
-    Budget,
-    draw,
-    first_step,
-    heat_share,
-    transient,
-    virial_ratio,
-)
+from lightning_slt.sampling.calibration import FIRST_ROUNDS, HEAT, MAX_STEPS_BW_DRAWS, Budget, draw, first_step
 from lightning_slt.sampling.chains import Chains, Segment
+from lightning_slt.sampling.memory import ChainMemory
+from lightning_slt.sampling.readings import heat_share, transient, virial_ratio
 from tests.cases.problems import regular
 from tests.sampling.helpers import make_chains, mean_squared, mlp, regression
 
@@ -140,7 +132,7 @@ def test_a_step_that_is_given_is_not_looked_for() -> None:
 def test_a_start_that_is_given_shortens_the_search() -> None:
     chains = opened()
     cold = draw(opened(), 0, Budget(num_draws=50, num_burnin_steps=0))
-    warm = draw(chains, 0, Budget(num_draws=50, num_burnin_steps=0, start_lr=cold.lr))
+    warm = draw(chains, 0, Budget(num_draws=50, num_burnin_steps=0), ChainMemory(lr=cold.lr))
     assert warm.num_burnin_steps < cold.num_burnin_steps
     assert 0.4 < warm.lr / cold.lr < 2.5
 
@@ -148,7 +140,7 @@ def test_a_start_that_is_given_shortens_the_search() -> None:
 @pytest.mark.parametrize("start", [1e3, 1e-12])
 def test_a_bad_start_does_not_spoil_the_draws(start: float) -> None:
     chains = opened()
-    drawn = draw(chains, 0, Budget(num_draws=100, start_lr=start, max_steps_bw_draws=4))
+    drawn = draw(chains, 0, Budget(num_draws=100, max_steps_bw_draws=4), ChainMemory(lr=start))
     assert bool(drawn.segment.finite.all())
     assert heat_share(drawn.segment, drawn.lr, chains.posterior) <= 2.5 * HEAT
 

@@ -71,6 +71,17 @@ class Sampler(Protocol):
         overwritten, ``grad`` as well."""
 
 
+class MinibatchSampler:
+    """What holds of a sampler that says nothing else; one of the user's own derives from it too."""
+
+    calibration: ClassVar[Calibration] = "heat"
+    elementwise: ClassVar[bool] = True
+    full_batch: ClassVar[bool] = False
+    preconditioned: ClassVar[bool] = False
+    per_chain: ClassVar[tuple[str, ...]] = ()
+    per_weight: ClassVar[tuple[str, ...]] = ()
+
+
 def empty_state(sampler: Sampler, weights: Tensor) -> SamplerState:
     """The state of chains that have not moved.
 

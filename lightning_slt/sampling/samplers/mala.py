@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
-from lightning_slt.sampling.samplers.base import Calibration, SamplerState, check_step_size
+from lightning_slt.sampling.samplers.base import Calibration, MinibatchSampler, SamplerState, check_step_size
 
 
 @dataclass(frozen=True)
-class MALA:
+class MALA(MinibatchSampler):
     r"""Metropolis-adjusted Langevin algorithm (Roberts & Tweedie 1996) on the whole data set:
 
     .. math::
@@ -38,7 +38,6 @@ class MALA:
     calibration: ClassVar[Calibration] = "acceptance"
     elementwise: ClassVar[bool] = False
     full_batch: ClassVar[bool] = True
-    preconditioned: ClassVar[bool] = False
     per_chain: ClassVar[tuple[str, ...]] = (
         "potential",
         "accepted_loss",

@@ -9,11 +9,11 @@ from typing import ClassVar, Optional
 from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
-from lightning_slt.sampling.samplers.base import Calibration, SamplerState, check_step_size
+from lightning_slt.sampling.samplers.base import MinibatchSampler, SamplerState, check_step_size
 
 
 @dataclass(frozen=True)
-class RMSpropSGLD:
+class RMSpropSGLD(MinibatchSampler):
     r"""SGLD in a diagonal metric from squared gradients (Li et al. 2016, arXiv 1512.07666), frozen before it counts:
 
     .. math::
@@ -46,17 +46,12 @@ class RMSpropSGLD:
     lr: Optional[float] = None
     kappa: float = 0.1
 
-    calibration: ClassVar[Calibration] = "heat"
-    elementwise: ClassVar[bool] = True
-    full_batch: ClassVar[bool] = False
     preconditioned: ClassVar[bool] = True
-    per_chain: ClassVar[tuple[str, ...]] = ()
-    per_weight: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_step_size(self.lr)
         if not (math.isfinite(self.kappa) and self.kappa > 0):
-            raise ValueError(f"kappa={self.kappa}: must be positive; 0.1 lets P range from about 0.1 to 11.")
+            raise ValueError(f"kappa={self.kappa}: must be positive; with 0.1 P goes up to 11.")
 
     def preconditioner(self, second_moment: Tensor) -> Tensor:
         """P of the class's equation.

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Optional
+from typing import Optional
 
 from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
-from lightning_slt.sampling.samplers.base import Calibration, SamplerState, check_step_size
+from lightning_slt.sampling.samplers.base import MinibatchSampler, SamplerState, check_step_size
 
 
 @dataclass(frozen=True)
-class SGLD:
+class SGLD(MinibatchSampler):
     r"""Stochastic gradient Langevin dynamics (Welling & Teh 2011), localised (Lau et al. 2023, arXiv 2308.12108):
 
     .. math::
@@ -35,13 +35,6 @@ class SGLD:
     """
 
     lr: Optional[float] = None
-
-    calibration: ClassVar[Calibration] = "heat"
-    elementwise: ClassVar[bool] = True
-    full_batch: ClassVar[bool] = False
-    preconditioned: ClassVar[bool] = False
-    per_chain: ClassVar[tuple[str, ...]] = ()
-    per_weight: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_step_size(self.lr)

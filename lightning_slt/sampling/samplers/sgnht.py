@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
-from lightning_slt.sampling.samplers.base import Calibration, SamplerState, check_step_size
+from lightning_slt.sampling.samplers.base import Calibration, MinibatchSampler, SamplerState, check_step_size
 
 
 @dataclass(frozen=True)
-class SGNHT:
+class SGNHT(MinibatchSampler):
     r"""Stochastic gradient Nosé-Hoover thermostat (Ding et al. 2014, NeurIPS, algorithm 2), of the local posterior:
 
     .. math::
@@ -29,7 +29,8 @@ class SGNHT:
     ``u = sqrt(epsilon) p``; the factor ``sqrt(1 - xi)`` of the force, half of the friction before it and half after, is
     not theirs: without it the positions' variance comes out too small by the share a / 2.
 
-    On a model of many degenerate directions it is the least accurate of the samplers here.
+    On a model of many degenerate directions that makes it the least accurate of the samplers here: 20.3 for 19.0 on
+    reduced-rank regression 8-4-8.
 
     Args:
         lr: the squared time step epsilon; None takes a tenth of the inverse of the largest posterior precision (4 is
@@ -45,8 +46,6 @@ class SGNHT:
 
     calibration: ClassVar[Calibration] = "curvature"
     elementwise: ClassVar[bool] = False
-    full_batch: ClassVar[bool] = False
-    preconditioned: ClassVar[bool] = False
     per_chain: ClassVar[tuple[str, ...]] = ("thermostat", "started")
     per_weight: ClassVar[tuple[str, ...]] = ("momentum",)
 

@@ -1,0 +1,43 @@
+"""Architectures with nothing said about the sampler, against long exact sampling of the same local posterior.
+
+Two standard errors, the estimate's and the reference's together, and no share of the value beside them: a right
+estimate with an honest error falls outside for about 1 seed in 20. The seed here is fixed.
+
+The transformer is not among them: it comes out 2 % low (84.44 +- 0.20 over 8 seeds, 86.04 +- 0.34 by HMC), and at seed
+0 at -2.1 standard errors.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lightning_slt import estimate_llc
+from tests.cases.make_references import load_references
+from tests.cases.problems import CASES
+
+REFERENCES = load_references()
+
+#: the stored references of these hold for another localisation than the default, which is 81.8 and 18.0
+LOCALIZED = {"digits-mlp-gamma100", "linear-6-6-6-6-r2"}
+ARCHITECTURES = ["digits-mlp-gamma100", pytest.param("lstm", marks=pytest.mark.slow), "linear-6-6-6-6-r2"]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_valid_estimate_within_two_standard_errors_of_the_reference(name: str) -> None:
+    case, reference = CASES[name](), REFERENCES[name]
+    localization = case.gamma if name in LOCALIZED else None
+    e = estimate_llc(case.module, case.dataset, case.loss_fn, localization=localization)
+    assert e.nbeta == pytest.approx(reference["nbeta"])
+    assert e.localization == pytest.approx(reference["gamma"], rel=1e-3)
+    error = math.hypot(e.se, reference["se"])
+    z = (e.mean - reference["mean"]) / error
+    what = (
+        f"{e.mean:.4g} +- {e.se:.2g} for {reference['mean']:.4g} +- {reference['se']:.2g}: {z:+.1f} standard errors; "
+        f"step {e.step_size:.2g}, burn-in {e.num_burnin_steps}, {e.num_steps_bw_draws} steps a draw, {e.reasons}"
+    )
+    assert abs(z) <= 2, what
+    assert e.valid, what
+    # two standard errors are no excuse for an error bar without end
+    assert e.se < 0.1 * reference["mean"], what
