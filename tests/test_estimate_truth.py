@@ -123,10 +123,10 @@ def test_an_answer_far_off_does_not_claim_to_be_valid(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["rrr-8-4-8-r2", pytest.param("regular-10", marks=pytest.mark.slow)])
 def test_standard_error_is_the_spread_over_seeds(name: str) -> None:
-    """20 seeds: the ratio has an error of 16 %; outside [1/1.5, 1.5] by chance in 13 of 100 where it is 0.83 and 6 where it is 0.90, for seeds
-    other than these.
+    """20 seeds: the ratio has an error of 16 %.
 
-    Measured: 0.90 (reduced-rank regression) and 0.83 (regular). Tools before this one: 1.8 to 2.0.
+    Measured: 0.90 (reduced-rank regression) and 0.83 (regular); with other seeds it would be outside [1/1.5, 1.5] in 6
+    and 13 of 100 runs. The seeds are fixed. Tools before this one: 1.8 to 2.0.
     """
     truth, _ = truth_of(name)
     estimates = [estimate(name, seed) for seed in range(20)]
