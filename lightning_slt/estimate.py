@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -17,7 +17,7 @@ from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import MinibatchSource, source_of
 from lightning_slt.sampling.calibration import MAX_STEPS_BW_DRAWS, MIN_VIRIAL, Budget, Drawn, draw
-from lightning_slt.sampling.chains import Chains, Progress, open_window
+from lightning_slt.sampling.chains import STATS_EVERY, Chains, Progress, Reader, open_window
 from lightning_slt.sampling.collective import Alone, Collective
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
@@ -128,6 +128,30 @@ def measure_llc(
         ValueError: where nbeta cannot be derived, or the posterior is improper.
     """
     start = time.perf_counter()
+    drawn, chains = run_chains(objective, source, settings, collective, progress, memory)
+    return read_llc(drawn, chains, settings).replace(seconds=time.perf_counter() - start)
+
+
+def run_chains(
+    objective: Objective,
+    source: MinibatchSource,
+    settings: ChainSettings,
+    collective: Optional[Collective] = None,
+    progress: Optional[Progress] = None,
+    memory: Optional[ChainMemory] = None,
+    make_reader: Optional[Callable[[], Reader]] = None,
+    read_every: int = STATS_EVERY,
+    make_sampler: Optional[Callable[[Chains], tuple[LocalPosterior, Sampler]]] = None,
+) -> tuple[Drawn, Chains]:
+    """Run chains and return what they showed; arguments and errors are those of :func:`measure_llc`.
+
+    Args:
+        make_reader: called once the loss can be asked for; what it gives reads the weights at every ``read_every``-th
+            step, and what it reads is ``drawn.segment.read``.
+        read_every: steps between those.
+        make_sampler: called with the chains at ``w*``, on every rank with the same answer; gives the posterior and the
+            sampler that are used in place of those of ``settings``.
+    """
     collective = collective or Alone()
     nbeta = settings.nbeta
     if nbeta is None:
@@ -157,8 +181,14 @@ def measure_llc(
                 settings.method,
                 progress,
             )
+            if make_sampler is not None:
+                chains.sample(*make_sampler(chains))
+            if make_reader is not None:
+                readers: list[Reader] = []
+                collective.exchange(lambda: readers.append(make_reader()))
+                chains.reader, chains.read_every = readers[0], read_every
             drawn = draw(chains, settings.seed, settings.budget(), memory)
-    return _read(drawn, chains, settings).replace(seconds=time.perf_counter() - start)
+    return drawn, chains
 
 
 def _finite_start(objective: Objective, source: MinibatchSource) -> float:
@@ -170,8 +200,8 @@ def _finite_start(objective: Objective, source: MinibatchSource) -> float:
     return loss
 
 
-def _read(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
-    """What the draws say."""
+def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
+    """What the draws say of the learning coefficient."""
     segment, lr, between = drawn.segment, drawn.lr, drawn.num_steps_bw_draws
     posterior, d = chains.posterior, len(chains.objective.anchor)
     raw = posterior.nbeta * segment.difference

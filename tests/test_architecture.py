@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_slt"
 FLOORS = {
     "functional": 1,
     "record": 1,
+    "influence_record": 1,
     "sampling": 2,
     "measures": 2,
     "publish": 2,

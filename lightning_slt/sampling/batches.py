@@ -225,6 +225,10 @@ class DatasetSource(MinibatchSource):
         self._kept, self._next_window = window, index
         return window
 
+    def read_samples(self, numbers: Sequence[int]) -> list[Any]:
+        """A batch of each sample alone; ``numbers`` are those of the dataset itself."""
+        return self._read([[int(i)] for i in numbers]) if len(numbers) else []
+
     def _read(self, batches: list[list[int]]) -> list[Any]:
         workers = self._num_workers
         if workers is None:

@@ -37,6 +37,9 @@ READINGS = ("grad_square", "grad_dot", "square", "pulled_dot", "pulled_square")
 Progress = Callable[[int], None]
 """Told how many chain-steps have been done since it was last called."""
 
+Reader = Callable[[Tensor], Tensor]
+"""``[chains, d]`` weights to ``[chains, n]`` numbers that are read off them, such as the losses of n samples."""
+
 
 @dataclass(frozen=True, eq=False)
 class Segment:
@@ -50,6 +53,8 @@ class Segment:
         anchors: ``L_B(w*)`` of the minibatches used, by (rank where ranks have data of their own, window, number).
         pulled_dot, pulled_square: ``grad.P (w - w*)`` and ``(w - w*).P (w - w*)``; None where P is 1.
         acceptance: ``[chains]``, share of the proposals accepted; None for a sampler that does not reject.
+        read: ``[chains, steps / read_every, n]`` float32, what a :data:`Reader` made of the weights; None without one.
+        read_every: steps between those.
     """
 
     chains: list[int]
@@ -61,6 +66,8 @@ class Segment:
     pulled_dot: Tensor | None = None
     pulled_square: Tensor | None = None
     acceptance: Tensor | None = None
+    read: Tensor | None = None
+    read_every: int = 1
 
     @staticmethod
     def merge(parts: Sequence[Segment]) -> Segment:
@@ -70,17 +77,17 @@ class Segment:
 
         tables = {
             name: torch.cat([getattr(part, name) for part in parts])[order]
-            for name in ("difference", *READINGS, "acceptance")
+            for name in ("difference", *READINGS, "acceptance", "read")
             if getattr(parts[0], name) is not None
         }
-        return Segment(sorted(chains), anchors=_all_anchors(parts), **tables)
+        return Segment(sorted(chains), anchors=_all_anchors(parts), read_every=parts[0].read_every, **tables)
 
     @staticmethod
     def join(pieces: Sequence[Segment]) -> Segment:
         """Stretches of the same chains, one after another, as one."""
         tables = {
             name: torch.cat([getattr(piece, name) for piece in pieces], dim=1)
-            for name in ("difference", *READINGS)
+            for name in ("difference", *READINGS, "read")
             if getattr(pieces[0], name) is not None
         }
         acceptance = None
@@ -88,7 +95,8 @@ class Segment:
             shares = [piece.acceptance for piece in pieces if piece.acceptance is not None]
             steps = torch.tensor([piece.steps for piece in pieces], dtype=torch.float64)
             acceptance = (torch.stack(shares, dim=1) * (steps / steps.sum())).sum(dim=1)
-        return Segment(pieces[0].chains, anchors=_all_anchors(pieces), acceptance=acceptance, **tables)
+        every, anchors = pieces[0].read_every, _all_anchors(pieces)
+        return Segment(pieces[0].chains, anchors=anchors, acceptance=acceptance, read_every=every, **tables)
 
     def last(self, steps: int) -> Segment:
         """The last ``steps`` of it; a multiple of :data:`STATS_EVERY` keeps every reading with its steps."""
@@ -98,6 +106,8 @@ class Segment:
             value = getattr(self, name)
             if value is not None:
                 tables[name] = value[:, value.shape[1] - readings :]
+        if self.read is not None:
+            tables["read"] = self.read[:, max(self.read.shape[1] - (-(-steps // self.read_every)), 0) :]
         return dataclasses.replace(self, **tables)
 
     def second_half(self) -> Segment:
@@ -128,7 +138,13 @@ class Chains:
         collective: the ranks that share the chains.
         method: ``"auto"``, ``"sequential"`` or ``"batched"``.
         progress: told about chain-steps done.
+
+    Attributes:
+        reader: reads numbers off the weights at every ``read_every``-th step; None for no such readings.
     """
+
+    reader: Reader | None = None
+    read_every: int = STATS_EVERY
 
     def __init__(
         self,
@@ -175,6 +191,35 @@ class Chains:
         self._moments: Tensor | None = None
         self._moments_count = 0
         self.reseed(0)
+
+    def sample(self, posterior: LocalPosterior, sampler: Sampler) -> None:
+        """Sample this posterior from now on, from ``w*``, with this sampler."""
+        self.posterior, self.sampler = posterior, sampler
+        self._allocate()
+
+    def gradients(self, weights: Tensor, batches: Sequence[int]) -> Tensor:
+        """Gradients of the mean loss at any weights, averaged over these minibatches of the first window.
+
+        Args:
+            weights: ``[k, d]``.
+            batches: numbers of minibatches that have a loss.
+
+        Returns:
+            ``[k, d]``.
+        """
+        window, total = self.source.window(0), torch.zeros_like(weights)
+        weights, width = weights.contiguous(), self._engine.width
+        grad = torch.empty_like(weights[:width])
+        try:
+            for start in range(0, len(weights), width):
+                rows = weights[start : start + width]
+                self._engine.bind(rows, grad[: len(rows)])
+                for i in batches:
+                    self._engine(window, torch.full((len(rows),), i))
+                    total[start : start + width] += grad[: len(rows)]
+        finally:
+            self._engine.release()
+        return total / len(batches)
 
     def reseed(self, part: int) -> None:
         """Start the random numbers of every chain anew, those of part ``part`` of the run."""
@@ -265,13 +310,15 @@ class Chains:
         readings = torch.zeros(
             5 if preconditioned else 3, chains, len(range(0, steps, STATS_EVERY)), dtype=torch.float64
         )
+        read: list[Tensor] = []
         tallies = [self._state.tensors.get(name) for name in ("accepted", "proposed")]
         before = [tally.clone() for tally in tallies if tally is not None]
         width = self._engine.width
         try:
             for start in range(0, chains, width):
                 rows = slice(start, min(start + width, chains))
-                losses[rows], readings[:, rows] = self._move(window, indices[rows], rows, lr)
+                losses[rows], readings[:, rows], numbers = self._move(window, indices[rows], rows, lr)
+                read += [numbers] if numbers is not None else []
                 self.progress(steps * (rows.stop - rows.start))
         finally:
             self._engine.release()
@@ -287,8 +334,16 @@ class Chains:
             losses - anchor.reshape(chains, steps),
             anchors=used,
             acceptance=acceptance,
+            read=self._join_read(read),
+            read_every=self.read_every,
             **dict(zip(READINGS, readings, strict=False)),
         )
+
+    def _join_read(self, parts: list[Tensor]) -> Tensor | None:
+        if self.reader is None:
+            return None
+        # a rank without chains has none to read, and its part is joined with those of the others all the same
+        return torch.cat(parts) if parts else self.reader(self.weights).float().cpu().unsqueeze(1)
 
     def _pick(self, window: Window, steps: int) -> Tensor:
         """Which minibatch each chain sees at each step, ``[chains, steps]``.
@@ -323,8 +378,9 @@ class Chains:
             indices = torch.where(without, usable[indices % len(usable)], indices)
         return indices
 
-    def _move(self, window: Window, indices: Tensor, rows: slice, lr: float) -> tuple[Tensor, Tensor]:
-        """Losses ``[chains, steps]`` and readings ``[3 or 5, chains, readings]`` of one chunk, whose weights move."""
+    def _move(self, window: Window, indices: Tensor, rows: slice, lr: float) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Losses ``[chains, steps]``, readings ``[3 or 5, chains, readings]`` and what the reader makes of the weights
+        (``[chains, reads, n]``) of one chunk, whose weights move."""
         weights, count = self.weights[rows], rows.stop - rows.start
         grad, noise = self._grad[:count], self._noise[:count]
         posterior, update = self.posterior, self.sampler.update_
@@ -338,6 +394,7 @@ class Chains:
         numbers = indices[0].tolist() if alone else []
         losses: list[Tensor] = []
         readings: list[Tensor] = []
+        seen: list[Tensor] = []
         steps = indices.shape[1]
         for t in range(steps):
             try:
@@ -355,6 +412,8 @@ class Chains:
                         for row in grad:
                             self._moments.addcmul_(row, row)
                         self._moments_count += count
+                if self.reader is not None and t % self.read_every == 0:
+                    seen.append(self.reader(self._at(weights, state)).float().cpu())
                 if decides:
                     state.loss = loss.reshape(count)
                     state.uniform = torch.stack([torch.rand((), generator=g, device=loss.device) for g in choices])
@@ -376,7 +435,22 @@ class Chains:
         if readings:
             got = torch.stack(readings).reshape(-1, kinds, count).permute(1, 2, 0).double().cpu()
             read[:, :, : got.shape[2]] = got
-        return table, read
+        return table, read, self._pad_read(seen, len(range(0, steps, self.read_every)), weights)
+
+    @staticmethod
+    def _at(weights: Tensor, state: SamplerState) -> Tensor:
+        """Where the chains of a chunk are: not at a proposal that may be rejected."""
+        if "accepted_weights" in state.tensors and bool(state.tensors["started"].all()):
+            return state.tensors["accepted_weights"]
+        return weights
+
+    def _pad_read(self, seen: list[Tensor], count: int, weights: Tensor) -> Tensor | None:
+        """``[chains, count, n]``; NaN from where the chains have diverged."""
+        if self.reader is None:
+            return None
+        if not seen:
+            seen = [torch.full_like(self.reader(weights).float().cpu(), torch.nan)]
+        return torch.stack(seen + [torch.full_like(seen[0], torch.nan)] * (count - len(seen)), dim=1)
 
     def _block(self, block: slice, rows: slice, weights: Tensor, grad: Tensor, noise: Tensor) -> _Block:
         """Views of one block of the weights of a chunk of chains; rows of the sampler's own tensors with it."""

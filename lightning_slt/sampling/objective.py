@@ -143,9 +143,16 @@ class Objective:
 
     def loss_of(self, module: nn.Module, batch: Any) -> Tensor:
         """As :meth:`loss`, for another copy of the module."""
-        return self._loss_on(module, clone(batch) if self._mutates else batch)
+        return steps.mean_loss(self.losses_of(module, batch))
+
+    def losses_of(self, module: nn.Module, batch: Any) -> Tensor:
+        """What the step or ``loss_fn`` gives for ``batch``: a scalar, ``[batch]``, or ``[batch, tokens]``."""
+        return self._losses_on(module, clone(batch) if self._mutates else batch)
 
     def _loss_on(self, module: nn.Module, batch: Any) -> Tensor:
+        return steps.mean_loss(self._losses_on(module, batch))
+
+    def _losses_on(self, module: nn.Module, batch: Any) -> Tensor:
         if self._upcast:
             batch = _to_float32(batch)
         if self._written:

@@ -21,7 +21,10 @@ class NoLossError(Exception):
 
 
 def loss_function(module: nn.Module, loss_fn: Optional[LossFn] = None) -> LossFn:
-    """How to get the loss of ``module`` on a batch: ``loss_fn`` where given, else the module's ``training_step``.
+    """How to get the losses of ``module`` on a batch: ``loss_fn`` where given, else the module's ``training_step``.
+
+    What comes back is a scalar, or what ``loss_fn`` gives for each sample (and token); :func:`mean_loss` of it is the
+    loss of the batch.
 
     Raises:
         ValueError: where there is no usable step: a plain module without ``loss_fn``, manual optimisation (its step
@@ -41,7 +44,7 @@ def loss_function(module: nn.Module, loss_fn: Optional[LossFn] = None) -> LossFn
     positional = _step_arguments(module)
 
     def step_loss(copy: nn.Module, batch: Any) -> Tensor:
-        return read_loss(copy.training_step(batch, *positional))  # type: ignore[operator]
+        return mean_loss(read_losses(copy.training_step(batch, *positional)))  # type: ignore[operator]
 
     return step_loss
 
@@ -66,13 +69,18 @@ def _unwrapped_step(module: LightningModule) -> Callable[..., Any]:
 
 def _user_loss(loss_fn: LossFn) -> LossFn:
     def loss(copy: nn.Module, batch: Any) -> Tensor:
-        return read_loss(loss_fn(copy, batch))
+        return read_losses(loss_fn(copy, batch))
 
     return loss
 
 
-def read_loss(output: Any) -> Tensor:
-    """The scalar loss in what a step returned: a tensor, or a mapping with ``"loss"``.
+def mean_loss(losses: Tensor) -> Tensor:
+    """The scalar loss of a batch, from losses of any shape."""
+    return losses if losses.ndim == 0 else losses.mean()
+
+
+def read_losses(output: Any) -> Tensor:
+    """The loss in what a step returned, a tensor or a mapping with ``"loss"``: a scalar, or one loss a sample.
 
     Raises:
         NoLossError: for None, which Lightning reads as "skip this batch".
@@ -84,7 +92,7 @@ def read_loss(output: Any) -> Tensor:
         raise NoLossError("the step returned no loss")
     if not isinstance(output, Tensor):
         raise TypeError(f"the loss must be a tensor (or a mapping with 'loss'), got {type(output).__name__}.")
-    return output if output.ndim == 0 else output.mean()
+    return output
 
 
 def mute(shadow: nn.Module) -> None:

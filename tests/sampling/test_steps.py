@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.steps import NoLossError, ReadThroughTrainer, loss_function, read_loss
+from lightning_slt.sampling.steps import NoLossError, ReadThroughTrainer, loss_function, mean_loss, read_losses
 from tests.sampling.helpers import WithMetric, mean_squared, mlp
 
 BATCH = (torch.ones(2, 3), torch.zeros(2, 1))
@@ -69,14 +69,14 @@ def test_forms_of_the_step(kind: type[Base]) -> None:
 
 
 def test_forms_of_the_loss() -> None:
-    assert read_loss(torch.tensor([1.0, 3.0])).item() == 2.0
-    assert read_loss({"loss": torch.tensor(2.0), "other": None}).item() == 2.0
+    assert mean_loss(read_losses(torch.tensor([1.0, 3.0]))).item() == 2.0
+    assert mean_loss(read_losses({"loss": torch.tensor(2.0), "other": None})).item() == 2.0
     for nothing in (None, {"loss": None}, {}):
         with pytest.raises(NoLossError):
-            read_loss(nothing)
+            read_losses(nothing)
     for wrong in (1.0, {"loss": 1.0}, "loss"):
         with pytest.raises(TypeError, match=r"the loss must be a tensor.*got (float|str)"):
-            read_loss(wrong)
+            read_losses(wrong)
 
 
 def test_dataloader_iter_is_refused_with_the_remedy() -> None:

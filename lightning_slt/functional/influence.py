@@ -1,0 +1,310 @@
+r"""Influence of samples on each other: covariances of their losses over the draws of chains, with standard errors.
+
+The local Bayesian influence function (Kreer et al. 2025, arXiv 2509.26544) of training sample i on query q is
+
+.. math:: \mathrm{BIF}(i, q) = -\mathrm{Cov}_w(\ell_i(w), \ell_q(w)),
+
+here with the opposite sign, ``+Cov``, so that a positive number is a helpful sample. The covariance is taken within
+chains and averaged over them: a difference between the means of two chains is not influence.
+
+**Streaming.** Draws are cut into *blocks*: stretches of one chain. A block keeps a count n, the means m and m' of both
+sides, and the comoment ``S = sum (x - m)(y - m')``; two parts of a block join by (Chan, Golub, LeVeque 1983)
+
+.. math:: S = S_1 + S_2 + \frac{n_1 n_2}{n_1 + n_2} (m_2 - m_1)(m'_2 - m'_1)^\top ,
+
+and so do the blocks of a chain. The result is that of two passes over all draws, in float64.
+
+**Errors.** With the means of its whole chain, each block gives ``B_b = mean (x - x̄_c)(y - ȳ_c)``; blocks longer than
+the chains' memory are nearly independent, so that ``se² = var_b(B_b) / num_blocks`` counts the autocorrelation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+MIN_BLOCKS = 16
+"""Blocks to have at least, over all chains together, where the chains are long enough."""
+MIN_BLOCK_DRAWS = 4
+COLUMNS = 1024
+"""Training samples that are worked on together: what bounds the memory beside the result."""
+
+
+def blocks_per_chain(num_chains: int, num_draws: int) -> int:
+    """Into how many blocks each chain is cut: 1 for 16 chains, 4 for 4; blocks of fewer than 4 draws say nothing."""
+    wanted = math.ceil(MIN_BLOCKS / max(num_chains, 1))
+    return max(1, min(wanted, num_draws // MIN_BLOCK_DRAWS))
+
+
+@dataclass
+class _Block:
+    """Count, both means, and the comoment of the draws of one block."""
+
+    count: int
+    mean_x: Tensor
+    mean_y: Tensor
+    comoment: Tensor
+
+    def join(self, other: _Block) -> _Block:
+        n = self.count + other.count
+        dx, dy = other.mean_x - self.mean_x, other.mean_y - self.mean_y
+        share = other.count / n
+        comoment = self.comoment + other.comoment
+        comoment.addr_(dy, dx, alpha=self.count * share)
+        return _Block(n, self.mean_x + share * dx, self.mean_y + share * dy, comoment)
+
+
+@dataclass(frozen=True, eq=False)
+class Covariance:
+    """Within-chain covariance of two sets of losses.
+
+    Attributes:
+        matrix: ``[n_y, n_x]`` float64, averaged over chains.
+        se: ``[n_y, n_x]``, its Monte-Carlo standard error; NaN where there are fewer than two blocks.
+        mean_x, mean_y: ``[n_x]``, ``[n_y]``, means over all draws.
+        num_blocks: blocks behind the errors.
+    """
+
+    matrix: Tensor
+    se: Tensor
+    mean_x: Tensor
+    mean_y: Tensor
+    num_blocks: int
+
+
+class CovarianceAccumulator:
+    """Streams draws of two sets of losses into their within-chain covariance.
+
+    Parts of the same work, in other processes or over other draws, are joined with :meth:`merge`; parts over other
+    samples are joined by putting the results side by side.
+
+    Args:
+        n_x: losses on the one side (training samples; the columns of the result).
+        n_y: losses on the other (queries; its rows).
+
+    Example:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> x = torch.randn(2, 500, 3, generator=g)
+        >>> acc = CovarianceAccumulator(3, 3)
+        >>> for chain in range(2):
+        ...     for block in range(5):
+        ...         part = x[chain, 100 * block : 100 * (block + 1)]
+        ...         acc.update(chain, block, part, part)
+        >>> acc.result().matrix.diagonal().round(decimals=1).tolist()
+        [1.0, 1.0, 1.0]
+    """
+
+    def __init__(self, n_x: int, n_y: int) -> None:
+        self.n_x, self.n_y = n_x, n_y
+        self._blocks: dict[tuple[int, int], _Block] = {}
+
+    def update(self, chain: int, block: int, x: Tensor, y: Tensor) -> None:
+        """Add draws.
+
+        Args:
+            chain: number of the chain, unique over all processes.
+            block: number of the block within it.
+            x: ``[draws, n_x]`` losses, any float dtype. Differences to the losses at ``w*`` keep more digits.
+            y: ``[draws, n_y]``, of the same draws.
+
+        Raises:
+            ValueError: where the shapes do not fit.
+        """
+        if x.shape != (len(x), self.n_x) or y.shape != (len(x), self.n_y):
+            raise ValueError(
+                f"x {tuple(x.shape)}, y {tuple(y.shape)}: expected [draws, {self.n_x}] and [draws, {self.n_y}]."
+            )
+        if not len(x):
+            return
+        x, y = x.double(), y.double()
+        mean_x, mean_y = x.mean(dim=0), y.mean(dim=0)
+        part = _Block(len(x), mean_x, mean_y, (y - mean_y).T @ (x - mean_x))
+        self._add((chain, block), part)
+
+    def _add(self, key: tuple[int, int], part: _Block) -> None:
+        known = self._blocks.get(key)
+        self._blocks[key] = part if known is None else known.join(part)
+
+    def merge(self, other: CovarianceAccumulator) -> None:
+        """Take over the draws of another accumulator, which must be other draws."""
+        for key, block in other._blocks.items():
+            self._add(key, block)
+
+    def state(self) -> list[tuple[int, int, int, Tensor, Tensor, Tensor]]:
+        """What there is, as plain numbers and tensors: to be sent to another process."""
+        return [(c, b, k.count, k.mean_x, k.mean_y, k.comoment) for (c, b), k in self._blocks.items()]
+
+    def load(self, state: Sequence[tuple[int, int, int, Tensor, Tensor, Tensor]]) -> None:
+        """Merge the :meth:`state` of another accumulator."""
+        for chain, block, count, mean_x, mean_y, comoment in state:
+            self._add((chain, block), _Block(count, mean_x, mean_y, comoment.clone()))
+
+    def result(self) -> Covariance:
+        """The covariance so far.
+
+        Raises:
+            ValueError: where there are no draws, or no chain has two.
+        """
+        chains: dict[int, _Block] = {}
+        for (chain, _), block in sorted(self._blocks.items()):
+            chains[chain] = chains[chain].join(block) if chain in chains else block
+        degrees = sum(block.count - 1 for block in chains.values())
+        if degrees < 1:
+            raise ValueError("no draws: a covariance needs two draws of a chain at least.")
+        total = sum(block.count for block in chains.values())
+        matrix = torch.zeros(self.n_y, self.n_x, dtype=torch.float64)
+        for block in chains.values():
+            matrix += block.comoment
+        matrix /= degrees
+        count = len(self._blocks)
+        square = torch.zeros_like(matrix)
+        first, plain = torch.zeros_like(matrix), total / degrees
+        for (chain, _), block in self._blocks.items():
+            dx, dy = block.mean_x - chains[chain].mean_x, block.mean_y - chains[chain].mean_y
+            # blocks may differ a little in length: each counts by its share of the draws
+            value = torch.addr(block.comoment, dy, dx, alpha=block.count).mul_(plain * count / total).sub_(matrix)
+            first += value
+            square.addcmul_(value, value)
+        se = torch.full_like(matrix, math.nan)
+        if count > 1:
+            se = ((square - first.square() / count).clamp_(min=0) / (count * (count - 1))).sqrt_()
+        weights = [block.count / total for block in chains.values()]
+        mean_x = torch.stack([w * b.mean_x for w, b in zip(weights, chains.values(), strict=True)]).sum(dim=0)
+        mean_y = torch.stack([w * b.mean_y for w, b in zip(weights, chains.values(), strict=True)]).sum(dim=0)
+        return Covariance(matrix, se, mean_x, mean_y, count)
+
+
+def covariance(x: Tensor, y: Tensor, columns: int = COLUMNS) -> Covariance:
+    """Within-chain covariance of traces that are held whole, a few columns at a time.
+
+    Args:
+        x: ``[num_chains, num_draws, n_x]`` losses, such as of training samples.
+        y: ``[num_chains, num_draws, n_y]``, of queries.
+        columns: of ``x`` at once.
+
+    Returns:
+        A :class:`Covariance`, ``[n_y, n_x]``.
+    """
+    chains, draws = x.shape[:2]
+    edges = torch.linspace(0, draws, blocks_per_chain(chains, draws) + 1).round().long().tolist()
+    parts = []
+    for start in range(0, x.shape[2], columns):
+        some = x[:, :, start : start + columns]
+        acc = CovarianceAccumulator(some.shape[2], y.shape[2])
+        for chain in range(chains):
+            for block, (low, high) in enumerate(pairwise(edges)):
+                acc.update(chain, block, some[chain, low:high], y[chain, low:high])
+        parts.append(acc.result())
+    return Covariance(
+        torch.cat([p.matrix for p in parts], dim=1),
+        torch.cat([p.se for p in parts], dim=1),
+        torch.cat([p.mean_x for p in parts]),
+        parts[0].mean_y,
+        parts[0].num_blocks,
+    )
+
+
+def variance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Within-chain variance of every loss, and its standard error.
+
+    Args:
+        x: ``[num_chains, num_draws, n]``.
+
+    Returns:
+        Two ``[n]`` float64 tensors.
+    """
+    chains, draws, n = x.shape
+    blocks = blocks_per_chain(chains, draws)
+    edges = torch.linspace(0, draws, blocks + 1).round().long().tolist()
+    squares = (x.double() - x.double().mean(dim=1, keepdim=True)).square()
+    total = squares.sum(dim=(0, 1)) / (chains * (draws - 1))
+    shares = [squares[:, a:b].sum(dim=1) for a, b in pairwise(edges)]
+    values = torch.cat(shares) * (blocks / (draws - 1))
+    count = len(values)
+    se = values.std(dim=0) / math.sqrt(count) if count > 1 else torch.full((n,), math.nan, dtype=torch.float64)
+    return total, se
+
+
+def mean_and_error(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of every loss over all draws, and its standard error from blocks.
+
+    Args:
+        x: ``[num_chains, num_draws, n]``.
+
+    Returns:
+        Two ``[n]`` float64 tensors.
+    """
+    chains, draws, n = x.shape
+    edges = torch.linspace(0, draws, blocks_per_chain(chains, draws) + 1).round().long().tolist()
+    means = torch.cat([x[:, a:b].double().mean(dim=1) for a, b in pairwise(edges)])
+    se = means.std(dim=0) / math.sqrt(len(means)) if len(means) > 1 else torch.full((n,), math.nan, dtype=torch.float64)
+    return x.double().mean(dim=(0, 1)), se
+
+
+def correlation(matrix: Tensor, variance_x: Tensor, variance_y: Tensor) -> Tensor:
+    """``Cov / (sd_y sd_x)``, ``[n_y, n_x]`` within [-1, 1]; 0 where a loss does not vary."""
+    scale = variance_y.clamp(min=0).sqrt()[:, None] * variance_x.clamp(min=0).sqrt()[None]
+    return torch.where(scale > 0, matrix / scale.clamp(min=torch.finfo(scale.dtype).tiny), 0.0).clamp(-1.0, 1.0)
+
+
+def shrink(matrix: Tensor, rho: Tensor, power: float) -> Tensor:
+    """``sign(rho) |rho|^p s_y s_x``: weak correlations, which are mostly noise, are weighted down.
+
+    A denoiser for few draws (it lowers the score of an exact covariance), under a name of its own: with ``power`` other
+    than 1 the result is not the influence function.
+
+    Args:
+        matrix: ``[n_y, n_x]`` covariance.
+        rho: ``[n_y, n_x]``, the correlation of the same.
+        power: p >= 1; 1 changes nothing.
+
+    Raises:
+        ValueError: for a power below 1.
+    """
+    if power < 1:
+        raise ValueError(f"shrinkage={power}: must be at least 1 (1 is none).")
+    return matrix if power == 1 else matrix * rho.abs().pow(power - 1)
+
+
+def between_share(x: Tensor) -> float:
+    """Share of the variance that lies between the chains' means, averaged over the losses.
+
+    Args:
+        x: ``[num_chains, num_draws, n]``.
+
+    Returns:
+        In [0, 1]; NaN with fewer than two chains or draws.
+    """
+    chains, draws = x.shape[:2]
+    if chains < 2 or draws < 2:
+        return math.nan
+    within = x.double().var(dim=1).mean(dim=0)
+    between = x.double().mean(dim=1).var(dim=0)
+    total = within + between
+    moved = total > 0
+    return float((between[moved] / total[moved]).mean()) if bool(moved.any()) else math.nan
+
+
+def group_means(x: Tensor, groups: Sequence[Optional[str]], names: Sequence[str]) -> Tensor:
+    """Mean loss of each group at every draw.
+
+    Args:
+        x: ``[num_chains, num_draws, n]``.
+        groups: the group of each of the n, None for none.
+        names: the groups in the order wanted.
+
+    Returns:
+        ``[num_chains, num_draws, len(names)]`` float64; NaN for a group without samples.
+    """
+    place = {name: k for k, name in enumerate(names)}
+    weights = torch.zeros(x.shape[2], len(names), dtype=torch.float64)
+    for i, group in enumerate(groups):
+        if group is not None and group in place:
+            weights[i, place[group]] = 1.0
+    return x.double() @ (weights / weights.sum(dim=0))

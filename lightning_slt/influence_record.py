@@ -1,0 +1,318 @@
+"""What was measured of the influence of samples at one set of weights, as a dataclass, and its files on disk.
+
+``influence/step_*.safetensors`` holds the tensors and ``influence/step_*.json`` the rest: both are readable without
+this package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+INFLUENCE_FOLDER = "influence"
+MIN_Z = 3.0
+"""A single pair is shown where it is further than this many standard errors from zero."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dropped:
+    """A sample that was left out.
+
+    Attributes:
+        kind: ``"train"`` or ``"query"``.
+        index: its number in its dataset.
+        reason: why.
+    """
+
+    kind: str
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class InfluenceEstimate:
+    """Local Bayesian influence of training samples on queries, ``Cov_w(l_i(w), l_q(w))`` over the local posterior.
+
+    Kreer et al. 2025, arXiv 2509.26544, whose ``BIF = -Cov`` is the negative of ``matrix``: here a positive number says
+    that more weight on training sample i *lowers* the loss of query q (helpful).
+
+    Rows are queries, columns training samples; ``train_index`` and ``query_index`` say which samples of the datasets
+    they are. Where no queries were given the training samples are the queries.
+
+    Attributes:
+        matrix: ``[n_query, n_train]`` float64, the covariance within chains, averaged over the chains.
+        correlation: ``[n_query, n_train]``, the same divided by both standard deviations.
+        se: ``[n_query, n_train]``, Monte-Carlo standard error of ``matrix``; counts autocorrelation.
+        self_influence: ``[n_train]``, the variance of each sample's own loss.
+        self_influence_se: ``[n_train]``.
+        init_loss: ``[n_train]``, the loss of each sample at ``w*``.
+        mean_loss: ``[n_train]``, its mean over the posterior; large for mislabelled samples, memorised or not.
+        mean_loss_se: ``[n_train]``.
+        query_init_loss, query_mean_loss: ``[n_query]``.
+        train_index: ``[n_train]`` long.
+        query_index: ``[n_query]`` long.
+        query_token: ``[n_query]`` long, the token of the query that a row is of; None where rows are whole samples.
+        train_group, query_group: the group (the class, by default) of each sample; None where there are none.
+        groups: the names of the groups, in the order of ``group_matrix``.
+        group_matrix: ``[n_groups, n_groups]``, covariance of the groups' mean losses (rows: groups of queries); NaN
+            where a group has no sample on that side. None without groups.
+        group_se: ``[n_groups, n_groups]``.
+        nbeta, localization: of the posterior.
+        num_samples: n, the number of training samples behind the posterior.
+        num_chains: chains that were used (bad ones are left out).
+        num_draws: readings of each chain.
+        between_share: share of the samples' loss variance that lies between chains, averaged over samples: near 0
+            where the chains have mixed. It is no influence and is not in ``matrix``.
+        dropped: samples left out, with reasons.
+        valid: whether the numbers may be read; ``reasons`` says why not, ``notes`` what else is to be known.
+        shrinkage: the power p of ``sign(rho) |rho|^p s_i s_q``; 1 where ``matrix`` is the plain covariance.
+        queries_are_train: the queries are samples of the training data.
+        step, epoch, x, seconds, component: as in :class:`~lightning_slt.record.Estimate`.
+    """
+
+    matrix: Tensor
+    correlation: Tensor
+    se: Tensor
+    self_influence: Tensor
+    self_influence_se: Tensor
+    init_loss: Tensor
+    mean_loss: Tensor
+    mean_loss_se: Tensor
+    query_init_loss: Tensor
+    query_mean_loss: Tensor
+    train_index: Tensor
+    query_index: Tensor
+    nbeta: float
+    localization: float
+    num_chains: int
+    num_draws: int
+    query_token: Optional[Tensor] = None
+    train_group: Optional[tuple[str, ...]] = None
+    query_group: Optional[tuple[str, ...]] = None
+    groups: tuple[str, ...] = ()
+    group_matrix: Optional[Tensor] = None
+    group_se: Optional[Tensor] = None
+    num_samples: Optional[int] = None
+    between_share: float = math.nan
+    dropped: tuple[Dropped, ...] = ()
+    valid: bool = True
+    reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    shrinkage: float = 1.0
+    queries_are_train: bool = False
+    step: Optional[int] = None
+    epoch: Optional[int] = None
+    x: Optional[int] = None
+    seconds: float = math.nan
+    component: str = ""
+
+    def replace(self, **changes: Any) -> InfluenceEstimate:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def z(self) -> Tensor:
+        """``[n_query, n_train]``, ``matrix / se``: how far from zero, in standard errors."""
+        return self.matrix / self.se.clamp_min(torch.finfo(self.se.dtype).tiny)
+
+    @property
+    def passing(self) -> float:
+        """Share of the pairs that are further than 3 standard errors from zero (0.3 % would be by chance)."""
+        return float((self.z.abs() > MIN_Z).double().mean()) if self.matrix.numel() else 0.0
+
+    @property
+    def per_sample_llc(self) -> Tensor:
+        """``[n_train]``, ``nbeta (E[l_i] - l_i(w*))``; its mean over all training samples is the LLC."""
+        return self.nbeta * (self.mean_loss - self.init_loss)
+
+    @property
+    def max_abs(self) -> float:
+        """The largest ``|matrix|`` between two different samples."""
+        values = self.matrix[~self._same()].abs()
+        return float(values.max()) if len(values) else math.nan
+
+    @property
+    def top_share(self) -> float:
+        """Share of all self-influence that the tenth of the samples with most of it have: 0.1 where all are alike."""
+        total = float(self.self_influence.sum())
+        count = max(1, round(len(self.self_influence) / 10))
+        return float(self.self_influence.topk(count).values.sum()) / total if total > 0 else math.nan
+
+    def top(self, query: int = 0, k: int = 10, min_z: float = 0.0) -> list[tuple[int, float, float]]:
+        """The training samples that help a query most: ``(index in the training data, influence, error)``.
+
+        Args:
+            query: row of ``matrix``.
+            k: how many at most.
+            min_z: only pairs that are further than this many standard errors from zero; 3 leaves out what chance makes.
+
+        Raises:
+            IndexError: where there is no such row.
+        """
+        return self._ranked(query, k, min_z, descending=True)
+
+    def bottom(self, query: int = 0, k: int = 10, min_z: float = 0.0) -> list[tuple[int, float, float]]:
+        """The training samples that harm a query most; as :meth:`top`."""
+        return self._ranked(query, k, min_z, descending=False)
+
+    def suspects(self, k: int = 20) -> list[int]:
+        """Columns of the likeliest mislabels and outliers: the ``k`` largest posterior mean losses, largest first."""
+        return self.mean_loss.argsort(descending=True, stable=True)[:k].tolist()
+
+    def loss_rank(self) -> Tensor:
+        """``[n_train]`` long: the place of each sample by its loss at ``w*``, 1 for the largest."""
+        rank = torch.empty(len(self.init_loss), dtype=torch.long)
+        rank[self.init_loss.argsort(descending=True, stable=True)] = torch.arange(1, len(rank) + 1)
+        return rank
+
+    def nearest(self, query: int = 0, k: int = 10) -> list[tuple[int, float]]:
+        """The training samples most correlated with a query (near-duplicates): ``(index, correlation)``.
+
+        The covariance finds large losses instead of duplicates, so it is not used here.
+        """
+        row = self.correlation[self._row(query)].clone()
+        row[self._same()[query]] = -math.inf
+        order = row.argsort(descending=True, stable=True)[:k]
+        return [(int(self.train_index[j]), float(row[j])) for j in order.tolist() if row[j] > -math.inf]
+
+    def _row(self, query: int) -> int:
+        if not 0 <= query < len(self.matrix):
+            raise IndexError(f"query={query}: there are {len(self.matrix)} queries, numbered from 0.")
+        return query
+
+    def _ranked(self, query: int, k: int, min_z: float, descending: bool) -> list[tuple[int, float, float]]:
+        row = self.matrix[self._row(query)]
+        allowed = (row > 0 if descending else row < 0) & ~self._same()[query]
+        allowed &= self.z[query].abs() >= min_z
+        order = row.argsort(descending=descending, stable=True)
+        chosen = [j for j in order.tolist() if allowed[j]][:k]
+        return [(int(self.train_index[j]), float(row[j]), float(self.se[query, j])) for j in chosen]
+
+    def _same(self) -> Tensor:
+        """``[n_query, n_train]`` bool: the pair is one and the same sample, where queries are training samples."""
+        if not self.queries_are_train:
+            return torch.zeros(self.matrix.shape, dtype=torch.bool)
+        return self.query_index[:, None] == self.train_index[None]
+
+    def scalars(self) -> dict[str, Any]:
+        """All but the tensors, as types that JSON knows."""
+        out: dict[str, Any] = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                continue
+            if f.name == "dropped":
+                value = [dataclasses.asdict(d) for d in value]
+            elif isinstance(value, tuple):
+                value = list(value)
+            elif isinstance(value, float) and not math.isfinite(value):
+                value = None
+            out[f.name] = value
+        return out
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: v.detach().cpu().contiguous() for k, v in values.items() if isinstance(v, Tensor)}
+
+    def without_pairs(self) -> InfluenceEstimate:
+        """The same without the pair matrices: what the history in memory and in a checkpoint keeps."""
+        empty = torch.empty(0, len(self.train_index), dtype=torch.float64)
+        return self.replace(matrix=empty, correlation=empty, se=empty)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors only."""
+        return {"scalars": self.scalars(), "tensors": self.tensors()}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> InfluenceEstimate:
+        """The inverse of :meth:`state_dict`; keys of a newer version are passed over."""
+        names = {f.name: f for f in dataclasses.fields(cls)}
+        values = {k: v for k, v in {**state["scalars"], **state["tensors"]}.items() if k in names}
+        for name in ("reasons", "notes", "groups", "train_group", "query_group"):
+            if values.get(name) is not None:
+                values[name] = tuple(values[name])
+        values["dropped"] = tuple(Dropped(**d) for d in values.get("dropped", ()))
+        for name in ("between_share", "seconds"):
+            if values.get(name) is None:
+                values[name] = math.nan
+        return cls(**values)
+
+    def __str__(self) -> str:
+        where = f"step {self.step}: " if self.step is not None else ""
+        state = "" if self.valid else f"  NOT VALID: {'; '.join(self.reasons)}"
+        return (
+            f"{where}influence of {len(self.train_index)} samples on {len(self.query_index)} queries, "
+            f"{self.num_chains} chains x {self.num_draws} draws, {self.passing:.1%} of the pairs above 3 errors{state}"
+        )
+
+    def __repr__(self) -> str:
+        shape = tuple(self.matrix.shape)
+        return f"InfluenceEstimate(matrix={shape}, valid={self.valid}, step={self.step})"
+
+
+class InfluenceRecord:
+    """The influence estimates of one run, one pair of files for each.
+
+    Args:
+        folder: the run's own folder; ``influence/`` in it is made at the first :meth:`save`.
+    """
+
+    def __init__(self, folder: Union[str, os.PathLike[str]]) -> None:
+        self.folder = Path(folder) / INFLUENCE_FOLDER
+
+    def paths(self, step: Optional[int]) -> tuple[Path, Path]:
+        """The tensors' file and the JSON file of a step."""
+        stem = self.folder / f"step_{step or 0:09d}"
+        return stem.with_suffix(".safetensors"), stem.with_suffix(".json")
+
+    def save(self, estimate: InfluenceEstimate) -> None:
+        """Write both files, each in one step.
+
+        Raises:
+            OSError: where the folder cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors, text = self.paths(estimate.step)
+        for path, data in (
+            (tensors, save(estimate.tensors())),
+            (text, (json.dumps(estimate.scalars(), indent=1, allow_nan=False) + "\n").encode()),
+        ):
+            temporary = path.with_name(path.name + ".tmp")
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+
+    def load(self, step: Optional[int]) -> InfluenceEstimate:
+        """What was measured at a step.
+
+        Raises:
+            FileNotFoundError: where nothing was.
+        """
+        tensors, text = self.paths(step)
+        return InfluenceEstimate.from_state_dict(
+            {"tensors": load_file(tensors), "scalars": json.loads(text.read_text(encoding="utf-8"))}
+        )
+
+    def read(self) -> Iterator[InfluenceEstimate]:
+        """All of them, in order of steps; a file whose other half is missing is passed over."""
+        for path in sorted(self.folder.glob("step_*.json")):
+            step = int(path.stem.removeprefix("step_"))
+            if self.paths(step)[0].exists():
+                yield self.load(step)
+
+    def drop_after(self, step: int) -> None:
+        """Forget what was recorded after ``step``: a resumed run measures those steps again."""
+        for path in self.folder.glob("step_*"):
+            number = path.name.removeprefix("step_").split(".")[0]
+            if number.isdigit() and int(number) > step:
+                path.unlink()

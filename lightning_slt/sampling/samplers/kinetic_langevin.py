@@ -1,0 +1,94 @@
+"""Kinetic (underdamped) Langevin dynamics, for full or large batches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, Optional
+
+from torch import Tensor
+
+from lightning_slt.functional.posterior import LocalPosterior
+from lightning_slt.sampling.metric import LowRankMetric
+from lightning_slt.sampling.samplers.base import Calibration, MinibatchSampler, SamplerState, check_step_size
+
+
+@dataclass(frozen=True)
+class KineticLangevin(MinibatchSampler):
+    r"""Kinetic Langevin dynamics in the splitting BAOAB (Leimkuhler & Matthews 2013, Applied Mathematics Research
+    eXpress 2013:34), of the local posterior, in the coordinates of a metric P (:mod:`lightning_slt.sampling.metric`):
+
+    .. math::
+        p &\leftarrow p - h P [ n\beta \nabla L_B(w) + \gamma (w - w^*) ] \\
+        w &\leftarrow w + \tfrac h 2 P p \\
+        p &\leftarrow a p + \sqrt{1 - a^2}\, N(0, I), \quad a = e^{-\zeta h} \\
+        w &\leftarrow w + \tfrac h 2 P p
+
+    The momentum carries a chain across the posterior in a number of steps that grows with the square root of its
+    condition number, where Langevin steps without one grow with the number itself: several times more independent
+    draws for as many gradients. It does not take the heat of minibatches off, so it wants large ones or all the data.
+    On a quadratic the variance of w is exact at every stable step (h < 2 over the root of the steepest precision in P's
+    coordinates, the half kicks on either side of a gradient put together).
+
+    Args:
+        lr: the squared time step, h²; None takes a tenth of the inverse of the largest posterior precision.
+        friction: zeta, in units of the inverse time.
+        metric: P; None for the identity.
+
+    Raises:
+        ValueError: for a step size or a friction that is not positive and finite.
+    """
+
+    lr: Optional[float] = None
+    friction: float = 0.7
+    metric: Optional[LowRankMetric] = field(default=None, compare=False)
+
+    calibration: ClassVar[Calibration] = "curvature"
+    elementwise: ClassVar[bool] = False
+    per_chain: ClassVar[tuple[str, ...]] = ("started",)
+    per_weight: ClassVar[tuple[str, ...]] = ("momentum",)
+
+    def __post_init__(self) -> None:
+        check_step_size(self.lr)
+        if not (math.isfinite(self.friction) and self.friction > 0):
+            raise ValueError(f"friction={self.friction}: must be positive; 0.7 is usual.")
+
+    def update_(
+        self,
+        weights: Tensor,
+        anchor: Tensor,
+        grad: Tensor,
+        noise: Tensor,
+        lr: float,
+        posterior: LocalPosterior,
+        state: Optional[SamplerState] = None,
+    ) -> None:
+        """One step, in place; the equations are the class's.
+
+        Raises:
+            ValueError: without a state: it has momenta.
+        """
+        if state is None:
+            raise ValueError("state=None: KineticLangevin has momenta, which need a state (see empty_state).")
+        momentum, started = state.tensors["momentum"], state.tensors["started"]
+        h = math.sqrt(lr)
+        a = math.exp(-self.friction * h)
+        b = math.sqrt(1.0 - a * a)
+        fresh = started == 0
+        share = 1.0
+        if bool(fresh.any()):
+            # the noise of a chain's first step is its momentum, and half of a kick its first
+            momentum[fresh] = noise[fresh]
+            noise[fresh] *= (1.0 - a) / b  # which the renewal leaves as it is
+            started.fill_(1.0)
+            share = 0.5
+        force = grad.mul_(posterior.nbeta)
+        if posterior.localization:
+            force.add_(weights - anchor, alpha=posterior.localization)
+        momentum.sub_(self._apply(force), alpha=share * h)
+        moved = momentum.clone()
+        momentum.mul_(a).add_(noise, alpha=b)
+        weights.add_(self._apply(moved.add_(momentum)), alpha=0.5 * h)
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return rows if self.metric is None else self.metric(rows)

@@ -1,0 +1,149 @@
+"""Covariances of losses over draws: the streamed answer is the two-pass one, and its error bar is true."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_slt.functional.influence import (
+    CovarianceAccumulator,
+    between_share,
+    blocks_per_chain,
+    correlation,
+    covariance,
+    group_means,
+    mean_and_error,
+    shrink,
+    variance,
+)
+
+
+def autocorrelated(chains: int, draws: int, n: int, memory: float, seed: int) -> Tensor:
+    """AR(1) draws of unit variance whose columns share a factor: true covariance 0.5 between columns, 1 on itself."""
+    g = torch.Generator().manual_seed(seed)
+    noise = torch.randn(chains, draws, n + 1, generator=g, dtype=torch.float64)
+    out = torch.empty_like(noise)
+    out[:, 0] = noise[:, 0]
+    for t in range(1, draws):
+        out[:, t] = memory * out[:, t - 1] + math.sqrt(1 - memory**2) * noise[:, t]
+    return math.sqrt(0.5) * (out[:, :, :n] + out[:, :, n:])
+
+
+def two_pass(x: Tensor, y: Tensor) -> Tensor:
+    x, y = (z.double() - z.double().mean(dim=1, keepdim=True) for z in (x, y))
+    return torch.einsum("ctq,cti->qi", y, x) / (x.shape[0] * (x.shape[1] - 1))
+
+
+def test_streaming_equals_two_passes_however_the_draws_are_cut() -> None:
+    # means a million times the scatter: a one-pass sum of products would lose every digit
+    x = autocorrelated(3, 120, 40, 0.5, 0) + 1e6
+    y = autocorrelated(3, 120, 7, 0.5, 1) * 3 - 1e5 + 0.5 * x[:, :, :7]
+    whole = CovarianceAccumulator(40, 7)
+    parts = [CovarianceAccumulator(40, 7) for _ in range(2)]
+    for chain in range(3):
+        for start in range(0, 120, 17):
+            stop = min(start + 17, 120)
+            block = start // 40
+            for low, high in ((start, min(stop, 40 * (block + 1))), (min(stop, 40 * (block + 1)), stop)):
+                key = min(low // 40, 2)
+                whole.update(chain, key, x[chain, low:high], y[chain, low:high])
+                parts[chain % 2].update(chain, key, x[chain, low:high], y[chain, low:high])
+    parts[0].load(parts[1].state())  # as from another process
+    expected = two_pass(x, y)
+    for acc in (whole, parts[0]):
+        found = acc.result()
+        assert float((found.matrix - expected).norm() / expected.norm()) < 1e-9
+        assert found.num_blocks == 9
+        torch.testing.assert_close(found.mean_x, x.mean(dim=(0, 1)), rtol=1e-12, atol=0)
+
+
+def test_columns_in_chunks_give_the_same_and_float32_deltas_keep_six_digits() -> None:
+    x, y = autocorrelated(4, 200, 50, 0.3, 2), autocorrelated(4, 200, 5, 0.3, 3) + 0.2
+    one, many = covariance(x, y), covariance(x, y, columns=7)
+    torch.testing.assert_close(one.matrix, many.matrix, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(one.se, many.se, rtol=1e-9, atol=1e-14)
+    low = covariance(x.float(), y.float())
+    assert float((low.matrix - two_pass(x, y)).norm() / one.matrix.norm()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("chains", "draws", "blocks"), [(16, 100, 1), (8, 100, 2), (4, 100, 4), (1, 100, 16), (1, 9, 2)]
+)
+def test_blocks_per_chain(chains: int, draws: int, blocks: int) -> None:
+    assert blocks_per_chain(chains, draws) == blocks
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.7])
+def test_the_error_is_the_spread_over_repetitions(memory: float) -> None:
+    """True covariance 0.5. 80 repetitions: the mean squared z of a true error bar is 1.15 (15 degrees of freedom);
+    that of one which ignores the memory of 0.7 would be about 3 (integrated autocorrelation of the products 2.9)."""
+    found, errors = [], []
+    for seed in range(80):
+        x = autocorrelated(4, 400, 6, memory, 100 + seed)
+        c = covariance(x[:, :, :3], x[:, :, 3:])
+        found.append(c.matrix.diagonal())
+        errors.append(c.se.diagonal())
+    values, se = torch.stack(found), torch.stack(errors)
+    assert abs(float(values.mean()) - 0.5) < 0.01
+    ratio = float(values.std(dim=0).mean() / se.mean())
+    assert 0.85 < ratio < 1.2, ratio
+    outside = float(((values - 0.5).abs() > 3 * se).double().mean())
+    assert outside < 0.025
+
+
+def test_variance_is_the_diagonal_and_its_error_too() -> None:
+    x = autocorrelated(4, 100, 9, 0.4, 5)
+    full = covariance(x, x)
+    value, se = variance(x)
+    torch.testing.assert_close(value, full.matrix.diagonal(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(se, full.se.diagonal(), rtol=1e-8, atol=1e-12)
+
+
+def test_a_difference_between_chains_is_no_influence() -> None:
+    x = autocorrelated(4, 200, 4, 0.0, 6)
+    shifted = x + torch.tensor([0.0, 10.0, -10.0, 5.0], dtype=torch.float64)[:, None, None]
+    torch.testing.assert_close(covariance(shifted, shifted).matrix, covariance(x, x).matrix, rtol=1e-9, atol=1e-10)
+    assert between_share(shifted) > 0.9
+    assert between_share(x) < 0.05
+    assert math.isnan(between_share(x[:1]))
+
+
+def test_mean_and_error() -> None:
+    x = autocorrelated(16, 50, 3, 0.0, 7) + 2.0
+    mean, se = mean_and_error(x)
+    torch.testing.assert_close(mean, x.mean(dim=(0, 1)))
+    # sd 1 over 800 draws, known to one part in sqrt(30)
+    assert torch.all((se > 0.02) & (se < 0.06))
+
+
+def test_correlation_is_bounded_and_zero_for_a_constant() -> None:
+    matrix = torch.tensor([[2.0, 0.5]], dtype=torch.float64)
+    rho = correlation(matrix, torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64))
+    assert rho.tolist() == [[1.0, 0.0]]
+
+
+def test_shrinkage_weights_weak_pairs_down_and_one_is_none() -> None:
+    matrix, rho = torch.tensor([[2.0, -0.2]]), torch.tensor([[0.5, -0.1]])
+    assert shrink(matrix, rho, 1.0) is matrix
+    torch.testing.assert_close(shrink(matrix, rho, 2.0), torch.tensor([[1.0, -0.02]]))
+    with pytest.raises(ValueError, match=r"shrinkage=0\.5"):
+        shrink(matrix, rho, 0.5)
+
+
+def test_group_means_are_linear_and_nan_for_an_empty_group() -> None:
+    x = autocorrelated(2, 30, 4, 0.0, 8)
+    means = group_means(x, ["a", "b", "a", None], ["a", "b", "c"])
+    torch.testing.assert_close(means[..., 0], (x[..., 0] + x[..., 2]) / 2)
+    torch.testing.assert_close(means[..., 1], x[..., 1])
+    assert means[..., 2].isnan().all()
+
+
+def test_errors_name_the_shapes() -> None:
+    acc = CovarianceAccumulator(3, 2)
+    with pytest.raises(ValueError, match=r"expected \[draws, 3\] and \[draws, 2\]"):
+        acc.update(0, 0, torch.zeros(4, 3), torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="no draws"):
+        acc.result()
