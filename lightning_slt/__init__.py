@@ -2,9 +2,11 @@
 
 from lightning_slt.callbacks import SLTMonitor
 from lightning_slt.estimate import estimate_llc
-from lightning_slt.measures import LearningCoefficient
+from lightning_slt.influence import estimate_influence
+from lightning_slt.influence_record import InfluenceEstimate
+from lightning_slt.measures import Influence, LearningCoefficient
 from lightning_slt.record import Estimate
-from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, RMSpropSGLD
+from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, KineticLangevin, RMSpropSGLD
 
 __version__ = "0.1.0"
 
@@ -13,8 +15,12 @@ __all__ = [
     "SGLD",
     "SGNHT",
     "Estimate",
+    "Influence",
+    "InfluenceEstimate",
+    "KineticLangevin",
     "LearningCoefficient",
     "RMSpropSGLD",
     "SLTMonitor",
+    "estimate_influence",
     "estimate_llc",
 ]

@@ -50,9 +50,10 @@ WIDTH = 0.35
 """Size of the region that influence is measured in, as a share of the weights' own norm."""
 DAMPING = 2.5
 """Localisation in units of ``nbeta`` times the mean curvature of the loss."""
-STEP = 0.5
-"""Time step in the coordinates in which the posterior is round; 2 is unstable."""
-MAX_HALVINGS = 3
+STEP = 0.7
+"""Time step in the coordinates in which the posterior is round; 2 is unstable there, and where the loss bends more
+sharply away from ``w*`` a smaller one may be."""
+MAX_SHORTENINGS = 5
 MIXED = 0.5
 """Between-chain share of the variance above which chains have not seen the same posterior."""
 
@@ -367,8 +368,8 @@ def estimate_influence(
     nbeta: Optional[float] = None,
     localization: Optional[float] = None,
     num_chains: int = 16,
-    num_draws: int = 250,
-    num_burnin_steps: int = 30,
+    num_draws: int = 125,
+    num_burnin_steps: int = 20,
     num_steps_bw_draws: int = 2,
     batch_size: Optional[int] = None,
     weights: Optional[Mapping[str, Any]] = None,
@@ -468,8 +469,8 @@ def estimate_influence(
             return readers[0]
 
         try:
-            for halvings in range(MAX_HALVINGS + 1):
-                lr = (STEP / 2**halvings) ** 2
+            for shortenings in range(MAX_SHORTENINGS + 1):
+                lr = (STEP * 0.7**shortenings) ** 2
 
                 def make_sampler(chains: Chains, lr: float = lr) -> tuple[LocalPosterior, Sampler]:
                     batches = list(train.window(0).anchor_loss)
@@ -493,7 +494,7 @@ def estimate_influence(
                 good = ~diverged(drawn.segment, chains.posterior.nbeta, len(objective.anchor))
                 if sampler is not None or bool(good.all()):
                     break
-                log.info(f"{int((~good).sum())} chains left the region at time step {lr**0.5:g}: halved")
+                log.info(f"{int((~good).sum())} chains left the region at time step {lr**0.5:.2g}: shortened")
                 train.forget()
                 readers.clear()
         except NoLossError as error:

@@ -16,6 +16,7 @@ FLOORS = {
     "measures": 2,
     "publish": 2,
     "estimate": 3,
+    "influence": 3,
     "callbacks": 4,
     "config": 5,
 }

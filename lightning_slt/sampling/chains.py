@@ -32,6 +32,10 @@ PROBED_BATCHES = 8
 BLOCK = {"cpu": 2**16, "cuda": 2**24}
 """Weights that are moved together: their noise needs no buffer of the size of the model, and stays in the cache."""
 
+MAX_WAITING = 16
+MAX_WAITING_NUMBERS = 2**22
+"""Rows of weights, and numbers in them, that are kept until a reader is asked about all of them."""
+
 READINGS = ("grad_square", "grad_dot", "square", "pulled_dot", "pulled_square")
 
 Progress = Callable[[int], None]
@@ -394,6 +398,7 @@ class Chains:
         numbers = indices[0].tolist() if alone else []
         losses: list[Tensor] = []
         readings: list[Tensor] = []
+        waiting: list[Tensor] = []
         seen: list[Tensor] = []
         steps = indices.shape[1]
         for t in range(steps):
@@ -413,7 +418,9 @@ class Chains:
                             self._moments.addcmul_(row, row)
                         self._moments_count += count
                 if self.reader is not None and t % self.read_every == 0:
-                    seen.append(self.reader(self._at(weights, state)).float().cpu())
+                    waiting.append(self._at(weights, state).clone())
+                    if len(waiting) * count >= MAX_WAITING or waiting[0].numel() * len(waiting) > MAX_WAITING_NUMBERS:
+                        self._ask(waiting, seen)
                 if decides:
                     state.loss = loss.reshape(count)
                     state.uniform = torch.stack([torch.rand((), generator=g, device=loss.device) for g in choices])
@@ -435,7 +442,16 @@ class Chains:
         if readings:
             got = torch.stack(readings).reshape(-1, kinds, count).permute(1, 2, 0).double().cpu()
             read[:, :, : got.shape[2]] = got
+        self._ask(waiting, seen)
         return table, read, self._pad_read(seen, len(range(0, steps, self.read_every)), weights)
+
+    def _ask(self, waiting: list[Tensor], seen: list[Tensor]) -> None:
+        """Read off the weights that wait, several draws at once: a call costs more than the losses of a small model."""
+        if waiting:
+            assert self.reader is not None
+            with torch.no_grad():
+                seen += list(self.reader(torch.cat(waiting)).float().cpu().split(len(waiting[0])))
+            waiting.clear()
 
     @staticmethod
     def _at(weights: Tensor, state: SamplerState) -> Tensor:

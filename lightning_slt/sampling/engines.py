@@ -188,7 +188,8 @@ class BatchedEngine(Engine):
 
     def __call__(self, window: Window, indices: Tensor) -> Tensor:
         assert self._grad is not None
-        batch, dims = window.gather(indices)
+        # one batch for all chains is no copy for each: products with it become one large product
+        batch, dims = window.gather(indices) if len(window) > 1 else (window[0], None)
         named = dict(zip(self._names, self._leaves, strict=True))
         if self._through == "backward":
             self._grad.zero_()

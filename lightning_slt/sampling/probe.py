@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 MAX_SAMPLES = 1000
 """Of the training set that are looked at where nothing else is said."""
 MAX_CHUNK = 1024
+MAX_ROWS = 16
+"""Rows of weights whose losses are computed together."""
 CHECKED = 8
 """Samples that are read twice, to see whether the dataset gives the same ones again."""
 NAMED = 5
@@ -139,6 +141,7 @@ class Probe:
 
     Attributes:
         method: ``"whole batches"``, ``"vmap"`` or ``"one by one"``; ``reason`` says why.
+        rows: of weights that are best handed over together.
         index, token: ``[n]`` long: which sample, and which token of it (-1 for whole samples), each column is.
         anchor: ``[n]`` float64, losses at ``w*``.
         without: numbers of the samples for which the step gives no loss.
@@ -156,7 +159,7 @@ class Probe:
         self.without: list[int] = []
         self._groups = _grouped(samples.batches)
         self._all = samples.index
-        self.method, self.reason = "", ""
+        self.method, self.reason, self.rows = "", "", 1
         with torch.no_grad():
             self._drop_without_loss()
             first = self._groups[0]
@@ -176,7 +179,7 @@ class Probe:
             width = max(self.tokens, 1)
             self.index = kept.repeat_interleave(width)
             self.token = torch.arange(width).repeat(total) if per_token else torch.full((total,), -1)
-            self.anchor = self._losses(objective.anchor).double().cpu()
+            self.anchor = self._losses(objective.anchor.unsqueeze(0))[0].double().cpu()
 
     @property
     def n(self) -> int:
@@ -189,37 +192,49 @@ class Probe:
         Args:
             weights: ``[chains, d]``.
         """
+        if not len(weights):
+            return torch.empty(0, self.n)
         with torch.no_grad():
-            rows = [self._losses(row).double().cpu() - self.anchor for row in weights]
-        return torch.stack(rows).float() if rows else torch.empty(0, self.n)
+            parts = [self._losses(some) for some in weights.split(self.rows)]
+            return (torch.cat(parts).double().cpu() - self.anchor).float()
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
         pieces = self._objective.pieces(flat)
         return {name: p.to(t) for name, p, t in zip(self._names, pieces, self._dtypes, strict=True)}
 
-    def _losses(self, flat: Tensor) -> Tensor:
-        """``[n]``, at the weights ``[d]``."""
-        named = self._named(flat)
-        out = torch.empty(len(self._place), max(self.tokens, 1), device=flat.device, dtype=self._objective.dtype)
-        with _same_random_numbers(self._seed, flat.device):
+    def _losses(self, weights: Tensor) -> Tensor:
+        """``[rows, n]``, at the weights ``[rows, d]``."""
+        rows, width = len(weights), max(self.tokens, 1)
+        out = weights.new_empty(rows, len(self._place), width)
+        with _same_random_numbers(self._seed, weights.device):
             for group in self._groups:
                 for start in range(0, len(group.places), group.size):
                     places = group.places[start : start + group.size]
-                    rows = [self._place[p] for p in places]
-                    losses = self._chunk(named, group, start, start + len(places))
-                    out[rows] = losses.reshape(len(places), -1).to(out.dtype)
-        return out.reshape(-1)
+                    columns = [self._place[p] for p in places]
+                    losses = self._chunk(weights, group, start, start + len(places))
+                    out[:, columns] = losses.reshape(rows, len(places), width).to(out.dtype)
+        return out.reshape(rows, -1)
 
-    def _chunk(self, named: dict[str, Tensor], group: _Group, start: int, stop: int) -> Tensor:
-        if self.method == "whole batches":
-            losses = self._call(named, group.joined(start, stop))
-            return losses if self._per_token else losses.reshape(stop - start, -1).mean(dim=1)
+    def _chunk(self, weights: Tensor, group: _Group, start: int, stop: int) -> Tensor:
+        """``[rows, stop - start, tokens or 1]``."""
         if self.method == "vmap":
             batch, dims = group.part(start, stop)
-            return torch.vmap(lambda b: self._reduced(self._call(named, b)), in_dims=(dims,), randomness="different")(
-                batch
+            over_samples = torch.vmap(
+                lambda named, b: self._reduced(self._call(named, b)), in_dims=(None, dims), randomness="different"
             )
-        return torch.stack([self._reduced(self._one(named, group.single(k))) for k in range(start, stop)])
+            if len(weights) == 1:
+                return over_samples(self._named(weights[0]), batch).unsqueeze(0)
+            return torch.vmap(over_samples, in_dims=(0, None), randomness="same")(self._named(weights), batch)
+        found = []
+        for row in weights:
+            named = self._named(row)
+            if self.method == "whole batches":
+                losses = self._call(named, group.joined(start, stop))
+                found.append(losses if self._per_token else losses.reshape(stop - start, -1).mean(dim=1))
+            else:
+                singles = [self._reduced(self._one(named, group.single(k))) for k in range(start, stop)]
+                found.append(torch.stack(singles))
+        return torch.stack(found)
 
     def _reduced(self, losses: Tensor) -> Tensor:
         return losses.reshape(-1) if self._per_token else losses.mean().reshape(1)
@@ -292,12 +307,14 @@ class Probe:
 
     def _choose_method(self, one: Tensor) -> None:
         """Whole batches, vmap, or one by one: the first that gives the numbers of one by one."""
-        named = self._named(self._objective.anchor)
         self._limit_chunks()
         group = max(self._groups, key=lambda g: len(g.places))
         count = min(len(group.places), 4, group.size)
+        anchor = self._objective.anchor
+        # a second row of other weights, where rows can be computed together
+        weights = torch.stack([anchor, 1.01 * anchor])[: self.rows]
         self.method = "one by one"
-        expected = self._chunk(named, group, 0, count).reshape(count, -1)
+        expected = self._chunk(weights, group, 0, count).reshape(len(weights), count, -1)
         reasons = []
         for method in ("whole batches", "vmap"):
             if method == "whole batches" and one.ndim == 0:
@@ -308,7 +325,7 @@ class Probe:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    found = self._chunk(named, group, 0, count).reshape(count, -1)
+                    found = self._chunk(weights, group, 0, count).reshape(len(weights), count, -1)
                 if torch.allclose(found, expected, rtol=2e-2 if self._objective.autocast else 1e-3, atol=1e-5):
                     self.reason = "same numbers as one by one"
                     return
@@ -320,7 +337,8 @@ class Probe:
         log.info(f"losses of single samples are computed one by one, which is slow: {self.reason}")
 
     def _limit_chunks(self) -> None:
-        """So many samples at once as their activations allow."""
+        """So many samples, and rows of weights, at once as their activations allow."""
+        rows = MAX_ROWS
         for group in self._groups:
             single = group.single(0)
             try:
@@ -328,7 +346,10 @@ class Probe:
                     saved = observe(self._objective, clone(single)).saved_bytes
             except Exception:
                 saved = 64 * num_bytes(single)
-            group.size = int(max(1, min(MAX_CHUNK, ACTIVATION_BUDGET // 4 // max(2 * saved, 1))))
+            affordable = ACTIVATION_BUDGET // 4 // max(2 * saved, 1)
+            group.size = int(max(1, min(MAX_CHUNK, affordable)))
+            rows = min(rows, affordable // min(group.size, len(group.places)))
+        self.rows = max(1, rows)
 
 
 class _LossesModule(nn.Module):
