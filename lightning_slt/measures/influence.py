@@ -38,15 +38,15 @@ class Influence(Metric):
     full_state_update = True
     higher_is_better: Optional[bool] = None
     is_differentiable = False
-    train: list[Tensor]
-    query: list[Tensor]
+    train_trace: list[Tensor]
+    query_trace: list[Tensor]
 
     def __init__(self, shrinkage: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         shrink(torch.zeros(()), torch.zeros(()), shrinkage)
         self.shrinkage = float(shrinkage)
-        self.add_state("train", default=[], dist_reduce_fx="cat")
-        self.add_state("query", default=[], dist_reduce_fx="cat")
+        self.add_state("train_trace", default=[], dist_reduce_fx="cat")
+        self.add_state("query_trace", default=[], dist_reduce_fx="cat")
         self.add_state("init_train", default=torch.empty(0), dist_reduce_fx=None)
 
     def update(
@@ -76,12 +76,12 @@ class Influence(Metric):
         start = torch.zeros(train_losses.shape[2]) if init_train is None else init_train
         offset = start if query_losses is None else init_query
         self.init_train = start.detach().double().to(self.device)
-        self.train = [torch.cat([*self.train, _above(train_losses, start).to(self.device)], dim=1)]
-        self.query = [torch.cat([*self.query, _above(queries, offset).to(self.device)], dim=1)]
+        self.train_trace = [torch.cat([*self.train_trace, _above(train_losses, start).to(self.device)], dim=1)]
+        self.query_trace = [torch.cat([*self.query_trace, _above(queries, offset).to(self.device)], dim=1)]
 
     def draws(self) -> tuple[Tensor, Tensor]:
         """``[num_chains, num_draws, n_train]`` and ``[..., n_query]`` losses above those at ``w*`` so far."""
-        sides: list[Any] = [self.train, self.query]
+        sides: list[Any] = [self.train_trace, self.query_trace]
         found = [dim_zero_cat(s) if len(s) else torch.empty(0, 0, 0) for s in sides]
         return found[0], found[1]
 
