@@ -85,6 +85,8 @@ class MonitorConfig:
     name: Optional[str] = None
     dirpath: Optional[str] = None
     method: str = "auto"
+    probe: Optional[int] = None
+    query: Optional[int] = None
 
     def build(self) -> SLTMonitor:
         """The callback.

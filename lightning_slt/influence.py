@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ STEP = 0.7
 """Time step in the coordinates in which the posterior is round; 2 is unstable there, and where the loss bends more
 sharply away from ``w*`` a smaller one may be."""
 MAX_SHORTENINGS = 5
+READ_COST = 0.4
+"""Cost of reading the samples' losses, in units of that of moving the chains, in a firing of the monitor."""
 MIXED = 0.5
 """Between-chain share of the variance above which chains have not seen the same posterior."""
 
@@ -73,6 +76,11 @@ class ProbeSet:
     train_group: Optional[list[Optional[str]]] = None
     query_group: Optional[list[Optional[str]]] = None
     per_token: bool = False
+
+    @property
+    def num_samples(self) -> int:
+        """All of them."""
+        return len(self.train.index) + (len(self.query.index) if self.query is not None else 0)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -294,6 +302,20 @@ def _natural(name: str) -> tuple[int, float, str]:
         return 1, 0.0, name
 
 
+def reading_interval(num_probed: int, batch_size: int) -> int:
+    """Steps between readings, so that reading costs about 0.4 of what moving the chains does.
+
+    A step is three forward passes of a minibatch, a reading one of all the samples. No clock is asked: the same run
+    reads at the same steps on every machine.
+
+    Example:
+        >>> reading_interval(1000, 64), reading_interval(100, 64)
+        (16, 4)
+    """
+    steps = num_probed / (3 * max(batch_size, 1)) / READ_COST
+    return STATS_EVERY * max(1, math.ceil(steps / STATS_EVERY))
+
+
 def measure_both(
     objective: Objective,
     source: MinibatchSource,
@@ -302,13 +324,19 @@ def measure_both(
     collective: Optional[Collective] = None,
     progress: Optional[Progress] = None,
     memory: Optional[ChainMemory] = None,
-    read_every: int = STATS_EVERY,
+    read_every: Optional[int] = None,
 ) -> tuple[Estimate, InfluenceEstimate]:
     """The learning coefficient and the influence of samples, from the same chains.
 
     Arguments and errors are those of :func:`~lightning_slt.estimate.measure_llc`.
+
+    Args:
+        probes: the samples.
+        read_every: steps between readings; None for :func:`reading_interval`.
     """
     start = time.perf_counter()
+    if read_every is None:
+        read_every = reading_interval(probes.num_samples, source.batch_size)
     readers: list[InfluenceReader] = []
 
     def make_reader() -> InfluenceReader:

@@ -22,14 +22,18 @@ from lightning_slt.callbacks.data import TrainingData, check_num_samples, traini
 from lightning_slt.callbacks.distribution import Ranks, check_strategy, make_collective
 from lightning_slt.callbacks.overhead import Decision, OverheadBudget
 from lightning_slt.callbacks.progress import FiringProgress
+from lightning_slt.callbacks.samples import Probed, ProbedSamples
 from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.estimate import ChainSettings, default_localization, measure_llc
+from lightning_slt.influence import ProbeSet, measure_both
+from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
 from lightning_slt.publish import RunPublisher
 from lightning_slt.record import Estimate, RunRecord
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.collective import Alone, Collective
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.probe import GroupFn
 from lightning_slt.sampling.restriction import select_parameters
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, RMSpropSGLD
@@ -37,6 +41,8 @@ from lightning_slt.sampling.steps import LossFn, loss_function
 
 SMOKE_SAMPLER = SGLD(lr=1e-6)
 """A smoke test shows that chains run, not what they say: no step size is looked for."""
+LARGE_BUDGET = 1600
+"""Readings of a firing, over all chains, from which on single pairs are shown at once and not only at the end."""
 LARGE_OVERHEAD = 0.25
 """Share of wall-clock above which a monitor without a budget says that there is one."""
 
@@ -73,6 +79,13 @@ class SLTMonitor(Callback):
         name: key prefix and folder of this monitor (``slt_<name>``); several monitors are numbered without it.
         dirpath: folder of the local record; None for ``<logger's run folder>/slt``.
         method: ``"auto"``, ``"sequential"`` or ``"batched"``, see :func:`~lightning_slt.estimate_llc`.
+        probe: measure the influence of training samples as well, from the same chains: True for the training set up
+            to 1,000 samples, a number for another limit, or a Dataset of samples to look at. The same samples are
+            looked at at every firing.
+        query: whose losses they influence: None for the probed samples themselves, a number of samples of the
+            validation data, or a Dataset.
+        group_fn: ``group_fn(sample)`` -> the group that a sample of a dataset belongs to; None for its class.
+        render: ``render(sample)`` -> a picture (array, tensor or PIL image) or a text to show it by; None for defaults.
 
     Raises:
         ValueError: for an argument out of range.
@@ -80,6 +93,8 @@ class SLTMonitor(Callback):
 
     Attributes:
         estimates: what was measured so far, oldest first.
+        influences: influence of the probed samples, oldest first; the pair matrices of all but the last are in the
+            record only.
         folder: where the local record is, None where no files are written.
 
     Example:
@@ -112,7 +127,13 @@ class SLTMonitor(Callback):
         name: Optional[str] = None,
         dirpath: Optional[str] = None,
         method: str = "auto",
+        probe: Probed = None,
+        query: Probed = None,
+        group_fn: Optional[GroupFn] = None,
+        render: Optional[Callable[[Any], Any]] = None,
     ) -> None:
+        self._samples = ProbedSamples(probe, query, group_fn, render, seed)
+        self.influences: list[InfluenceEstimate] = []
         self._budget = OverheadBudget(max_overhead) if max_overhead is not None else None
         if max_overhead is not None and (every_n_train_steps, every_n_epochs, at_steps, log_spaced) == (None,) * 4:
             every_n_train_steps = 1
@@ -167,6 +188,7 @@ class SLTMonitor(Callback):
         self._explicit: tuple[int, ...] = ()
         self._said_method = False
         self._said_overhead = False
+        self._said_dropped = False
         self._done_fast_run = False
 
     # --- before training ------------------------------------------------------------------------------------------
@@ -209,6 +231,7 @@ class SLTMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._data = TrainingData(trainer, self._batch_size, self._num_samples, self._settings.seed)
         self._source = None
+        self._samples.forget()
         check_num_samples(self._data.num_samples, self._settings.nbeta)
         total = trainer.estimated_stepping_batches
         self._explicit = self._schedule.explicit_steps(None if total in (-1, float("inf")) else int(total))
@@ -231,11 +254,11 @@ class SLTMonitor(Callback):
 
     def _forget(self) -> None:
         """A run that starts at its first step has no history, whatever this object has measured before."""
-        self.estimates = []
+        self.estimates, self.influences = [], []
         self._localization, self._memory = self._settings.localization, ChainMemory()
         self._last_step, self._seconds, self._run_seconds = 0, 0.0, 0.0
         self._said_method, self._method = False, self._settings.method
-        self._said_overhead = False
+        self._said_overhead = self._said_dropped = False
         self._resumed_folder = None
         self._skipped = 0
         if self._budget is not None:
@@ -273,6 +296,7 @@ class SLTMonitor(Callback):
         """The history of a resumed run, complete in its folder: what came after the checkpoint is forgotten."""
         try:
             record.drop_after(self._last_step)
+            InfluenceRecord(record.folder).drop_after(self._last_step)
             known = {e.step for e in record.read(traces=False)}
             for estimate in self.estimates:
                 if estimate.step not in known:
@@ -300,6 +324,7 @@ class SLTMonitor(Callback):
             "restrict": [str(r) if isinstance(r, str) else type(r).__name__ for r in _listed(self._restrict)] or None,
             "seed": settings.seed,
             "warm_start": self._warm_start,
+            "samples": self._samples.describe(),
         }
 
     # --- while training -------------------------------------------------------------------------------------------
@@ -383,7 +408,7 @@ class SLTMonitor(Callback):
         begin = time.monotonic()
         try:
             with preserve_rng(), FiringProgress(trainer, f"{self._prefix} at step {step}") as progress:
-                estimate = self._measure(trainer, pl_module, progress)
+                estimate, influence = self._measure(trainer, pl_module, progress)
         except Exception as error:
             self._hook_owner = None
             if self._on_failure == "raise" or _is_smoke_test(trainer):
@@ -421,9 +446,33 @@ class SLTMonitor(Callback):
         )
         if self._publisher is not None:
             self._publisher.estimate(estimate)
+        if influence is not None:
+            self._keep_influence(influence, estimate)
         # drawing and logging count as overhead too, from the next firing's figure on
         self._account(begin)
         self._warn_if_large(estimate)
+
+    def _keep_influence(self, influence: InfluenceEstimate, estimate: Estimate) -> None:
+        """Into the history and the loggers; only the last one keeps its pairs in memory."""
+        influence = influence.replace(
+            step=estimate.step,
+            x=estimate.x,
+            epoch=estimate.epoch,
+            component=estimate.component,
+            seconds=estimate.seconds,
+        )
+        if self.influences:
+            self.influences[-1] = self.influences[-1].without_pairs()
+        self.influences.append(influence)
+        if self._publisher is None:
+            return
+        try:
+            rendered = self._samples.rendered(influence)
+        except Exception as error:
+            rank_zero_warn(f"SLTMonitor: the suspects could not be shown: {type(error).__name__}: {error}")
+            rendered = {}
+        large = influence.num_chains * influence.num_draws >= LARGE_BUDGET
+        self._publisher.influence(influence, rendered, pairs=large)
 
     def _warn_if_large(self, estimate: Estimate) -> None:
         """Say once that there is a budget, where the cadence alone takes much of the run."""
@@ -437,7 +486,9 @@ class SLTMonitor(Callback):
             "SLTMonitor(max_overhead=0.05) keeps it to 5 %, by leaving firings out; or choose a wider cadence."
         )
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule, progress: FiringProgress) -> Estimate:
+    def _measure(
+        self, trainer: Trainer, pl_module: LightningModule, progress: FiringProgress
+    ) -> tuple[Estimate, Optional[InfluenceEstimate]]:
         assert self._data is not None
         data = self._data
 
@@ -471,7 +522,15 @@ class SLTMonitor(Callback):
                 settings, num_chains=1, num_draws=4, num_burnin_steps=2, num_steps_bw_draws=1, sampler=SMOKE_SAMPLER
             )
             memory = None
-        estimate = measure_llc(objective, source, settings, self._collective, progress, memory)
+        influence: Optional[InfluenceEstimate] = None
+        if self._samples.wanted:
+            probes: list[ProbeSet] = []
+            self._collective.exchange(lambda: probes.append(self._samples.read(trainer, source)))
+            estimate, influence = measure_both(
+                objective, source, settings, probes[0], self._collective, progress, memory
+            )
+        else:
+            estimate = measure_llc(objective, source, settings, self._collective, progress, memory)
         self._hook_owner = None
         if not self._warm_start:
             self._memory = ChainMemory(lr=self._memory.lr)
@@ -485,7 +544,17 @@ class SLTMonitor(Callback):
                 f"({estimate.method_reason}), n = {estimate.num_samples}, nbeta = {estimate.nbeta:.4g}, localization = "
                 f"{estimate.localization:.4g}, step size {estimate.step_size:.2g}"
             )
-        return estimate
+            if influence is not None:
+                notes = "".join(f"; {note}" for note in influence.notes)
+                rank_zero_info(
+                    f"SLTMonitor: influence of {len(influence.train_index)} training samples on "
+                    f"{len(influence.query_index)} queries{notes}"
+                )
+        if influence is not None and influence.dropped and not self._said_dropped:
+            self._said_dropped = True
+            named = ", ".join(f"{d.kind} {d.index} ({d.reason})" for d in influence.dropped[:5])
+            rank_zero_warn(f"SLTMonitor: {len(influence.dropped)} samples are left out of influence: {named}")
+        return estimate, influence
 
     def _moments(self, trainer: Trainer, objective: Objective) -> Optional[Tensor]:
         """``[d]`` second moments of the optimisers, the first rank's, for a sampler that wants them and starts cold."""
@@ -545,6 +614,8 @@ class SLTMonitor(Callback):
         if publisher is None:
             return
         publisher.finish(self.estimates, status)
+        if self.influences:
+            publisher.finish_influence(self.influences)
         if self.estimates and self.folder is not None:
             rank_zero_info(f"SLTMonitor: {len(self.estimates)} estimates in {self.folder}")
 
@@ -556,6 +627,7 @@ class SLTMonitor(Callback):
         run_seconds = time.monotonic() - self._start if self._start is not None else self._run_seconds
         return {
             "estimates": [estimate.state_dict() for estimate in self.estimates],
+            "influences": [influence.without_pairs().state_dict() for influence in self.influences],
             "last_step": self._last_step,
             "localization": self._localization,
             "memory": self._memory.state_dict(),
@@ -569,6 +641,7 @@ class SLTMonitor(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.estimates = [Estimate.from_state_dict(state) for state in state_dict["estimates"]]
+        self.influences = [InfluenceEstimate.from_state_dict(state) for state in state_dict.get("influences", [])]
         self._last_step = int(state_dict["last_step"])
         if self._settings.localization is None:
             self._localization = state_dict["localization"]

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from lightning_slt.publish.files import FilesSink
 from lightning_slt.publish.keys import metrics_of
-from lightning_slt.publish.sink import plain_config
+from lightning_slt.publish.sink import Page, plain_config
 from lightning_slt.record import Estimate
 
 
@@ -46,6 +46,12 @@ class CSVSink:
         self.logger.log_metrics(metrics_of(estimate, self.prefix), step=step)
         if self._files is not None:
             self._files.estimate(estimate, figure, step)
+
+    def page(self, page: Page, step: int) -> None:
+        if page.scalars:
+            self.logger.log_metrics(dict(page.scalars), step=step)
+        if self._files is not None:
+            self._files.page(page, step)
 
     def finish(self, estimates: Sequence[Estimate], status: str, figure: Optional[Figure]) -> None:
         # rows wait in memory for up to flush_logs_every_n_steps steps

@@ -20,7 +20,8 @@ from typing import Any, Optional
 from matplotlib.figure import Figure
 
 from lightning_slt.publish.charts import png
-from lightning_slt.publish.sink import plain_config
+from lightning_slt.publish.influence_tables import to_csv
+from lightning_slt.publish.sink import Page, plain_config
 from lightning_slt.publish.tables import history_csv
 from lightning_slt.record import Estimate
 
@@ -62,6 +63,14 @@ class FilesSink:
                 self.folder / "figures" / f"chains_step_{step if estimate.step is None else estimate.step:09d}.png",
                 png(figure),
             )
+
+    def page(self, page: Page, step: int) -> None:
+        """``figures/<name>_step_<n>.png`` and ``tables/<name>_step_<n>.csv``; numbers are in the record."""
+        for name, figure in page.pictures.items():
+            _write(self.folder / "figures" / f"{name}_step_{step:09d}.png", png(figure))
+        for name, table in page.tables.items():
+            text = to_csv(table.columns, table.rows)
+            _write(self.folder / "tables" / f"{name}_step_{step:09d}.csv", text.encode())
 
     def finish(self, estimates: Sequence[Estimate], status: str, figure: Optional[Figure]) -> None:
         self._count = len(estimates)

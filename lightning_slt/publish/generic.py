@@ -8,7 +8,7 @@ from typing import Any, Optional
 from matplotlib.figure import Figure
 
 from lightning_slt.publish.keys import metrics_of, x_of
-from lightning_slt.publish.sink import plain_config
+from lightning_slt.publish.sink import Page, plain_config
 from lightning_slt.publish.tables import HISTORY_COLUMNS, history_row
 from lightning_slt.record import Estimate
 
@@ -34,6 +34,16 @@ class GenericSink:
         self.logger.log_metrics(metrics_of(estimate, self.prefix), step=step)
         if figure is not None:
             self._comet("log_figure", figure_name=f"{self.prefix}/media/chains", figure=figure, step=step)
+
+    def page(self, page: Page, step: int) -> None:
+        if page.scalars:
+            self.logger.log_metrics(dict(page.scalars), step=step)
+        for name, figure in page.pictures.items():
+            self._comet("log_figure", figure_name=f"{self.prefix}/media/{name}", figure=figure, step=step)
+        for name, table in page.tables.items():
+            rows = [list(row) for row in table.rows]
+            file = f"{self.prefix}_{name}_step_{step:09d}.csv"
+            self._comet("log_table", file, tabular_data=rows, headers=list(table.columns))
 
     def finish(self, estimates: Sequence[Estimate], status: str, figure: Optional[Figure]) -> None:
         self._comet("log_other", f"{self.prefix}/status", status)

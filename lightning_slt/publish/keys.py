@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Optional
 
+from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.record import Estimate
 
 METRIC_NAMES: tuple[str, ...] = (
@@ -34,6 +35,18 @@ METRIC_NAMES: tuple[str, ...] = (
     "step",
 )
 """Every scalar that :func:`metrics_of` can give, without the prefix."""
+
+INFLUENCE_METRIC_NAMES: tuple[str, ...] = (
+    "influence/max_abs",
+    "influence/top_share",
+    "influence/passing",
+    "influence/between_share",
+    "influence/dropped",
+    "influence/valid",
+)
+"""Every scalar that :func:`influence_metrics_of` can give, without the prefix."""
+
+ALL_METRIC_NAMES: tuple[str, ...] = METRIC_NAMES + INFLUENCE_METRIC_NAMES
 
 STATUSES: tuple[str, ...] = ("running", "finished", "failed")
 """What ``{prefix}/status`` can say."""
@@ -93,3 +106,22 @@ def metrics_of(estimate: Estimate, prefix: str = "slt") -> dict[str, float]:
     # Left out where not finite: wandb stores NaN as a string that breaks its min/max summary, MLflow's databases refuse
     # it, and one infinity flattens the whole panel. That nothing could be measured is said by diag/valid = 0.
     return {f"{prefix}/{k}": float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
+
+
+def influence_metrics_of(estimate: InfluenceEstimate, prefix: str = "slt") -> dict[str, float]:
+    """The scalars of one influence estimate.
+
+    Returns:
+        A subset of ``{prefix}/{name}`` for ``name`` in :data:`INFLUENCE_METRIC_NAMES`: ``max_abs`` in squared units of
+        the loss, ``top_share``, ``passing`` and ``between_share`` as shares in [0, 1], ``dropped`` a number of samples.
+        ``valid`` is always there; any other value that is not finite is not.
+    """
+    values = {
+        "influence/max_abs": estimate.max_abs,
+        "influence/top_share": estimate.top_share,
+        "influence/passing": estimate.passing,
+        "influence/between_share": estimate.between_share,
+        "influence/dropped": float(len(estimate.dropped)),
+        "influence/valid": float(estimate.valid),
+    }
+    return {f"{prefix}/{k}": float(v) for k, v in values.items() if math.isfinite(v)}

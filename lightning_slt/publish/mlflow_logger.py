@@ -7,8 +7,9 @@ from typing import Any, Optional
 
 from matplotlib.figure import Figure
 
+from lightning_slt.publish.influence_tables import to_csv
 from lightning_slt.publish.keys import metrics_of
-from lightning_slt.publish.sink import plain_config
+from lightning_slt.publish.sink import Page, plain_config
 from lightning_slt.publish.tables import history_csv
 from lightning_slt.record import Estimate
 
@@ -35,6 +36,15 @@ class MLflowSink:
         if figure is not None:
             path = f"{self.prefix}/media/chains_step_{step:09d}.png"
             self.logger.experiment.log_figure(self.logger.run_id, figure, path)
+
+    def page(self, page: Page, step: int) -> None:
+        if page.scalars:
+            self.logger.log_metrics(dict(page.scalars), step=step)
+        client, run = self.logger.experiment, self.logger.run_id
+        for name, figure in page.pictures.items():
+            client.log_figure(run, figure, f"{self.prefix}/media/{name}_step_{step:09d}.png")
+        for name, table in page.tables.items():
+            client.log_text(run, to_csv(table.columns, table.rows), f"{self.prefix}/tables/{name}_step_{step:09d}.csv")
 
     def finish(self, estimates: Sequence[Estimate], status: str, figure: Optional[Figure]) -> None:
         self._tag(status)

@@ -10,13 +10,17 @@ from typing import Any, Optional
 from lightning.fabric.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from matplotlib.figure import Figure
 
+from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
 from lightning_slt.publish.charts import chains_figure, history_figure
 from lightning_slt.publish.csv_logger import CSVSink
 from lightning_slt.publish.files import FilesSink
 from lightning_slt.publish.generic import GenericSink
-from lightning_slt.publish.keys import STATUSES, x_of
+from lightning_slt.publish.influence_charts import influence_figure, suspects_figure, trajectories_figure
+from lightning_slt.publish.influence_tables import PAIR_COLUMNS, SUSPECT_COLUMNS, media_id, pair_rows, suspect_rows
+from lightning_slt.publish.keys import STATUSES, influence_metrics_of, x_of
 from lightning_slt.publish.mlflow_logger import MLflowSink
-from lightning_slt.publish.sink import Sink
+from lightning_slt.publish.render import Rendered
+from lightning_slt.publish.sink import Page, Sink, Table
 from lightning_slt.publish.tensorboard import TensorBoardSink
 from lightning_slt.publish.wandb_logger import WandbSink
 from lightning_slt.record import Estimate, RunRecord
@@ -78,6 +82,9 @@ class RunPublisher:
             self._sinks.append((type(logger).__name__, sink_for(logger, prefix, has_folder=folder is not None)))
         self._num_estimates = 0
         self._num_media = 0
+        self.influence_record = InfluenceRecord(folder) if folder is not None else None
+        self._num_influences = 0
+        self._shown: set[int] = set()
         self._warned: set[int] = set()
 
     def start(self, config: Mapping[str, Any]) -> None:
@@ -109,6 +116,63 @@ class RunPublisher:
             figure = self._guard(-2, "the picture of the chains", partial(chains_figure, estimate))
         for i, (name, sink) in enumerate(self._sinks):
             self._guard(i, name, partial(sink.estimate, estimate, figure, step))
+
+    def influence(
+        self, estimate: InfluenceEstimate, rendered: Optional[Mapping[int, Rendered]] = None, pairs: bool = False
+    ) -> None:
+        """Publish one influence estimate at its ``x``.
+
+        Args:
+            estimate: what was measured.
+            rendered: how the suspects look, by index in the training data.
+            pairs: whether single pairs are shown, those above 3 standard errors.
+        """
+        if not _is_rank_zero():
+            return
+        x = estimate.x if estimate.x is not None else estimate.step
+        step = x if x is not None else self._num_influences
+        self._num_influences += 1
+        if self.influence_record is not None:
+            self._guard(-4, "the local record of influence", partial(self.influence_record.save, estimate))
+        page = self._guard(-5, "the pictures of influence", partial(self._page, estimate, rendered or {}, pairs))
+        if page is not None:
+            self._send(page, step)
+
+    def _page(self, estimate: InfluenceEstimate, rendered: Mapping[int, Rendered], pairs: bool) -> Page:
+        pictures: dict[str, Figure] = {}
+        if self._sinks and self._num_influences <= self.media_limit:
+            pictures["influence"] = influence_figure(estimate)
+            suspects = suspects_figure(estimate, rendered)
+            if suspects is not None:
+                pictures["suspects"] = suspects
+        tables = {"influence_top": Table(SUSPECT_COLUMNS, suspect_rows(estimate))} if len(estimate.train_index) else {}
+        if pairs:
+            tables |= self._pairs(estimate)
+        fresh = {media_id(i): sample for i, sample in rendered.items() if i not in self._shown}
+        self._shown |= set(rendered)
+        return Page(influence_metrics_of(estimate, self.prefix), pictures, tables, fresh)
+
+    @staticmethod
+    def _pairs(estimate: InfluenceEstimate) -> dict[str, Table]:
+        """The pairs that stand out of their errors; where none does, a table that says so."""
+        rows = pair_rows(estimate)
+        return {"influence_pairs": Table(PAIR_COLUMNS, rows)} if rows else {}
+
+    def finish_influence(self, history: Sequence[InfluenceEstimate]) -> None:
+        """The run is over: trajectories of the samples that changed most, and the pairs of the last estimate."""
+        if not _is_rank_zero() or not history or not self._sinks:
+            return
+        figure = self._guard(-6, "the trajectories", partial(trajectories_figure, history))
+        last = history[-1]
+        tables = self._guard(-7, "the pairs", partial(self._pairs, last)) or {}
+        x = last.x if last.x is not None else last.step
+        page = Page({}, {"trajectories": figure} if figure is not None else {}, tables)
+        if page.pictures or page.tables:
+            self._send(page, x if x is not None else self._num_influences)
+
+    def _send(self, page: Page, step: int) -> None:
+        for i, (name, sink) in enumerate(self._sinks):
+            self._guard(i, name, partial(sink.page, page, step))
 
     def finish(
         self,

@@ -4,11 +4,37 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Optional, Protocol, runtime_checkable
 
 from matplotlib.figure import Figure
 
+from lightning_slt.publish.render import Rendered
 from lightning_slt.record import Estimate
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Rows of plain values under named columns."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Page:
+    """Anything else that is published at a step: numbers, pictures, tables, and samples that tables refer to.
+
+    Attributes:
+        scalars: by full key, the prefix included.
+        pictures, tables: by name; the sink puts them where its logger keeps such things.
+        samples: by the id that tables have in their column ``media``; those not published before.
+    """
+
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    pictures: Mapping[str, Figure] = field(default_factory=dict)
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    samples: Mapping[str, Rendered] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -20,6 +46,9 @@ class Sink(Protocol):
 
     def estimate(self, estimate: Estimate, figure: Optional[Figure], step: int) -> None:
         """One result at logger step ``step``; ``figure`` is None where the limit on pictures has been reached."""
+
+    def page(self, page: Page, step: int) -> None:
+        """Numbers, pictures and tables at logger step ``step``."""
 
     def finish(self, estimates: Sequence[Estimate], status: str, figure: Optional[Figure]) -> None:
         """All results, the final status, and the history figure (None where nothing was measured)."""

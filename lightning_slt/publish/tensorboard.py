@@ -8,8 +8,9 @@ from typing import Any, Optional
 from matplotlib.figure import Figure
 
 from lightning_slt.publish.charts import pixels
+from lightning_slt.publish.influence_tables import to_markdown
 from lightning_slt.publish.keys import metrics_of, x_of
-from lightning_slt.publish.sink import plain_config
+from lightning_slt.publish.sink import Page, plain_config
 from lightning_slt.publish.tables import history_markdown
 from lightning_slt.record import Estimate
 
@@ -36,6 +37,16 @@ class TensorBoardSink:
         self.logger.log_metrics(metrics_of(estimate, self.prefix), step=step)
         if figure is not None:
             self._add_figure("media/chains", figure, step)
+
+    def page(self, page: Page, step: int) -> None:
+        if page.scalars:
+            self.logger.log_metrics(dict(page.scalars), step=step)
+        for name, figure in page.pictures.items():
+            self._add_figure(f"media/{name}", figure, step)
+        for name, table in page.tables.items():
+            self.logger.experiment.add_text(
+                f"{self.prefix}/tables/{name}", to_markdown(table.columns, table.rows), step
+            )
 
     def finish(self, estimates: Sequence[Estimate], status: str, figure: Optional[Figure]) -> None:
         step = x_of(estimates[-1]) if estimates else 0

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lightning_slt.publish.charts import pixels
-from lightning_slt.publish.keys import METRIC_NAMES, metrics_of, x_of
-from lightning_slt.publish.sink import plain_config
+from lightning_slt.publish.keys import ALL_METRIC_NAMES, metrics_of, x_of
+from lightning_slt.publish.sink import Page, Table, plain_config
 from lightning_slt.publish.tables import CHAIN_COLUMNS, HISTORY_COLUMNS, chain_rows, history_row
 from lightning_slt.record import Estimate
 
@@ -45,7 +45,7 @@ class WandbSink:
         front = f"{user_prefix}{self.logger.LOGGER_JOIN_CHAR}" if user_prefix else ""
         by_tensorboard = getattr(self.logger, "_wandb_init", {}).get("sync_tensorboard")
         axis = "global_step" if by_tensorboard else "trainer/global_step"
-        for name in METRIC_NAMES:
+        for name in ALL_METRIC_NAMES:
             # Exact names: a glob would overlap with the logger's own "*", and wandb resolves that at random. The axis
             # is repeated since an exact definition replaces the one of "*".
             run.define_metric(f"{front}{self.prefix}/{name}", step_metric=axis, summary="min,max,last")
@@ -56,6 +56,30 @@ class WandbSink:
         row: dict[str, Any] = dict(metrics_of(estimate, self.prefix))
         if figure is not None and not getattr(self.logger.experiment, "disabled", False):
             row[f"{self.prefix}/media/chains"] = _image(figure)
+        self.logger.log_metrics(row, step=step)
+
+    def page(self, page: Page, step: int) -> None:
+        row: dict[str, Any] = dict(page.scalars)
+        if not getattr(self.logger.experiment, "disabled", False):
+            import wandb
+
+            row |= {f"{self.prefix}/media/{name}": _image(figure) for name, figure in page.pictures.items()}
+            tables = dict(page.tables)
+            texts = [[name, sample.text] for name, sample in page.samples.items() if sample.image is None]
+            images = [
+                wandb.Image(Image.fromarray(sample.image), caption=name)
+                for name, sample in page.samples.items()
+                if sample.image is not None
+            ]
+            if images:
+                row[f"{self.prefix}/media/samples"] = images
+            if texts:
+                tables["samples"] = Table(("media", "text"), texts)
+            for name, table in tables.items():
+                data = [list(values) for values in table.rows]
+                row[f"{self.prefix}/tables/{name}"] = wandb.Table(
+                    columns=list(table.columns), data=data, allow_mixed_types=True
+                )
         self.logger.log_metrics(row, step=step)
 
     def finish(self, estimates: Sequence[Estimate], status: str, figure: Optional[Figure]) -> None:

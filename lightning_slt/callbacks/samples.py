@@ -1,0 +1,168 @@
+"""The samples that a monitor looks at at every firing: which ones, read once, and how they are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Optional, Union
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_slt.influence import ProbeSet, probe_set
+from lightning_slt.influence_record import InfluenceEstimate
+from lightning_slt.publish.render import Rendered, render_sample, rendered_by
+from lightning_slt.sampling.batches import (
+    DatasetSource,
+    MinibatchSource,
+    preserve_generators,
+    to_device,
+    uniform_samples,
+)
+from lightning_slt.sampling.probe import MAX_SAMPLES, GroupFn
+from lightning_slt.sampling.rng import preserve_rng
+
+Probed = Union[None, bool, int, "Dataset[Any]"]
+"""No samples; True or a number of them from the data at hand; or a dataset of their own."""
+SHOWN = 20
+
+
+class ProbedSamples:
+    """What was asked for as ``probe=`` and ``query=``, and what came of it.
+
+    Args:
+        probe: None for no influence; True for the training set up to 1,000 samples; a number for another limit; or a
+            Dataset, all of it.
+        query: None for the probed samples themselves; a number of samples of the validation data; or a Dataset.
+        group_fn: the group of a sample; None for its class where it has one.
+        render: how a sample is shown; None for the defaults.
+        seed: which samples.
+
+    Raises:
+        ValueError: for a number below 1; for queries or groups without ``probe``.
+    """
+
+    def __init__(
+        self,
+        probe: Probed = None,
+        query: Probed = None,
+        group_fn: Optional[GroupFn] = None,
+        render: Optional[Callable[[Any], Any]] = None,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("probe", probe), ("query", query)):
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1, a Dataset, or None for none.")
+            if value is not None and not isinstance(value, (bool, int)) and not _is_map_style(value):
+                raise ValueError(
+                    f"{name}: expected a number of samples or a map-style Dataset (with __len__ and __getitem__), got "
+                    f"{type(value).__name__}."
+                )
+        if probe is None or probe is False:
+            for name, other in (("query", query), ("group_fn", group_fn), ("render", render)):
+                if other is not None and other is not False:
+                    raise ValueError(f"{name} is given without probe: probe=True looks at the training data.")
+        self._probe = None if probe is False else probe
+        self._query = None if query is False else query
+        self._group_fn, self._render, self._seed = group_fn, render, seed
+        self._set: Optional[ProbeSet] = None
+        self._dataset: Any = None
+        self._shown: dict[int, Rendered] = {}
+
+    @property
+    def wanted(self) -> bool:
+        return self._probe is not None
+
+    def describe(self) -> Optional[dict[str, Any]]:
+        """For the run's settings."""
+        if not self.wanted:
+            return None
+        return {name: _name(value) for name, value in (("probe", self._probe), ("query", self._query))}
+
+    def forget(self) -> None:
+        """A new run, maybe on other data."""
+        self._set, self._dataset, self._shown = None, None, {}
+
+    def read(self, trainer: Trainer, source: MinibatchSource) -> ProbeSet:
+        """The samples; read once, so that every firing looks at the same ones.
+
+        Args:
+            trainer: gives the validation data.
+            source: the chains' minibatches: its dataset, collate function and transfer to the device are used.
+
+        Raises:
+            ValueError: where the training data cannot be asked for a sample by number.
+        """
+        if self._set is not None:
+            return self._set
+        train = self._train(trainer, source)
+        query = self._queries(trainer, source)
+        limit = self._probe if isinstance(self._probe, int) and not isinstance(self._probe, bool) else None
+        limit = MAX_SAMPLES if self._probe is True else limit
+        most = self._query if isinstance(self._query, int) and not isinstance(self._query, bool) else None
+        most = MAX_SAMPLES if self._query is True else most
+        self._set = probe_set(train, query, limit, most, self._seed, self._group_fn)
+        self._dataset = train.dataset
+        return self._set
+
+    def _train(self, trainer: Trainer, source: MinibatchSource) -> DatasetSource:
+        if not isinstance(self._probe, (bool, int)):
+            return _like(source, self._probe, trainer)
+        if not isinstance(source, DatasetSource):
+            raise ValueError(
+                f"probe={self._probe}: the training data cannot be asked for a sample by number (an iterable dataset, "
+                "a sampler of its own, or several loaders). Give probe=Dataset, with the samples to look at."
+            )
+        return source
+
+    def _queries(self, trainer: Trainer, source: MinibatchSource) -> Optional[DatasetSource]:
+        if self._query is None:
+            return None
+        if not isinstance(self._query, (bool, int)):
+            return _like(source, self._query, trainer)
+        loaders = trainer.val_dataloaders
+        loader = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders
+        if not isinstance(loader, DataLoader) or not _is_map_style(loader.dataset):
+            rank_zero_warn(
+                f"SLTMonitor(query={self._query}): there is no validation data that can be asked for a sample by "
+                "number (yet), so the probed samples are the queries. Give query=Dataset."
+            )
+            return None
+        return _like(source, loader.dataset, trainer, uniform_samples(loader)[1], loader.collate_fn)
+
+    def rendered(self, estimate: InfluenceEstimate, count: int = SHOWN) -> dict[int, Rendered]:
+        """The suspects of an estimate, ready to be shown; each sample is read and drawn once."""
+        found: dict[int, Rendered] = {}
+        if not len(estimate.train_index):
+            return found
+        for column in estimate.suspects(count):
+            index = int(estimate.train_index[column])
+            if index not in self._shown:
+                with preserve_rng(), preserve_generators(self._dataset):
+                    sample = self._dataset[index]
+                    hook = self._render
+                    self._shown[index] = render_sample(sample) if hook is None else rendered_by(hook, sample)
+            found[index] = self._shown[index]
+        return found
+
+
+def _like(
+    source: MinibatchSource, dataset: Any, trainer: Trainer, indices: Any = None, collate: Any = None
+) -> DatasetSource:
+    """A source of other samples that are collated and moved as the chains' minibatches are."""
+    known = isinstance(source, DatasetSource)
+    return DatasetSource(
+        dataset,
+        1,
+        collate or (source._collate if known else None),  # type: ignore[attr-defined]
+        indices,
+        source._transfer if known else to_device(trainer.strategy.root_device),  # type: ignore[attr-defined]
+    )
+
+
+def _is_map_style(data: Any) -> bool:
+    return hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, (str, bytes, dict))
+
+
+def _name(value: Any) -> Any:
+    return value if value is None or isinstance(value, (bool, int)) else f"{type(value).__name__} of {len(value)}"
