@@ -52,6 +52,10 @@ make_one() {
     devinterp2)
         $pip "devinterp==2.0.1"
         ;;
+    kronfluence)
+        # held to constraints.txt, so that its own "torch>=..." and torchvision bring no CUDA build
+        $pip -c "$here/../constraints.txt" "kronfluence==1.0.*"
+        ;;
     canonical)
         # 0.2.7 says Python >= 3.12; on an older one the metadata is overruled and itertools.batched supplied
         if "$envs/$name/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
@@ -66,10 +70,10 @@ make_one() {
     touch "$envs/$name/.complete"
 }
 
-for name in "${@:-devinterp1 devinterp2 canonical}"; do
+for name in "${@:-devinterp1 devinterp2 canonical kronfluence}"; do
     for one in $name; do
-        case "$one" in devinterp1 | devinterp2 | canonical) ;; *)
-            echo "make_envs.sh: no environment is called '$one' (devinterp1, devinterp2, canonical)" >&2
+        case "$one" in devinterp1 | devinterp2 | canonical | kronfluence) ;; *)
+            echo "make_envs.sh: no environment is called '$one' (devinterp1, devinterp2, canonical, kronfluence)" >&2
             exit 2
             ;;
         esac

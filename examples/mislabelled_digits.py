@@ -4,9 +4,9 @@
     python examples/mislabelled_digits.py --fast --logger csv    # seconds
     python examples/mislabelled_digits.py flipped=0.05 trainer.max_epochs=100
 
-A tenth of the training labels of scikit-learn's digits (nothing is downloaded) are replaced by wrong ones. At each firing
-the monitor ranks the training samples by the mean of their loss over the local posterior: a wrong label stays expensive
-there, also where the network has learnt it by heart.
+A tenth of the training labels of scikit-learn's digits (nothing is downloaded) are replaced by wrong ones. At each
+firing the monitor ranks the training samples by the mean of their loss over the local posterior: a wrong label stays
+expensive there, also where the network has learnt it by heart.
 """
 
 from __future__ import annotations

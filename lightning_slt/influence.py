@@ -12,6 +12,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_slt.estimate import ChainSettings, read_llc, run_chains, state_dict_of
 from lightning_slt.functional.influence import (
@@ -54,11 +55,18 @@ DAMPING = 2.5
 STEP = 0.7
 """Time step in the coordinates in which the posterior is round; 2 is unstable there, and where the loss bends more
 sharply away from ``w*`` a smaller one may be."""
-MAX_SHORTENINGS = 5
+MAX_SHORTENINGS = 6
+SHORTENING = 0.5
 READ_COST = 0.4
 """Cost of reading the samples' losses, in units of that of moving the chains, in a firing of the monitor."""
+CALLS = 3_000_000
+"""Products that would take as long as the calls of a step do by themselves."""
 MIXED = 0.5
 """Between-chain share of the variance above which chains have not seen the same posterior."""
+NO_INDEX = (
+    "influence needs samples that can be asked for by number. Give a map-style Dataset (with __len__ and __getitem__), "
+    "or a DataLoader over one without a batch sampler of its own."
+)
 
 
 @dataclass(frozen=True)
@@ -95,8 +103,18 @@ class ProbeSet:
         return tuple(notes)
 
 
-def groups_of(dataset: Any, index: Sequence[int], group_fn: Optional[GroupFn]) -> Optional[list[Optional[str]]]:
+def groups_of(
+    dataset: Any,
+    index: Sequence[int],
+    group_fn: Optional[GroupFn],
+    classes: Optional[Sequence[Optional[str]]] = None,
+) -> Optional[list[Optional[str]]]:
     """The group of each sample; None where no sample has one.
+
+    Args:
+        dataset, index: the samples.
+        group_fn: None for the class, where there is one: as many labels as samples are no classes.
+        classes: labels that are known to be classes.
 
     Raises:
         ValueError: where ``group_fn`` raises, naming the sample.
@@ -113,9 +131,8 @@ def groups_of(dataset: Any, index: Sequence[int], group_fn: Optional[GroupFn]) -
                 raise ValueError(f"group_fn failed on sample {i}: {type(error).__name__}: {error}") from error
             found.append(None if group is None else str(group))
     known = {g for g in found if g is not None}
-    if not known or (group_fn is None and len(known) > max(len(found) // 2, 1)):
-        return None  # as many labels as samples are no classes
-    return found
+    few = len(known) <= max(len(found) // 2, 1) or known <= set(classes or ())
+    return found if known and (group_fn is not None or few) else None
 
 
 def probe_set(
@@ -130,8 +147,11 @@ def probe_set(
     """Choose and read the samples: all of a source up to the limit, else a reproducible subset.
 
     Raises:
-        ValueError: for ``per_token`` without queries; where ``group_fn`` fails.
+        ValueError: for a limit below 1; for ``per_token`` without queries; where ``group_fn`` fails.
     """
+    for name, limit in (("max_train", max_train), ("max_query", max_query)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name}={limit}: must be at least 1, or None for all samples.")
     if per_token and query is None:
         raise ValueError("per_token=True: give query_data, whose tokens become the rows.")
     parts: list[tuple[Samples, Optional[list[Optional[str]]]]] = []
@@ -140,7 +160,9 @@ def probe_set(
             continue
         n = len(source.indices) if source.indices is not None else len(source.dataset)  # type: ignore[arg-type]
         samples = Samples.of(source, choose_samples(n, limit, seed))
-        parts.append((samples, groups_of(source.dataset, samples.index, group_fn)))
+        # queries may be few: what is a class is seen by the training samples
+        known = parts[0][1] if parts else None
+        parts.append((samples, groups_of(source.dataset, samples.index, group_fn, known)))
     first, *rest = parts
     if not rest:
         return ProbeSet(first[0], train_group=first[1], per_token=per_token)
@@ -194,20 +216,23 @@ class InfluenceReader:
         if not bool(keep_x.any()) or not bool(keep_y.any()) or not len(x_all) or reads < 2:
             return self._nothing(posterior, num_samples, tuple(reasons), (*dropped, *more))
         x, y = x_all[:, :, keep_x], y_all[:, :, keep_y]
-        result = covariance(x, y)
-        own, own_se = variance(x)
-        own_query = own if self._query is None else variance(y)[0]
+        share = between_share(x)
+        # a chain's own mean takes a part of the variance with it, the more the longer its memory: what lies between
+        # chains that sample the same posterior says how much
+        whole = 1.0 / (1.0 - share) if share <= MIXED else 1.0
+        result = covariance(x, y).scaled(whole)
+        own, own_se = (value * whole for value in variance(x))
+        own_query = own if self._query is None else variance(y)[0] * whole
         rho = correlation(result.matrix, own, own_query)
         mean, mean_se = mean_and_error(x)
         anchor, query_anchor = train.anchor[keep_x], query.anchor[keep_y]
-        share = between_share(x)
         if share > MIXED:
             reasons.append(f"{share:.0%} of the losses' variance lies between chains: they have not mixed")
         train_group = _kept(self.probes.train_group, keep_x, self.probes.train, train)
         query_group = train_group
         if self._query is not None:
             query_group = _kept(self.probes.query_group, keep_y, self.probes.query, query)
-        names, group_matrix, group_se = _by_group(x, y, train_group, query_group)
+        names, group_matrix, group_se = _by_group(x, y, train_group, query_group, whole)
         power = f"shrunk with power {shrinkage:g}: no longer the plain covariance"
         return InfluenceEstimate(
             matrix=shrink(result.matrix, rho, shrinkage),
@@ -233,6 +258,7 @@ class InfluenceReader:
             num_samples=num_samples,
             num_chains=len(x),
             num_draws=reads,
+            num_blocks=result.num_blocks,
             between_share=share,
             dropped=(*dropped, *more),
             valid=not reasons,
@@ -284,14 +310,14 @@ def _kept(
 
 
 def _by_group(
-    x: Tensor, y: Tensor, train: Optional[tuple[str, ...]], query: Optional[tuple[str, ...]]
+    x: Tensor, y: Tensor, train: Optional[tuple[str, ...]], query: Optional[tuple[str, ...]], whole: float
 ) -> tuple[tuple[str, ...], Optional[Tensor], Optional[Tensor]]:
     if train is None or query is None:
         return (), None, None
     names = tuple(sorted({*train, *query} - {""}, key=_natural))
     if not 1 <= len(names) <= 100:
         return (), None, None
-    result = covariance(group_means(x, train, names), group_means(y, query, names))
+    result = covariance(group_means(x, train, names), group_means(y, query, names)).scaled(whole)
     return names, result.matrix, result.se
 
 
@@ -302,18 +328,18 @@ def _natural(name: str) -> tuple[int, float, str]:
         return 1, 0.0, name
 
 
-def reading_interval(num_probed: int, batch_size: int) -> int:
+def reading_interval(num_probed: int, batch_size: int, num_weights: int) -> int:
     """Steps between readings, so that reading costs about 0.4 of what moving the chains does.
 
-    A step is three forward passes of a minibatch, a reading one of all the samples. No clock is asked: the same run
-    reads at the same steps on every machine.
+    A reading is one forward pass of all the samples; a step is three of a minibatch, and calls that take as long as
+    some millions of products. No clock is asked: the same run reads at the same steps on every machine.
 
     Example:
-        >>> reading_interval(1000, 64), reading_interval(100, 64)
-        (16, 4)
+        >>> [reading_interval(1000, 64, 26_122), reading_interval(1000, 64, 10**8), reading_interval(100, 64, 26_122)]
+        [12, 16, 4]
     """
-    steps = num_probed / (3 * max(batch_size, 1)) / READ_COST
-    return STATS_EVERY * max(1, math.ceil(steps / STATS_EVERY))
+    step = 3 * max(batch_size, 1) * num_weights + CALLS
+    return STATS_EVERY * max(1, math.ceil(num_probed * num_weights / step / READ_COST / STATS_EVERY))
 
 
 def measure_both(
@@ -336,7 +362,7 @@ def measure_both(
     """
     start = time.perf_counter()
     if read_every is None:
-        read_every = reading_interval(probes.num_samples, source.batch_size)
+        read_every = reading_interval(probes.num_samples, source.batch_size, len(objective.anchor))
     readers: list[InfluenceReader] = []
 
     def make_reader() -> InfluenceReader:
@@ -483,6 +509,8 @@ def estimate_influence(
     )
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be at least 1.")
+    if sampler is None and localization == 0 and nbeta is None:
+        raise ValueError(f"localization={localization}: gives no nbeta. Give nbeta= too, or a positive localization.")
     with preserve_rng(seed):
         objective = Objective(module, loss_fn, restrict, device, weights=state_dict_of(weights))
         train = _indexed("train_data", train_data, batch_size, objective, seed, num_samples, full_batch)
@@ -498,7 +526,7 @@ def estimate_influence(
 
         try:
             for shortenings in range(MAX_SHORTENINGS + 1):
-                lr = (STEP * 0.7**shortenings) ** 2
+                lr = (STEP * SHORTENING**shortenings) ** 2
 
                 def make_sampler(chains: Chains, lr: float = lr) -> tuple[LocalPosterior, Sampler]:
                     batches = list(train.window(0).anchor_loss)
@@ -520,7 +548,7 @@ def estimate_influence(
                     make_sampler=make_sampler if sampler is None else None,
                 )
                 good = ~diverged(drawn.segment, chains.posterior.nbeta, len(objective.anchor))
-                if sampler is not None or bool(good.all()):
+                if sampler is not None or bool(good.all()) or shortenings == MAX_SHORTENINGS:
                     break
                 log.info(f"{int((~good).sum())} chains left the region at time step {lr**0.5:.2g}: shortened")
                 train.forget()
@@ -546,20 +574,18 @@ def _indexed(
     Raises:
         ValueError: where they cannot.
     """
-    n = len(data) if hasattr(data, "__len__") else 0
-    n = (
-        len(data.dataset)
-        if hasattr(data, "dataset") and hasattr(data.dataset, "__len__") and hasattr(data, "collate_fn")
-        else n
-    )
+    dataset = data.dataset if isinstance(data, DataLoader) else data
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ValueError(f"{name}: {NO_INDEX}")
+    n = len(dataset)
+    if n == 0:
+        raise ValueError(f"{name}: the dataset is empty.")
     if full_batch or (full_batch is None and batch_size is None and n <= FULL_BATCH):
         batch_size, full_batch = max(n, 1), True
     elif batch_size is None:
         batch_size = max(getattr(data, "batch_size", None) or 1, LARGE_BATCH)
-    source = source_of(data, batch_size, objective.device, seed, num_samples, False)
+    source = source_of(data, batch_size, objective.device, seed)
     if not isinstance(source, DatasetSource):
-        raise ValueError(
-            f"{name}: influence needs samples that can be asked for by number. Give a map-style Dataset (with __len__ "
-            "and __getitem__), or a DataLoader over one without a batch sampler of its own."
-        )
+        raise ValueError(f"{name}: {NO_INDEX}")
+    source.num_samples = num_samples or source.num_samples
     return source

@@ -17,6 +17,7 @@ from typing import Any, Optional, Union
 
 import torch
 from safetensors.torch import load_file, save
+from scipy import stats
 from torch import Tensor
 
 INFLUENCE_FOLDER = "influence"
@@ -71,8 +72,10 @@ class InfluenceEstimate:
         num_samples: n, the number of training samples behind the posterior.
         num_chains: chains that were used (bad ones are left out).
         num_draws: readings of each chain.
-        between_share: share of the samples' loss variance that lies between chains, averaged over samples: near 0
-            where the chains have mixed. It is no influence and is not in ``matrix``.
+        num_blocks: independent stretches of chains that the errors are from.
+        between_share: share s of the samples' loss variance that lies between chains, averaged over samples: near 0
+            where the chains have mixed. What chains of finite length miss within themselves for it is made good by the
+            factor ``1 / (1 - s)``, the same for all pairs; above one half, ``valid`` is false instead.
         dropped: samples left out, with reasons.
         valid: whether the numbers may be read; ``reasons`` says why not, ``notes`` what else is to be known.
         shrinkage: the power p of ``sign(rho) |rho|^p s_i s_q``; 1 where ``matrix`` is the plain covariance.
@@ -103,6 +106,7 @@ class InfluenceEstimate:
     group_matrix: Optional[Tensor] = None
     group_se: Optional[Tensor] = None
     num_samples: Optional[int] = None
+    num_blocks: int = 0
     between_share: float = math.nan
     dropped: tuple[Dropped, ...] = ()
     valid: bool = True
@@ -127,8 +131,17 @@ class InfluenceEstimate:
 
     @property
     def passing(self) -> float:
-        """Share of the pairs that are further than 3 standard errors from zero (0.3 % would be by chance)."""
-        return float((self.z.abs() > MIN_Z).double().mean()) if self.matrix.numel() else 0.0
+        """Share of the pairs of two samples that are further than 3 standard errors from zero; see :attr:`chance`."""
+        pairs = self.z[~self._same()]
+        return float((pairs.abs() > MIN_Z).double().mean()) if len(pairs) else 0.0
+
+    @property
+    def chance(self) -> float:
+        """Share of the pairs that would be further than 3 errors from zero if no sample had any influence.
+
+        Student's t with ``num_blocks - 1`` degrees of freedom: 0.9 % for 16 blocks, 0.27 % for many.
+        """
+        return float(2 * stats.t.sf(MIN_Z, max(self.num_blocks - 1, 1)))
 
     @property
     def per_sample_llc(self) -> Tensor:
@@ -221,9 +234,10 @@ class InfluenceEstimate:
         return out
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name."""
+        """The tensors by name; those of pairs in float32, which is far below their errors."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {k: v.detach().cpu().contiguous() for k, v in values.items() if isinstance(v, Tensor)}
+        found = {k: v.detach().cpu().contiguous() for k, v in values.items() if isinstance(v, Tensor)}
+        return found | {k: found[k].float() for k in ("matrix", "correlation", "se")}
 
     def without_pairs(self) -> InfluenceEstimate:
         """The same without the pair matrices: what the history in memory and in a checkpoint keeps."""
@@ -243,6 +257,8 @@ class InfluenceEstimate:
             if values.get(name) is not None:
                 values[name] = tuple(values[name])
         values["dropped"] = tuple(Dropped(**d) for d in values.get("dropped", ()))
+        for name in ("matrix", "correlation", "se"):
+            values[name] = values[name].double()
         for name in ("between_share", "seconds"):
             if values.get(name) is None:
                 values[name] = math.nan

@@ -77,6 +77,10 @@ class Covariance:
     mean_y: Tensor
     num_blocks: int
 
+    def scaled(self, factor: float) -> Covariance:
+        """With matrix and errors times ``factor``."""
+        return Covariance(self.matrix * factor, self.se * factor, self.mean_x, self.mean_y, self.num_blocks)
+
 
 class CovarianceAccumulator:
     """Streams draws of two sets of losses into their within-chain covariance.

@@ -86,7 +86,14 @@ class Influence(Metric):
         return found[0], found[1]
 
     def compute(self) -> dict[str, Tensor]:
+        """What the draws so far say, see the class.
+
+        Raises:
+            ValueError: where there are no draws.
+        """
         x, y = (side.cpu() for side in self.draws())
+        if not x.numel() or not y.numel():
+            raise ValueError("no draws: call update(train_losses, query_losses) first.")
         result = covariance(x, y)
         own, other = variance(x)[0], variance(y)[0]
         rho = correlation(result.matrix, own, other)

@@ -66,6 +66,7 @@ class FilesSink:
 
     def page(self, page: Page, step: int) -> None:
         """``figures/<name>_step_<n>.png`` and ``tables/<name>_step_<n>.csv``; numbers are in the record."""
+        step = step if page.step is None else page.step
         for name, figure in page.pictures.items():
             _write(self.folder / "figures" / f"{name}_step_{step:09d}.png", png(figure))
         for name, table in page.tables.items():

@@ -51,7 +51,7 @@ def influence_figure(estimate: InfluenceEstimate) -> Figure:
     if estimate.valid:
         said = (
             f"{estimate.num_chains} chains of {estimate.num_draws} readings; {estimate.passing:.1%} of single pairs "
-            f"are above {MIN_Z:g} standard errors"
+            f"are above {MIN_Z:g} standard errors ({estimate.chance:.1%} by chance)"
         )
     else:
         said = "NOT VALID: " + ("; ".join(estimate.reasons) or "no reason given")
@@ -146,11 +146,13 @@ def suspects_figure(estimate: InfluenceEstimate, samples: Mapping[int, Rendered]
     columns = estimate.suspects(k)
     if not columns:
         return None
-    across = min(10, len(columns))
+    across = 10
     down = -(-len(columns) // across)
-    figure = Figure(figsize=(10.0, 0.75 + 1.62 * down), dpi=100, facecolor="white")
-    top = 1 - 0.62 / (0.75 + 1.62 * down)
-    grid = figure.add_gridspec(down, across, left=0.015, right=0.985, top=top, bottom=0.01, hspace=0.62, wspace=0.12)
+    height = 0.5 + 1.4 * down
+    figure = Figure(figsize=(10.0, height), dpi=100, facecolor="white")
+    grid = figure.add_gridspec(
+        down, across, left=0.01, right=0.99, top=1 - 0.42 / height, bottom=0.42 / height, hspace=0.46, wspace=0.12
+    )
     ranks = estimate.loss_rank()
     for place, j in enumerate(columns):
         axes = figure.add_subplot(grid[place // across, place % across])
@@ -166,8 +168,8 @@ def suspects_figure(estimate: InfluenceEstimate, samples: Mapping[int, Rendered]
     where = f"step {estimate.step:,}: " if estimate.step is not None else ""
     figure.suptitle(
         f"{where}largest posterior mean losses: likely mislabels and outliers",
-        x=0.015,
-        y=1 - 0.1 / (0.75 + 1.62 * down),
+        x=0.01,
+        y=1 - 0.1 / height,
         va="top",
         ha="left",
         fontsize=11.5,
@@ -256,7 +258,7 @@ def followed(
 def _label_ends(axes: Axes, x: float, lines: Sequence[tuple[Any, int]], group_of: Mapping[int, str]) -> None:
     """The sample's number at the end of its line, pushed apart where they would lie on each other."""
     axes.margins(x=0.03)
-    axes.get_figure().canvas.draw() if axes.get_figure().canvas is not None else None  # type: ignore[union-attr]
+    axes.get_xlim(), axes.get_ylim()  # the limits are only known once they have been asked for
     to_axes = axes.transData + axes.transAxes.inverted()
     ends = sorted((float(to_axes.transform((x, line[-1]))[1]), k) for k, (line, _) in enumerate(lines))
     height = -1.0

@@ -70,7 +70,7 @@ def passing_text(estimate: InfluenceEstimate) -> str:
     count = estimate.matrix.numel()
     return (
         f"{estimate.passing:.1%} of {count} pairs are further than {MIN_Z:g} standard errors from zero "
-        "(0.3 % would be by chance)"
+        f"({estimate.chance:.1%} would be by chance)"
     )
 
 

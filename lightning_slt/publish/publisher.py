@@ -133,7 +133,9 @@ class RunPublisher:
         step = x if x is not None else self._num_influences
         self._num_influences += 1
         if self.influence_record is not None:
-            self._guard(-4, "the local record of influence", partial(self.influence_record.save, estimate))
+            # of a small budget single pairs do not repeat: not worth tens of MB a firing
+            kept = estimate if pairs else estimate.without_pairs()
+            self._guard(-4, "the local record of influence", partial(self.influence_record.save, kept))
         page = self._guard(-5, "the pictures of influence", partial(self._page, estimate, rendered or {}, pairs))
         if page is not None:
             self._send(page, step)
@@ -150,7 +152,7 @@ class RunPublisher:
             tables |= self._pairs(estimate)
         fresh = {media_id(i): sample for i, sample in rendered.items() if i not in self._shown}
         self._shown |= set(rendered)
-        return Page(influence_metrics_of(estimate, self.prefix), pictures, tables, fresh)
+        return Page(influence_metrics_of(estimate, self.prefix), pictures, tables, fresh, estimate.step)
 
     @staticmethod
     def _pairs(estimate: InfluenceEstimate) -> dict[str, Table]:
@@ -160,13 +162,17 @@ class RunPublisher:
 
     def finish_influence(self, history: Sequence[InfluenceEstimate]) -> None:
         """The run is over: trajectories of the samples that changed most, and the pairs of the last estimate."""
-        if not _is_rank_zero() or not history or not self._sinks:
+        if not _is_rank_zero() or not history:
+            return
+        if self.influence_record is not None and history[-1].matrix.numel():
+            self._guard(-4, "the local record of influence", partial(self.influence_record.save, history[-1]))
+        if not self._sinks:
             return
         figure = self._guard(-6, "the trajectories", partial(trajectories_figure, history))
         last = history[-1]
         tables = self._guard(-7, "the pairs", partial(self._pairs, last)) or {}
         x = last.x if last.x is not None else last.step
-        page = Page({}, {"trajectories": figure} if figure is not None else {}, tables)
+        page = Page({}, {"trajectories": figure} if figure is not None else {}, tables, step=last.step)
         if page.pictures or page.tables:
             self._send(page, x if x is not None else self._num_influences)
 

@@ -28,6 +28,7 @@ class Page:
     Attributes:
         scalars: by full key, the prefix included.
         pictures, tables: by name; the sink puts them where its logger keeps such things.
+        step: the optimiser step that files are named by; None for the logger's.
         samples: by the id that tables have in their column ``media``; those not published before.
     """
 
@@ -35,6 +36,7 @@ class Page:
     pictures: Mapping[str, Figure] = field(default_factory=dict)
     tables: Mapping[str, Table] = field(default_factory=dict)
     samples: Mapping[str, Rendered] = field(default_factory=dict)
+    step: Optional[int] = None
 
 
 @runtime_checkable

@@ -102,7 +102,7 @@ def curvature_at(
     """
     d = len(anchor)
     radius = radius or 0.01 * max(float(anchor.norm()), 1e-3)
-    rank = min(max_rank, d // 2, MAX_BYTES // max(4 * d * anchor.element_size(), 1))
+    rank = min(max_rank, d, MAX_BYTES // max(4 * d * anchor.element_size(), 1))
 
     def product(directions: Tensor) -> Tensor:
         """``H v`` for every row of unit length."""
@@ -126,5 +126,5 @@ def curvature_at(
         vectors = basis @ turn
         basis = image
     values, vectors = values.flip(0), vectors.flip(1)
-    steep = values > max(mean, 0.0)
+    steep = values > 0
     return Curvature(values[steep], vectors[:, steep].contiguous(), mean)

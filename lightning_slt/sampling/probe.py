@@ -11,12 +11,14 @@ and refused. BatchNorm is no such case here: private copies are in eval mode, wh
 from __future__ import annotations
 
 import logging
+import math
+import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -24,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lightning_slt.sampling.batches import DatasetSource, clone, num_bytes
 from lightning_slt.sampling.engines import ACTIVATION_BUDGET, observe
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.rng import CHOICE, generator
+from lightning_slt.sampling.rng import CHOICE, generator, preserve_rng
 from lightning_slt.sampling.steps import NoLossError
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,8 @@ MAX_ROWS = 16
 """Rows of weights whose losses are computed together."""
 CHECKED = 8
 """Samples that are read twice, to see whether the dataset gives the same ones again."""
-NAMED = 5
+TOGETHER = 8
+"""Samples whose loss together is compared with their losses alone."""
 
 
 class CoupledLossError(ValueError):
@@ -74,7 +77,8 @@ class Samples:
         """Read these samples (numbers within the source's ``indices``, where it has some)."""
         index = [source.indices[i] for i in numbers] if source.indices is not None else list(numbers)
         batches = source.read_samples(index)
-        again = source.read_samples(index[:CHECKED])
+        # one more in front: a worker that starts from the same random state again gives each sample other numbers
+        again = source.read_samples([*index[:1], *index[:CHECKED]])[1:]
         changed = [i for i, a, b in zip(index, batches, again, strict=False) if not _equal(a, b)]
         return Samples(index, batches, changed)
 
@@ -97,26 +101,48 @@ class _Group:
     """Samples whose batches have one structure and one set of shapes, stacked.
 
     Attributes:
-        places: their columns.
+        places: which of the samples they are.
         columns: leaves of the batch; tensors have the samples in front.
         spec: how the leaves make a batch.
         size: of the chunks that are computed at once.
+        at: ``[len(places), tokens or 1]``, the columns of the result.
     """
 
     places: list[int]
     columns: list[Any]
     spec: Any
     size: int = MAX_CHUNK
+    at: Tensor = field(default_factory=lambda: torch.empty(0, 1, dtype=torch.long))
 
     def part(self, start: int, stop: int) -> tuple[Any, Any]:
         """The batches of one each, stacked, and the ``in_dims`` for vmap."""
         some = [c[start:stop] if isinstance(c, Tensor) else c for c in self.columns]
         return tree_unflatten(some, self.spec), self.dims
 
-    def joined(self, start: int, stop: int) -> Any:
-        """One batch of these samples: the samples take the place of the batch dimension of one."""
-        some = [c[start:stop].flatten(0, 1) if isinstance(c, Tensor) and c.ndim > 1 else c for c in self.columns]
-        return tree_unflatten(some, self.spec)
+    def joined(self, rows: Union[slice, list[int]], time_first: bool = False) -> Any:
+        """One batch of these samples: they take the place of the batch dimension of one.
+
+        Args:
+            rows: which samples.
+            time_first: leaves ``[time, 1, ...]`` have that dimension second.
+        """
+
+        def join(column: Any) -> Any:
+            if not isinstance(column, Tensor) or column.ndim < 2:
+                return column
+            some = column[rows]
+            return some.transpose(0, 1).flatten(1, 2) if time_first and _is_time_first(column) else some.flatten(0, 1)
+
+        return tree_unflatten([join(c) for c in self.columns], self.spec)
+
+    @property
+    def may_be_time_first(self) -> bool:
+        """There are leaves whose batch dimension could be the second one."""
+        return any(isinstance(c, Tensor) and _is_time_first(c) for c in self.columns)
+
+    def only(self, rows: list[int]) -> _Group:
+        """These rows of it."""
+        return _Group([self.places[k] for k in rows], [_pick(c, rows) for c in self.columns], self.spec, self.size)
 
     def single(self, k: int) -> Any:
         return tree_unflatten([c[k] if isinstance(c, Tensor) else c for c in self.columns], self.spec)
@@ -160,26 +186,26 @@ class Probe:
         self._groups = _grouped(samples.batches)
         self._all = samples.index
         self.method, self.reason, self.rows = "", "", 1
-        with torch.no_grad():
-            self._drop_without_loss()
-            first = self._groups[0]
+        self._alike = False
+        with torch.no_grad(), preserve_rng(seed):
+            self._drop_without_loss(all_samples=False)
             self._refuse_coupled()
-            out = self._one(self._named(objective.anchor), first.single(0))
-            self.tokens = out.numel() if per_token else 0
-            if per_token and (out.ndim < 2 or self.tokens < 2):
+            # a group shares its shapes, and so the number of its tokens
+            outs = [self._one(self._named(objective.anchor), group.single(0)) for group in self._groups]
+            if per_token and (outs[0].ndim < 2 or max(out.numel() for out in outs) < 2):
                 raise ValueError(
-                    f"per_token=True: the loss of a sample has shape {tuple(out.shape)}. Give loss_fn(module, batch) "
-                    "-> [batch, tokens] losses."
+                    f"per_token=True: the loss of a sample has shape {tuple(outs[0].shape)}. Give "
+                    "loss_fn(module, batch) -> [batch, tokens] losses."
                 )
-            self._choose_method(out)
-            total = sum(len(g.places) for g in self._groups)
-            order = sorted(place for g in self._groups for place in g.places)
-            self._place = {place: k for k, place in enumerate(order)}
-            kept = torch.tensor([samples.index[place] for place in order], dtype=torch.long)
-            width = max(self.tokens, 1)
-            self.index = kept.repeat_interleave(width)
-            self.token = torch.arange(width).repeat(total) if per_token else torch.full((total,), -1)
-            self.anchor = self._losses(objective.anchor.unsqueeze(0))[0].double().cpu()
+            self._choose_method(outs[0])
+            try:
+                self.anchor = self._at_anchor()
+            except Exception as error:
+                if self.method == "one by one":
+                    raise
+                self.reason = f"{self.method} fails for some samples: {type(error).__name__}"
+                self.method = "one by one"
+                self.anchor = self._at_anchor()
 
     @property
     def n(self) -> int:
@@ -202,25 +228,53 @@ class Probe:
         pieces = self._objective.pieces(flat)
         return {name: p.to(t) for name, p, t in zip(self._names, pieces, self._dtypes, strict=True)}
 
+    def _at_anchor(self) -> Tensor:
+        """``[n]`` losses at ``w*``, and with them which columns there are."""
+        if self.method == "one by one":
+            self._drop_without_loss(all_samples=True)
+        self._number_columns()
+        return self._losses(self._objective.anchor.unsqueeze(0))[0].double().cpu()
+
+    def _number_columns(self) -> None:
+        """Which sample and token each column is: samples in their order, the tokens of one beside each other."""
+        named = self._named(self._objective.anchor)
+        width: dict[int, int] = {}
+        for group in self._groups:
+            tokens = self._one(named, group.single(0)).numel() if self._per_token else 1
+            width.update(dict.fromkeys(group.places, tokens))
+        first, total = {}, 0
+        for place in sorted(width):
+            first[place], total = total, total + width[place]
+        for group in self._groups:
+            starts = torch.tensor([first[place] for place in group.places])
+            group.at = starts[:, None] + torch.arange(width[group.places[0]])
+        samples, tokens_of = sorted(width), [torch.arange(width[place]) for place in sorted(width)]
+        self.index = torch.tensor([self._all[p] for p in samples for _ in range(width[p])], dtype=torch.long)
+        self.token = torch.cat(tokens_of) if self._per_token else torch.full((total,), -1)
+
     def _losses(self, weights: Tensor) -> Tensor:
         """``[rows, n]``, at the weights ``[rows, d]``."""
-        rows, width = len(weights), max(self.tokens, 1)
-        out = weights.new_empty(rows, len(self._place), width)
-        with _same_random_numbers(self._seed, weights.device):
+        out = weights.new_empty(len(weights), self.n)
+        with preserve_rng():
             for group in self._groups:
                 for start in range(0, len(group.places), group.size):
-                    places = group.places[start : start + group.size]
-                    columns = [self._place[p] for p in places]
-                    losses = self._chunk(weights, group, start, start + len(places))
-                    out[:, columns] = losses.reshape(rows, len(places), width).to(out.dtype)
-        return out.reshape(rows, -1)
+                    columns = group.at[start : start + group.size]
+                    losses = self._chunk(weights, group, start, start + len(columns))
+                    out[:, columns.flatten().to(out.device)] = losses.reshape(len(weights), -1).to(out.dtype)
+        return out
 
     def _chunk(self, weights: Tensor, group: _Group, start: int, stop: int) -> Tensor:
-        """``[rows, stop - start, tokens or 1]``."""
+        """``[rows, stop - start, tokens or 1]``.
+
+        Random numbers inside the step start anew for every row of weights: a sample has the same ones at all of them.
+        """
         if self.method == "vmap":
             batch, dims = group.part(start, stop)
+            self._reseed(group.places[start])
             over_samples = torch.vmap(
-                lambda named, b: self._reduced(self._call(named, b)), in_dims=(None, dims), randomness="different"
+                lambda named, b: self._reduced(self._call(named, b)),
+                in_dims=(None, dims),
+                randomness="same" if self._alike else "different",
             )
             if len(weights) == 1:
                 return over_samples(self._named(weights[0]), batch).unsqueeze(0)
@@ -228,82 +282,122 @@ class Probe:
         found = []
         for row in weights:
             named = self._named(row)
+            self._reseed(group.places[start])
             if self.method == "whole batches":
-                losses = self._call(named, group.joined(start, stop))
+                losses = self._call(named, group.joined(slice(start, stop)))
                 found.append(losses if self._per_token else losses.reshape(stop - start, -1).mean(dim=1))
-            else:
-                singles = [self._reduced(self._one(named, group.single(k))) for k in range(start, stop)]
-                found.append(torch.stack(singles))
+                continue
+            singles = []
+            for k in range(start, stop):
+                if self._alike:
+                    self._reseed(group.places[start])
+                singles.append(self._reduced(self._one(named, group.single(k))))
+            found.append(torch.stack(singles))
         return torch.stack(found)
+
+    def _reseed(self, number: int) -> None:
+        """The random numbers inside the step from here on, the same for the same number; inside ``preserve_rng``."""
+        seed = (self._seed + number) % 2**32
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - a step may draw from the global generator
+        torch.default_generator.manual_seed(seed)
+        if self._objective.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _reduced(self, losses: Tensor) -> Tensor:
         return losses.reshape(-1) if self._per_token else losses.mean().reshape(1)
 
     def _call(self, named: dict[str, Tensor], batch: Any) -> Tensor:
+        """The losses of a batch; buffers that the step writes to are copies."""
+        if self._objective.writes:
+            named = {**{f"module.{k}": b.clone() for k, b in self._module.named_buffers()}, **named}
         return torch.func.functional_call(self._wrapper, named, (batch,))
 
     def _one(self, named: dict[str, Tensor], batch: Any) -> Tensor:
-        """The losses of one batch, the ordinary way: buffers that the step writes to are copies."""
+        """The losses of one batch, the ordinary way."""
         buffers = {f"module.{k}": b.clone() for k, b in self._module.named_buffers()}
         return self._call({**named, **buffers}, clone(batch))
 
-    def _drop_without_loss(self) -> None:
-        """Samples for which the step returns None are left out."""
+    def _has_loss(self, named: dict[str, Tensor], batch: Any) -> bool:
+        try:
+            self._one(named, batch)
+        except NoLossError:
+            return False
+        return True
+
+    def _drop_without_loss(self, all_samples: bool) -> None:
+        """Samples for which the step returns None are left out.
+
+        Args:
+            all_samples: ask about each of them, else about the first of a group and about the others where that has
+                none. A step that can look at what is in a sample, and not just at its shape, cannot be vmapped.
+        """
         named = self._named(self._objective.anchor)
         kept = []
         for group in self._groups:
-            try:
-                self._one(named, group.single(0))
+            if not all_samples and self._has_loss(named, group.single(0)):
                 kept.append(group)
                 continue
-            except NoLossError:
-                pass
-            # a group shares its shapes, not its contents: ask one by one
-            with_loss = []
-            for k in range(len(group.places)):
-                try:
-                    self._one(named, group.single(k))
-                    with_loss.append(k)
-                except NoLossError:
-                    self.without.append(self._all[group.places[k]])
-            if with_loss:
-                chosen = torch.tensor(with_loss)
-                columns = [c[chosen.to(c.device)] if isinstance(c, Tensor) else c for c in group.columns]
-                kept.append(_Group([group.places[k] for k in with_loss], columns, group.spec))
+            rows = [k for k in range(len(group.places)) if self._has_loss(named, group.single(k))]
+            self.without += [self._all[place] for k, place in enumerate(group.places) if k not in set(rows)]
+            if rows:
+                kept.append(group.only(rows))
         if not kept:
-            raise ValueError("probe: the step gives no loss for any sample.")
+            raise ValueError("the step gives no loss for any sample: there is nothing to measure the influence of.")
         self._groups = kept
 
     def _refuse_coupled(self) -> None:
-        """A sample alone, twice the same one, and two different ones together.
+        """A sample alone, twice the same one, and some different ones together.
 
         A mean, weighted (by the number of tokens) or not, gives for twice the same sample what it gives for one, and
-        for two something between them. Losses that compare samples do neither.
+        for several something between them; a sum gives twice as much, and as many times. Losses that compare samples
+        do neither.
         """
         group = next((g for g in self._groups if len(g.places) > 1 and g.columns), None)
         if group is None:
             return
         named = self._named(self._objective.anchor)
+        rows: list[int] = []
+        alone: list[float] = []
         try:
-            one, two = (float(self._one(named, group.single(k)).mean()) for k in (0, 1))
-            if abs(float(self._one(named, group.single(0)).mean()) - one) > 1e-6 * max(abs(one), 1.0):
+            for k in range(min(len(group.places), 4 * TOGETHER)):
+                if self._has_loss(named, group.single(k)):
+                    value = float(self._one(named, group.single(k)).mean())
+                    rows, alone = ([*rows, k], [*alone, value]) if math.isfinite(value) else (rows, alone)
+                if len(rows) == TOGETHER:
+                    break
+            if len(rows) < 2:
+                return
+            again = float(self._one(named, group.single(rows[0])).mean())
+            if abs(again - alone[0]) > 1e-6 * max(abs(again), 1.0):
                 log.info("the step draws random numbers: the same ones are given to it at every reading of a sample")
                 return
-            twice = _Group([0, 0], [_pick(c, [0, 0]) for c in group.columns], group.spec)
-            both = float(self._one(named, group.joined(0, 2)).mean())
-            same = float(self._one(named, twice.joined(0, 2)).mean())
+            found = self._together(named, group, rows, time_first=False)
         except Exception as error:
             log.debug(f"could not see whether the loss couples its samples: {type(error).__name__}: {error}")
             return
-        slack = 1e-3 * max(abs(one), abs(two), 1e-6)
-        low, high = min(one, two) - slack, max(one, two) + slack
-        if abs(same - one) > slack or not low <= both <= high:
-            raise CoupledLossError(
-                f"the loss couples the samples of a batch: one sample alone has {one:.4g}, twice the same in a batch "
-                f"{same:.4g}; two samples have {one:.4g} and {two:.4g} alone, {both:.4g} together. The influence of "
-                "single samples is not defined for such a loss (a contrastive or ranking one): give "
-                "loss_fn(module, batch) -> [batch] losses of single samples."
-            )
+        if _separate(alone, *found):
+            return
+        if group.may_be_time_first:
+            try:
+                if _separate(alone, *self._together(named, group, rows, time_first=True)):
+                    return
+            except Exception as error:
+                log.debug(f"the batch dimension is not the second: {type(error).__name__}: {error}")
+        same, together = found
+        raise CoupledLossError(
+            f"the loss couples the samples of a batch: one sample alone has {alone[0]:.4g}, twice the same in a batch "
+            f"{same:.4g}; {len(alone)} samples have {min(alone):.4g} to {max(alone):.4g} alone, {together:.4g} "
+            "together. The influence of single samples is not defined for such a loss (a contrastive or ranking one): "
+            "give loss_fn(module, batch) -> [batch] losses of single samples."
+        )
+
+    def _together(
+        self, named: dict[str, Tensor], group: _Group, rows: list[int], time_first: bool
+    ) -> tuple[float, float]:
+        """The loss of a batch of twice the first sample, and of all of them."""
+        same = float(self._one(named, group.joined([rows[0], rows[0]], time_first)).mean())
+        return same, float(self._one(named, group.joined(rows, time_first)).mean())
 
     def _choose_method(self, one: Tensor) -> None:
         """Whole batches, vmap, or one by one: the first that gives the numbers of one by one."""
@@ -313,8 +407,12 @@ class Probe:
         anchor = self._objective.anchor
         # a second row of other weights, where rows can be computed together
         weights = torch.stack([anchor, 1.01 * anchor])[: self.rows]
-        self.method = "one by one"
-        expected = self._chunk(weights, group, 0, count).reshape(len(weights), count, -1)
+        self.method, self._alike = "one by one", True  # the same random numbers for all samples, to be comparable
+        try:
+            expected = self._chunk(weights, group, 0, count).reshape(len(weights), count, -1)
+        except NoLossError:
+            self._alike, self.reason = False, "the step gives no loss for some samples"
+            return
         reasons = []
         for method in ("whole batches", "vmap"):
             if method == "whole batches" and one.ndim == 0:
@@ -326,14 +424,16 @@ class Probe:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     found = self._chunk(weights, group, 0, count).reshape(len(weights), count, -1)
-                if torch.allclose(found, expected, rtol=2e-2 if self._objective.autocast else 1e-3, atol=1e-5):
-                    self.reason = "same numbers as one by one"
+                rtol = 2e-2 if self._objective.autocast else 1e-3
+                if torch.allclose(found, expected, rtol=rtol, atol=1e-5, equal_nan=True):
+                    self._alike, self.reason = False, "same numbers as one by one"
                     return
                 reasons.append(f"{method} gives other numbers")
             except Exception as error:
                 text = str(error).splitlines()[0] if str(error) else ""
                 reasons.append(f"{method} fails: {type(error).__name__}: {text}")
-        self.method, self.reason = "one by one", "; ".join(reasons) or "asked for"
+        self._alike = False
+        self.method, self.reason = "one by one", "; ".join(reasons) or "the module is called in place"
         log.info(f"losses of single samples are computed one by one, which is slow: {self.reason}")
 
     def _limit_chunks(self) -> None:
@@ -368,6 +468,21 @@ def _pick(column: Any, rows: list[int]) -> Any:
     return column[rows] if isinstance(column, Tensor) else column
 
 
+def _is_time_first(column: Tensor) -> bool:
+    """Of stacked leaves ``[samples, time, 1, ...]``."""
+    return column.ndim > 2 and column.shape[1] != 1 and column.shape[2] == 1
+
+
+def _separate(alone: list[float], same: float, together: float) -> bool:
+    """Whether these are what a mean or a sum over samples gives; see :meth:`Probe._refuse_coupled`."""
+    slack = 1e-3 * max(*map(abs, alone), 1e-6)
+    low, high = min(alone) - slack, max(alone) + slack
+    return any(
+        abs(same / a_pair - alone[0]) <= slack and low <= together / all_of_them <= high
+        for a_pair, all_of_them in ((1, 1), (2, len(alone)))
+    )
+
+
 def _grouped(batches: Sequence[Any]) -> list[_Group]:
     """Samples that can be stacked with each other."""
     found: dict[Any, list[int]] = {}
@@ -388,22 +503,6 @@ def _plain_key(value: Any, place: int) -> Any:
     if isinstance(value, (list, tuple)) and all(isinstance(v, (str, int, float, bool)) for v in value):
         return tuple(value)
     return value if isinstance(value, (str, bytes, int, float, bool, type(None))) else place
-
-
-@contextmanager
-def _same_random_numbers(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers inside the step are the same at every reading; the global state is put back."""
-    on_gpu = device.type == "cuda"
-    state, gpu_state = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None
-    torch.default_generator.manual_seed(seed)
-    if on_gpu:
-        torch.cuda.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-        if gpu_state is not None:
-            torch.cuda.set_rng_state(gpu_state, device)
 
 
 GroupFn = Callable[[Any], Any]
