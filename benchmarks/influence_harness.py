@@ -1,8 +1,8 @@
 """What the influence runners share: the case, the clock, and the JSON lines; torch and numpy only.
 
-A runner yields its scores one by one; the seconds of each are those since the one before (the first: since the case was
-loaded), its own imports lie outside. Scores are ``[queries, train]``, positive where a training sample lowers the loss
-of the query.
+A runner yields its scores one by one; the processor seconds of each are those since the one before (the first: since
+the case was loaded), its own imports lie outside. Scores are ``[queries, train]``, positive where a training sample
+lowers the loss of the query.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ def run(version: str, score: Callable[[InfluenceCase, str], Scores]) -> None:
     found: dict[str, np.ndarray] = {}
     scores = score(case, arguments.variant)
     while True:
-        start = time.perf_counter()
+        start = time.process_time()
         with contextlib.redirect_stdout(io.StringIO()):
             entry = next(scores, None)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         if entry is None:
             break
         label, matrix = entry

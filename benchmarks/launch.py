@@ -41,6 +41,13 @@ TOOLS: dict[str, Tool] = {
     "devinterp2": Tool("devinterp2", "devinterp2"),
     "devinterp2-plain": Tool("devinterp2", "devinterp2", "plain"),
 }
+INFLUENCE_TOOLS: dict[str, Tool] = {
+    "ours": Tool("influence_ours"),
+    "ours-shrunk": Tool("influence_ours", variant="1.25"),
+    "ekfac": Tool("influence_ekfac", "kronfluence"),
+    "devinterp2-bif": Tool("influence_bif", "devinterp2"),
+    "exact": Tool("influence_ggn"),
+}
 
 
 class RunFailedError(RuntimeError):
@@ -48,15 +55,22 @@ class RunFailedError(RuntimeError):
 
 
 def launch(
-    tool: str, case: Path, scratch: Path, *, threads: int = 1, timeout: float = 1800, **options: Any
+    tool: str,
+    case: Path,
+    scratch: Path,
+    *,
+    threads: int = 1,
+    timeout: float = 1800,
+    tools: dict[str, Tool] = TOOLS,
+    **options: Any,
 ) -> list[dict[str, Any]]:
-    """Run one tool on one case; one measurement for each seed.
+    """Run one of the tools on one case; one measurement for each line that it prints.
 
     ``options`` become ``--name value`` (True: a bare ``--name``; None or False: left out; a list: several values). Each
     tool has an inductor cache of its own in ``scratch``, empty at the start of a driver's run: its first run of a shape
     compiles, the later ones find the kernels (and still pay for the tracing).
     """
-    chosen = TOOLS[tool]
+    chosen = tools[tool]
     command = [*chosen.command(), "--case", str(case), "--threads", str(threads)]
     for name, value in options.items():
         if value is True:

@@ -142,6 +142,7 @@ def run_chains(
     make_reader: Optional[Callable[[], Reader]] = None,
     read_every: int = STATS_EVERY,
     make_sampler: Optional[Callable[[Chains], tuple[LocalPosterior, Sampler]]] = None,
+    spread: bool = False,
 ) -> tuple[Drawn, Chains]:
     """Run chains and return what they showed; arguments and errors are those of :func:`measure_llc`.
 
@@ -151,6 +152,7 @@ def run_chains(
         read_every: steps between those.
         make_sampler: called with the chains at ``w*``, on every rank with the same answer; gives the posterior and the
             sampler that are used in place of those of ``settings``.
+        spread: chains start at draws of the Gaussian of that sampler's metric, and not at ``w*``.
     """
     collective = collective or Alone()
     nbeta = settings.nbeta
@@ -182,7 +184,11 @@ def run_chains(
                 progress,
             )
             if make_sampler is not None:
-                chains.sample(*make_sampler(chains))
+                posterior, sampler = make_sampler(chains)
+                chains.sample(posterior, sampler)
+                metric = getattr(sampler, "metric", None)
+                if spread and metric is not None:
+                    chains.spread(metric)
             if make_reader is not None:
                 readers: list[Reader] = []
                 collective.exchange(lambda: readers.append(make_reader()))

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_slt.estimate import ChainSettings, read_llc, run_chains, state_dict_of
 from lightning_slt.functional.influence import (
+    Covariance,
+    LinearParts,
     between_share,
     correlation,
     covariance,
@@ -30,10 +32,11 @@ from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import DatasetSource, MinibatchSource, preserve_generators, source_of
 from lightning_slt.sampling.chains import STATS_EVERY, Chains, Progress
 from lightning_slt.sampling.collective import Collective
+from lightning_slt.sampling.control import SteinControl
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.metric import Curvature, LowRankMetric, curvature_at
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.probe import GroupFn, Probe, Samples, choose_samples, default_group
+from lightning_slt.sampling.probe import MAX_GRADIENTS, GroupFn, Probe, Samples, choose_samples, default_group
 from lightning_slt.sampling.readings import diverged
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.rng import PROBE, generator, preserve_rng
@@ -57,6 +60,8 @@ STEP = 0.7
 sharply away from ``w*`` a smaller one may be."""
 MAX_SHORTENINGS = 6
 SHORTENING = 0.5
+COLD_BURNIN = 40
+"""Steps from ``w*``, where the Gaussian of the curvature is no start."""
 READ_COST = 0.4
 """Cost of reading the samples' losses, in units of that of moving the chains, in a firing of the monitor."""
 CALLS = 3_000_000
@@ -176,18 +181,46 @@ class InfluenceReader:
         objective: the loss.
         probes: the samples.
         seed: of random numbers inside the step.
+        sampling: the posterior, and a sampler with a metric: control variates are read as well, where the gradients of
+            the samples fit. None for the losses alone.
     """
 
-    def __init__(self, objective: Objective, probes: ProbeSet, seed: int) -> None:
+    def __init__(
+        self, objective: Objective, probes: ProbeSet, seed: int, sampling: Optional[InfluenceSampling] = None
+    ) -> None:
         self.probes = probes
         self._train = Probe(objective, probes.train, seed=seed)
         self._query = Probe(objective, probes.query, probes.per_token, seed) if probes.query is not None else None
+        self._without_control = ""
+        self._control = self._make_control(objective, sampling)
         log.debug(f"losses of single samples: {self._train.method} ({self._train.reason})")
 
-    def __call__(self, weights: Tensor) -> Tensor:
-        """``[chains, d]`` to ``[chains, n_train + n_query]`` losses above those at ``w*``."""
-        train = self._train(weights)
-        return train if self._query is None else torch.cat([train, self._query(weights)], dim=1)
+    def _make_control(self, objective: Objective, sampling: Optional[InfluenceSampling]) -> Optional[SteinControl]:
+        metric = getattr(sampling.sampler, "metric", None) if sampling is not None else None
+        if sampling is None or metric is None:
+            return None
+        room = MAX_GRADIENTS - self._train.n * len(objective.anchor)
+        gradients = [p.gradients(room) if room > 0 else None for p in (self._train, self._query) if p is not None]
+        found = [g for g in gradients if g is not None]
+        if len(found) < len(gradients):
+            self._without_control = (
+                "no control variates: the gradients of all samples do not fit, or are not to be had at once"
+            )
+            return None
+        return SteinControl(torch.cat(found), objective.anchor, sampling.posterior, metric)
+
+    def __call__(self, weights: Tensor, slopes: Optional[Tensor] = None) -> Tensor:
+        """``[chains, d]`` weights, and gradients there, to ``[chains, n]`` losses of all samples above those at ``w*``;
+        to ``[chains, 3 n]`` with control variates: the losses, and both of their linear parts."""
+        parts = [self._train(weights)]
+        if self._query is not None:
+            parts.append(self._query(weights))
+        if self._control is not None:
+            here = weights if slopes is None else slopes
+            linear = self._control(weights, here)
+            # without a gradient at these weights there is nothing to compare with
+            parts += [part.cpu() if slopes is not None else torch.zeros_like(part).cpu() for part in linear]
+        return torch.cat(parts, dim=1)
 
     def read(
         self, trace: Tensor, good: Tensor, posterior: LocalPosterior, num_samples: Optional[int], shrinkage: float = 1.0
@@ -195,15 +228,16 @@ class InfluenceReader:
         """What the readings say.
 
         Args:
-            trace: ``[num_chains, reads, n_train + n_query]``.
+            trace: ``[num_chains, reads, ...]``, what was read.
             good: ``[num_chains]`` bool, chains to use.
             posterior: that was sampled.
             num_samples: n.
             shrinkage: see :func:`~lightning_slt.functional.influence.shrink`.
         """
-        n_train = self._train.n
-        x_all, y_all = trace[good][:, :, :n_train], trace[good][:, :, n_train:]
         train, query = self._train, self._query or self._train
+        n = train.n + (query.n if self._query is not None else 0)
+        losses, *linear = trace[good].split(n, dim=2)
+        x_all, y_all = losses[:, :, : train.n], losses[:, :, train.n :]
         y_all = x_all if self._query is None else y_all
         reasons = [] if len(x_all) else ["no chain has stayed finite and local"]
         keep_x, dropped = _usable("train", x_all, train)
@@ -220,9 +254,10 @@ class InfluenceReader:
         # a chain's own mean takes a part of the variance with it, the more the longer its memory: what lies between
         # chains that sample the same posterior says how much
         whole = 1.0 / (1.0 - share) if share <= MIXED else 1.0
-        result = covariance(x, y).scaled(whole)
-        own, own_se = (value * whole for value in variance(x))
-        own_query = own if self._query is None else variance(y)[0] * whole
+        sides = self._sides(x, y, linear, keep_x, keep_y)
+        result = sides.covariance(whole)
+        own, own_se = sides.variance(whole, of_train=True)
+        own_query = own if self._query is None else sides.variance(whole, of_train=False)[0]
         rho = correlation(result.matrix, own, own_query)
         mean, mean_se = mean_and_error(x)
         anchor, query_anchor = train.anchor[keep_x], query.anchor[keep_y]
@@ -232,7 +267,7 @@ class InfluenceReader:
         query_group = train_group
         if self._query is not None:
             query_group = _kept(self.probes.query_group, keep_y, self.probes.query, query)
-        names, group_matrix, group_se = _by_group(x, y, train_group, query_group, whole)
+        names, group_matrix, group_se = _by_group(sides, train_group, query_group, whole)
         power = f"shrunk with power {shrinkage:g}: no longer the plain covariance"
         return InfluenceEstimate(
             matrix=shrink(result.matrix, rho, shrinkage),
@@ -263,9 +298,42 @@ class InfluenceReader:
             dropped=(*dropped, *more),
             valid=not reasons,
             reasons=tuple(reasons),
-            notes=self.probes.notes + ((power,) if shrinkage != 1 else ()),
+            notes=(
+                *self.probes.notes,
+                *((power,) if shrinkage != 1 else ()),
+                *((self._without_control,) if self._without_control else ()),
+            ),
             shrinkage=shrinkage,
             queries_are_train=self._query is None,
+        )
+
+    def _sides(self, x: Tensor, y: Tensor, linear: list[Tensor], keep_x: Tensor, keep_y: Tensor) -> _Sides:
+        """The losses of both sides, with their control variates where there are any."""
+        if self._control is None or not linear:
+            return _Sides(x, y)
+        n = self._train.n
+        train = LinearParts(*(part[:, :, :n][:, :, keep_x] for part in linear))
+        query = train
+        if self._query is not None:
+            query = LinearParts(*(part[:, :, n:][:, :, keep_y] for part in linear))
+        columns, rows = keep_x.nonzero().flatten(), keep_y.nonzero().flatten()
+        rows = rows if self._query is None else rows + n
+        x_parts, x_down, x_across = train.fitted(x)
+        y_parts, y_down, y_across = (x_parts, x_down, x_across) if self._query is None else query.fitted(y)
+
+        def known(of: Tensor, down: Tensor, across: Tensor, others: Tensor, slopes: tuple[Tensor, Tensor]) -> Tensor:
+            assert self._control is not None
+            scale = torch.outer(across, slopes[0]).addr_(down, slopes[1]) / 2
+            return scale.mul_(self._control.expected(of, others))
+
+        return _Sides(
+            x,
+            y,
+            x_parts,
+            y_parts,
+            known(rows, y_down, y_across, columns, (x_down, x_across)),
+            x_down * x_across * self._control.diagonal(columns),
+            y_down * y_across * self._control.diagonal(rows),
         )
 
     def _nothing(
@@ -309,15 +377,54 @@ def _kept(
     return tuple(of[i] or "" for i in probe.index[keep].tolist())
 
 
+@dataclass(frozen=True, eq=False)
+class _Sides:
+    """Losses along the draws, of training samples (x) and queries (y), what they are to first order, and the known
+    covariances of that."""
+
+    x: Tensor
+    y: Tensor
+    x_parts: Optional[LinearParts] = None
+    y_parts: Optional[LinearParts] = None
+    known: Optional[Tensor] = None
+    known_x: Optional[Tensor] = None
+    known_y: Optional[Tensor] = None
+
+    def covariance(self, whole: float) -> Covariance:
+        found = covariance(self.x, self.y, x_parts=self.x_parts, y_parts=self.y_parts)
+        return found.scaled(whole).plus(self.known)
+
+    def variance(self, whole: float, of_train: bool) -> tuple[Tensor, Tensor]:
+        """``[n]``, and its error."""
+        losses, parts, known = (
+            (self.x, self.x_parts, self.known_x) if of_train else (self.y, self.y_parts, self.known_y)
+        )
+        value, error = variance(losses, parts)
+        return (value * whole if known is None else value * whole + known).clamp_(min=0), error * whole
+
+    def by_group(self, train: tuple[str, ...], query: tuple[str, ...], names: tuple[str, ...]) -> _Sides:
+        """The same of the groups' mean losses."""
+        known = self.known
+        if known is not None:
+            known = group_means(group_means(known[None], train, names).mT, query, names).mT[0]
+        return _Sides(
+            group_means(self.x, train, names),
+            group_means(self.y, query, names),
+            self.x_parts.by_group(train, names) if self.x_parts is not None else None,
+            self.y_parts.by_group(query, names) if self.y_parts is not None else None,
+            known,
+        )
+
+
 def _by_group(
-    x: Tensor, y: Tensor, train: Optional[tuple[str, ...]], query: Optional[tuple[str, ...]], whole: float
+    sides: _Sides, train: Optional[tuple[str, ...]], query: Optional[tuple[str, ...]], whole: float
 ) -> tuple[tuple[str, ...], Optional[Tensor], Optional[Tensor]]:
     if train is None or query is None:
         return (), None, None
     names = tuple(sorted({*train, *query} - {""}, key=_natural))
     if not 1 <= len(names) <= 100:
         return (), None, None
-    result = covariance(group_means(x, train, names), group_means(y, query, names)).scaled(whole)
+    result = sides.by_group(train, query, names).covariance(whole)
     return names, result.matrix, result.se
 
 
@@ -422,8 +529,8 @@ def estimate_influence(
     nbeta: Optional[float] = None,
     localization: Optional[float] = None,
     num_chains: int = 16,
-    num_draws: int = 125,
-    num_burnin_steps: int = 20,
+    num_draws: int = 50,
+    num_burnin_steps: int = 6,
     num_steps_bw_draws: int = 2,
     batch_size: Optional[int] = None,
     weights: Optional[Mapping[str, Any]] = None,
@@ -436,6 +543,7 @@ def estimate_influence(
     group_fn: Optional[GroupFn] = None,
     per_token: bool = False,
     shrinkage: float = 1.0,
+    control_variates: bool = True,
     num_samples: Optional[int] = None,
     method: str = "auto",
 ) -> InfluenceEstimate:
@@ -473,6 +581,10 @@ def estimate_influence(
         per_token: every token of a query is a row, ``query_token`` says which; ``loss_fn`` must give
             ``[batch, tokens]``.
         shrinkage: 1 for the plain covariance; 1.25 to 1.5 weighs weak correlations, mostly noise, down.
+        control_variates: take the part of the covariance that is known out of the noise, see
+            :mod:`lightning_slt.sampling.control`. Needs the gradients of all samples at ``w*``: done without where they
+            are more than 67 million numbers, or the samples' losses are computed one by one; with a sampler given; and
+            where there is no metric. ``notes`` says so.
         num_samples: n, where it is not the length of ``train_data``.
         method: ``"auto"``, ``"sequential"`` or ``"batched"``, see :func:`~lightning_slt.estimate_llc`.
 
@@ -519,9 +631,11 @@ def estimate_influence(
             query = _indexed("query_data", query_data, 1, objective, seed, None, False)
         probes = probe_set(train, query, max_train, max_query, seed, group_fn, per_token)
         readers: list[InfluenceReader] = []
+        samplings: list[InfluenceSampling] = []
 
         def make_reader() -> InfluenceReader:
-            readers.append(InfluenceReader(objective, probes, seed))
+            known = samplings[-1] if samplings and control_variates else None
+            readers.append(InfluenceReader(objective, probes, seed, known))
             return readers[0]
 
         try:
@@ -535,10 +649,13 @@ def estimate_influence(
                         lambda w: chains.gradients(w, batches),
                         generator(seed, PROBE, device=objective.device),
                     )
-                    chosen = InfluenceSampling.of(objective.anchor, curvature, nbeta, localization, lr)
-                    return chosen.posterior, chosen.sampler
+                    samplings.append(InfluenceSampling.of(objective.anchor, curvature, nbeta, localization, lr))
+                    return samplings[-1].posterior, samplings[-1].sampler
 
                 chosen = dataclasses.replace(settings, sampler=KineticLangevin(lr)) if sampler is None else settings
+                if shortenings:
+                    # the Gaussian of the curvature at w* reaches out to where the loss is far steeper: not a start
+                    chosen = dataclasses.replace(chosen, num_burnin_steps=max(num_burnin_steps, COLD_BURNIN))
                 drawn, chains = run_chains(
                     objective,
                     train,
@@ -546,6 +663,7 @@ def estimate_influence(
                     make_reader=make_reader,
                     read_every=num_steps_bw_draws,
                     make_sampler=make_sampler if sampler is None else None,
+                    spread=shortenings == 0,
                 )
                 good = ~diverged(drawn.segment, chains.posterior.nbeta, len(objective.anchor))
                 if sampler is not None or bool(good.all()) or shortenings == MAX_SHORTENINGS:

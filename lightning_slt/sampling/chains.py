@@ -19,7 +19,7 @@ from lightning_slt.sampling.batches import MinibatchSource, Window
 from lightning_slt.sampling.collective import Collective, own_chains
 from lightning_slt.sampling.engines import Choice, Engine, SequentialEngine, choose_engine
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.rng import CHOICE, MINIBATCHES, NOISE, generator
+from lightning_slt.sampling.rng import CHOICE, MINIBATCHES, NOISE, START, generator
 from lightning_slt.sampling.samplers import Sampler, SamplerState, empty_state
 from lightning_slt.sampling.steps import NoLossError
 
@@ -41,8 +41,9 @@ READINGS = ("grad_square", "grad_dot", "square", "pulled_dot", "pulled_square")
 Progress = Callable[[int], None]
 """Told how many chain-steps have been done since it was last called."""
 
-Reader = Callable[[Tensor], Tensor]
-"""``[chains, d]`` weights to ``[chains, n]`` numbers that are read off them, such as the losses of n samples."""
+Reader = Callable[[Tensor, "Tensor | None"], Tensor]
+"""``[chains, d]`` weights, and the gradients of the mean loss of the chains' minibatches there (None where they are
+not known), to ``[chains, n]`` numbers that are read off them, such as the losses of n samples."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,6 +239,13 @@ class Chains:
         for tensor in self._state.tensors.values():
             tensor.zero_()
 
+    def spread(self, metric: Callable[[Tensor], Tensor]) -> None:
+        """Put every chain at a draw of the Gaussian that the metric makes round: ``w* + P z``."""
+        device, anchor = self.objective.device, self.objective.anchor
+        streams = [generator(self._seed, k, START, device=device) for k in self.numbers]
+        draws = [torch.randn(anchor.shape, generator=g, device=device, dtype=anchor.dtype) for g in streams]
+        self.place(metric(torch.stack(draws)) if draws else torch.zeros_like(self.weights))
+
     def displacements(self) -> Tensor:
         """``[own chains, d]``: where the chains of this rank are, from ``w*``."""
         at = self._state.tensors.get("accepted_weights", self.weights)
@@ -347,7 +355,7 @@ class Chains:
         if self.reader is None:
             return None
         # a rank without chains has none to read, and its part is joined with those of the others all the same
-        return torch.cat(parts) if parts else self.reader(self.weights).float().cpu().unsqueeze(1)
+        return torch.cat(parts) if parts else self.reader(self.weights, self.weights).float().cpu().unsqueeze(1)
 
     def _pick(self, window: Window, steps: int) -> Tensor:
         """Which minibatch each chain sees at each step, ``[chains, steps]``.
@@ -398,7 +406,7 @@ class Chains:
         numbers = indices[0].tolist() if alone else []
         losses: list[Tensor] = []
         readings: list[Tensor] = []
-        waiting: list[Tensor] = []
+        waiting: list[tuple[Tensor, Tensor | None]] = []
         seen: list[Tensor] = []
         steps = indices.shape[1]
         for t in range(steps):
@@ -418,8 +426,9 @@ class Chains:
                             self._moments.addcmul_(row, row)
                         self._moments_count += count
                 if self.reader is not None and t % self.read_every == 0:
-                    waiting.append(self._at(weights, state).clone())
-                    if len(waiting) * count >= MAX_WAITING or waiting[0].numel() * len(waiting) > MAX_WAITING_NUMBERS:
+                    here = self._at(weights, state)
+                    waiting.append((here.clone(), grad.clone() if here is weights else None))
+                    if len(waiting) * count >= MAX_WAITING or here.numel() * len(waiting) > MAX_WAITING_NUMBERS:
                         self._ask(waiting, seen)
                 if decides:
                     state.loss = loss.reshape(count)
@@ -445,12 +454,17 @@ class Chains:
         self._ask(waiting, seen)
         return table, read, self._pad_read(seen, len(range(0, steps, self.read_every)), weights)
 
-    def _ask(self, waiting: list[Tensor], seen: list[Tensor]) -> None:
+    def _ask(self, waiting: list[tuple[Tensor, Tensor | None]], seen: list[Tensor]) -> None:
         """Read off the weights that wait, several draws at once: a call costs more than the losses of a small model."""
         if waiting:
             assert self.reader is not None
             with torch.no_grad():
-                seen += list(self.reader(torch.cat(waiting)).float().cpu().split(len(waiting[0])))
+                slopes = [slope for _, slope in waiting if slope is not None]
+                read = self.reader(
+                    torch.cat([weights for weights, _ in waiting]),
+                    torch.cat(slopes) if len(slopes) == len(waiting) else None,
+                )
+                seen += list(read.float().cpu().split(len(waiting[0][0])))
             waiting.clear()
 
     @staticmethod
@@ -465,7 +479,7 @@ class Chains:
         if self.reader is None:
             return None
         if not seen:
-            seen = [torch.full_like(self.reader(weights).float().cpu(), torch.nan)]
+            seen = [torch.full_like(self.reader(weights, weights).float().cpu(), torch.nan)]
         return torch.stack(seen + [torch.full_like(seen[0], torch.nan)] * (count - len(seen)), dim=1)
 
     def _block(self, block: slice, rows: slice, weights: Tensor, grad: Tensor, noise: Tensor) -> _Block:

@@ -36,6 +36,8 @@ MAX_SAMPLES = 1000
 MAX_CHUNK = 1024
 MAX_ROWS = 16
 """Rows of weights whose losses are computed together."""
+MAX_GRADIENTS = 2**26
+"""Numbers in the gradients of all samples: 256 MB."""
 CHECKED = 8
 """Samples that are read twice, to see whether the dataset gives the same ones again."""
 TOGETHER = 8
@@ -223,6 +225,37 @@ class Probe:
         with torch.no_grad():
             parts = [self._losses(some) for some in weights.split(self.rows)]
             return (torch.cat(parts).double().cpu() - self.anchor).float()
+
+    def gradients(self, limit: int = MAX_GRADIENTS) -> Optional[Tensor]:
+        """``[n, d]``, of every loss at ``w*``; None where they are too many numbers, or are not to be had at once.
+
+        Args:
+            limit: numbers at the most.
+        """
+        anchor = self._objective.anchor
+        if self.method == "one by one" or self.n * len(anchor) > limit:
+            return None
+        out = anchor.new_empty(self.n, len(anchor))
+
+        def losses(flat: Tensor, batch: Any) -> Tensor:
+            return self._reduced(self._call(self._named(flat), batch))
+
+        one = torch.func.jacrev(losses)
+        try:
+            with torch.no_grad(), preserve_rng():
+                for group in self._groups:
+                    size = max(1, min(group.size, limit // 8 // (len(anchor) * group.at.shape[1])))
+                    for start in range(0, len(group.places), size):
+                        columns = group.at[start : start + size]
+                        batch, dims = group.part(start, start + len(columns))
+                        self._reseed(group.places[start])
+                        found = torch.vmap(one, in_dims=(None, dims), randomness="different")(anchor, batch)
+                        out[columns.flatten().to(out.device)] = found.reshape(-1, len(anchor)).to(out.dtype)
+        except Exception as error:
+            log.debug(f"gradients of single samples are not to be had at once: {type(error).__name__}: {error}")
+            return None
+        out[~torch.isfinite(out).all(dim=1)] = 0.0  # a sample without a finite loss is left out anyway
+        return out
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
         pieces = self._objective.pieces(flat)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-NOISE, MINIBATCHES, LOADER, PROBE, CHOICE = range(5)
+NOISE, MINIBATCHES, LOADER, PROBE, CHOICE, START = range(6)
 """Streams: one random number never serves two purposes."""
 
 
