@@ -94,7 +94,9 @@ def _gradients(weights: Weights, x: Tensor, y: Tensor) -> Weights:
     ]
 
 
-def train(x: Tensor, y: Tensor, samples: Tensor, seed: int, epochs: int = EPOCHS) -> Weights:
+def train(
+    x: Tensor, y: Tensor, samples: Tensor, seed: int, epochs: int = EPOCHS, weight_decay: float = WEIGHT_DECAY
+) -> Weights:
     """SGD with momentum, weight decay and a cosine schedule; network m sees ``samples[m]``, in an order of its own."""
     generator = torch.Generator().manual_seed(seed)
     networks, n = samples.shape
@@ -107,7 +109,7 @@ def train(x: Tensor, y: Tensor, samples: Tensor, seed: int, epochs: int = EPOCHS
             rate = LEARNING_RATE * 0.5 * (1 + np.cos(np.pi * step / steps))
             step += 1
             for w, v, g in zip(weights, velocities, _gradients(weights, x[chosen], y[chosen]), strict=True):
-                v.mul_(MOMENTUM).add_(g).add_(w, alpha=WEIGHT_DECAY)
+                v.mul_(MOMENTUM).add_(g).add_(w, alpha=weight_decay)
                 w.add_(v, alpha=-rate)
     return weights
 

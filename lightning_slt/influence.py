@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_slt.estimate import ChainSettings, read_llc, run_chains, state_dict_of
+from lightning_slt.estimate import ChainSettings, default_localization, read_llc, run_chains, state_dict_of
 from lightning_slt.functional.influence import (
     Covariance,
     LinearParts,
@@ -26,7 +26,7 @@ from lightning_slt.functional.influence import (
     shrink,
     variance,
 )
-from lightning_slt.functional.posterior import LocalPosterior
+from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 from lightning_slt.influence_record import Dropped, InfluenceEstimate
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import DatasetSource, MinibatchSource, preserve_generators, source_of
@@ -60,6 +60,8 @@ STEP = 0.7
 sharply away from ``w*`` a smaller one may be."""
 MAX_SHORTENINGS = 6
 SHORTENING = 0.5
+WIDE_DRAWS, WIDE_BURNIN = 12, 10
+"""Readings of each chain, and steps before them, for the mean losses over the posterior of the learning coefficient."""
 COLD_BURNIN = 40
 """Steps from ``w*``, where the Gaussian of the curvature is no start."""
 READ_COST = 0.4
@@ -196,8 +198,7 @@ class InfluenceReader:
         log.debug(f"losses of single samples: {self._train.method} ({self._train.reason})")
 
     def _make_control(self, objective: Objective, sampling: Optional[InfluenceSampling]) -> Optional[SteinControl]:
-        metric = getattr(sampling.sampler, "metric", None) if sampling is not None else None
-        if sampling is None or metric is None:
+        if sampling is None or sampling.sampler.metric is None:
             return None
         room = MAX_GRADIENTS - self._train.n * len(objective.anchor)
         gradients = [p.gradients(room) if room > 0 else None for p in (self._train, self._query) if p is not None]
@@ -207,7 +208,16 @@ class InfluenceReader:
                 "no control variates: the gradients of all samples do not fit, or are not to be had at once"
             )
             return None
-        return SteinControl(torch.cat(found), objective.anchor, sampling.posterior, metric)
+        return SteinControl(torch.cat(found), objective.anchor, sampling.posterior, sampling.sampler.metric)
+
+    @property
+    def train_index(self) -> Tensor:
+        """``[n_train]`` long, which training sample each column is."""
+        return self._train.index
+
+    def train_losses(self, weights: Tensor) -> Tensor:
+        """``[chains, d]`` to the ``[chains, n_train]`` losses of the training samples above those at ``w*``."""
+        return self._train(weights)
 
     def __call__(self, weights: Tensor, slopes: Optional[Tensor] = None) -> Tensor:
         """``[chains, d]`` weights, and gradients there, to ``[chains, n]`` losses of all samples above those at ``w*``;
@@ -499,10 +509,12 @@ class InfluenceSampling:
     Attributes:
         posterior: ``gamma`` sets the width, ``nbeta = gamma / damping`` the temperature.
         sampler: kinetic Langevin in the metric of the curvature.
+        curvature: at ``w*``.
     """
 
     posterior: LocalPosterior
-    sampler: Sampler
+    sampler: KineticLangevin
+    curvature: Curvature
 
     @staticmethod
     def of(
@@ -516,7 +528,13 @@ class InfluenceSampling:
         if nbeta is None:
             nbeta = localization / (DAMPING * mean)
         posterior = LocalPosterior(nbeta, localization)
-        return InfluenceSampling(posterior, KineticLangevin(lr, metric=LowRankMetric.of(curvature, posterior)))
+        return InfluenceSampling.with_posterior(posterior, curvature, lr)
+
+    @staticmethod
+    def with_posterior(posterior: LocalPosterior, curvature: Curvature, lr: float) -> InfluenceSampling:
+        """Of this posterior, in the metric in which the curvature makes it round."""
+        metric = LowRankMetric.of(curvature, posterior)
+        return InfluenceSampling(posterior, KineticLangevin(lr, metric=metric), curvature)
 
 
 def estimate_influence(
@@ -529,7 +547,7 @@ def estimate_influence(
     nbeta: Optional[float] = None,
     localization: Optional[float] = None,
     num_chains: int = 16,
-    num_draws: int = 50,
+    num_draws: int = 60,
     num_burnin_steps: int = 6,
     num_steps_bw_draws: int = 2,
     batch_size: Optional[int] = None,
@@ -555,7 +573,8 @@ def estimate_influence(
 
     By default the chains are kinetic Langevin ones in the metric of the curvature, on a posterior whose damping
     ``localization / nbeta`` and width are those that predict retraining best (see docs/influence.md); it is cooler than
-    that of the learning coefficient, since it is to be read near ``w*``.
+    that of the learning coefficient, since it is to be read near ``w*``. ``mean_loss``, by which suspects are ranked,
+    is read over the latter's posterior, from a few more draws (with ``nbeta`` or ``localization`` given, over theirs).
 
     Args:
         module: a LightningModule (its ``training_step`` is the loss), or any module with ``loss_fn``.
@@ -675,7 +694,63 @@ def estimate_influence(
             raise ValueError(f"{error} Give loss_fn(module, batch) -> loss.") from error
         assert drawn.segment.read is not None
         found = readers[0].read(drawn.segment.read, good, chains.posterior, train.num_samples, shrinkage)
+        if samplings and nbeta is None and localization is None:
+            found = _with_wide_means(found, readers[0], samplings[-1], objective, train, settings, chains.method)
     return found.replace(seconds=time.perf_counter() - start)
+
+
+def _with_wide_means(
+    found: InfluenceEstimate,
+    reader: InfluenceReader,
+    sampling: InfluenceSampling,
+    objective: Objective,
+    train: DatasetSource,
+    settings: ChainSettings,
+    method: str,
+) -> InfluenceEstimate:
+    """With the mean losses over the posterior of the learning coefficient, from a few draws in the same metric.
+
+    That of the matrix is cool: near ``w*``, and a wrong label that has been memorised is cheap there. They stay as they
+    are where the wider one cannot be sampled at this step, or n is not known.
+    """
+    n = train.num_samples
+    if n is None or n < 2 or not len(found.train_index):
+        return found
+    posterior = LocalPosterior(default_nbeta(n), default_localization(objective.anchor))
+    assert sampling.sampler.lr is not None
+    for shortenings in range(MAX_SHORTENINGS):
+        lr = sampling.sampler.lr * SHORTENING ** (2 * shortenings)
+        wide = InfluenceSampling.with_posterior(posterior, sampling.curvature, lr)
+        burnin = COLD_BURNIN if shortenings else WIDE_BURNIN
+        drawn, _ = run_chains(
+            objective,
+            train,
+            dataclasses.replace(
+                settings, sampler=wide.sampler, num_draws=WIDE_DRAWS, num_burnin_steps=burnin, method=method
+            ),
+            make_reader=lambda: lambda weights, slopes: reader.train_losses(weights),
+            read_every=settings.num_steps_bw_draws or 1,
+            make_sampler=lambda chains, wide=wide: (wide.posterior, wide.sampler),  # type: ignore[misc]
+            spread=shortenings == 0,
+        )
+        if not bool(diverged(drawn.segment, posterior.nbeta, len(objective.anchor)).any()):
+            break
+        train.forget()
+    else:
+        return found
+    read = drawn.segment.read
+    assert read is not None
+    place = {int(i): k for k, i in enumerate(reader.train_index.tolist())}
+    losses = read[:, :, [place[int(i)] for i in found.train_index.tolist()]]
+    if not bool(torch.isfinite(losses).all()):
+        return found
+    mean, error = mean_and_error(losses)
+    return found.replace(
+        mean_loss=found.init_loss + mean,
+        mean_loss_se=error,
+        mean_nbeta=posterior.nbeta,
+        mean_localization=posterior.localization,
+    )
 
 
 def _indexed(

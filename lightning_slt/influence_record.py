@@ -57,7 +57,9 @@ class InfluenceEstimate:
         self_influence: ``[n_train]``, the variance of each sample's own loss.
         self_influence_se: ``[n_train]``.
         init_loss: ``[n_train]``, the loss of each sample at ``w*``.
-        mean_loss: ``[n_train]``, its mean over the posterior; large for mislabelled samples, memorised or not.
+        mean_loss: ``[n_train]``, its mean over the posterior (of ``mean_nbeta`` and ``mean_localization``, where these
+            are given: a hotter one, whose region is wide enough to leave what has been memorised); large for
+            mislabelled samples, memorised or not.
         mean_loss_se: ``[n_train]``.
         query_init_loss, query_mean_loss: ``[n_query]``.
         train_index: ``[n_train]`` long.
@@ -78,6 +80,7 @@ class InfluenceEstimate:
             factor ``1 / (1 - s)``, the same for all pairs; above one half, ``valid`` is false instead.
         dropped: samples left out, with reasons.
         valid: whether the numbers may be read; ``reasons`` says why not, ``notes`` what else is to be known.
+        mean_nbeta, mean_localization: of the posterior of ``mean_loss``; None where it is that of ``matrix``.
         shrinkage: the power p of ``sign(rho) |rho|^p s_i s_q``; 1 where ``matrix`` is the plain covariance.
         queries_are_train: the queries are samples of the training data.
         step, epoch, x, seconds, component: as in :class:`~lightning_slt.record.Estimate`.
@@ -112,6 +115,8 @@ class InfluenceEstimate:
     valid: bool = True
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    mean_nbeta: Optional[float] = None
+    mean_localization: Optional[float] = None
     shrinkage: float = 1.0
     queries_are_train: bool = False
     step: Optional[int] = None
@@ -145,8 +150,10 @@ class InfluenceEstimate:
 
     @property
     def per_sample_llc(self) -> Tensor:
-        """``[n_train]``, ``nbeta (E[l_i] - l_i(w*))``; its mean over all training samples is the LLC."""
-        return self.nbeta * (self.mean_loss - self.init_loss)
+        """``[n_train]``, ``nbeta (E[l_i] - l_i(w*))`` over the posterior of ``mean_loss``; its mean over all training
+        samples is the LLC."""
+        nbeta = self.nbeta if self.mean_nbeta is None else self.mean_nbeta
+        return nbeta * (self.mean_loss - self.init_loss)
 
     @property
     def max_abs(self) -> float:
