@@ -49,16 +49,15 @@ def influence_figure(estimate: InfluenceEstimate) -> Figure:
     colour = _TEXT if estimate.valid else _BAD
     figure.suptitle(title, x=0.07, y=0.965, ha="left", fontsize=12.5, fontweight="bold", color=colour)
     if estimate.valid:
-        said = (
-            f"{estimate.num_chains} chains of {estimate.num_draws} readings; {estimate.passing:.1%} of single pairs "
-            f"are above {MIN_Z:g} standard errors ({estimate.chance:.1%} by chance)"
-        )
+        said = f"{estimate.num_chains} chains of {estimate.num_draws} readings"
+        if math.isfinite(estimate.passing):
+            said += f"; {estimate.passing:.1%} of single pairs are above {MIN_Z:g} standard errors"
+            said += f" ({estimate.chance:.1%} by chance)"
     else:
         said = "NOT VALID: " + ("; ".join(estimate.reasons) or "no reason given")
     lines = textwrap.wrap(said, 140, max_lines=2, placeholder=" …")
-    figure.text(
-        0.07, 0.9, "\n".join(lines), ha="left", va="top", fontsize=9.5, color=_MUTED if estimate.valid else _BAD
-    )
+    colour = _MUTED if estimate.valid else _BAD
+    figure.text(0.07, 0.9, "\n".join(lines), ha="left", va="top", fontsize=9.5, color=colour, parse_math=False)
     return figure
 
 
@@ -76,29 +75,39 @@ def _heat_map(figure: Figure, axes: Axes, estimate: InfluenceEstimate) -> None:
             value = matrix[row, column]
             if not math.isfinite(value):
                 continue
-            if not abs(value) > MIN_Z * error[row, column]:
+            unclear = not abs(value) > MIN_Z * error[row, column]
+            if unclear:
                 corner = (column - 0.5, row - 0.5)
                 axes.add_patch(_hatched(corner))
             if n <= MAX_NUMBERED:
-                dark = abs(value) > 0.6 * most
-                text = f"{value / scale:.1f}"
-                axes.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else _TEXT)
-    short = [textwrap.shorten(name, 12, placeholder="…") or name[:12] for name in names]
+                colour = _MUTED if unclear else "white" if abs(value) > 0.6 * most else _TEXT
+                text = f"{value / scale:.1f}".replace("-0.0", "0.0")
+                axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
+    short = [_short(name, 12) for name in names]
     every = max(1, n // 20)
-    axes.set_xticks(range(0, n, every), short[::every], rotation=45 if max(map(len, short)) > 3 else 0, fontsize=8)
-    axes.set_yticks(range(0, n, every), short[::every], fontsize=8)
+    turned: dict[str, Any] = (
+        {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, short)) > 3 else {}
+    )
+    axes.set_xticks(range(0, n, every), short[::every], fontsize=8, parse_math=False, **turned)
+    axes.set_yticks(range(0, n, every), short[::every], fontsize=8, parse_math=False)
     axes.set_xlabel("group of training samples", color=_TEXT)
     axes.set_ylabel("group of queries", color=_TEXT)
     bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
     bar.ax.tick_params(labelsize=8)
-    unit = f", cells in units of {scale:.0e}" if n <= MAX_NUMBERED else ""
+    unit = f", cells in units of {scale:g}" if n <= MAX_NUMBERED else ""
     axes.set_title(f"> 0 helps; hatched: within {MIN_Z:g} errors of 0{unit}", fontsize=9, color=_MUTED)
 
 
 def _hatched(corner: tuple[float, float]) -> Any:
     from matplotlib.patches import Rectangle
 
-    return Rectangle(corner, 1, 1, facecolor="none", edgecolor="#b0b0b0", hatch="////", lw=0)
+    return Rectangle(corner, 1, 1, facecolor="none", edgecolor="#d4d4d4", hatch="///", lw=0)
+
+
+def _short(text: str, width: int) -> str:
+    """One line of at most ``width`` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _losses(axes: Axes, estimate: InfluenceEstimate) -> None:
@@ -162,12 +171,12 @@ def suspects_figure(estimate: InfluenceEstimate, samples: Mapping[int, Rendered]
         index = int(estimate.train_index[j])
         _show(axes, samples.get(index), index)
         group = estimate.train_group[j] if estimate.train_group is not None else ""
-        label = f"#{index}" + (f" “{textwrap.shorten(group, 9, placeholder='…')}”" if group else "")
+        label = f"#{index}" + (f" “{_short(group, 9)}”" if group else "")
         under = f"{label}\n{float(estimate.mean_loss[j]):.2g} (plain rank {int(ranks[j])})"
-        axes.set_xlabel(under, fontsize=6.8, color=_TEXT, labelpad=3)
+        axes.set_xlabel(under, fontsize=6.8, color=_TEXT, labelpad=3, parse_math=False)
     where = f"step {estimate.step:,}: " if estimate.step is not None else ""
     figure.suptitle(
-        f"{where}largest posterior mean losses: likely mislabels and outliers",
+        f"{where}largest posterior mean losses: likely mislabels and outliers (“…”: the group, below it the loss)",
         x=0.01,
         y=1 - 0.1 / height,
         va="top",
@@ -185,7 +194,8 @@ def _show(axes: Axes, sample: Optional[Rendered], index: int) -> None:
         return
     text = sample.text if sample is not None else f"sample {index}"
     lines = textwrap.wrap(text, 15, max_lines=6, placeholder="…")
-    axes.text(0.05, 0.95, "\n".join(lines), transform=axes.transAxes, va="top", fontsize=6.3, color=_TEXT)
+    text = "\n".join(lines)
+    axes.text(0.05, 0.95, text, transform=axes.transAxes, va="top", fontsize=6.3, color=_TEXT, parse_math=False)
 
 
 def trajectories_figure(history: Sequence[InfluenceEstimate]) -> Optional[Figure]:
@@ -210,7 +220,8 @@ def trajectories_figure(history: Sequence[InfluenceEstimate]) -> Optional[Figure
         _style(axes, True)
         lines = [(values[:, k], index[k]) for k in range(len(index))]
         for k, (line, _) in enumerate(lines):
-            axes.plot(steps, line, "-o", color=_CHAINS[k % len(_CHAINS)], lw=1.3, ms=3.5)
+            # more lines than colours: the later ones are dashed
+            axes.plot(steps, line, "-o" if k < len(_CHAINS) else "--s", color=_CHAINS[k % len(_CHAINS)], lw=1.3, ms=3.5)
         positive = values[np.isfinite(values) & (values > 0)]
         if positive.size == values.size and positive.max() / positive.min() > 30:
             axes.set_yscale("log")
@@ -261,11 +272,29 @@ def _label_ends(axes: Axes, x: float, lines: Sequence[tuple[Any, int]], group_of
     axes.get_xlim(), axes.get_ylim()  # the limits are only known once they have been asked for
     to_axes = axes.transData + axes.transAxes.inverted()
     ends = sorted((float(to_axes.transform((x, line[-1]))[1]), k) for k, (line, _) in enumerate(lines))
-    height = -1.0
-    for wanted, k in ends:
-        height = max(wanted, height + 0.05)
+    for height, (_, k) in zip(spread([wanted for wanted, _ in ends]), ends, strict=True):
         index = lines[k][1]
         group = group_of.get(index, "")
-        text = f"#{index}" + (f" “{textwrap.shorten(group, 8, placeholder='…')}”" if group else "")
-        colour = _CHAINS[k % len(_CHAINS)]
-        axes.text(1.01, height, text, transform=axes.transAxes, fontsize=7, va="center", color=colour, clip_on=False)
+        text = f"#{index}" + (f" “{_short(group, 8)}”" if group else "")
+        style: dict[str, Any] = {"color": _CHAINS[k % len(_CHAINS)], "fontsize": 7, "va": "center", "clip_on": False}
+        axes.text(1.01, height, text, transform=axes.transAxes, parse_math=False, **style)
+
+
+def spread(heights: Sequence[float], gap: float = 0.036, low: float = 0.0, high: float = 1.0) -> list[float]:
+    """Heights in ascending order moved apart by as little as possible, and kept within the frame.
+
+    Example:
+        >>> [round(h, 2) for h in spread([0.1, 0.5, 0.5, 0.5], gap=0.1)]
+        [0.1, 0.4, 0.5, 0.6]
+    """
+    # neighbours that would lie on each other become a block around their mean: least squares under the gaps
+    blocks: list[tuple[float, int]] = []
+    for k, height in enumerate(heights):
+        mean, count = height - k * gap, 1
+        while blocks and blocks[-1][0] > mean:
+            before, many = blocks.pop()
+            mean, count = (before * many + mean * count) / (many + count), many + count
+        blocks.append((mean, count))
+    last = len(heights) - 1
+    bounded = [min(max(mean, low), max(high - last * gap, low)) for mean, count in blocks for _ in range(count)]
+    return [mean + k * gap for k, mean in enumerate(bounded)]
