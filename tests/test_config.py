@@ -112,7 +112,10 @@ def test_samples_to_look_at_from_a_file_and_a_command_line(tmp_path: Path) -> No
     assert (config.probe, config.query) == (2000, 64)
     samples = config.build()._samples
     assert samples.wanted and samples.describe() == {"probe": 2000, "query": 64}
-    assert load({"probe": None}).build()._samples.describe() is None
+    assert load({"probe": True}).build()._samples.describe() == {"probe": True, "query": None}
+    assert load({}, ["probe=true"]).probe is True
+    for nothing in (None, False):
+        assert not load({"probe": nothing}).build()._samples.wanted
 
 
 def test_file_mapping_and_node_give_the_same(tmp_path: Path) -> None:
@@ -164,8 +167,9 @@ def test_a_node_that_refers_to_its_siblings() -> None:
         ({"sampler": {"learning_rate": 1.0}}, "sampler.learning_rate=1.0", "SamplerConfig has name, lr"),
         ({"sampler": {"lr": "x"}}, "sampler.lr='x'", "SamplerConfig has name, lr"),
         ({"probes": 100}, "probes=100", "did you mean probe"),
-        ({"probe": "all of them"}, "probe='all of them'", "Integer"),
-        ({"query": 0.5}, "query=0.5", "Integer"),
+        ({"probe": "all of them"}, "probe='all of them'", "Union[bool, int]"),
+        ({"query": 0.5}, "query=0.5", "Union[bool, int]"),
+        ({"probe": [1, 2]}, "probe=[1, 2]", "Union[bool, int]"),
         ({"group_fn": "class"}, "group_fn='class'", "no such setting"),
         ({"sampler": 3}, "sampler=3", "expected the settings of a SamplerConfig"),
         ({"num_draws": "${nothing}"}, "num_draws='${nothing}'", "nothing"),
