@@ -140,7 +140,8 @@ def _tried(function: GroupFn, sample: Any) -> tuple[Optional[str], Optional[str]
         group = function(sample)
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
-    return None if group is None else str(group), None
+    # half characters are no text: neither files nor loggers take them
+    return None if group is None else str(group).encode(errors="replace").decode(), None
 
 
 def probe_set(

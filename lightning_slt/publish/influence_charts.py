@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from lightning_slt.influence_record import MIN_Z, InfluenceEstimate
 from lightning_slt.publish.charts import _BAD, _CHAINS, _GOOD, _MUTED, _TEXT, _style
-from lightning_slt.publish.render import Rendered
+from lightning_slt.publish.render import Rendered, clean
 
 MAX_NUMBERED = 12
 """Groups up to which the cells of the heat map carry their numbers."""
@@ -33,7 +33,11 @@ def influence_figure(estimate: InfluenceEstimate) -> Figure:
         A figure of 1000 x 450 pixels.
     """
     figure = Figure(figsize=(10.0, 4.5), dpi=100, facecolor="white")
-    grid = figure.add_gridspec(1, 2, width_ratios=(1.15, 1.0), wspace=0.3, left=0.07, right=0.98, bottom=0.14, top=0.8)
+    # names that are turned need room below
+    bottom = 0.25 if _are_long(estimate.groups) else 0.14
+    grid = figure.add_gridspec(
+        1, 2, width_ratios=(1.15, 1.0), wspace=0.3, left=0.07, right=0.98, bottom=bottom, top=0.8
+    )
     left, right = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
     if not len(estimate.train_index):
         left.set_axis_off()
@@ -55,7 +59,7 @@ def influence_figure(estimate: InfluenceEstimate) -> Figure:
             said += f" ({estimate.chance:.1%} by chance)"
     else:
         said = "NOT VALID: " + ("; ".join(estimate.reasons) or "no reason given")
-    lines = textwrap.wrap(said, 140, max_lines=2, placeholder=" …")
+    lines = textwrap.wrap(clean(said), 140, max_lines=2, placeholder=" …")
     colour = _MUTED if estimate.valid else _BAD
     figure.text(0.07, 0.9, "\n".join(lines), ha="left", va="top", fontsize=9.5, color=colour, parse_math=False)
     return figure
@@ -85,9 +89,7 @@ def _heat_map(figure: Figure, axes: Axes, estimate: InfluenceEstimate) -> None:
                 axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
     short = [_short(name, 12) for name in names]
     every = max(1, n // 20)
-    turned: dict[str, Any] = (
-        {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, short)) > 3 else {}
-    )
+    turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if _are_long(names) else {}
     axes.set_xticks(range(0, n, every), short[::every], fontsize=8, parse_math=False, **turned)
     axes.set_yticks(range(0, n, every), short[::every], fontsize=8, parse_math=False)
     axes.set_xlabel("group of training samples", color=_TEXT)
@@ -104,9 +106,13 @@ def _hatched(corner: tuple[float, float]) -> Any:
     return Rectangle(corner, 1, 1, facecolor="none", edgecolor="#d4d4d4", hatch="///", lw=0)
 
 
+def _are_long(names: Sequence[str]) -> bool:
+    return max(map(len, names), default=0) > 3
+
+
 def _short(text: str, width: int) -> str:
     """One line of at most ``width`` characters."""
-    text = " ".join(text.split())
+    text = clean(text)
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
@@ -176,7 +182,7 @@ def suspects_figure(estimate: InfluenceEstimate, samples: Mapping[int, Rendered]
         axes.set_xlabel(under, fontsize=6.8, color=_TEXT, labelpad=3, parse_math=False)
     where = f"step {estimate.step:,}: " if estimate.step is not None else ""
     figure.suptitle(
-        f"{where}largest posterior mean losses: likely mislabels and outliers (“…”: the group, below it the loss)",
+        f"{where}largest posterior mean losses: likely mislabels and outliers",
         x=0.01,
         y=1 - 0.1 / height,
         va="top",
@@ -185,6 +191,8 @@ def suspects_figure(estimate: InfluenceEstimate, samples: Mapping[int, Rendered]
         fontweight="bold",
         color=_TEXT if estimate.valid else _BAD,
     )
+    legend = {"va": "top", "ha": "right", "fontsize": 8, "color": _MUTED}
+    figure.text(0.99, 1 - 0.13 / height, "“group”, posterior mean loss", **legend)  # type: ignore[arg-type]
     return figure
 
 
@@ -193,7 +201,7 @@ def _show(axes: Axes, sample: Optional[Rendered], index: int) -> None:
         axes.imshow(sample.image, cmap="gray" if sample.image.ndim == 2 else None, aspect="equal")
         return
     text = sample.text if sample is not None else f"sample {index}"
-    lines = textwrap.wrap(text, 15, max_lines=6, placeholder="…")
+    lines = textwrap.wrap(clean(text), 15, max_lines=6, placeholder="…")
     text = "\n".join(lines)
     axes.text(0.05, 0.95, text, transform=axes.transAxes, va="top", fontsize=6.3, color=_TEXT, parse_math=False)
 
@@ -212,7 +220,7 @@ def trajectories_figure(history: Sequence[InfluenceEstimate]) -> Optional[Figure
         return None
     steps, index, loss, influence = found
     figure = Figure(figsize=(10.0, 4.5), dpi=100, facecolor="white")
-    grid = figure.add_gridspec(1, 2, wspace=0.32, left=0.07, right=0.93, bottom=0.13, top=0.86)
+    grid = figure.add_gridspec(1, 2, wspace=0.36, left=0.07, right=0.9, bottom=0.13, top=0.86)
     groups = history[-1].train_group
     group_of = dict(zip(history[-1].train_index.tolist(), groups, strict=True)) if groups is not None else {}
     for place, (values, name) in enumerate(((loss, "posterior mean loss"), (influence, "self-influence"))):

@@ -81,7 +81,10 @@ def render_sample(sample: Any, tokenizer: Any = None) -> Rendered:
     try:
         return _render(_input_of(sample), tokenizer)
     except Exception:
-        return Rendered("values", None, _clip(repr(sample)))
+        try:
+            return Rendered("values", None, _clip(repr(sample)))
+        except Exception:
+            return Rendered("values", None, type(sample).__name__)
 
 
 _warned: set[str] = set()
@@ -213,8 +216,12 @@ def _values(array: npt.NDArray[Any]) -> str:
     return _clip(f"[{shape}] {first}{more}" if array.ndim else first)
 
 
-def _clip(text: str) -> str:
-    # neither half characters nor control characters: not every file and font takes them
+def clean(text: str) -> str:
+    """One line without half characters and control characters, which not every file and font takes."""
     text = " ".join(text.encode(errors="replace").decode().split())
-    text = "".join("�" if unicodedata.category(c) == "Cc" else c for c in text)
+    return "".join("�" if unicodedata.category(c) == "Cc" else c for c in text)
+
+
+def _clip(text: str) -> str:
+    text = clean(text)
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
