@@ -96,7 +96,7 @@ def _heat_map(figure: Figure, axes: Axes, estimate: InfluenceEstimate) -> None:
     axes.set_ylabel("group of queries", color=_TEXT)
     bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
     bar.ax.tick_params(labelsize=8)
-    unit = f", cells in units of {scale:g}" if n <= MAX_NUMBERED else ""
+    unit = f", cells in units of {scale:g}" if n <= MAX_NUMBERED and scale != 1 else ""
     axes.set_title(f"> 0 helps; hatched: within {MIN_Z:g} errors of 0{unit}", fontsize=9, color=_MUTED)
 
 
@@ -198,7 +198,8 @@ def suspects_figure(estimate: InfluenceEstimate, samples: Mapping[int, Rendered]
 
 def _show(axes: Axes, sample: Optional[Rendered], index: int) -> None:
     if sample is not None and sample.image is not None:
-        axes.imshow(sample.image, cmap="gray" if sample.image.ndim == 2 else None, aspect="equal")
+        # the bytes as they are: stretched anew, a picture of one value would be black
+        axes.imshow(sample.image, cmap="gray" if sample.image.ndim == 2 else None, aspect="equal", vmin=0, vmax=255)
         return
     text = sample.text if sample is not None else f"sample {index}"
     lines = textwrap.wrap(clean(text), 15, max_lines=6, placeholder="…")

@@ -152,6 +152,7 @@ def test_suspects_are_shown_in_order_with_their_group_loss_and_plain_rank():
     figure = suspects_figure(estimate, pictures_of(estimate))
     assert len(figure.axes) == 20
     assert [int(axes.images[0].get_array()[0, 0]) for axes in figure.axes] == [10 * k % 256 for k in range(20)]
+    assert {(axes.images[0].norm.vmin, axes.images[0].norm.vmax) for axes in figure.axes} == {(0, 255)}
     assert figure.axes[0].get_xlabel() == "#0 “0”\n3 (plain rank 30)"
     assert figure.axes[4].get_xlabel() == "#40 “1”\n2.9 (plain rank 26)"
     assert figure.get_suptitle().startswith("step 1,200: largest posterior mean losses")
