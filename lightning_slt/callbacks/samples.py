@@ -64,6 +64,10 @@ class ProbedSamples:
         self._tokenizer: Any = None
         self._shown: dict[int, Rendered] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For strategies that spawn: what was read belongs to the process that read it."""
+        return {**self.__dict__, "_set": None, "_train_source": None, "_tokenizer": None, "_shown": {}}
+
     @property
     def wanted(self) -> bool:
         return self._probe is not None
