@@ -252,6 +252,28 @@ def test_several_validation_loaders(tmp_path: Path) -> None:
     assert monitor.influences[0].query_index.tolist() == list(range(6))
 
 
+def two_keys(samples: list[Any]) -> list[Tensor]:
+    return [torch.stack([s["points"] for s in samples]), torch.tensor([s["class"] for s in samples])]
+
+
+def test_validation_data_that_is_collated_and_sampled_in_its_own_way(tmp_path: Path) -> None:
+    items = [{"points": x, "class": int(y)} for x, y in zip(*tensors(8).tensors, strict=True)]
+    sampler = torch.utils.data.SubsetRandomSampler([5, 2, 7])
+
+    def data() -> dict[str, Any]:
+        validation = DataLoader(items, batch_size=BATCH, sampler=sampler, collate_fn=two_keys)  # type: ignore[arg-type]
+        return {**loaders(), "val_dataloaders": validation}
+
+    monitor = probing(10, query=True, at_steps=[0])
+    trace = Scenario(lambda: Validates(lr=0.0), data).run(tmp_path, monitor)
+    (e,) = monitor.influences
+    assert e.query_index.tolist() == [5, 2, 7]
+    x, y = tensors(8).tensors
+    with torch.no_grad():
+        losses = cross_entropy(trace.module.net(x[e.query_index]), y[e.query_index], reduction="none")
+    torch.testing.assert_close(e.query_init_loss, losses.double(), rtol=1e-5, atol=1e-6)
+
+
 def test_groups_by_a_function(tmp_path: Path) -> None:
     monitor = probing(at_steps=[1], group_fn=lambda s: "right" if s[0][0] > 0 else None)
     Scenario(Net, loaders).run(tmp_path, monitor)
@@ -666,6 +688,20 @@ def test_resume_in_a_new_folder_has_the_whole_history_there(tmp_path: Path) -> N
     assert [e.step for e in InfluenceRecord(tmp_path / "again").read()] == [2, 4, 6, 8, 10, 12]
 
 
+def test_resume_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    """Step 6 was measured by the run that died; the one that goes on from step 5 does not measure there."""
+    folder = str(tmp_path / "slt")
+    first = probing(7, every_n_train_steps=2, name="m", dirpath=folder)
+    again = probing(7, every_n_train_steps=4, name="m", dirpath=folder)
+    Scenario(Net, loaders, saving(tmp_path, max_epochs=1)).run(tmp_path, first)
+    assert first.folder is not None
+    assert [e.step for e in InfluenceRecord(first.folder).read()] == [2, 4, 6]
+    Scenario(Net, loaders).run(tmp_path, again, ckpt_path=str(tmp_path / "step=5.ckpt"))
+    assert again.folder == first.folder
+    assert [e.step for e in InfluenceRecord(first.folder).read()] == [2, 4, 8, 12]
+    assert [e.step for e in again.influences] == [2, 4, 8, 12]
+
+
 def test_a_checkpoint_loads_with_weights_only(tmp_path: Path) -> None:
     monitor, again = probing(every_n_train_steps=2), probing(every_n_train_steps=2)
     Scenario(Net, loaders, saving(tmp_path, max_epochs=1)).run(tmp_path, monitor)
@@ -721,8 +757,18 @@ def test_a_second_fit_looks_at_its_own_data(tmp_path: Path) -> None:
     assert [(e.step, len(e.train_index)) for e in monitor.influences] == [(2, 16), (4, 16)]
 
 
+def test_samples_that_change_are_looked_at_as_they_were_read_once(tmp_path: Path) -> None:
+    """The weights stand still, and the dataset gives other noise at every read."""
+    monitor = probing(6, query=Counts(8))
+    still(dataset=Counts()).run(tmp_path, monitor)
+    first, *others = monitor.influences
+    assert len(others) == 2
+    for e in others:
+        assert torch.equal(e.init_loss, first.init_loss) and torch.equal(e.query_init_loss, first.query_init_loss)
+
+
 def test_training_data_that_is_given_anew_keeps_the_samples(tmp_path: Path) -> None:
-    """Loaders that are made again for every epoch: what is looked at was read once."""
+    """Loaders that are made again for every epoch, over other datasets."""
 
     class Anew(Net):
         def __init__(self) -> None:
