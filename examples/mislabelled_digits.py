@@ -79,8 +79,8 @@ def main() -> None:
         plain = [index[j] for j in influence.init_loss.argsort(descending=True)[:WORST].tolist()]
         print(
             f"  step {influence.step}: {found} of the {len(worst)} worst were flipped "
-            f"({sum(i in wrong for i in plain)} of the worst by plain loss); {len(wrong.intersection(index))} of "
-            f"{len(index)} samples looked at are"
+            f"({sum(i in wrong for i in plain)} of the {len(plain)} worst by plain loss); "
+            f"{len(wrong.intersection(index))} of all {len(index)} samples looked at were"
         )
     pictures = []
     if monitor.folder is not None:

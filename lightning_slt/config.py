@@ -85,8 +85,8 @@ class MonitorConfig:
     name: Optional[str] = None
     dirpath: Optional[str] = None
     method: str = "auto"
-    probe: Optional[int] = None
-    query: Optional[int] = None
+    probe: Optional[Union[bool, int]] = None
+    query: Optional[Union[bool, int]] = None
 
     def build(self) -> SLTMonitor:
         """The callback.

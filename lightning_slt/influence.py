@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -29,7 +30,7 @@ from lightning_slt.functional.influence import (
 from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 from lightning_slt.influence_record import Dropped, InfluenceEstimate
 from lightning_slt.record import Estimate
-from lightning_slt.sampling.batches import DatasetSource, MinibatchSource, preserve_generators, source_of
+from lightning_slt.sampling.batches import DatasetSource, MinibatchSource, source_of
 from lightning_slt.sampling.chains import STATS_EVERY, Chains, Progress
 from lightning_slt.sampling.collective import Collective
 from lightning_slt.sampling.control import SteinControl
@@ -111,7 +112,7 @@ class ProbeSet:
 
 
 def groups_of(
-    dataset: Any,
+    source: DatasetSource,
     index: Sequence[int],
     group_fn: Optional[GroupFn],
     classes: Optional[Sequence[Optional[str]]] = None,
@@ -119,7 +120,7 @@ def groups_of(
     """The group of each sample; None where no sample has one.
 
     Args:
-        dataset, index: the samples.
+        source, index: the samples.
         group_fn: None for the class, where there is one: as many labels as samples are no classes.
         classes: labels that are known to be classes.
 
@@ -127,19 +128,27 @@ def groups_of(
         ValueError: where ``group_fn`` raises, naming the sample.
     """
     function = group_fn or default_group
-    found: list[Optional[str]] = []
-    with preserve_rng(), preserve_generators(dataset):
-        for i in index:
-            try:
-                group = function(dataset[i])
-            except Exception as error:
-                if group_fn is None:
-                    return None
-                raise ValueError(f"group_fn failed on sample {i}: {type(error).__name__}: {error}") from error
-            found.append(None if group is None else str(group))
+    with preserve_rng():
+        told = source.read_items(index, partial(_tried, function))
+    for i, (_, error) in zip(index, told, strict=True):
+        if error is not None:
+            if group_fn is None:
+                return None
+            raise ValueError(f"group_fn failed on sample {i}: {error}")
+    found: list[Optional[str]] = [group for group, _ in told]
     known = {g for g in found if g is not None}
     few = len(known) <= max(len(found) // 2, 1) or known <= set(classes or ())
     return found if known and (group_fn is not None or few) else None
+
+
+def _tried(function: GroupFn, sample: Any) -> tuple[Optional[str], Optional[str]]:
+    """The group of a sample, or what is wrong with it: an exception of another process would not say which sample."""
+    try:
+        group = function(sample)
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
+    # half characters are no text: neither files nor loggers take them
+    return None if group is None else str(group).encode(errors="replace").decode(), None
 
 
 def probe_set(
@@ -169,7 +178,7 @@ def probe_set(
         samples = Samples.of(source, choose_samples(n, limit, seed))
         # queries may be few: what is a class is seen by the training samples
         known = parts[0][1] if parts else None
-        parts.append((samples, groups_of(source.dataset, samples.index, group_fn, known)))
+        parts.append((samples, groups_of(source, samples.index, group_fn, known)))
     first, *rest = parts
     if not rest:
         return ProbeSet(first[0], train_group=first[1], per_token=per_token)

@@ -84,6 +84,7 @@ class InfluenceEstimate:
         shrinkage: the power p of ``sign(rho) |rho|^p s_i s_q``; 1 where ``matrix`` is the plain covariance.
         queries_are_train: the queries are samples of the training data.
         step, epoch, x, seconds, component: as in :class:`~lightning_slt.record.Estimate`.
+        known_passing, known_max_abs: what the pairs said, where they are not kept; see :meth:`without_pairs`.
     """
 
     matrix: Tensor
@@ -124,6 +125,8 @@ class InfluenceEstimate:
     x: Optional[int] = None
     seconds: float = math.nan
     component: str = ""
+    known_passing: float = math.nan
+    known_max_abs: float = math.nan
 
     def replace(self, **changes: Any) -> InfluenceEstimate:
         """A copy with some fields changed."""
@@ -136,9 +139,12 @@ class InfluenceEstimate:
 
     @property
     def passing(self) -> float:
-        """Share of the pairs of two samples that are further than 3 standard errors from zero; see :attr:`chance`."""
+        """Share of the pairs of two samples that are further than 3 standard errors from zero; see :attr:`chance`.
+
+        NaN where there are no pairs.
+        """
         pairs = self.z[~self._same()]
-        return float((pairs.abs() > MIN_Z).double().mean()) if len(pairs) else 0.0
+        return float((pairs.abs() > MIN_Z).double().mean()) if len(pairs) else self.known_passing
 
     @property
     def chance(self) -> float:
@@ -159,7 +165,7 @@ class InfluenceEstimate:
     def max_abs(self) -> float:
         """The largest ``|matrix|`` between two different samples."""
         values = self.matrix[~self._same()].abs()
-        return float(values.max()) if len(values) else math.nan
+        return float(values.max()) if len(values) else self.known_max_abs
 
     @property
     def top_share(self) -> float:
@@ -220,7 +226,7 @@ class InfluenceEstimate:
 
     def _same(self) -> Tensor:
         """``[n_query, n_train]`` bool: the pair is one and the same sample, where queries are training samples."""
-        if not self.queries_are_train:
+        if not self.queries_are_train or not self.matrix.numel():
             return torch.zeros(self.matrix.shape, dtype=torch.bool)
         return self.query_index[:, None] == self.train_index[None]
 
@@ -249,7 +255,8 @@ class InfluenceEstimate:
     def without_pairs(self) -> InfluenceEstimate:
         """The same without the pair matrices: what the history in memory and in a checkpoint keeps."""
         empty = torch.empty(0, len(self.train_index), dtype=torch.float64)
-        return self.replace(matrix=empty, correlation=empty, se=empty)
+        said = {"known_passing": self.passing, "known_max_abs": self.max_abs}
+        return self.replace(matrix=empty, correlation=empty, se=empty, **said)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors only."""
@@ -266,17 +273,19 @@ class InfluenceEstimate:
         values["dropped"] = tuple(Dropped(**d) for d in values.get("dropped", ()))
         for name in ("matrix", "correlation", "se"):
             values[name] = values[name].double()
-        for name in ("between_share", "seconds"):
-            if values.get(name) is None:
+        for name, field in names.items():
+            # what was not finite when it was written
+            if field.type == "float" and name in values and values[name] is None:
                 values[name] = math.nan
         return cls(**values)
 
     def __str__(self) -> str:
         where = f"step {self.step}: " if self.step is not None else ""
         state = "" if self.valid else f"  NOT VALID: {'; '.join(self.reasons)}"
+        pairs = f", {self.passing:.1%} of the pairs above 3 errors" if math.isfinite(self.passing) else ""
         return (
             f"{where}influence of {len(self.train_index)} samples on {len(self.query_index)} queries, "
-            f"{self.num_chains} chains x {self.num_draws} draws, {self.passing:.1%} of the pairs above 3 errors{state}"
+            f"{self.num_chains} chains x {self.num_draws} draws{pairs}{state}"
         )
 
     def __repr__(self) -> str:

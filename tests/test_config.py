@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from lightning_slt import SGLD, SGNHT, RMSpropSGLD, SLTMonitor
 from lightning_slt.config import MonitorConfig, SamplerConfig, SamplerName, load
 
-NOT_PLAIN_DATA = {"loss_fn"}
+NOT_PLAIN_DATA = {"loss_fn", "group_fn", "render"}
 
 
 @dataclass
@@ -79,6 +79,8 @@ def test_builds_the_callback_with_every_argument(monkeypatch: pytest.MonkeyPatch
         "name": "first",
         "dirpath": "here",
         "method": "sequential",
+        "probe": 500,
+        "query": 100,
     }
     assert set(given) == {f.name for f in dataclasses.fields(MonitorConfig)}
     assert isinstance(load(given).build(), SLTMonitor)
@@ -90,9 +92,30 @@ def test_builds_the_callback_with_every_argument(monkeypatch: pytest.MonkeyPatch
     assert type(taken["at_steps"]) is list and type(taken["restrict"]) is list  # no ListConfig in a checkpoint
 
 
-def test_an_argument_out_of_range_is_refused_by_the_callback() -> None:
-    with pytest.raises(ValueError, match="num_draws=0"):
-        load({"num_draws": 0}).build()
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_draws": 0}, "num_draws=0"),
+        ({"probe": 0}, "probe=0: must be at least 1"),
+        ({"probe": 10, "query": -1}, "query=-1: must be at least 1"),
+        ({"query": 10}, "query is given without probe"),
+    ],
+)
+def test_an_argument_out_of_range_is_refused_by_the_callback(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(given).build()
+
+
+def test_samples_to_look_at_from_a_file_and_a_command_line(tmp_path: Path) -> None:
+    (tmp_path / "monitor.yaml").write_text("probe: 2000\n")
+    config = load(tmp_path / "monitor.yaml", ["query=64"])
+    assert (config.probe, config.query) == (2000, 64)
+    samples = config.build()._samples
+    assert samples.wanted and samples.describe() == {"probe": 2000, "query": 64}
+    assert load({"probe": True}).build()._samples.describe() == {"probe": True, "query": None}
+    assert load({}, ["probe=true"]).probe is True
+    for nothing in (None, False):
+        assert not load({"probe": nothing}).build()._samples.wanted
 
 
 def test_file_mapping_and_node_give_the_same(tmp_path: Path) -> None:
@@ -143,6 +166,11 @@ def test_a_node_that_refers_to_its_siblings() -> None:
         ({"seed": {"a": 1}}, "seed={'a': 1}", "Integer"),
         ({"sampler": {"learning_rate": 1.0}}, "sampler.learning_rate=1.0", "SamplerConfig has name, lr"),
         ({"sampler": {"lr": "x"}}, "sampler.lr='x'", "SamplerConfig has name, lr"),
+        ({"probes": 100}, "probes=100", "did you mean probe"),
+        ({"probe": "all of them"}, "probe='all of them'", "Union[bool, int]"),
+        ({"query": 0.5}, "query=0.5", "Union[bool, int]"),
+        ({"probe": [1, 2]}, "probe=[1, 2]", "Union[bool, int]"),
+        ({"group_fn": "class"}, "group_fn='class'", "no such setting"),
         ({"sampler": 3}, "sampler=3", "expected the settings of a SamplerConfig"),
         ({"num_draws": "${nothing}"}, "num_draws='${nothing}'", "nothing"),
     ],

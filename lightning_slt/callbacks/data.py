@@ -62,6 +62,7 @@ class TrainingData:
     Attributes:
         num_samples: n, or None where it is not known.
         replays: batches that training sees must be handed to :meth:`see`.
+        indexed: samples can be asked for by number: there is one loader, which can be rebuilt.
     """
 
     def __init__(self, trainer: Trainer, batch_size: Optional[int], num_samples: Optional[int], seed: int) -> None:
@@ -75,6 +76,7 @@ class TrainingData:
         leaves = [_rebuildable(loader, trainer) for loader in flat]
         self._leaves = [leaf for leaf in leaves if leaf is not None]
         self.replays = not flat or len(self._leaves) < len(flat)
+        self.indexed = not self.replays and isinstance(loaders, DataLoader)
         if num_samples is None and flat:
             sizes = [_size(loader, leaf) for loader, leaf in zip(flat, leaves, strict=True)]
             known = [size for size in sizes if size is not None]
@@ -113,7 +115,7 @@ class TrainingData:
             # weights are no minimum of a few samples: nbeta must be that of the samples that are held, not of all
             n = self.num_samples if self._given or self.num_samples is None else min(sum(sizes), self.num_samples)
             return ReplaySource(self._seen, n, sizes[0] if sizes else 1)
-        single = len(self._leaves) == 1 and self._spec.num_leaves == 1 and self._spec.num_nodes == 1
+        single = self.indexed
         parts = [
             DatasetSource(
                 leaf.loader.dataset,

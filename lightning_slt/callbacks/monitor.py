@@ -85,7 +85,9 @@ class SLTMonitor(Callback):
         query: whose losses they influence: None for the probed samples themselves, a number of samples of the
             validation data, or a Dataset.
         group_fn: ``group_fn(sample)`` -> the group that a sample of a dataset belongs to; None for its class.
-        render: ``render(sample)`` -> a picture (array, tensor or PIL image) or a text to show it by; None for defaults.
+        render: ``render(sample)`` -> a picture (array, tensor or PIL image) or a text to show it by. None for defaults
+            by shape; token ids are decoded by the ``tokenizer`` attribute (with a ``decode`` method) of the datamodule,
+            the LightningModule or the dataset, the first that has one.
 
     Raises:
         ValueError: for an argument out of range.
@@ -232,6 +234,10 @@ class SLTMonitor(Callback):
         self._data = TrainingData(trainer, self._batch_size, self._num_samples, self._settings.seed)
         self._source = None
         self._samples.forget()
+        try:
+            self._samples.check(self._data.indexed)
+        except ValueError as error:
+            raise MisconfigurationException(f"SLTMonitor: {error}") from error
         check_num_samples(self._data.num_samples, self._settings.nbeta)
         total = trainer.estimated_stepping_batches
         self._explicit = self._schedule.explicit_steps(None if total in (-1, float("inf")) else int(total))
@@ -301,6 +307,10 @@ class SLTMonitor(Callback):
             for estimate in self.estimates:
                 if estimate.step not in known:
                     record.append(estimate)
+            samples = InfluenceRecord(record.folder)
+            for influence in self.influences:
+                if not all(path.exists() for path in samples.paths(influence.step)):
+                    samples.save(influence)
         except OSError as error:
             rank_zero_warn(f"lightning_slt could not restore its record in {record.folder}: {error}")
 
@@ -498,7 +508,7 @@ class SLTMonitor(Callback):
             )
             self._hook_owner = objective.module
             if self._source is None or data.replays:
-                self._source = data.source(lambda batch: training_transfer(trainer, self._hook_owner)(batch))  # type: ignore[arg-type]
+                self._source = data.source(self._transfer(trainer))
             else:
                 self._source.forget()
             return objective, self._source
@@ -525,7 +535,9 @@ class SLTMonitor(Callback):
         influence: Optional[InfluenceEstimate] = None
         if self._samples.wanted:
             probes: list[ProbeSet] = []
-            self._collective.exchange(lambda: probes.append(self._samples.read(trainer, source)))
+            self._collective.exchange(
+                lambda: probes.append(self._samples.read(trainer, source, self._transfer(trainer)))
+            )
             estimate, influence = measure_both(
                 objective, source, settings, probes[0], self._collective, progress, memory
             )
@@ -555,6 +567,10 @@ class SLTMonitor(Callback):
             named = ", ".join(f"{d.kind} {d.index} ({d.reason})" for d in influence.dropped[:5])
             rank_zero_warn(f"SLTMonitor: {len(influence.dropped)} samples are left out of influence: {named}")
         return estimate, influence
+
+    def _transfer(self, trainer: Trainer) -> Callable[[Any], Any]:
+        """What the trainer does to a batch, with the hooks of the private copy there is when it is read."""
+        return lambda batch: training_transfer(trainer, self._hook_owner)(batch)  # type: ignore[arg-type]
 
     def _moments(self, trainer: Trainer, objective: Objective) -> Optional[Tensor]:
         """``[d]`` second moments of the optimisers, the first rank's, for a sampler that wants them and starts cold."""
@@ -613,9 +629,9 @@ class SLTMonitor(Callback):
         publisher, self._publisher = self._publisher, None
         if publisher is None:
             return
-        publisher.finish(self.estimates, status)
         if self.influences:
             publisher.finish_influence(self.influences)
+        publisher.finish(self.estimates, status)  # last: it flushes
         if self.estimates and self.folder is not None:
             rank_zero_info(f"SLTMonitor: {len(self.estimates)} estimates in {self.folder}")
 

@@ -12,13 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_slt.influence import ProbeSet, probe_set
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish.render import Rendered, render_sample, rendered_by
-from lightning_slt.sampling.batches import (
-    DatasetSource,
-    MinibatchSource,
-    preserve_generators,
-    to_device,
-    uniform_samples,
-)
+from lightning_slt.sampling.batches import DatasetSource, MinibatchSource, uniform_samples
 from lightning_slt.sampling.probe import MAX_SAMPLES, GroupFn
 from lightning_slt.sampling.rng import preserve_rng
 
@@ -66,8 +60,13 @@ class ProbedSamples:
         self._query = None if query is False else query
         self._group_fn, self._render, self._seed = group_fn, render, seed
         self._set: Optional[ProbeSet] = None
-        self._dataset: Any = None
+        self._train_source: Optional[DatasetSource] = None
+        self._tokenizer: Any = None
         self._shown: dict[int, Rendered] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For strategies that spawn: what was read belongs to the process that read it."""
+        return {**self.__dict__, "_set": None, "_train_source": None, "_tokenizer": None, "_shown": {}}
 
     @property
     def wanted(self) -> bool:
@@ -81,45 +80,58 @@ class ProbedSamples:
 
     def forget(self) -> None:
         """A new run, maybe on other data."""
-        self._set, self._dataset, self._shown = None, None, {}
+        self._set, self._train_source, self._tokenizer, self._shown = None, None, None, {}
 
-    def read(self, trainer: Trainer, source: MinibatchSource) -> ProbeSet:
+    def check(self, indexed: bool) -> None:
+        """Before training: whether the training data has what is asked of it.
+
+        Args:
+            indexed: it can be asked for a sample by number.
+
+        Raises:
+            ValueError: naming ``probe`` and the remedy.
+        """
+        if isinstance(self._probe, (bool, int)) and not indexed:
+            raise ValueError(
+                f"probe={self._probe}: the training data cannot be asked for a sample by number (an iterable dataset, "
+                "a sampler of its own, or several loaders). Give probe=Dataset, with the samples to look at."
+            )
+
+    def read(self, trainer: Trainer, source: MinibatchSource, transfer: Callable[[Any], Any]) -> ProbeSet:
         """The samples; read once, so that every firing looks at the same ones.
 
         Args:
             trainer: gives the validation data.
-            source: the chains' minibatches: its dataset, collate function and transfer to the device are used.
-
-        Raises:
-            ValueError: where the training data cannot be asked for a sample by number.
+            source: the chains' minibatches: its dataset and collate function are used.
+            transfer: what the trainer does to a collated batch before its step.
         """
         if self._set is not None:
             return self._set
-        train = self._train(trainer, source)
-        query = self._queries(trainer, source)
+        train = self._train(source, transfer)
+        query = self._queries(trainer, source, transfer)
         limit = self._probe if isinstance(self._probe, int) and not isinstance(self._probe, bool) else None
         limit = MAX_SAMPLES if self._probe is True else limit
         most = self._query if isinstance(self._query, int) and not isinstance(self._query, bool) else None
         most = MAX_SAMPLES if self._query is True else most
         self._set = probe_set(train, query, limit, most, self._seed, self._group_fn)
-        self._dataset = train.dataset
+        self._train_source = train
+        owners = (getattr(trainer, "datamodule", None), trainer.lightning_module, train.dataset)
+        self._tokenizer = next((t for t in map(tokenizer_of, owners) if t is not None), None)
         return self._set
 
-    def _train(self, trainer: Trainer, source: MinibatchSource) -> DatasetSource:
+    def _train(self, source: MinibatchSource, transfer: Callable[[Any], Any]) -> DatasetSource:
         if not isinstance(self._probe, (bool, int)):
-            return _like(source, self._probe, trainer)
-        if not isinstance(source, DatasetSource):
-            raise ValueError(
-                f"probe={self._probe}: the training data cannot be asked for a sample by number (an iterable dataset, "
-                "a sampler of its own, or several loaders). Give probe=Dataset, with the samples to look at."
-            )
+            return _like(source, self._probe, transfer)
+        assert isinstance(source, DatasetSource), "checked before training"
         return source
 
-    def _queries(self, trainer: Trainer, source: MinibatchSource) -> Optional[DatasetSource]:
+    def _queries(
+        self, trainer: Trainer, source: MinibatchSource, transfer: Callable[[Any], Any]
+    ) -> Optional[DatasetSource]:
         if self._query is None:
             return None
         if not isinstance(self._query, (bool, int)):
-            return _like(source, self._query, trainer)
+            return _like(source, self._query, transfer)
         loaders = trainer.val_dataloaders
         loader = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders
         if not isinstance(loader, DataLoader) or not _is_map_style(loader.dataset):
@@ -128,36 +140,39 @@ class ProbedSamples:
                 "number (yet), so the probed samples are the queries. Give query=Dataset."
             )
             return None
-        return _like(source, loader.dataset, trainer, uniform_samples(loader)[1], loader.collate_fn)
+        return _like(source, loader.dataset, transfer, uniform_samples(loader)[1], loader.collate_fn)
 
     def rendered(self, estimate: InfluenceEstimate, count: int = SHOWN) -> dict[int, Rendered]:
         """The suspects of an estimate, ready to be shown; each sample is read and drawn once."""
-        found: dict[int, Rendered] = {}
-        if not len(estimate.train_index):
-            return found
-        for column in estimate.suspects(count):
-            index = int(estimate.train_index[column])
-            if index not in self._shown:
-                with preserve_rng(), preserve_generators(self._dataset):
-                    sample = self._dataset[index]
-                    hook = self._render
-                    self._shown[index] = render_sample(sample) if hook is None else rendered_by(hook, sample)
-            found[index] = self._shown[index]
-        return found
+        suspects = [int(estimate.train_index[column]) for column in estimate.suspects(count)]
+        fresh = [index for index in suspects if index not in self._shown]
+        if fresh and self._train_source is not None:
+            hook, tokenizer = self._render, self._tokenizer
+            with preserve_rng():
+                for index, sample in zip(fresh, self._train_source.read_items(fresh), strict=True):
+                    self._shown[index] = (
+                        render_sample(sample, tokenizer) if hook is None else rendered_by(hook, sample, tokenizer)
+                    )
+        return {index: self._shown[index] for index in suspects if index in self._shown}
+
+
+def tokenizer_of(owner: Any) -> Any:
+    """Its ``tokenizer``, where that can ``decode``; of a subset, that of the dataset it is of; else None."""
+    seen = 0
+    while owner is not None and seen < 8:
+        tokenizer = getattr(owner, "tokenizer", None)
+        if callable(getattr(tokenizer, "decode", None)):
+            return tokenizer
+        owner, seen = getattr(owner, "dataset", None) if isinstance(owner, Dataset) else None, seen + 1
+    return None
 
 
 def _like(
-    source: MinibatchSource, dataset: Any, trainer: Trainer, indices: Any = None, collate: Any = None
+    source: MinibatchSource, dataset: Any, transfer: Callable[[Any], Any], indices: Any = None, collate: Any = None
 ) -> DatasetSource:
     """A source of other samples that are collated and moved as the chains' minibatches are."""
-    known = isinstance(source, DatasetSource)
-    return DatasetSource(
-        dataset,
-        1,
-        collate or (source._collate if known else None),  # type: ignore[attr-defined]
-        indices,
-        source._transfer if known else to_device(trainer.strategy.root_device),  # type: ignore[attr-defined]
-    )
+    known = source._collate if isinstance(source, DatasetSource) else None
+    return DatasetSource(dataset, 1, collate or known, indices, transfer)
 
 
 def _is_map_style(data: Any) -> bool:

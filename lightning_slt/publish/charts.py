@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
+import warnings
 from collections.abc import Sequence
 from typing import Any, Optional
 from weakref import WeakKeyDictionary
@@ -37,7 +38,10 @@ def pixels(figure: Figure) -> npt.NDArray[np.uint8]:
     """The figure as ``[height, width, 4]`` RGBA bytes; drawn once, however many sinks ask."""
     if figure not in _drawn:
         canvas = FigureCanvasAgg(figure)
-        canvas.draw()
+        with warnings.catch_warnings():
+            # the text of a sample may be in any script; its boxes are no matter for a warning at every firing
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            canvas.draw()
         _drawn[figure] = np.array(canvas.buffer_rgba(), dtype=np.uint8)
     return _drawn[figure]
 

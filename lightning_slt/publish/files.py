@@ -5,6 +5,9 @@
 ``history.csv``                 one row an estimate
 ``figures/chains_step_*.png``   the chains of each estimate
 ``figures/history.png``         the learning coefficient over training, at the end
+``figures/influence_step_*``    influence between groups; ``suspects_step_*`` the likeliest wrong labels
+``tables/*_step_*.csv``         the same as rows; their column ``media`` names a sample
+``samples/*.png``, ``*.txt``    what those samples look like, each once
 ==============================  =======================================================================================
 """
 
@@ -32,6 +35,11 @@ def _write(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8, half characters (of a text cut in the middle, or a tokenizer's) as question marks."""
+    return text.encode(errors="replace")
 
 
 class FilesSink:
@@ -65,13 +73,19 @@ class FilesSink:
             )
 
     def page(self, page: Page, step: int) -> None:
-        """``figures/<name>_step_<n>.png`` and ``tables/<name>_step_<n>.csv``; numbers are in the record."""
+        """``figures/<name>_step_<n>.png``, ``tables/<name>_step_<n>.csv``, ``samples/<id>``; no numbers."""
         step = step if page.step is None else page.step
         for name, figure in page.pictures.items():
             _write(self.folder / "figures" / f"{name}_step_{step:09d}.png", png(figure))
         for name, table in page.tables.items():
             text = to_csv(table.columns, table.rows)
-            _write(self.folder / "tables" / f"{name}_step_{step:09d}.csv", text.encode())
+            _write(self.folder / "tables" / f"{name}_step_{step:09d}.csv", encoded(text))
+        for name, sample in page.samples.items():
+            path = self.folder / "samples" / name
+            if sample.image is not None:
+                _write(path.with_suffix(".png"), sample.png())
+            else:
+                _write(path.with_suffix(".txt"), encoded(sample.text + "\n"))
 
     def finish(self, estimates: Sequence[Estimate], status: str, figure: Optional[Figure]) -> None:
         self._count = len(estimates)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from lightning_slt.influence_record import MIN_Z, InfluenceEstimate
 from lightning_slt.publish.charts import _BAD, _CHAINS, _GOOD, _MUTED, _TEXT, _style
-from lightning_slt.publish.render import Rendered
+from lightning_slt.publish.render import Rendered, clean
 
 MAX_NUMBERED = 12
 """Groups up to which the cells of the heat map carry their numbers."""
@@ -33,7 +33,11 @@ def influence_figure(estimate: InfluenceEstimate) -> Figure:
         A figure of 1000 x 450 pixels.
     """
     figure = Figure(figsize=(10.0, 4.5), dpi=100, facecolor="white")
-    grid = figure.add_gridspec(1, 2, width_ratios=(1.15, 1.0), wspace=0.3, left=0.07, right=0.98, bottom=0.14, top=0.8)
+    # names that are turned need room below
+    bottom = 0.25 if _are_long(estimate.groups) else 0.14
+    grid = figure.add_gridspec(
+        1, 2, width_ratios=(1.15, 1.0), wspace=0.3, left=0.07, right=0.98, bottom=bottom, top=0.8
+    )
     left, right = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
     if not len(estimate.train_index):
         left.set_axis_off()
@@ -49,16 +53,15 @@ def influence_figure(estimate: InfluenceEstimate) -> Figure:
     colour = _TEXT if estimate.valid else _BAD
     figure.suptitle(title, x=0.07, y=0.965, ha="left", fontsize=12.5, fontweight="bold", color=colour)
     if estimate.valid:
-        said = (
-            f"{estimate.num_chains} chains of {estimate.num_draws} readings; {estimate.passing:.1%} of single pairs "
-            f"are above {MIN_Z:g} standard errors ({estimate.chance:.1%} by chance)"
-        )
+        said = f"{estimate.num_chains} chains of {estimate.num_draws} readings"
+        if math.isfinite(estimate.passing):
+            said += f"; {estimate.passing:.1%} of single pairs are above {MIN_Z:g} standard errors"
+            said += f" ({estimate.chance:.1%} by chance)"
     else:
         said = "NOT VALID: " + ("; ".join(estimate.reasons) or "no reason given")
-    lines = textwrap.wrap(said, 140, max_lines=2, placeholder=" …")
-    figure.text(
-        0.07, 0.9, "\n".join(lines), ha="left", va="top", fontsize=9.5, color=_MUTED if estimate.valid else _BAD
-    )
+    lines = textwrap.wrap(clean(said), 140, max_lines=2, placeholder=" …")
+    colour = _MUTED if estimate.valid else _BAD
+    figure.text(0.07, 0.9, "\n".join(lines), ha="left", va="top", fontsize=9.5, color=colour, parse_math=False)
     return figure
 
 
@@ -76,29 +79,41 @@ def _heat_map(figure: Figure, axes: Axes, estimate: InfluenceEstimate) -> None:
             value = matrix[row, column]
             if not math.isfinite(value):
                 continue
-            if not abs(value) > MIN_Z * error[row, column]:
+            unclear = not abs(value) > MIN_Z * error[row, column]
+            if unclear:
                 corner = (column - 0.5, row - 0.5)
                 axes.add_patch(_hatched(corner))
             if n <= MAX_NUMBERED:
-                dark = abs(value) > 0.6 * most
-                text = f"{value / scale:.1f}"
-                axes.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else _TEXT)
-    short = [textwrap.shorten(name, 12, placeholder="…") or name[:12] for name in names]
+                colour = _MUTED if unclear else "white" if abs(value) > 0.6 * most else _TEXT
+                text = f"{value / scale:.1f}".replace("-0.0", "0.0")
+                axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
+    short = [_short(name, 12) for name in names]
     every = max(1, n // 20)
-    axes.set_xticks(range(0, n, every), short[::every], rotation=45 if max(map(len, short)) > 3 else 0, fontsize=8)
-    axes.set_yticks(range(0, n, every), short[::every], fontsize=8)
+    turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if _are_long(names) else {}
+    axes.set_xticks(range(0, n, every), short[::every], fontsize=8, parse_math=False, **turned)
+    axes.set_yticks(range(0, n, every), short[::every], fontsize=8, parse_math=False)
     axes.set_xlabel("group of training samples", color=_TEXT)
     axes.set_ylabel("group of queries", color=_TEXT)
     bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
     bar.ax.tick_params(labelsize=8)
-    unit = f", cells in units of {scale:.0e}" if n <= MAX_NUMBERED else ""
+    unit = f", cells in units of {scale:g}" if n <= MAX_NUMBERED and scale != 1 else ""
     axes.set_title(f"> 0 helps; hatched: within {MIN_Z:g} errors of 0{unit}", fontsize=9, color=_MUTED)
 
 
 def _hatched(corner: tuple[float, float]) -> Any:
     from matplotlib.patches import Rectangle
 
-    return Rectangle(corner, 1, 1, facecolor="none", edgecolor="#b0b0b0", hatch="////", lw=0)
+    return Rectangle(corner, 1, 1, facecolor="none", edgecolor="#d4d4d4", hatch="///", lw=0)
+
+
+def _are_long(names: Sequence[str]) -> bool:
+    return max(map(len, names), default=0) > 3
+
+
+def _short(text: str, width: int) -> str:
+    """One line of at most ``width`` characters."""
+    text = clean(text)
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _losses(axes: Axes, estimate: InfluenceEstimate) -> None:
@@ -162,9 +177,9 @@ def suspects_figure(estimate: InfluenceEstimate, samples: Mapping[int, Rendered]
         index = int(estimate.train_index[j])
         _show(axes, samples.get(index), index)
         group = estimate.train_group[j] if estimate.train_group is not None else ""
-        label = f"#{index}" + (f" “{textwrap.shorten(group, 9, placeholder='…')}”" if group else "")
+        label = f"#{index}" + (f" “{_short(group, 9)}”" if group else "")
         under = f"{label}\n{float(estimate.mean_loss[j]):.2g} (plain rank {int(ranks[j])})"
-        axes.set_xlabel(under, fontsize=6.8, color=_TEXT, labelpad=3)
+        axes.set_xlabel(under, fontsize=6.8, color=_TEXT, labelpad=3, parse_math=False)
     where = f"step {estimate.step:,}: " if estimate.step is not None else ""
     figure.suptitle(
         f"{where}largest posterior mean losses: likely mislabels and outliers",
@@ -176,16 +191,20 @@ def suspects_figure(estimate: InfluenceEstimate, samples: Mapping[int, Rendered]
         fontweight="bold",
         color=_TEXT if estimate.valid else _BAD,
     )
+    legend = {"va": "top", "ha": "right", "fontsize": 8, "color": _MUTED}
+    figure.text(0.99, 1 - 0.13 / height, "“group”, posterior mean loss", **legend)  # type: ignore[arg-type]
     return figure
 
 
 def _show(axes: Axes, sample: Optional[Rendered], index: int) -> None:
     if sample is not None and sample.image is not None:
-        axes.imshow(sample.image, cmap="gray" if sample.image.ndim == 2 else None, aspect="equal")
+        # the bytes as they are: stretched anew, a picture of one value would be black
+        axes.imshow(sample.image, cmap="gray" if sample.image.ndim == 2 else None, aspect="equal", vmin=0, vmax=255)
         return
     text = sample.text if sample is not None else f"sample {index}"
-    lines = textwrap.wrap(text, 15, max_lines=6, placeholder="…")
-    axes.text(0.05, 0.95, "\n".join(lines), transform=axes.transAxes, va="top", fontsize=6.3, color=_TEXT)
+    lines = textwrap.wrap(clean(text), 15, max_lines=6, placeholder="…")
+    text = "\n".join(lines)
+    axes.text(0.05, 0.95, text, transform=axes.transAxes, va="top", fontsize=6.3, color=_TEXT, parse_math=False)
 
 
 def trajectories_figure(history: Sequence[InfluenceEstimate]) -> Optional[Figure]:
@@ -202,7 +221,7 @@ def trajectories_figure(history: Sequence[InfluenceEstimate]) -> Optional[Figure
         return None
     steps, index, loss, influence = found
     figure = Figure(figsize=(10.0, 4.5), dpi=100, facecolor="white")
-    grid = figure.add_gridspec(1, 2, wspace=0.32, left=0.07, right=0.93, bottom=0.13, top=0.86)
+    grid = figure.add_gridspec(1, 2, wspace=0.36, left=0.07, right=0.9, bottom=0.13, top=0.86)
     groups = history[-1].train_group
     group_of = dict(zip(history[-1].train_index.tolist(), groups, strict=True)) if groups is not None else {}
     for place, (values, name) in enumerate(((loss, "posterior mean loss"), (influence, "self-influence"))):
@@ -210,7 +229,8 @@ def trajectories_figure(history: Sequence[InfluenceEstimate]) -> Optional[Figure
         _style(axes, True)
         lines = [(values[:, k], index[k]) for k in range(len(index))]
         for k, (line, _) in enumerate(lines):
-            axes.plot(steps, line, "-o", color=_CHAINS[k % len(_CHAINS)], lw=1.3, ms=3.5)
+            # more lines than colours: the later ones are dashed
+            axes.plot(steps, line, "-o" if k < len(_CHAINS) else "--s", color=_CHAINS[k % len(_CHAINS)], lw=1.3, ms=3.5)
         positive = values[np.isfinite(values) & (values > 0)]
         if positive.size == values.size and positive.max() / positive.min() > 30:
             axes.set_yscale("log")
@@ -261,11 +281,29 @@ def _label_ends(axes: Axes, x: float, lines: Sequence[tuple[Any, int]], group_of
     axes.get_xlim(), axes.get_ylim()  # the limits are only known once they have been asked for
     to_axes = axes.transData + axes.transAxes.inverted()
     ends = sorted((float(to_axes.transform((x, line[-1]))[1]), k) for k, (line, _) in enumerate(lines))
-    height = -1.0
-    for wanted, k in ends:
-        height = max(wanted, height + 0.05)
+    for height, (_, k) in zip(spread([wanted for wanted, _ in ends]), ends, strict=True):
         index = lines[k][1]
         group = group_of.get(index, "")
-        text = f"#{index}" + (f" “{textwrap.shorten(group, 8, placeholder='…')}”" if group else "")
-        colour = _CHAINS[k % len(_CHAINS)]
-        axes.text(1.01, height, text, transform=axes.transAxes, fontsize=7, va="center", color=colour, clip_on=False)
+        text = f"#{index}" + (f" “{_short(group, 8)}”" if group else "")
+        style: dict[str, Any] = {"color": _CHAINS[k % len(_CHAINS)], "fontsize": 7, "va": "center", "clip_on": False}
+        axes.text(1.01, height, text, transform=axes.transAxes, parse_math=False, **style)
+
+
+def spread(heights: Sequence[float], gap: float = 0.036, low: float = 0.0, high: float = 1.0) -> list[float]:
+    """Heights in ascending order moved apart by as little as possible, and kept within the frame.
+
+    Example:
+        >>> [round(h, 2) for h in spread([0.1, 0.5, 0.5, 0.5], gap=0.1)]
+        [0.1, 0.4, 0.5, 0.6]
+    """
+    # neighbours that would lie on each other become a block around their mean: least squares under the gaps
+    blocks: list[tuple[float, int]] = []
+    for k, height in enumerate(heights):
+        mean, count = height - k * gap, 1
+        while blocks and blocks[-1][0] > mean:
+            before, many = blocks.pop()
+            mean, count = (before * many + mean * count) / (many + count), many + count
+        blocks.append((mean, count))
+    last = len(heights) - 1
+    bounded = [min(max(mean, low), max(high - last * gap, low)) for mean, count in blocks for _ in range(count)]
+    return [mean + k * gap for k, mean in enumerate(bounded)]

@@ -65,15 +65,6 @@ def pair_rows(estimate: InfluenceEstimate, k: int = 5, max_queries: int = 20) ->
     return rows
 
 
-def passing_text(estimate: InfluenceEstimate) -> str:
-    """How many single pairs can be told from chance."""
-    count = estimate.matrix.numel()
-    return (
-        f"{estimate.passing:.1%} of {count} pairs are further than {MIN_Z:g} standard errors from zero "
-        f"({estimate.chance:.1%} would be by chance)"
-    )
-
-
 def to_csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """CSV text with a header; None becomes an empty cell."""
     out = io.StringIO()

@@ -43,6 +43,12 @@ class MLflowSink:
         client, run = self.logger.experiment, self.logger.run_id
         for name, figure in page.pictures.items():
             client.log_figure(run, figure, f"{self.prefix}/media/{name}_step_{step:09d}.png")
+        for name, sample in page.samples.items():
+            path = f"{self.prefix}/media/samples/{name}"
+            if sample.image is not None:
+                client.log_image(run, sample.picture(), f"{path}.png")
+            else:
+                client.log_text(run, sample.text, f"{path}.txt")
         for name, table in page.tables.items():
             client.log_text(run, to_csv(table.columns, table.rows), f"{self.prefix}/tables/{name}_step_{step:09d}.csv")
 

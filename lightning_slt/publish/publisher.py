@@ -11,7 +11,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from matplotlib.figure import Figure
 
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
-from lightning_slt.publish.charts import chains_figure, history_figure
+from lightning_slt.publish.charts import chains_figure, history_figure, pixels
 from lightning_slt.publish.csv_logger import CSVSink
 from lightning_slt.publish.files import FilesSink
 from lightning_slt.publish.generic import GenericSink
@@ -29,6 +29,14 @@ from lightning_slt.record import Estimate, RunRecord
 def _is_rank_zero() -> bool:
     # the attribute is set by Lightning's strategies, and on import from the environment
     return bool(getattr(rank_zero_only, "rank", 0) == 0)
+
+
+def _drawn(draw: Callable[..., Optional[Figure]], *args: Any) -> Optional[Figure]:
+    """A figure that is known to draw: where it does not, that is no failure of a logger."""
+    figure = draw(*args)
+    if figure is not None:
+        pixels(figure)
+    return figure
 
 
 def sink_for(logger: Any, prefix: str = "slt", has_folder: bool = False) -> Sink:
@@ -136,17 +144,19 @@ class RunPublisher:
             # of a small budget single pairs do not repeat: not worth tens of MB a firing
             kept = estimate if pairs else estimate.without_pairs()
             self._guard(-4, "the local record of influence", partial(self.influence_record.save, kept))
-        page = self._guard(-5, "the pictures of influence", partial(self._page, estimate, rendered or {}, pairs))
+        page = self._guard(-5, "the tables of influence", partial(self._page, estimate, rendered or {}, pairs))
         if page is not None:
             self._send(page, step)
 
     def _page(self, estimate: InfluenceEstimate, rendered: Mapping[int, Rendered], pairs: bool) -> Page:
         pictures: dict[str, Figure] = {}
         if self._sinks and self._num_influences <= self.media_limit:
-            pictures["influence"] = influence_figure(estimate)
-            suspects = suspects_figure(estimate, rendered)
-            if suspects is not None:
-                pictures["suspects"] = suspects
+            # each by itself: a sample that cannot be drawn must not take the numbers and the tables with it
+            found = {
+                "influence": self._guard(-8, "the picture of influence", partial(_drawn, influence_figure, estimate)),
+                "suspects": self._guard(-9, "the suspects", partial(_drawn, suspects_figure, estimate, rendered)),
+            }
+            pictures = {name: figure for name, figure in found.items() if figure is not None}
         tables = {"influence_top": Table(SUSPECT_COLUMNS, suspect_rows(estimate))} if len(estimate.train_index) else {}
         if pairs:
             tables |= self._pairs(estimate)
@@ -156,7 +166,7 @@ class RunPublisher:
 
     @staticmethod
     def _pairs(estimate: InfluenceEstimate) -> dict[str, Table]:
-        """The pairs that stand out of their errors; where none does, a table that says so."""
+        """The pairs that stand out of their errors; no table where none does."""
         rows = pair_rows(estimate)
         return {"influence_pairs": Table(PAIR_COLUMNS, rows)} if rows else {}
 
@@ -168,7 +178,7 @@ class RunPublisher:
             self._guard(-4, "the local record of influence", partial(self.influence_record.save, history[-1]))
         if not self._sinks:
             return
-        figure = self._guard(-6, "the trajectories", partial(trajectories_figure, history))
+        figure = self._guard(-6, "the trajectories", partial(_drawn, trajectories_figure, history))
         last = history[-1]
         tables = self._guard(-7, "the pairs", partial(self._pairs, last)) or {}
         x = last.x if last.x is not None else last.step

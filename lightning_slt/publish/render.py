@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Optional
 
@@ -17,6 +19,8 @@ Kind = Literal["image", "text", "audio", "values"]
 MAX_TEXT = 200
 MIN_SIDE = 64
 """Pixels: smaller pictures are enlarged."""
+MAX_SIDE = 512
+"""Pixels: larger pictures are reduced, since twenty of them are kept at a firing."""
 MIN_FLAT = 64
 """A vector of a square number of values from here on is a flattened picture (scikit-learn's digits have 64)."""
 MIN_AUDIO = 4000
@@ -37,6 +41,22 @@ class Rendered:
     image: Optional[npt.NDArray[np.uint8]]
     text: str
 
+    def picture(self) -> Image.Image:
+        """The picture.
+
+        Raises:
+            ValueError: where it is shown as text.
+        """
+        if self.image is None:
+            raise ValueError(f"a sample shown as {self.kind} has no picture.")
+        return Image.fromarray(self.image)
+
+    def png(self) -> bytes:
+        """The picture as a PNG file; raises as :meth:`picture`."""
+        out = io.BytesIO()
+        self.picture().save(out, format="png")
+        return out.getvalue()
+
 
 def render_sample(sample: Any, tokenizer: Any = None) -> Rendered:
     """The default way to show a sample, found from its shape.
@@ -47,7 +67,8 @@ def render_sample(sample: Any, tokenizer: Any = None) -> Rendered:
 
     Returns:
         A picture for ``[H, W]``, ``[1, 3 or 4, H, W]`` and ``[H, W, 1, 3 or 4]`` numbers and for flattened squares,
-        text for strings and token ids, a waveform for long vectors, and else the values. Never raises.
+        text for strings and token ids (vectors of integers, bytes apart), a waveform for long vectors, and else the
+        values. Never raises.
 
     Example:
         >>> import torch
@@ -60,19 +81,24 @@ def render_sample(sample: Any, tokenizer: Any = None) -> Rendered:
     try:
         return _render(_input_of(sample), tokenizer)
     except Exception:
-        return Rendered("values", None, _clip(repr(sample)))
+        try:
+            return Rendered("values", None, _clip(repr(sample)))
+        except Exception:
+            return Rendered("values", None, type(sample).__name__)
 
 
 _warned: set[str] = set()
 
 
-def rendered_by(hook: Callable[[Any], Any], sample: Any) -> Rendered:
+def rendered_by(hook: Callable[[Any], Any], sample: Any, tokenizer: Any = None) -> Rendered:
     """What a user's ``render`` hook makes of a sample: a :class:`Rendered`, a picture, an array, a tensor or a text.
 
     Where the hook fails, that is said once and the default is used.
     """
     try:
         made = hook(sample)
+        if made is None:
+            raise TypeError("it returned None")
         if isinstance(made, Rendered):
             return made
         if isinstance(made, str):
@@ -89,11 +115,11 @@ def rendered_by(hook: Callable[[Any], Any], sample: Any) -> Rendered:
                 f"render failed ({type(error).__name__}: {error}): samples are shown the default way. It is called "
                 "with one item of the dataset and returns a picture (array, tensor, PIL image) or a text."
             )
-        return render_sample(sample)
+        return render_sample(sample, tokenizer)
 
 
 def _input_of(sample: Any) -> Any:
-    if isinstance(sample, dict):
+    if isinstance(sample, Mapping):  # a tokenizer's BatchEncoding is no dict
         return next((sample[k] for k in INPUT_KEYS if k in sample), next(iter(sample.values())))
     if isinstance(sample, (tuple, list)) and len(sample) and not isinstance(sample[0], (int, float)):
         return sample[0]
@@ -109,15 +135,28 @@ def _render(value: Any, tokenizer: Any) -> Rendered:
     if array.ndim == 1 and np.issubdtype(array.dtype, np.integer):
         ids = array.tolist()
         if tokenizer is not None:
-            return Rendered("text", None, _clip(str(tokenizer.decode(ids))))
-        if math.isqrt(len(ids)) ** 2 != len(ids) or len(ids) < MIN_FLAT:
+            return Rendered("text", None, _clip(_decoded(tokenizer, ids)))
+        # 64 or 256 tokens are no picture: only bytes are pixels; and PCM audio has 16 bits
+        if array.dtype not in (np.uint8, np.int16):
             return Rendered("text", None, _clip("tokens " + " ".join(map(str, ids))))
     picture = _as_picture(array)
     if picture is not None:
         return Rendered("image", picture, "")
-    if array.ndim == 1 and len(array) >= MIN_AUDIO:
-        return Rendered("audio", _waveform(array), f"{len(array)} values")
+    sound = array
+    if array.ndim == 2 and min(array.shape) <= 2:
+        sound = array.mean(axis=int(np.argmin(array.shape)))  # one or two channels, before or after time
+    if sound.ndim == 1 and len(sound) >= MIN_AUDIO:
+        return Rendered("audio", _waveform(sound), f"{len(sound)} values")
     return Rendered("values", None, _values(array))
+
+
+def _decoded(tokenizer: Any, ids: list[int]) -> str:
+    # labels of -100 and the like stand for no token
+    known = [i for i in ids if i >= 0]
+    try:
+        return str(tokenizer.decode(known))
+    except Exception:
+        return "tokens " + " ".join(map(str, ids))
 
 
 def _array(value: Any) -> npt.NDArray[Any]:
@@ -150,6 +189,11 @@ def _as_picture(array: npt.NDArray[Any]) -> Optional[npt.NDArray[np.uint8]]:
 
 
 def _enlarge(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Sides of a size that can be looked at."""
+    if max(picture.shape[:2]) > MAX_SIDE:
+        reduced = Image.fromarray(picture)
+        reduced.thumbnail((MAX_SIDE, MAX_SIDE))
+        return np.asarray(reduced)
     times = max(1, -(-MIN_SIDE // max(min(picture.shape[:2]), 1)))
     return picture.repeat(times, axis=0).repeat(times, axis=1)
 
@@ -172,6 +216,12 @@ def _values(array: npt.NDArray[Any]) -> str:
     return _clip(f"[{shape}] {first}{more}" if array.ndim else first)
 
 
+def clean(text: str) -> str:
+    """One line without half characters and control characters, which not every file and font takes."""
+    text = " ".join(text.encode(errors="replace").decode().split())
+    return "".join("�" if unicodedata.category(c) == "Cc" else c for c in text)
+
+
 def _clip(text: str) -> str:
-    text = " ".join(text.split())
+    text = clean(text)
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"

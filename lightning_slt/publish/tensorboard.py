@@ -43,6 +43,16 @@ class TensorBoardSink:
             self.logger.log_metrics(dict(page.scalars), step=step)
         for name, figure in page.pictures.items():
             self._add_figure(f"media/{name}", figure, step)
+        for name, sample in page.samples.items():
+            if sample.image is not None:
+                form = "HW" if sample.image.ndim == 2 else "HWC"
+                tag = f"{self.prefix}/media/samples/{name}"
+                self.logger.experiment.add_image(tag, sample.image, step, dataformats=form)
+        texts = [(name, sample.text) for name, sample in page.samples.items() if sample.image is None]
+        if texts:
+            self.logger.experiment.add_text(
+                f"{self.prefix}/tables/samples", to_markdown(("media", "text"), texts), step
+            )
         for name, table in page.tables.items():
             self.logger.experiment.add_text(
                 f"{self.prefix}/tables/{name}", to_markdown(table.columns, table.rows), step

@@ -67,7 +67,7 @@ class WandbSink:
             tables = dict(page.tables)
             texts = [[name, sample.text] for name, sample in page.samples.items() if sample.image is None]
             images = [
-                wandb.Image(Image.fromarray(sample.image), caption=name)
+                wandb.Image(sample.picture(), caption=name)
                 for name, sample in page.samples.items()
                 if sample.image is not None
             ]

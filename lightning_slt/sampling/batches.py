@@ -151,6 +151,14 @@ class MinibatchSource:
             self._kept.forget()
 
 
+def _itself(sample: Any) -> Any:
+    return sample
+
+
+def _of_one(function: Callable[[Any], Any], samples: list[Any]) -> Any:
+    return function(samples[0])
+
+
 class DatasetSource(MinibatchSource):
     """Minibatches of a map-style dataset, uniform over its samples.
 
@@ -229,28 +237,37 @@ class DatasetSource(MinibatchSource):
         """A batch of each sample alone; ``numbers`` are those of the dataset itself."""
         return self._read([[int(i)] for i in numbers]) if len(numbers) else []
 
+    def read_items(self, numbers: Sequence[int], function: Callable[[Any], Any] = _itself) -> list[Any]:
+        """``function`` of each sample as the dataset gives it, neither collated nor moved.
+
+        Read as minibatches are: where reading moves the dataset on, in another process, which runs ``function`` too.
+        """
+        return self._workers_or_here([[int(i)] for i in numbers], partial(_of_one, function)) if len(numbers) else []
+
     def _read(self, batches: list[list[int]]) -> list[Any]:
+        return [self._transfer(batch) for batch in self._workers_or_here(batches, self._collate)]
+
+    def _workers_or_here(self, batches: list[list[int]], collate: Callable[[list[Any]], Any]) -> list[Any]:
         workers = self._num_workers
         if workers is None:
             workers = 0 if is_plain_data(self.dataset) or not _can_fork() else 1
         try:
-            read = self._load(batches, workers)
+            return self._load(batches, workers, collate)
         except RuntimeError:
             if workers == 0:
                 raise
             # a dataset that cannot be read in another process (tensors on a GPU, open handles) is read in this one
-            read = self._load(batches, 0)
-        return [self._transfer(batch) for batch in read]
+            return self._load(batches, 0, collate)
 
-    def _load(self, batches: list[list[int]], workers: int) -> list[Any]:
-        rows = _plain_rows(self.dataset) if self._collate is default_collate else None
+    def _load(self, batches: list[list[int]], workers: int, collate: Callable[[list[Any]], Any]) -> list[Any]:
+        rows = _plain_rows(self.dataset) if collate is default_collate else None
         if rows is not None:
             # the same batches without a Python call for each sample
             return [rows(torch.tensor(numbers)) for numbers in batches]
         loader: DataLoader[Any] = DataLoader(
             self.dataset,
             batch_sampler=batches,
-            collate_fn=self._collate,
+            collate_fn=collate,
             num_workers=workers,
             generator=generator(self._seed, LOADER),
             multiprocessing_context="fork" if workers and _can_fork() else None,

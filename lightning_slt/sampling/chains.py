@@ -346,16 +346,18 @@ class Chains:
             losses - anchor.reshape(chains, steps),
             anchors=used,
             acceptance=acceptance,
-            read=self._join_read(read),
+            read=self._join_read(read, len(range(0, steps, self.read_every))),
             read_every=self.read_every,
             **dict(zip(READINGS, readings, strict=False)),
         )
 
-    def _join_read(self, parts: list[Tensor]) -> Tensor | None:
+    def _join_read(self, parts: list[Tensor], count: int) -> Tensor | None:
         if self.reader is None:
             return None
         # a rank without chains has none to read, and its part is joined with those of the others all the same
-        return torch.cat(parts) if parts else self.reader(self.weights, self.weights).float().cpu().unsqueeze(1)
+        if parts:
+            return torch.cat(parts)
+        return self.reader(self.weights, self.weights).float().cpu().unsqueeze(1).repeat(1, count, 1)
 
     def _pick(self, window: Window, steps: int) -> Tensor:
         """Which minibatch each chain sees at each step, ``[chains, steps]``.

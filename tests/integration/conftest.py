@@ -45,7 +45,8 @@ def _one_quiet_process() -> Iterator[None]:
 def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes ten times as long as the smallest chains: left out where a test does not ask for ``pictures``."""
     if "pictures" not in request.fixturenames:
-        for name in ("chains_figure", "history_figure"):
+        figures = ("chains_figure", "history_figure", "influence_figure", "suspects_figure", "trajectories_figure")
+        for name in figures:
             monkeypatch.setattr(publisher, name, lambda *_, **__: None)
 
 

@@ -101,6 +101,52 @@ def calibrated_step(folder: Path, world: int) -> Result:
     return _held(folder, world, sampler=None, num_draws=20, num_burnin_steps=None, num_steps_bw_draws=None)
 
 
+class Validates(Plain):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        return None
+
+
+def _influence(folder: Path, world: int, **settings: Any) -> Result:
+    """Weights that stay where they began; 4 chains over all ranks, each read 8 times."""
+    monitor = tiny_monitor(every_n_epochs=1, num_chains=4, num_draws=32, probe=True, query=4, **settings)
+    trainer = ranks_of(world, max_epochs=1)
+    Scenario(lambda: Validates(lr=0.0), with_validation, trainer).run(folder, monitor)
+    return said(monitor, influences=[e.state_dict() for e in monitor.influences], folder=str(monitor.folder))
+
+
+def influence(folder: Path, world: int) -> Result:
+    return _influence(folder, world)
+
+
+def influence_of_calibrated_chains(folder: Path, world: int) -> Result:
+    return _influence(folder, world, sampler=None, num_burnin_steps=None, num_steps_bw_draws=None)
+
+
+def influence_undisturbed(folder: Path, world: int) -> Result:
+    """Fewer chains than ranks: one rank has nothing to read, and joins in all the same."""
+    monitor = tiny_monitor(every_n_train_steps=2, num_chains=1, num_draws=32, probe=7, query=3)
+    trace = Scenario(Net, with_validation, ranks_of(world)).assert_undisturbed(folder, monitor)
+    return said(monitor, num_batches=trace.num_batches, influences=[e.state_dict() for e in monitor.influences])
+
+
+class OneRankLacksSamples(Plain):
+    """Its chains move on both ranks; the losses of single samples cannot be had on rank 1."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if not self.training and len(batch[0]) == 1 and self.trainer.global_rank == 1:
+            raise RuntimeError("only this rank fails")
+        return super().training_step(batch, batch_idx)
+
+
+def influence_fails_on_one_rank(folder: Path, world: int) -> Result:
+    monitor = tiny_monitor(every_n_train_steps=2, probe=7, on_failure="warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trace = Scenario(OneRankLacksSamples, loaders, ranks_of(world)).assert_undisturbed(folder, monitor)
+    texts = [str(w.message) for w in caught if "only this rank fails" in str(w.message)]
+    return said(monitor, num_batches=trace.num_batches, warnings=texts)
+
+
 def fewer_chains_than_ranks(folder: Path, world: int) -> Result:
     monitor = tiny_monitor(every_n_epochs=1, num_chains=1)
     Scenario(Net, loaders, ranks_of(world)).assert_undisturbed(folder, monitor)
@@ -207,6 +253,10 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
         tried_methods,
         fixed_step,
         calibrated_step,
+        influence,
+        influence_of_calibrated_chains,
+        influence_undisturbed,
+        influence_fails_on_one_rank,
         fewer_chains_than_ranks,
         one_rank_raises_warn,
         one_rank_raises_raise,
@@ -219,6 +269,8 @@ RUNS: tuple[tuple[str, int], ...] = (
     *((name, 2) for name in SCENARIOS if name != "spawn"),
     ("fixed_step", 1),
     ("calibrated_step", 1),
+    ("influence", 1),
+    ("influence_of_calibrated_chains", 1),
 )
 SPAWNED: tuple[tuple[str, int], ...] = (("spawn", 0),)
 """Names and ranks; 0 leaves the start of the ranks to Lightning."""

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_slt import SGLD
 from tests.integration.harness import Scenario, SLTMonitor, steps_of
-from tests.integration.models import Net, Plain, loaders
+from tests.integration.models import Net, Plain, loaders, with_validation
 
 ARGUMENTS: dict[str, Any] = {
     "every_n_train_steps": 4,
@@ -67,7 +67,12 @@ def test_lightning_cli_takes_overrides(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "name"),
-    [({"num_chain": 2}, "num_chain"), ({"num_chains": "two"}, "num_chains"), ({"every_n_steps": 1}, "every_n_steps")],
+    [
+        ({"num_chain": 2}, "num_chain"),
+        ({"num_chains": "two"}, "num_chains"),
+        ({"every_n_steps": 1}, "every_n_steps"),
+        ({"probes": 5}, "probes"),
+    ],
 )
 def test_lightning_cli_refuses_a_typo(
     wrong: dict[str, Any], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -86,6 +91,43 @@ def hydra_monitor(folder: Path, arguments: dict[str, Any]) -> SLTMonitor:
     with hydra.initialize_config_dir(str(folder), version_base=None):
         config = hydra.compose("config")
     return hydra.utils.instantiate(config.monitor)
+
+
+@pytest.mark.parametrize("probe", [True, 7])
+@pytest.mark.parametrize("build", ["LightningCLI", "Hydra"])
+def test_samples_to_look_at(build: str, probe: Any, tmp_path: Path) -> None:
+    arguments = {**ARGUMENTS, "num_draws": 32, "probe": probe, "query": 3}
+    monitor = hydra_monitor(tmp_path, arguments) if build == "Hydra" else monitor_of(command_line(tmp_path, arguments))
+    Scenario(Net, with_validation).run(tmp_path, monitor)
+    assert [(e.step, len(e.train_index), len(e.query_index)) for e in monitor.influences] == [
+        (step, 24 if probe is True else 7, 3) for step in (4, 8, 12)
+    ]
+
+
+def test_a_dataset_and_functions_by_their_class_paths(tmp_path: Path) -> None:
+    """What is no plain data can still be named in a file."""
+    arguments = {
+        "num_draws": 32,
+        "probe": {"class_path": "tests.integration.models.OwnsGenerator"},
+        "group_fn": "tests.integration.test_config.sign",
+        "render": "builtins.repr",
+    }
+    monitor = monitor_of(command_line(tmp_path, {**ARGUMENTS, **arguments}))
+    Scenario(Plain, loaders).run(tmp_path, monitor)
+    assert [(e.step, len(e.train_index), e.groups) for e in monitor.influences] == [
+        (step, 24, ("down", "up")) for step in (4, 8, 12)
+    ]
+
+
+@pytest.mark.parametrize("build", ["LightningCLI", "Hydra"])
+def test_what_is_no_choice_of_samples_is_named(build: str, tmp_path: Path) -> None:
+    arguments = {**ARGUMENTS, "probe": "everything"}
+    with pytest.raises(Exception, match="probe: expected a number of samples or a map-style Dataset"):
+        hydra_monitor(tmp_path, arguments) if build == "Hydra" else command_line(tmp_path, arguments)
+
+
+def sign(sample: Any) -> str:
+    return "up" if sample[0][0] > 0 else "down"
 
 
 SAMPLERS: dict[str, Any] = {

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
 from lightning_slt.record import RECORD_FILE, Estimate
 from tests.integration.ddp import RUNS, SPAWNED, place
 
@@ -177,3 +178,62 @@ def test_ddp_spawn_returns_metrics_and_leaves_a_record(spawned: Path) -> None:
     assert len(records[0].read_text().splitlines()) == 3
     assert result["metrics"]["slt/llc/mean"] != 0.0
     assert "loss_epoch" in result["metrics"]
+
+
+def influences_of(result: Results) -> list[InfluenceEstimate]:
+    return [InfluenceEstimate.from_state_dict(state) for state in result["influences"]]
+
+
+def assert_influences_agree(results: list[Results]) -> list[InfluenceEstimate]:
+    """Every rank has the same numbers, to the last bit."""
+    first, second = (influences_of(result) for result in results)
+    assert len(first) == len(second) > 0
+    for a, b in zip(first, second, strict=True):
+        # a firing's seconds are its rank's own
+        assert repr(a.replace(seconds=0.0).scalars()) == repr(b.replace(seconds=0.0).scalars())
+        x, y = a.tensors(), b.tensors()
+        assert x.keys() == y.keys()
+        for name in x:
+            torch.testing.assert_close(x[name], y[name], rtol=0, atol=0, equal_nan=True)
+    return first
+
+
+@pytest.mark.parametrize("name", ["influence", "influence_of_calibrated_chains"])
+def test_influence_is_the_same_on_both_ranks_and_in_one_process(name: str, folder: Path) -> None:
+    """Four chains are four chains, whoever runs them: each is counted once."""
+    (both,) = assert_influences_agree(results_of(folder, name, 2))
+    (alone,) = influences_of(results_of(folder, name, 1)[0])
+    assert both.matrix.shape == (4, 24) and both.num_chains == alone.num_chains == 4
+    assert (both.num_draws, both.num_blocks, both.num_samples) == (alone.num_draws, alone.num_blocks, 24)
+    assert torch.equal(both.train_index, alone.train_index) and torch.equal(both.query_index, alone.query_index)
+    assert torch.equal(both.init_loss, alone.init_loss)
+    for field in ("matrix", "se", "self_influence", "mean_loss", "group_matrix"):
+        x, y = getattr(both, field), getattr(alone, field)
+        assert float((x - y).abs().max()) <= 1e-5 * float(y.abs().max()), field
+    assert both.between_share == pytest.approx(alone.between_share, rel=1e-5)
+    assert float(both.self_influence.min()) > 0
+
+
+def test_influence_is_recorded_by_the_first_rank_only(folder: Path) -> None:
+    first = results_of(folder, "influence", 2)[0]
+    recorded = list(InfluenceRecord(first["folder"]).read())
+    assert [(e.step, tuple(e.matrix.shape)) for e in recorded] == [(3, (4, 24))]
+    (kept,) = influences_of(first)
+    assert torch.equal(recorded[0].matrix, kept.matrix)
+    assert len(list(place(folder, "influence", 2).rglob("step_*.safetensors"))) == 1
+
+
+def test_training_with_influence_is_the_same_under_ddp(folder: Path) -> None:
+    """One chain for two ranks."""
+    results = results_of(folder, "influence_undisturbed", 2)
+    influences = assert_influences_agree(results)
+    assert [(e.step, e.num_chains, len(e.train_index)) for e in influences] == [(2, 1, 7), (4, 1, 7), (6, 1, 7)]
+    assert [r["num_batches"] for r in results] == [6, 6]
+    assert_ranks_agree(results, [2, 4, 6])
+
+
+def test_samples_that_fail_on_one_rank_leave_the_firing_out_on_both(folder: Path) -> None:
+    results = results_of(folder, "influence_fails_on_one_rank", 2)
+    assert [r["num_batches"] for r in results] == [6, 6]
+    assert [r["estimates"] for r in results] == [[], []]
+    assert len(results[0]["warnings"]) == 3 and "rank 1" in results[0]["warnings"][0]

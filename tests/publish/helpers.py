@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
+import numpy as np
 import torch
 
+from lightning_slt.influence_record import InfluenceEstimate
+from lightning_slt.publish.render import Rendered
 from lightning_slt.record import Estimate
 
 
@@ -66,3 +69,75 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file."""
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def make_influence(
+    n: int = 30, num_queries: int = 6, classes: int = 3, step: Optional[int] = 100, **changes: Any
+) -> InfluenceEstimate:
+    """Samples 0, 10, 20, ... of ``classes`` classes; posterior mean losses fall with the number, plain ones rise.
+
+    One pair stands out of its error: sample 20 on the second query, with ``z = 8``; all others have ``|z| <= 2``.
+    """
+    generator = torch.Generator().manual_seed(step or 0)
+    z = 4 * torch.rand(num_queries, n, generator=generator).double() - 2
+    if num_queries > 1 and n > 2:
+        z[1, 2] = 8.0
+    order = torch.arange(n).double()
+    names = [str(i % classes) for i in range(n)]
+    group_matrix = torch.eye(classes).double() * 2 - 0.5
+    fields: dict[str, Any] = {
+        "matrix": 0.25 * z,
+        "correlation": z / 16,
+        "se": torch.full((num_queries, n), 0.25, dtype=torch.float64),
+        "self_influence": 0.5 + order,
+        "self_influence_se": torch.full((n,), 0.1, dtype=torch.float64),
+        "init_loss": 0.1 + order / n,
+        "mean_loss": 2.0 + (n - order) / n,
+        "mean_loss_se": torch.full((n,), 0.01, dtype=torch.float64),
+        "query_init_loss": torch.full((num_queries,), 0.2, dtype=torch.float64),
+        "query_mean_loss": torch.full((num_queries,), 0.4, dtype=torch.float64),
+        "train_index": 10 * torch.arange(n),
+        "query_index": torch.arange(num_queries),
+        "nbeta": 100.0,
+        "localization": 2.0,
+        "num_chains": 4,
+        "num_draws": 25,
+        "num_blocks": 16,
+        "between_share": 0.125,
+        "train_group": tuple(names),
+        "query_group": tuple(names[:num_queries]),
+        "groups": tuple(str(i) for i in range(classes)),
+        "group_matrix": group_matrix,
+        "group_se": torch.full((classes, classes), 0.2, dtype=torch.float64),
+        "num_samples": 1000,
+        "step": step,
+        "x": None if step is None else step - 1,
+        "seconds": 1.5,
+    }
+    return InfluenceEstimate(**{**fields, **changes})
+
+
+def nothing_measured(step: int = 100) -> InfluenceEstimate:
+    """What comes of chains that all diverged."""
+    none, pairs, long = torch.empty(0).double(), torch.empty(0, 0).double(), torch.empty(0, dtype=torch.long)
+    return InfluenceEstimate(
+        *(pairs, pairs, pairs, none, none, none, none, none, none, none, long, long),
+        nbeta=100.0,
+        localization=2.0,
+        num_chains=0,
+        num_draws=0,
+        valid=False,
+        reasons=("no chain has stayed finite and local",),
+        step=step,
+        x=step - 1,
+    )
+
+
+def picture_of(index: int) -> Rendered:
+    """A grey square, lighter for larger numbers."""
+    return Rendered("image", np.full((64, 64), index % 256, dtype=np.uint8), "")
+
+
+def pictures_of(estimate: InfluenceEstimate, k: int = 20) -> dict[int, Rendered]:
+    """All suspects, as a monitor hands them over."""
+    return {i: picture_of(i) for i in (int(estimate.train_index[j]) for j in estimate.suspects(k))}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_slt.publish import RunPublisher
-from lightning_slt.publish.keys import METRIC_NAMES
+from lightning_slt.publish.keys import ALL_METRIC_NAMES, METRIC_NAMES
 from lightning_slt.publish.tables import HISTORY_COLUMNS
 from tests.publish.helpers import make_estimate
 from tests.publish.test_loggers import run_out_of_order
@@ -70,7 +70,7 @@ def test_every_value_of_a_run_with_late_results_reads_back(offline):
     defined = [record["metric"] for record in found if record["type"] == "metric"]
     assert [m["glob_name"] for m in defined if "glob_name" in m] == ["*"]  # Lightning's, and no glob of ours
     exact = {m["name"]: m for m in defined if m.get("name", "").startswith("slt/")}
-    assert set(exact) == {f"slt/{name}" for name in METRIC_NAMES}
+    assert set(exact) == {f"slt/{name}" for name in ALL_METRIC_NAMES}
     assert {m["step_metric"] for m in exact.values()} == {x}
 
     whole = json.loads(inspect(folder, "--summary"))
