@@ -155,6 +155,8 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         "WANDB_CONFIG_DIR": str(tmp_path / "config"),
     }.items():
         monkeypatch.setenv(name, value)
+    # before, too: wandb reads its settings once a process, and a test that ran earlier may have had others
+    wandb.teardown()
     yield tmp_path
     if wandb.run is not None:
         wandb.finish()
