@@ -37,7 +37,7 @@ from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.probe import GroupFn
 from lightning_slt.sampling.restriction import select_parameters
 from lightning_slt.sampling.rng import preserve_rng
-from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, RMSpropSGLD
+from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, RMSpropSGLD, sampler_from
 from lightning_slt.sampling.steps import LossFn, loss_function
 
 SMOKE_SAMPLER = SGLD(lr=1e-6)
@@ -597,9 +597,9 @@ class SLTMonitor(Callback):
         """The budget never sufficed: what a firing would have cost, and what can be done."""
         predicted = budget.wanted_size * budget.predicted_seconds
         rank_zero_warn(
-            f"SLTMonitor(max_overhead={budget.max_overhead:g}): nothing was measured. The smallest firing would have cost about "
-            f"{predicted:.3g} s, which {predicted / budget.rate:.3g} s of training earn, and training lasted "
-            f"{budget.trained_seconds:.3g} s. Raise max_overhead, make a firing cheaper (num_chains, num_draws, "
+            f"SLTMonitor(max_overhead={budget.max_overhead:g}): nothing was measured. The smallest firing would have "
+            f"cost about {predicted:.3g} s, which {predicted / budget.rate:.3g} s of training earn, and training "
+            f"lasted {budget.trained_seconds:.3g} s. Raise max_overhead, make a firing cheaper (num_chains, num_draws, "
             "batch_size), or train for longer."
         )
 
@@ -718,11 +718,7 @@ def _as_sampler(sampler: Any) -> Any:
     if sampler is None or callable(getattr(sampler, "update_", None)):
         return sampler
     if isinstance(sampler, Mapping):
-        known = set(SGLD.__dataclass_fields__)
-        unknown = {str(k) for k in sampler} - known
-        if unknown:
-            raise ValueError(f"sampler: unknown key {sorted(unknown)}; SGLD has {sorted(known)}.")
-        return SGLD(**{str(k): v for k, v in sampler.items()})
+        return sampler_from(sampler)
     raise TypeError(f"sampler: expected a sampler such as SGLD(lr=...), got {type(sampler).__name__}.")
 
 

@@ -54,12 +54,13 @@ class Decision(NamedTuple):
 class OverheadBudget:
     """Says when a firing may take place, so that firings stay within a share of wall-clock.
 
-    **Prediction**, of a full firing; that of a smaller one is its share of it. Before the first firing: the chain-steps that are planned, at the median time of a training batch.
-    It is mostly too high, since the plan is the most that a firing takes and chains may be batched, and then the first
-    firing comes late; a chain-step that is dearer than a training batch (larger minibatches, float32 for half
-    precision) makes it too low, and leaves a debt. After that: the dearest of the last three, each over its size. How often firings come
-    follows from the credit alone: too high a prediction holds back one firing's credit once, while one that is too low
-    breaks the bound until the debt is paid. So the largest is safer than a mean, and costs next to nothing.
+    **Prediction**, of a full firing; that of a smaller one is its share of it. Before the first firing: the chain-steps
+    that are planned, at the median time of a training batch. It is mostly too high, since the plan is the
+    most that a firing takes and chains may be batched, and then the first firing comes late; a chain-step that is
+    dearer than a training batch (larger minibatches, float32 for half precision) makes it too low, and leaves a debt.
+    After that: the dearest of the last three, each over its size. How often firings come follows from the credit
+    alone: too high a prediction holds back one firing's credit once, while one that is too low breaks the bound until
+    the debt is paid. So the largest is safer than a mean, and costs next to nothing.
 
     Args:
         max_overhead: the share of wall-clock that firings may take.
@@ -123,7 +124,7 @@ class OverheadBudget:
 
     @property
     def wanted_size(self) -> float:
-        """The size that the next firing waits for: the smallest at first, then twice the last one, the full one at most."""
+        """The size that the next firing waits for: the smallest at first, then twice the last one, at most 1."""
         return min(1.0, max(self.least_size, 2 * self._costs[-1][1] if self._costs else 0.0))
 
     def earn(self, seconds: float) -> None:
