@@ -150,6 +150,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name, value in {
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",
+        "WANDB_DIR": str(tmp_path),
         "WANDB_DATA_DIR": str(tmp_path / "staging"),
         "WANDB_CACHE_DIR": str(tmp_path / "cache"),
         "WANDB_CONFIG_DIR": str(tmp_path / "config"),
