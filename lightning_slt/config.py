@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_slt.callbacks import SLTMonitor
-from lightning_slt.sampling.samplers import SGLD, SGNHT, RMSpropSGLD
+from lightning_slt.sampling.samplers import SGLD, SGNHT, RMSpropSGLD, sampler_from
 
 Source = Union[str, os.PathLike[str], Mapping[str, Any], DictConfig]
 """A YAML file, or what such a file holds."""
@@ -50,7 +50,7 @@ class SamplerConfig:
 
     def build(self) -> Union[SGLD, RMSpropSGLD, SGNHT]:
         """The sampler."""
-        return {"SGLD": SGLD, "RMSpropSGLD": RMSpropSGLD, "SGNHT": SGNHT}[self.name.value](lr=self.lr)
+        return sampler_from({"name": self.name.value, "lr": self.lr})
 
 
 @dataclass

@@ -74,6 +74,7 @@ class Estimate:
         overhead: Share of the wall-clock since the start of fit that went into firings, this one included.
         credit_seconds: What the overhead budget had saved up for this firing (NaN without a budget).
         predicted_seconds: What it expected the firing to take (NaN without a budget).
+        firing_size: Chain-steps that the firing was allowed, as a share of a full one's (NaN without a budget).
         skipped: Steps that were to be measured and were left out since the firing before (None without a budget).
         component: Name of the monitor, where several run.
     """
@@ -114,6 +115,7 @@ class Estimate:
     component: str = ""
     credit_seconds: float = math.nan
     predicted_seconds: float = math.nan
+    firing_size: float = math.nan
     skipped: Optional[int] = None
 
     @property

@@ -24,6 +24,7 @@ from lightning_slt.callbacks.overhead import Decision, OverheadBudget
 from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.samples import Probed, ProbedSamples
 from lightning_slt.callbacks.schedule import Schedule
+from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
 from lightning_slt.estimate import ChainSettings, default_localization, measure_llc
 from lightning_slt.influence import ProbeSet, measure_both
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
@@ -36,7 +37,7 @@ from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.probe import GroupFn
 from lightning_slt.sampling.restriction import select_parameters
 from lightning_slt.sampling.rng import preserve_rng
-from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, RMSpropSGLD
+from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, RMSpropSGLD, sampler_from
 from lightning_slt.sampling.steps import LossFn, loss_function
 
 SMOKE_SAMPLER = SGLD(lr=1e-6)
@@ -60,6 +61,7 @@ class SLTMonitor(Callback):
         log_spaced: measure this often over the run, log-spaced. With none of these four given: 20.
         max_overhead: the share of the run's wall-clock that measuring may take, such as 0.05: the steps named above are
             then candidates, and those that the budget does not cover are left out. With none named, every step is one.
+            Firings start small and grow to the size that is asked for (:mod:`lightning_slt.callbacks.sizing`).
         sampler: None for SGLD with a calibrated step; ``SGLD(lr=...)`` fixes the step. Also RMSpropSGLD, which starts
             from the second moments of an Adam where there is one, and SGNHT.
         num_chains: chains of a firing, over all ranks together.
@@ -248,7 +250,8 @@ class SLTMonitor(Callback):
         self._start = now - self._run_seconds
         if self._budget is not None and not _is_smoke_test(trainer):
             share = math.ceil(self._settings.num_chains / self._collective.world_size)
-            self._budget.planned_steps = share * self._settings.budget().most_steps
+            self._budget.planned_steps = share * chain_steps(self._settings)
+            self._budget.least_size = least_size(self._settings)
             # what passed since the last fit, or since a crash, is nobody's training; and every rank asks at once
             self._earned_until, self._ask_at = now, 0
         self._done_fast_run = False
@@ -403,12 +406,15 @@ class SLTMonitor(Callback):
         else:
             self._skipped += 1
 
-    def _account(self, begin: float, failed: bool = False) -> None:
-        """What a firing that began then has cost, a failed one too."""
+    def _account(self, begin: float, size: float = 1.0, failed: bool = False) -> None:
+        """What a firing of this size that began then has cost, a failed one too."""
         now = time.monotonic()
         self._seconds += now - begin
         if self._budget is not None and self._earned_until is not None:
-            (self._budget.fail if failed else self._budget.spend)(now - begin)
+            if failed:
+                self._budget.fail(now - begin)
+            else:
+                self._budget.spend(now - begin, size)
             self._earned_until = now
 
     def _fire(
@@ -416,9 +422,10 @@ class SLTMonitor(Callback):
     ) -> None:
         """Measure now, on all ranks, and publish; a failure follows ``on_failure``."""
         begin = time.monotonic()
+        settings = self._settings if decision is None else sized(self._settings, decision.size)
         try:
             with preserve_rng(), FiringProgress(trainer, f"{self._prefix} at step {step}") as progress:
-                estimate, influence = self._measure(trainer, pl_module, progress)
+                estimate, influence = self._measure(trainer, pl_module, progress, settings)
         except Exception as error:
             self._hook_owner = None
             if self._on_failure == "raise" or _is_smoke_test(trainer):
@@ -439,8 +446,10 @@ class SLTMonitor(Callback):
             overhead=(self._seconds + seconds) / max(elapsed, 1e-9),
             component=self._name or "",
         )
+        size = size_of(settings, self._settings)
         if decision is not None:
             estimate = estimate.replace(
+                firing_size=size,
                 credit_seconds=decision.credit_seconds,
                 predicted_seconds=decision.predicted_seconds,
                 skipped=self._skipped,
@@ -459,7 +468,7 @@ class SLTMonitor(Callback):
         if influence is not None:
             self._keep_influence(influence, estimate)
         # drawing and logging count as overhead too, from the next firing's figure on
-        self._account(begin)
+        self._account(begin, size)
         self._warn_if_large(estimate)
 
     def _keep_influence(self, influence: InfluenceEstimate, estimate: Estimate) -> None:
@@ -497,7 +506,7 @@ class SLTMonitor(Callback):
         )
 
     def _measure(
-        self, trainer: Trainer, pl_module: LightningModule, progress: FiringProgress
+        self, trainer: Trainer, pl_module: LightningModule, progress: FiringProgress, settings: ChainSettings
     ) -> tuple[Estimate, Optional[InfluenceEstimate]]:
         assert self._data is not None
         data = self._data
@@ -521,7 +530,7 @@ class SLTMonitor(Callback):
         if self._localization is None:
             self._localization = default_localization(objective.anchor)
         settings = dataclasses.replace(
-            self._settings,
+            settings,
             localization=self._localization,
             method=self._method,
             second_moment=self._moments(trainer, objective),
@@ -602,11 +611,11 @@ class SLTMonitor(Callback):
 
     def _warn_of_nothing(self, budget: OverheadBudget) -> None:
         """The budget never sufficed: what a firing would have cost, and what can be done."""
-        predicted = budget.predicted_seconds
+        predicted = budget.wanted_size * budget.predicted_seconds
         rank_zero_warn(
-            f"SLTMonitor(max_overhead={budget.max_overhead:g}): nothing was measured. A firing would have cost about "
-            f"{predicted:.3g} s, which {predicted / budget.rate:.3g} s of training earn, and training lasted "
-            f"{budget.trained_seconds:.3g} s. Raise max_overhead, make a firing cheaper (num_chains, num_draws, "
+            f"SLTMonitor(max_overhead={budget.max_overhead:g}): nothing was measured. The smallest firing would have "
+            f"cost about {predicted:.3g} s, which {predicted / budget.rate:.3g} s of training earn, and training "
+            f"lasted {budget.trained_seconds:.3g} s. Raise max_overhead, make a firing cheaper (num_chains, num_draws, "
             "batch_size), or train for longer."
         )
 
@@ -725,11 +734,7 @@ def _as_sampler(sampler: Any) -> Any:
     if sampler is None or callable(getattr(sampler, "update_", None)):
         return sampler
     if isinstance(sampler, Mapping):
-        known = set(SGLD.__dataclass_fields__)
-        unknown = {str(k) for k in sampler} - known
-        if unknown:
-            raise ValueError(f"sampler: unknown key {sorted(unknown)}; SGLD has {sorted(known)}.")
-        return SGLD(**{str(k): v for k, v in sampler.items()})
+        return sampler_from(sampler)
     raise TypeError(f"sampler: expected a sampler such as SGLD(lr=...), got {type(sampler).__name__}.")
 
 

@@ -31,6 +31,7 @@ METRIC_NAMES: tuple[str, ...] = (
     "cost/overhead_frac",
     "cost/credit_seconds",
     "cost/predicted_seconds",
+    "cost/firing_size",
     "cost/skipped",
     "step",
 )
@@ -100,6 +101,7 @@ def metrics_of(estimate: Estimate, prefix: str = "slt") -> dict[str, float]:
         "cost/overhead_frac": estimate.overhead,
         "cost/credit_seconds": estimate.credit_seconds,
         "cost/predicted_seconds": estimate.predicted_seconds,
+        "cost/firing_size": estimate.firing_size,
         "cost/skipped": estimate.skipped,
         "step": estimate.step,
     }

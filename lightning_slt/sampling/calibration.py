@@ -182,6 +182,7 @@ def draw(chains: Chains, seed: int, budget: Budget, memory: ChainMemory | None =
         budget: what is given, and what the rest may cost.
         memory: what the last firing left; it is brought up to date for the next one.
     """
+    wanted = memory is not None
     memory = memory if memory is not None else ChainMemory()
     if budget.second_moment is not None:
         chains.precondition(budget.second_moment)
@@ -196,7 +197,7 @@ def draw(chains: Chains, seed: int, budget: Budget, memory: ChainMemory | None =
     nbeta = chains.posterior.nbeta
     if bool(diverged(drawn.segment, nbeta, len(chains.objective.anchor)).any()) or _is_downhill(drawn.segment, nbeta):
         memory.forget()
-    elif not (warm and fits):
+    elif wanted and not (warm and fits):  # a call that nobody follows keeps no copy of its chains
         memory.keep(chains)
     return drawn
 

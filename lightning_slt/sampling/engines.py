@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,7 @@ class BorrowedEngine(SequentialEngine):
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
-        self._wrapper = _LossModule(objective.module, objective)
+        self._wrapper = _GradientModule(objective.module, objective)
         self._buffers = {f"module.{k}": b for k, b in objective.module.named_buffers()}
 
     def bind(self, weights: Tensor, grad: Tensor) -> None:
@@ -124,15 +124,15 @@ class BorrowedEngine(SequentialEngine):
         self._masters = self._objective.pieces(weights[0])
         self._low = low
 
-    def _call(self, batch: Any, grad: bool) -> tuple[Tensor, list[Tensor]]:
-        leaves = [m.detach().to(t).requires_grad_(grad) for m, t in zip(self._masters, self._low, strict=True)]
+    def _call(self, batch: Any) -> tuple[Tensor, tuple[Optional[Tensor], ...]]:
+        leaves = [m.detach().to(t).requires_grad_(True) for m, t in zip(self._masters, self._low, strict=True)]
         named = {f"module.{n}": leaf for n, leaf in zip(self._objective.names, leaves, strict=True)}
         buffers = {k: b.clone() for k, b in self._buffers.items()}
-        return torch.func.functional_call(self._wrapper, {**named, **buffers}, (batch,)), leaves
+        return torch.func.functional_call(self._wrapper, {**named, **buffers}, (batch, leaves))
 
     def step(self, batch: Any) -> Tensor:
-        loss, leaves = self._call(batch, True)
-        for piece, g in zip(self._grad_pieces, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
+        loss, gradients = self._call(batch)
+        for piece, g in zip(self._grad_pieces, gradients, strict=True):
             piece.zero_() if g is None else piece.copy_(g)
         return loss.detach()
 
@@ -150,6 +150,18 @@ class _LossModule(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         return self._objective.loss_of(self.module, batch)
+
+
+class _GradientModule(_LossModule):
+    """The loss with its gradients, taken while the weights are in the module.
+
+    A checkpointed block is computed once more in the backward pass, and reads its weights again: after
+    ``functional_call`` has put those of training back, they would be the wrong ones.
+    """
+
+    def forward(self, batch: Any, leaves: list[Tensor]) -> tuple[Tensor, tuple[Optional[Tensor], ...]]:  # type: ignore[override]
+        loss = super().forward(batch)
+        return loss, torch.autograd.grad(loss, leaves, allow_unused=True)
 
 
 class BatchedEngine(Engine):

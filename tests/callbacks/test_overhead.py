@@ -12,6 +12,9 @@ from typing import Any, Optional
 import pytest
 
 from lightning_slt.callbacks.overhead import CAP, OverheadBudget
+from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
+from lightning_slt.estimate import ChainSettings
+from lightning_slt.sampling.samplers import SGLD
 
 BATCH_SECONDS = 0.1
 PLANNED = 20
@@ -26,6 +29,7 @@ class Run:
         fired: the steps at which it fired.
         times: the seconds of training before each of them.
         shares: the share of wall-clock that firings had taken, after each of them.
+        sizes: how large each of them was; the cost is that of a full one.
         asked: how often it asked.
     """
 
@@ -40,6 +44,7 @@ class Run:
     fired: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
+    sizes: list[float] = field(default_factory=list)
     _ask_at: int = 0
 
     def go(self, steps: int) -> Run:
@@ -59,8 +64,9 @@ class Run:
         self._ask_at = decision.ask_at
         assert decision.ask_at > self.step
         if decision.fire:
-            cost = self.cost(self.step)
-            self.budget.spend(cost)
+            cost = decision.size * self.cost(self.step)
+            self.budget.spend(cost, decision.size)
+            self.sizes.append(decision.size)
             self.spent += cost
             self.fired.append(self.step)
             self.times.append(self.trained)
@@ -232,3 +238,86 @@ def test_forgetting_is_a_new_ledger() -> None:
 def test_a_share_out_of_range_is_refused_by_name(value: float) -> None:
     with pytest.raises(ValueError, match=r"max_overhead=.*between 0 and 1"):
         OverheadBudget(value)
+
+
+# ------------------------------------------------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize("max_overhead", [0.01, 0.05, 0.3])
+def test_firings_start_small_double_and_stay_full(max_overhead: float) -> None:
+    run = Run(OverheadBudget(max_overhead, PLANNED, least_size=0.1), cost=lambda _: 2.0).go(60_000)
+    # a step that is asked a little late covers a little more
+    assert run.sizes[0] == pytest.approx(0.1, rel=0.15)
+    growing = [size for size in run.sizes if size < 1.0]
+    assert len(growing) == 4 and run.sizes[4:] == [1.0] * (len(run.sizes) - 4)
+    assert all(b >= 2 * a for a, b in pairwise(growing))
+    assert max(run.shares) <= max_overhead * (1 + 1e-9) and run.share >= 0.9 * max_overhead
+
+
+def test_a_run_that_earns_a_sixth_of_a_full_firing_measures_once() -> None:
+    """190 steps earn one second at 5 %; a full firing takes six, the smallest a tenth of that."""
+    short = Run(OverheadBudget(0.05, planned_steps=60, least_size=0.1), cost=lambda _: 6.0).go(190)
+    assert len(short.fired) == 1 and short.sizes[0] == pytest.approx(0.1, rel=0.2) and short.share <= 0.05
+    assert Run(OverheadBudget(0.05, planned_steps=60), cost=lambda _: 6.0).go(190).fired == []
+
+
+def test_candidates_far_apart_are_as_large_as_the_credit_covers() -> None:
+    """Every thousandth step: 100 s earn 5.26 s, more than a full firing of 5 s; of 10 s, half of one."""
+    often = Run(OverheadBudget(0.05, 50, 0.1), cost=lambda _: 5.0, candidate=lambda step: step % 1000 == 0).go(5_000)
+    assert often.sizes == [1.0] * 5
+    dear = Run(OverheadBudget(0.05, 100, 0.1), cost=lambda _: 10.0, candidate=lambda step: step % 1000 == 0).go(9_000)
+    assert dear.sizes[0] == pytest.approx(0.526, abs=0.01) and set(dear.sizes[1:]) == {1.0}
+    assert max(dear.shares) <= 0.05 * (1 + 1e-9)
+
+
+def test_a_small_firing_cheaper_than_feared_is_not_followed_by_a_burst() -> None:
+    """Priced at ten times what it takes: what is left over covers half of the next at the most."""
+    run = Run(OverheadBudget(0.05, planned_steps=200, least_size=0.1), cost=lambda _: 2.0).go(20_000)
+    for size, interval in zip(run.sizes[1:], run.intervals, strict=True):
+        assert interval >= 0.45 * size * 2.0 * 19 / BATCH_SECONDS
+
+
+def test_sizes_go_on_after_a_resume() -> None:
+    first = Run(OverheadBudget(0.05, PLANNED, 0.1), cost=lambda _: 2.0).go(200)
+    assert len(first.fired) >= 2
+    again = OverheadBudget(0.05, PLANNED, 0.1)
+    again.load_state_dict(json.loads(json.dumps(first.budget.state_dict())))
+    assert again.wanted_size == first.budget.wanted_size == pytest.approx(2 * first.sizes[-1])
+    assert again.predicted_seconds == first.budget.predicted_seconds == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5, 1.5, float("nan")])
+def test_a_least_size_out_of_range_is_refused_by_name(value: float) -> None:
+    with pytest.raises(ValueError, match=r"least_size="):
+        OverheadBudget(0.05, least_size=value)
+
+
+@pytest.mark.parametrize(
+    ("given", "least"),
+    [
+        ({}, (20, 1, 170)),  # the search of 150 steps, and one round of draws
+        ({"sampler": SGLD(lr=1e-4)}, (20, 1, 40)),
+        ({"num_steps_bw_draws": 3}, (20, 4, 210)),
+        ({"num_burnin_steps": 50}, (20, 4, 220)),
+        ({"num_draws": 15}, (15, 4, 165)),  # the full one is that small: the search is what it costs
+    ],
+    ids=["nothing", "step", "spacing", "burn-in", "few draws"],
+)
+def test_the_smallest_firing(given: dict[str, Any], least: tuple[int, int, int]) -> None:
+    full = ChainSettings(**{"num_draws": 100, "max_steps_bw_draws": 4, **given})
+    small = sized(full, least_size(full))
+    assert (small.num_draws, small.max_steps_bw_draws, chain_steps(small)) == least
+    assert (small.num_steps_bw_draws, small.num_burnin_steps) == (full.num_steps_bw_draws, full.num_burnin_steps)
+
+
+def test_sizes_between_never_exceed_what_is_allowed_nor_stop_growing() -> None:
+    full = ChainSettings(num_draws=100, max_steps_bw_draws=4)
+    assert sized(full, 1.0) == full and chain_steps(full) == 800
+    for percent in range(22, 101):
+        assert size_of(sized(full, percent / 100), full) <= percent / 100 * (1 + 1e-9)
+    size, seen = least_size(full), []
+    while size < 1.0:
+        seen.append(size)
+        size = size_of(sized(full, min(2 * size, 1.0)), full)
+        assert size > seen[-1]
+    assert len(seen) <= 4

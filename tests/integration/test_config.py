@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_slt import SGLD
+from lightning_slt.sampling.samplers import SGNHT, RMSpropSGLD
 from tests.integration.harness import Scenario, SLTMonitor, steps_of
 from tests.integration.models import Net, Plain, loaders, with_validation
 
@@ -142,8 +143,19 @@ def test_hydra_builds_it(sampler: dict[str, Any], tmp_path: Path) -> None:
     assert_as_configured(monitor, tmp_path)
 
 
+@pytest.mark.parametrize("kind", [SGLD, RMSpropSGLD, SGNHT], ids=lambda kind: kind.__name__)
+def test_a_nested_dict_names_any_sampler(kind: type) -> None:
+    monitor = SLTMonitor(sampler={"name": kind.__name__, "lr": 1e-4})  # type: ignore[arg-type]
+    assert monitor._settings.sampler == kind(lr=1e-4)
+
+
 @pytest.mark.parametrize(
-    ("wrong", "name"), [({"num_chain": 2}, "num_chain"), ({"sampler": {"learning_rate": 1e-4}}, "learning_rate")]
+    ("wrong", "name"),
+    [
+        ({"num_chain": 2}, "num_chain"),
+        ({"sampler": {"learning_rate": 1e-4}}, "learning_rate"),
+        ({"sampler": {"name": "MALA"}}, "one of SGLD, RMSpropSGLD, SGNHT"),
+    ],
 )
 def test_hydra_refuses_a_typo(wrong: dict[str, Any], name: str, tmp_path: Path) -> None:
     with pytest.raises(Exception, match=name):

@@ -150,11 +150,14 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name, value in {
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",
+        "WANDB_DIR": str(tmp_path),
         "WANDB_DATA_DIR": str(tmp_path / "staging"),
         "WANDB_CACHE_DIR": str(tmp_path / "cache"),
         "WANDB_CONFIG_DIR": str(tmp_path / "config"),
     }.items():
         monkeypatch.setenv(name, value)
+    # before, too: wandb reads its settings once a process, and a test that ran earlier may have had others
+    wandb.teardown()
     yield tmp_path
     if wandb.run is not None:
         wandb.finish()

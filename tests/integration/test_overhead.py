@@ -85,7 +85,8 @@ def test_what_is_published(clock: Clock, tmp_path: Path) -> None:
     scenario(100, logger=logger).run(tmp_path, monitor)
     row, _ = logger.of_callback()[0]
     assert {k for k in row if k.startswith("slt/cost/")} == {
-        f"slt/cost/{k}" for k in ("seconds", "overhead_frac", "credit_seconds", "predicted_seconds", "skipped")
+        f"slt/cost/{k}"
+        for k in ("seconds", "overhead_frac", "credit_seconds", "predicted_seconds", "firing_size", "skipped")
     }
     assert row["slt/cost/skipped"] == 4 * CHAIN_STEPS - 1
     assert monitor.folder is not None
@@ -264,6 +265,46 @@ def test_a_share_out_of_range_is_refused(value: float) -> None:
 
 
 def test_two_monitors_each_keep_their_own_share(clock: Clock, tmp_path: Path) -> None:
+    """Of the one trainer's wall-clock, in which the other's firings lie too: together at most the sum of both."""
     pair = [budgeted(0.1, name="one"), budgeted(0.2, name="two")]
     scenario(600).run(tmp_path, *pair)
     assert 0.7 * 0.1 < share(pair[0]) <= 0.1 and 0.7 * 0.2 < share(pair[1]) <= 0.2
+    states = [monitor.state_dict() for monitor in pair]
+    trained = 600 * clock.batch
+    measured = states[0]["seconds"] + states[1]["seconds"]
+    assert states[0]["run_seconds"] == states[1]["run_seconds"] == pytest.approx(trained + measured)
+    assert measured / (trained + measured) <= 0.1 + 0.2
+
+
+# -------------------------------------------------------------------------------------------------------------- sizes
+
+FULL_STEPS, LEAST_STEPS = 2 * 202, 2 * 22
+"""Of two chains of 2 + 200 steps, and of 2 + 20."""
+
+
+def test_a_run_too_short_for_a_full_firing_has_a_small_one(clock: Clock, tmp_path: Path) -> None:
+    """Every second of training earns one: 60 of them, where a full firing takes 404."""
+    monitor = budgeted(0.5, num_draws=200)
+    assert said(lambda: scenario(60).run(tmp_path, monitor)) == []
+    (estimate,) = monitor.estimates
+    assert estimate.step == LEAST_STEPS and estimate.num_draws == 20 and estimate.trace.shape == (2, 20)
+    assert estimate.firing_size == pytest.approx(LEAST_STEPS / FULL_STEPS)
+    assert estimate.predicted_seconds == pytest.approx(LEAST_STEPS)
+    assert math.isfinite(estimate.se) and estimate.se > 0
+    assert share(monitor) <= 0.5
+
+
+def test_a_long_run_grows_to_full_firings_within_the_share(clock: Clock, tmp_path: Path) -> None:
+    monitor = budgeted(0.5, num_draws=200)
+    scenario(1_800).run(tmp_path, monitor)
+    draws = [e.num_draws for e in monitor.estimates]
+    assert draws[0] == 20 and draws[-2:] == [200, 200] and draws == sorted(draws)
+    assert [e.firing_size for e in monitor.estimates] == pytest.approx([(2 + n) / 202 for n in draws])
+    assert 0.7 * 0.5 < share(monitor) <= 0.5 + FULL_STEPS * 0.05 / 1_800
+
+
+def test_a_fixed_cadence_has_full_firings_only(clock: Clock, tmp_path: Path) -> None:
+    monitor = tiny_monitor(every_n_train_steps=2, num_draws=30)
+    scenario(4).run(tmp_path, monitor)
+    assert [e.num_draws for e in monitor.estimates] == [30, 30]
+    assert all(math.isnan(e.firing_size) for e in monitor.estimates)

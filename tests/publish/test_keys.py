@@ -11,7 +11,7 @@ from tests.publish.helpers import make_estimate
 def test_a_complete_estimate_gives_every_key_and_no_other():
     metrics = metrics_of(make_estimate(acceptance=0.5))
     assert set(metrics) == {f"slt/{name}" for name in METRIC_NAMES}
-    assert len(metrics) == 21
+    assert len(metrics) == 22
     assert set(metrics) - set(metrics_of(make_estimate())) == {"slt/diag/acceptance"}
     assert all(re.fullmatch(r"[a-z0-9_]+(/[a-z0-9_]+)*", key) for key in metrics)
 
@@ -28,6 +28,7 @@ def test_the_values_are_those_of_the_estimate():
     assert metrics["mine/cost/overhead_frac"] == 0.0625
     assert metrics["mine/cost/credit_seconds"] == 1.75
     assert metrics["mine/cost/predicted_seconds"] == 1.5
+    assert metrics["mine/cost/firing_size"] == 0.25
     assert metrics["mine/cost/skipped"] == 3.0
     assert metrics["mine/loss/chain_mean"] == pytest.approx(0.37)
     assert metrics["mine/step"] == 300.0
@@ -43,7 +44,7 @@ def test_what_is_not_finite_is_left_out_and_validity_stays():
 
 
 def test_what_only_a_budget_knows_is_left_out_without_one():
-    without = make_estimate(credit_seconds=math.nan, predicted_seconds=math.nan, skipped=None)
+    without = make_estimate(credit_seconds=math.nan, predicted_seconds=math.nan, firing_size=math.nan, skipped=None)
     costs = {key for key in metrics_of(without) if key.startswith("slt/cost/")}
     assert costs == {"slt/cost/seconds", "slt/cost/overhead_frac"}
 

@@ -200,6 +200,51 @@ def test_double_well_at_two_step_sizes(sampler: Sampler, share: float) -> None:
     assert float(loss(draws).mean()) == pytest.approx(mean_loss, rel=0.06)
 
 
+FUNNEL_NECK, FUNNEL_WIDTH = 1.0, 0.5
+"""Standard deviation of the neck's coordinate v, and how fast the other one widens with it."""
+
+
+def funnel(w: Tensor) -> Tensor:
+    """``-log`` of Neal's funnel (2003, Annals of Statistics 31) in two dimensions, over nbeta = 1:
+
+    v ~ N(0, 1), x | v ~ N(0, exp(2 s v)). With s = 1/2, Neal's ``x | v ~ N(0, e^v)``; v of deviation 1 in place of 3,
+    so that a chain of fixed step crosses it: the curvature along x still ranges over e^4 within two deviations.
+    """
+    v, x = w[:, 0], w[:, 1]
+    return 0.5 * v.square() / FUNNEL_NECK**2 + 0.5 * x.square() * torch.exp(-2 * FUNNEL_WIDTH * v) + FUNNEL_WIDTH * v
+
+
+@pytest.mark.parametrize("share", [0.01, 0.03])
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)
+def test_funnel_at_two_step_sizes(sampler: Sampler, share: float) -> None:
+    """Localised at the mouth's centre, against quadrature: means, covariance, and the share of time in the neck.
+
+    ``share`` is the step itself (the curvature at v = 0 is 1, and 148 at v = -5).
+    Later readings say the same as earlier ones: stationary.
+    """
+    posterior, anchor = LocalPosterior(1.0, 0.2), torch.zeros(2, dtype=torch.float64)
+    grid_v = torch.linspace(-6, 6, 601, dtype=torch.float64)
+    grid_x = torch.linspace(-25, 25, 4001, dtype=torch.float64)
+    v, x = (g.reshape(-1) for g in torch.meshgrid(grid_v, grid_x, indexing="ij"))
+    points = torch.stack([v, x], dim=1)
+    weight = torch.softmax(-funnel(points) - 0.1 * points.square().sum(1), 0)
+    mean_v = float((weight * v).sum())
+    var_v, var_x = float((weight * v.square()).sum()) - mean_v**2, float((weight * x.square()).sum())
+    moment = torch.tensor([1.0, 2.0], dtype=torch.float64) if isinstance(sampler, RMSpropSGLD) else None
+    draws = simulate(
+        sampler, funnel, posterior, anchor, share, chains=4000, steps=4000, burnin=1500, every=250, second_moment=moment
+    )
+    for half in (draws[:5], draws[5:]):
+        assert float(half[..., 0].mean()) == pytest.approx(mean_v, abs=0.06)
+        assert float(half[..., 0].var()) == pytest.approx(var_v, rel=0.08)
+        assert float(half[..., 1].mean()) == pytest.approx(0.0, abs=0.06)
+        assert float(half[..., 1].square().mean()) == pytest.approx(var_x, rel=0.08)
+        cross = (half[..., 0] - half[..., 0].mean()) * half[..., 1]
+        assert float(cross.mean()) == pytest.approx(0.0, abs=0.06)
+    neck = float(weight[v < -1.5].sum())
+    assert float((draws[..., 0] < -1.5).double().mean()) == pytest.approx(neck, abs=0.02)
+
+
 def test_the_preconditioner_is_the_equation_and_has_a_floor() -> None:
     p = RMSpropSGLD(kappa=0.5).preconditioner(torch.tensor([0.0, 4.0, 4.0, 8.0]))
     s = 2.0

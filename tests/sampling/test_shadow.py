@@ -13,10 +13,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from lightning_slt import SGLD, estimate_llc
+from lightning_slt.sampling.engines import sequential_engine
+from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.shadow import CopyError, shadow_copy
-from tests.sampling.helpers import Scripted, make_chains, mean_squared, regression, seeded
+from tests.sampling.helpers import Scripted, gen, make_chains, mean_squared, regression, seeded
 
 
 class Odd(nn.Module):
@@ -200,6 +204,39 @@ def test_a_module_that_cannot_be_copied_is_borrowed_and_put_back() -> None:
     estimate = run(module)
     assert_untouched(module, before)
     torch.testing.assert_close(estimate.trace, run(twin).trace, rtol=1e-4, atol=1e-5)
+
+
+def test_a_borrowed_module_with_checkpointing_has_the_gradients_of_the_chains_weights() -> None:
+    """The block is computed again in the backward pass, and must not find the weights of training there."""
+
+    class Blocks:
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise RuntimeError("cannot be cloned")
+
+    class Checkpointed(nn.Module):
+        def __init__(self, odd: Any) -> None:
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8)), nn.Linear(8, 3)
+            self.odd = odd
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(checkpoint(self.body, x, use_reentrant=False).tanh())
+
+    borrowed, copied = seeded(lambda: Checkpointed(Blocks())), seeded(lambda: Checkpointed(None))
+    batch = next(iter(DataLoader(regression(), batch_size=16)))
+    found = []
+    for module in (borrowed, copied):
+        objective = Objective(module, mean_squared)
+        assert objective.borrowed is (module is borrowed)
+        with objective.active():
+            engine = sequential_engine(objective)
+            weights = (objective.anchor + 0.3 * torch.randn(objective.anchor.shape, generator=gen(0))).unsqueeze(0)
+            grad = torch.zeros_like(weights)
+            engine.bind(weights, grad)
+            found.append((engine.step(batch), grad))
+            engine.release()
+    torch.testing.assert_close(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize("how", ["wrapped", "submodule", "in place"])
