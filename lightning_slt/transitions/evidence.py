@@ -118,7 +118,7 @@ def persistence(values: Array) -> float:
     """Autocorrelation phi of the noise around a curve of any shape, positive part, allowing for its own error.
 
     Of an AR(1) noise, differences over three points have ``1 + phi + phi^2`` times the variance of those over one. Both
-    are read from medians, so the few points of a step do not count; ``1 / sqrt(n)`` is taken off for chance.
+    are read from medians, so the few points of a step do not count; ``2 / sqrt(n)`` is taken off for chance.
     """
     n = values.size
     if n < 12:
@@ -128,8 +128,10 @@ def persistence(values: Array) -> float:
     if one == 0.0:
         return 0.0
     ratio = (three / one) ** 2
+    if ratio > 4.0:  # no AR(1) noise reaches 3: this is the course of a curve that has hardly any noise
+        return 0.0
     phi = 0.5 * (math.sqrt(max(4.0 * ratio - 3.0, 1.0)) - 1.0)
-    return float(np.clip(phi - 1.0 / math.sqrt(n), 0.0, 0.9))
+    return float(np.clip(phi - 2.0 / math.sqrt(n), 0.0, 0.9))
 
 
 def scatter(values: Array) -> float:

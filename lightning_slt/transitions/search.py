@@ -23,7 +23,7 @@ import numpy as np
 from lightning_slt.transitions.evidence import Array, autocorrelation, bank, fits
 
 LOCAL = 64  # points that the scatter at a point is read from
-VIS = 0.5
+_VISIBLE = 0.5  # share of a ramp that the newest window has to show
 _CANDIDATES = 4  # ramps of a window that are deflated for autocorrelation, best first
 
 
@@ -74,7 +74,7 @@ def best_step(
         llc, loss = curve.llc[places], curve.loss[places]
         sigma = np.sqrt(np.mean(curve.llc_scatter[places] ** 2, axis=1))
         loss_sigma = np.sqrt(np.mean(curve.loss_scatter[places] ** 2, axis=1))
-        b = bank(size, VIS if at_end else 1.0)
+        b = bank(size, _VISIBLE if at_end else 1.0)
         first = fits(llc, sigma, b)
         second = fits(loss, loss_sigma, b)
         joint = np.where(
@@ -94,13 +94,12 @@ def best_step(
             for ramp in np.argsort(-score[window])[:_CANDIDATES]:
                 if score[window, ramp] <= floor:
                     break
-                rho = max(curve.persistence, autocorrelation(llc[window], b, int(ramp)))
-                deflated = min(
-                    score[window, ramp],
-                    max(
-                        first.evidence[window, ramp] * (1 - rho) / (1 + rho),
-                        min(first.contrast[window, ramp] * (1 - rho) / (1 + rho), joint[window, ramp]),
-                    ),
+                rho = autocorrelation(llc[window], b, int(ramp))
+                # without a second witness the noise of the whole curve counts too: a window is too short to know it
+                alone = max(rho, curve.persistence)
+                deflated = max(
+                    first.evidence[window, ramp] * (1 - alone) / (1 + alone),
+                    min(first.contrast[window, ramp] * (1 - rho) / (1 + rho), joint[window, ramp]),
                 )
                 if deflated > floor:
                     floor = deflated

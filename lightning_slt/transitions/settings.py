@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-_BASE_THRESHOLD = 14.0  # evidence at the base rate below
+_BASE_THRESHOLD = 12.0  # evidence at the base rate below
 _BASE_RATE = 0.05  # false alarms in 100 points, on curves without a step; docs/transitions.md has the measurement
 
 
 def threshold_of(false_alarms: float) -> float:
-    """Evidence that keeps false alarms at a rate per 100 points: ``14 - 2 ln(false_alarms / 0.05)``, at least 6.
+    """Evidence that keeps false alarms at a rate per 100 points: ``12 - 2 ln(false_alarms / 0.05)``, at least 6.
 
     Evidence is twice a log-likelihood ratio, so its tail falls as ``exp(-evidence / 2)``.
 
@@ -18,7 +18,7 @@ def threshold_of(false_alarms: float) -> float:
 
     Example:
         >>> threshold_of(0.05), round(threshold_of(0.5), 1)
-        (14.0, 9.4)
+        (12.0, 7.4)
     """
     if not (math.isfinite(false_alarms) and false_alarms > 0):
         raise ValueError(f"false_alarms: expected a rate above 0 per 100 points, got {false_alarms!r}; 0.05 is usual.")

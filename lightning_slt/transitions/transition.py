@@ -33,7 +33,7 @@ class Transition:
         end: step at which 90 % of it had.
         kind: one of the table's.
         state: "provisional" when flagged, then "confirmed" or "retracted".
-        score: evidence for the step, as twice a log-likelihood ratio; the threshold is about 14.
+        score: evidence for the step, as twice a log-likelihood ratio; the threshold is 12 by default.
         llc_change: height of the step of the LLC.
         llc_change_se: standard error of that height, from the scatter between points.
         loss_change: loss after less loss before.
