@@ -7,6 +7,7 @@ from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.measures import Influence, LearningCoefficient
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, KineticLangevin, RMSpropSGLD
+from lightning_slt.transitions import Phase, Transition, TransitionDetector, compare_phases, detect_transitions
 
 __version__ = "0.1.0"
 
@@ -19,8 +20,13 @@ __all__ = [
     "InfluenceEstimate",
     "KineticLangevin",
     "LearningCoefficient",
+    "Phase",
     "RMSpropSGLD",
     "SLTMonitor",
+    "Transition",
+    "TransitionDetector",
+    "compare_phases",
+    "detect_transitions",
     "estimate_influence",
     "estimate_llc",
 ]

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lightning_slt"
 FLOORS = {
     "functional": 1,
+    "transitions": 1,
     "record": 1,
     "influence_record": 1,
     "sampling": 2,

@@ -1,0 +1,221 @@
+"""Online: transitions flagged while a run goes on, one point at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+
+from lightning_slt.transitions.evidence import SIZES, persistence, scatter, without_spikes
+from lightning_slt.transitions.reading import rolling_scatter, transition_of
+from lightning_slt.transitions.search import LOCAL, Curve, best_step
+from lightning_slt.transitions.settings import checked_min_change, threshold_of
+from lightning_slt.transitions.transition import Transition
+
+_HISTORY = SIZES[-1]
+_SETTLE = 4  # points after a flag, at the least, before it is judged
+
+
+class TransitionDetector:
+    """Flags transitions of the local learning coefficient online. Feed the points in order of step.
+
+    At each point the windows that end there, of 8 to 256 points, are searched for a step between two plateaus (the
+    score is that of :mod:`lightning_slt.transitions.evidence` and :mod:`lightning_slt.transitions.search`). The first
+    score above the threshold is a flag; the search then begins anew at the end of the step found, so that each
+    transition is flagged once.
+
+    A flag is "provisional". When as many points again as half its width (at least four) have followed, the level since
+    its end is compared with the level before its onset: at least half the change still there makes it "confirmed",
+    otherwise it is "retracted". Such changes of state are in :attr:`changes` (those of the last update) and in
+    :attr:`transitions`; :meth:`update` returns only new flags.
+
+    Args:
+        false_alarms: tolerated false alarms in 100 points, on curves without a transition.
+        min_change: smallest change of the LLC worth a flag, in its own units.
+        at_boundary: transitions within which a boundary lies (see :meth:`boundary`) carry it ("annotate") or are not
+            flagged ("suppress").
+
+    Raises:
+        ValueError: a setting is out of range.
+
+    Example:
+        >>> detector = TransitionDetector()
+        >>> import numpy as np
+        >>> noise = np.random.default_rng(0).normal(size=60)
+        >>> for i in range(60):
+        ...     level, loss = (10.0, 2.0) if i < 30 else (25.0, 1.5)
+        ...     for t in detector.update(100.0 * i, level + noise[i], 1.0, loss):
+        ...         print(t.kind, t.state, 2900 <= t.step <= 3100, t.known_at <= 3500)
+        A provisional True True
+        >>> [t.state for t in detector.transitions]
+        ['confirmed']
+    """
+
+    def __init__(
+        self,
+        *,
+        false_alarms: float = 0.05,
+        min_change: float = 0.0,
+        at_boundary: Literal["annotate", "suppress"] = "annotate",
+    ) -> None:
+        if at_boundary not in ("annotate", "suppress"):
+            raise ValueError(f"at_boundary: expected 'annotate' or 'suppress', got {at_boundary!r}.")
+        self.threshold = threshold_of(false_alarms)
+        self.min_change = checked_min_change(min_change)
+        self.at_boundary = at_boundary
+        self._transitions: list[Transition] = []
+        self._changes: list[Transition] = []
+        self._boundaries: list[float] = []
+        # the newest points that can be used: step, llc, llc_se, loss
+        self._points: list[tuple[float, float, float, float]] = []
+        self._dropped = 0  # usable points that came before those
+        self._base = 0  # number of the point at which the search begins
+        self._last_step = -math.inf
+        self._open: list[dict[str, float]] = []  # what judging a provisional flag takes
+        self._score = 0.0
+
+    @property
+    def transitions(self) -> list[Transition]:
+        """All flags so far in their current state, in the order in which they became known."""
+        return list(self._transitions)
+
+    @property
+    def changes(self) -> list[Transition]:
+        """Transitions confirmed or retracted by the last :meth:`update`; compare ``id``."""
+        return list(self._changes)
+
+    @property
+    def score(self) -> float:
+        """Highest score at the last usable point, 0 where nothing speaks for a step; compare :attr:`threshold`."""
+        return self._score
+
+    def boundary(self, step: float) -> None:
+        """Tells of a known cause at ``step``: a learning-rate drop, another data mix.
+
+        It counts for transitions flagged from now on; tell it before the point at that step.
+
+        Raises:
+            ValueError: not finite.
+        """
+        if not math.isfinite(step):
+            raise ValueError(f"step: expected a finite training step, got {step!r}.")
+        self._boundaries.append(float(step))
+
+    def update(self, step: float, llc: float, llc_se: float, loss: float, *, valid: bool = True) -> list[Transition]:
+        """Takes one point; returns the transitions that it makes known for the first time (usually none).
+
+        Args:
+            step: training step, not below that of the point before.
+            llc: local learning coefficient.
+            llc_se: its standard error; only a floor of the scale. Not finite: unknown.
+            loss: training loss at that step.
+            valid: False leaves the point out, as a value that is not finite does.
+
+        Raises:
+            ValueError: the step is not finite or lies before the last one.
+        """
+        if not math.isfinite(step) or step < self._last_step:
+            raise ValueError(
+                f"step: expected a finite step from {self._last_step} on, got {step!r}; feed points in order of step, "
+                "and begin a new run with a new detector."
+            )
+        self._last_step = float(step)
+        self._changes = []
+        if not (valid and math.isfinite(llc) and math.isfinite(loss)):
+            return []
+        self._points.append((float(step), float(llc), float(llc_se), float(loss)))
+        if len(self._points) > _HISTORY:
+            del self._points[0]
+            self._dropped += 1
+        self._score = 0.0
+        steps, llcs, errors, losses = np.array(self._points, dtype=np.float64).T
+        self._judge(llcs)
+        n, lo = steps.size, max(0, self._base - self._dropped)
+        if n - lo < SIZES[0]:
+            return []
+        # the newest points give the scale: it may change in the course of a run
+        sigma = float(rolling_scatter(llcs[-LOCAL:], errors[-LOCAL:])[-1])
+        curve = Curve(
+            llc=without_spikes(llcs, sigma),
+            llc_scatter=np.full(n, sigma),
+            loss=losses,
+            loss_scatter=np.full(n, scatter(losses[-LOCAL:])),
+            persistence=persistence(llcs),
+        )
+        found = best_step(curve, lo, n, SIZES, at_end=True, threshold=0.0, min_change=self.min_change)
+        if found is None:
+            return []
+        self._score = found.score
+        if found.score <= self.threshold:
+            return []
+        self._base = self._dropped + math.floor(found.end)
+        new = transition_of(
+            found, curve, steps, self._boundaries, number=len(self._transitions), state="provisional", known_at=step
+        )
+        if new.boundary is not None and self.at_boundary == "suppress":
+            return []
+        first, width = max(0, math.floor(found.onset)), found.end - found.onset
+        self._transitions.append(new)
+        self._open.append(
+            {
+                "id": new.id,
+                "before": float(np.median(curve.llc[max(lo, first - 7) : first + 1])),
+                "after": self._dropped + math.ceil(found.end),
+                "judged_at": self._dropped + n + max(_SETTLE, math.ceil(width / 2)),
+            }
+        )
+        return [new]
+
+    def _judge(self, llcs: np.ndarray) -> None:
+        """Confirms or retracts the provisional flags whose time has come."""
+        seen, waiting = self._dropped + llcs.size, []
+        for flag in self._open:
+            later = [other["after"] for other in self._open if other["id"] > flag["id"]]
+            # a second step soon after the first has its own level: judge the first by what lies between
+            if seen < flag["judged_at"] and not later:
+                waiting.append(flag)
+                continue
+            number = int(flag["id"])
+            old = self._transitions[number]
+            since = llcs[max(0, int(flag["after"]) - self._dropped) :]
+            if later:
+                state: Literal["confirmed", "retracted"] = "confirmed"
+            else:
+                kept = (float(np.median(since)) - flag["before"]) / old.llc_change
+                state = "confirmed" if kept >= 0.5 else "retracted"
+            self._transitions[number] = replace(old, state=state)
+            self._changes.append(self._transitions[number])
+        self._open = waiting
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next update needs, in plain types, for a checkpoint."""
+        return {
+            "version": 1,
+            "transitions": [transition.as_dict() for transition in self._transitions],
+            "boundaries": list(self._boundaries),
+            "points": [list(point) for point in self._points],
+            "dropped": self._dropped,
+            "base": self._base,
+            "last_step": self._last_step,
+            "open": [dict(flag) for flag in self._open],
+            "score": self._score,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where :meth:`state_dict` was taken. The settings stay those of this detector.
+
+        Raises:
+            ValueError: the state is of another version.
+        """
+        if state.get("version") != 1:
+            raise ValueError(f"state: expected version 1, got {state.get('version')!r}; pass what state_dict() gave.")
+        self._transitions = [Transition.from_dict(values) for values in state["transitions"]]
+        self._changes = []
+        self._boundaries = [float(step) for step in state["boundaries"]]
+        self._points = [(float(a), float(b), float(c), float(d)) for a, b, c, d in state["points"]]
+        self._dropped, self._base = int(state["dropped"]), int(state["base"])
+        self._last_step, self._score = float(state["last_step"]), float(state["score"])
+        self._open = [{name: float(value) for name, value in flag.items()} for flag in state["open"]]

@@ -1,0 +1,64 @@
+"""From a step in the points to a Transition in training steps: the loss beside it, its kind, boundaries within it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from lightning_slt.transitions.evidence import Array, scatter
+from lightning_slt.transitions.search import LOCAL, Curve, Step
+from lightning_slt.transitions.transition import State, Transition, kind_of
+
+_REACH = 5  # points on each side that the loss before and after is read from
+
+
+def rolling_scatter(values: Array, floor: Array) -> Array:
+    """Scatter around each point from the nearest ``LOCAL`` points, floored by half the typical chain error.
+
+    Half, because reported errors may be wrong by a factor of two.
+    """
+    n = values.size
+    if n <= LOCAL:
+        local = np.full(n, scatter(values))
+    else:
+        windows = np.lib.stride_tricks.sliding_window_view(np.diff(values, 2), LOCAL - 2)
+        each = 1.4826 * np.median(np.abs(windows), axis=1) / math.sqrt(6.0)
+        local = each[np.clip(np.arange(n) - LOCAL // 2, 0, each.size - 1)]
+    known = floor[np.isfinite(floor) & (floor >= 0)]
+    return np.maximum(local, 0.5 * float(np.median(known)) if known.size else 0.0)
+
+
+def loss_change(loss: Array, loss_scatter: Array, step: Step) -> tuple[float, float]:
+    """Median of the loss in the points just after a step less that just before, with its standard error."""
+    first, last = max(0, math.floor(step.onset)), min(loss.size - 1, math.ceil(step.end))
+    before, after = loss[max(0, first - _REACH + 1) : first + 1], loss[last : last + _REACH]
+    # 1.2533 is the price of a median over a mean
+    error = 1.2533 * float(np.max(loss_scatter)) * math.sqrt(1 / before.size + 1 / after.size)
+    return float(np.median(after) - np.median(before)), error
+
+
+def transition_of(
+    step: Step, curve: Curve, steps: Array, boundaries: Iterable[float], *, number: int, state: State, known_at: float
+) -> Transition:
+    """The Transition that a step in the points is."""
+    index = np.arange(steps.size)
+    onset, centre, end = (float(np.interp(place, index, steps)) for place in (step.onset, step.centre, step.end))
+    change, error = loss_change(curve.loss, curve.loss_scatter, step)
+    inside = [boundary for boundary in boundaries if onset <= boundary <= end]
+    return Transition(
+        id=number,
+        onset=onset,
+        step=centre,
+        end=end,
+        kind=kind_of(step.height, change, error),
+        state=state,
+        score=step.score,
+        llc_change=step.height,
+        llc_change_se=step.height_se,
+        loss_change=change,
+        loss_change_se=error,
+        known_at=known_at,
+        boundary=min(inside, key=lambda boundary: abs(boundary - centre)) if inside else None,
+    )

@@ -1,0 +1,112 @@
+"""The likeliest step in a stretch of a curve: what the online and the offline detector both ask.
+
+The two channels of a monitored run are the learning coefficient and the loss. A step of the coefficient is believed
+
+- on its own, where a ramp between plateaus explains the coefficient better than a smooth course
+  (:mod:`~lightning_slt.transitions.evidence`);
+- jointly, where the coefficient rises (ramp against no change at all) AND the loss falls in the same places as a ramp
+  between plateaus rather than smoothly: the score is the smaller of the two. The loss has little noise, so this is what
+  tells a stage from a curve that only rises, and what finds small stages.
+
+Where the coefficient is negative before a step and lower after it, the chains run downhill from a saddle that is left
+behind: no measure of complexity, hence no step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightning_slt.transitions.evidence import Array, autocorrelation, bank, fits
+
+LOCAL = 64  # points that the scatter at a point is read from
+_VISIBLE = 0.5  # share of a ramp that the newest window has to show
+_CANDIDATES = 4  # ramps of a window that are deflated for autocorrelation, best first
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step found: places are fractional indices of points."""
+
+    score: float
+    onset: float
+    centre: float
+    end: float
+    height: float
+    height_se: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Both channels by point, spikes removed, with the scatter around each point."""
+
+    llc: Array
+    llc_scatter: Array
+    loss: Array
+    loss_scatter: Array
+    persistence: float = 0.0
+
+
+def best_step(
+    curve: Curve, lo: int, hi: int, sizes: Sequence[int], *, at_end: bool, threshold: float, min_change: float
+) -> Step | None:
+    """The step of the highest score above ``threshold`` in the points ``lo <= i < hi``.
+
+    Args:
+        curve: the two channels.
+        lo: first point.
+        hi: one past the last point.
+        sizes: window sizes to look at; those longer than the stretch are left out.
+        at_end: only windows that end with the last point.
+        threshold: smallest score.
+        min_change: smallest height, in units of the coefficient.
+    """
+    best: Step | None = None
+    floor = threshold
+    for size in sizes:
+        if size > hi - lo:
+            break
+        starts = np.array([hi - size]) if at_end else np.arange(lo, hi - size + 1)
+        places = starts[:, None] + np.arange(size)
+        llc, loss = curve.llc[places], curve.loss[places]
+        sigma = np.sqrt(np.mean(curve.llc_scatter[places] ** 2, axis=1))
+        loss_sigma = np.sqrt(np.mean(curve.loss_scatter[places] ** 2, axis=1))
+        b = bank(size, _VISIBLE if at_end else 1.0)
+        first = fits(llc, sigma, b)
+        second = fits(loss, loss_sigma, b)
+        joint = np.where(
+            (first.height > 0) & (second.height < 0), np.minimum(first.contrast, second.evidence), -math.inf
+        )
+        score = np.maximum(first.evidence, joint)
+        score = np.where(np.abs(first.height) < min_change, -math.inf, score)
+        # plateau before a falling step: the mean of the window less the share of the ramp that lies below it
+        before = llc.mean(axis=1, keepdims=True) - first.height * (1 - (b.centres + 0.5) / size)
+        score = np.where((first.height < 0) & (before < -3 * sigma[:, None]), -math.inf, score)
+        # a loss that falls faster and faster while the coefficient turns negative: a saddle being left
+        mid = size // 2 - 1
+        bend = loss[:, -3:].mean(axis=1) - 2 * loss[:, mid : mid + 3].mean(axis=1) + loss[:, :3].mean(axis=1)
+        leaving = (bend < -5 * loss_sigma)[:, None] & (before + first.height < -3 * sigma[:, None])
+        score = np.where((first.height < 0) & leaving, -math.inf, score)
+        for window in np.flatnonzero(score.max(axis=1) > floor):
+            for ramp in np.argsort(-score[window])[:_CANDIDATES]:
+                if score[window, ramp] <= floor:
+                    break
+                rho = autocorrelation(llc[window], b, int(ramp))
+                # without a second witness the noise of the whole curve counts too: a window is too short to know it
+                alone = max(rho, curve.persistence)
+                deflated = max(
+                    first.evidence[window, ramp] * (1 - alone) / (1 + alone),
+                    min(first.contrast[window, ramp] * (1 - rho) / (1 + rho), joint[window, ramp]),
+                )
+                if deflated > floor:
+                    floor = deflated
+                    centre, width = starts[window] + b.centres[ramp], b.widths[ramp]
+                    error = b.scales[ramp] * sigma[window] * math.sqrt((1 + rho) / (1 - rho))
+                    best = Step(
+                        score=float(deflated), onset=float(centre - width / 2), centre=float(centre),
+                        end=float(centre + width / 2), height=float(first.height[window, ramp]), height_se=float(error),
+                    )  # fmt: skip
+    return best

@@ -1,0 +1,93 @@
+"""Offline: every transition of a whole curve, the most evident first, then those within the stretches it leaves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lightning_slt.transitions.evidence import SIZES, persistence, without_spikes
+from lightning_slt.transitions.reading import rolling_scatter, transition_of
+from lightning_slt.transitions.search import Curve, Step, best_step
+from lightning_slt.transitions.settings import checked_min_change, threshold_of
+from lightning_slt.transitions.transition import Transition
+
+
+def detect_transitions(
+    steps: ArrayLike,
+    llc: ArrayLike,
+    llc_se: ArrayLike,
+    loss: ArrayLike,
+    valid: ArrayLike | None = None,
+    *,
+    false_alarms: float = 0.05,
+    min_change: float = 0.0,
+    boundaries: Sequence[float] = (),
+    at_boundary: Literal["annotate", "suppress"] = "annotate",
+) -> list[Transition]:
+    """All transitions of a recorded run, in order of step.
+
+    Binary segmentation: the step with the highest score over all windows of all lengths is taken, then the points
+    before its onset and after its end are searched in the same way, until no score passes the threshold. The score is
+    that of :mod:`lightning_slt.transitions.evidence` (a ramp between plateaus against a smooth course), joined with the
+    loss as in :mod:`lightning_slt.transitions.search`.
+
+    Args:
+        steps: ``[n]`` training steps, not decreasing; gaps and uneven spacing do not matter.
+        llc: ``[n]`` local learning coefficient.
+        llc_se: ``[n]`` its standard errors. Only a floor: the scale is the scatter from point to point.
+        loss: ``[n]`` training loss at the same steps.
+        valid: ``[n]`` booleans; points that are not valid, or not finite, are left out.
+        false_alarms: tolerated false alarms in 100 points.
+        min_change: smallest change of the LLC worth a flag.
+        boundaries: steps at which the learning rate or the data changed.
+        at_boundary: transitions around a boundary carry it ("annotate") or are left out ("suppress").
+
+    Returns:
+        Confirmed transitions; ``known_at`` is the last step, ``id`` their position. Empty below 8 usable points.
+
+    Raises:
+        ValueError: lengths differ, steps decrease, or a setting is out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> steps, noise = np.arange(60) * 100.0, np.random.default_rng(0).normal(size=60)
+        >>> [t] = detect_transitions(steps, 20 + 15 / (1 + np.exp(30 - steps / 100)) + noise, np.ones(60), np.ones(60))
+        >>> t.kind, abs(t.step - 3000) < 150, abs(t.llc_change - 15) < 2
+        ('D', True, True)
+    """
+    x, y, se, z = (np.asarray(values, dtype=np.float64).ravel() for values in (steps, llc, llc_se, loss))
+    ok = np.ones(x.size, dtype=bool) if valid is None else np.asarray(valid, dtype=bool).ravel()
+    for name, array in (("llc", y), ("llc_se", se), ("loss", z), ("valid", ok)):
+        if array.size != x.size:
+            raise ValueError(f"{name}: expected one value for each of the {x.size} steps, got {array.size}.")
+    if not np.all(np.isfinite(x)) or np.any(np.diff(x) < 0):
+        raise ValueError("steps: expected finite numbers that do not decrease; sort the points by step.")
+    if at_boundary not in ("annotate", "suppress"):
+        raise ValueError(f"at_boundary: expected 'annotate' or 'suppress', got {at_boundary!r}.")
+    threshold, smallest = threshold_of(false_alarms), checked_min_change(min_change)
+    ok = ok & np.isfinite(y) & np.isfinite(z)
+    x, y, se, z = x[ok], y[ok], se[ok], z[ok]
+    if x.size < SIZES[0]:
+        return []
+    sigma = rolling_scatter(y, se)
+    curve = Curve(without_spikes(y, float(np.median(sigma))), sigma, z, rolling_scatter(z, np.empty(0)), persistence(y))
+    found: list[Step] = []
+    stretches = [(0, x.size)]
+    while stretches:
+        lo, hi = stretches.pop()
+        step = best_step(curve, lo, hi, SIZES, at_end=False, threshold=threshold, min_change=smallest)
+        if step is not None:
+            found.append(step)
+            # one point of the ramp stays with each plateau, so that neighbouring steps keep enough of them
+            stretches += [(lo, math.ceil(step.onset) + 1), (math.floor(step.end), hi)]
+    found.sort(key=lambda step: step.centre)
+    last = float(x[-1])
+    transitions = [
+        transition_of(step, curve, x, boundaries, number=number, state="confirmed", known_at=last)
+        for number, step in enumerate(found)
+    ]
+    return [t for t in transitions if at_boundary == "annotate" or t.boundary is None]
