@@ -1,8 +1,8 @@
 """What influence adds to a firing: ``python benchmarks/firing.py``, with and without probed samples in turn.
 
-The chains are those of a firing at the monitor's defaults (4 x 100 draws), from the weights of the speed cases. Printed:
-processor time with the samples over that without, medians over the repeats, the engine fixed so that both have the same
-one. And the memory of one large estimate's arithmetic, see ``--large``.
+The chains are those of a firing at the monitor's defaults (4 x 100 draws), from the weights of the speed cases. It
+prints the processor time with the samples over that without, medians over the repeats, the engine fixed so that both
+have the same one. ``--large`` prints the memory of one large estimate's arithmetic instead.
 """
 
 from __future__ import annotations

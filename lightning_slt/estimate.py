@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -140,7 +140,7 @@ def run_chains(
     progress: Optional[Progress] = None,
     memory: Optional[ChainMemory] = None,
     make_reader: Optional[Callable[[], Reader]] = None,
-    read_every: int = STATS_EVERY,
+    read_every: Union[int, Callable[[], int]] = STATS_EVERY,
     make_sampler: Optional[Callable[[Chains], tuple[LocalPosterior, Sampler]]] = None,
     spread: bool = False,
 ) -> tuple[Drawn, Chains]:
@@ -149,7 +149,7 @@ def run_chains(
     Args:
         make_reader: called once the loss can be asked for; what it gives reads the weights at every ``read_every``-th
             step, and what it reads is ``drawn.segment.read``.
-        read_every: steps between those.
+        read_every: steps between those; a function is asked for them once there is the reader.
         make_sampler: called with the chains at ``w*``, on every rank with the same answer; gives the posterior and the
             sampler that are used in place of those of ``settings``.
         spread: chains start at draws of the Gaussian of that sampler's metric, and not at ``w*``.
@@ -192,7 +192,8 @@ def run_chains(
             if make_reader is not None:
                 readers: list[Reader] = []
                 collective.exchange(lambda: readers.append(make_reader()))
-                chains.reader, chains.read_every = readers[0], read_every
+                chains.reader = readers[0]
+                chains.read_every = read_every() if callable(read_every) else read_every
             drawn = draw(chains, settings.seed, settings.budget(), memory)
     return drawn, chains
 
