@@ -119,14 +119,23 @@ def table(case: str, truth: float, truth_se: float, results: dict[str, list[Sett
 
 
 def measure(
-    tool: str, case: str, truth: float, scratch: Path, seeds: list[int], chains: int, clock: str, limit: float
+    tool: str,
+    case: str,
+    truth: float,
+    scratch: Path,
+    seeds: list[int],
+    chains: int,
+    clock: str,
+    limit: float,
+    draws_calibrated: list[int],
+    tolerances: list[str],
 ) -> list[Setting]:
     """The grid of one tool, each step size from short to long until a run would take longer than ``limit`` seconds."""
     settings: list[Setting] = []
     calibrated = tool in SELF_TUNED
-    lengths = [(0, draws) for draws in DRAWS_CALIBRATED] if calibrated else LENGTHS
+    lengths = [(0, draws) for draws in draws_calibrated] if calibrated else LENGTHS
     rows_of: list[tuple[float | None, str | None]] = (
-        [(None, tolerance) for tolerance in TOLERANCES] if calibrated else [(lr, None) for lr in STEP_SIZES[case]]
+        [(None, tolerance) for tolerance in tolerances] if calibrated else [(lr, None) for lr in STEP_SIZES[case]]
     )
     for lr, tolerance in rows_of:
         per_step = 0.0
@@ -168,6 +177,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many")
     parser.add_argument("--chains", type=int, default=8)
     parser.add_argument("--max-seconds", type=float, default=30.0, help="longest single estimate that is tried")
+    parser.add_argument(
+        "--draws", type=int, nargs="+", default=DRAWS_CALIBRATED, help="of the tools that tune themselves"
+    )
+    parser.add_argument("--tolerances", nargs="+", default=TOLERANCES, help="the same, such as 5%%")
     parser.add_argument("--clock", choices=["seconds_total", "cpu_total"], default="seconds_total")
     arguments = parser.parse_args()
     references = json.loads(REFERENCES.read_text())
@@ -191,6 +204,8 @@ def main() -> None:
                     arguments.chains,
                     arguments.clock,
                     arguments.max_seconds,
+                    arguments.draws,
+                    arguments.tolerances,
                 )
                 for tool in arguments.tools
             }

@@ -111,9 +111,7 @@ def mean_and_se(per_chain: torch.Tensor) -> Outcome:
     return Outcome(llc=per_chain.mean().item(), se=(per_chain.std() / len(per_chain) ** 0.5).item())
 
 
-def run(
-    tool: str, version: str, estimate: Estimate, prepare: Callable[[Case, Settings], None] | None = None
-) -> None:
+def run(tool: str, version: str, estimate: Estimate, prepare: Callable[[Case, Settings], None] | None = None) -> None:
     """Parse the arguments, measure ``estimate`` on the case, print one JSON line for each seed.
 
     Args:

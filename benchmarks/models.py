@@ -91,7 +91,7 @@ def deep_linear(sizes: tuple[int, ...]) -> nn.Sequential:
 
 
 def build_module(kind: str, sizes: tuple[int, ...]) -> nn.Module:
-    """The untrained module of a case; ``sizes`` are the layer widths or channels, or what :class:`Transformer` takes."""
+    """The untrained module of a case; ``sizes``: layer widths or channels, or what :class:`Transformer` takes."""
     if kind == "transformer":
         return Transformer(*sizes)
     if kind == "convnet":

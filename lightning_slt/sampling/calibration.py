@@ -6,23 +6,28 @@ with ``G = nbeta grad + gamma u`` the stochastic gradient,
 
     ``E[G . u] = d + eps/4 E[G . P G]``
 
-The second term is the heat. On a regular model it inflates the LLC by ``1/(1 - eps A/4)`` along a direction of
-posterior precision A, the closed form of the discretised Gaussian. The share of it in the loss's part,
+The second term is the heat. Where the loss is homogeneous along the directions it holds, each of them carries half of
+its heat in the loss, so that the LLC comes out too large by
 
-    ``heat = (eps/4) E[nbeta grad . P G] / E[nbeta grad . u]``
+    ``heat = (eps/8) E[nbeta grad . P G]``
 
-is dimensionless, costs three dot products every few steps, and counts discretisation and minibatch noise together. The
-step is set so that the heat is about :data:`HEAT` of the LLC, and the estimate is corrected by the factor ``1 - heat``:
-exact for the full batch of a regular model, first order otherwise (with minibatch noise and a strong localisation it
-takes a little too much: 5 % at nbeta h = 13, gamma = 100, batches of 8). MALA needs no correction, its step is set by
-the share of proposals accepted; the thermostat of SGNHT takes the heat off itself, its step is a share of the largest
-curvature.
+It costs three dot products every few steps and needs no Hessian. On a regular model and the full batch it is exact: the
+closed form ``1/(1 - eps A/4)`` of the discretised Gaussian. On reduced-rank regression, a deep linear network and a
+small transformer, taking it off gave the LLC to within 2 % for heats up to a third of it (``docs/choosing.md``).
+Minibatch noise is a part of it, ``(eps/8) nbeta² E[xi . P xi]``, and not all of that reaches the loss: it is
+measured by a second gradient at the same weights every 24 steps, and weighted
+(:func:`~lightning_slt.sampling.readings.heat_of`).
 
-**Burn-in and length.** Once the step is found it is frozen, and the chains run in rounds, each as long as all before.
-What is burn-in is then read off the trace: the cut that makes the standard error of the rest smallest (the MSER rule of
-White 1997), of half the steps at the most. It is enough when the rest is flat (no drift between its halves beyond the
-error), its error is within the tolerance, and the step was right; or when the budget is used, which the verdict on the
-estimate then says.
+The step is set so that discretisation adds about :data:`HEAT` of the LLC and noise no more than :data:`NOISE_HEAT`, and
+both are taken off. MALA needs no correction, its step is set by the share of proposals accepted; the thermostat of
+SGNHT takes the heat off itself, its step is a share of the largest curvature.
+
+**Burn-in and length.** Once the step is found it is frozen, and the chains run in rounds, each half as long as all
+before. What is burn-in is then read off the trace: the cut that makes the standard error of the rest smallest (the MSER
+rule of White 1997), of half the steps at the most; or half of it, where that is what it takes to have arrived. It is
+enough when the rest is flat (no drift between its halves beyond the error), its error is within the tolerance, what
+directions that are reached last still owe is within it too (virial ratio), and the step was right; or when the budget
+is used, which the verdict on the estimate then says.
 
 **Warm chains** skip the search and most of the burn-in: see :mod:`lightning_slt.sampling.memory`.
 """
@@ -67,8 +72,9 @@ CURVATURE_SHARE = 0.1
 ACCEPTANCE = 0.57
 """Share of MALA's proposals to be accepted."""
 TOO_HOT, TOO_COLD = 0.5, 2.5
-"""A step wanted in the rounds, in those of the step there is, beyond which the draws are made anew. Heat is measured and
-taken off, so that it may be twice what is aimed at; a step too small costs time alone, and is changed at once or never."""
+"""A step wanted in the rounds, in those of the step there is, beyond which the draws are made anew. Heat is measured
+and taken off, so that it may be twice what is aimed at; a step too small costs time alone: it is changed at once or
+never."""
 GROWTH = 0.5
 """Steps of a round, as a share of all before it at the same step size."""
 LEAST_STEPS = 50
@@ -276,7 +282,7 @@ def _cold_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) 
         step = min(known if known is not None else BEGINNING * safe, ceiling)
     else:
         step = given
-    rounds = FIRST_ROUNDS if known is None else LATER_ROUNDS
+    rounds: tuple[int, ...] = FIRST_ROUNDS if known is None else LATER_ROUNDS
     rounds = METRIC_ROUNDS if chains.sampler.preconditioned else rounds
     done, head = 0, []
     for number, length in enumerate(rounds):

@@ -30,9 +30,10 @@ class Heat:
     """What a finite step adds to the LLC, in its units.
 
     Attributes:
-        discretisation: of the step alone, ``(eps/8) E[nbeta g . P (nbeta g + gamma u)]`` with g the gradient of all the
-            data: exact on a quadratic, and measured to be within 2 % of the LLC up to a quarter of it on singular models.
-        noise: of the minibatches, ``weight * (eps/8) nbeta² E[xi . P xi]``, xi a gradient's part that is its batch's own.
+        discretisation: of the step alone, ``(eps/8) E[nbeta g . P (nbeta g + gamma u)]`` with g the gradient of all
+            the data: exact on a quadratic; right to within 2 % of the LLC up to a third of it on singular models.
+        noise: of the minibatches, ``weight * (eps/8) nbeta² E[xi . P xi]``, xi a gradient's part that is its batch's
+            own.
         weight: how much of that reaches the loss, see :func:`heat_of`.
         error: standard error of the sum between chains; 0 where one chain is all there is.
     """
