@@ -62,7 +62,7 @@ class Segment:
         pulled_dot, pulled_square: ``grad.P (w - w*)`` and ``(w - w*).P (w - w*)``; None where P is 1.
         acceptance: ``[chains]``, share of the proposals accepted; None for a sampler that does not reject.
         noise_square: ``[chains, steps / NOISE_EVERY]``, whose mean is that of ``xi.P xi``, xi the part of a gradient
-            that is its minibatch's own; None for a sampler that asks for no such thing, or where all the data is one batch.
+            that is its minibatch's own; None for a sampler that has no use for it, or where all the data is one batch.
         read: ``[chains, steps / read_every, n]`` float32, what a :data:`Reader` made of the weights; None without one.
         read_every: steps between those.
     """
@@ -402,7 +402,7 @@ class Chains:
         self, window: Window, indices: Tensor, rows: slice, lr: float, noises: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Losses ``[chains, steps]``, readings ``[3 or 5, chains, readings]`` and what the reader makes of the weights
-        (``[chains, reads, n]``) of one chunk, whose weights move; ``noises`` (:attr:`Segment.noise_square`) is filled."""
+        (``[chains, reads, n]``) of one chunk, whose weights move; ``noises`` (``Segment.noise_square``) is filled."""
         weights, count = self.weights[rows], rows.stop - rows.start
         grad, noise = self._grad[:count], self._noise[:count]
         posterior, update = self.posterior, self.sampler.update_
