@@ -87,6 +87,8 @@ SMALL_LLC = 0.4
 """An LLC below this is as good as this one where errors and drifts are compared with it."""
 LEAST_SCALE = 0.2
 """Below this the heat is held against a constant: an LLC near zero would ask for a step of nothing."""
+UNSURE_HEAT = 0.04
+"""The same of discretisation on a potential far from any square, as far as it is (one minus ``Heat.steepness``)."""
 FIRST_ROUNDS = (25, 25, 50)
 """Steps of the rounds in which the step size is found."""
 METRIC_ROUNDS = (25, 25, 50, 50)
@@ -428,7 +430,8 @@ def _next_step(chains: Chains, segment: Segment, step: float, ceiling: float) ->
     posterior = chains.posterior
     trace = posterior.nbeta * segment.difference
     heat = heat_of(segment, step, posterior)
-    wanted = _scale(trace) / max(heat.discretisation / HEAT, heat.noise / NOISE_HEAT, 1e-12)
+    unsure = (1.0 - heat.steepness) * heat.discretisation
+    wanted = _scale(trace) / max(heat.discretisation / HEAT, heat.noise / NOISE_HEAT, unsure / UNSURE_HEAT, 1e-12)
     drift, drift_error = half_change(trace)
     least = 0.3
     if wanted > 0.1 and (abs(drift) > 2 * drift_error or segment.steps < 50):

@@ -35,12 +35,15 @@ class Heat:
         noise: of the minibatches, ``weight * (eps/8) nbeta² E[xi . P xi]``, xi a gradient's part that is its batch's
             own.
         weight: how much of that reaches the loss, see :func:`heat_of`.
+        steepness: ``2 LLC / nbeta E[g.u]``, at most 1, which it is on a quadratic: the further below, the less surely
+            the whole of the heat is in the loss (on ``w1 w2²``, where it is 1/3, about half of it is).
         error: standard error of the sum between chains; 0 where one chain is all there is.
     """
 
     discretisation: float
     noise: float
     weight: float
+    steepness: float
     error: float
 
     @property
@@ -59,7 +62,7 @@ def heat_of(segment: Segment, lr: float, posterior: LocalPosterior, keep: Tensor
     keep = segment.finite if keep is None else keep
     rows = keep.nonzero().flatten()
     if not len(rows):
-        return Heat(math.nan, math.nan, math.nan, math.nan)
+        return Heat(math.nan, math.nan, math.nan, math.nan, math.nan)
     nbeta, gamma = posterior.nbeta, posterior.localization
     total = 0.125 * lr * nbeta * force_of(segment, posterior)[rows].mean(dim=1)
     noise = torch.zeros_like(total)
@@ -75,7 +78,7 @@ def heat_of(segment: Segment, lr: float, posterior: LocalPosterior, keep: Tensor
     weight = by_loss * steepness
     each = total - (1.0 - weight) * noise
     error = float(each.std() / math.sqrt(len(rows))) if len(rows) > 1 else 0.0
-    return Heat(float((total - noise).mean()), weight * float(noise.mean()), weight, error)
+    return Heat(float((total - noise).mean()), weight * float(noise.mean()), weight, steepness, error)
 
 
 def force_of(segment: Segment, posterior: LocalPosterior) -> Tensor:
