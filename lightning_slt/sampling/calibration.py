@@ -87,7 +87,7 @@ SMALL_LLC = 0.4
 """An LLC below this is as good as this one where errors and drifts are compared with it."""
 LEAST_SCALE = 0.2
 """Below this the heat is held against a constant: an LLC near zero would ask for a step of nothing."""
-UNSURE_HEAT = 0.04
+UNSURE_HEAT = 0.03
 """The same of discretisation on a potential far from any square, as far as it is (one minus ``Heat.steepness``)."""
 FIRST_ROUNDS = (25, 25, 50)
 """Steps of the rounds in which the step size is found."""
