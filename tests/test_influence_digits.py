@@ -126,9 +126,9 @@ class Network(L.LightningModule):
 
 @pytest.mark.slow
 def test_the_callback_finds_wrong_labels_while_they_are_memorised(tmp_path: Path) -> None:
-    """400 epochs with a firing every 100. The harder the labels have been learnt, the wider the region in which they are
-    expensive again, and a small firing has not seen all of it: 0.988, 0.974, 0.969, 0.966 here, with the plain loss at
-    0.928 to 0.959. ``estimate_influence`` gives 0.99 at such weights, see above."""
+    """400 epochs with a firing every 100. The harder the labels have been learnt, the wider the region in which they
+    are expensive again, and a small firing has not seen all of it: 0.988, 0.974, 0.969, 0.966 here, with the plain loss
+    at 0.928 to 0.959. ``estimate_influence`` gives 0.99 at such weights, see above."""
     data = retraining().load_digits(800, 200, 0.1)
     monitor = SLTMonitor(every_n_epochs=100, probe=1000)
     trainer = L.Trainer(
