@@ -4,8 +4,8 @@
     python examples/deep_linear.py --fast --logger csv    # seconds
     python examples/deep_linear.py singular_values='[4,2.5,1.5]' monitor.num_draws=200
 
-A student of two linear layers learns a linear teacher from small weights. The loss falls in steps: each singular mode of
-the teacher is learned at a time of its own, the strongest first, and between two of them the network rests near a
+A student of two linear layers learns a linear teacher from small weights. The loss falls in steps: each singular mode
+of the teacher is learned at a time of its own, the strongest first, and between two of them the network rests near a
 saddle. When a mode of strength s is half learned is known in closed form (Saxe et al. 2014, arXiv 1312.6120):
 ``t = ln(s / u0 - 1) / (2 s)``, u0 its strength at the start; and it can be read off the weights. The detector knows
 neither: it sees the learning coefficient and the loss.
@@ -168,7 +168,8 @@ def main() -> None:
     predicted = teacher.predicted_steps(module)
 
     # The saddle at the origin has curvatures down to minus the largest singular value: a localization of twice that
-    # times nbeta keeps the chains where they are. The stiffest direction of the minimum, 2 s, then doubles it once more.
+    # times nbeta keeps chains where they are. With the stiffest direction of the minimum, 2 s, the two make 2 gamma, and
+    # a step of 0.25 / gamma is half of what that direction allows.
     nbeta = config.monitor.nbeta or config.num_samples / math.log(config.num_samples)
     config.monitor.localization = config.monitor.localization or 2 * nbeta * max(config.singular_values)
     config.monitor.sampler = config.monitor.sampler or SamplerConfig(lr=0.25 / config.monitor.localization)

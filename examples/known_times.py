@@ -10,6 +10,7 @@ from typing import Optional, Union
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: a figure of our own needs no window and no backend
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from lightning_slt import Estimate
 from lightning_slt.transitions import Transition, TransitionDetector, detect_transitions
@@ -143,7 +144,7 @@ def draw(
     height = 6.6 + (1.6 if row else 0.0)
     figure = Figure(figsize=(11, height), dpi=100, layout="constrained")
     figure.suptitle(title, fontweight="bold")
-    grid = figure.add_gridspec(3 if row else 2, 1, height_ratios=[2.3, 1.0, 0.95] if row else [2.3, 1.0])
+    grid = figure.add_gridspec(3 if row else 2, 1, height_ratios=[2.3, 1.0, 1.1] if row else [2.3, 1.0])
     top = figure.add_subplot(grid[0])
     bottom = figure.add_subplot(grid[1], sharex=top)
     steps = [float(e.step or 0) for e in estimates]
@@ -158,13 +159,22 @@ def draw(
             colour = LLC if state else DOUBT
             top.plot(*zip(*points, strict=True), "o", color=colour, mfc=face, ms=4, mew=1.1, label=label)
     if linear is not None:
-        top.set_yscale("symlog", linthresh=linear, linscale=1.2)
-        top.axhspan(-linear, linear, color="#f4f6f9", zorder=0)
+        ticks = [-100 * linear, -10 * linear, -linear, -linear / 2, 0.0, linear / 2, linear, 10 * linear, 100 * linear]
+        top.set_yscale("symlog", linthresh=linear, linscale=1.5)
+        low, high = top.get_ylim()
+        top.set_yticks([t for t in ticks if low <= t <= high])
+        top.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        top.minorticks_off()
         top.set_ylabel(f"learning coefficient (LLC)\nlinear within ±{linear:g}, logarithmic beyond")
     else:
         top.set_ylabel("learning coefficient (LLC)")
+    top.axhline(0, color="#999999", lw=0.8)
     bottom.plot(steps, [e.init_loss for e in estimates], color=LOSS, lw=1.8)
-    bottom.set(xlabel="training step", ylabel="training loss")
+    # a late boundary moves the loss by little of what the first one did
+    bottom.set(xlabel="training step", ylabel="training loss", yscale="log")
+    bottom.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    bottom.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    bottom.yaxis.set_minor_formatter(NullFormatter())
 
     for axes in (top, bottom):
         for k in known:
@@ -180,7 +190,7 @@ def draw(
     place(bottom, [(t.step, f"found {t.step:.0f} ({t.kind})") for t in offline], span, FOUND, above=False)
     for t in online:
         face = "white" if t.state == "retracted" else FOUND
-        top.plot([t.known_at], [0.02], "^", color=FOUND, mfc=face, ms=9, transform=top.get_xaxis_transform())
+        top.plot([t.known_at], [0.03], "^", color=FOUND, mfc=face, ms=9, transform=top.get_xaxis_transform())
     handles, labels = top.get_legend_handles_labels()
     handles += top.plot([], [], color=KNOWN, lw=1.4) + top.plot([], [], color=FOUND, lw=1.6, ls="--")
     labels += ["known, from the weights", "found afterwards"]
@@ -188,7 +198,7 @@ def draw(
         if any((t.state == "retracted") == bool(state) for t in online):
             handles += top.plot([], [], "^", color=FOUND, mfc=face, ms=8)
             labels.append("flagged online" + state)
-    top.legend(handles, labels, frameon=True, framealpha=0.9, edgecolor="none", fontsize=9, loc="lower right")
+    figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=4)
     rest: list[Axes] = []
     if row:
         inner = grid[2].subgridspec(1, row)
@@ -210,7 +220,8 @@ def place(axes: Axes, labels: Sequence[tuple[float, str]], span: float, colour: 
                 ha="center", va="bottom", fontsize=9, color=colour,
             )  # fmt: skip
         else:
+            behind = {"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1}
             axes.annotate(
                 text, (x, 0.95), (4, -13 * level), xycoords=("data", "axes fraction"), textcoords="offset points",
-                ha="left", va="top", fontsize=9, color=colour, bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1},
+                ha="left", va="top", fontsize=9, color=colour, bbox=behind,
             )  # fmt: skip
