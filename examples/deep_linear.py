@@ -168,8 +168,8 @@ def main() -> None:
     predicted = teacher.predicted_steps(module)
 
     # The saddle at the origin has curvatures down to minus the largest singular value: a localization of twice that
-    # times nbeta keeps chains where they are. With the stiffest direction of the minimum, 2 s, the two make 2 gamma, and
-    # a step of 0.25 / gamma is half of what that direction allows.
+    # times nbeta keeps chains where they are. With it the stiffest direction of the minimum, 2 s, makes 2 gamma, and a
+    # step of 0.25 / gamma is a quarter of what stays stable there.
     nbeta = config.monitor.nbeta or config.num_samples / math.log(config.num_samples)
     config.monitor.localization = config.monitor.localization or 2 * nbeta * max(config.singular_values)
     config.monitor.sampler = config.monitor.sampler or SamplerConfig(lr=0.25 / config.monitor.localization)

@@ -58,18 +58,18 @@ def refined(estimates: Sequence[Estimate]) -> list[Transition]:
 def match(known: Sequence[Known], found: Sequence[Transition], cadence: float) -> list[Optional[Transition]]:
     """For each known boundary the nearest found one, None where none lies within its stretch and ``REACH`` firings.
 
-    Each found transition is given away once, to the pair that is closest first.
+    Each found transition is given away once, to the pair that is closest first; flags that were retracted come last.
     """
     reach = REACH * cadence
     pairs = [
-        (abs(t.step - k.step), i, j)
+        (t.state == "retracted", abs(t.step - k.step), i, j)
         for i, k in enumerate(known)
         for j, t in enumerate(found)
-        if t.state != "retracted" and k.onset - reach <= t.step <= k.end + reach
+        if k.onset - reach <= t.step <= k.end + reach
     ]
     matched: list[Optional[Transition]] = [None] * len(known)
     taken: set[int] = set()
-    for _, i, j in sorted(pairs):
+    for _, _, i, j in sorted(pairs):
         if matched[i] is None and j not in taken:
             matched[i] = found[j]
             taken.add(j)
@@ -107,7 +107,7 @@ def offset(known: Known, found: Optional[Transition], cadence: float) -> str:
 
 
 def count(known: Sequence[Known], online: Sequence[Transition], offline: Sequence[Transition], cadence: float) -> str:
-    """The table in a sentence."""
+    """The table in a sentence; a flag that was retracted finds nothing, and is counted apart."""
     texts = []
     for name, found in (("online", online), ("afterwards", offline)):
         standing = [t for t in found if t.state != "retracted"]
