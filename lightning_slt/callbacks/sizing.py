@@ -36,7 +36,7 @@ def sized(settings: ChainSettings, size: float) -> ChainSettings:
         >>> full = ChainSettings(num_draws=100, max_steps_bw_draws=4)
         >>> small = sized(full, 0.3)
         >>> small.num_draws, small.max_steps_bw_draws, chain_steps(small) / chain_steps(full)
-        (90, 1, 0.3)
+        (100, 1, 0.25)
     """
     most = size * chain_steps(settings) * (1 + 1e-9)
     smaller = settings

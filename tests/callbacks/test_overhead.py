@@ -295,11 +295,11 @@ def test_a_least_size_out_of_range_is_refused_by_name(value: float) -> None:
 @pytest.mark.parametrize(
     ("given", "least"),
     [
-        ({}, (20, 1, 170)),  # the search of 150 steps, and one round of draws
+        ({}, (20, 1, 120)),  # the search of 100 steps, and one round of draws
         ({"sampler": SGLD(lr=1e-4)}, (20, 1, 40)),
-        ({"num_steps_bw_draws": 3}, (20, 4, 210)),
+        ({"num_steps_bw_draws": 3}, (20, 4, 160)),
         ({"num_burnin_steps": 50}, (20, 4, 220)),
-        ({"num_draws": 15}, (15, 4, 165)),  # the full one is that small: the search is what it costs
+        ({"num_draws": 15}, (15, 3, 115)),  # the full one is that small: the search is what it costs
     ],
     ids=["nothing", "step", "spacing", "burn-in", "few draws"],
 )
