@@ -6,8 +6,8 @@ and localisation. Every tool runs a small grid of step sizes and lengths over a 
 truth. Reported is the cheapest such setting: the tool at its best, with a step size that its user would have to find
 first. "Staying" asks that the same step size is as good at every greater length that was tried: else a step that heats
 is credited for the moment at which heat and missing burn-in cancel. "ours-calibrated" finds its own and is given only
-the number of draws. Seeds share a process, and the time of a setting is the median over its seeds: compilation counts
-for nothing here.
+the number of draws and the tolerance; "ours-warm" is the firing after such a one on the same weights. Seeds share a
+process, and the time of a setting is the median over its seeds: compilation counts for nothing here.
 """
 
 from __future__ import annotations
@@ -26,12 +26,19 @@ from exports import ACCURACY_CASES, ROOT
 from launch import TOOLS, RunFailedError, launch
 
 REFERENCES = ROOT / "tests" / "cases" / "references.json"
-REFERENCE_OF = {"digits": "digits-mlp-gamma100", "rrr": "rrr-8-4-8-r2"}
-STEP_SIZES = {"digits": [3e-5, 1e-4, 2e-4, 4e-4], "rrr": [2e-4, 6e-4, 2e-3, 6e-3]}
+REFERENCE_OF = {"digits": "digits-mlp-gamma100", "rrr": "rrr-8-4-8-r2", "transformer": "transformer"}
+STEP_SIZES = {
+    "digits": [3e-5, 1e-4, 2e-4, 4e-4],
+    "rrr": [2e-4, 6e-4, 2e-3, 6e-3],
+    "transformer": [3e-4, 1e-3, 2e-3, 4e-3],
+}
 LENGTHS = [(0, 100), (100, 100), (200, 200), (500, 500), (1000, 1000), (2000, 2000)]
 """(burn-in steps, draws) of each chain, shortest first."""
-DRAWS_CALIBRATED = [25, 50, 100, 200, 400, 800]
-DEFAULT_TOOLS = ["ours", "ours-calibrated", "canonical-eager", "canonical", "devinterp1", "devinterp2-plain"]
+DRAWS_CALIBRATED = [25, 50, 100, 200]
+TOLERANCES = ["10%", "5%", "3%"]
+"""Standard errors at which a tool that stops by itself is asked to; in place of the step sizes of the others."""
+SELF_TUNED = ("ours-calibrated", "ours-warm")
+DEFAULT_TOOLS = ["ours-calibrated", "ours-warm", "canonical-eager", "canonical", "devinterp1", "devinterp2-plain"]
 
 
 @dataclass(frozen=True)
@@ -45,10 +52,12 @@ class Setting:
     bias: float
     spread: float
     rmse: float
+    tolerance: str | None = None
 
     def __str__(self) -> str:
-        step = "its own step" if self.lr is None else f"lr {self.lr:g}"
-        return f"{step}, {self.burnin}+{self.draws}" if self.lr is not None else f"{step}, {self.draws} draws"
+        if self.lr is None:
+            return f"tolerance {self.tolerance}, {self.draws} draws"
+        return f"lr {self.lr:g}, {self.burnin}+{self.draws}"
 
 
 def judge(rows: list[dict[str, Any]], truth: float, clock: str, lr: float | None) -> Setting:
@@ -65,6 +74,7 @@ def judge(rows: list[dict[str, Any]], truth: float, clock: str, lr: float | None
         bias=bias,
         spread=statistics.stdev(values) if finite and len(values) > 1 else math.inf,
         rmse=rmse,
+        tolerance=rows[0]["tolerance"],
     )
 
 
@@ -77,7 +87,8 @@ def cheapest(settings: list[Setting], error: float, lasting: bool) -> Setting | 
     """
 
     def counts(setting: Setting) -> bool:
-        longer = [s for s in settings if s.lr == setting.lr and s.burnin + s.draws > setting.burnin + setting.draws]
+        same = [s for s in settings if (s.lr, s.tolerance) == (setting.lr, setting.tolerance)]
+        longer = [s for s in same if s.burnin + s.draws > setting.burnin + setting.draws]
         held = bool(longer) and all(s.rmse <= error for s in longer)
         return setting.rmse <= error and (held or not lasting)
 
@@ -108,16 +119,28 @@ def table(case: str, truth: float, truth_se: float, results: dict[str, list[Sett
 
 
 def measure(
-    tool: str, case: str, truth: float, scratch: Path, seeds: list[int], chains: int, clock: str, limit: float
+    tool: str,
+    case: str,
+    truth: float,
+    scratch: Path,
+    seeds: list[int],
+    chains: int,
+    clock: str,
+    limit: float,
+    draws_calibrated: list[int],
+    tolerances: list[str],
 ) -> list[Setting]:
     """The grid of one tool, each step size from short to long until a run would take longer than ``limit`` seconds."""
     settings: list[Setting] = []
-    calibrated = tool == "ours-calibrated"
-    lengths = [(0, draws) for draws in DRAWS_CALIBRATED] if calibrated else LENGTHS
-    for lr in [None] if calibrated else STEP_SIZES[case]:
+    calibrated = tool in SELF_TUNED
+    lengths = [(0, draws) for draws in draws_calibrated] if calibrated else LENGTHS
+    rows_of: list[tuple[float | None, str | None]] = (
+        [(None, tolerance) for tolerance in tolerances] if calibrated else [(lr, None) for lr in STEP_SIZES[case]]
+    )
+    for lr, tolerance in rows_of:
         per_step = 0.0
         for burnin, draws in lengths:
-            if per_step * (burnin + draws) > limit:
+            if per_step * (burnin + draws) > limit and not calibrated:
                 break
             try:
                 rows = launch(
@@ -129,6 +152,7 @@ def measure(
                     burnin=burnin,
                     lr=lr,
                     seed=seeds,
+                    tolerance=tolerance,
                 )
             except RunFailedError as error:
                 print(error, file=sys.stderr, flush=True)
@@ -153,6 +177,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many")
     parser.add_argument("--chains", type=int, default=8)
     parser.add_argument("--max-seconds", type=float, default=30.0, help="longest single estimate that is tried")
+    parser.add_argument(
+        "--draws", type=int, nargs="+", default=DRAWS_CALIBRATED, help="of the tools that tune themselves"
+    )
+    parser.add_argument("--tolerances", nargs="+", default=TOLERANCES, help="the same, such as 5%%")
     parser.add_argument("--clock", choices=["seconds_total", "cpu_total"], default="seconds_total")
     arguments = parser.parse_args()
     references = json.loads(REFERENCES.read_text())
@@ -176,6 +204,8 @@ def main() -> None:
                     arguments.chains,
                     arguments.clock,
                     arguments.max_seconds,
+                    arguments.draws,
+                    arguments.tolerances,
                 )
                 for tool in arguments.tools
             }

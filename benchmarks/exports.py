@@ -97,6 +97,27 @@ def reduced_rank(folder: Path, name: str, batch_size: int = 64, lr: float = 1e-3
     )
 
 
+def small_transformer(folder: Path, name: str, batch_size: int = 64, lr: float = 1e-3) -> None:
+    """The transformer of the tests' reference: 1 layer, width 16, sequences of 12, vocabulary 16, n = 400."""
+    from tests.cases.problems import CASES
+
+    case = CASES["transformer"]()
+    (tokens,) = case.data
+    _write(
+        folder,
+        name,
+        "transformer",
+        case.module,
+        [key for key, _ in case.module.named_parameters()],
+        (tokens, tokens),
+        sizes=(16, 12, 16, 2, 1),
+        batch_size=batch_size,
+        lr=lr,
+        nbeta=case.nbeta,
+        localization=case.gamma,
+    )
+
+
 def markov_sequences(n: int, generator: torch.Generator) -> Tensor:
     """``[n, length]`` tokens of a Markov chain whose rows hold a few likely successors."""
     transition = torch.softmax(2.0 * torch.randn(VOCABULARY, VOCABULARY, generator=generator), dim=1)
@@ -182,4 +203,5 @@ SPEED_CASES: dict[str, Callable[[Path], None]] = {
 ACCURACY_CASES: dict[str, Callable[[Path], None]] = {
     "digits": lambda folder: digits(folder, "digits", 64),
     "rrr": lambda folder: reduced_rank(folder, "rrr"),
+    "transformer": lambda folder: small_transformer(folder, "transformer"),
 }

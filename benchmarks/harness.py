@@ -34,6 +34,8 @@ class Settings:
     lr: float
     seed: int
     variant: str
+    tolerance: str | None = None
+    """Of the tool that stops by itself: the standard error to reach, in per cent of the LLC."""
 
     @property
     def chain_steps(self) -> int:
@@ -71,6 +73,7 @@ class Measurement:
     burnin: int
     draws: int
     seed: int
+    tolerance: str | None = None
 
 
 Estimate = Callable[[Case, Settings], Outcome]
@@ -108,8 +111,12 @@ def mean_and_se(per_chain: torch.Tensor) -> Outcome:
     return Outcome(llc=per_chain.mean().item(), se=(per_chain.std() / len(per_chain) ** 0.5).item())
 
 
-def run(tool: str, version: str, estimate: Estimate) -> None:
-    """Parse the arguments, measure ``estimate`` on the case, print one JSON line for each seed."""
+def run(tool: str, version: str, estimate: Estimate, prepare: Callable[[Case, Settings], None] | None = None) -> None:
+    """Parse the arguments, measure ``estimate`` on the case, print one JSON line for each seed.
+
+    Args:
+        prepare: called before each measurement, outside of it.
+    """
     parser = argparse.ArgumentParser(description=f"measure {tool} on one case")
     parser.add_argument("--case", type=Path, required=True, help="a .npz written by exports.py")
     parser.add_argument("--chains", type=int, default=8)
@@ -120,6 +127,7 @@ def run(tool: str, version: str, estimate: Estimate) -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="several: one call and one line each, in turn")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--variant", default="", help="a mode of the tool, where it has one")
+    parser.add_argument("--tolerance", help="standard error to stop at, such as 5%% (the calibrated variants)")
     parser.add_argument("--again", action="store_true", help="measure the same call a second time as well")
     arguments = parser.parse_args()
 
@@ -137,12 +145,24 @@ def run(tool: str, version: str, estimate: Estimate) -> None:
             lr=case.lr if arguments.lr is None else arguments.lr,
             seed=seed,
             variant=arguments.variant,
+            tolerance=arguments.tolerance,
         )
-        measurement = _measure(tool, version, estimate, case, settings, again=arguments.again)
+        measurement = _measure(tool, version, estimate, case, settings, arguments.again, prepare)
         print(json.dumps(asdict(measurement)), flush=True)
 
 
-def _measure(tool: str, version: str, estimate: Estimate, case: Case, settings: Settings, again: bool) -> Measurement:
+def _measure(
+    tool: str,
+    version: str,
+    estimate: Estimate,
+    case: Case,
+    settings: Settings,
+    again: bool,
+    prepare: Callable[[Case, Settings], None] | None = None,
+) -> Measurement:
+    if prepare is not None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            prepare(case, settings)
     before, peak = _start_peak()
     seconds: list[float] = []
     cpu: list[float] = []
@@ -172,4 +192,5 @@ def _measure(tool: str, version: str, estimate: Estimate, case: Case, settings: 
         burnin=settings.burnin,
         draws=settings.draws,
         seed=settings.seed,
+        tolerance=settings.tolerance,
     )

@@ -33,6 +33,7 @@ TOOLS: dict[str, Tool] = {
     "bare": Tool("bare"),
     "ours": Tool("ours"),
     "ours-calibrated": Tool("ours", variant="calibrated"),
+    "ours-warm": Tool("ours", variant="warm"),
     "ours-sequential": Tool("ours", variant="sequential"),
     "ours-batched": Tool("ours", variant="batched"),
     "canonical": Tool("canonical", "canonical"),

@@ -47,15 +47,22 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A 2-layer causal language model; tokens ``[batch, length]`` in, logits ``[batch, length, vocabulary]`` out."""
+    """A causal language model; tokens ``[batch, length]`` in, logits ``[batch, length, vocabulary]`` out."""
 
-    def __init__(self, width: int = WIDTH, layers: int = 2, heads: int = 4) -> None:
+    def __init__(
+        self,
+        vocabulary: int = VOCABULARY,
+        length: int = SEQUENCE_LENGTH,
+        width: int = WIDTH,
+        heads: int = 4,
+        layers: int = 2,
+    ) -> None:
         super().__init__()
-        self.token = nn.Embedding(VOCABULARY, width)
-        self.position = nn.Parameter(torch.zeros(SEQUENCE_LENGTH, width))
+        self.token = nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(torch.zeros(length, width))
         self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)])
         self.norm = nn.LayerNorm(width)
-        self.unembed = nn.Linear(width, VOCABULARY, bias=False)
+        self.unembed = nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.unembed(self.norm(self.blocks(self.token(tokens) + self.position[: tokens.shape[1]])))
@@ -84,9 +91,9 @@ def deep_linear(sizes: tuple[int, ...]) -> nn.Sequential:
 
 
 def build_module(kind: str, sizes: tuple[int, ...]) -> nn.Module:
-    """The untrained module of a case; ``sizes`` are the layer widths or channels (unused by the transformer)."""
+    """The untrained module of a case; ``sizes``: layer widths or channels, or what :class:`Transformer` takes."""
     if kind == "transformer":
-        return Transformer()
+        return Transformer(*sizes)
     if kind == "convnet":
         return convnet(sizes)
     if kind == "mlp":

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from lightning_slt.sampling.chains import STATS_EVERY, Chains, Progress, Reader,
 from lightning_slt.sampling.collective import Alone, Collective
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.readings import diverged, heat_share, heat_share_error, virial_ratio
+from lightning_slt.sampling.readings import diverged, heat_of, virial_ratio
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import SGLD, Sampler
@@ -59,6 +59,8 @@ class ChainSettings:
     max_steps_bw_draws: int = MAX_STEPS_BW_DRAWS
     second_moment: Optional[Tensor] = None
     """``[d]`` mean squared gradients, for a preconditioned sampler to start from."""
+    tolerance_llc: Optional[float] = None
+    """The standard error to reach in units of the LLC, in place of ``tolerance``, which is a share of it."""
 
     def __post_init__(self) -> None:
         for name, least in (("num_chains", 1), ("num_draws", 1)):
@@ -74,6 +76,10 @@ class ChainSettings:
             raise ValueError(
                 f"localization={self.localization}: must not be negative; leave it None to have it chosen."
             )
+        for name in ("tolerance", "tolerance_llc"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}={value}: the standard error to reach must be positive.")
         if self.method not in ("auto", "sequential", "batched"):
             raise ValueError(f"method={self.method!r}: must be 'auto', 'sequential' or 'batched'.")
 
@@ -87,7 +93,33 @@ class ChainSettings:
             self.tolerance,
             self.max_steps_bw_draws,
             self.second_moment,
+            self.tolerance_llc,
         )
+
+
+def tolerance_settings(tolerance: float | str | None) -> dict[str, float]:
+    """What ``tolerance`` of :func:`estimate_llc` says, as fields of :class:`ChainSettings`.
+
+    Raises:
+        ValueError: for text that is not a percentage, or a number that is not positive.
+
+    Example:
+        >>> tolerance_settings("5%"), tolerance_settings(0.5), tolerance_settings(None)
+        ({'tolerance': 0.05}, {'tolerance_llc': 0.5}, {})
+    """
+    if tolerance is None:
+        return {}
+    if not isinstance(tolerance, str):
+        return {"tolerance_llc": float(tolerance)}
+    try:
+        share = float(tolerance.strip().removesuffix("%")) / 100
+    except ValueError:
+        share = math.nan
+    if not tolerance.strip().endswith("%") or not (math.isfinite(share) and share > 0):
+        raise ValueError(
+            f"tolerance={tolerance!r}: must be a positive percentage of the LLC such as '5%', or a number in its units."
+        )
+    return {"tolerance": share}
 
 
 def default_localization(anchor: Tensor) -> float:
@@ -140,7 +172,7 @@ def run_chains(
     progress: Optional[Progress] = None,
     memory: Optional[ChainMemory] = None,
     make_reader: Optional[Callable[[], Reader]] = None,
-    read_every: int = STATS_EVERY,
+    read_every: Union[int, Callable[[], int]] = STATS_EVERY,
     make_sampler: Optional[Callable[[Chains], tuple[LocalPosterior, Sampler]]] = None,
     spread: bool = False,
 ) -> tuple[Drawn, Chains]:
@@ -149,7 +181,7 @@ def run_chains(
     Args:
         make_reader: called once the loss can be asked for; what it gives reads the weights at every ``read_every``-th
             step, and what it reads is ``drawn.segment.read``.
-        read_every: steps between those.
+        read_every: steps between those; a function is asked for them once there is the reader.
         make_sampler: called with the chains at ``w*``, on every rank with the same answer; gives the posterior and the
             sampler that are used in place of those of ``settings``.
         spread: chains start at draws of the Gaussian of that sampler's metric, and not at ``w*``.
@@ -192,7 +224,8 @@ def run_chains(
             if make_reader is not None:
                 readers: list[Reader] = []
                 collective.exchange(lambda: readers.append(make_reader()))
-                chains.reader, chains.read_every = readers[0], read_every
+                chains.reader = readers[0]
+                chains.read_every = read_every() if callable(read_every) else read_every
             drawn = draw(chains, settings.seed, settings.budget(), memory)
     return drawn, chains
 
@@ -215,13 +248,18 @@ def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     finite = segment.finite
     good = ~diverged(segment, posterior.nbeta, d)
     heats = chains.sampler.calibration == "heat"
-    heat = heat_share(segment, lr, posterior, good) if heats and bool(good.any()) else math.nan
-    correction = 1.0 - heat if math.isfinite(heat) and heat < 2 * MAX_HEAT else 1.0
-    heat_error = heat_share_error(segment, lr, posterior, good) if correction < 1.0 else 0.0
+    share = math.nan
+    correction, heat_error = 1.0, 0.0
+    if heats and bool(good.any()):
+        found, level = heat_of(segment, lr, posterior, good), float(trace[good].mean())
+        share = found.total / level if level > 0 else math.nan
+        # a share of the trace, so that what is left of it scatters as the estimate does
+        if 0 < share < 2 * MAX_HEAT:
+            correction, heat_error = 1.0 - share, found.error
     summary = summarise(trace * correction, ~good)
     reasons = summary.reasons
-    if math.isfinite(heat) and heat >= MAX_HEAT and summary.mean > 0:
-        reasons += (f"step size {lr:.2g} is too large: {heat:.0%} of the estimate is heat of the step",)
+    if share >= MAX_HEAT and summary.mean > 0:
+        reasons += (f"step size {lr:.2g} is too large: {share:.0%} of the estimate is heat of the step",)
     virial = virial_ratio(segment.second_half(), lr if heats else 0.0, posterior, d, good)
     if virial < MIN_VIRIAL and summary.mean > 0:
         reasons += (
@@ -231,7 +269,7 @@ def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     init_loss = sum(segment.anchors.values()) / len(segment.anchors)
     return Estimate(
         mean=summary.mean,
-        se=math.hypot(summary.se, heat_error * summary.mean),
+        se=math.hypot(summary.se, heat_error),
         per_chain=summary.per_chain,
         trace=(trace * correction).float(),
         rhat=summary.rhat,
@@ -280,6 +318,7 @@ def estimate_llc(
     full_batch: bool = False,
     num_samples: Optional[int] = None,
     method: str = "auto",
+    tolerance: Optional[float | str] = None,
 ) -> Estimate:
     """The local learning coefficient of a module at its weights, ``nbeta (E_w[L_n(w)] - L_n(w*))``.
 
@@ -306,6 +345,10 @@ def estimate_llc(
         full_batch: every step sees all the data.
         num_samples: n, where the data cannot tell.
         method: ``"auto"`` (the faster of the two, tried), ``"sequential"`` or ``"batched"`` (vmap).
+        tolerance: the standard error at which to stop, in units of the LLC (``0.5``) or in per cent of it (``"5%"``);
+            None for ``"3%"``. What directions that are reached last may still owe is held below it too. The chains end
+            without it where the budget, 64 steps a draw, is used; nothing is stopped early where ``num_burnin_steps``
+            is given. Shorter chains than ``num_draws`` there are not: for a wide tolerance ask for fewer draws as well.
 
     Returns:
         An :class:`~lightning_slt.record.Estimate`; look at ``valid`` and ``reasons`` before ``mean``.
@@ -335,6 +378,7 @@ def estimate_llc(
         localization=localization,
         seed=seed,
         method=method,
+        **tolerance_settings(tolerance),  # type: ignore[arg-type]
     )
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be at least 1.")

@@ -65,7 +65,7 @@ WIDE_DRAWS, WIDE_BURNIN = 12, 10
 """Readings of each chain, and steps before them, for the mean losses over the posterior of the learning coefficient."""
 COLD_BURNIN = 40
 """Steps from ``w*``, where the Gaussian of the curvature is no start."""
-READ_COST = 0.4
+READ_COST = 0.2
 """Cost of reading the samples' losses, in units of that of moving the chains, in a firing of the monitor."""
 CALLS = 3_000_000
 """Products that would take as long as the calls of a step do by themselves."""
@@ -218,6 +218,11 @@ class InfluenceReader:
             )
             return None
         return SteinControl(torch.cat(found), objective.anchor, sampling.posterior, sampling.sampler.metric)
+
+    @property
+    def products(self) -> int:
+        """Multiplications that the loss of one sample takes."""
+        return self._train.products
 
     @property
     def train_index(self) -> Tensor:
@@ -454,18 +459,23 @@ def _natural(name: str) -> tuple[int, float, str]:
         return 1, 0.0, name
 
 
-def reading_interval(num_probed: int, batch_size: int, num_weights: int) -> int:
-    """Steps between readings, so that reading costs about 0.4 of what moving the chains does.
+def reading_interval(num_probed: int, batch_size: int, products: int) -> int:
+    """Steps between readings, so that reading costs about a fifth of what moving the chains does.
 
     A reading is one forward pass of all the samples; a step is three of a minibatch, and calls that take as long as
     some millions of products. No clock is asked: the same run reads at the same steps on every machine.
 
+    Args:
+        num_probed: samples.
+        batch_size: of the chains.
+        products: multiplications that the loss of one sample takes.
+
     Example:
         >>> [reading_interval(1000, 64, 26_122), reading_interval(1000, 64, 10**8), reading_interval(100, 64, 26_122)]
-        [12, 16, 4]
+        [20, 28, 4]
     """
-    step = 3 * max(batch_size, 1) * num_weights + CALLS
-    return STATS_EVERY * max(1, math.ceil(num_probed * num_weights / step / READ_COST / STATS_EVERY))
+    step = 3 * max(batch_size, 1) * products + CALLS
+    return STATS_EVERY * max(1, math.ceil(num_probed * products / step / READ_COST / STATS_EVERY))
 
 
 def measure_both(
@@ -487,16 +497,17 @@ def measure_both(
         read_every: steps between readings; None for :func:`reading_interval`.
     """
     start = time.perf_counter()
-    if read_every is None:
-        read_every = reading_interval(probes.num_samples, source.batch_size, len(objective.anchor))
     readers: list[InfluenceReader] = []
+
+    def interval() -> int:
+        return read_every or reading_interval(probes.num_samples, source.batch_size, readers[0].products)
 
     def make_reader() -> InfluenceReader:
         readers.append(InfluenceReader(objective, probes, settings.seed))
         return readers[0]
 
     drawn, chains = run_chains(
-        objective, source, settings, collective, progress, memory, make_reader, read_every=read_every
+        objective, source, settings, collective, progress, memory, make_reader, read_every=interval
     )
     estimate = read_llc(drawn, chains, settings)
     segment = drawn.segment

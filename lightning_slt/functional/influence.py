@@ -206,16 +206,20 @@ class CovarianceAccumulator:
         for chain, block, count, mean_x, mean_y, comoment in state:
             self._add((chain, block), _Block(count, mean_x, mean_y, comoment.clone()))
 
-    def _by_chain(self) -> dict[int, _Block]:
-        chains: dict[int, _Block] = {}
+    def _by_chain(self) -> dict[int, tuple[int, Tensor, Tensor]]:
+        """Count and both means of each chain."""
+        chains: dict[int, tuple[int, Tensor, Tensor]] = {}
         for (chain, _), block in sorted(self._blocks.items()):
-            chains[chain] = chains[chain].join(block) if chain in chains else block
+            count, mean_x, mean_y = chains.get(chain, (0, block.mean_x, block.mean_y))
+            share = block.count / (count + block.count)
+            mean_x, mean_y = mean_x.lerp(block.mean_x, share), mean_y.lerp(block.mean_y, share)
+            chains[chain] = (count + block.count, mean_x, mean_y)
         return chains
 
-    def _about(self, key: tuple[int, int], chains: dict[int, _Block]) -> Tensor:
+    def _about(self, key: tuple[int, int], chains: dict[int, tuple[int, Tensor, Tensor]]) -> Tensor:
         """Sum of the products of a block, about the means of its chain."""
-        block, chain = self._blocks[key], chains[key[0]]
-        return torch.addr(block.comoment, block.mean_y - chain.mean_y, block.mean_x - chain.mean_x, alpha=block.count)
+        block, (_, mean_x, mean_y) = self._blocks[key], chains[key[0]]
+        return torch.addr(block.comoment, block.mean_y - mean_y, block.mean_x - mean_x, alpha=block.count)
 
     def result(self, less: Sequence[CovarianceAccumulator] = ()) -> Covariance:
         """The covariance so far.
@@ -228,10 +232,10 @@ class CovarianceAccumulator:
         """
         chains = self._by_chain()
         others = [(other, other._by_chain()) for other in less]
-        degrees = sum(block.count - 1 for block in chains.values())
+        degrees = sum(count - 1 for count, _, _ in chains.values())
         if degrees < 1:
             raise ValueError("no draws: a covariance needs two draws of a chain at least.")
-        total, count = sum(block.count for block in chains.values()), len(self._blocks)
+        total, count = sum(count for count, _, _ in chains.values()), len(self._blocks)
         first = torch.zeros(self.n_y, self.n_x, dtype=torch.float64)
         square = torch.zeros_like(first)
         # blocks may differ a little in length: each counts by its share of the draws
@@ -246,9 +250,8 @@ class CovarianceAccumulator:
         if count > 1:
             spread = (square - first.square() / count).clamp_(min=0) / (count * (count - 1))
             se = spread.sqrt_() * scale
-        weights = [block.count / total for block in chains.values()]
-        mean_x = torch.stack([w * b.mean_x for w, b in zip(weights, chains.values(), strict=True)]).sum(dim=0)
-        mean_y = torch.stack([w * b.mean_y for w, b in zip(weights, chains.values(), strict=True)]).sum(dim=0)
+        mean_x = torch.stack([mean * (n / total) for n, mean, _ in chains.values()]).sum(dim=0)
+        mean_y = torch.stack([mean * (n / total) for n, _, mean in chains.values()]).sum(dim=0)
         return Covariance(matrix, se, mean_x, mean_y, count)
 
 

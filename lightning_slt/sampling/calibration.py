@@ -6,23 +6,28 @@ with ``G = nbeta grad + gamma u`` the stochastic gradient,
 
     ``E[G . u] = d + eps/4 E[G . P G]``
 
-The second term is the heat. On a regular model it inflates the LLC by ``1/(1 - eps A/4)`` along a direction of
-posterior precision A, the closed form of the discretised Gaussian. The share of it in the loss's part,
+The second term is the heat. Where the loss is homogeneous along the directions it holds, each of them carries half of
+its heat in the loss, so that the LLC comes out too large by
 
-    ``heat = (eps/4) E[nbeta grad . P G] / E[nbeta grad . u]``
+    ``heat = (eps/8) E[nbeta grad . P G]``
 
-is dimensionless, costs three dot products every few steps, and counts discretisation and minibatch noise together. The
-step is set so that the heat is about :data:`HEAT` of the LLC, and the estimate is corrected by the factor ``1 - heat``:
-exact for the full batch of a regular model, first order otherwise (with minibatch noise and a strong localisation it
-takes a little too much: 5 % at nbeta h = 13, gamma = 100, batches of 8). MALA needs no correction, its step is set by
-the share of proposals accepted; the thermostat of SGNHT takes the heat off itself, its step is a share of the largest
-curvature.
+It costs three dot products every few steps and needs no Hessian. On a regular model and the full batch it is exact: the
+closed form ``1/(1 - eps A/4)`` of the discretised Gaussian. On reduced-rank regression, a deep linear network and a
+small transformer, taking it off gave the LLC to within 2 % for heats up to a third of it (``docs/choosing.md``).
+Minibatch noise is a part of it, ``(eps/8) nbeta² E[xi . P xi]``, and not all of that reaches the loss: it is
+measured by a second gradient at the same weights every 24 steps, and weighted
+(:func:`~lightning_slt.sampling.readings.heat_of`).
 
-**Burn-in and length.** Once the step is found it is frozen, and the chains run in rounds, each as long as all before.
-What is burn-in is then read off the trace: the cut that makes the standard error of the rest smallest (the MSER rule of
-White 1997), of half the steps at the most. It is enough when the rest is flat (no drift between its halves beyond the
-error), its error is within the tolerance, and the step was right; or when the budget is used, which the verdict on the
-estimate then says.
+The step is set so that discretisation adds about :data:`HEAT` of the LLC and noise no more than :data:`NOISE_HEAT`, and
+both are taken off. MALA needs no correction, its step is set by the share of proposals accepted; the thermostat of
+SGNHT takes the heat off itself, its step is a share of the largest curvature.
+
+**Burn-in and length.** Once the step is found it is frozen, and the chains run in rounds, each half as long as all
+before. What is burn-in is then read off the trace: the cut that makes the standard error of the rest smallest (the MSER
+rule of White 1997), of half the steps at the most; or half of it, where that is what it takes to have arrived. It is
+enough when the rest is flat (no drift between its halves beyond the error), its error is within the tolerance, what
+directions that are reached last still owe is within it too (virial ratio), and the step was right; or when the budget
+is used, which the verdict on the estimate then says.
 
 **Warm chains** skip the search and most of the burn-in: see :mod:`lightning_slt.sampling.memory`.
 """
@@ -43,13 +48,15 @@ from lightning_slt.sampling.chains import STATS_EVERY, Chains, Segment
 from lightning_slt.sampling.engines import sequential_engine
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.readings import diverged, force_of, transient, virial_ratio
+from lightning_slt.sampling.readings import diverged, heat_of, transient, virial_ratio
 from lightning_slt.sampling.rng import PROBE, generator
 
-HEAT = 0.04
-"""Share of the estimate that the finite step may add before it is taken off."""
-ARRIVED = 0.93
-"""Virial ratio below which more rounds are run while there is budget."""
+HEAT = 0.08
+"""Share of the estimate that a finite step may add through its discretisation, which is then taken off."""
+NOISE_HEAT = 0.04
+"""The same of the minibatches' noise: less, since how much of it reaches the loss is known less well."""
+MAX_OWED = 0.07
+"""Shortfall of the virial ratio above which more rounds are run while there is budget, whatever the tolerance."""
 MIN_VIRIAL = 0.7
 """Virial ratio below which chains that have used their budget have not reached their width: the number is not valid.
 Between the two lie singular models, whose free directions take longest and matter least."""
@@ -64,15 +71,28 @@ CURVATURE_SHARE = 0.1
 """Squared time step of a sampler with momenta, in inverses of the largest posterior precision (4 is unstable)."""
 ACCEPTANCE = 0.57
 """Share of MALA's proposals to be accepted."""
-WIDTHS = 1.5
-"""A direction that the loss leaves free is reached at the rate ``step * localization / 2``; so many of its times are
-waited for, where the budget has room for them."""
-CEILING = 4.0
-"""Largest step, in those of :func:`first_step`: half of what is stable along the steepest direction at ``w*``."""
+TOO_HOT, TOO_COLD = 0.5, 2.5
+"""A step wanted in the rounds, in those of the step there is, beyond which the draws are made anew. Heat is measured
+and taken off, so that it may be twice what is aimed at; a step too small costs time alone: it is changed at once or
+never."""
+GROWTH = 0.5
+"""Steps of a round, as a share of all before it at the same step size."""
+LEAST_STEPS = 50
+"""Steps of a chain in an estimate: the error of shorter ones is not known (84-90 % coverage for 95 %)."""
+CEILING = 8.0
+"""Largest step, in those of :func:`first_step`: 0.6 of what is stable along the steepest direction at ``w*``."""
+BEGINNING = 2.0
+"""The step that the search begins with, in the same units."""
 SMALL_LLC = 0.4
+"""An LLC below this is as good as this one where errors and drifts are compared with it."""
+LEAST_SCALE = 0.2
 """Below this the heat is held against a constant: an LLC near zero would ask for a step of nothing."""
-FIRST_ROUNDS = (25, 25, 50, 50)
+UNSURE_HEAT = 0.03
+"""The same of discretisation on a potential far from any square, as far as it is (one minus ``Heat.steepness``)."""
+FIRST_ROUNDS = (25, 25, 50)
 """Steps of the rounds in which the step size is found."""
+METRIC_ROUNDS = (25, 25, 50, 50)
+"""The same where a metric is found as well: its moments are those of the last but one."""
 LATER_ROUNDS = (25, 50)
 """The same where the last firing's step size is at hand."""
 MAX_STEPS_BW_DRAWS = 32
@@ -108,6 +128,7 @@ class Budget:
         num_steps_bw_draws: given, the draws are this many steps apart.
         lr: given, the step size is not looked for.
         tolerance: standard error to reach, as a share of the LLC (of 0.4, where the LLC is below).
+        tolerance_llc: the same in units of the LLC; takes the place of ``tolerance`` where it is given.
         max_steps_bw_draws: half of all the steps there may be, burn-in included, in steps a draw.
         second_moment: ``[d]`` mean squared gradients, for a preconditioned sampler to start from.
     """
@@ -119,13 +140,18 @@ class Budget:
     tolerance: float = 0.03
     max_steps_bw_draws: int = MAX_STEPS_BW_DRAWS
     second_moment: Tensor | None = None
+    tolerance_llc: float | None = None
+
+    def allowed_error(self, llc: float) -> float:
+        """Standard error to reach, in units of the LLC."""
+        return self.tolerance * max(abs(llc), SMALL_LLC) if self.tolerance_llc is None else self.tolerance_llc
 
     @property
     def most_steps(self) -> int:
         """The most steps that a chain makes; a search that is followed by a burn-in of given length comes on top."""
         if self.num_burnin_steps is None:
             return 2 * self.num_draws * (self.num_steps_bw_draws or self.max_steps_bw_draws)
-        search = sum(FIRST_ROUNDS) if self.lr is None else 0
+        search = sum(METRIC_ROUNDS) if self.lr is None else 0
         return search + self.num_burnin_steps + self.num_draws * (self.num_steps_bw_draws or 1)
 
 
@@ -240,6 +266,8 @@ def _warm_start(chains: Chains, budget: Budget, memory: ChainMemory) -> _Start |
     settled = True
     if budget.lr is None and budget.num_burnin_steps is None:
         wanted, settled = _next_step(chains, segment, step, math.inf)
+        if chains.sampler.calibration == "heat" and bool(segment.finite.all()):
+            settled = TOO_HOT * step < wanted < TOO_COLD * step
         step = step if settled else wanted
     return _Start(step, math.inf, length, [segment] if settled else [], warm=True)
 
@@ -253,11 +281,12 @@ def _cold_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) 
     ceiling = math.inf
     if given is None:
         safe = _agreed_first_step(chains, seed)
-        ceiling = {"heat": CEILING, "curvature": CURVATURE_SHARE / 0.3, "acceptance": 10 * CEILING}[kind] * safe
-        step = min(known, ceiling) if known is not None else min(safe, ceiling)
+        ceiling = {"heat": CEILING, "curvature": CURVATURE_SHARE / 0.3, "acceptance": 40.0}[kind] * safe
+        step = min(known if known is not None else BEGINNING * safe, ceiling)
     else:
         step = given
-    rounds = FIRST_ROUNDS if known is None or chains.sampler.preconditioned else LATER_ROUNDS
+    rounds: tuple[int, ...] = FIRST_ROUNDS if known is None else LATER_ROUNDS
+    rounds = METRIC_ROUNDS if chains.sampler.preconditioned else rounds
     done, head = 0, []
     for number, length in enumerate(rounds):
         chains.learn_preconditioner(keep_learning=number + 1 < len(rounds))
@@ -303,12 +332,21 @@ def _until_good(chains: Chains, start: _Start, budget: Budget, generation: int) 
         burnin = transient(posterior.nbeta * joined.difference[joined.finite])
         units = (joined.steps - burnin) // unit
         kept = joined.last(max(units, 1) * unit)
-        wanted, settled = (step, True) if budget.lr is not None else _next_step(chains, segment, step, start.ceiling)
-        awaited = WIDTHS * 2 / (step * max(posterior.localization, 1e-12)) if heats else 0.0
-        waited = start.warm or spent >= awaited or awaited > longest
-        # slow directions look flat: what they still owe shows in the virial ratio alone
-        waited &= virial_ratio(kept.second_half(), step if heats else 0.0, posterior, d) >= ARRIVED
-        if units >= 1 and settled and waited and _is_good(kept, budget, posterior.nbeta):
+        wanted, settled = step, True
+        if budget.lr is None:
+            # heat is a mean over few numbers with long tails: of all there is, but the start
+            known = joined if joined.steps < 2 * LEAST_STEPS else joined.second_half()
+            wanted, settled = _next_step(chains, known if bool(segment.finite.all()) else segment, step, start.ceiling)
+            if heats and bool(segment.finite.all()):
+                settled = wanted > TOO_HOT * step and (rounds > 1 or wanted < TOO_COLD * step)
+        arrived = _has_arrived(kept, step if heats else 0.0, posterior, d, budget)
+        if not arrived and units >= 2:
+            # what the trace's own scatter hides is burn-in all the same
+            later = kept.last(units // 2 * unit)
+            arrived = _has_arrived(later, step if heats else 0.0, posterior, d, budget)
+            kept = later if arrived else kept
+        enough = units >= 1 and kept.steps >= LEAST_STEPS
+        if enough and settled and arrived and _is_good(kept, budget, posterior.nbeta):
             break
         if rounds > 1 and _is_downhill(kept, posterior.nbeta):
             break
@@ -319,12 +357,25 @@ def _until_good(chains: Chains, start: _Start, budget: Budget, generation: int) 
         if not settled and (spent < longest or not bool(segment.finite.all())):
             done += joined.steps
             step, pieces, steady = wanted, [], False
-        # as long as all before, or what is left of the budget
-        length = max(min(sum(p.steps for p in pieces) // unit * unit, left), unit)
+        # a share of all before, or what is left of the budget
+        length = max(min(math.ceil(GROWTH * sum(p.steps for p in pieces) / unit) * unit, left), unit)
     fits = steady and burnin <= LATE * joined.steps and _is_flat(kept, budget, posterior.nbeta)
     if budget.num_steps_bw_draws is not None:
         kept = kept.last(unit)
     return Drawn(kept, step, done + joined.steps - kept.steps, kept.steps // budget.num_draws), fits
+
+
+def _has_arrived(segment: Segment, lr: float, posterior: LocalPosterior, d: int, budget: Budget) -> bool:
+    """Whether the directions that are reached last owe the LLC no more than the tolerance.
+
+    They look flat, and show in the virial ratio alone. On a regular model the LLC lacks the share that the ratio lacks;
+    on singular ones less (0.4 to 0.6 of it were measured on networks, nothing on reduced-rank regression).
+    """
+    finite = segment.finite
+    ratio = virial_ratio(segment, lr, posterior, d)
+    level = abs(posterior.nbeta * float(segment.difference[finite].mean())) if bool(finite.any()) else 0.0
+    allowed = budget.allowed_error(level) / max(level, SMALL_LLC)
+    return ratio >= 1.0 - min(allowed, MAX_OWED)
 
 
 def _is_downhill(segment: Segment, nbeta: float) -> bool:
@@ -354,7 +405,7 @@ def _is_good(segment: Segment, budget: Budget, nbeta: float) -> bool:
     if not _is_flat(segment, budget, nbeta):
         return False
     trace = _draws(segment, budget, nbeta)
-    return standard_error(trace) <= budget.tolerance * max(abs(float(trace.mean())), SMALL_LLC)
+    return standard_error(trace) <= budget.allowed_error(float(trace.mean()))
 
 
 def _agreed_first_step(chains: Chains, seed: int) -> float:
@@ -378,9 +429,10 @@ def _next_step(chains: Chains, segment: Segment, step: float, ceiling: float) ->
         factor = min(max(math.exp(3 * (share - ACCEPTANCE)), 0.3), 2.0)
         return min(step * factor, ceiling), abs(share - ACCEPTANCE) < 0.2
     posterior = chains.posterior
-    heat = max(0.125 * step * posterior.nbeta * float(force_of(segment, posterior).mean()), 1e-12)
     trace = posterior.nbeta * segment.difference
-    wanted = HEAT * _scale(trace) / heat
+    heat = heat_of(segment, step, posterior)
+    unsure = (1.0 - heat.steepness) * heat.discretisation
+    wanted = _scale(trace) / max(heat.discretisation / HEAT, heat.noise / NOISE_HEAT, unsure / UNSURE_HEAT, 1e-12)
     drift, drift_error = half_change(trace)
     least = 0.3
     if wanted > 0.1 and (abs(drift) > 2 * drift_error or segment.steps < 50):
@@ -402,4 +454,4 @@ def _scale(trace: Tensor) -> float:
     centred = centred - centred.mean()
     products = centred[:, 1:] * centred[:, :-1]
     variance = float(products.mean() - 2 * products.std() / math.sqrt(products.numel()))
-    return max(abs(float(trace.mean())), variance, SMALL_LLC)
+    return max(abs(float(trace.mean())), variance, LEAST_SCALE)

@@ -7,6 +7,7 @@ chunks, the engine or the number of ranks that share the work.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,9 @@ from lightning_slt.sampling.steps import NoLossError
 
 STATS_EVERY = 4
 """Steps between readings of |grad|², grad.(w - w*) and |w - w*|²: three passes over the weights each."""
+
+NOISE_EVERY = 24
+"""Steps between second gradients at the same weights, on another minibatch: what the minibatches' own noise is."""
 
 PROBED_BATCHES = 8
 """Minibatches whose loss is known before anything is tried on them."""
@@ -58,6 +62,8 @@ class Segment:
         anchors: ``L_B(w*)`` of the minibatches used, by (rank where ranks have data of their own, window, number).
         pulled_dot, pulled_square: ``grad.P (w - w*)`` and ``(w - w*).P (w - w*)``; None where P is 1.
         acceptance: ``[chains]``, share of the proposals accepted; None for a sampler that does not reject.
+        noise_square: ``[chains, steps / NOISE_EVERY]``, whose mean is that of ``xi.P xi``, xi the part of a gradient
+            that is its minibatch's own; None for a sampler that has no use for it, or where all the data is one batch.
         read: ``[chains, steps / read_every, n]`` float32, what a :data:`Reader` made of the weights; None without one.
         read_every: steps between those.
     """
@@ -73,6 +79,7 @@ class Segment:
     acceptance: Tensor | None = None
     read: Tensor | None = None
     read_every: int = 1
+    noise_square: Tensor | None = None
 
     @staticmethod
     def merge(parts: Sequence[Segment]) -> Segment:
@@ -82,7 +89,7 @@ class Segment:
 
         tables = {
             name: torch.cat([getattr(part, name) for part in parts])[order]
-            for name in ("difference", *READINGS, "acceptance", "read")
+            for name in ("difference", *READINGS, "acceptance", "read", "noise_square")
             if getattr(parts[0], name) is not None
         }
         return Segment(sorted(chains), anchors=_all_anchors(parts), read_every=parts[0].read_every, **tables)
@@ -92,7 +99,7 @@ class Segment:
         """Stretches of the same chains, one after another, as one."""
         tables = {
             name: torch.cat([getattr(piece, name) for piece in pieces], dim=1)
-            for name in ("difference", *READINGS, "read")
+            for name in ("difference", *READINGS, "read", "noise_square")
             if getattr(pieces[0], name) is not None
         }
         acceptance = None
@@ -111,6 +118,9 @@ class Segment:
             value = getattr(self, name)
             if value is not None:
                 tables[name] = value[:, value.shape[1] - readings :]
+        if self.noise_square is not None:
+            count = self.noise_square.shape[1]
+            tables["noise_square"] = self.noise_square[:, count - math.ceil(count * steps / max(self.steps, 1)) :]
         if self.read is not None:
             tables["read"] = self.read[:, max(self.read.shape[1] - (-(-steps // self.read_every)), 0) :]
         return dataclasses.replace(self, **tables)
@@ -323,13 +333,18 @@ class Chains:
             5 if preconditioned else 3, chains, len(range(0, steps, STATS_EVERY)), dtype=torch.float64
         )
         read: list[Tensor] = []
+        noise: Tensor | None = None
+        if self.sampler.calibration == "heat" and not self.sampler.full_batch and len(window) > 1:
+            noise = torch.full((chains, len(_noise_steps(steps))), torch.nan, dtype=torch.float64)
         tallies = [self._state.tensors.get(name) for name in ("accepted", "proposed")]
         before = [tally.clone() for tally in tallies if tally is not None]
         width = self._engine.width
         try:
             for start in range(0, chains, width):
                 rows = slice(start, min(start + width, chains))
-                losses[rows], readings[:, rows], numbers = self._move(window, indices[rows], rows, lr)
+                losses[rows], readings[:, rows], numbers = self._move(
+                    window, indices[rows], rows, lr, noise[rows] if noise is not None else None
+                )
                 read += [numbers] if numbers is not None else []
                 self.progress(steps * (rows.stop - rows.start))
         finally:
@@ -348,6 +363,7 @@ class Chains:
             acceptance=acceptance,
             read=self._join_read(read, len(range(0, steps, self.read_every))),
             read_every=self.read_every,
+            noise_square=noise,
             **dict(zip(READINGS, readings, strict=False)),
         )
 
@@ -392,9 +408,11 @@ class Chains:
             indices = torch.where(without, usable[indices % len(usable)], indices)
         return indices
 
-    def _move(self, window: Window, indices: Tensor, rows: slice, lr: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _move(
+        self, window: Window, indices: Tensor, rows: slice, lr: float, noises: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Losses ``[chains, steps]``, readings ``[3 or 5, chains, readings]`` and what the reader makes of the weights
-        (``[chains, reads, n]``) of one chunk, whose weights move."""
+        (``[chains, reads, n]``) of one chunk, whose weights move; ``noises`` (``Segment.noise_square``) is filled."""
         weights, count = self.weights[rows], rows.stop - rows.start
         grad, noise = self._grad[:count], self._noise[:count]
         posterior, update = self.posterior, self.sampler.update_
@@ -411,6 +429,7 @@ class Chains:
         waiting: list[tuple[Tensor, Tensor | None]] = []
         seen: list[Tensor] = []
         steps = indices.shape[1]
+        noise_squares: list[Tensor] = []
         for t in range(steps):
             try:
                 loss = engine.step(window[numbers[t]]) if alone else engine(window, indices[:, t])  # type: ignore[attr-defined]
@@ -427,6 +446,20 @@ class Chains:
                         for row in grad:
                             self._moments.addcmul_(row, row)
                         self._moments_count += count
+            if noises is not None and t % NOISE_EVERY == NOISE_EVERY // 2:
+                # a step with two gradients costs no memory and wastes none; the other batch has been used before, so
+                # that none is met by a chain that has moved towards it already
+                try:
+                    engine(window, indices[:, t - NOISE_EVERY // 2], keep=True)
+                except (ValueError, RuntimeError):
+                    if torch.isfinite(weights).all():
+                        raise
+                with torch.no_grad():
+                    # xi.xi of one is 2 g.g - (g + g').(g + g')/2, on average: g and g' share their mean alone
+                    alone_square = readings[-5 if state.preconditioner is not None else -3]
+                    noise_squares.append(2 * alone_square - self._square_of(blocks) / 2)
+                    grad.mul_(0.5)
+            with torch.no_grad():
                 if self.reader is not None and t % self.read_every == 0:
                     here = self._at(weights, state)
                     waiting.append((here.clone(), grad.clone() if here is weights else None))
@@ -453,8 +486,21 @@ class Chains:
         if readings:
             got = torch.stack(readings).reshape(-1, kinds, count).permute(1, 2, 0).double().cpu()
             read[:, :, : got.shape[2]] = got
+        if noises is not None and noise_squares:
+            noises[:, : len(noise_squares)] = torch.stack(noise_squares, dim=1).double().cpu()
         self._ask(waiting, seen)
         return table, read, self._pad_read(seen, len(range(0, steps, self.read_every)), weights)
+
+    @staticmethod
+    def _square_of(blocks: Sequence[_Block]) -> Tensor:
+        """``[chains]``, ``grad.P grad``; the noise's memory is used on the way."""
+        total: Tensor | None = None
+        for _, _, grad, scratch, inner in blocks:
+            pulled = torch.mul(grad, inner.preconditioner, out=scratch) if inner.preconditioner is not None else grad
+            square = _dot(grad, pulled)
+            total = square if total is None else total + square
+        assert total is not None
+        return total
 
     def _ask(self, waiting: list[tuple[Tensor, Tensor | None]], seen: list[Tensor]) -> None:
         """Read off the weights that wait, several draws at once: a call costs more than the losses of a small model."""
@@ -516,6 +562,11 @@ class Chains:
                 got += [_dot(slope, pulled), _dot(scratch, pulled)]
             totals = got if not totals else [total + more for total, more in zip(totals, got, strict=True)]
         return totals
+
+
+def _noise_steps(steps: int) -> range:
+    """Steps of a stretch at which a second gradient is taken; all of them are read at as well."""
+    return range(NOISE_EVERY // 2, steps, NOISE_EVERY)
 
 
 _Block = tuple[Tensor, Tensor, Tensor, Tensor, SamplerState]

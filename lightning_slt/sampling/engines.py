@@ -38,8 +38,12 @@ class Engine:
         """Work on these buffers from now on: ``[width or fewer, d]``, both contiguous."""
         raise NotImplementedError
 
-    def __call__(self, window: Window, indices: Tensor) -> Tensor:
-        """Losses ``[chains]`` of the bound chains on the batches ``indices`` ``[chains]``; gradients in the buffer."""
+    def __call__(self, window: Window, indices: Tensor, keep: bool = False) -> Tensor:
+        """Losses ``[chains]`` of the bound chains on the batches ``indices`` ``[chains]``; gradients in the buffer.
+
+        Args:
+            keep: add the gradients to what is in the buffer, in place of putting them there.
+        """
         raise NotImplementedError
 
     def release(self) -> None:
@@ -72,21 +76,25 @@ class SequentialEngine(Engine):
                 parameter.data = piece
                 parameter.grad = gradient
 
-    def __call__(self, window: Window, indices: Tensor) -> Tensor:
-        return self.step(window[int(indices[0])]).reshape(1)
+    def __call__(self, window: Window, indices: Tensor, keep: bool = False) -> Tensor:
+        return self.step(window[int(indices[0])], keep).reshape(1)
 
-    def step(self, batch: Any) -> Tensor:
-        """Loss of one batch at the bound weights, its gradient left in the bound buffer."""
+    def step(self, batch: Any, keep: bool = False) -> Tensor:
+        """Loss of one batch at the bound weights, its gradient left in the bound buffer (added to it: ``keep``)."""
         assert self._grad is not None
         self._load()
-        self._grad.zero_()
+        if not keep:
+            self._grad.zero_()
         loss = self._objective.loss(batch)
         loss.backward()
         if self._rounds:
             pairs = [
                 (g, p.grad) for g, p in zip(self._grad_pieces, self._parameters, strict=True) if p.grad is not None
             ]
-            torch._foreach_copy_([g for g, _ in pairs], [g for _, g in pairs])  # type: ignore[misc]
+            if keep:
+                torch._foreach_add_([g for g, _ in pairs], [g.to(self._grad.dtype) for _, g in pairs])  # type: ignore[union-attr]
+            else:
+                torch._foreach_copy_([g for g, _ in pairs], [g for _, g in pairs])  # type: ignore[misc]
         return loss.detach()
 
     def _load(self) -> None:
@@ -130,10 +138,13 @@ class BorrowedEngine(SequentialEngine):
         buffers = {k: b.clone() for k, b in self._buffers.items()}
         return torch.func.functional_call(self._wrapper, {**named, **buffers}, (batch, leaves))
 
-    def step(self, batch: Any) -> Tensor:
+    def step(self, batch: Any, keep: bool = False) -> Tensor:
         loss, gradients = self._call(batch)
         for piece, g in zip(self._grad_pieces, gradients, strict=True):
-            piece.zero_() if g is None else piece.copy_(g)
+            if not keep:
+                piece.zero_()
+            if g is not None:
+                piece.add_(g)
         return loss.detach()
 
     def release(self) -> None:
@@ -198,19 +209,21 @@ class BatchedEngine(Engine):
     def _loss(self, named: dict[str, Tensor], batch: Any) -> Tensor:
         return torch.func.functional_call(self._wrapper, named, (batch,))
 
-    def __call__(self, window: Window, indices: Tensor) -> Tensor:
+    def __call__(self, window: Window, indices: Tensor, keep: bool = False) -> Tensor:
         assert self._grad is not None
         # one batch for all chains is no copy for each: products with it become one large product
         batch, dims = window.gather(indices) if len(window) > 1 else (window[0], None)
         named = dict(zip(self._names, self._leaves, strict=True))
         if self._through == "backward":
-            self._grad.zero_()
+            if not keep:
+                self._grad.zero_()
             losses = torch.vmap(self._loss, in_dims=(0, dims), randomness="different")(named, batch)
             losses.sum().backward()
             return losses.detach()
         function = torch.func.grad_and_value(self._loss)
         grads, losses = torch.vmap(function, in_dims=(0, dims), randomness="different")(named, batch)
-        torch._foreach_copy_(self._grad_pieces, [grads[name] for name in self._names])
+        move = torch._foreach_add_ if keep else torch._foreach_copy_
+        move(self._grad_pieces, [grads[name] for name in self._names])  # type: ignore[operator]
         return losses.detach()
 
     def release(self) -> None:

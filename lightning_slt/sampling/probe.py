@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_slt.sampling.batches import DatasetSource, clone, num_bytes
 from lightning_slt.sampling.engines import ACTIVATION_BUDGET, observe
@@ -225,6 +226,20 @@ class Probe:
         with torch.no_grad():
             parts = [self._losses(some) for some in weights.split(self.rows)]
             return (torch.cat(parts).double().cpu() - self.anchor).float()
+
+    @property
+    def products(self) -> int:
+        """Multiplications that the loss of one sample takes: those of its matrix products and convolutions, or as many
+        as there are weights, where these cannot be counted."""
+        objective = self._objective
+        try:
+            with FlopCounterMode(display=False) as counter, torch.no_grad(), preserve_rng():
+                self._one(self._named(objective.anchor), self._groups[0].single(0))
+            counted = counter.get_total_flops() // 2
+        except Exception as error:
+            log.debug(f"the operations of a sample cannot be counted: {type(error).__name__}: {error}")
+            counted = 0
+        return counted or len(objective.anchor)
 
     def gradients(self, limit: int = MAX_GRADIENTS) -> Optional[Tensor]:
         """``[n, d]``, of every loss at ``w*``; None where they are too many numbers, or are not to be had at once.

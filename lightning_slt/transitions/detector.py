@@ -13,7 +13,7 @@ from lightning_slt.transitions.evidence import SIZES, persistence, scatter, with
 from lightning_slt.transitions.reading import rolling_scatter, transition_of
 from lightning_slt.transitions.search import LOCAL, Curve, best_step
 from lightning_slt.transitions.settings import checked_min_change, threshold_of
-from lightning_slt.transitions.transition import Transition
+from lightning_slt.transitions.transition import Transition, kind_of
 
 _HISTORY = SIZES[-1]
 _SETTLE = 4  # points after a flag, at the least, before it is judged
@@ -132,7 +132,7 @@ class TransitionDetector:
             self._dropped += 1
         self._score = 0.0
         steps, llcs, errors, losses = np.array(self._points, dtype=np.float64).T
-        self._judge(llcs)
+        self._judge(llcs, losses)
         n, lo = steps.size, max(0, self._base - self._dropped)
         if n - lo < SIZES[0]:
             return []
@@ -153,7 +153,13 @@ class TransitionDetector:
             return []
         self._base = self._dropped + math.floor(found.end)
         new = transition_of(
-            found, curve, steps, self._boundaries, number=len(self._transitions), state="provisional", known_at=step
+            found,
+            curve,
+            steps,
+            self._boundaries,
+            number=len(self._transitions),
+            state="provisional",
+            known_at=float(step),
         )
         if new.boundary is not None and self.at_boundary == "suppress":
             return []
@@ -163,14 +169,15 @@ class TransitionDetector:
             {
                 "id": new.id,
                 "before": float(np.median(curve.llc[max(lo, first - 7) : first + 1])),
+                "loss_before": float(np.median(losses[max(lo, first - 4) : first + 1])),
                 "after": self._dropped + math.ceil(found.end),
                 "judged_at": self._dropped + n + max(_SETTLE, math.ceil(width / 2)),
             }
         )
         return [new]
 
-    def _judge(self, llcs: np.ndarray) -> None:
-        """Confirms or retracts the provisional flags whose time has come."""
+    def _judge(self, llcs: np.ndarray, losses: np.ndarray) -> None:
+        """Confirms or retracts the provisional flags whose time has come; the changes are measured anew by then."""
         seen, waiting = self._dropped + llcs.size, []
         for flag in self._open:
             later = [other["after"] for other in self._open if other["id"] > flag["id"]]
@@ -180,12 +187,18 @@ class TransitionDetector:
                 continue
             number = int(flag["id"])
             old = self._transitions[number]
-            since = llcs[max(0, int(flag["after"]) - self._dropped) :]
-            if later:
+            place = max(0, int(flag["after"]) - self._dropped)
+            since = llcs[place:]
+            if later or since.size == 0:
                 state: Literal["confirmed", "retracted"] = "confirmed"
             else:
                 kept = (float(np.median(since)) - flag["before"]) / old.llc_change
                 state = "confirmed" if kept >= 0.5 else "retracted"
+                if state == "confirmed":
+                    lower = float(np.median(losses[place:])) - flag["loss_before"]
+                    height = float(np.median(since)) - flag["before"]
+                    kind = kind_of(height, lower, old.loss_change_se)
+                    old = replace(old, kind=kind, llc_change=height, loss_change=lower)
             self._transitions[number] = replace(old, state=state)
             self._changes.append(self._transitions[number])
         self._open = waiting

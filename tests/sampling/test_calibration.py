@@ -11,40 +11,153 @@ from torch import Tensor
 from lightning_slt import SGLD, estimate_llc
 from lightning_slt.functional import LocalPosterior
 from lightning_slt.sampling.batches import DatasetSource
-from lightning_slt.sampling.calibration import FIRST_ROUNDS, HEAT, MAX_STEPS_BW_DRAWS, Budget, draw, first_step
+from lightning_slt.sampling.calibration import (
+    FIRST_ROUNDS,
+    HEAT,
+    MAX_STEPS_BW_DRAWS,
+    NOISE_HEAT,
+    Budget,
+    _has_arrived,
+    draw,
+    first_step,
+)
 from lightning_slt.sampling.chains import Chains, Segment
 from lightning_slt.sampling.memory import ChainMemory
-from lightning_slt.sampling.readings import heat_share, transient, virial_ratio
-from tests.cases.problems import regular
+from lightning_slt.sampling.readings import heat_of, transient, virial_ratio
+from tests.cases.problems import reduced_rank, regular
 from tests.sampling.helpers import make_chains, mean_squared, mlp, regression
 
 SPECTRUM = [4.0, 4.0, 3.0, 2.0, 2.0, 1.5, 1.0, 1.0, 1.0, 1.0]
 
 
-def segment(grad_square: float, grad_dot: float, square: float, chains: int = 2) -> Segment:
+def segment(
+    grad_square: float,
+    grad_dot: float,
+    square: float,
+    chains: int = 2,
+    difference: float = 1.0,
+    noise_square: float | None = None,
+) -> Segment:
     def table(value: float) -> Tensor:
         return torch.full((chains, 3), value, dtype=torch.float64)
 
-    return Segment(list(range(chains)), table(1.0), table(grad_square), table(grad_dot), table(square), {(0, 0): 0.0})
+    return Segment(
+        list(range(chains)),
+        table(difference),
+        table(grad_square),
+        table(grad_dot),
+        table(square),
+        {(0, 0, 0): 0.0},
+        noise_square=table(noise_square) if noise_square is not None else None,
+    )
 
 
-def test_heat_share_and_virial_ratio_of_a_discretised_gaussian() -> None:
+def test_heat_and_virial_ratio_of_a_discretised_gaussian() -> None:
     """d directions of equal curvature h: E|u|² = d / (A (1 - eps A / 4)), and grad = h u."""
     h, nbeta, gamma, d, lr = 2.0, 50.0, 20.0, 7, 0.01
     a = nbeta * h + gamma
     square = d / (a * (1 - lr * a / 4))
     s = segment(h * h * square, h * square, square)
-    assert heat_share(s, lr, LocalPosterior(nbeta, gamma)) == pytest.approx(lr * a / 4, rel=1e-12)
+    heat, llc = heat_of(s, lr, LocalPosterior(nbeta, gamma)), nbeta * h * square / 2
+    assert heat.total == pytest.approx(lr * a / 4 * llc, rel=1e-12)
+    assert (heat.noise, heat.error) == (0.0, 0.0)
     assert virial_ratio(s, lr, LocalPosterior(nbeta, gamma), d) == pytest.approx(1.0, rel=1e-12)
 
 
-def test_heat_share_leaves_chains_out_that_are_not_kept_and_has_no_answer_without_motion() -> None:
+def test_heat_leaves_chains_out_that_are_not_kept_and_has_no_answer_without_any() -> None:
     s = segment(1.0, 1.0, 1.0)
     s.grad_square[1] = torch.nan
     posterior = LocalPosterior(10.0, 1.0)
-    assert heat_share(s, 0.1, posterior) == pytest.approx(0.025 * 11.0)
-    assert math.isnan(heat_share(segment(1.0, -1.0, 1.0), 0.1, posterior))
-    assert math.isnan(heat_share(segment(math.nan, 1.0, 1.0), 0.1, posterior))
+    assert heat_of(s, 0.1, posterior).total == pytest.approx(0.0125 * 10.0 * 11.0)
+    assert math.isnan(heat_of(segment(math.nan, 1.0, 1.0), 0.1, posterior).total)
+
+
+@pytest.mark.parametrize(("gamma", "level", "weight"), [(0.0, 2.0, 1.0), (30.0, 2.0, 0.5), (0.0, 1.0, 0.5)])
+def test_noise_heats_the_loss_as_far_as_the_loss_holds_its_direction(gamma: float, level: float, weight: float) -> None:
+    """Of ``|g|² = 5`` the noise is 2: ``g.nbeta g = 30`` against ``gamma g.u``; and a loss of half of ``g.u / 2``."""
+    nbeta, lr, grad_dot = 10.0, 0.01, 1.0 if gamma else 4.0
+    s = segment(5.0, grad_dot, 1.0, difference=level, noise_square=2.0)
+    heat = heat_of(s, lr, LocalPosterior(nbeta, gamma))
+    assert heat.weight == pytest.approx(weight)
+    assert heat.noise == pytest.approx(weight * lr / 8 * nbeta**2 * 2.0)
+    assert heat.discretisation == pytest.approx(lr / 8 * nbeta * (nbeta * 3.0 + gamma * grad_dot))
+
+
+def noisy_chains(method: str) -> Chains:
+    case = regular(n=400, eigenvalues=SPECTRUM, noise=1.0)
+    source = DatasetSource(case.dataset, 16, seed=0)
+    return make_chains(
+        case.module, case.dataset, case.loss_fn, source=source, num_chains=8, nbeta=50.0, gamma=1.0, method=method
+    )
+
+
+def test_noise_of_the_minibatches_is_that_of_their_gradients() -> None:
+    """Chains that hardly move, against the variance of the gradients of all the minibatches at ``w*``.
+
+    8 chains x 100 pairs. With 8 x 30 the ratio was 1.02 with a spread of 0.086 over 20 seeds: here 0.047, so that about
+    1 seed in 500 would fail.
+    """
+    chains = noisy_chains("batched")
+    window = chains.source.window(0)
+    gradients = torch.cat([chains.gradients(chains.objective.anchor[None], [i]) for i in range(len(window))])
+    expected = float(gradients.double().var(dim=0, correction=0).sum())
+    found = chains.advance(24 * 100, 1e-12)
+    assert found.noise_square is not None and found.noise_square.shape == (8, 100)
+    assert float(found.noise_square.mean()) == pytest.approx(expected, rel=0.15)
+    later = found.last(24 * 50).noise_square
+    assert later is not None and torch.equal(later, found.noise_square[:, 50:])
+
+
+def test_noise_of_the_minibatches_is_the_same_by_every_engine() -> None:
+    one, other = (noisy_chains(method).advance(24 * 4, 1e-4) for method in ("sequential", "batched"))
+    assert one.noise_square is not None and other.noise_square is not None
+    assert torch.allclose(one.noise_square, other.noise_square, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(one.difference, other.difference, rtol=1e-3, atol=1e-5)
+
+
+def test_all_the_data_in_one_batch_have_no_noise() -> None:
+    case = regular(n=40, eigenvalues=SPECTRUM, noise=1.0)
+    source = DatasetSource(case.dataset, 40, seed=0)
+    chains = make_chains(case.module, case.dataset, case.loss_fn, source=source, num_chains=2)
+    assert chains.advance(48, 1e-6).noise_square is None
+
+
+@pytest.mark.parametrize("lr", [1e-3, 2e-3])
+def test_heat_is_taken_off_a_singular_model(lr: float) -> None:
+    """Reduced-rank regression (19.00 by HMC): 12 and 24 % of heat, and what is left is within 3 %.
+
+    As a share of the LLC (right for a regular model) it would come out 3.4 and 5.7 % too high. The standard error is
+    0.8 %, the bias at the larger step -0.8 % (32 chains x 1500 steps): about 3 seeds in a thousand would fail there.
+    """
+    case = reduced_rank(8, 4, 8, 2)
+    estimate = estimate_llc(
+        case.module,
+        case.dataset,
+        case.loss_fn,
+        sampler=SGLD(lr=lr),
+        nbeta=case.nbeta,
+        localization=case.gamma,
+        num_chains=32,
+        num_draws=300,
+        num_burnin_steps=1000,
+        num_steps_bw_draws=5,
+        method="batched",
+    )
+    assert estimate.mean + estimate.step_bias > 1.08 * 19.0
+    assert estimate.mean == pytest.approx(19.0, rel=0.03)
+
+
+def test_arrival_is_asked_for_as_far_as_the_tolerance_goes() -> None:
+    """A virial ratio of 0.96: good enough for 5 % and for one unit of an LLC of 20, not for 3 %; never below 0.93."""
+    posterior, d = LocalPosterior(20.0, 0.0), 10
+
+    def arrived(ratio: float, budget: Budget) -> bool:
+        s = segment(1e-9, ratio * d / 20.0, 1.0, difference=1.0)
+        return _has_arrived(s, 0.0, posterior, d, budget)
+
+    assert arrived(0.96, Budget(100, tolerance=0.05)) and not arrived(0.96, Budget(100, tolerance=0.03))
+    assert arrived(0.96, Budget(100, tolerance_llc=1.0)) and not arrived(0.96, Budget(100, tolerance_llc=0.5))
+    assert not arrived(0.92, Budget(100, tolerance=0.5)) and arrived(0.94, Budget(100, tolerance=0.5))
 
 
 def test_virial_ratio_below_one_before_the_width_is_reached() -> None:
@@ -110,7 +223,8 @@ def opened(noise: float = 0.0, seed: int = 0, gamma: float = 1.0) -> Chains:
 def test_calibrated_step_heats_by_what_is_wanted(seed: int, noise: float) -> None:
     chains = opened(noise, seed)
     drawn = draw(chains, seed, Budget(num_draws=200, max_steps_bw_draws=4))
-    assert 0.2 * HEAT <= heat_share(drawn.segment, drawn.lr, chains.posterior) <= 2.5 * HEAT
+    heat, llc = heat_of(drawn.segment, drawn.lr, chains.posterior), 5.0
+    assert 0.2 < max(heat.discretisation / HEAT, heat.noise / NOISE_HEAT) / llc < 2.5
     assert virial_ratio(drawn.segment, drawn.lr, chains.posterior, 10) == pytest.approx(1.0, abs=0.1)
 
 
@@ -142,7 +256,7 @@ def test_a_bad_start_does_not_spoil_the_draws(start: float) -> None:
     chains = opened()
     drawn = draw(chains, 0, Budget(num_draws=100, max_steps_bw_draws=4), ChainMemory(lr=start))
     assert bool(drawn.segment.finite.all())
-    assert heat_share(drawn.segment, drawn.lr, chains.posterior) <= 2.5 * HEAT
+    assert heat_of(drawn.segment, drawn.lr, chains.posterior).total <= 2.5 * HEAT * 5.0
 
 
 def test_draws_are_whole_multiples_and_leave_the_search_out() -> None:

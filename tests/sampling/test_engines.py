@@ -47,6 +47,18 @@ PROBLEMS: dict[str, Problem] = {
 }
 
 
+def two_batches(engine: Any, window: Window, weights: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Gradients of one batch, and those of another added to them."""
+    grad = torch.full_like(weights, 7.0)
+    for start in range(0, len(weights), engine.width):
+        rows = slice(start, start + engine.width)
+        engine.bind(weights[rows].clone(), grad[rows])
+        engine(window, first[rows])
+        engine(window, second[rows], keep=True)
+    engine.release()
+    return grad
+
+
 def losses_and_gradients(
     objective: Objective, engine: Any, window: Window, weights: Tensor, indices: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -387,3 +399,29 @@ def test_padding_that_comes_late_has_the_modules_own_gradient(functional: bool) 
     for row, i in zip(grad, (20, 21, 22), strict=True):
         own = torch.autograd.grad(cross_entropy(net, window[i]), list(net.parameters()))
         torch.testing.assert_close(row, torch.cat([g.flatten() for g in own]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("road", ["sequential", "borrowed", "rounded", "backward", "grad"])
+def test_gradients_of_a_second_batch_are_added(road: str) -> None:
+    module = mlp().bfloat16() if road == "rounded" else mlp()
+    data = regression()
+    if road == "rounded":
+        data = TensorDataset(*[t.bfloat16() for t in data.tensors])
+    objective, window = Objective(module, mean_squared), window_of(data)
+    objective.adapt(window[0])
+    if road == "rounded":
+        objective.rounds = True
+    with objective.active():
+        engine: Any = {
+            "sequential": lambda: SequentialEngine(objective),
+            "rounded": lambda: SequentialEngine(objective),
+            "borrowed": lambda: engines.BorrowedEngine(objective),
+            "backward": lambda: BatchedEngine(objective, CHAINS, "backward"),
+            "grad": lambda: BatchedEngine(objective, CHAINS, "grad"),
+        }[road]()
+        weights = objective.anchor + 0.1 * torch.randn(CHAINS, len(objective.anchor), generator=gen(0))
+        first, second = torch.tensor([0, 1, 2]), torch.tensor([3, 2, 1])
+        expected = sum(losses_and_gradients(objective, engine, window, weights, k)[1] for k in (first, second))
+        found = two_batches(engine, window, weights, first, second)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, losses_and_gradients(objective, engine, window, weights, second)[1], rtol=1e-2)

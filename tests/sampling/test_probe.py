@@ -494,3 +494,15 @@ def test_numbers_are_those_of_the_dataset() -> None:
 )
 def test_the_group_of_a_sample(sample: Any, group: Any) -> None:
     assert default_group(sample) == group
+
+
+def test_the_products_of_a_sample_are_counted() -> None:
+    """A convolution uses each weight at every pixel."""
+    convolution = seeded(lambda: nn.Sequential(nn.Conv2d(1, 3, 3, bias=False), nn.Flatten(), nn.Linear(108, 2)))
+
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        return functional.cross_entropy(module(batch[0]), batch[1])
+
+    data = TensorDataset(torch.randn(4, 1, 8, 8, generator=gen(0)), torch.arange(4) % 2)
+    found = probe_of(convolution, data, loss, count=4)
+    assert found.products == 6 * 6 * 3 * 9 + 108 * 2

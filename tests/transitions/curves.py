@@ -43,7 +43,9 @@ def make(kind: str, seed: int) -> Curve:
     widths: list[float] = []
     time = (steps - steps[0]) / (steps[-1] - steps[0])
     if kind in KINDS:
-        many = {"stair": 1 + seed % 4, "ramp": 1 + seed % 2, "fall": 1 + seed % 2, "mixed": 2 + seed % 3, "short": 1}[kind]
+        many = {"stair": 1 + seed % 4, "ramp": 1 + seed % 2, "fall": 1 + seed % 2, "mixed": 2 + seed % 3, "short": 1}[
+            kind
+        ]
         for j in range(many):
             share = (j + 1 + rng.uniform(-0.2, 0.2)) / (many + 1)
             room = n / (many + 1)

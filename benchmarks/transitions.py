@@ -1,0 +1,94 @@
+"""How well are transitions found? ``python benchmarks/transitions.py [--seeds 10] [--curves dev.npz]``.
+
+Fresh synthetic curves, the recorded deep linear networks of the tests and, where a file is given, its curves (fields
+``steps, llc, llc_se, loss, true_on, true_off, true_kind, kind``). A hit is an offline step within three points of the
+10 % to 90 % stretch, or an online flag from one point before its onset to max(6, 10 % of the points) after its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from lightning_slt import Transition, TransitionDetector, detect_transitions
+from tests.transitions.curves import KINDS, NULLS, Curve, hits, make
+from tests.transitions.test_detection import recorded
+
+
+def from_file(path: str) -> dict[str, list[Curve]]:
+    """The curves of a file, by kind."""
+    out: dict[str, list[Curve]] = defaultdict(list)
+    for c in np.load(path, allow_pickle=True)["curves"]:
+        index = np.arange(len(c["steps"]))
+        onset, end = (np.interp(c[name], c["steps"], index) for name in ("true_on", "true_off"))
+        sign = np.array([1 if kind in "AD" else -1 for kind in c["true_kind"]])
+        out[str(c["kind"])].append(Curve(c["steps"], c["llc"], c["llc_se"], c["loss"], onset, end, sign))
+    return out
+
+
+def found_in(curve: Curve, online: bool) -> list[Transition]:
+    """What one detector finds."""
+    if not online:
+        return detect_transitions(curve.steps, curve.llc, curve.llc_se, curve.loss)
+    detector, found = TransitionDetector(), []
+    for point in zip(curve.steps, curve.llc, curve.llc_se, curve.loss, strict=True):
+        found += detector.update(*map(float, point))
+    return found
+
+
+def report(name: str, kinds: dict[str, list[Curve]]) -> None:
+    """Prints a table of both ways, by kind and in all."""
+    for online in (False, True):
+        totals, null_points, null_false, null_hit, nulls, delays = np.zeros(4), 0, 0, 0, 0, []
+        seconds, points = 0.0, 0
+        print(f"{name}, {'online' if online else 'offline'}")
+        for kind, curves in kinds.items():
+            row = np.zeros(4)
+            for curve in curves:
+                index, n = np.arange(curve.steps.size), curve.steps.size
+                start = time.perf_counter()
+                found = found_in(curve, online)
+                seconds, points = seconds + time.perf_counter() - start, points + n
+                at = [float(np.interp(t.known_at if online else t.step, curve.steps, index)) for t in found]
+                flags = [(place, int(np.sign(t.llc_change))) for place, t in zip(at, found, strict=True)]
+                before, after = (1.0, max(6.0, 0.1 * n)) if online else (3.0, 3.0)
+                taken, right, wrong = hits(curve, flags, before, after)
+                row += taken, right, wrong, curve.onset.size - taken
+                delays += [
+                    min(place - on for on in curve.onset if on - before <= place)
+                    for place in at
+                    if any(on - before <= place <= off + after for on, off in zip(curve.onset, curve.end, strict=True))
+                ]
+                if curve.onset.size == 0:
+                    nulls, null_points, null_hit = nulls + 1, null_points + n, null_hit + bool(found)
+                    null_false += len(found)
+            totals += row
+            print(f"  {kind:22s} hits {row[0]:.0f} of {row[0] + row[3]:.0f}, false {row[2]:.0f}")
+        taken, right, wrong, missed = totals
+        print(
+            f"  F1 {2 * taken / max(1, 2 * taken + wrong + missed):.3f}, direction {right / max(1, taken):.2f}", end=""
+        )
+        print(f", median delay {np.median(delays) if delays else np.nan:.1f} points", end="")
+        print(f", {1e3 * seconds / points:.2f} ms a point", end="")
+        if nulls:
+            print(f"; null: {100 * null_false / null_points:.3f} in 100 points, {null_hit} of {nulls} curves", end="")
+        print(flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--curves")
+    arguments = parser.parse_args()
+    seeds = range(1000, 1000 + arguments.seeds)
+    report("recorded deep linear networks", {"deep_linear": recorded()})
+    report("fresh curves", {kind: [make(kind, seed) for seed in seeds] for kind in KINDS + NULLS})
+    if arguments.curves:
+        report(arguments.curves, from_file(arguments.curves))

@@ -1,0 +1,227 @@
+"""Online and offline detection on fresh synthetic curves and on recorded deep linear networks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lightning_slt import Transition, TransitionDetector, detect_transitions
+from tests.transitions.curves import KINDS, NULLS, Curve, hits, make
+
+DATA = Path(__file__).parent / "data" / "deep_linear.npz"
+
+
+def feed(detector: TransitionDetector, curve: Curve, first: int = 0, last: int | None = None) -> list[Transition]:
+    found = []
+    for i in range(first, curve.steps.size if last is None else last):
+        found += detector.update(curve.steps[i], curve.llc[i], curve.llc_se[i], curve.loss[i])
+    return found
+
+
+def online(curve: Curve) -> list[tuple[float, int]]:
+    index = np.arange(curve.steps.size)
+    return [
+        (float(np.interp(t.known_at, curve.steps, index)), int(np.sign(t.llc_change)))
+        for t in feed(TransitionDetector(), curve)
+    ]
+
+
+def offline(curve: Curve) -> list[tuple[float, int]]:
+    index = np.arange(curve.steps.size)
+    found = detect_transitions(curve.steps, curve.llc, curve.llc_se, curve.loss)
+    return [(float(np.interp(t.step, curve.steps, index)), int(np.sign(t.llc_change))) for t in found]
+
+
+def score(curves: list[Curve], way: str) -> tuple[float, float]:
+    """F1 and the share of hits with the right direction, by the rules of the development curves."""
+    total = np.zeros(4)
+    for curve in curves:
+        late = max(6.0, 0.1 * curve.steps.size)
+        found = online(curve) if way == "online" else offline(curve)
+        taken, right, wrong = hits(curve, found, *((1.0, late) if way == "online" else (3.0, 3.0)))
+        total += taken, right, wrong, curve.onset.size - taken
+    taken, right, wrong, missed = total
+    return 2 * taken / (2 * taken + wrong + missed), right / taken
+
+
+def recorded() -> list[Curve]:
+    data = np.load(DATA)
+    curves = []
+    for i in range(sum(name.endswith("_steps") for name in data.files)):
+        part = {name: data[f"{i}_{name}"].astype(float) for name in ("steps", "llc", "llc_se", "loss")}
+        index = np.arange(part["steps"].size)
+        onset, end = (np.interp(data[f"{i}_{name}"], part["steps"], index) for name in ("true_on", "true_off"))
+        curves.append(Curve(**part, onset=onset, end=end, sign=np.ones(onset.size)))
+    return curves
+
+
+def test_offline_f1_on_fresh_curves() -> None:
+    f1, direction = score([make(kind, seed) for kind in KINDS for seed in range(100, 106)], "offline")
+    assert f1 >= 0.85
+    assert direction >= 0.95
+
+
+@pytest.mark.slow
+def test_online_f1_on_fresh_curves() -> None:
+    f1, direction = score([make(kind, seed) for kind in KINDS for seed in range(100, 106)], "online")
+    assert f1 >= 0.80
+    assert direction >= 0.95
+
+
+@pytest.mark.parametrize(("way", "floor"), [("offline", 0.85), ("online", 0.80)])
+def test_deep_linear_networks_show_the_modes_that_are_learned(way: str, floor: float) -> None:
+    f1, direction = score(recorded(), way)
+    assert f1 >= floor
+    assert direction >= 0.95
+
+
+def test_curves_without_a_transition_are_left_alone_offline() -> None:
+    curves = [make(kind, seed) for kind in NULLS for seed in range(100, 108)]
+    found = [len(offline(curve)) for curve in curves]
+    assert 100 * sum(found) / sum(curve.steps.size for curve in curves) <= 0.07
+    assert np.mean(np.array(found) > 0) <= 0.05
+
+
+@pytest.mark.slow
+def test_curves_without_a_transition_are_left_alone_online() -> None:
+    curves = [make(kind, seed) for kind in NULLS for seed in range(100, 108)]
+    found = [len(online(curve)) for curve in curves]
+    assert 100 * sum(found) / sum(curve.steps.size for curve in curves) <= 0.07
+    assert np.mean(np.array(found) > 0) <= 0.05
+
+
+def stage(seed: int = 0, height: float = 15.0, n: int = 60, at: int = 30) -> Curve:
+    rng = np.random.default_rng(seed)
+    x = np.arange(n)
+    shape = 1 / (1 + np.exp(-(x - at)))
+    llc = 20 + height * shape + rng.normal(size=n)
+    return Curve(x * 100.0, llc, np.ones(n), 2 - 0.5 * shape, np.array([at - 2]), np.array([at + 2]), np.array([1]))
+
+
+def test_a_stage_is_flagged_once_and_then_confirmed() -> None:
+    curve = stage()
+    detector = TransitionDetector()
+    [flag] = feed(detector, curve)
+    assert (flag.state, flag.kind, flag.id) == ("provisional", "A", 0)
+    assert abs(flag.step - 3000) <= 150
+    assert flag.known_at <= 3600
+    [now] = detector.transitions
+    assert (now.state, now.id) == ("confirmed", 0)
+    assert abs(now.llc_change - 15) <= 4 * now.llc_change_se
+    assert abs(now.loss_change + 0.5) <= 0.1
+
+
+def test_a_change_of_state_is_shown_once() -> None:
+    curve, detector, changes = stage(), TransitionDetector(), []
+    for i in range(curve.steps.size):
+        detector.update(curve.steps[i], curve.llc[i], curve.llc_se[i], curve.loss[i])
+        changes += detector.changes
+    assert [(t.id, t.state) for t in changes] == [(0, "confirmed")]
+
+
+def test_a_level_that_goes_back_is_retracted() -> None:
+    curve, detector = stage(), TransitionDetector()
+    first, flags = 0, []
+    while not flags:
+        flags = feed(detector, curve, first, first + 1)
+        first += 1
+    [flag] = flags
+    for i in range(first, first + 8):
+        assert detector.update(curve.steps[i], 20.0 + 0.5 * (-1) ** i, 1.0, curve.loss[i]) == []
+    assert [t.state for t in detector.transitions] == ["retracted"]
+    assert detector.transitions[0].id == flag.id
+
+
+def test_invalid_points_neither_flag_nor_hide() -> None:
+    curve = stage()
+    detector, found = TransitionDetector(), []
+    for i in range(curve.steps.size):
+        step = curve.steps[i]
+        assert detector.update(step, 1e30, 1.0, 1.0, valid=False) == []
+        assert detector.update(step, np.nan, np.nan, curve.loss[i]) == []
+        assert detector.update(step, np.inf, 1.0, np.nan) == []
+        found += detector.update(step, curve.llc[i], curve.llc_se[i], curve.loss[i])
+    assert found == feed(TransitionDetector(), curve)
+    llc = curve.llc.copy()
+    llc[::7] = 1e30
+    valid = np.ones(60, bool)
+    valid[::7] = False
+    assert len(detect_transitions(curve.steps, llc, curve.llc_se, curve.loss, valid)) == 1
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_errors_wrong_by_a_factor_of_two_change_nothing(factor: float) -> None:
+    curve = stage()
+    found = detect_transitions(curve.steps, curve.llc, factor * curve.llc_se, curve.loss)
+    assert [t.kind for t in found] == ["A"]
+
+
+def test_kinds_follow_both_channels() -> None:
+    x = np.arange(60)
+    shape, noise = 1 / (1 + np.exp(-(x - 30))), np.random.default_rng(3).normal(size=(2, 60))
+    for llc_sign, loss_sign, kind in ((1, -1, "A"), (-1, -1, "B"), (-1, 0, "B"), (-1, 1, "C"), (1, 0, "D")):
+        llc, loss = 40 + 15 * llc_sign * shape + noise[0], 2 + 0.5 * loss_sign * shape + 0.01 * noise[1]
+        assert [t.kind for t in detect_transitions(x, llc, np.ones(60), loss)] == [kind]
+
+
+def test_chains_that_leave_a_saddle_are_no_transition() -> None:
+    x = np.arange(60)
+    noise = np.random.default_rng(0).normal(size=60)
+    llc = -100 - 400 / (1 + np.exp(-(x - 30) / 2)) + noise
+    assert detect_transitions(x, llc, np.ones(60), np.full(60, 2.0)) == []
+
+
+def test_a_spike_is_no_transition() -> None:
+    curve = stage(height=0.0)
+    curve.llc[40] += 40
+    curve.llc[50] -= 40
+    assert feed(TransitionDetector(), curve) == []
+
+
+def test_a_boundary_annotates_or_suppresses() -> None:
+    curve = stage()
+    for way, expected in (("annotate", [3000.0]), ("suppress", [])):
+        detector = TransitionDetector(at_boundary=way)
+        detector.boundary(3000.0)
+        assert [t.boundary for t in feed(detector, curve)] == expected
+        found = detect_transitions(
+            curve.steps, curve.llc, curve.llc_se, curve.loss, boundaries=[3000.0], at_boundary=way
+        )  # fmt: skip
+        assert [t.boundary for t in found] == expected
+
+
+def test_a_smallest_change_is_a_floor() -> None:
+    curve = stage()
+    assert feed(TransitionDetector(min_change=40.0), curve) == []
+    assert len(feed(TransitionDetector(min_change=5.0), curve)) == 1
+
+
+@pytest.mark.parametrize("cut", [10, 33, 38, 50])
+def test_a_resumed_detector_goes_on_as_if_never_stopped(cut: int) -> None:
+    curve = stage()
+    whole, before, after = TransitionDetector(), TransitionDetector(), TransitionDetector()
+    expected = feed(whole, curve)
+    found = feed(before, curve, last=cut)
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert found + feed(after, curve, first=cut) == expected
+    assert after.state_dict() == whole.state_dict()
+
+
+def test_mistakes_are_named() -> None:
+    detector = TransitionDetector()
+    detector.update(10.0, 1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="order of step"):
+        detector.update(9.0, 1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="false_alarms"):
+        TransitionDetector(false_alarms=0.0)
+    with pytest.raises(ValueError, match="min_change"):
+        detect_transitions([1, 2], [1, 2], [1, 1], [1, 1], min_change=-1)
+    with pytest.raises(ValueError, match="at_boundary"):
+        TransitionDetector(at_boundary="ignore")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="loss: expected one value for each of the 2"):
+        detect_transitions([1, 2], [1, 2], [1, 1], [1])
+    with pytest.raises(ValueError, match="version 1"):
+        detector.load_state_dict({"version": 7})

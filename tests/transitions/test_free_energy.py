@@ -1,0 +1,86 @@
+"""Free energies of two phases against quadrature on polynomial potentials."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import integrate, optimize
+
+from lightning_slt import Phase, compare_phases
+
+
+def free_energy(n: float, power: int, loss: float) -> float:
+    """-log of the integral of exp(-n (loss + w^power)): learning coefficient 1 / power."""
+    value, _ = integrate.quad(lambda w: math.exp(-n * w**power), -1, 1, epsabs=0, epsrel=1e-10, limit=400)
+    return n * loss - math.log(value)
+
+
+@pytest.mark.parametrize(("simple", "rich", "gap"), [(4, 2, 0.01), (6, 2, 0.02), (8, 2, 0.03), (6, 4, 0.002)])
+def test_the_critical_n_of_polynomial_potentials_is_that_of_quadrature(simple: int, rich: int, gap: float) -> None:
+    exact = optimize.brentq(lambda n: free_energy(n, simple, gap) - free_energy(n, rich, 0.0), 5.0, 1e5)
+    first, second = Phase(gap, 0.0, 1 / simple, 0.0), Phase(0.0, 0.0, 1 / rich, 0.0)
+    # the integral of exp(-n w^k) is 2 Gamma(1 + 1 / k) n^(-1 / k)
+    constant = math.lgamma(1 + 1 / simple) - math.lgamma(1 + 1 / rich)
+    known = compare_phases(first, second, constant=constant, constant_se=0.0)
+    assert known.critical_n == pytest.approx(exact, rel=0.01)
+    unknown = compare_phases(first, second)
+    low, high = unknown.critical_n_interval
+    assert low <= exact <= high
+    assert unknown.preferred(exact).phase == "undecided"
+
+
+def test_the_order_of_the_phases_does_not_matter() -> None:
+    a, b = Phase(0.12, 0.001, 2.0, 0.1), Phase(0.10, 0.001, 4.0, 0.1)
+    one, two = compare_phases(a, b, constant=0.3), compare_phases(b, a, constant=-0.3)
+    assert one.critical_n == pytest.approx(two.critical_n)
+    assert one.critical_n_interval == pytest.approx(two.critical_n_interval)
+    assert one.preferred(500).log_odds == pytest.approx(-two.preferred(500).log_odds)
+
+
+def test_the_odds_are_even_at_the_critical_n_and_turn_there() -> None:
+    compared = compare_phases(Phase(0.12, 0.0, 2.0, 0.0), Phase(0.10, 0.0, 4.0, 0.0, 2.0), constant_se=0.0)
+    n = compared.critical_n
+    assert compared.preferred(n).log_odds == pytest.approx(0.0, abs=1e-6)
+    assert (compared.preferred(0.5 * n).phase, compared.preferred(2 * n).phase) == ("first", "second")
+
+
+def test_the_critical_n_scales_with_the_temperature() -> None:
+    a, b = Phase(0.12, 0.0, 2.0, 0.0), Phase(0.10, 0.0, 4.0, 0.0)
+    assert compare_phases(a, b, beta=0.25).critical_n == pytest.approx(4 * compare_phases(a, b).critical_n)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (Phase(0.12, 0.0, -3.0, 0.0), Phase(0.10, 0.0, 4.0, 0.0)),
+        (Phase(0.10, 0.0, 2.0, 0.0), Phase(0.12, 0.0, 4.0, 0.0)),
+        (Phase(2.0, 0.0, 2.0, 0.0), Phase(0.10, 0.0, 4.0, 0.0)),
+        (Phase(0.1, 0.0, 2.0, 0.0), Phase(0.1, 0.0, 2.0, 0.0)),
+    ],
+    ids=["a saddle", "simpler and better", "never ahead", "equal"],
+)
+def test_no_critical_n_where_none_is_to_be_had(first: Phase, second: Phase) -> None:
+    compared = compare_phases(first, second)
+    assert compared.critical_n is None
+    assert compared.critical_n_interval is None
+
+
+def test_errors_of_the_inputs_widen_the_interval_and_the_odds() -> None:
+    sharp = compare_phases(Phase(0.12, 0.0, 2.0, 0.0), Phase(0.10, 0.0, 4.0, 0.0), constant_se=0.0)
+    blunt = compare_phases(Phase(0.12, 0.004, 2.0, 0.3), Phase(0.10, 0.004, 4.0, 0.3), constant_se=0.0)
+    assert np.ptp(sharp.critical_n_interval) == pytest.approx(0.0, abs=1e-6)
+    assert blunt.critical_n_interval[1] > 1.5 * blunt.critical_n_interval[0]
+    expected = math.sqrt(2 * (100 * 0.004) ** 2 + 2 * (0.3 * math.log(100)) ** 2)
+    assert blunt.preferred(100).log_odds_se == pytest.approx(expected)
+
+
+def test_mistakes_are_named() -> None:
+    a = Phase(0.1, 0.0, 2.0, 0.0)
+    with pytest.raises(ValueError, match="llc: expected a finite"):
+        Phase(0.1, 0.0, math.nan, 0.0)
+    with pytest.raises(ValueError, match="beta"):
+        compare_phases(a, a, beta=0.0)
+    with pytest.raises(ValueError, match="n \\* beta above e"):
+        compare_phases(a, a).preferred(2)
