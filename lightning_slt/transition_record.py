@@ -40,6 +40,13 @@ class MovedSample:
     self_influence_change: float
     self_influence_change_se: float
 
+    @property
+    def stands_out(self) -> bool:
+        """Whether one of the two changes is more than three standard errors."""
+        changes = (self.mean_loss_change, self.self_influence_change)
+        errors = (self.mean_loss_change_se, self.self_influence_change_se)
+        return any(abs(change) > 3 * error for change, error in zip(changes, errors, strict=True))
+
 
 @dataclass(frozen=True)
 class MovedComponent:
@@ -160,8 +167,9 @@ class TransitionReport:
         if self.components:
             first = self.components[0]
             text += f"; of the components {first.name} moved most ({first.change:+.3g}, {first.scatters:.1f} scatters)"
-        if self.samples:
-            text += "; samples that moved most: " + ", ".join(str(sample.index) for sample in self.samples)
+        moved = [str(sample.index) for sample in self.samples if sample.stands_out]
+        if moved:
+            text += f"; samples that moved most: {', '.join(moved)}"
         if self.tempered is not None:
             text += f"; {_preference(self.tempered, self.num_samples)}"
         return text
@@ -267,13 +275,25 @@ def _went(before: float, before_se: float, after: float, after_se: float) -> str
     return f"from {before:.4g} ± {before_se:.1g} to {after:.4g} ± {after_se:.1g}"
 
 
+def size_text(n: float) -> str:
+    """A number of samples to two digits.
+
+    Example:
+        >>> size_text(977.9), size_text(3.14e9)
+        ('980', '3.1e+09')
+    """
+    rounded = float(f"{n:.2g}")
+    return f"{rounded:,.0f}" if 1 <= rounded < 1e7 else f"{rounded:.2g}"
+
+
 def _preference(verdict: Verdict, n: Optional[int]) -> str:
     way = f"prefers the phase {verdict.preferred}" if verdict.preferred != "undecided" else "is undecided between them"
     odds = f"{verdict.log_odds:.3g} ± {verdict.log_odds_se:.2g}"
     text = f"the sampled posterior {way} at n = {n} (log-odds of the new phase {odds}"
     if verdict.critical_n is not None:
-        high = "unbounded" if verdict.critical_n_high is None else f"{verdict.critical_n_high:.2g}"
-        text += f"; equal at n = {verdict.critical_n:.2g}, 95 % {verdict.critical_n_low:.2g} to {high}"
+        low = 0.0 if verdict.critical_n_low is None else verdict.critical_n_low
+        high = "unbounded" if verdict.critical_n_high is None else size_text(verdict.critical_n_high)
+        text += f"; equal at n = {size_text(verdict.critical_n)}, 95 % {size_text(low)} to {high}"
     return text + ")"
 
 

@@ -197,6 +197,7 @@ class SLTMonitor(Callback):
         self._said_dropped = False
         self._done_fast_run = False
         self._listeners: list[EstimateListener] = []
+        self._said_listener = False
 
     # --- before training ------------------------------------------------------------------------------------------
 
@@ -489,17 +490,26 @@ class SLTMonitor(Callback):
         if influence is not None:
             self._keep_influence(influence, estimate)
         for listener in self._listeners:
-            try:
-                listener.on_estimate(trainer, pl_module, self, estimate, self._publisher)
-            except Exception as error:
-                if self._on_failure == "raise":
-                    raise
-                rank_zero_warn(
-                    f"{type(listener).__name__} failed at step {step}; training goes on. {type(error).__name__}: {error}"
-                )
+            self._tell(listener, trainer, pl_module, estimate)
         # drawing and logging count as overhead too, from the next firing's figure on
         self._account(begin, size)
         self._warn_if_large(estimate)
+
+    def _tell(
+        self, listener: EstimateListener, trainer: Trainer, pl_module: LightningModule, estimate: Estimate
+    ) -> None:
+        """What fails in it follows ``on_failure``, and is warned about once."""
+        try:
+            listener.on_estimate(trainer, pl_module, self, estimate, self._publisher)
+        except Exception as error:
+            if self._on_failure == "raise":
+                raise
+            if not self._said_listener:
+                self._said_listener = True
+                rank_zero_warn(
+                    f"{type(listener).__name__} failed at step {estimate.step}; training goes on, further failures are "
+                    f"not reported. {type(error).__name__}: {error}"
+                )
 
     def _keep_influence(self, influence: InfluenceEstimate, estimate: Estimate) -> None:
         """Into the history and the loggers; only the last one keeps its pairs in memory."""

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lightning_slt.publish.charts import _BAD, _GOOD, _MUTED, _SIZE, _TEXT, _style
-from lightning_slt.transition_record import TransitionReport, Verdict
+from lightning_slt.transition_record import TransitionReport, Verdict, size_text
 from lightning_slt.transitions import Phase
 
 
@@ -44,13 +44,13 @@ def free_energy_figure(report: TransitionReport) -> Optional[Figure]:
         if verdict.critical_n is not None:
             high = verdict.critical_n_high if verdict.critical_n_high is not None else n[-1]
             axes.axvspan(max(verdict.critical_n_low or n[0], n[0]), min(high, n[-1]), color=_BAD, alpha=0.1, lw=0)
-            axes.axvline(verdict.critical_n, color=_BAD, lw=1.3, label=f"critical n = {verdict.critical_n:.2g}")
+            axes.axvline(verdict.critical_n, color=_BAD, lw=1.3, label=f"critical n = {size_text(verdict.critical_n)}")
             crossing = np.array([verdict.critical_n])
             top = float(_free_energy(before, crossing, verdict.beta, low)[0])
             if top > 0:
                 axes.set_ylim(0, 3 * top)
         axes.set(xlabel="samples n", ylabel="free energy, common part left out" if place == 0 else "")
-        axes.legend(loc="upper left", fontsize=8.5, frameon=False)
+        axes.legend(loc="upper left", fontsize=8.5, frameon=True, framealpha=0.85, edgecolor="none")
         odds = f"log-odds of the new phase {verdict.log_odds:+.3g} ± {verdict.log_odds_se:.2g}"
         axes.set_title(f"{title}: {_said(verdict)}\n{odds}", loc="left", fontsize=9.5, color=_TEXT)
     t = report.transition
