@@ -100,13 +100,6 @@ class MonitorConfig:
         return SLTMonitor(**arguments)
 
 
-class AtBoundary(Enum):
-    """What becomes of a transition at a jump of the learning rate or a change of the data."""
-
-    annotate = "annotate"
-    suppress = "suppress"
-
-
 @dataclass
 class TransitionMonitorConfig:
     """Arguments of :class:`~lightning_slt.TransitionMonitor` that are plain data, under its names and defaults.
@@ -123,7 +116,7 @@ class TransitionMonitorConfig:
     alert: bool = True
     false_alarms: float = 0.05
     min_change: float = 0.0
-    at_boundary: AtBoundary = AtBoundary.annotate
+    at_boundary: str = "annotate"
     max_snapshots: int = 12
     dirpath: Optional[str] = None
 
@@ -134,7 +127,7 @@ class TransitionMonitorConfig:
             ValueError: for an argument out of range.
         """
         arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return TransitionMonitor(**{**arguments, "at_boundary": AtBoundary(self.at_boundary).value})
+        return TransitionMonitor(**arguments)
 
 
 @overload

@@ -237,9 +237,11 @@ class RunPublisher:
                 figure = self._guard(-11, "the free energies", partial(_drawn, free_energy_figure, report))
                 pictures |= {"free_energy": figure} if figure is not None else {}
         standing = log.standing
-        summary = {f"{self.prefix}/transition/count": float(len(standing))}
-        if standing:
-            summary[f"{self.prefix}/transition/last_step"] = float(standing[-1].step)
+        summary = {
+            f"{self.prefix}/transition/count": float(len(standing)),
+            # a run's summary cannot be taken back: -1 stands for none, after a retraction
+            f"{self.prefix}/transition/last_step": float(standing[-1].step) if standing else -1.0,
+        }
         table = Table(TRANSITION_COLUMNS, transition_rows(log))
         return Page(scalars, pictures, {"transitions": table} if table.rows else {}, step=step, summary=summary)
 
