@@ -16,8 +16,9 @@ class LearningRateWatch:
     """Finds discontinuous changes of the learning rates, fed with those of every optimiser step in order.
 
     A jump is a ratio beyond :data:`RATIO` that the step before has not led up to: the end of a linear or a cosine decay
-    has large ratios too, but each change is of the size of the one before, as a ratio or as a difference. The rise from the start on is warm-up, however
-    steep, until a step does not rise. A rate that has all but vanished (a thousandth of the largest) has no jumps.
+    has large ratios too, but each change is of the size of the one before, as a ratio or as a difference. The rise from
+    the start on is warm-up, however steep, until a step does not rise. A rate that has all but vanished (a thousandth
+    of the largest) has no jumps.
 
     Example:
         >>> watch = LearningRateWatch()

@@ -286,6 +286,6 @@ def test_the_sentence_says_what_is_known() -> None:
     )
     bare = TransitionReport(make_transition(boundary=295.0))
     assert bare.sentence() == (
-        "transition 0 (kind A, provisional) around step 300 (280 to 330), known at step 360: LLC rose by 15 ± 0.5, loss "
-        "fell by 0.5 ± 0.01; the learning rate or the data changed at step 295"
+        "transition 0 (kind A, provisional) around step 300 (280 to 330), known at step 360: LLC rose by 15 ± 0.5, "
+        "loss fell by 0.5 ± 0.01; the learning rate or the data changed at step 295"
     )
