@@ -68,7 +68,9 @@ class SnapshotRing:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         try:
-            torch.save({"state_dict": dict(state_dict), "step": step, "epoch": epoch}, temporary)
+            # on the CPU, so that a machine without that device can read it
+            state = {k: v.detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in state_dict.items()}
+            torch.save({"state_dict": state, "step": step, "epoch": epoch}, temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -114,7 +115,7 @@ class TransitionMonitor(Callback):
         self._epoch_flag = False
         self._epoch_over = False
         self._monitor: Optional[SLTMonitor] = None
-        self._loader: Any = None
+        self._loader: Optional[weakref.ref[Any]] = None
         self._ring: Optional[SnapshotRing] = None
         self._ring_state: Optional[dict[str, Any]] = None
         self._said_snapshots = False
@@ -180,9 +181,10 @@ class TransitionMonitor(Callback):
         self._epoch_flag = self._epoch_over = False
         # made anew whenever the data is loaded anew
         loader = trainer.fit_loop._combined_loader
-        if self._loader is not None and loader is not self._loader:
+        if self._loader is not None and self._loader() is not loader:
             self._boundary(trainer.fit_loop.epoch_loop._batches_that_stepped)
-        self._loader = loader
+        # weakly: the workers of a loader that is given up must not wait for this callback
+        self._loader = weakref.ref(loader)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # not at the end of a batch: the firing may come before this callback's turn there, or after it

@@ -65,9 +65,17 @@ def phase_of(points: Sequence[Estimate]) -> Optional[Phase]:
 
 
 def verdict_of(report: TransitionReport, beta: float) -> Optional[Verdict]:
-    """Which phase the posterior at ``beta`` prefers at the report's n; None where that cannot be said."""
+    """Which phase the posterior at ``beta`` prefers at the report's n; None where that cannot be said.
+
+    A phase of negative LLC is none: its weights are at no minimum, and the number measures no complexity.
+    """
     compared = report.compared(beta)
-    if compared is None or report.num_samples is None or report.num_samples * beta <= math.e:
+    if (
+        compared is None
+        or min(compared.first.llc, compared.second.llc) < 0
+        or report.num_samples is None
+        or report.num_samples * beta <= math.e
+    ):
         return None
     preference = compared.preferred(report.num_samples)
     low, high = compared.critical_n_interval or (None, None)

@@ -240,6 +240,13 @@ def test_nothing_is_said_where_n_or_a_phase_is_not_known() -> None:
     assert early.after is None and early.tempered is None
 
 
+def test_a_phase_of_negative_llc_is_preferred_to_nothing() -> None:
+    points = [e.replace(mean=e.mean - 20.0) for e in curve()]
+    report = with_phases(TransitionReport(make_transition()), points)
+    assert report.before is not None and report.before.llc == pytest.approx(-10.0)
+    assert report.tempered is None and report.untempered is None
+
+
 def test_samples_are_compared_across_the_transition_only() -> None:
     changed = make_influence(step=330)
     loss = changed.mean_loss.clone()

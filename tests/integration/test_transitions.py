@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -399,3 +400,21 @@ def test_a_failure_of_the_detector_follows_the_monitors_policy(tmp_path: Path, m
         trace = train(tmp_path, monitor, TransitionMonitor())
     assert trace.trainer.global_step == 60 and len(monitor.estimates) == 60
     assert len([w for w in caught if "TransitionMonitor failed" in str(w.message)]) == 1
+
+
+def test_it_pickles_for_strategies_that_spawn(tmp_path: Path) -> None:
+    """After a run too: neither end of the link between the two goes with it, and both work again."""
+    monitor, watch = tiny_monitor(), TransitionMonitor()
+    Scenario(Plain, loaders).run(tmp_path / "a", monitor, watch)
+    monitor.add_listener(watch)
+    again, watching = pickle.loads(pickle.dumps((monitor, watch)))
+    assert again._listeners == [] and watching.state_dict() == watch.state_dict()
+    Scenario(Plain, loaders).run(tmp_path / "b", watching, again)
+    assert watching.state_dict()["fed"] == 12 and len(again.estimates) == 3
+
+
+def test_barebones_is_watched_without_a_file(tmp_path: Path) -> None:
+    watch = TransitionMonitor()
+    Scenario(Plain, loaders, lambda: {"barebones": True, **EPOCHS}).run(tmp_path, Scripted(), watch)
+    assert len(watch.transitions) == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
