@@ -36,7 +36,7 @@ class TransitionMonitor(Callback):
     SLTMonitor in the list of callbacks. Training stays bit for bit what it was.
 
     ``trainer.callback_metrics`` has ``slt/transition/{score,flag,count}`` from the first step on. ``flag`` is 1 at the
-    batch whose firing flags a transition, and at the end of that epoch and the validations within it; else 0. So
+    batch whose firing flags a transition, and once more at the end of that epoch and at the next validation; else 0. So
     ``ModelCheckpoint(monitor="slt/transition/flag", mode="max", every_n_train_steps=1)`` keeps the flagged step, and
     ``EarlyStopping("slt/transition/flag", mode="max", stopping_threshold=0.5, patience=10**9)`` stops at the end of its
     epoch.
@@ -114,6 +114,7 @@ class TransitionMonitor(Callback):
         self._fed = -1
         self._epoch_flag = False
         self._epoch_over = False
+        self._unvalidated = False  # a flag that no validation has followed yet
         self._monitor: Optional[SLTMonitor] = None
         self._loader: Optional[weakref.ref[Any]] = None
         self._ring: Optional[SnapshotRing] = None
@@ -167,6 +168,7 @@ class TransitionMonitor(Callback):
         self.reports, self.boundaries = [], []
         self._watch = LearningRateWatch()
         self._seen_step = self._fed = -1
+        self._unvalidated = False
         self._ring_state = None
 
     def _show(self, trainer: Trainer, flag: bool) -> None:
@@ -200,9 +202,13 @@ class TransitionMonitor(Callback):
             self._boundary(step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # EarlyStopping may look at a validation's end, batches after the flag
-        if not trainer.sanity_checking and self._epoch_flag:
+        # EarlyStopping may look at a validation's end, which can come epochs after the flag
+        if not trainer.sanity_checking and self._unvalidated:
             self._show(trainer, flag=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._unvalidated = False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch_over = True
@@ -234,6 +240,7 @@ class TransitionMonitor(Callback):
             new += flags
             changed |= {t.id: t for t in [*flags, *self._detector.changes]}
         self._epoch_flag |= bool(new)
+        self._unvalidated |= bool(new)
         self._show(trainer, flag=bool(new) or (self._epoch_over and self._epoch_flag))
         reports = [self._report(trainer, monitor, t, estimate) for t in changed.values()]
         for report in reports:
@@ -383,6 +390,7 @@ class TransitionMonitor(Callback):
             "watch": self._watch.state_dict(),
             "seen_step": self._seen_step,
             "fed": self._fed,
+            "unvalidated": self._unvalidated,
             "ring": self._ring.state_dict() if self._ring is not None else self._ring_state,
         }
 
@@ -392,6 +400,7 @@ class TransitionMonitor(Callback):
         self.reports, self.boundaries = list(log.reports), list(log.boundaries)
         self._watch.load_state_dict(state_dict["watch"])
         self._seen_step, self._fed = int(state_dict["seen_step"]), int(state_dict["fed"])
+        self._unvalidated = bool(state_dict.get("unvalidated", False))
         self._ring_state = state_dict.get("ring")
 
     def __getstate__(self) -> dict[str, Any]:

@@ -95,6 +95,24 @@ def test_early_stop_on_a_flag_is_at_the_end_of_its_epoch(validation: bool, tmp_p
     assert trace.trainer.global_step == 36 and stop.stopped_epoch == 5
 
 
+def test_early_stop_where_validation_is_rare(tmp_path: Path) -> None:
+    """Validation after every fourth epoch: the flag of the sixth is seen after the eighth."""
+    stop = EarlyStopping("slt/transition/flag", mode="max", stopping_threshold=0.5, patience=10**9)
+    watch = TransitionMonitor()
+    scenario = Scenario(Net, with_validation, lambda: {"max_epochs": 16, "check_val_every_n_epoch": 4})
+    trace = scenario.run(tmp_path, stop, watch, Scripted())
+    assert 31 < watch.transitions[0].known_at <= 36 and trace.trainer.global_step == 48
+
+
+def test_user_function_can_stop_the_run(tmp_path: Path) -> None:
+    def stop(transition: Any, trainer: Any, pl_module: Any) -> None:
+        trainer.should_stop = True
+
+    watch = TransitionMonitor(on_transition=stop)
+    trace = train(tmp_path, watch, Scripted())
+    assert trace.trainer.global_step == watch.transitions[0].known_at < 60
+
+
 def test_no_flag_stops_nothing(tmp_path: Path) -> None:
     stop = EarlyStopping("slt/transition/flag", mode="max", stopping_threshold=0.5, patience=10**9)
     watch = TransitionMonitor()
