@@ -155,25 +155,33 @@ class Budget:
         return search + self.num_burnin_steps + self.num_draws * (self.num_steps_bw_draws or 1)
 
 
-def first_step(objective: Objective, window: Window, posterior: LocalPosterior, seed: int) -> float:
+def first_step(
+    objective: Objective,
+    window: Window,
+    posterior: LocalPosterior,
+    seed: int,
+    buffers: tuple[Tensor, Tensor] | None = None,
+) -> float:
     """A step that is safe along the steepest direction: 0.3 over the largest posterior precision (4 is unstable).
 
     Power iteration with gradient differences at the posterior's own scale ``1/sqrt(nbeta h + gamma)`` along the
     direction: a degenerate minimum, whose Hessian vanishes at ``w*``, still shows its curvature there.
+
+    Args:
+        objective, window, posterior: what is sampled.
+        seed: of the first direction.
+        buffers: ``[1, d]`` for weights and ``[1, d]`` for gradients, written to; None to allocate them.
     """
     engine = sequential_engine(objective)
     gen = generator(seed, PROBE, device=objective.device)
     anchor = objective.anchor
-    weights, grad = anchor.clone().unsqueeze(0), torch.zeros_like(anchor).unsqueeze(0)
+    weights, grad = buffers if buffers is not None else (torch.empty_like(anchor[None]), torch.empty_like(anchor[None]))
     batches = [window[i] for i in list(window.anchor_loss)[:3]]
 
-    def gradient(displacement: Tensor) -> Tensor:
-        weights[0] = anchor + displacement
-        total = torch.zeros_like(anchor)
+    def add_gradients(direction: Tensor, radius: float) -> None:
+        torch.add(anchor, direction, alpha=radius, out=weights[0])
         for batch in batches:
-            engine.step(batch)
-            total += grad[0]
-        return total / len(batches)
+            engine.step(batch, keep=True)
 
     direction = torch.empty_like(anchor).normal_(generator=gen)
     direction /= direction.norm()
@@ -183,19 +191,24 @@ def first_step(objective: Objective, window: Window, posterior: LocalPosterior, 
     try:
         for _ in range(8):
             radius = min(1.0 / math.sqrt(posterior.nbeta * curvature + posterior.localization + 1e-12), scale)
-            product = (gradient(radius * direction) - gradient(-radius * direction)) / (2 * radius)
-            norm = float(product.norm())
+            grad.zero_()
+            add_gradients(direction, -radius)
+            grad.neg_()
+            add_gradients(direction, radius)
+            grad.div_(2 * radius * len(batches))
+            norm = float(grad.norm())
             if not math.isfinite(norm):
-                direction = 0.1 * direction  # outside the region where the loss is finite: look closer to w*
+                direction *= 0.1  # outside the region where the loss is finite: look closer to w*
                 continue
             curvature = max(curvature * 0.5, norm)
             if norm == 0.0:
-                direction = torch.empty_like(anchor).normal_(generator=gen)
+                direction.normal_(generator=gen)
                 direction /= direction.norm()
             else:
-                direction = product / norm
+                torch.div(grad[0], norm, out=direction)
     finally:
         engine.release()
+        grad.zero_()
     return 0.3 / (posterior.nbeta * curvature + posterior.localization + 1e-12)
 
 
@@ -412,7 +425,11 @@ def _agreed_first_step(chains: Chains, seed: int) -> float:
     """Every rank probes, the first one's answer holds: sums on a GPU are not the same everywhere to the last bit."""
 
     def probe() -> float:
-        return first_step(chains.objective, chains.source.window(0), chains.posterior, seed)
+        # the chains are at w* and have not moved: their memory serves, and they are put back
+        try:
+            return first_step(chains.objective, chains.source.window(0), chains.posterior, seed, chains.one_row())
+        finally:
+            chains.restart()
 
     return chains.collective.exchange(probe)[0]
 

@@ -256,6 +256,10 @@ class Chains:
         draws = [torch.randn(anchor.shape, generator=g, device=device, dtype=anchor.dtype) for g in streams]
         self.place(metric(torch.stack(draws)) if draws else torch.zeros_like(self.weights))
 
+    def one_row(self) -> tuple[Tensor, Tensor] | None:
+        """The weights and the gradients of one chain, to be used while the chains rest; None without a chain here."""
+        return (self.weights[:1], self._grad[:1]) if len(self.weights) else None
+
     def displacements(self) -> Tensor:
         """``[own chains, d]``: where the chains of this rank are, from ``w*``."""
         at = self._state.tensors.get("accepted_weights", self.weights)

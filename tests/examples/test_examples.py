@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import os
 import re
@@ -21,12 +22,12 @@ ROOT = Path(__file__).parents[2]
 OFFLINE = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
 
 
-def run_example(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_example(name: str, folder: Path, *arguments: str, fast: bool = True) -> subprocess.CompletedProcess[str]:
     """In an empty folder of its own: an example must not depend on where it is started."""
-    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--fast", "--output", str(folder / "out")]
-    command += [*arguments]
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--output", str(folder / "out")]
+    command += ["--fast"] * fast + [*arguments]
     return subprocess.run(
-        command, cwd=folder, env={**os.environ, **OFFLINE}, capture_output=True, text=True, timeout=120
+        command, cwd=folder, env={**os.environ, **OFFLINE}, capture_output=True, text=True, timeout=120 if fast else 600
     )
 
 
@@ -117,6 +118,80 @@ def test_wrong_labels_are_found_shown_and_counted(logger: str, tmp_path: Path) -
     assert metrics.exists() == (logger == "csv") and (
         logger == "none" or "slt/influence/max_abs" in metrics.read_text()
     )
+
+
+MODE = re.compile(r"^  mode (\d) \(s = (\d)\) +(\d+) \((\d+) to (\d+)\) +(\d+)  (.*)$", re.MULTILINE)
+"""A row of the table of ``deep_linear.py``: mode, strength, known time, its onset and end, theory, what was found."""
+
+
+def modes_printed(text: str) -> list[tuple[list[int], str]]:
+    """``([strength, known, onset, end, theory], what was found)`` for each mode, in order."""
+    rows = [([int(v) for v in row[1:6]], row[6]) for row in MODE.findall(text)]
+    assert [strength for (strength, *_), _ in rows] == [4, 2, 1]
+    for (_, known, onset, end, theory), _ in rows:
+        assert onset < known < end
+        assert abs(theory - known) <= 0.15 * known
+    return rows
+
+
+@pytest.mark.parametrize("logger", ["none", "csv"])
+def test_modes_of_a_deep_linear_network_beside_what_was_found(logger: str, tmp_path: Path) -> None:
+    """Thirty points are too few for three boundaries; what is known does not depend on that."""
+    done = run_example("deep_linear", tmp_path, "--logger", logger, "trainer.enable_progress_bar=false")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "could not" not in done.stderr
+    rows = modes_printed(done.stdout)
+    firings = float(rows[0][1].split("(")[-1].split()[0])  # the strongest one moves the loss by three quarters
+    assert abs(firings) <= 3
+    missed = sum(found.endswith("not found") for _, found in rows)
+    assert f"afterwards {3 - missed} of 3 known boundaries found" in done.stdout
+
+    folder = tmp_path / "out" / "slt"
+    record = list(RunRecord(folder).read())
+    assert [e.step for e in record] == list(range(8, 241, 8))
+    # an untrained student is off by the teacher's energy, (4^2 + 2^2 + 1^2) / 2; a trained one by the noise
+    assert record[0].init_loss == pytest.approx(10.5, rel=0.02)
+    assert record[-1].init_loss < 0.05
+    # chains near the first saddle run downhill, and do not say that this is a learning coefficient
+    assert min(e.mean for e in record) < -5 and not min(record, key=lambda e: e.mean).valid
+    assert record[-1].valid and record[-1].mean > 3
+    assert_picture(folder / "figures" / "deep_linear.png")
+    assert str(folder / "figures" / "deep_linear.png") in done.stdout
+    assert (tmp_path / "out" / "csv" / "version_0" / "metrics.csv").exists() == (logger == "csv")
+
+
+def test_polygons_of_superposition_beside_what_was_found(tmp_path: Path) -> None:
+    done = run_example("superposition", tmp_path, "--logger", "none", "trainer.enable_progress_bar=false")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "could not" not in done.stderr
+    phases = re.findall(r"(nothing|\d-gon|\d columns) at steps (\d+) to (\d+)", done.stdout)
+    assert phases[0][:2] == ("nothing", "1") and phases[-1][2] == "240"
+    assert phases[-1][0] in ("4-gon", "5-gon")
+    rows = re.findall(r"^  (.+ to .+?)  +(\d+) \((\d+) to (\d+)\)  ", done.stdout, re.MULTILINE)
+    assert [row[0] for row in rows] == [f"{a[0]} to {b[0]}" for a, b in itertools.pairwise(phases)]
+    assert all(int(onset) < int(step) < int(end) for _, step, onset, end in rows)
+    assert f"afterwards {len(rows)} of {len(rows)} known boundaries found" in done.stdout
+
+    folder = tmp_path / "out" / "slt"
+    record = list(RunRecord(folder).read())
+    assert [e.step for e in record] == list(range(8, 241, 8))
+    # with nothing represented the loss is E[x^2] = 1/3, and every corner takes its share of that away
+    assert record[0].init_loss == pytest.approx(1 / 3, rel=0.2) and record[-1].init_loss < 0.1
+    assert_picture(folder / "figures" / "superposition.png", 700)
+    assert str(folder / "figures" / "superposition.png") in done.stdout
+
+
+@pytest.mark.slow
+def test_every_mode_of_a_deep_linear_network_is_found(tmp_path: Path) -> None:
+    """The whole run: within three firings of the known time, and flagged while it runs."""
+    quiet = ("--logger", "none", "trainer.enable_progress_bar=false")
+    done = run_example("deep_linear", tmp_path, *quiet, fast=False)
+    assert done.returncode == 0, done.stderr
+    for (_, _, onset, end, _), found in modes_printed(done.stdout):
+        step, state, flagged = re.match(r"(\d+) A (\w+), (\d+)", found).groups()  # type: ignore[union-attr]
+        assert state == "confirmed" and onset <= int(step) <= end and int(step) < int(flagged)
+        assert abs(float(found.split("(")[-1].split()[0])) <= 3
+    assert done.stdout.count("3 of 3 known boundaries found, 0 others") == 2
 
 
 def test_a_typo_is_refused_before_anything_runs(tmp_path: Path) -> None:
