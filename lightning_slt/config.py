@@ -117,6 +117,7 @@ class TransitionMonitorConfig:
     false_alarms: float = 0.05
     min_change: float = 0.0
     at_boundary: str = "annotate"
+    saddles: bool = True
     max_snapshots: int = 12
     dirpath: Optional[str] = None
 

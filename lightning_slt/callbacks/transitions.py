@@ -54,6 +54,9 @@ class TransitionMonitor(Callback):
         min_change: smallest change of the LLC worth a flag.
         at_boundary: transitions at a jump of the learning rate or a reload of the training data carry that step
             (``"annotate"``) or are not flagged (``"suppress"``).
+        saddles: points that are not valid only because the weights are at no minimum count as well (chains drift, have
+            not mixed, or the number is negative): a saddle is what many a transition comes from. False: only valid
+            points count. Points whose chains diverged never do.
         max_snapshots: files in the ring at the most, at least 4.
         dirpath: folder of ``snapshots/`` and ``pinned/``; None for the SLTMonitor's record.
 
@@ -82,6 +85,7 @@ class TransitionMonitor(Callback):
         false_alarms: float = 0.05,
         min_change: float = 0.0,
         at_boundary: Literal["annotate", "suppress"] = "annotate",
+        saddles: bool = True,
         max_snapshots: int = 12,
         dirpath: Optional[str] = None,
     ) -> None:
@@ -106,6 +110,7 @@ class TransitionMonitor(Callback):
         }
         self._detector = TransitionDetector(**self._settings)
         self._pin, self._alert, self._on_transition = pin_checkpoints, alert, on_transition
+        self._saddles = saddles
         self._max_snapshots, self._dirpath = max_snapshots, dirpath
         self.reports: list[TransitionReport] = []
         self.boundaries: list[float] = []
@@ -236,7 +241,9 @@ class TransitionMonitor(Callback):
             if point.step is None or point.step <= self._fed:
                 continue
             self._fed = point.step
-            flags = self._detector.update(float(point.step), point.mean, point.se, point.init_loss, valid=point.valid)
+            flags = self._detector.update(
+                float(point.step), point.mean, point.se, point.init_loss, valid=self._counts(point)
+            )
             new += flags
             changed |= {t.id: t for t in [*flags, *self._detector.changes]}
         self._epoch_flag |= bool(new)
@@ -252,6 +259,9 @@ class TransitionMonitor(Callback):
             )
         for transition in new:
             self._call(transition, trainer, pl_module)
+
+    def _counts(self, estimate: Estimate) -> bool:
+        return estimate.comparable if self._saddles else estimate.valid
 
     def record(self, offline: Sequence[Transition] = ()) -> TransitionLog:
         """All that is known so far."""
@@ -361,7 +371,7 @@ class TransitionMonitor(Callback):
             [e.mean for e in points],
             [e.se for e in points],
             [e.init_loss for e in points],
-            [e.valid for e in points],
+            [self._counts(e) for e in points],
             boundaries=self.boundaries,
             **self._settings,
         )

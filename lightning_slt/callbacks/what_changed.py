@@ -6,7 +6,7 @@ All from what monitors have measured; nothing here knows a trainer.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Optional
 
 import numpy as np
@@ -30,18 +30,27 @@ def usable(estimate: Estimate) -> bool:
     return estimate.valid and math.isfinite(estimate.mean) and math.isfinite(estimate.init_loss)
 
 
-def sides(transition: Transition, estimates: Sequence[Estimate], others: Sequence[Transition] = ()) -> Sides:
-    """The usable points on the plateaus next to a transition, at most :data:`REACH` on each side.
+def sides(
+    transition: Transition,
+    estimates: Sequence[Estimate],
+    others: Sequence[Transition] = (),
+    counts: Callable[[Estimate], bool] = usable,
+) -> Sides:
+    """The points on the plateaus next to a transition that count, at most :data:`REACH` on each side.
 
     A plateau ends where another transition begins; retracted ones end nothing.
     """
     standing = [t for t in others if t.id != transition.id and t.state != "retracted"]
     first = max((t.end for t in standing if t.end <= transition.onset), default=-math.inf)
     last = min((t.onset for t in standing if t.onset >= transition.end), default=math.inf)
-    points = [(float(e.step or 0), e) for e in estimates if usable(e)]
+    points = [(float(e.step or 0), e) for e in estimates if counts(e)]
     left = [e for step, e in points if first <= step <= transition.onset]
     right = [e for step, e in points if transition.end <= step <= last]
     return left[-REACH:], right[:REACH]
+
+
+def _comparable(estimate: Estimate) -> bool:
+    return estimate.comparable
 
 
 def phase_of(points: Sequence[Estimate]) -> Optional[Phase]:
@@ -157,7 +166,7 @@ def moved_components(transition: Transition, curves: Mapping[str, Sequence[Estim
     """
     found = []
     for name, estimates in curves.items():
-        left, right = sides(transition, estimates)
+        left, right = sides(transition, estimates, counts=_comparable)
         if not left or not right:
             continue
         change = float(np.mean([e.mean for e in right]) - np.mean([e.mean for e in left]))
@@ -168,7 +177,7 @@ def moved_components(transition: Transition, curves: Mapping[str, Sequence[Estim
 
 def _scatter(estimates: Sequence[Estimate]) -> float:
     """Robust scatter from point to point, floored by half the typical chain error."""
-    points = [e for e in estimates if usable(e)]
+    points = [e for e in estimates if e.comparable]
     values = np.array([e.mean for e in points], dtype=np.float64)
     errors = np.array([e.se for e in points], dtype=np.float64)
     errors = errors[np.isfinite(errors)]

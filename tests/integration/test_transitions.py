@@ -113,6 +113,28 @@ def test_user_function_can_stop_the_run(tmp_path: Path) -> None:
     assert trace.trainer.global_step == watch.transitions[0].known_at < 60
 
 
+def saddle(step: int) -> dict[str, Any]:
+    """Before the jump chains run downhill: a negative number that is not valid."""
+    late = jump(step)
+    return late if step > 30 else {**late, "mean": late["mean"] - 40.0, "reasons": ("negative beyond its error: ...",)}
+
+
+def diverged(step: int) -> dict[str, Any]:
+    return {**jump(step), "reasons": ("3 of 4 chains diverged or became non-finite",) if step > 30 else ()}
+
+
+def test_a_saddle_counts_and_diverged_chains_do_not(tmp_path: Path) -> None:
+    watch, strict = TransitionMonitor(), TransitionMonitor("slt_b/llc/mean", saddles=False)
+    train(tmp_path, watch, strict, Scripted(saddle), Scripted(saddle, name="b"))
+    (report,) = watch.reports
+    assert 30 <= report.transition.step <= 32 and report.transition.llc_change > 40
+    assert report.before is None and report.after is not None and report.tempered is None
+    assert strict.transitions == []
+    bad = TransitionMonitor()
+    train(tmp_path / "bad", bad, Scripted(diverged))
+    assert bad.transitions == []
+
+
 def test_no_flag_stops_nothing(tmp_path: Path) -> None:
     stop = EarlyStopping("slt/transition/flag", mode="max", stopping_threshold=0.5, patience=10**9)
     watch = TransitionMonitor()
