@@ -1,6 +1,6 @@
 """Structure of a model, visible while it trains: Lightning callbacks that run SGLD chains from the current weights."""
 
-from lightning_slt.callbacks import SLTMonitor
+from lightning_slt.callbacks import SLTMonitor, TransitionMonitor
 from lightning_slt.estimate import estimate_llc
 from lightning_slt.influence import estimate_influence
 from lightning_slt.influence_record import InfluenceEstimate
@@ -25,6 +25,7 @@ __all__ = [
     "SLTMonitor",
     "Transition",
     "TransitionDetector",
+    "TransitionMonitor",
     "compare_phases",
     "detect_transitions",
     "estimate_influence",

@@ -19,7 +19,7 @@ import yaml  # OmegaConf's own parser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_slt.callbacks import SLTMonitor
+from lightning_slt.callbacks import SLTMonitor, TransitionMonitor
 from lightning_slt.sampling.samplers import SGLD, SGNHT, RMSpropSGLD, sampler_from
 
 Source = Union[str, os.PathLike[str], Mapping[str, Any], DictConfig]
@@ -98,6 +98,37 @@ class MonitorConfig:
         if self.sampler is not None:
             arguments["sampler"] = self.sampler.build()
         return SLTMonitor(**arguments)
+
+
+@dataclass
+class TransitionMonitorConfig:
+    """Arguments of :class:`~lightning_slt.TransitionMonitor` that are plain data, under its names and defaults.
+
+    ``on_transition`` is no plain data: give it to ``TransitionMonitor`` in Python.
+
+    Example:
+        >>> TransitionMonitorConfig(min_change=2.0).build().transitions
+        []
+    """
+
+    monitor: str = "slt/llc/mean"
+    pin_checkpoints: bool = True
+    alert: bool = True
+    false_alarms: float = 0.05
+    min_change: float = 0.0
+    at_boundary: str = "annotate"
+    saddles: bool = True
+    max_snapshots: int = 12
+    dirpath: Optional[str] = None
+
+    def build(self) -> TransitionMonitor:
+        """The callback.
+
+        Raises:
+            ValueError: for an argument out of range.
+        """
+        arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return TransitionMonitor(**arguments)
 
 
 @overload

@@ -12,7 +12,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from lightning_slt.functional.learning_coefficient import summarise
+from lightning_slt.functional.learning_coefficient import NOT_ARRIVED, summarise
 from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import MinibatchSource, source_of
@@ -263,7 +263,7 @@ def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     virial = virial_ratio(segment.second_half(), lr if heats else 0.0, posterior, d, good)
     if virial < MIN_VIRIAL and summary.mean > 0:
         reasons += (
-            f"the chains have not reached their width in {drawn.num_burnin_steps + segment.steps} steps (virial ratio "
+            f"{NOT_ARRIVED} in {drawn.num_burnin_steps + segment.steps} steps (virial ratio "
             f"{virial:.2f}): more draws, or a stronger localization",
         )
     init_loss = sum(segment.anchors.values()) / len(segment.anchors)

@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_slt.functional.learning_coefficient import UNSETTLED
+
 RECORD_FILE = "estimates.jsonl"
 TRACE_FOLDER = "traces"
 
@@ -117,6 +119,18 @@ class Estimate:
     predicted_seconds: float = math.nan
     firing_size: float = math.nan
     skipped: Optional[int] = None
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the number may stand in a curve with others: it is valid, or is not for what the weights are at.
+
+        At a saddle chains run downhill: they drift, disagree, and the number is negative. It may not be read as a
+        learning coefficient; but it is a state of its own that the next minimum is told from. Chains that diverged, or
+        a step size that was wrong, say nothing of the weights.
+        """
+        finite = math.isfinite(self.mean) and math.isfinite(self.init_loss)
+        saddle = bool(self.reasons) and all(r.startswith(UNSETTLED) for r in self.reasons)
+        return finite and (self.valid or saddle)
 
     @property
     def interval(self) -> tuple[float, float]:

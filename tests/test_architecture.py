@@ -13,6 +13,7 @@ FLOORS = {
     "transitions": 1,
     "record": 1,
     "influence_record": 1,
+    "transition_record": 1,
     "sampling": 2,
     "measures": 2,
     "publish": 2,

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from lightning_slt import SGLD, SGNHT, RMSpropSGLD, SLTMonitor
-from lightning_slt.config import MonitorConfig, SamplerConfig, SamplerName, load
+from lightning_slt import SGLD, SGNHT, RMSpropSGLD, SLTMonitor, TransitionMonitor
+from lightning_slt.config import MonitorConfig, SamplerConfig, SamplerName, TransitionMonitorConfig, load
 
 NOT_PLAIN_DATA = {"loss_fn", "group_fn", "render"}
 
@@ -36,6 +36,23 @@ def test_names_order_and_defaults_are_those_of_the_callback() -> None:
     }
     fields = {f.name: f.default for f in dataclasses.fields(MonitorConfig)}
     assert list(fields.items()) == list(arguments.items())
+
+
+def test_names_order_and_defaults_are_those_of_the_transition_monitor() -> None:
+    parameters = inspect.signature(TransitionMonitor).parameters.items()
+    arguments = {name: p.default for name, p in parameters if name != "on_transition"}
+    assert [(f.name, f.default) for f in dataclasses.fields(TransitionMonitorConfig)] == list(arguments.items())
+
+
+def test_a_transition_monitor_from_a_mapping() -> None:
+    given = {"monitor": "slt_b/llc/mean", "min_change": 2.0, "at_boundary": "suppress"}
+    built = load(given, ["alert=false"], schema=TransitionMonitorConfig).build()
+    assert built.state_key == TransitionMonitor("slt_b/llc/mean").state_key
+    assert (built._settings["min_change"], built._settings["at_boundary"], built._alert) == (2.0, "suppress", False)
+    with pytest.raises(ValueError, match=r"min_chang=2: no such setting \(did you mean min_change\?\)"):
+        load({"min_chang": 2}, schema=TransitionMonitorConfig)
+    with pytest.raises(ValueError, match="at_boundary: expected 'annotate' or 'suppress', got 'ignore'"):
+        load({"at_boundary": "ignore"}, schema=TransitionMonitorConfig).build()
 
 
 def test_names_and_defaults_are_those_of_the_sampler() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_slt.functional.learning_coefficient import summarise
 from lightning_slt.record import RECORD_FILE, Estimate, RunRecord
 
 
@@ -151,3 +152,28 @@ def test_interval_and_text() -> None:
     assert e.interval == pytest.approx((12.25 - 0.98, 12.25 + 0.98))
     assert str(e).startswith("step 100: LLC 12.2 ± 0.5") and "NOT VALID" not in str(e)
     assert "NOT VALID: a; b" in str(not_valid())
+
+
+@pytest.mark.parametrize(
+    ("reasons", "comparable"),
+    [
+        ((), True),
+        (("negative beyond its error: the weights are not at a minimum (chains run downhill)",), True),
+        (("chains have not mixed: R-hat 1.5 > 1.1, error 2", "chains drift: second half minus first half is +3"), True),
+        (("the chains have not reached their width in 200 steps (virial ratio 0.40): more draws",), True),
+        (("step size 0.1 is too large: 60% of the estimate is heat of the step",), False),
+        (("chains drift: ...", "3 of 4 chains diverged or became non-finite (chains [0, 1, 2]): left out"), False),
+    ],
+    ids=["valid", "negative", "unsettled", "width", "step size", "diverged"],
+)
+def test_a_state_of_the_weights_may_stand_in_a_curve(reasons: tuple[str, ...], comparable: bool) -> None:
+    assert estimate(valid=not reasons, reasons=reasons).comparable is comparable
+    assert not estimate(valid=not reasons, reasons=reasons, mean=math.nan).comparable
+
+
+def test_reasons_that_a_saddle_gives_are_known_as_such() -> None:
+    """Chains that run downhill together, as they are summed up."""
+    trace = -torch.arange(100.0).expand(4, 100) - torch.arange(4.0)[:, None]
+    summary = summarise(trace)
+    assert not summary.valid and len(summary.reasons) >= 2
+    assert estimate(valid=False, reasons=summary.reasons).comparable

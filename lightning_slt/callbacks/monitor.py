@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_slt.callbacks.data import TrainingData, check_num_samples, training_transfer
 from lightning_slt.callbacks.distribution import Ranks, check_strategy, make_collective
+from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.overhead import Decision, OverheadBudget
 from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.samples import Probed, ProbedSamples
@@ -39,6 +40,7 @@ from lightning_slt.sampling.restriction import select_parameters
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, RMSpropSGLD, sampler_from
 from lightning_slt.sampling.steps import LossFn, loss_function
+from lightning_slt.transitions import Transition
 
 SMOKE_SAMPLER = SGLD(lr=1e-6)
 """A smoke test shows that chains run, not what they say: no step size is looked for."""
@@ -194,6 +196,8 @@ class SLTMonitor(Callback):
         self._said_overhead = False
         self._said_dropped = False
         self._done_fast_run = False
+        self._listeners: list[EstimateListener] = []
+        self._said_listener = False
 
     # --- before training ------------------------------------------------------------------------------------------
 
@@ -220,10 +224,28 @@ class SLTMonitor(Callback):
         except ValueError as error:
             raise MisconfigurationException(f"SLTMonitor: {error}") from error
         self._collective = make_collective(trainer)
+        self.number_among(trainer)
+
+    @property
+    def prefix(self) -> str:
+        """The group in front of every key of this monitor; known from ``setup`` on."""
+        return self._prefix
+
+    def number_among(self, trainer: Trainer) -> None:
+        """Find the prefix of a monitor without a name: they are numbered in the order of the trainer's callbacks."""
         if self._name is None:
             unnamed = [c for c in trainer.callbacks if isinstance(c, SLTMonitor) and c._name is None]  # type: ignore[attr-defined]
             number = unnamed.index(self) + 1 if self in unnamed else 1
             self._prefix = "slt" if number == 1 else f"slt_{number}"
+
+    def add_listener(self, listener: EstimateListener) -> None:
+        """Tell ``listener`` of every estimate from now on; adding it twice is adding it once."""
+        if listener not in self._listeners:
+            self._listeners.append(listener)
+
+    def remove_listener(self, listener: EstimateListener) -> None:
+        """Tell it no more; nothing happens where it is not told."""
+        self._listeners = [other for other in self._listeners if other is not listener]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not in setup: a module may build its layers in its own setup or configure_model, which come after
@@ -467,9 +489,27 @@ class SLTMonitor(Callback):
             self._publisher.estimate(estimate)
         if influence is not None:
             self._keep_influence(influence, estimate)
+        for listener in self._listeners:
+            self._tell(listener, trainer, pl_module, estimate)
         # drawing and logging count as overhead too, from the next firing's figure on
         self._account(begin, size)
         self._warn_if_large(estimate)
+
+    def _tell(
+        self, listener: EstimateListener, trainer: Trainer, pl_module: LightningModule, estimate: Estimate
+    ) -> None:
+        """What fails in it follows ``on_failure``, and is warned about once."""
+        try:
+            listener.on_estimate(trainer, pl_module, self, estimate, self._publisher)
+        except Exception as error:
+            if self._on_failure == "raise":
+                raise
+            if not self._said_listener:
+                self._said_listener = True
+                rank_zero_warn(
+                    f"{type(listener).__name__} failed at step {estimate.step}; training goes on, further failures are "
+                    f"not reported. {type(error).__name__}: {error}"
+                )
 
     def _keep_influence(self, influence: InfluenceEstimate, estimate: Estimate) -> None:
         """Into the history and the loggers; only the last one keeps its pairs in memory."""
@@ -640,7 +680,13 @@ class SLTMonitor(Callback):
             return
         if self.influences:
             publisher.finish_influence(self.influences)
-        publisher.finish(self.estimates, status)  # last: it flushes
+        transitions: list[Transition] = []
+        for listener in self._listeners:
+            try:
+                transitions += listener.on_monitor_end(trainer, self, publisher)
+            except Exception as error:  # the record and the loggers must be closed whatever it met
+                rank_zero_warn(f"{type(listener).__name__} failed at the end: {type(error).__name__}: {error}")
+        publisher.finish(self.estimates, status, transitions)  # last: it flushes
         if self.estimates and self.folder is not None:
             rank_zero_info(f"SLTMonitor: {len(self.estimates)} estimates in {self.folder}")
 
@@ -685,6 +731,7 @@ class SLTMonitor(Callback):
         state = dict(self.__dict__)
         state.update(_collective=Alone(), _publisher=None, _data=None, _source=None, _hook_owner=None, _start=None)
         state["_earned_until"] = None
+        state["_listeners"] = []  # they come again in their own setup
         return state
 
 

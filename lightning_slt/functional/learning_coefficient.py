@@ -10,6 +10,10 @@ from torch import Tensor
 
 from lightning_slt.functional.convergence import effective_sample_size, rhat, standard_error
 
+NOT_MIXED, DRIFTING, NEGATIVE = "chains have not mixed", "chains drift", "negative beyond its error"
+NOT_ARRIVED = "the chains have not reached their width"
+UNSETTLED = (NOT_MIXED, DRIFTING, NEGATIVE, NOT_ARRIVED)
+"""How the reasons begin that are a state of the weights: away from a minimum chains have nowhere to settle."""
 MAX_RHAT = 1.1
 """R-hat above which chains are said not to have mixed, where the disagreement also matters for the number."""
 MAX_RELATIVE_ERROR = 0.1
@@ -89,12 +93,12 @@ def summarise(trace: Tensor, diverged: Tensor | None = None) -> Summary:
         reasons.append(f"{len(bad)} of {len(good)} chains diverged or became non-finite (chains {bad}): left out")
     tolerance = max(MAX_RELATIVE_ERROR * abs(mean), MAX_RELATIVE_ERROR)
     if r > MAX_RHAT and se > tolerance / 2:
-        reasons.append(f"chains have not mixed: R-hat {r:.2f} > {MAX_RHAT}, error {se:.2g}")
+        reasons.append(f"{NOT_MIXED}: R-hat {r:.2f} > {MAX_RHAT}, error {se:.2g}")
     drift, drift_se = half_change(kept)
     if abs(drift) > 3 * drift_se and abs(drift) > tolerance:
-        reasons.append(f"chains drift: second half minus first half is {drift:+.2g} ± {drift_se:.1g}")
+        reasons.append(f"{DRIFTING}: second half minus first half is {drift:+.2g} ± {drift_se:.1g}")
     if mean + 2 * (se if math.isfinite(se) else 0.0) < 0:
-        reasons.append("negative beyond its error: the weights are not at a minimum (chains run downhill)")
+        reasons.append(f"{NEGATIVE}: the weights are not at a minimum (chains run downhill)")
     return Summary(mean, se, per_chain, r, ess, good, tuple(reasons))
 
 

@@ -23,12 +23,14 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image  # a dependency of matplotlib
 
 from lightning_slt.record import Estimate
+from lightning_slt.transitions import Transition
 
 _SIZE = (10.0, 4.5)  # inches at 100 dpi: 1000 x 450 pixels
 _GOOD = "#1f5fa8"
 _BAD = "#c62828"
 _TEXT = "#333333"
 _MUTED = "#8a8a8a"
+_RULE = "#6a3d9a"
 _CHAINS = ("#1f77b4", "#e08214", "#2ca02c", "#9467bd", "#17a2b8", "#b5651d", "#d0559f", "#7a7a00")
 
 _drawn: WeakKeyDictionary[Figure, npt.NDArray[np.uint8]] = WeakKeyDictionary()
@@ -104,15 +106,19 @@ def chains_figure(estimate: Estimate) -> Figure:
     return figure
 
 
-def history_figure(estimates: Sequence[Estimate]) -> Figure:
+def history_figure(estimates: Sequence[Estimate], transitions: Sequence[Transition] = ()) -> Figure:
     """The learning coefficient over training (top) above the loss (bottom), on one x axis.
 
     Valid estimates are filled points joined by a line with a ``± 1.96 se`` band; invalid ones are hollow and red, and
     neither line nor band passes through them. The x axis is logarithmic where the steps span more than a factor of 100
     and are spaced that way.
 
+    Each transition is a vertical rule at its middle, its kind above it, on a band from onset to end; one that is still
+    provisional is dashed, one that lies at a boundary of the trainer's grey, and a retracted one is left out.
+
     Args:
         estimates: In any order; may be empty.
+        transitions: Those to mark.
 
     Returns:
         A figure of 1000 x 450 pixels with two axes that share x (optimiser steps).
@@ -160,6 +166,7 @@ def history_figure(estimates: Sequence[Estimate]) -> Figure:
     finite_loss = loss[np.isfinite(loss)]
     if finite_loss.size and finite_loss.min() > 0 and finite_loss.max() / finite_loss.min() > 50:
         bottom.set_yscale("log")
+    _mark_transitions(top, bottom, transitions)
     top.set_ylabel("LLC")
     top.tick_params(labelbottom=False)
     bottom.set(xlabel="optimiser step", ylabel="loss")
@@ -167,10 +174,26 @@ def history_figure(estimates: Sequence[Estimate]) -> Figure:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="best", fontsize=8.5, frameon=False)
     title = f"Local learning coefficient: {len(points)} estimates"
+    standing = sum(t.state != "retracted" for t in transitions)
+    if standing:
+        title += f", {standing} transition{'s' if standing > 1 else ''}"
     if len(points) > int(valid.sum()):
         title += f", {len(points) - int(valid.sum())} not valid"
     figure.suptitle(title, x=0.085, y=0.965, ha="left", fontsize=12, fontweight="bold", color=_TEXT)
     return figure
+
+
+def _mark_transitions(top: Axes, bottom: Axes, transitions: Sequence[Transition]) -> None:
+    for t in transitions:
+        if t.state == "retracted":
+            continue
+        colour = _MUTED if t.boundary is not None else _RULE
+        for axes in (top, bottom):
+            axes.axvspan(t.onset, t.end, color=colour, alpha=0.12, lw=0, zorder=0.4)
+            axes.axvline(t.step, color=colour, lw=1.3, ls="--" if t.state == "provisional" else "-", zorder=0.8)
+        top.text(
+            t.step, 1.0, t.kind, color=colour, fontsize=9, ha="center", va="bottom", transform=top.get_xaxis_transform()
+        )
 
 
 def _style(axes: Axes, valid: bool) -> None:

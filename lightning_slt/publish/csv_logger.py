@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from lightning_slt.publish.files import FilesSink
 from lightning_slt.publish.keys import metrics_of
-from lightning_slt.publish.sink import Page, plain_config
+from lightning_slt.publish.sink import Alert, Page, plain_config
 from lightning_slt.record import Estimate
 
 
@@ -52,6 +52,9 @@ class CSVSink:
             self.logger.log_metrics(dict(page.scalars), step=step)
         if self._files is not None:
             self._files.page(page, step)
+
+    def alert(self, alert: Alert, step: int) -> None:
+        """A CSV file calls nobody."""
 
     def finish(self, estimates: Sequence[Estimate], status: str, figure: Optional[Figure]) -> None:
         # rows wait in memory for up to flush_logs_every_n_steps steps

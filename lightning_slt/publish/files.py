@@ -7,6 +7,8 @@
 ``figures/history.png``         the learning coefficient over training, at the end
 ``figures/influence_step_*``    influence between groups; ``suspects_step_*`` the likeliest wrong labels
 ``tables/*_step_*.csv``         the same as rows; their column ``media`` names a sample
+``figures/free_energy_step_*``  the free energies of the two phases of a transition, by the step it became known at
+``tables/transitions_step_*``   all transitions so far, whenever something became known; ``transitions.json`` has more
 ``samples/*.png``, ``*.txt``    what those samples look like, each once
 ==============================  =======================================================================================
 """
@@ -24,7 +26,7 @@ from matplotlib.figure import Figure
 
 from lightning_slt.publish.charts import png
 from lightning_slt.publish.influence_tables import to_csv
-from lightning_slt.publish.sink import Page, plain_config
+from lightning_slt.publish.sink import Alert, Page, plain_config
 from lightning_slt.publish.tables import history_csv
 from lightning_slt.record import Estimate
 
@@ -53,6 +55,8 @@ class FilesSink:
         self.folder = folder
         self._config: dict[str, Any] = {}
         self._count = 0
+        self._of_run: dict[str, float] = {}
+        self._last: Optional[Estimate] = None
 
     def start(self, config: Mapping[str, Any]) -> None:
         self._config = plain_config(config)
@@ -73,8 +77,12 @@ class FilesSink:
             )
 
     def page(self, page: Page, step: int) -> None:
-        """``figures/<name>_step_<n>.png``, ``tables/<name>_step_<n>.csv``, ``samples/<id>``; no numbers."""
+        """``figures/<name>_step_<n>.png``, ``tables/<name>_step_<n>.csv``, ``samples/<id>``; of the numbers only those
+        of the whole run, in the summary."""
         step = step if page.step is None else page.step
+        if page.summary:
+            self._of_run |= page.summary
+            self._summary("running", self._last)
         for name, figure in page.pictures.items():
             _write(self.folder / "figures" / f"{name}_step_{step:09d}.png", png(figure))
         for name, table in page.tables.items():
@@ -87,6 +95,9 @@ class FilesSink:
             else:
                 _write(path.with_suffix(".txt"), encoded(sample.text + "\n"))
 
+    def alert(self, alert: Alert, step: int) -> None:
+        """Files call nobody."""
+
     def finish(self, estimates: Sequence[Estimate], status: str, figure: Optional[Figure]) -> None:
         self._count = len(estimates)
         self._summary(status, estimates[-1] if estimates else None)
@@ -96,6 +107,7 @@ class FilesSink:
             _write(self.folder / "figures" / "history.png", png(figure))
 
     def _summary(self, status: str, last: Optional[Estimate]) -> None:
+        self._last = last
         scalars = None
         if last is not None:
             # JSON has no NaN
@@ -104,5 +116,6 @@ class FilesSink:
                 for k, v in last.scalars().items()
                 if k not in ("per_chain", "extra")
             }
-        summary = {"status": status, "num_estimates": self._count, "last": scalars, "config": self._config}
+        summary = {"status": status, "num_estimates": self._count, "last": scalars, **self._of_run}
+        summary["config"] = self._config
         _write(self.folder / "summary.json", (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())

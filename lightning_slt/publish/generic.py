@@ -8,7 +8,7 @@ from typing import Any, Optional
 from matplotlib.figure import Figure
 
 from lightning_slt.publish.keys import metrics_of, x_of
-from lightning_slt.publish.sink import Page, plain_config
+from lightning_slt.publish.sink import Alert, Page, plain_config
 from lightning_slt.publish.tables import HISTORY_COLUMNS, history_row
 from lightning_slt.record import Estimate
 
@@ -44,6 +44,11 @@ class GenericSink:
             rows = [list(row) for row in table.rows]
             file = f"{self.prefix}_{name}_step_{step:09d}.csv"
             self._comet("log_table", file, tabular_data=rows, headers=list(table.columns))
+
+    def alert(self, alert: Alert, step: int) -> None:
+        send = getattr(getattr(self.logger, "experiment", None), "send_notification", None)
+        if callable(send):
+            self._comet("send_notification", title=alert.title, additional_data={"text": alert.text, "step": step})
 
     def finish(self, estimates: Sequence[Estimate], status: str, figure: Optional[Figure]) -> None:
         self._comet("log_other", f"{self.prefix}/status", status)

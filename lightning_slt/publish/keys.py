@@ -47,7 +47,16 @@ INFLUENCE_METRIC_NAMES: tuple[str, ...] = (
 )
 """Every scalar that :func:`influence_metrics_of` can give, without the prefix."""
 
-ALL_METRIC_NAMES: tuple[str, ...] = METRIC_NAMES + INFLUENCE_METRIC_NAMES
+TRANSITION_METRIC_NAMES: tuple[str, ...] = (
+    "transition/score",
+    "transition/threshold",
+    "transition/flag",
+    "transition/count",
+    "transition/log_odds",
+)
+"""Every scalar that :func:`transition_metrics_of` can give, without the prefix."""
+
+ALL_METRIC_NAMES: tuple[str, ...] = METRIC_NAMES + INFLUENCE_METRIC_NAMES + TRANSITION_METRIC_NAMES
 
 STATUSES: tuple[str, ...] = ("running", "finished", "failed")
 """What ``{prefix}/status`` can say."""
@@ -127,3 +136,30 @@ def influence_metrics_of(estimate: InfluenceEstimate, prefix: str = "slt") -> di
         "influence/valid": float(estimate.valid),
     }
     return {f"{prefix}/{k}": float(v) for k, v in values.items() if math.isfinite(v)}
+
+
+def transition_metrics_of(
+    score: float, threshold: float, flag: bool, count: int, log_odds: Optional[float] = None, prefix: str = "slt"
+) -> dict[str, float]:
+    """The scalars of one point of a curve that is watched for transitions.
+
+    Args:
+        score: evidence for a step that ends here; compare ``threshold``.
+        threshold: from which on there is a flag.
+        flag: whether a transition became known here.
+        count: transitions so far that were not retracted.
+        log_odds: of the newest one's phase after against its phase before, for the posterior that is sampled.
+        prefix: The group in front of every key.
+
+    Example:
+        >>> transition_metrics_of(3.5, 12.0, False, 0)["slt/transition/flag"]
+        0.0
+    """
+    values: dict[str, Optional[float]] = {
+        "transition/score": score,
+        "transition/threshold": threshold,
+        "transition/flag": 1.0 if flag else 0.0,
+        "transition/count": count,
+        "transition/log_odds": log_odds,
+    }
+    return {f"{prefix}/{k}": float(v) for k, v in values.items() if v is not None and math.isfinite(v)}

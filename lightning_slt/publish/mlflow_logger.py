@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from lightning_slt.publish.influence_tables import to_csv
 from lightning_slt.publish.keys import metrics_of
-from lightning_slt.publish.sink import Page, plain_config
+from lightning_slt.publish.sink import Alert, Page, plain_config
 from lightning_slt.publish.tables import history_csv
 from lightning_slt.record import Estimate
 
@@ -51,6 +51,12 @@ class MLflowSink:
                 client.log_text(run, sample.text, f"{path}.txt")
         for name, table in page.tables.items():
             client.log_text(run, to_csv(table.columns, table.rows), f"{self.prefix}/tables/{name}_step_{step:09d}.csv")
+
+    def alert(self, alert: Alert, step: int) -> None:
+        # a tag is what MLflow's list of runs can be filtered by
+        self.logger.experiment.set_tag(
+            self.logger.run_id, f"{self.prefix}/{alert.name}", f"{alert.title}: {alert.text}"
+        )
 
     def finish(self, estimates: Sequence[Estimate], status: str, figure: Optional[Figure]) -> None:
         self._tag(status)

@@ -17,13 +17,17 @@ from lightning_slt.publish.files import FilesSink
 from lightning_slt.publish.generic import GenericSink
 from lightning_slt.publish.influence_charts import influence_figure, suspects_figure, trajectories_figure
 from lightning_slt.publish.influence_tables import PAIR_COLUMNS, SUSPECT_COLUMNS, media_id, pair_rows, suspect_rows
-from lightning_slt.publish.keys import STATUSES, influence_metrics_of, x_of
+from lightning_slt.publish.keys import STATUSES, influence_metrics_of, transition_metrics_of, x_of
 from lightning_slt.publish.mlflow_logger import MLflowSink
 from lightning_slt.publish.render import Rendered
-from lightning_slt.publish.sink import Page, Sink, Table
+from lightning_slt.publish.sink import Alert, Page, Sink, Table
 from lightning_slt.publish.tensorboard import TensorBoardSink
+from lightning_slt.publish.transition_charts import free_energy_figure
+from lightning_slt.publish.transition_tables import TRANSITION_COLUMNS, transition_rows
 from lightning_slt.publish.wandb_logger import WandbSink
 from lightning_slt.record import Estimate, RunRecord
+from lightning_slt.transition_record import TransitionLog, TransitionReport
+from lightning_slt.transitions import Transition
 
 
 def _is_rank_zero() -> bool:
@@ -186,6 +190,79 @@ class RunPublisher:
         if page.pictures or page.tables:
             self._send(page, x if x is not None else self._num_influences)
 
+    def transition_point(
+        self,
+        score: float,
+        log: TransitionLog,
+        flag: bool,
+        x: int,
+        step: int,
+        changed: Sequence[TransitionReport] = (),
+        alert: bool = True,
+    ) -> None:
+        """Publish what one point of the curve has made known: its score, and new or newly judged transitions.
+
+        Args:
+            score: of the detector.
+            log: all transitions so far, those of this point included.
+            flag: whether a transition became known.
+            x: the logger's step.
+            step: the optimiser step.
+            changed: transitions that are new, confirmed or retracted.
+            alert: whether a person is told of new and of retracted ones.
+        """
+        if not _is_rank_zero():
+            return
+        standing = log.standing
+        odds = log.reports[-1].tempered if log.reports else None
+        scalars = transition_metrics_of(
+            score, log.threshold, flag, len(standing), odds.log_odds if odds is not None else None, self.prefix
+        )
+        if not changed:
+            self._send(Page(scalars, step=step), x)
+            return
+        self._send(self._transition_page(scalars, log, changed, step), x)
+        for report in changed if alert else ():
+            if report.transition.state != "confirmed":
+                self._alert(report, x)
+
+    def _transition_page(
+        self, scalars: Mapping[str, float], log: TransitionLog, changed: Sequence[TransitionReport], step: int
+    ) -> Page:
+        if self.record is not None:
+            self._guard(-10, "the local record of transitions", partial(log.write, self.record.folder))
+        pictures: dict[str, Figure] = {}
+        for report in changed if self._sinks else ():
+            if report.transition.state != "retracted":
+                figure = self._guard(-11, "the free energies", partial(_drawn, free_energy_figure, report))
+                pictures |= {"free_energy": figure} if figure is not None else {}
+        standing = log.standing
+        summary = {
+            f"{self.prefix}/transition/count": float(len(standing)),
+            # a run's summary cannot be taken back: -1 stands for none, after a retraction
+            f"{self.prefix}/transition/last_step": float(standing[-1].step) if standing else -1.0,
+        }
+        table = Table(TRANSITION_COLUMNS, transition_rows(log))
+        return Page(scalars, pictures, {"transitions": table} if table.rows else {}, step=step, summary=summary)
+
+    def _alert(self, report: TransitionReport, x: int) -> None:
+        t = report.transition
+        what = "retracted" if t.state == "retracted" else f"kind {t.kind}"
+        title = f"{self.prefix}: transition {t.id} at step {t.step:.0f}, {what}"
+        alert = Alert(f"transition_{t.id}", title, report.sentence())
+        for i, (name, sink) in enumerate(self._sinks):
+            self._guard(i, name, partial(sink.alert, alert, x))
+
+    def finish_transitions(self, log: TransitionLog, x: int, step: int) -> None:
+        """The run is over: all transitions once more, beside those of the whole curve.
+
+        Call before :meth:`finish`, whose picture of the history marks them.
+        """
+        if not _is_rank_zero():
+            return
+        last = [report for report in log.reports if report.transition.state != "retracted"][-1:]
+        self._send(self._transition_page({}, log, last, step), x)
+
     def _send(self, page: Page, step: int) -> None:
         for i, (name, sink) in enumerate(self._sinks):
             self._guard(i, name, partial(sink.page, page, step))
@@ -194,12 +271,14 @@ class RunPublisher:
         self,
         estimates: Sequence[Estimate],
         status: str,
+        transitions: Sequence[Transition] = (),
     ) -> None:
         """The run is over: the history as one table and one picture, and the status.
 
         Args:
             estimates: Everything that was measured, those before a resume included.
             status: ``"finished"`` or ``"failed"``.
+            transitions: What the picture of the history marks.
 
         Raises:
             ValueError: if ``status`` is not one of :data:`~lightning_slt.publish.keys.STATUSES`.
@@ -210,7 +289,7 @@ class RunPublisher:
             return
         figure: Optional[Figure] = None
         if self._sinks and estimates:
-            figure = self._guard(-3, "the picture of the history", partial(history_figure, estimates))
+            figure = self._guard(-3, "the picture of the history", partial(history_figure, estimates, transitions))
         for i, (name, sink) in enumerate(self._sinks):
             self._guard(i, name, partial(sink.finish, estimates, status, figure))
 

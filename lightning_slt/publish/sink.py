@@ -30,6 +30,7 @@ class Page:
         pictures, tables: by name; the sink puts them where its logger keeps such things.
         step: the optimiser step that files are named by; None for the logger's.
         samples: by the id that tables have in their column ``media``; those not published before.
+        summary: what is true of the whole run so far, by full key; where a logger has no such place it is left out.
     """
 
     scalars: Mapping[str, float] = field(default_factory=dict)
@@ -37,6 +38,22 @@ class Page:
     tables: Mapping[str, Table] = field(default_factory=dict)
     samples: Mapping[str, Rendered] = field(default_factory=dict)
     step: Optional[int] = None
+    summary: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Alert:
+    """Something that a person should hear of at once.
+
+    Attributes:
+        name: ``[a-z0-9_]``, the same for all alerts about one thing.
+        title: short, and of its own for every alert: wandb holds back those of the same title.
+        text: a sentence or two.
+    """
+
+    name: str
+    title: str
+    text: str
 
 
 @runtime_checkable
@@ -51,6 +68,9 @@ class Sink(Protocol):
 
     def page(self, page: Page, step: int) -> None:
         """Numbers, pictures and tables at logger step ``step``."""
+
+    def alert(self, alert: Alert, step: int) -> None:
+        """Tell a person, in the way that this place has for it; where it has none, nothing happens."""
 
     def finish(self, estimates: Sequence[Estimate], status: str, figure: Optional[Figure]) -> None:
         """All results, the final status, and the history figure (None where nothing was measured)."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
 
 from lightning_slt.publish.charts import pixels
 from lightning_slt.publish.influence_tables import to_markdown
 from lightning_slt.publish.keys import metrics_of, x_of
-from lightning_slt.publish.sink import Page, plain_config
+from lightning_slt.publish.sink import Alert, Page, plain_config
 from lightning_slt.publish.tables import history_markdown
 from lightning_slt.record import Estimate
 
@@ -57,6 +58,11 @@ class TensorBoardSink:
             self.logger.experiment.add_text(
                 f"{self.prefix}/tables/{name}", to_markdown(table.columns, table.rows), step
             )
+
+    def alert(self, alert: Alert, step: int) -> None:
+        # TensorBoard calls nobody: the console does
+        self.logger.experiment.add_text(f"{self.prefix}/alerts/{alert.name}", f"**{alert.title}** {alert.text}", step)
+        rank_zero_warn(f"{alert.title}: {alert.text}")
 
     def finish(self, estimates: Sequence[Estimate], status: str, figure: Optional[Figure]) -> None:
         step = x_of(estimates[-1]) if estimates else 0

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lightning_slt.publish.charts import pixels
 from lightning_slt.publish.keys import ALL_METRIC_NAMES, metrics_of, x_of
-from lightning_slt.publish.sink import Page, Table, plain_config
+from lightning_slt.publish.sink import Alert, Page, Table, plain_config
 from lightning_slt.publish.tables import CHAIN_COLUMNS, HISTORY_COLUMNS, chain_rows, history_row
 from lightning_slt.record import Estimate
 
@@ -48,7 +48,9 @@ class WandbSink:
         for name in ALL_METRIC_NAMES:
             # Exact names: a glob would overlap with the logger's own "*", and wandb resolves that at random. The axis
             # is repeated since an exact definition replaces the one of "*".
-            run.define_metric(f"{front}{self.prefix}/{name}", step_metric=axis, summary="min,max,last")
+            # A count's last value is its summary, under its own name.
+            summary = None if name == "transition/count" else "min,max,last"
+            run.define_metric(f"{front}{self.prefix}/{name}", step_metric=axis, summary=summary)
         run.config.update({self.prefix: plain_config(config)}, allow_val_change=True)
         run.summary[f"{self.prefix}/status"] = "running"
 
@@ -80,7 +82,18 @@ class WandbSink:
                 row[f"{self.prefix}/tables/{name}"] = wandb.Table(
                     columns=list(table.columns), data=data, allow_mixed_types=True
                 )
-        self.logger.log_metrics(row, step=step)
+        if row:
+            self.logger.log_metrics(row, step=step)
+        if page.summary and not getattr(self.logger.experiment, "disabled", False):
+            for key, value in page.summary.items():
+                self.logger.experiment.summary[key] = value
+
+    def alert(self, alert: Alert, step: int) -> None:
+        run = self.logger.experiment
+        if getattr(run, "disabled", False):
+            return
+        # the server holds back alerts that come within a minute of each other, unless told to wait for less
+        run.alert(title=alert.title, text=alert.text, level="WARN", wait_duration=1)
 
     def finish(self, estimates: Sequence[Estimate], status: str, figure: Optional[Figure]) -> None:
         run = self.logger.experiment

@@ -46,6 +46,7 @@ def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Drawing takes ten times as long as the smallest chains: left out where a test does not ask for ``pictures``."""
     if "pictures" not in request.fixturenames:
         figures = ("chains_figure", "history_figure", "influence_figure", "suspects_figure", "trajectories_figure")
+        figures += ("free_energy_figure",)
         for name in figures:
             monkeypatch.setattr(publisher, name, lambda *_, **__: None)
 

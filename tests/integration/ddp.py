@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
+from lightning_slt import TransitionMonitor
 from lightning_slt.callbacks import monitor as monitor_module
 from lightning_slt.callbacks.distribution import Ranks
 from tests.integration import models
@@ -37,6 +38,7 @@ from tests.integration.harness import (
     tiny_monitor,
 )
 from tests.integration.models import Net, Plain, loaders, with_validation
+from tests.integration.scripted import Scripted, jump
 
 LIMIT = {"spawn": 90.0}
 DEFAULT_LIMIT = 30.0
@@ -245,6 +247,33 @@ def spawn(folder: Path, world: int) -> Result:
     return said(monitor, metrics={k: float(v) for k, v in trainer.callback_metrics.items()})
 
 
+def _scripted(world: int, folder: Path, **trainer: Any) -> Result:
+    """A run of 30 steps with a jump at 16: what each rank did about it."""
+    called: list[Any] = []
+    monitor = Scripted(lambda step: jump(step, at=16))
+    watch = TransitionMonitor(on_transition=lambda t, trainer, _: called.append((t.id, trainer.global_step)))
+    settings = {"max_epochs": 10, **trainer}
+    trace = Scenario(Plain, loaders, ranks_of(world, **settings)).run(folder, watch, monitor)
+    metrics = {k: float(v) for k, v in trace.trainer.callback_metrics.items() if "transition" in k}
+    return {
+        "called": called,
+        "transitions": [t.as_dict() for t in watch.transitions],
+        "metrics": metrics,
+        "checkpoints": dict(watch.reports[0].checkpoints),
+        "global_step": trace.trainer.global_step,
+    }
+
+
+def transitions(folder: Path, world: int) -> Result:
+    return _scripted(world, folder)
+
+
+def transitions_stop(folder: Path, world: int) -> Result:
+    """Both ranks stop on the flag."""
+    stop = EarlyStopping("slt/transition/flag", mode="max", stopping_threshold=0.5, patience=10**9)
+    return _scripted(world, folder, callbacks=[stop])
+
+
 SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
     f.__name__: f
     for f in (
@@ -257,6 +286,8 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
         influence_of_calibrated_chains,
         influence_undisturbed,
         influence_fails_on_one_rank,
+        transitions,
+        transitions_stop,
         fewer_chains_than_ranks,
         one_rank_raises_warn,
         one_rank_raises_raise,

@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_slt import SGLD
+from lightning_slt import SGLD, TransitionMonitor
 from lightning_slt.sampling.samplers import SGNHT, RMSpropSGLD
 from tests.integration.harness import Scenario, SLTMonitor, steps_of
 from tests.integration.models import Net, Plain, loaders, with_validation
@@ -175,3 +175,44 @@ def test_checkpoint_of_a_hydra_run_holds_plain_types(tmp_path: Path) -> None:
 
 def test_sampler_given_in_python(tmp_path: Path) -> None:
     assert_as_configured(SLTMonitor(**ARGUMENTS, sampler=SGLD(lr=1e-4)), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- transition monitor
+
+
+def act(transition: Any, trainer: Any, pl_module: Any) -> None:
+    """Named in a file by its path."""
+
+
+WATCH: dict[str, Any] = {"min_change": 2.0, "at_boundary": "suppress", "alert": False, "max_snapshots": 5}
+
+
+def test_lightning_cli_builds_a_transition_monitor(tmp_path: Path) -> None:
+    callbacks = [
+        {"class_path": "lightning_slt.TransitionMonitor", "init_args": {**WATCH, "on_transition": f"{__name__}.act"}},
+        {"class_path": "lightning_slt.SLTMonitor", "init_args": ARGUMENTS},
+    ]
+    trainer = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "default_root_dir": str(tmp_path)}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"trainer": {**trainer, "callbacks": callbacks}}))
+    args = ["--config", str(path)]
+    cli = LightningCLI(Plain, run=False, args=args, save_config_callback=None, seed_everything_default=False)
+    (watch,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, TransitionMonitor)]
+    assert watch._on_transition is act
+    assert_watches(watch, monitor_of(cli), tmp_path)
+
+
+def test_hydra_builds_a_transition_monitor(tmp_path: Path) -> None:
+    hydra = pytest.importorskip("hydra")
+    watch = hydra.utils.instantiate({"_target_": "lightning_slt.TransitionMonitor", **WATCH})
+    assert_watches(watch, hydra_monitor(tmp_path, ARGUMENTS), tmp_path)
+    with pytest.raises(Exception, match="min_chang"):
+        hydra.utils.instantiate({"_target_": "lightning_slt.TransitionMonitor", "min_chang": 2.0})
+
+
+def assert_watches(watch: TransitionMonitor, monitor: SLTMonitor, folder: Path) -> None:
+    """As configured, and told of every estimate."""
+    assert (watch._settings["min_change"], watch._settings["at_boundary"]) == (2.0, "suppress")
+    assert (watch._alert, watch._max_snapshots) == (False, 5)
+    Scenario(Plain, loaders).run(folder, watch, monitor)
+    assert steps_of(monitor) == [4, 8, 12] and watch.state_dict()["fed"] == 12

@@ -238,3 +238,19 @@ def test_samples_that_fail_on_one_rank_leave_the_firing_out_on_both(folder: Path
     assert [r["num_batches"] for r in results] == [6, 6]
     assert [r["estimates"] for r in results] == [[], []]
     assert len(results[0]["warnings"]) == 3 and "rank 1" in results[0]["warnings"][0]
+
+
+@pytest.mark.parametrize("name", ["transitions", "transitions_stop"])
+def test_transitions_are_the_same_decision_on_both_ranks(name: str, folder: Path) -> None:
+    """The first rank keeps the weights; both call the user's function, and both stop."""
+    first, second = results_of(folder, name, 2)
+    (found,) = first["transitions"]
+    assert 16 < found["known_at"] <= 21
+    assert first["called"] == second["called"] == [(0, found["known_at"])]
+    for key in ("transitions", "metrics", "global_step"):
+        assert first[key] == second[key]
+    assert set(first["checkpoints"]) == {"before", "onset", "after", "flag"} and second["checkpoints"] == {}
+    pinned = {Path(path).name for path in first["checkpoints"].values()}
+    assert {path.name for path in place(folder, name, 2).rglob("transition_00_*.pt")} == pinned
+    end = -(-found["known_at"] // 3) * 3  # 3 steps an epoch
+    assert first["global_step"] == (end if name == "transitions_stop" else 30)

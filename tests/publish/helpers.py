@@ -13,6 +13,8 @@ import torch
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish.render import Rendered
 from lightning_slt.record import Estimate
+from lightning_slt.transition_record import MovedComponent, MovedSample, TransitionReport, Verdict
+from lightning_slt.transitions import Phase, Transition
 
 
 def make_estimate(
@@ -142,3 +144,39 @@ def picture_of(index: int) -> Rendered:
 def pictures_of(estimate: InfluenceEstimate, k: int = 20) -> dict[int, Rendered]:
     """All suspects, as a monitor hands them over."""
     return {i: picture_of(i) for i in (int(estimate.train_index[j]) for j in estimate.suspects(k))}
+
+
+def make_transition(**changes: Any) -> Transition:
+    """Structure is built around step 300, known at 360."""
+    fields: dict[str, Any] = {
+        "id": 0,
+        "onset": 280.0,
+        "step": 300.0,
+        "end": 330.0,
+        "kind": "A",
+        "state": "provisional",
+        "score": 15.0,
+        "llc_change": 15.0,
+        "llc_change_se": 0.5,
+        "loss_change": -0.5,
+        "loss_change_se": 0.01,
+        "known_at": 360.0,
+    }
+    return Transition(**{**fields, **changes})
+
+
+def make_report(transition: Optional[Transition] = None, **changes: Any) -> TransitionReport:
+    """The LLC goes from 10 to 25, the loss from 1.5 to 1: equal at n = 147, and at 978 for beta = 0.15."""
+    fields: dict[str, Any] = {
+        "transition": make_transition() if transition is None else transition,
+        "x": 359,
+        "num_samples": 800,
+        "before": Phase(1.5, 0.01, 10.0, 0.5),
+        "after": Phase(1.0, 0.01, 25.0, 0.5),
+        "tempered": Verdict(0.15, "before", -7.0, 2.0, 978.0, 700.0, None),
+        "untempered": Verdict(1.0, "after", 396.0, 6.0, 147.0, 130.0, 165.0),
+        "samples": (MovedSample(70, "1", 3.0, 0.1, 0.0, 0.1), MovedSample(30, "0", -0.1, 0.1, 0.0, 0.1)),
+        "components": (MovedComponent("attn", 9.0, 18.0), MovedComponent("mlp", 0.1, 0.2)),
+        "checkpoints": {"before": "pinned/a.pt"},
+    }
+    return TransitionReport(**{**fields, **changes})

@@ -1,0 +1,159 @@
+"""A short ring of the weights on disk, so that those of a transition are still there when it becomes known."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+_DENSE = 4  # the newest snapshots, which are never thinned out
+_REACH = 256  # firings, the longest stretch that the detector looks back
+_NAME = re.compile(r"step_(\d{9,})\.pt")
+
+
+class SnapshotRing:
+    """Snapshots of the weights at the last firings, a bounded number of files, and those that are pinned.
+
+    The files are ``{"state_dict", "step", "epoch"}``, in ``<folder>/snapshots`` and, once pinned, in
+    ``<folder>/pinned``. When the ring is full, the snapshot goes that is missed least: the one with the shortest gap
+    between its neighbours for its age. So the newest lie close together and older ones further apart, and an onset many
+    firings ago still has a snapshot near by.
+
+    Args:
+        folder: where; made at the first write.
+        max_snapshots: files in the ring at the most; pinned ones are not counted.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ring = SnapshotRing(Path(folder), max_snapshots=6)
+        ...     for step in range(10):
+        ...         ring.add({"w": torch.zeros(1)}, step)
+        ...     print(len(ring.steps), ring.steps[-4:])
+        6 [6, 7, 8, 9]
+    """
+
+    def __init__(self, folder: Path, max_snapshots: int = 12) -> None:
+        self.folder = folder
+        self.max_snapshots = max_snapshots
+        self._entries: list[tuple[int, int]] = []  # (step, number of the firing), oldest first
+        self._number = 0
+        self._pinned: dict[int, str] = {}  # step -> file name in pinned/
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the snapshots in the ring, oldest first."""
+        return [step for step, _ in self._entries]
+
+    @property
+    def pinned(self) -> dict[int, Path]:
+        """The pinned snapshots by step."""
+        return {step: self.folder / "pinned" / name for step, name in self._pinned.items()}
+
+    def path(self, step: int) -> Path:
+        """Where the snapshot of a step is while it is in the ring."""
+        return self.folder / "snapshots" / f"step_{step:09d}.pt"
+
+    def add(self, state_dict: Mapping[str, Any], step: int, epoch: int = 0) -> None:
+        """Write the weights of a step, in one step; what leaves the ring is deleted.
+
+        Raises:
+            OSError: where the file cannot be written.
+        """
+        path = self.path(step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            # on the CPU, so that a machine without that device can read it
+            state = {k: v.detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in state_dict.items()}
+            torch.save({"state_dict": state, "step": step, "epoch": epoch}, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._entries = [entry for entry in self._entries if entry[0] != step] + [(step, self._number)]
+        self._number += 1
+        while len(self._entries) > self.max_snapshots:
+            gone, _ = self._entries.pop(self._least_missed())
+            self.path(gone).unlink(missing_ok=True)
+
+    def _least_missed(self) -> int:
+        numbers = [number for _, number in self._entries]
+        if len(numbers) <= _DENSE + 1 or self._number - numbers[0] > _REACH:
+            return 0
+        inner = range(1, len(numbers) - _DENSE) if len(numbers) > _DENSE + 1 else range(1)
+        return min(inner, key=lambda i: (numbers[i + 1] - numbers[i - 1]) / (self._number - numbers[i]))
+
+    def pin(self, roles: Mapping[str, float], label: str) -> dict[str, str]:
+        """Keep the snapshots that play these roles.
+
+        Args:
+            roles: role -> step that is wanted. ``"before"`` takes the last snapshot at or before it, ``"after"`` the
+                first at or after it, any other the nearest; where there is none on that side, the nearest.
+            label: how the files' names begin.
+
+        Returns:
+            Role -> path. A snapshot that plays two roles is one file, named by both.
+
+        Raises:
+            OSError: where a file cannot be moved.
+        """
+        known = sorted({*self.steps, *self._pinned})
+        chosen: dict[int, list[str]] = {}
+        for role, wanted in roles.items():
+            step = _choose(known, role, wanted)
+            if step is not None:
+                chosen.setdefault(step, []).append(role)
+        paths: dict[str, str] = {}
+        for step, names in chosen.items():
+            if step not in self._pinned:
+                name = f"{label}_{'_'.join(names)}_step_{step:09d}.pt"
+                (self.folder / "pinned").mkdir(parents=True, exist_ok=True)
+                os.replace(self.path(step), self.folder / "pinned" / name)
+                self._entries = [entry for entry in self._entries if entry[0] != step]
+                self._pinned[step] = name
+            paths |= {role: str(self.folder / "pinned" / self._pinned[step]) for role in names}
+        return paths
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types only."""
+        return {
+            "folder": str(self.folder),
+            "entries": [list(entry) for entry in self._entries],
+            "number": self._number,
+            "pinned": dict(self._pinned),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint, with the files that are still there.
+
+        A crash after the checkpoint may have left newer files, and half ones: they are deleted. What was pinned after
+        it is found again under its new name.
+        """
+        self._number = int(state["number"])
+        moved = {}
+        for path in sorted((self.folder / "pinned").glob("*_step_*.pt")):
+            moved[int(path.stem.rsplit("_", 1)[-1])] = path.name
+        entries = [(int(step), int(number)) for step, number in state["entries"]]
+        self._entries = [entry for entry in entries if self.path(entry[0]).exists()]
+        wanted = {int(step) for step in state["pinned"]} | {step for step, _ in entries}
+        self._pinned = {step: name for step, name in moved.items() if step in wanted}
+        for path in (self.folder / "snapshots").glob("step_*"):
+            match = _NAME.fullmatch(path.name)
+            if path.suffix == ".tmp" or (match and int(match[1]) not in self.steps):
+                path.unlink(missing_ok=True)
+
+
+def _choose(known: list[int], role: str, wanted: float) -> Optional[int]:
+    side = known
+    if role == "before":
+        side = [step for step in known if step <= wanted][-1:]
+    elif role == "after":
+        side = [step for step in known if step >= wanted][:1]
+    return min(side or known, key=lambda step: abs(step - wanted), default=None)
+
+
+__all__ = ["SnapshotRing"]

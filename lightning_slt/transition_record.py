@@ -1,0 +1,300 @@
+"""What is known of the transitions of a run, as plain data, and its file on disk.
+
+``transitions.json`` in the run's folder is written anew whenever something becomes known, and is readable without this
+package: ``{"monitor", "threshold", "boundaries", "transitions": [...], "offline": [...]}``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from lightning_slt.transitions import Phase, PhaseComparison, Transition, compare_phases
+
+TRANSITIONS_FILE = "transitions.json"
+
+
+@dataclass(frozen=True)
+class MovedSample:
+    """A training sample whose numbers changed much across a transition.
+
+    Attributes:
+        index: its number in the training data.
+        group: its group, empty where there are none.
+        mean_loss_change: posterior mean loss after less before.
+        mean_loss_change_se: its standard error.
+        self_influence_change: variance of the sample's own loss, after less before.
+        self_influence_change_se: its standard error.
+    """
+
+    index: int
+    group: str
+    mean_loss_change: float
+    mean_loss_change_se: float
+    self_influence_change: float
+    self_influence_change_se: float
+
+    @property
+    def stands_out(self) -> bool:
+        """Whether one of the two changes is more than three standard errors."""
+        changes = (self.mean_loss_change, self.self_influence_change)
+        errors = (self.mean_loss_change_se, self.self_influence_change_se)
+        return any(abs(change) > 3 * error for change, error in zip(changes, errors, strict=True))
+
+
+@dataclass(frozen=True)
+class MovedComponent:
+    """How far the LLC of one monitored component moved across a transition.
+
+    Attributes:
+        name: of its monitor; the key prefix where it has none.
+        change: LLC after less before.
+        scatters: the same in units of the component's own scatter from point to point.
+    """
+
+    name: str
+    change: float
+    scatters: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which of the two phases a posterior prefers.
+
+    Attributes:
+        beta: inverse temperature of that posterior.
+        preferred: ``"before"``, ``"after"``, or ``"undecided"`` within two standard errors.
+        log_odds: log of the odds of the phase after against the phase before: above 0, the new phase is preferred.
+        log_odds_se: its standard error.
+        critical_n: number of samples at which the two are equal, None where there is no such number.
+        critical_n_low, critical_n_high: 95 % interval of it; the upper end None where it is unbounded.
+    """
+
+    beta: float
+    preferred: str
+    log_odds: float
+    log_odds_se: float
+    critical_n: Optional[float] = None
+    critical_n_low: Optional[float] = None
+    critical_n_high: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class TransitionReport:
+    """A transition with all that is known about it.
+
+    Attributes:
+        transition: what the online detector says, in its current state.
+        x: the logger's step of the firing that flagged it.
+        num_samples: n, where it is known.
+        before, after: the phases on its two sides, None where a side has fewer than two usable points.
+        tempered: what the posterior that the chains sample prefers at n samples, None where it cannot be said.
+        untempered: the same for the posterior at inverse temperature 1.
+        samples: those that moved most, where influence is measured.
+        components: every monitored component, the one that moved most first; empty with a single monitor.
+        checkpoints: role ("before", "onset", "after", "flag") -> path of the pinned weights.
+        refined: the transition of the whole curve that belongs to this one, known at the end of the run.
+    """
+
+    transition: Transition
+    x: Optional[int] = None
+    num_samples: Optional[int] = None
+    before: Optional[Phase] = None
+    after: Optional[Phase] = None
+    tempered: Optional[Verdict] = None
+    untempered: Optional[Verdict] = None
+    samples: tuple[MovedSample, ...] = ()
+    components: tuple[MovedComponent, ...] = ()
+    checkpoints: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    refined: Optional[Transition] = None
+
+    def replace(self, **changes: Any) -> TransitionReport:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def compared(self, beta: float) -> Optional[PhaseComparison]:
+        """The phase after against the phase before at an inverse temperature; None where a phase is not known."""
+        if self.before is None or self.after is None:
+            return None
+        return compare_phases(self.after, self.before, beta)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types only: numbers that are not finite become None."""
+        values = dataclasses.asdict(self.replace(checkpoints=dict(self.checkpoints)))
+        return {**_plain(values), "sentence": self.sentence()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TransitionReport:
+        """The inverse of :meth:`as_dict`; unknown keys are passed over."""
+        refined = values.get("refined")
+        return cls(
+            transition=_transition(values["transition"]),
+            x=values.get("x"),
+            num_samples=values.get("num_samples"),
+            before=_built(Phase, values.get("before")),
+            after=_built(Phase, values.get("after")),
+            tempered=_built(Verdict, values.get("tempered")),
+            untempered=_built(Verdict, values.get("untempered")),
+            samples=tuple(_built(MovedSample, sample) for sample in values.get("samples", ())),
+            components=tuple(_built(MovedComponent, component) for component in values.get("components", ())),
+            checkpoints=dict(values.get("checkpoints", {})),
+            refined=_transition(refined) if refined is not None else None,
+        )
+
+    def sentence(self) -> str:
+        """What changed, for a person to read."""
+        t = self.transition
+        text = (
+            f"transition {t.id} (kind {t.kind}, {t.state}) around step {t.step:.0f} ({t.onset:.0f} to {t.end:.0f}), "
+            f"known at step {t.known_at:.0f}: "
+        )
+        if self.before is not None and self.after is not None:
+            # of whole plateaus, where the detector had the few points up to the flag
+            text += (
+                f"LLC {_went(self.before.llc, self.before.llc_se, self.after.llc, self.after.llc_se)}, "
+                f"loss {_went(self.before.loss, self.before.loss_se, self.after.loss, self.after.loss_se)}"
+            )
+        else:
+            text += f"LLC {_changed(t.llc_change, t.llc_change_se)}, loss {_changed(t.loss_change, t.loss_change_se)}"
+        if t.boundary is not None:
+            text += f"; the learning rate or the data changed at step {t.boundary:.0f}"
+        if self.components:
+            first = self.components[0]
+            text += f"; of the components {first.name} moved most ({first.change:+.3g}, {first.scatters:.1f} scatters)"
+        moved = [str(sample.index) for sample in self.samples if sample.stands_out]
+        if moved:
+            text += f"; samples that moved most: {', '.join(moved)}"
+        if self.tempered is not None:
+            text += f"; {_preference(self.tempered, self.num_samples)}"
+        return text
+
+
+@dataclass(frozen=True)
+class TransitionLog:
+    """All transitions of one monitored curve.
+
+    Attributes:
+        monitor: key of the curve.
+        threshold: score from which on there is a flag.
+        reports: the online flags, in the order in which they became known.
+        boundaries: steps at which the learning rate or the data changed.
+        offline: transitions of the whole curve, known at the end of the run.
+    """
+
+    monitor: str
+    threshold: float
+    reports: tuple[TransitionReport, ...] = ()
+    boundaries: tuple[float, ...] = ()
+    offline: tuple[Transition, ...] = ()
+
+    @property
+    def standing(self) -> list[Transition]:
+        """Those that were not retracted."""
+        return [r.transition for r in self.reports if r.transition.state != "retracted"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types only."""
+        return {
+            "monitor": self.monitor,
+            "threshold": self.threshold,
+            "boundaries": list(self.boundaries),
+            "transitions": [report.as_dict() for report in self.reports],
+            "offline": [_plain(t.as_dict()) for t in self.offline],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TransitionLog:
+        """The inverse of :meth:`as_dict`."""
+        return cls(
+            monitor=values["monitor"],
+            threshold=float(values["threshold"]),
+            reports=tuple(TransitionReport.from_dict(report) for report in values["transitions"]),
+            boundaries=tuple(float(step) for step in values["boundaries"]),
+            offline=tuple(_transition(t) for t in values["offline"]),
+        )
+
+    def write(self, folder: Union[str, os.PathLike[str]]) -> Path:
+        """Into ``transitions.json`` of a folder, in one step.
+
+        Raises:
+            OSError: where the folder cannot be written.
+        """
+        path = Path(folder) / TRANSITIONS_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+        return path
+
+    @classmethod
+    def read(cls, folder: Union[str, os.PathLike[str]]) -> TransitionLog:
+        """From ``transitions.json`` of a folder.
+
+        Raises:
+            FileNotFoundError: where no transitions were monitored.
+        """
+        return cls.from_dict(json.loads((Path(folder) / TRANSITIONS_FILE).read_text(encoding="utf-8")))
+
+
+def _plain(value: Any) -> Any:
+    """Nested data without numbers that JSON does not know, and with lists for tuples."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _transition(values: Mapping[str, Any]) -> Transition:
+    # what was not finite when it was written: only an error or the score can be
+    lost = ("llc_change_se", "loss_change_se", "score")
+    return Transition.from_dict({k: math.nan if v is None and k in lost else v for k, v in values.items()})
+
+
+def _built(kind: Any, values: Optional[Mapping[str, Any]]) -> Any:
+    if values is None:
+        return None
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    known = {k: v for k, v in values.items() if k in fields}
+    return kind(**{k: math.nan if v is None and fields[k].type == "float" else v for k, v in known.items()})
+
+
+def _changed(change: float, error: float) -> str:
+    way = "rose" if change > 0 else "fell"
+    known = f" ± {error:.2g}" if math.isfinite(error) else ""
+    return f"{way} by {abs(change):.3g}{known}"
+
+
+def _went(before: float, before_se: float, after: float, after_se: float) -> str:
+    return f"from {before:.4g} ± {before_se:.1g} to {after:.4g} ± {after_se:.1g}"
+
+
+def size_text(n: float) -> str:
+    """A number of samples to two digits.
+
+    Example:
+        >>> size_text(977.9), size_text(3.14e9)
+        ('980', '3.1e+09')
+    """
+    rounded = float(f"{n:.2g}")
+    return f"{rounded:,.0f}" if 1 <= rounded < 1e7 else f"{rounded:.2g}"
+
+
+def _preference(verdict: Verdict, n: Optional[int]) -> str:
+    way = f"prefers the phase {verdict.preferred}" if verdict.preferred != "undecided" else "is undecided between them"
+    odds = f"{verdict.log_odds:.3g} ± {verdict.log_odds_se:.2g}"
+    text = f"the sampled posterior {way} at n = {n} (log-odds of the new phase {odds}"
+    if verdict.critical_n is not None:
+        low = 0.0 if verdict.critical_n_low is None else verdict.critical_n_low
+        high = "unbounded" if verdict.critical_n_high is None else size_text(verdict.critical_n_high)
+        text += f"; equal at n = {size_text(verdict.critical_n)}, 95 % {size_text(low)} to {high}"
+    return text + ")"
+
+
+__all__ = ["MovedComponent", "MovedSample", "TransitionLog", "TransitionReport", "Verdict"]
