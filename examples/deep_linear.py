@@ -19,11 +19,12 @@ from typing import Any, Optional
 
 import lightning as L
 import torch
-from known_times import Known, count, draw, fed, refined, table
+from known_times import Known, count, draw, refined, table
 from shared import command_line, summarise
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_slt import TransitionMonitor
 from lightning_slt.config import MonitorConfig, SamplerConfig
 
 FAST = [
@@ -176,11 +177,12 @@ def main() -> None:
     config.monitor.dirpath = config.monitor.dirpath or str(output / "slt")
 
     modes, monitor = ModeRecorder(teacher), config.monitor.build()
-    trainer = L.Trainer(callbacks=[modes, monitor], logger=logger, **asdict(config.trainer))
+    transitions = TransitionMonitor()  # nothing else is needed for flags while the network trains
+    trainer = L.Trainer(callbacks=[modes, monitor, transitions], logger=logger, **asdict(config.trainer))
     trainer.fit(module, DataLoader(data, len(data)))
 
     known = modes.known(predicted)
-    online, offline = fed(monitor.estimates).transitions, refined(monitor.estimates)
+    online, offline = transitions.transitions, refined(monitor.estimates)
     assert monitor.folder is not None
     picture = monitor.folder / "figures" / "deep_linear.png"
     draw("A deep linear network learns mode by mode", known, online, offline, monitor.estimates, picture, linear=10)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure  # not pyplot: a figure of our own needs no
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from lightning_slt import Estimate
-from lightning_slt.transitions import Transition, TransitionDetector, detect_transitions
+from lightning_slt.transitions import Transition, detect_transitions
 
 REACH = 3
 """Firings by which a found time may lie outside the known stretch and still count for it."""
@@ -32,26 +32,9 @@ class Known:
     """By theory, from the initial weights alone; None where there is no formula."""
 
 
-def usable(estimate: Estimate) -> bool:
-    """Whether a point belongs to the curve that transitions are looked for in.
-
-    Not ``estimate.valid``: at a saddle the estimate is negative and its chains disagree, so that it may not be read as
-    a learning coefficient. Yet "not at a minimum" is just what is left behind when the next mode or polygon is there.
-    """
-    return math.isfinite(estimate.mean) and math.isfinite(estimate.init_loss)
-
-
-def fed(estimates: Sequence[Estimate]) -> TransitionDetector:
-    """The online detector after every point in order: each flag is known at the firing that raised it."""
-    detector = TransitionDetector()
-    for e in estimates:
-        detector.update(float(e.step or 0), e.mean, e.se, e.init_loss, valid=usable(e))
-    return detector
-
-
 def refined(estimates: Sequence[Estimate]) -> list[Transition]:
-    """The transitions of the whole curve, found afterwards."""
-    points = [(float(e.step or 0), e.mean, e.se, e.init_loss, usable(e)) for e in estimates]
+    """The transitions of the whole curve, found afterwards; saddles are a part of it (``Estimate.comparable``)."""
+    points = [(float(e.step or 0), e.mean, e.se, e.init_loss, e.comparable) for e in estimates]
     return detect_transitions(*zip(*points, strict=True)) if points else []
 
 

@@ -22,13 +22,14 @@ from typing import Any
 
 import lightning as L
 import torch
-from known_times import Known, count, draw, fed, refined, table
+from known_times import Known, count, draw, refined, table
 from matplotlib.axes import Axes
 from shared import command_line, summarise
 from torch import Tensor, nn
 from torch.nn.functional import relu
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_slt import TransitionMonitor
 from lightning_slt.config import MonitorConfig, SamplerConfig
 
 FAST = [
@@ -206,13 +207,14 @@ def main() -> None:
     config.monitor.dirpath = config.monitor.dirpath or str(output / "slt")
 
     columns, monitor = ColumnRecorder(), config.monitor.build()
-    trainer = L.Trainer(callbacks=[columns, monitor], logger=logger, **asdict(config.trainer))
+    transitions = TransitionMonitor()  # nothing else is needed for flags while the network trains
+    trainer = L.Trainer(callbacks=[columns, monitor, transitions], logger=logger, **asdict(config.trainer))
     trainer.fit(module, DataLoader(data, config.batch_size, shuffle=True))
 
     cadence = config.monitor.every_n_train_steps or 1
     phases = columns.phases(SETTLED * cadence)
     known = columns.known(phases)
-    online, offline = fed(monitor.estimates).transitions, refined(monitor.estimates)
+    online, offline = transitions.transitions, refined(monitor.estimates)
     assert monitor.folder is not None
     picture: Path = monitor.folder / "figures" / "superposition.png"
     title = "Superposition: " + ", ".join(phase.name for phase in phases)
