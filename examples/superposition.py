@@ -203,7 +203,7 @@ def main() -> None:
     # twice that times nbeta keeps the chains where they are, there and at the polygons.
     nbeta = config.monitor.nbeta or config.num_samples / math.log(config.num_samples)
     config.monitor.localization = config.monitor.localization or 2 * nbeta * 4 / (3 * config.module.features)
-    config.monitor.sampler = config.monitor.sampler or SamplerConfig(lr=0.25 / config.monitor.localization)
+    config.monitor.sampler = config.monitor.sampler or SamplerConfig(lr=0.15 / config.monitor.localization)
     config.monitor.dirpath = config.monitor.dirpath or str(output / "slt")
 
     columns, monitor = ColumnRecorder(), config.monitor.build()

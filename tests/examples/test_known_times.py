@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lightning_slt import Estimate
+from lightning_slt.functional.learning_coefficient import NEGATIVE
 from lightning_slt.transitions import Transition
 
 
@@ -28,7 +29,7 @@ def found(step: float, state: Any = "confirmed", number: int = 0) -> Transition:
 
 def estimate(step: int, mean: float, loss: float) -> Estimate:
     return Estimate(
-        mean, 0.2, torch.zeros(2), torch.zeros(2, 4), 1.0, 8.0, mean > 0, () if mean > 0 else ("negative",), 10.0, 1.0,
+        mean, 0.2, torch.zeros(2), torch.zeros(2, 4), 1.0, 8.0, mean > 0, () if mean > 0 else (NEGATIVE,), 10.0, 1.0,
         loss, loss, 100, 10, 1e-3, step=step,
     )  # fmt: skip
 
