@@ -10,13 +10,14 @@ from typing import Any, Literal
 import numpy as np
 
 from lightning_slt.transitions.evidence import SIZES, persistence, scatter, without_spikes
-from lightning_slt.transitions.reading import rolling_scatter, transition_of
-from lightning_slt.transitions.search import LOCAL, Curve, best_step
+from lightning_slt.transitions.reading import loss_change, rolling_scatter, transition_of
+from lightning_slt.transitions.search import LOCAL, Curve, best_step, turn
 from lightning_slt.transitions.settings import checked_min_change, threshold_of
 from lightning_slt.transitions.transition import Transition, kind_of
 
 _HISTORY = SIZES[-1]
 _SETTLE = 4  # points after a flag, at the least, before it is judged
+_BEFORE = 12  # points before an onset that its place is measured with
 
 
 class TransitionDetector:
@@ -132,10 +133,7 @@ class TransitionDetector:
             self._dropped += 1
         self._score = 0.0
         steps, llcs, errors, losses = np.array(self._points, dtype=np.float64).T
-        self._judge(llcs, losses)
         n, lo = steps.size, max(0, self._base - self._dropped)
-        if n - lo < SIZES[0]:
-            return []
         # the newest points give the scale: it may change in the course of a run
         sigma = float(rolling_scatter(llcs[-LOCAL:], errors[-LOCAL:])[-1])
         curve = Curve(
@@ -145,7 +143,14 @@ class TransitionDetector:
             loss_scatter=np.full(n, scatter(losses[-LOCAL:])),
             persistence=persistence(llcs),
         )
+        self._judge(curve, steps, llcs)
+        if n - lo < SIZES[0]:
+            return []
         found = best_step(curve, lo, n, SIZES, at_end=True, threshold=0.0, min_change=self.min_change)
+        if found is None or found.score <= self.threshold:
+            back = turn(curve, lo, n)
+            if back is not None and back.height >= self.min_change:
+                found = back
         if found is None:
             return []
         self._score = found.score
@@ -176,8 +181,9 @@ class TransitionDetector:
         )
         return [new]
 
-    def _judge(self, llcs: np.ndarray, losses: np.ndarray) -> None:
-        """Confirms or retracts the provisional flags whose time has come; the changes are measured anew by then."""
+    def _judge(self, curve: Curve, steps: np.ndarray, llcs: np.ndarray) -> None:
+        """Confirms or retracts the provisional flags whose time has come; places and changes are measured anew."""
+        losses = curve.loss
         seen, waiting = self._dropped + llcs.size, []
         for flag in self._open:
             later = [other["after"] for other in self._open if other["id"] > flag["id"]]
@@ -199,9 +205,26 @@ class TransitionDetector:
                     height = float(np.median(since)) - flag["before"]
                     kind = kind_of(height, lower, old.loss_change_se)
                     old = replace(old, kind=kind, llc_change=height, loss_change=lower)
+                    old = self._placed(old, curve, steps)
             self._transitions[number] = replace(old, state=state)
             self._changes.append(self._transitions[number])
         self._open = waiting
+
+    @staticmethod
+    def _placed(old: Transition, curve: Curve, steps: np.ndarray) -> Transition:
+        """The transition where the points since its flag put it: an early flag saw only the beginning of its ramp."""
+        index = np.arange(steps.size)
+        onset, end = (float(np.interp(step, steps, index)) for step in (old.onset, old.end))
+        lo = max(0, math.floor(onset) - _BEFORE)
+        found = best_step(curve, lo, steps.size, SIZES, at_end=False, threshold=0.0, min_change=0.0)
+        if found is None or found.height * old.llc_change < 0 or found.onset > end + _SETTLE:
+            return old
+        places = [float(np.interp(place, index, steps)) for place in (found.onset, found.centre, found.end)]
+        change, error = loss_change(curve.loss, curve.loss_scatter, found)
+        return replace(
+            old, onset=places[0], step=places[1], end=places[2], kind=kind_of(found.height, change, error),
+            llc_change=found.height, llc_change_se=found.height_se, loss_change=change, loss_change_se=error,
+        )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next update needs, in plain types, for a checkpoint."""

@@ -30,6 +30,8 @@ SIZES = (8, 10, 12, 14, 16, 19, 22, 27, 32, 38, 45, 54, 64, 76, 90, 108, 128, 15
 _WIDTHS = (1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90)
 _MARGIN = 2  # points that a plateau has at the least outside the 10 % to 90 % stretch
 _LOGISTIC = 2 * math.log(9)  # the 10 % to 90 % width of a logistic of scale one
+_SEEN = 0.25  # share of an unfinished ramp that lies in the window, and at least _SEEN_POINTS
+_SEEN_POINTS = 3
 _SHAPE_ERROR = 0.03  # share of a change by which a real step departs from a logistic one
 
 
@@ -42,25 +44,33 @@ class Bank:
     scales: Array  # [num_ramps]: fitted coefficient times this = height of the step
     centres: Array  # [num_ramps], in points from the left edge of the window
     widths: Array  # [num_ramps]
+    means: Array  # [num_ramps]: share of the step that the mean of the window holds
+    seen: Array  # [num_ramps]: share of the step that the newest point holds; 1 for finished ramps
     smooth: tuple[Array, ...]  # each [rank, size], orthonormal
 
 
 @functools.cache
-def bank(size: int, visible: float = 1.0) -> Bank:
-    """The fits of one window size; computed once."""
+def bank(size: int, unfinished: bool = False) -> Bank:
+    """The fits of one window size; computed once.
+
+    With ``unfinished``, ramps of which only the beginning lies in the window are among them, and the smooth courses
+    that speed up towards the newest point are not: that is what a ramp looks like while it goes on.
+    """
     x = np.arange(size, dtype=np.float64)
     stride = max(1.0, size / 32)
-    ramps, scales, centres, widths = [], [], [], []
+    ramps, scales, centres, widths, means, seen = [], [], [], [], [], []
     for width in _WIDTHS:
         # a plateau on the left as long as a quarter of the ramp: without it an onset cannot be told from the middle
         left = max(_MARGIN + 1, width / 4)
         first, last = left + width / 2 - 0.5, size - 1 - _MARGIN - width / 2 + 0.5
-        if visible < 1.0:
-            last = max(last, size - 1 + 0.5 * width - max(visible * width, 3.0))
+        if unfinished:
+            last = max(last, size - 1 + 0.5 * width - max(_SEEN * width, _SEEN_POINTS))
         if width > size / 2 or first > last:
             continue
         for centre in np.arange(first, last + 1e-9, stride):
             ramp = 1.0 / (1.0 + np.exp(-np.clip((x - centre) * _LOGISTIC / width, -40, 40)))
+            means.append(float(ramp.mean()))
+            seen.append(float(ramp[-1]) if unfinished else 1.0)
             ramp -= ramp.mean()
             norm = float(np.linalg.norm(ramp))
             ramps.append(ramp / norm)
@@ -71,12 +81,14 @@ def bank(size: int, visible: float = 1.0) -> Bank:
     courses = [np.stack([unit, unit**2])]
     for rate in (2.0, 4.0, 8.0, 16.0):
         courses.append(np.stack([unit, np.exp(-rate * unit)]))
-        courses.append(np.stack([unit, np.exp(-rate * (1 - unit))]))
+        if not unfinished:
+            courses.append(np.stack([unit, np.exp(-rate * (1 - unit))]))
     smooth = []
     for course in courses:
         centred = course - course.mean(axis=1, keepdims=True)
         smooth.append(np.linalg.qr(centred.T)[0].T)
-    return Bank(size, np.stack(ramps), np.array(scales), np.array(centres), np.array(widths), tuple(smooth))
+    numbers = [np.array(values) for values in (scales, centres, widths, means, seen)]
+    return Bank(size, np.stack(ramps), *numbers, smooth=tuple(smooth))
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ from lightning_slt.transitions.evidence import Array, scatter
 from lightning_slt.transitions.search import LOCAL, Curve, Step
 from lightning_slt.transitions.transition import State, Transition, kind_of
 
+_FLOOR = 0.05  # of the typical chain error
 _REACH = 5  # points on each side that the loss before and after is read from
 
 
 def rolling_scatter(values: Array, floor: Array) -> Array:
-    """Scatter around each point from the nearest ``LOCAL`` points, floored by half the typical chain error.
+    """Scatter around each point from the nearest ``LOCAL`` points, floored by a twentieth of the typical chain error.
 
-    Half, because reported errors may be wrong by a factor of two.
+    So little, because with the same noise at every firing the chain error is mostly an offset that all points share.
     """
     n = values.size
     if n <= LOCAL:
@@ -27,7 +28,7 @@ def rolling_scatter(values: Array, floor: Array) -> Array:
         each = 1.4826 * np.median(np.abs(windows), axis=1) / math.sqrt(6.0)
         local = each[np.clip(np.arange(n) - LOCAL // 2, 0, each.size - 1)]
     known = floor[np.isfinite(floor) & (floor >= 0)]
-    return np.maximum(local, 0.5 * float(np.median(known)) if known.size else 0.0)
+    return np.maximum(local, _FLOOR * float(np.median(known)) if known.size else 0.0)
 
 
 def loss_change(loss: Array, loss_scatter: Array, step: Step) -> tuple[float, float]:
@@ -46,7 +47,9 @@ def transition_of(
     index = np.arange(steps.size)
     onset, centre, end = (float(np.interp(place, index, steps)) for place in (step.onset, step.centre, step.end))
     change, error = loss_change(curve.loss, curve.loss_scatter, step)
-    inside = [boundary for boundary in boundaries if onset <= boundary <= end]
+    # a flag may come while the transition goes on
+    last = max(end, known_at) if state == "provisional" else end
+    inside = [boundary for boundary in boundaries if onset <= boundary <= last]
     return Transition(
         id=number,
         onset=onset,

@@ -23,7 +23,8 @@ import numpy as np
 from lightning_slt.transitions.evidence import Array, autocorrelation, bank, fits
 
 LOCAL = 64  # points that the scatter at a point is read from
-_VISIBLE = 0.5  # share of a ramp that the newest window has to show
+_ONLINE = 0.85  # of the evidence counts online, where the search is repeated at every point
+_TURN = 0.03  # of the range of a stretch: the least depth of a dip that counts
 _CANDIDATES = 4  # ramps of a window that are deflated for autocorrelation, best first
 
 
@@ -50,6 +51,40 @@ class Curve:
     persistence: float = 0.0
 
 
+def rises(values: Array, sigma: float) -> Array:
+    """Evidence ``[size]`` for a rise from each place of a window to its end: a line against no change.
+
+    0 for a fall and for less than four points.
+    """
+    back = values[::-1] - values[-1]
+    x = np.arange(values.size, dtype=np.float64)
+    count = x + 1
+    sum_x, sum_xx, sum_y, sum_xy = (np.cumsum(q) for q in (x, x * x, back, x * back))
+    covered = np.maximum(sum_xx - sum_x**2 / count, 1e-9)
+    slope = (sum_xy - sum_x * sum_y / count) / covered
+    found = np.where((slope < 0) & (count >= 4), slope**2 * covered / max(sigma, 1e-150) ** 2, 0.0)
+    return found[::-1]
+
+
+def turn(curve: Curve, lo: int, hi: int) -> Step | None:
+    """A negative coefficient that fell and rises again at the newest points while the loss falls: a saddle left.
+
+    The dip is the lowest point after the highest one; its depth and the rise since must stand out of the scatter and
+    of the range of the stretch.
+    """
+    llc, sigma = curve.llc[lo:hi], float(curve.llc_scatter[hi - 1])
+    top = int(np.argmax(llc))
+    dip = top + int(np.argmin(llc[top:]))
+    least = max(5 * sigma, _TURN * float(np.ptp(llc)))
+    rise, seen = float(llc[-1] - llc[dip]), llc.size - 1 - dip
+    if seen < 3 or llc[dip] > -3 * sigma or llc[top] - llc[dip] < least or rise < least:
+        return None
+    falls = rises(-curve.loss[lo + dip : hi], float(curve.loss_scatter[hi - 1]))[0]
+    score = min(float(rises(llc[dip:], sigma)[0]), float(falls))
+    place = float(lo + dip)
+    return Step(score, place, place + seen / 2, place + seen, rise, sigma * math.sqrt(2.0))
+
+
 def best_step(
     curve: Curve, lo: int, hi: int, sizes: Sequence[int], *, at_end: bool, threshold: float, min_change: float
 ) -> Step | None:
@@ -74,21 +109,27 @@ def best_step(
         llc, loss = curve.llc[places], curve.loss[places]
         sigma = np.sqrt(np.mean(curve.llc_scatter[places] ** 2, axis=1))
         loss_sigma = np.sqrt(np.mean(curve.loss_scatter[places] ** 2, axis=1))
-        b = bank(size, _VISIBLE if at_end else 1.0)
+        b = bank(size, at_end)
         first = fits(llc, sigma, b)
         second = fits(loss, loss_sigma, b)
-        joint = np.where(
-            (first.height > 0) & (second.height < 0), np.minimum(first.contrast, second.evidence), -math.inf
-        )
-        score = np.maximum(first.evidence, joint)
-        score = np.where(np.abs(first.height) < min_change, -math.inf, score)
-        # plateau before a falling step: the mean of the window less the share of the ramp that lies below it
-        before = llc.mean(axis=1, keepdims=True) - first.height * (1 - (b.centres + 0.5) / size)
+        contrast, rising = first.contrast, first.height > 0
+        if at_end:
+            # what came before the onset may have fallen: a rise since then counts as well
+            onsets = np.maximum(np.floor(b.centres - b.widths / 2).astype(int), 0)
+            since = rises(llc[0], float(sigma[0]))[onsets]
+            contrast = np.maximum(np.where(rising, contrast, 0.0), since)
+            rising = contrast > 0
+        joint = np.where(rising & (second.height < 0), np.minimum(contrast, second.evidence), -math.inf)
+        weight = _ONLINE if at_end else 1.0
+        score = weight * np.maximum(first.evidence, joint)
+        score = np.where(np.abs(first.height) * b.seen < min_change, -math.inf, score)
+        # the plateau before a falling step
+        before = llc.mean(axis=1, keepdims=True) - first.height * b.means
         score = np.where((first.height < 0) & (before < -3 * sigma[:, None]), -math.inf, score)
         # a loss that falls faster and faster while the coefficient turns negative: a saddle being left
         mid = size // 2 - 1
         bend = loss[:, -3:].mean(axis=1) - 2 * loss[:, mid : mid + 3].mean(axis=1) + loss[:, :3].mean(axis=1)
-        leaving = (bend < -5 * loss_sigma)[:, None] & (before + first.height < -3 * sigma[:, None])
+        leaving = (bend < -5 * loss_sigma)[:, None] & (before + first.height * b.seen < -3 * sigma[:, None])
         score = np.where((first.height < 0) & leaving, -math.inf, score)
         for window in np.flatnonzero(score.max(axis=1) > floor):
             for ramp in np.argsort(-score[window])[:_CANDIDATES]:
@@ -97,9 +138,9 @@ def best_step(
                 rho = autocorrelation(llc[window], b, int(ramp))
                 # without a second witness the noise of the whole curve counts too: a window is too short to know it
                 alone = max(rho, curve.persistence)
-                deflated = max(
+                deflated = weight * max(
                     first.evidence[window, ramp] * (1 - alone) / (1 + alone),
-                    min(first.contrast[window, ramp] * (1 - rho) / (1 + rho), joint[window, ramp]),
+                    min(contrast[window, ramp] * (1 - rho) / (1 + rho), joint[window, ramp]),
                 )
                 if deflated > floor:
                     floor = deflated
@@ -107,6 +148,7 @@ def best_step(
                     error = b.scales[ramp] * sigma[window] * math.sqrt((1 + rho) / (1 - rho))
                     best = Step(
                         score=float(deflated), onset=float(centre - width / 2), centre=float(centre),
-                        end=float(centre + width / 2), height=float(first.height[window, ramp]), height_se=float(error),
+                        end=float(centre + width / 2), height=float(first.height[window, ramp] * b.seen[ramp]),
+                        height_se=float(error * b.seen[ramp]),
                     )  # fmt: skip
     return best

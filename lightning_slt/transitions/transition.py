@@ -39,7 +39,8 @@ class Transition:
         loss_change: loss after less loss before.
         loss_change_se: standard error of the loss change.
         known_at: step at which it was flagged.
-        boundary: step of a learning-rate or data boundary that lies within the transition, or None.
+        boundary: step of a learning-rate or data boundary that lies within the transition, or between its onset
+            and its flag, or None.
 
     Example:
         >>> t = Transition(0, 90.0, 100.0, 110.0, "A", "provisional", 31.5, 8.0, 0.5, -0.2, 0.01, 130.0)
