@@ -61,11 +61,11 @@ STEP = 0.7
 sharply away from ``w*`` a smaller one may be."""
 MAX_SHORTENINGS = 6
 SHORTENING = 0.5
-WIDE_DRAWS, WIDE_BURNIN = 12, 10
+WIDE_DRAWS, WIDE_BURNIN = 10, 8
 """Readings of each chain, and steps before them, for the mean losses over the posterior of the learning coefficient."""
 COLD_BURNIN = 40
 """Steps from ``w*``, where the Gaussian of the curvature is no start."""
-READ_COST = 0.14
+READ_COST = 0.4
 """Cost of reading the samples' losses, in units of that of moving the chains, in a firing of the monitor."""
 CALLS = 3_000_000
 """Products that would take as long as the calls of a step do by themselves."""
@@ -460,7 +460,7 @@ def _natural(name: str) -> tuple[int, float, str]:
 
 
 def reading_interval(num_probed: int, batch_size: int, products: int) -> int:
-    """Steps between readings, so that reading costs about a seventh of what moving the chains does.
+    """Steps between readings, so that reading costs about 0.4 of what moving the chains does.
 
     A reading is one forward pass of all the samples; a step is three of a minibatch, and calls that take as long as
     some millions of products. No clock is asked: the same run reads at the same steps on every machine.
@@ -472,7 +472,7 @@ def reading_interval(num_probed: int, batch_size: int, products: int) -> int:
 
     Example:
         >>> [reading_interval(1000, 64, 26_122), reading_interval(1000, 64, 10**8), reading_interval(100, 64, 26_122)]
-        [24, 40, 4]
+        [12, 16, 4]
     """
     step = 3 * max(batch_size, 1) * products + CALLS
     return STATS_EVERY * max(1, math.ceil(num_probed * products / step / READ_COST / STATS_EVERY))
@@ -567,7 +567,7 @@ def estimate_influence(
     nbeta: Optional[float] = None,
     localization: Optional[float] = None,
     num_chains: int = 16,
-    num_draws: int = 60,
+    num_draws: int = 50,
     num_burnin_steps: int = 6,
     num_steps_bw_draws: int = 2,
     batch_size: Optional[int] = None,
