@@ -87,8 +87,16 @@ def bank(size: int, unfinished: bool = False) -> Bank:
     for course in courses:
         centred = course - course.mean(axis=1, keepdims=True)
         smooth.append(np.linalg.qr(centred.T)[0].T)
-    numbers = [np.array(values) for values in (scales, centres, widths, means, seen)]
-    return Bank(size, np.stack(ramps), *numbers, smooth=tuple(smooth))
+    return Bank(
+        size=size,
+        ramps=np.stack(ramps),
+        scales=np.array(scales),
+        centres=np.array(centres),
+        widths=np.array(widths),
+        means=np.array(means),
+        seen=np.array(seen),
+        smooth=tuple(smooth),
+    )
 
 
 @dataclass(frozen=True)
