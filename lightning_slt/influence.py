@@ -69,6 +69,8 @@ READ_COST = 0.4
 """Cost of reading the samples' losses, in units of that of moving the chains, in a firing of the monitor."""
 CALLS = 3_000_000
 """Products that would take as long as the calls of a step do by themselves."""
+MIN_READS = 8
+"""Readings of a chain without which influence is not valid."""
 MIXED = 0.5
 """Between-chain share of the variance above which chains have not seen the same posterior."""
 NO_INDEX = (
@@ -220,6 +222,11 @@ class InfluenceReader:
         return SteinControl(torch.cat(found), objective.anchor, sampling.posterior, sampling.sampler.metric)
 
     @property
+    def wants_gradients(self) -> bool:
+        """Whether the chains' gradients are of use: for control variates alone."""
+        return self._control is not None
+
+    @property
     def products(self) -> int:
         """Multiplications that the loss of one sample takes."""
         return self._train.products
@@ -269,7 +276,7 @@ class InfluenceReader:
         if not bool(keep_x.any()) or not bool(keep_y.any()):
             reasons.append("no sample has finite losses")
         reads = x_all.shape[1]
-        if reads < 8:
+        if reads < MIN_READS:
             reasons.append(f"{reads} readings of a chain are too few")
         if not bool(keep_x.any()) or not bool(keep_y.any()) or not len(x_all) or reads < 2:
             return self._nothing(posterior, num_samples, tuple(reasons), (*dropped, *more))
@@ -494,13 +501,18 @@ def measure_both(
 
     Args:
         probes: the samples.
-        read_every: steps between readings; None for :func:`reading_interval`.
+        read_every: steps between readings; None for :func:`reading_interval`, and never so many that a chain is left
+            with fewer than 8 readings.
     """
     start = time.perf_counter()
     readers: list[InfluenceReader] = []
 
     def interval() -> int:
-        return read_every or reading_interval(probes.num_samples, source.batch_size, readers[0].products)
+        if read_every is not None:
+            return read_every
+        cheap = reading_interval(probes.num_samples, source.batch_size, readers[0].products)
+        # a firing may be over in as many steps as it has draws: its readings must be enough to say something
+        return min(cheap, STATS_EVERY * max(1, settings.num_draws // (MIN_READS * STATS_EVERY)))
 
     def make_reader() -> InfluenceReader:
         readers.append(InfluenceReader(objective, probes, settings.seed))

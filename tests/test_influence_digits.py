@@ -163,3 +163,15 @@ def test_near_duplicates_by_correlation() -> None:
     assert np.mean([a == b for a, b in zip(found, chosen.tolist(), strict=True)]) >= 0.95
     largest = inf.matrix.argmax(dim=1)
     assert float((largest == chosen).double().mean()) < 0.7  # the covariance finds large losses instead
+
+
+@pytest.mark.parametrize("batch_size", [8, 64])
+def test_a_firing_of_the_monitor_has_enough_readings(batch_size: int) -> None:
+    """However dear a reading is beside a step of small batches."""
+    bed = retraining()
+    data = bed.load_digits(800, 10, 0.0)
+    net, pairs = network(bed.train(data.x, data.y, torch.arange(800)[None], seed=5)), TensorDataset(data.x, data.y)
+    source = DatasetSource(pairs, batch_size)
+    settings = ChainSettings(num_chains=2, num_draws=100, seed=0, tolerance=0.5, max_steps_bw_draws=4)
+    inf = measure_both(Objective(net, loss_fn), source, settings, probe_set(source, None, 800, None, 0))[1]
+    assert inf.num_draws >= 8 and not any("too few" in reason for reason in inf.reasons)

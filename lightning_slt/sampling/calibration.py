@@ -302,12 +302,14 @@ def _cold_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) 
     rounds = METRIC_ROUNDS if chains.sampler.preconditioned else rounds
     done, head = 0, []
     for number, length in enumerate(rounds):
-        chains.learn_preconditioner(keep_learning=number + 1 < len(rounds))
+        last = number + 1 == len(rounds)
+        chains.learn_preconditioner(keep_learning=not last)
         chains.reseed(number)
-        segment = chains.advance(length, step)
+        # only the last of these rounds may become draws: what the others would read is thrown away
+        segment = chains.advance(length, step, read=last)
         done += length
         wanted, settled = _next_step(chains, segment, step, ceiling) if given is None else (step, True)
-        head = [segment] if settled and number + 1 == len(rounds) else []
+        head = [segment] if settled and last else []
         step = step if head else wanted
     return _Start(step, ceiling, done, head)
 
@@ -319,7 +321,7 @@ def _given_length(chains: Chains, start: _Start, budget: Budget, generation: int
     chains.reseed(DRAWS + _GENERATION * generation)
     if not start.warm:
         if budget.num_burnin_steps:
-            chains.advance(budget.num_burnin_steps, start.step)
+            chains.advance(budget.num_burnin_steps, start.step, read=False)
         done += budget.num_burnin_steps
     between = budget.num_steps_bw_draws or 1
     segment = chains.advance(budget.num_draws * between, start.step)

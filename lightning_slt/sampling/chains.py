@@ -47,7 +47,8 @@ Progress = Callable[[int], None]
 
 Reader = Callable[[Tensor, "Tensor | None"], Tensor]
 """``[chains, d]`` weights, and the gradients of the mean loss of the chains' minibatches there (None where they are
-not known), to ``[chains, n]`` numbers that are read off them, such as the losses of n samples."""
+not known, or the reader has no true ``wants_gradients``), to ``[chains, n]`` numbers that are read off them, such as
+the losses of n samples."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,14 +299,24 @@ class Chains:
         self._moments = torch.zeros_like(self.objective.anchor) if keep_learning else None
         self._moments_count = 0
 
-    def advance(self, steps: int, lr: float) -> Segment:
+    def advance(self, steps: int, lr: float, read: bool = True) -> Segment:
         """Move every chain ``steps`` further, on all ranks, and return what all of them showed.
+
+        Args:
+            steps: of each chain.
+            lr: the step size.
+            read: whether the reader is asked, where there is one; not for steps that will not be draws.
 
         Raises:
             NoLossError: where no minibatch has a loss.
             Exception: what the user's step raised, on any rank.
         """
-        return Segment.merge(self.collective.exchange(lambda: self._advance(steps, lr)))
+        reader = self.reader
+        try:
+            self.reader = reader if read else None
+            return Segment.merge(self.collective.exchange(lambda: self._advance(steps, lr)))
+        finally:
+            self.reader = reader
 
     def restart(self) -> None:
         """Put every chain back to ``w*``; their random numbers go on."""
@@ -466,7 +477,8 @@ class Chains:
             with torch.no_grad():
                 if self.reader is not None and t % self.read_every == 0:
                     here = self._at(weights, state)
-                    waiting.append((here.clone(), grad.clone() if here is weights else None))
+                    wanted = here is weights and getattr(self.reader, "wants_gradients", False)
+                    waiting.append((here.clone(), grad.clone() if wanted else None))
                     if len(waiting) * count >= MAX_WAITING or here.numel() * len(waiting) > MAX_WAITING_NUMBERS:
                         self._ask(waiting, seen)
                 if decides:
