@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
@@ -87,13 +88,15 @@ class SnapshotRing:
         inner = range(1, len(numbers) - _DENSE) if len(numbers) > _DENSE + 1 else range(1)
         return min(inner, key=lambda i: (numbers[i + 1] - numbers[i - 1]) / (self._number - numbers[i]))
 
-    def pin(self, roles: Mapping[str, float], label: str) -> dict[str, str]:
+    def pin(self, roles: Mapping[str, float], label: str, stay: bool = False) -> dict[str, str]:
         """Keep the snapshots that play these roles.
 
         Args:
             roles: role -> step that is wanted. ``"before"`` takes the last snapshot at or before it, ``"after"`` the
                 first at or after it, any other the nearest; where there is none on that side, the nearest.
             label: how the files' names begin.
+            stay: the ring keeps what is pinned now as well, so that it is the same whether or not a run that is resumed
+                had come this far before.
 
         Returns:
             Role -> path. A snapshot that plays two roles is one file, named by both.
@@ -112,8 +115,13 @@ class SnapshotRing:
             if step not in self._pinned:
                 name = f"{label}_{'_'.join(names)}_step_{step:09d}.pt"
                 (self.folder / "pinned").mkdir(parents=True, exist_ok=True)
-                os.replace(self.path(step), self.folder / "pinned" / name)
-                self._entries = [entry for entry in self._entries if entry[0] != step]
+                if stay:
+                    temporary = self.folder / "pinned" / (name + ".tmp")
+                    shutil.copyfile(self.path(step), temporary)
+                    os.replace(temporary, self.folder / "pinned" / name)
+                else:
+                    os.replace(self.path(step), self.folder / "pinned" / name)
+                    self._entries = [entry for entry in self._entries if entry[0] != step]
                 self._pinned[step] = name
             paths |= {role: str(self.folder / "pinned" / self._pinned[step]) for role in names}
         return paths

@@ -296,8 +296,11 @@ class TransitionMonitor(Callback):
             samples=moved_samples(transition, monitor.influences),
             components=moved_components(transition, curves) if len(others) > 1 else (),
         )
+        if old is None or (transition.state == "confirmed" and transition != old.transition):
+            # a flag comes early: where the change was is measured anew when it is confirmed
+            checkpoints = self._pinned(trainer, transition, again=old is not None)
+            report = report.replace(checkpoints=checkpoints or report.checkpoints)
         if old is None:
-            report = report.replace(checkpoints=self._pinned(trainer, transition))
             self.reports.append(report)
         else:
             self.reports[self.reports.index(old)] = report
@@ -317,7 +320,7 @@ class TransitionMonitor(Callback):
         except Exception as error:
             self._warn_of_snapshots(error)
 
-    def _pinned(self, trainer: Trainer, transition: Transition) -> dict[str, str]:
+    def _pinned(self, trainer: Trainer, transition: Transition, again: bool) -> dict[str, str]:
         if self._ring is None or not trainer.is_global_zero:
             return {}
         roles = {
@@ -327,7 +330,7 @@ class TransitionMonitor(Callback):
             "flag": transition.known_at,
         }
         try:
-            return self._ring.pin(roles, f"transition_{transition.id:02d}")
+            return self._ring.pin(roles, f"transition_{transition.id:02d}", stay=again)
         except OSError as error:
             self._warn_of_snapshots(error)
             return {}
