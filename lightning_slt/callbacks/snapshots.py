@@ -44,6 +44,7 @@ class SnapshotRing:
         self._entries: list[tuple[int, int]] = []  # (step, number of the firing), oldest first
         self._number = 0
         self._pinned: dict[int, str] = {}  # step -> file name in pinned/
+        self._left: dict[int, int] = {}  # step -> number of the firing, of pinned ones that left the ring
 
     @property
     def steps(self) -> list[int]:
@@ -89,7 +90,7 @@ class SnapshotRing:
         return min(inner, key=lambda i: (numbers[i + 1] - numbers[i - 1]) / (self._number - numbers[i]))
 
     def pin(self, roles: Mapping[str, float], label: str, stay: bool = False) -> dict[str, str]:
-        """Keep the snapshots that play these roles.
+        """Keep the snapshots that play these roles; those that had one under the same label and have none now go.
 
         Args:
             roles: role -> step that is wanted. ``"before"`` takes the last snapshot at or before it, ``"after"`` the
@@ -111,20 +112,36 @@ class SnapshotRing:
             if step is not None:
                 chosen.setdefault(step, []).append(role)
         paths: dict[str, str] = {}
+        mine = {step: name for step, name in self._pinned.items() if name.startswith(f"{label}_")}
+        pinned = self.folder / "pinned"
         for step, names in chosen.items():
-            if step not in self._pinned:
+            if step not in self._pinned or step in mine:
                 name = f"{label}_{'_'.join(names)}_step_{step:09d}.pt"
-                (self.folder / "pinned").mkdir(parents=True, exist_ok=True)
-                if stay:
-                    temporary = self.folder / "pinned" / (name + ".tmp")
+                pinned.mkdir(parents=True, exist_ok=True)
+                if step in mine:
+                    os.replace(pinned / mine[step], pinned / name)
+                elif stay:
+                    temporary = pinned / (name + ".tmp")
                     shutil.copyfile(self.path(step), temporary)
-                    os.replace(temporary, self.folder / "pinned" / name)
+                    os.replace(temporary, pinned / name)
                 else:
-                    os.replace(self.path(step), self.folder / "pinned" / name)
+                    os.replace(self.path(step), pinned / name)
+                    self._left |= {s: number for s, number in self._entries if s == step}
                     self._entries = [entry for entry in self._entries if entry[0] != step]
                 self._pinned[step] = name
-            paths |= {role: str(self.folder / "pinned" / self._pinned[step]) for role in names}
+            paths |= {role: str(pinned / self._pinned[step]) for role in names}
+        for step in set(mine) - set(chosen):
+            self._release(step)
         return paths
+
+    def _release(self, step: int) -> None:
+        """Back to the ring it came from."""
+        path = self.folder / "pinned" / self._pinned.pop(step)
+        if step in self._left:
+            os.replace(path, self.path(step))
+            self._entries = sorted([*self._entries, (step, self._left.pop(step))])
+        else:
+            path.unlink(missing_ok=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types only."""
@@ -133,6 +150,7 @@ class SnapshotRing:
             "entries": [list(entry) for entry in self._entries],
             "number": self._number,
             "pinned": dict(self._pinned),
+            "left": dict(self._left),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -142,6 +160,11 @@ class SnapshotRing:
         it is found again under its new name.
         """
         self._number = int(state["number"])
+        self._left = {int(step): int(number) for step, number in state.get("left", {}).items()}
+        for step, name in state["pinned"].items():
+            # released after the checkpoint
+            if self.path(int(step)).exists() and int(step) in self._left:
+                os.replace(self.path(int(step)), self.folder / "pinned" / name)
         moved = {}
         for path in sorted((self.folder / "pinned").glob("*_step_*.pt")):
             moved[int(path.stem.rsplit("_", 1)[-1])] = path.name

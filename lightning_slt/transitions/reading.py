@@ -11,12 +11,12 @@ from lightning_slt.transitions.evidence import Array, scatter
 from lightning_slt.transitions.search import LOCAL, Curve, Step
 from lightning_slt.transitions.transition import State, Transition, kind_of
 
-_FLOOR = 0.05  # of the typical chain error
+_FLOOR = 0.5  # of the typical chain error
 _REACH = 5  # points on each side that the loss before and after is read from
 
 
 def rolling_scatter(values: Array, floor: Array) -> Array:
-    """Scatter around each point from the nearest ``LOCAL`` points, floored by a twentieth of the typical chain error.
+    """Scatter around each point from the nearest ``LOCAL`` points, floored by half of the typical chain error.
 
     So little, because with the same noise at every firing the chain error is mostly an offset that all points share.
     """
