@@ -7,11 +7,14 @@ from datetime import timedelta
 from typing import Any, Optional, TypeVar
 
 import torch.distributed as dist
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
-from lightning_slt.sampling.collective import Alone, Collective
+from lightning_slt.sampling.collective import Alone, Collective, Together
+from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.sharded import ShardedObjective
 
 T = TypeVar("T")
 
@@ -58,19 +61,53 @@ class Ranks:
             raise RankFailedError("; ".join(f"rank {rank} failed: {what}" for rank, what in failed))
         return [value for _, value in answers]
 
+    def add(self, values: Tensor) -> Tensor:
+        """See :class:`~lightning_slt.sampling.collective.Collective`."""
+        dist.all_reduce(values, group=self._group)
+        return values
+
 
 def make_collective(trainer: Trainer) -> Collective:
     """The collective of this run; called on every rank in ``setup``."""
     if trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
-        return Ranks()
+        return Together(Ranks()) if is_sharded(trainer) else Ranks()
     return Alone()
 
 
-def check_strategy(trainer: Trainer) -> None:
+def close_collective(collective: Collective) -> None:
+    """Give a collective's process group back, where it has one."""
+    ranks = collective.ranks if isinstance(collective, Together) else collective
+    if isinstance(ranks, Ranks):
+        ranks.close()
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether each rank has a part of the weights."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def make_objective(trainer: Trainer, module: LightningModule, collective: Collective, **settings: Any) -> Objective:
+    """The loss of the module: on a private copy of it, or in place on its shards.
+
+    Args:
+        settings: ``loss_fn``, ``restrict`` and ``context`` of :class:`~lightning_slt.sampling.objective.Objective`.
+    """
+    if is_sharded(trainer):
+        return ShardedObjective(module, collective, trainer.world_size, trainer=trainer, **settings)
+    return Objective(module, trainer=trainer, **settings)
+
+
+def check_strategy(trainer: Trainer, elementwise: bool = True, samples: bool = False) -> None:
     """Refuse, before training, a strategy under which chains could not run.
 
+    Args:
+        trainer: with its strategy.
+        elementwise: the sampler moves each weight by itself.
+        samples: losses of single samples are asked for.
+
     Raises:
-        MisconfigurationException: for sharded and engine-owned strategies, naming what can be done.
+        MisconfigurationException: for strategies that own the weights, and for what shards do not allow, naming what
+            can be done.
     """
     strategy = trainer.strategy
     if type(strategy).__module__.startswith("pytorch_lightning"):
@@ -87,7 +124,18 @@ def check_strategy(trainer: Trainer) -> None:
     # DeepSpeedStrategy derives from DDPStrategy, but its engine owns the weights
     if isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, DeepSpeedStrategy):
         return
-    raise MisconfigurationException(
-        f"SLTMonitor does not support {type(strategy).__name__}: it needs whole weights on each device, as under a "
-        "single device or DDP. Train with strategy='ddp', or measure stored checkpoints with estimate_llc(...)."
-    )
+    if not isinstance(strategy, ModelParallelStrategy):
+        raise MisconfigurationException(
+            f"SLTMonitor does not support {type(strategy).__name__}, which keeps the weights to itself: train with "
+            "strategy='ddp' or ModelParallelStrategy (FSDP2), or measure stored checkpoints with estimate_llc(...)."
+        )
+    if samples:
+        raise MisconfigurationException(
+            "SLTMonitor(probe=...) does not support ModelParallelStrategy: losses of single samples need whole weights "
+            "on each device. Leave probe=None, or measure stored checkpoints with estimate_influence(...)."
+        )
+    if not elementwise:
+        raise MisconfigurationException(
+            "SLTMonitor(sampler=...) does not support this sampler under ModelParallelStrategy: its steps need sums "
+            "over all the weights. Use SGLD or RMSpropSGLD."
+        )

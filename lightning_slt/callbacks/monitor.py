@@ -19,7 +19,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_slt.callbacks.data import TrainingData, check_num_samples, training_transfer
-from lightning_slt.callbacks.distribution import Ranks, check_strategy, make_collective
+from lightning_slt.callbacks.distribution import (
+    check_strategy,
+    close_collective,
+    make_collective,
+    make_objective,
+)
 from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.overhead import Decision, OverheadBudget
 from lightning_slt.callbacks.progress import FiringProgress
@@ -39,6 +44,7 @@ from lightning_slt.sampling.probe import GroupFn
 from lightning_slt.sampling.restriction import select_parameters
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, RMSpropSGLD, sampler_from
+from lightning_slt.sampling.sharded import ShardedObjective, local_of
 from lightning_slt.sampling.steps import LossFn, loss_function
 from lightning_slt.transitions import Transition
 
@@ -218,7 +224,8 @@ class SLTMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        check_strategy(trainer)
+        sampler = self._settings.sampler
+        check_strategy(trainer, sampler is None or sampler.elementwise, self._samples.wanted)
         try:
             loss_function(pl_module, self._loss_fn)
         except ValueError as error:
@@ -552,8 +559,13 @@ class SLTMonitor(Callback):
         data = self._data
 
         def build() -> tuple[Objective, MinibatchSource]:
-            objective = Objective(
-                pl_module, self._loss_fn, self._restrict, trainer=trainer, context=_loss_context(trainer)
+            objective = make_objective(
+                trainer,
+                pl_module,
+                self._collective,
+                loss_fn=self._loss_fn,
+                restrict=self._restrict,
+                context=_loss_context(trainer),
             )
             self._hook_owner = objective.module
             if self._source is None or data.replays:
@@ -568,7 +580,7 @@ class SLTMonitor(Callback):
         objective, source = built[0]
         self._share_buffers(objective)
         if self._localization is None:
-            self._localization = default_localization(objective.anchor)
+            self._localization = default_localization(objective.anchor, objective.layout)
         settings = dataclasses.replace(
             settings,
             localization=self._localization,
@@ -626,13 +638,19 @@ class SLTMonitor(Callback):
         sampler = self._settings.sampler
         if sampler is None or not sampler.preconditioned or self._memory.displacements is not None:
             return None
-        first, module = self._collective.rank == 0, trainer.lightning_module
+        module = trainer.lightning_module
+        if objective.layout.sharded:
+            return second_moments(trainer.optimizers, module, objective)
+        first = self._collective.rank == 0
         return self._collective.exchange(
             lambda: second_moments(trainer.optimizers, module, objective) if first else None
         )[0]
 
     def _share_buffers(self, objective: Objective) -> None:
         """The first rank's buffers for all: BatchNorm statistics differ between ranks, and a chain must not."""
+        if isinstance(objective, ShardedObjective):
+            objective.settle()
+            return
         buffers = list(objective.module.buffers())
         if self._collective.world_size == 1 or objective.borrowed or not buffers:
             return
@@ -664,8 +682,7 @@ class SLTMonitor(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._source, self._data, self._hook_owner = None, None, None
-        if isinstance(self._collective, Ranks):
-            self._collective.close()
+        close_collective(self._collective)
         self._collective = Alone()
 
     def _finish(self, trainer: Trainer, status: str) -> None:
@@ -762,7 +779,7 @@ def second_moments(
         moment = states[0].get("exp_avg_sq") if states else None
         if not isinstance(moment, Tensor) or moment.shape != parameters[name].shape:
             return None
-        pieces.append(moment.detach().flatten().to("cpu", torch.float32))
+        pieces.append(local_of(moment.detach()).flatten().to("cpu", torch.float32))
     return torch.cat(pieces)
 
 

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_slt.sampling.batches import Window
 from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.sharded import ShardedObjective
 
 ACTIVATION_BUDGET = 2**30
 """Bytes of activations that the chains of one chunk may hold together on the CPU."""
@@ -231,7 +232,39 @@ class BatchedEngine(Engine):
         self._leaves, self._grad_pieces, self._grad = [], [], None
 
 
+class ShardedEngine(SequentialEngine):
+    """The sequential path for a module whose weights are spread over ranks: its shards move in place.
+
+    Every rank calls it at the same moment with its part of the same chain, and the same batch.
+    """
+
+    def __init__(self, objective: ShardedObjective) -> None:
+        self._shards = objective
+
+    def bind(self, weights: Tensor, grad: Tensor) -> None:
+        self._masters = self._shards.pieces(weights[0])
+        self._grad_pieces = self._shards.pieces(grad[0])
+
+    def step(self, batch: Any, keep: bool = False) -> Tensor:
+        shards = self._shards
+        shards.load(self._masters)
+        try:
+            loss = shards.loss(batch)
+            loss.backward()
+        except BaseException:
+            shards.recover()
+            raise
+        shards.take_gradients(self._grad_pieces, keep)
+        return loss.detach()
+
+    def release(self) -> None:
+        self._shards.load(None)
+        self._masters, self._grad_pieces = [], []
+
+
 def sequential_engine(objective: Objective) -> SequentialEngine:
+    if isinstance(objective, ShardedObjective):
+        return ShardedEngine(objective)
     return BorrowedEngine(objective) if objective.borrowed else SequentialEngine(objective)
 
 
@@ -317,8 +350,10 @@ def choose_engine(objective: Objective, window: Window, num_chains: int, method:
     if method == "sequential":
         return Choice(sequential, "asked for")
     refusal = ""
-    if num_chains < 2:
+    if num_chains < 2 and not objective.layout.sharded:
         refusal = "there is one chain"
+    elif objective.layout.sharded:
+        refusal = "the weights are sharded, and all ranks work on one chain"
     elif objective.borrowed:
         refusal = "the module cannot be copied"
     elif objective.rounds:

@@ -13,10 +13,15 @@ from tests.integration import models
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The ranks of test_ddp.py run while the other worker of xdist is busy elsewhere: one test first, the rest last."""
-    ranks = [item for item in items if item.path.name == "test_ddp.py"]
-    others = [item for item in items if item.path.name != "test_ddp.py"]
-    items[:] = [*ranks[:1], *others, *ranks[1:]]
+    """Ranks run while the other worker of xdist is busy elsewhere: one test of each file first, the rest last."""
+    first, last, others = [], [], []
+    for item in items:
+        name = item.path.name
+        if name not in ("test_ddp.py", "test_fsdp.py"):
+            others.append(item)
+        else:
+            (last if any(name == other.path.name for other in first) else first).append(item)
+    items[:] = [*first, *others, *last]
 
 
 @pytest.fixture(autouse=True)

@@ -1,26 +1,12 @@
-"""Scenarios of several ranks, as processes of their own: ``python -m tests.integration.ddp FOLDER NAME:RANKS ...``.
-
-Imports take longer than any scenario, so that one process imports everything and forks the ranks of each scenario in
-turn. A scenario that takes longer than its limit hangs: its ranks are killed, and the others still run. Each
-rank leaves ``FOLDER/NAME-RANKS/RANK.pt`` with what its function returned, or the error that it ended with.
-"""
+"""Scenarios of several data-parallel ranks, run by :mod:`tests.integration.ranks`."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import socket
-import sys
-import time
-import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
@@ -40,8 +26,7 @@ from tests.integration.harness import (
 from tests.integration.models import Net, Plain, loaders, with_validation
 from tests.integration.scripted import Scripted, jump
 
-LIMIT = {"spawn": 90.0}
-DEFAULT_LIMIT = 30.0
+LIMITS = {"spawn": 90.0}
 Result = dict[str, Any]
 
 
@@ -305,61 +290,3 @@ RUNS: tuple[tuple[str, int], ...] = (
 )
 SPAWNED: tuple[tuple[str, int], ...] = (("spawn", 0),)
 """Names and ranks; 0 leaves the start of the ranks to Lightning."""
-
-
-def place(folder: Path, name: str, world: int) -> Path:
-    return folder / f"{name}-{world}"
-
-
-def _rank(folder: Path, name: str, world: int, rank: int, port: int) -> None:
-    """What one rank does, in its own process and process group."""
-    os.setsid()
-    if world > 1:
-        # read by Lightning as "the processes exist already"
-        os.environ.update(
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0", LOCAL_RANK=str(rank), WORLD_SIZE=str(world)
-        )
-    here = place(folder, name, world)
-    try:
-        result = SCENARIOS[name](here / "root", world)
-    except BaseException:
-        result = {"error": traceback.format_exc()}
-    torch.save(result, here / f"{rank}.pt")
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def run_scenario(folder: Path, name: str, world: int) -> None:
-    place(folder, name, world).mkdir(parents=True, exist_ok=True)
-    fork, port = multiprocessing.get_context("fork"), _free_port()
-    ranks = [fork.Process(target=_rank, args=(folder, name, world, r, port)) for r in range(max(world, 1))]
-    for process in ranks:
-        process.start()
-    limit = LIMIT.get(name, DEFAULT_LIMIT)
-    end = time.monotonic() + limit
-    for process in ranks:
-        process.join(max(0.0, end - time.monotonic()))
-    for rank, process in enumerate(ranks):
-        if process.is_alive():
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.join()
-            torch.save({"error": f"hung: killed after {limit} s"}, place(folder, name, world) / f"{rank}.pt")
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    for item in sys.argv[2:]:
-        name, world = item.split(":")
-        start = time.monotonic()
-        run_scenario(folder, name, int(world))
-        print(f"{item}: {time.monotonic() - start:.1f} s", flush=True)
-
-
-if __name__ == "__main__":
-    main()

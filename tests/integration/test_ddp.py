@@ -2,70 +2,30 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
 from lightning_slt.record import RECORD_FILE, Estimate
-from tests.integration.ddp import RUNS, SPAWNED, place
+from tests.integration.ddp import RUNS, SPAWNED
+from tests.integration.ranks import Results, launched_once, place, results_of
 
-ROOT = Path(__file__).parents[2]
-TIMEOUT = 120.0
-Results = dict[str, Any]
+TIMEOUT = 600.0
+"""Seconds for all the scenarios; each has a limit of its own, see :mod:`tests.integration.ranks`."""
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the ranks left their results."""
-    return _launched_once(tmp_path_factory, "ddp", RUNS)
+    return launched_once(tmp_path_factory, "ddp", "ddp", RUNS, TIMEOUT)
 
 
 @pytest.fixture(scope="session")
 def spawned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same where Lightning starts the ranks: slow, since each of them imports everything."""
-    return _launched_once(tmp_path_factory, "ddp_spawn", SPAWNED)
-
-
-def _launched_once(factory: pytest.TempPathFactory, name: str, runs: tuple[tuple[str, int], ...]) -> Path:
-    """The scenarios run once, in whichever xdist worker asks first; the others wait for it."""
-    base = factory.getbasetemp()
-    shared = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / name
-    shared.mkdir(exist_ok=True)
-    with open(shared / "lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (shared / "log").exists():
-            _launch(shared, runs)
-    return shared
-
-
-def _launch(shared: Path, runs: tuple[tuple[str, int], ...]) -> None:
-    command = [sys.executable, "-m", "tests.integration.ddp", str(shared), *(f"{name}:{n}" for name, n in runs)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with open(shared / "log", "w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            process.wait(TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def results_of(folder: Path, name: str, world: int) -> list[Results]:
-    """What each rank returned; fails with what a rank ended with."""
-    paths = [place(folder, name, world) / f"{rank}.pt" for rank in range(max(world, 1))]
-    missing = [path for path in paths if not path.exists()]
-    assert not missing, f"{missing} missing; the log says:\n{(folder / 'log').read_text()[-3000:]}"
-    results = [torch.load(path, weights_only=False) for path in paths]
-    for rank, result in enumerate(results):
-        assert "error" not in result, f"rank {rank}: {result['error']}"
-    return results
+    return launched_once(tmp_path_factory, "ddp", "ddp_spawn", SPAWNED, TIMEOUT)
 
 
 def estimates_of(result: Results) -> list[Estimate]:
