@@ -47,9 +47,10 @@ from lightning_slt.sampling.batches import Window
 from lightning_slt.sampling.chains import STATS_EVERY, Chains, Segment
 from lightning_slt.sampling.engines import sequential_engine
 from lightning_slt.sampling.memory import ChainMemory
+from lightning_slt.sampling.noise import normal_stream
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged, heat_of, transient, virial_ratio
-from lightning_slt.sampling.rng import PROBE, generator
+from lightning_slt.sampling.rng import PROBE
 
 HEAT = 0.08
 """Share of the estimate that a finite step may add through its discretisation, which is then taken off."""
@@ -173,7 +174,7 @@ def first_step(
         buffers: ``[1, d]`` for weights and ``[1, d]`` for gradients, written to; None to allocate them.
     """
     engine = sequential_engine(objective)
-    gen = generator(seed, PROBE, device=objective.device)
+    gen = normal_stream(seed, PROBE, device=objective.device, dtype=objective.dtype)
     anchor = objective.anchor
     weights, grad = buffers if buffers is not None else (torch.empty_like(anchor[None]), torch.empty_like(anchor[None]))
     batches = [window[i] for i in list(window.anchor_loss)[:3]]

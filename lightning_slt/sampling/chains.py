@@ -20,6 +20,7 @@ from lightning_slt.sampling.batches import MinibatchSource, Window
 from lightning_slt.sampling.collective import Collective, own_chains
 from lightning_slt.sampling.engines import Choice, Engine, SequentialEngine, choose_engine
 from lightning_slt.sampling.layout import BLOCK
+from lightning_slt.sampling.noise import normal_stream
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import CHOICE, MINIBATCHES, NOISE, START, generator
 from lightning_slt.sampling.samplers import Sampler, SamplerState, empty_state
@@ -239,8 +240,10 @@ class Chains:
 
     def reseed(self, part: int) -> None:
         """Start the random numbers of every chain anew, those of part ``part`` of the run."""
-        device = self.objective.device
-        self._noise_streams = [generator(self._seed, k, NOISE, part, device=device) for k in self.numbers]
+        device, dtype, exact = self.objective.device, self.objective.dtype, self.sampler.full_batch
+        self._noise_streams = [
+            normal_stream(self._seed, k, NOISE, part, device=device, dtype=dtype, exact=exact) for k in self.numbers
+        ]
         self._batch_streams = [generator(self._seed, k, MINIBATCHES, part) for k in self.numbers]
         self._choice_streams = [generator(self._seed, k, CHOICE, part, device=device) for k in self.numbers]
 
@@ -494,7 +497,7 @@ class Chains:
                 for moved, fixed, slope, random, inner, _ in blocks:
                     if not self.layout.sharded:
                         for k, stream in enumerate(streams):
-                            random[k].normal_(generator=stream)
+                            stream.fill_(random[k])
                     update(moved, fixed, slope, random, lr, posterior, inner)
                 if decides:
                     loss = state.loss  # type: ignore[assignment]

@@ -24,6 +24,8 @@ from typing import Union
 import torch
 from torch import Tensor
 
+from lightning_slt.sampling.noise import NormalStream
+
 BLOCK = {"cpu": 2**16, "cuda": 2**24}
 """Weights that are moved together: their noise needs no buffer of the size of the model, and stays in the cache."""
 
@@ -50,15 +52,15 @@ class Layout:
         d = self.num_weights
         return [(slice(start, min(start + size, d)), 1.0) for start in range(0, d, size)]
 
-    def normal_(self, out: Tensor, generator: torch.Generator) -> None:
-        """Fill this rank's vector with standard normal numbers of the generator's stream.
+    def normal_(self, out: Tensor, stream: NormalStream) -> None:
+        """Fill this rank's vector with standard normal numbers of a stream.
 
         Args:
             out: ``[own d]``, contiguous.
         """
         size = BLOCK.get(out.device.type, 2**24)
         for start in range(0, len(out), size):
-            out[start : start + size].normal_(generator=generator)
+            stream.fill_(out[start : start + size])
 
     def sum(self, values: Tensor) -> Tensor:
         """Sums over this rank's weights, added over the ranks; on the device that they came from."""
@@ -131,14 +133,14 @@ class ShardLayout(Layout):
         ]
         return cut or [(slice(0, 0), 1.0)]  # a rank with no weights takes part in every sum
 
-    def normal_(self, out: Tensor, generator: torch.Generator) -> None:
+    def normal_(self, out: Tensor, stream: NormalStream) -> None:
         size = BLOCK.get(out.device.type, 2**24)
         if out.device not in self._plans:
             self._plans[out.device] = self._plan(size, out.device)
         buffer = out.new_empty(min(size, self.num_weights))
         for number, copies in enumerate(self._plans[out.device]):
             # drawn also where nothing of it is kept: the stream must go on at the same place on every rank
-            block = buffer[: min(size, self.num_weights - number * size)].normal_(generator=generator)
+            block = stream.fill_(buffer[: min(size, self.num_weights - number * size)])
             for source, target in copies:
                 out[target] = block[source]
 
