@@ -19,6 +19,7 @@ FLOORS = {
     "publish": 2,
     "estimate": 3,
     "influence": 3,
+    "firing": 3,
     "callbacks": 4,
     "config": 5,
     "cli": 6,

@@ -25,20 +25,21 @@ from lightning_slt.callbacks.distribution import (
     make_collective,
     make_objective,
 )
+from lightning_slt.callbacks.folder import fresh, restore_record, run_folder
 from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.overhead import Decision, OverheadBudget
 from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.samples import Probed, ProbedSamples
 from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
-from lightning_slt.estimate import ChainSettings, default_localization, measure_llc
-from lightning_slt.influence import ProbeSet, measure_both
-from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
+from lightning_slt.estimate import ChainSettings
+from lightning_slt.firing import Course
+from lightning_slt.influence import ProbeSet
+from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish import RunPublisher
 from lightning_slt.record import Estimate, RunRecord
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.collective import Alone, Collective
-from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.probe import GroupFn
 from lightning_slt.sampling.restriction import select_parameters
@@ -182,10 +183,7 @@ class SLTMonitor(Callback):
         self.folder: Optional[Path] = None
         self._prefix = f"slt_{name}" if name else "slt"
         self._resumed_folder: Optional[Path] = None
-        self._method = method
-        self._localization = localization
-        self._warm_start = warm_start
-        self._memory = ChainMemory()
+        self._course = Course(localization, method, warm_start)
         self._last_step = 0
         self._seconds = 0.0
         self._run_seconds = 0.0
@@ -293,10 +291,10 @@ class SLTMonitor(Callback):
     def _forget(self) -> None:
         """A run that starts at its first step has no history, whatever this object has measured before."""
         self.estimates, self.influences = [], []
-        self._localization, self._memory = self._settings.localization, ChainMemory()
+        settings = self._settings
+        self._course = Course(settings.localization, settings.method, self._course.warm_start)
         self._last_step, self._seconds, self._run_seconds = 0, 0.0, 0.0
-        self._said_method, self._method = False, self._settings.method
-        self._said_overhead = self._said_dropped = False
+        self._said_method = self._said_overhead = self._said_dropped = False
         self._resumed_folder = None
         self._skipped = 0
         if self._budget is not None:
@@ -307,44 +305,18 @@ class SLTMonitor(Callback):
         if _is_smoke_test(trainer):
             self._publisher = RunPublisher([], None, self._prefix)
             return
-        folder = self._run_folder(trainer) if not getattr(trainer, "barebones", False) else None
+        folder = None
+        if not getattr(trainer, "barebones", False):
+            folder = run_folder(trainer, self._resumed_folder, self._dirpath, self._prefix)
         resumed = bool(self.estimates)
         if folder is not None and trainer.is_global_zero:
             if not resumed or folder != self._resumed_folder:
-                folder = _fresh(folder)
+                folder = fresh(folder)
             if resumed:
-                self._restore_record(RunRecord(folder))
+                restore_record(RunRecord(folder), self._last_step, self.estimates, self.influences)
         self.folder = self._resumed_folder = folder
         self._publisher = RunPublisher(trainer.loggers, folder, self._prefix)
         self._publisher.start(self._config())
-
-    def _run_folder(self, trainer: Trainer) -> Path:
-        if self._resumed_folder is not None and RunRecord(self._resumed_folder).path.exists():
-            return self._resumed_folder
-        if self._dirpath is not None:
-            return Path(self._dirpath) if self._prefix == "slt" else Path(self._dirpath) / self._prefix
-        logger = trainer.loggers[0] if trainer.loggers else None
-        if logger is None or logger.version is None:
-            return Path(trainer.default_root_dir) / self._prefix
-        root = Path(logger.save_dir or trainer.default_root_dir)
-        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-        return root / str(logger.name or "") / version / self._prefix
-
-    def _restore_record(self, record: RunRecord) -> None:
-        """The history of a resumed run, complete in its folder: what came after the checkpoint is forgotten."""
-        try:
-            record.drop_after(self._last_step)
-            InfluenceRecord(record.folder).drop_after(self._last_step)
-            known = {e.step for e in record.read(traces=False)}
-            for estimate in self.estimates:
-                if estimate.step not in known:
-                    record.append(estimate)
-            samples = InfluenceRecord(record.folder)
-            for influence in self.influences:
-                if not all(path.exists() for path in samples.paths(influence.step)):
-                    samples.save(influence)
-        except OSError as error:
-            rank_zero_warn(f"lightning_slt could not restore its record in {record.folder}: {error}")
 
     def _config(self) -> dict[str, Any]:
         settings, schedule = self._settings, self._schedule
@@ -362,10 +334,10 @@ class SLTMonitor(Callback):
             "batch_size": self._batch_size,
             "nbeta": settings.nbeta,
             "num_samples": self._data.num_samples if self._data else self._num_samples,
-            "localization": self._localization,
+            "localization": self._course.localization,
             "restrict": [str(r) if isinstance(r, str) else type(r).__name__ for r in _listed(self._restrict)] or None,
             "seed": settings.seed,
-            "warm_start": self._warm_start,
+            "warm_start": self._course.warm_start,
             "samples": self._samples.describe(),
         }
 
@@ -465,17 +437,8 @@ class SLTMonitor(Callback):
             )
             self._account(begin, failed=True)
             return
-        seconds = time.monotonic() - begin
-        elapsed = time.monotonic() - (self._start if self._start is not None else begin)
-        estimate = estimate.replace(
-            step=step,
-            x=x,
-            epoch=trainer.current_epoch,
-            seconds=seconds,
-            overhead=(self._seconds + seconds) / max(elapsed, 1e-9),
-            component=self._name or "",
-        )
         size = size_of(settings, self._settings)
+        estimate = estimate.replace(seconds=time.monotonic() - begin, step=step, x=x, epoch=trainer.current_epoch)
         if decision is not None:
             estimate = estimate.replace(
                 firing_size=size,
@@ -484,6 +447,28 @@ class SLTMonitor(Callback):
                 skipped=self._skipped,
             )
             self._skipped = 0
+        self._take_up(trainer, pl_module, estimate, influence, begin)
+        # drawing and logging count as overhead too, from the next firing's figure on
+        self._account(begin, size)
+        self._warn_if_large()
+
+    def _take_up(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        estimate: Estimate,
+        influence: Optional[InfluenceEstimate],
+        begin: float,
+    ) -> None:
+        """Into the history, the metrics that others monitor, the record and the loggers; listeners are told.
+
+        Args:
+            begin: since when the time of this firing has not been accounted for.
+        """
+        seconds = time.monotonic() - begin
+        elapsed = time.monotonic() - (self._start if self._start is not None else begin)
+        overhead = (self._seconds + seconds) / max(elapsed, 1e-9)
+        estimate = estimate.replace(overhead=overhead, component=self._name or "")
         self.estimates.append(estimate)
         trainer.callback_metrics.update(
             {
@@ -498,9 +483,6 @@ class SLTMonitor(Callback):
             self._keep_influence(influence, estimate)
         for listener in self._listeners:
             self._tell(listener, trainer, pl_module, estimate)
-        # drawing and logging count as overhead too, from the next firing's figure on
-        self._account(begin, size)
-        self._warn_if_large(estimate)
 
     def _tell(
         self, listener: EstimateListener, trainer: Trainer, pl_module: LightningModule, estimate: Estimate
@@ -540,15 +522,16 @@ class SLTMonitor(Callback):
         large = influence.num_chains * influence.num_draws >= LARGE_BUDGET
         self._publisher.influence(influence, rendered, pairs=large)
 
-    def _warn_if_large(self, estimate: Estimate) -> None:
+    def _warn_if_large(self) -> None:
         """Say once that there is a budget, where the cadence alone takes much of the run."""
         # the first firings of a run come close together, and prove nothing
-        large = len(self.estimates) > 3 and estimate.overhead > LARGE_OVERHEAD
+        overhead = self.estimates[-1].overhead
+        large = len(self.estimates) > 3 and overhead > LARGE_OVERHEAD
         if self._budget is not None or self._said_overhead or not large:
             return
         self._said_overhead = True
         rank_zero_warn(
-            f"SLTMonitor: measuring has taken {estimate.overhead:.0%} of this run's wall-clock so far. "
+            f"SLTMonitor: measuring has taken {overhead:.0%} of this run's wall-clock so far. "
             "SLTMonitor(max_overhead=0.05) keeps it to 5 %, by leaving firings out; or choose a wider cadence."
         )
 
@@ -579,37 +562,26 @@ class SLTMonitor(Callback):
         self._collective.exchange(lambda: built.append(build()))
         objective, source = built[0]
         self._share_buffers(objective)
-        if self._localization is None:
-            self._localization = default_localization(objective.anchor, objective.layout)
-        settings = dataclasses.replace(
-            settings,
-            localization=self._localization,
-            method=self._method,
-            second_moment=self._moments(trainer, objective),
-        )
-        memory: Optional[ChainMemory] = self._memory
-        if _is_smoke_test(trainer):
+        settings = dataclasses.replace(settings, second_moment=self._moments(trainer, objective))
+        smoke_test = _is_smoke_test(trainer)
+        if smoke_test:
             settings = dataclasses.replace(
                 settings, num_chains=1, num_draws=4, num_burnin_steps=2, num_steps_bw_draws=1, sampler=SMOKE_SAMPLER
             )
-            memory = None
-        influence: Optional[InfluenceEstimate] = None
+        probes: list[ProbeSet] = []
         if self._samples.wanted:
-            probes: list[ProbeSet] = []
             self._collective.exchange(
                 lambda: probes.append(self._samples.read(trainer, source, self._transfer(trainer)))
             )
-            estimate, influence = measure_both(
-                objective, source, settings, probes[0], self._collective, progress, memory
-            )
-        else:
-            estimate = measure_llc(objective, source, settings, self._collective, progress, memory)
+        estimate, influence = self._course.measure(
+            objective, source, settings, probes[0] if probes else None, self._collective, progress, smoke_test
+        )
         self._hook_owner = None
-        if not self._warm_start:
-            self._memory = ChainMemory(lr=self._memory.lr)
-        if estimate.method == "sequential":
-            # it always works, so it stays: another path rounds otherwise, and points would not share their noise
-            self._method = "sequential"
+        self._say_how(estimate, influence)
+        return estimate, influence
+
+    def _say_how(self, estimate: Estimate, influence: Optional[InfluenceEstimate]) -> None:
+        """What there is to be said of the first firing, and of the first samples that were left out."""
         if not self._said_method:
             self._said_method = True
             rank_zero_info(
@@ -627,7 +599,6 @@ class SLTMonitor(Callback):
             self._said_dropped = True
             named = ", ".join(f"{d.kind} {d.index} ({d.reason})" for d in influence.dropped[:5])
             rank_zero_warn(f"SLTMonitor: {len(influence.dropped)} samples are left out of influence: {named}")
-        return estimate, influence
 
     def _transfer(self, trainer: Trainer) -> Callable[[Any], Any]:
         """What the trainer does to a batch, with the hooks of the private copy there is when it is read."""
@@ -636,7 +607,7 @@ class SLTMonitor(Callback):
     def _moments(self, trainer: Trainer, objective: Objective) -> Optional[Tensor]:
         """``[d]`` second moments of the optimisers, the first rank's, for a sampler that wants them and starts cold."""
         sampler = self._settings.sampler
-        if sampler is None or not sampler.preconditioned or self._memory.displacements is not None:
+        if sampler is None or not sampler.preconditioned or self._course.memory.displacements is not None:
             return None
         module = trainer.lightning_module
         if objective.layout.sharded:
@@ -717,12 +688,10 @@ class SLTMonitor(Callback):
             "estimates": [estimate.state_dict() for estimate in self.estimates],
             "influences": [influence.without_pairs().state_dict() for influence in self.influences],
             "last_step": self._last_step,
-            "localization": self._localization,
-            "memory": self._memory.state_dict(),
+            **self._course.state_dict(),
             "seconds": self._seconds,
             "run_seconds": run_seconds,
             "folder": str(self.folder) if self.folder is not None else None,
-            "method": self._method,
             "budget": self._budget.state_dict() if self._budget is not None else None,
             "skipped": self._skipped,
         }
@@ -731,14 +700,13 @@ class SLTMonitor(Callback):
         self.estimates = [Estimate.from_state_dict(state) for state in state_dict["estimates"]]
         self.influences = [InfluenceEstimate.from_state_dict(state) for state in state_dict.get("influences", [])]
         self._last_step = int(state_dict["last_step"])
-        if self._settings.localization is None:
-            self._localization = state_dict["localization"]
-        self._memory.load_state_dict(state_dict["memory"])
+        self._course.load_state_dict(state_dict)
+        if self._settings.localization is not None:
+            self._course.localization = self._settings.localization
         self._seconds = float(state_dict["seconds"])
         self._run_seconds = float(state_dict["run_seconds"])
         folder = state_dict.get("folder")
         self._resumed_folder = Path(folder) if folder else None
-        self._method = state_dict.get("method", self._method)
         self._skipped = int(state_dict.get("skipped", 0))
         if self._budget is not None and state_dict.get("budget") is not None:
             self._budget.load_state_dict(state_dict["budget"])
@@ -813,14 +781,6 @@ def _listed(restrict: Any) -> list[Any]:
     if restrict is None:
         return []
     return [restrict] if isinstance(restrict, (str, nn.Module)) else list(restrict)
-
-
-def _fresh(folder: Path) -> Path:
-    """A folder that no earlier run has its record in."""
-    candidate, number = folder, 1
-    while RunRecord(candidate).path.exists():
-        candidate, number = folder.with_name(f"{folder.name}_run{number}"), number + 1
-    return candidate
 
 
 __all__ = ["SLTMonitor"]
