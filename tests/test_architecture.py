@@ -21,6 +21,7 @@ FLOORS = {
     "influence": 3,
     "callbacks": 4,
     "config": 5,
+    "testing": 5,
     "cli": 6,
 }
 
