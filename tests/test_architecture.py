@@ -22,6 +22,7 @@ FLOORS = {
     "firing": 3,
     "callbacks": 4,
     "config": 5,
+    "testing": 5,
     "cli": 6,
 }
 

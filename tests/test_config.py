@@ -11,10 +11,33 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from lightning_slt import SGLD, SGNHT, RMSpropSGLD, SLTMonitor, TransitionMonitor
-from lightning_slt.config import MonitorConfig, SamplerConfig, SamplerName, TransitionMonitorConfig, load
+from lightning_slt import (
+    MALA,
+    SGLD,
+    SGNHT,
+    RMSpropSGLD,
+    SLTMonitor,
+    TransitionMonitor,
+    estimate_influence,
+    estimate_llc,
+)
+from lightning_slt.config import (
+    EstimateSamplerConfig,
+    EstimateSamplerName,
+    InfluenceConfig,
+    LLCConfig,
+    MonitorConfig,
+    RunConfig,
+    SamplerConfig,
+    SamplerName,
+    TransitionMonitorConfig,
+    load,
+)
 
-NOT_PLAIN_DATA = {"loss_fn", "group_fn", "render"}
+NOT_PLAIN_DATA = {
+    *("module", "data", "train_data", "query_data", "weights"),
+    *("loss_fn", "group_fn", "render", "on_transition"),
+}
 
 
 @dataclass
@@ -30,18 +53,19 @@ class Experiment:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
 
-def test_names_order_and_defaults_are_those_of_the_callback() -> None:
-    arguments = {
-        name: p.default for name, p in inspect.signature(SLTMonitor).parameters.items() if name not in NOT_PLAIN_DATA
-    }
-    fields = {f.name: f.default for f in dataclasses.fields(MonitorConfig)}
-    assert list(fields.items()) == list(arguments.items())
+CONFIGURED: dict[type, Any] = {
+    MonitorConfig: SLTMonitor,
+    TransitionMonitorConfig: TransitionMonitor,
+    LLCConfig: estimate_llc,
+    InfluenceConfig: estimate_influence,
+}
 
 
-def test_names_order_and_defaults_are_those_of_the_transition_monitor() -> None:
-    parameters = inspect.signature(TransitionMonitor).parameters.items()
-    arguments = {name: p.default for name, p in parameters if name != "on_transition"}
-    assert [(f.name, f.default) for f in dataclasses.fields(TransitionMonitorConfig)] == list(arguments.items())
+@pytest.mark.parametrize(("schema", "configured"), CONFIGURED.items(), ids=lambda x: x.__name__)
+def test_names_order_and_defaults_are_those_of_what_is_configured(schema: type, configured: Any) -> None:
+    parameters = inspect.signature(configured).parameters.items()
+    arguments = [(name, p.default) for name, p in parameters if name not in NOT_PLAIN_DATA]
+    assert [(f.name, f.default) for f in dataclasses.fields(schema)] == arguments
 
 
 def test_a_transition_monitor_from_a_mapping() -> None:
@@ -241,3 +265,111 @@ def test_text_that_is_no_settings(tmp_path: Path) -> None:
             load(path)
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "nowhere.yaml")
+
+
+# ------------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_whole_run_from_one_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        """
+        monitor: {every_n_train_steps: 500, max_overhead: 0.05}
+        components:
+          encoder: {restrict: encoder.*, num_chains: 2}
+          head: {restrict: [head.*], every_n_epochs: 1}
+        transitions: {min_change: 1.0}
+        watch_components: true
+        """
+    )
+    config = load(tmp_path / "run.yaml", ["components.head.num_chains=8"], schema=RunConfig)
+    assert config.components["encoder"] == MonitorConfig(restrict=["encoder.*"], num_chains=2)
+    whole, encoder, head, *watches = config.build()
+    assert [monitor._name for monitor in (whole, encoder, head)] == [None, "encoder", "head"]
+    assert (head._settings.num_chains, head._restrict) == (8, ["head.*"])
+    keys = ["slt/llc/mean", "slt_encoder/llc/mean", "slt_head/llc/mean"]
+    assert [watch.state_key for watch in watches] == [TransitionMonitor(key).state_key for key in keys]
+    assert {watch._settings["min_change"] for watch in watches} == {1.0}
+
+
+def test_parts_of_a_run_can_be_left_out() -> None:
+    assert [type(c) for c in RunConfig().build()] == [SLTMonitor, TransitionMonitor]
+    assert [type(c) for c in load({"transitions": None}, schema=RunConfig).build()] == [SLTMonitor]
+    assert load({"monitor": None, "transitions": None}, schema=RunConfig).build() == []
+    only = load({}, ["monitor=null", "components.a.seed=1", "transitions.monitor=slt_a/llc/mean"], schema=RunConfig)
+    assert [type(c) for c in only.build()] == [SLTMonitor, TransitionMonitor]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"monitor": None}, "transitions.monitor='slt/llc/mean': nothing here measures that curve; there is none"),
+        ({"transitions": {"monitor": "slt_b/llc/mean"}}, "there is slt/llc/mean. transitions: null watches none"),
+        ({"components": {"a": {"name": "b"}}}, "components.a.name='b': a component's name is its key"),
+        ({"components": {"Not A Key": {}}}, "name='Not A Key': only lower-case letters"),
+        ({"monitor": {"num_draws": 0}}, "num_draws=0: must be at least 1"),
+    ],
+)
+def test_parts_of_a_run_that_do_not_fit(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        load(given, schema=RunConfig).build()
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"components": {"head": {"num_chain": 3}}},
+            "components.head.num_chain=3: no such setting (did you mean num_ch",
+        ),
+        ({"components": {"head": 3}}, "components.head=3: expected the settings of a MonitorConfig."),
+        ({"components": [1]}, "components=[1]: expected the settings of a MonitorConfig. RunConfig has"),
+        ({"components": {"head": {"sampler": {"lr": "x"}}}}, "components.head.sampler.lr='x': Value 'x' of type 'str'"),
+        ({"transition": {}}, "transition={}: no such setting (did you mean transitions?). RunConfig has monitor, "),
+        ({"transitions": {"min_change": "a"}}, "transitions.min_change='a': Value 'a' of type 'str' could not be"),
+        ({"watch_components": "maybe"}, "watch_components='maybe': Value 'maybe' is not a valid bool"),
+    ],
+)
+def test_a_mistake_in_a_whole_run(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        load(given, schema=RunConfig)
+    assert str(caught.value).startswith(message)
+
+
+# -------------------------------------------------------------------------------------------- one call, no trainer
+
+
+@pytest.mark.parametrize("schema", [LLCConfig, InfluenceConfig])
+def test_a_call_gets_every_argument(schema: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    function = CONFIGURED[schema].__name__
+    taken: dict[str, Any] = {}
+    monkeypatch.setattr(f"lightning_slt.config.{function}", lambda *args, **given: taken.update(given, args=args))
+    overrides = ["num_chains=3", "sampler.name=MALA", "sampler.lr=0.1", "restrict=fc.*", "device=cpu"]
+    config = load({}, overrides, schema=schema)
+    config.estimate("module", "data", loss_fn="loss", weights="state")
+    names = set(inspect.signature(CONFIGURED[schema]).parameters)
+    positional = taken.pop("args")
+    assert positional[:2] == ("module", "data") and positional[-1] == "loss"
+    assert set(taken) | {"module", "data", "train_data", "query_data", "loss_fn"} >= names
+    assert (taken["num_chains"], taken["restrict"], taken["device"], taken["weights"]) == (3, ["fc.*"], "cpu", "state")
+    assert taken["sampler"] == MALA(lr=0.1)
+
+
+@pytest.mark.parametrize("name", EstimateSamplerName)
+def test_every_sampler_of_a_call(name: EstimateSamplerName) -> None:
+    built = EstimateSamplerConfig(name, 0.5).build()
+    assert (type(built).__name__, built.lr) == (name.value, 0.5)
+
+
+@pytest.mark.parametrize(("text", "value"), [("5%", "5%"), ("0.5", 0.5), ("2", 2), ("null", None)])
+def test_a_tolerance_in_per_cent_or_in_units_of_the_llc(text: str, value: Any) -> None:
+    assert load({}, [f"tolerance={text}"], schema=LLCConfig).tolerance == value
+
+
+def test_a_mistake_in_the_settings_of_a_call() -> None:
+    with pytest.raises(ValueError, match=r"tolerence='5%': no such setting \(did you mean tolerance\?\)"):
+        load({"tolerence": "5%"}, schema=LLCConfig)
+    with pytest.raises(
+        ValueError, match=r"max_train='all': Value 'all' of type 'str' could not be converted to Integer"
+    ):
+        load({"max_train": "all"}, schema=InfluenceConfig)

@@ -232,12 +232,16 @@ class Objective:
         with self._context():
             return torch.is_autocast_enabled(self.device.type)
 
-    def copy_module(self) -> nn.Module:
-        """A second private copy, for the batched path: vmap may leave dead tensors in a module's attributes."""
+    def copy_module(self, stand_ins: bool = False) -> nn.Module:
+        """A second private copy, for the batched path: vmap may leave dead tensors in a module's attributes.
+
+        Args:
+            stand_ins: what cannot be copied (a lock, a cached tensor) is stood in for, as in the first copy.
+        """
         if self.borrowed:
             raise CopyError("the module cannot be copied")
         with torch.no_grad():
-            twin = copy.deepcopy(self.module)
+            twin = shadow_copy(self.module) if stand_ins else copy.deepcopy(self.module)
         detach_from_training(twin)
         prepare(twin, self._trainer)
         return twin

@@ -181,7 +181,7 @@ class Probe:
         self._per_token = per_token
         self._seed = seed
         module = objective.module
-        self._module = module if objective.borrowed else objective.copy_module()
+        self._module = module if objective.borrowed else objective.copy_module(stand_ins=True)
         self._wrapper = _LossesModule(self._module, objective)
         self._names = [f"module.{name}" for name in objective.names]
         self._dtypes = [p.dtype for p in objective.parameters()]
