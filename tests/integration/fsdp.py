@@ -67,7 +67,7 @@ def said(monitor: SLTMonitor, trace: TrainingTrace, **more: Any) -> Result:
     return {
         "estimates": [e.state_dict() for e in monitor.estimates],
         "num_batches": trace.num_batches,
-        "displacements": monitor._memory.displacements,
+        "displacements": monitor._course.memory.displacements,
         **more,
     }
 
