@@ -37,7 +37,7 @@ from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
 from lightning_slt.publish import RunPublisher
 from lightning_slt.record import Estimate, RunRecord
 from lightning_slt.sampling.batches import MinibatchSource
-from lightning_slt.sampling.collective import Alone, Collective
+from lightning_slt.sampling.collective import Alone, Collective, RankLostError
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.probe import GroupFn
@@ -457,7 +457,7 @@ class SLTMonitor(Callback):
                 estimate, influence = self._measure(trainer, pl_module, progress, settings)
         except Exception as error:
             self._hook_owner = None
-            if self._on_failure == "raise" or _is_smoke_test(trainer):
+            if self._on_failure == "raise" or _is_smoke_test(trainer) or isinstance(error, RankLostError):
                 raise
             rank_zero_warn(
                 f"SLTMonitor: the measurement at step {step} failed and is left out; training goes on. "

@@ -335,10 +335,10 @@ class Scenario:
     def run(self, folder: Path, *callbacks: Callback, **kwargs: Any) -> TrainingTrace:
         return run(self.trainer, self.module, self.data, callbacks, folder, **kwargs)
 
-    def assert_undisturbed(self, folder: Path, monitor: Callback) -> TrainingTrace:
+    def assert_undisturbed(self, folder: Path, *callbacks: Callback) -> TrainingTrace:
         """Train without and with ``monitor``; everything must be the same. Gives the trace with it."""
         without = self.run(folder / "without")
-        with_monitor = self.run(folder / "with", monitor)
+        with_monitor = self.run(folder / "with", *callbacks)
         assert without.num_batches > 0
         assert_same(without, with_monitor)
         return with_monitor
