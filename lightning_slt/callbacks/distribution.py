@@ -9,7 +9,14 @@ from typing import Any, Optional, TypeVar
 
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
@@ -178,6 +185,11 @@ def check_strategy(trainer: Trainer, elementwise: bool = True, samples: bool = F
         raise MisconfigurationException(
             f"SLTMonitor does not support {precision}: its scaling state is shared with training. Train with another "
             "precision, or measure stored checkpoints with estimate_llc(...)."
+        )
+    if isinstance(strategy, (XLAStrategy, SingleDeviceXLAStrategy)):
+        raise MisconfigurationException(
+            f"SLTMonitor does not support {type(strategy).__name__}: chains were never tried on TPUs. Measure stored "
+            "checkpoints with estimate_llc(...) on another device."
         )
     # DeepSpeedStrategy derives from DDPStrategy, but its engine owns the weights
     if isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, DeepSpeedStrategy):

@@ -165,6 +165,7 @@ def test_ranks_that_lightning_starts_return_metrics_and_leave_a_record(name: str
     assert len(records) == 1
     assert len(records[0].read_text().splitlines()) == 3
     assert result["metrics"]["slt/llc/mean"] != 0.0
+    assert result["estimates"] == []  # they are in the processes that are gone, and in the record
     assert "loss_epoch" in result["metrics"]
 
 
