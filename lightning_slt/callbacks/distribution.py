@@ -21,7 +21,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
+from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.collective import Alone, Collective, RankLostError, Together
+from lightning_slt.sampling.common_batches import CommonBatches
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.sharded import ShardedObjective, whole_weights
 
@@ -107,8 +109,8 @@ class Ranks:
             raise RankLostError("the first rank is gone, and training cannot go on.") from error
         if late:
             raise RankLostError(
-                f"a pass of the sharded model failed on rank {self.rank} and not on rank {late[0]}, which waits in it "
-                "for this one: training cannot go on."
+                f"a chain failed on rank {self.rank} and not on rank {late[0]}, which waits for this one inside the "
+                "sharded model: training cannot go on."
             )
 
     def _word_of(self, rank: int) -> int:
@@ -149,6 +151,13 @@ def make_objective(trainer: Trainer, module: LightningModule, collective: Collec
     if is_sharded(trainer):
         return ShardedObjective(module, collective, trainer.world_size, trainer=trainer, **settings)
     return Objective(module, trainer=trainer, **settings)
+
+
+def share_batches(source: MinibatchSource, collective: Collective) -> MinibatchSource:
+    """A source from which ranks that run chains together take the same minibatches; on all of them at once."""
+    if isinstance(collective, Together) and not isinstance(source, CommonBatches):
+        return CommonBatches(source, collective)
+    return source
 
 
 def weights_to_keep(trainer: Trainer, module: LightningModule) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from lightning_slt.callbacks.distribution import (
     close_collective,
     make_collective,
     make_objective,
+    share_batches,
 )
 from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.overhead import Decision, OverheadBudget
@@ -578,6 +579,7 @@ class SLTMonitor(Callback):
         built: list[tuple[Objective, MinibatchSource]] = []
         self._collective.exchange(lambda: built.append(build()))
         objective, source = built[0]
+        self._source = source = share_batches(source, self._collective)
         self._share_buffers(objective)
         if self._localization is None:
             self._localization = default_localization(objective.anchor, objective.layout)

@@ -55,7 +55,8 @@ class Meeting(Collective, Protocol):
         """Say that this rank has come to the point where all exchange.
 
         Args:
-            alone: a pass has failed here, perhaps on this rank alone: return once all the others have come too.
+            alone: something has failed here, perhaps on this rank alone, while the others wait for it in a pass: return
+                once all of them have come too.
 
         Raises:
             RankLostError: where one does not come for a while.
@@ -68,7 +69,7 @@ class Together:
     What is exchanged must be the same on all of them but for rounding; the first one's holds. What belongs to a shard
     stays on its rank.
 
-    A pass that fails does so on all ranks as a rule, since they have the same batch and the same weights. Where it
+    What fails in passes does so on all ranks as a rule, since they have the same batch and the same weights. Where it
     fails on one alone, the others wait for it inside the module's own collectives, out of our reach: it then gives up
     after a short while, and the run ends on all of them, as it would had a training step failed on one.
 
@@ -81,14 +82,18 @@ class Together:
 
     def __init__(self, ranks: Meeting) -> None:
         self.ranks = ranks
-        self._broken_off = False
+        self._in_passes = self._broken_off = False
+
+    def begin_pass(self) -> None:
+        """To be called before a pass that all ranks make together: they are in step until they exchange again."""
+        self._in_passes = True
 
     def break_off(self) -> None:
         """To be called where a pass has failed here."""
         self._broken_off = True
 
     def exchange(self, work: Callable[[], T]) -> list[T]:
-        self._broken_off = False
+        self._in_passes = self._broken_off = False
 
         def mine() -> Optional[T]:
             try:
@@ -96,20 +101,20 @@ class Together:
             except RankLostError:
                 raise
             except Exception as error:
-                self._arrive(error)
+                self._arrive(self._in_passes, error)
                 raise
-            self._arrive()
+            self._arrive(False)
             return value if self.ranks.rank == 0 else None
 
         return self.ranks.exchange(mine)[:1]  # type: ignore[return-value]
 
     def add(self, values: Tensor) -> Tensor:
-        self._arrive()
+        self._arrive(self._broken_off)
         return self.ranks.add(values)
 
-    def _arrive(self, error: Optional[Exception] = None) -> None:
+    def _arrive(self, alone: bool, error: Optional[Exception] = None) -> None:
         try:
-            self.ranks.arrive(alone=self._broken_off)
+            self.ranks.arrive(alone)
         except RankLostError as lost:
             if error is not None:
                 raise RankLostError(f"{lost} This rank failed with {type(error).__name__}: {error}") from error

@@ -284,6 +284,8 @@ class ShardedObjective(Objective):
                 piece.copy_(grad)
 
     def _losses_on(self, module: nn.Module, batch: Any) -> Tensor:
+        if isinstance(self._ranks, Together):
+            self._ranks.begin_pass()
         try:
             losses = super()._losses_on(module, batch)
         except BaseException:

@@ -281,6 +281,28 @@ def resume(folder: Path, world: int) -> Result:
     return said(again, with_monitor, before=[e.state_dict() for e in first.estimates])
 
 
+class OwnData(torch.utils.data.IterableDataset):
+    """Without numbers, so that batches that training saw are used again; other samples on each rank."""
+
+    def __iter__(self) -> Any:
+        samples = models.tensors(48)
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        return iter([samples[i] for i in range(24 * rank, 24 * rank + 24)])
+
+
+class SeesBatches(Held):
+    def loss(self, batch: Any) -> Tensor:
+        models.chain_saw(self, batch[0].sum())
+        return super().loss(batch)
+
+
+def data_of_its_own(folder: Path, world: int) -> Result:
+    """Each rank trains on other samples; a chain has one minibatch on all of them."""
+    monitor = tiny_monitor(at_steps=[6], num_draws=20, num_samples=24)
+    scenario = Scenario(SeesBatches, lambda: loaders(dataset=OwnData()), shards_of(world, max_epochs=1))
+    return said(monitor, scenario.run(folder, monitor), seen=[float(x) for x in models.CHAIN_SAW])
+
+
 def transitions(folder: Path, world: int) -> Result:
     """The weights of a transition are kept whole."""
     monitor, watch = Scripted(lambda step: jump(step, at=16)), TransitionMonitor()
@@ -330,13 +352,14 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
         fails_alone,
         unreadable_on_one_rank,
         resume,
+        data_of_its_own,
         transitions,
         noise,
     )
 }
 ALONE = (
     "fixed_step", "restricted", "defaults", "preconditioned", "tensor_parallel", "one_shard", "bf16_mixed", "bf16_true",
-    "fp16_true", "noise",
+    "fp16_true", "data_of_its_own", "noise",
 )  # fmt: skip
 """Also in one process without a strategy, which the ranks are held against; ``one_shard`` with it."""
 RUNS: tuple[tuple[str, int], ...] = (

@@ -98,6 +98,18 @@ def test_a_mixed_precision_policy_and_layers_that_stay_gathered(folder: Path) ->
     assert [r["num_batches"] for r in results] == [6, 6]
 
 
+def test_a_chain_has_one_minibatch_on_all_ranks_whatever_each_trains_on(folder: Path) -> None:
+    """That of the first rank."""
+    results = results_of(folder, "data_of_its_own", 2)
+    (shared,) = assert_ranks_agree(results, [6])
+    (whole,) = results_of(folder, "data_of_its_own", 1)
+    (alone,) = estimates_of(whole)
+    assert len(set(whole["seen"])) >= 6
+    assert results[0]["seen"] == results[1]["seen"]
+    assert set(results[0]["seen"]) == set(whole["seen"])
+    torch.testing.assert_close(shared.trace, alone.trace, rtol=0.0, atol=1e-6 * float(alone.trace.abs().max()))
+
+
 def test_resume_of_sharded_training(folder: Path) -> None:
     results = results_of(folder, "resume", 2)
     estimates = assert_ranks_agree(results, [2, 4, 6])
