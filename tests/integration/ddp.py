@@ -32,7 +32,7 @@ from tests.integration.harness import (
 from tests.integration.models import Net, Plain, loaders, with_validation
 from tests.integration.scripted import Scripted, jump
 
-LIMITS = {"spawn": 90.0, "fork": 90.0}
+LIMITS = {"spawn": 180.0, "fork": 90.0}
 Result = dict[str, Any]
 
 

@@ -98,6 +98,30 @@ def restricted(folder: Path, world: int) -> Result:
     return _held(folder, world, restrict="net.4.*")
 
 
+def within_layers(folder: Path, world: int) -> Result:
+    """Of what is gathered together some moves and some does not; training is the same."""
+    restrict = ["net.0.weight", "net.4.bias"]
+    if world > 1:
+        monitor = tiny_monitor(every_n_train_steps=2, restrict=restrict)
+        Scenario(Sharded, loaders, shards_of(world)).assert_undisturbed(folder / "net", monitor)
+    return _held(folder / "held", world, restrict=restrict)
+
+
+class Frozen(Held):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].requires_grad_(False)
+        self.net[4].bias.requires_grad_(False)
+
+
+def frozen(folder: Path, world: int) -> Result:
+    """A layer that does not train, and a part of one."""
+    if world > 1:
+        scenario = Scenario(Frozen, loaders, shards_of(world))
+        scenario.assert_undisturbed(folder / "net", tiny_monitor(every_n_train_steps=2))
+    return _held(folder / "held", world, Frozen)
+
+
 def defaults(folder: Path, world: int) -> Result:
     """Nothing is said but when, and to raise: 4 chains whose step, burn-in and length are found."""
     monitor = SLTMonitor(at_steps=[0], on_failure="raise", num_draws=25)
@@ -338,6 +362,8 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
     for f in (
         fixed_step,
         restricted,
+        within_layers,
+        frozen,
         defaults,
         preconditioned,
         tensor_parallel,
@@ -358,7 +384,8 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
     )
 }
 ALONE = (
-    "fixed_step", "restricted", "defaults", "preconditioned", "tensor_parallel", "one_shard", "bf16_mixed", "bf16_true",
+    "fixed_step", "restricted", "within_layers", "frozen", "defaults", "preconditioned",
+    "tensor_parallel", "one_shard", "bf16_mixed", "bf16_true",
     "fp16_true", "data_of_its_own", "noise",
 )  # fmt: skip
 """Also in one process without a strategy, which the ranks are held against; ``one_shard`` with it."""

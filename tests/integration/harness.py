@@ -26,6 +26,16 @@ SEED = 7
 PREFIX = "slt"
 """How the keys of the callback under test begin: the only ones that may be new."""
 
+FIGURES = (
+    "chains_figure",
+    "history_figure",
+    "influence_figure",
+    "suspects_figure",
+    "trajectories_figure",
+    "free_energy_figure",
+)
+"""What a publisher draws: ten times the work of the smallest chains."""
+
 Snapshot = dict[str, Any]
 """Name of a piece of state -> its value: a tensor of its own, or plain data."""
 

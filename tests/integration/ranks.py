@@ -26,7 +26,9 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_slt.publish import publisher
 from lightning_slt.record import Estimate
+from tests.integration.harness import FIGURES
 
 ROOT = Path(__file__).parents[2]
 DEFAULT_LIMIT = 60.0
@@ -154,6 +156,8 @@ def run_scenario(function: Function, here: Path, world: int, limit: float) -> No
 
 def main() -> None:
     torch.set_num_threads(1)
+    for name in FIGURES:
+        setattr(publisher, name, lambda *_, **__: None)
     module, folder = importlib.import_module(f"tests.integration.{sys.argv[1]}"), Path(sys.argv[2])
     for item in sys.argv[3:]:
         name, world = item.split(":")

@@ -13,7 +13,7 @@ from lightning_slt.record import RECORD_FILE
 from tests.integration.ddp import RUNS, SPAWNED
 from tests.integration.ranks import Results, assert_ranks_agree, estimates_of, launched_once, place, results_of
 
-TIMEOUT = 600.0
+TIMEOUT = 900.0
 """Seconds for all the scenarios; each has a limit of its own, see :mod:`tests.integration.ranks`."""
 
 
