@@ -642,7 +642,10 @@ class SLTMonitor(Callback):
             return None
         module = trainer.lightning_module
         if objective.layout.sharded:
-            return second_moments(trainer.optimizers, module, objective)
+            own = second_moments(trainer.optimizers, module, objective)
+            # some shards' moments without those of the others are of no use
+            found = torch.tensor([0.0 if own is not None else math.nan])
+            return own if objective.layout.all_finite(found) else None
         first = self._collective.rank == 0
         return self._collective.exchange(
             lambda: second_moments(trainer.optimizers, module, objective) if first else None

@@ -133,6 +133,14 @@ def preconditioned(folder: Path, world: int) -> Result:
     return _held(folder, world, sampler=RMSpropSGLD(lr=1e-4), num_burnin_steps=24)
 
 
+def moments_of_the_optimiser(folder: Path, world: int) -> Result:
+    """The metric begins as that of training's Adam, whose state is sharded as the weights are; some shards are
+    empty."""
+    monitor = tiny_monitor(at_steps=[1], sampler=RMSpropSGLD(lr=1e-4))
+    trace = Scenario(Sharded, loaders, shards_of(world, max_epochs=1)).assert_undisturbed(folder, monitor)
+    return said(monitor, trace, preconditioner=monitor._memory.preconditioner)
+
+
 def one_shard(folder: Path, world: int) -> Result:
     """The strategy with a single rank: DTensors in one piece."""
     os.environ.update(LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
@@ -366,6 +374,7 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
         frozen,
         defaults,
         preconditioned,
+        moments_of_the_optimiser,
         tensor_parallel,
         one_shard,
         bf16_mixed,
@@ -392,5 +401,5 @@ ALONE = (
 RUNS: tuple[tuple[str, int], ...] = (
     *((name, 2) for name in SCENARIOS if name != "one_shard"),
     *((name, 1) for name in ALONE),
-    *((name, 4) for name in ("fixed_step", "tensor_parallel", "noise")),
+    *((name, 4) for name in ("fixed_step", "tensor_parallel", "noise", "moments_of_the_optimiser")),
 )

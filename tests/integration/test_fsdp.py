@@ -12,6 +12,7 @@ from lightning import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
+from lightning_slt import RMSpropSGLD
 from tests.integration.fsdp import RUNS
 from tests.integration.ranks import assert_ranks_agree, estimates_of, launched_once, results_of
 
@@ -84,6 +85,20 @@ def test_half_precision_shards_follow_float32_masters(name: str, shapes: Shapes,
         expected = shards(whole, shapes, rank, 2)
         assert float(expected.std()) == pytest.approx(0.01 * 22**0.5, rel=0.2)
         assert float((result["displacements"] - expected).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_metric_of_shards_has_one_scale(world: int, folder: Path) -> None:
+    results = results_of(folder, "moments_of_the_optimiser", world)
+    assert_ranks_agree(results, [1])
+    parts = [r["preconditioner"] for r in results]
+    assert sum(len(part) for part in parts) == 74
+    whole = torch.cat(parts)
+    # P = (1 + kappa) s / (sqrt(v) + kappa s), where s is that of all the shards: its mean square over them is known
+    kappa = RMSpropSGLD(lr=1e-4).kappa
+    relative = (1 + kappa) / whole.double() - kappa  # sqrt(v) / s
+    assert float(relative.square().mean()) == pytest.approx(1.0, rel=1e-3)
+    assert float(whole.std()) > 0.1
 
 
 def test_a_single_rank_has_the_whole_model_in_one_shard(folder: Path) -> None:
