@@ -123,8 +123,8 @@ def frozen(folder: Path, world: int) -> Result:
 
 
 def defaults(folder: Path, world: int) -> Result:
-    """Nothing is said but when, and to raise: 4 chains whose step, burn-in and length are found."""
-    monitor = SLTMonitor(at_steps=[0], on_failure="raise", num_draws=25)
+    """Two short chains whose step, burn-in and length are found."""
+    monitor = SLTMonitor(at_steps=[0], on_failure="raise", num_chains=2, num_draws=12)
     return said(monitor, Scenario(Held, loaders, shards_of(world, max_epochs=1)).run(folder, monitor))
 
 
