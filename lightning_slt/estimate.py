@@ -237,7 +237,7 @@ def run_chains(
 
 def _finite_start(objective: Objective, source: MinibatchSource) -> float:
     loss = open_window(objective, source)
-    if not bool(torch.isfinite(objective.anchor).all()):
+    if not objective.layout.all_finite(objective.anchor):
         raise NonFiniteLossError("some of the current weights are not finite: there is no minimum to study.")
     if not math.isfinite(loss):
         raise NonFiniteLossError(f"the loss at the current weights is {loss}: there is no minimum to study.")

@@ -24,6 +24,7 @@ from lightning_slt.callbacks.distribution import (
     close_collective,
     make_collective,
     make_objective,
+    share_batches,
 )
 from lightning_slt.callbacks.folder import fresh, restore_record, run_folder
 from lightning_slt.callbacks.listener import EstimateListener
@@ -39,7 +40,7 @@ from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish import RunPublisher
 from lightning_slt.record import Estimate, RunRecord
 from lightning_slt.sampling.batches import MinibatchSource
-from lightning_slt.sampling.collective import Alone, Collective
+from lightning_slt.sampling.collective import Alone, Collective, RankLostError
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.probe import GroupFn
 from lightning_slt.sampling.restriction import select_parameters
@@ -429,7 +430,7 @@ class SLTMonitor(Callback):
                 estimate, influence = self._measure(trainer, pl_module, progress, settings)
         except Exception as error:
             self._hook_owner = None
-            if self._on_failure == "raise" or _is_smoke_test(trainer):
+            if self._on_failure == "raise" or _is_smoke_test(trainer) or isinstance(error, RankLostError):
                 raise
             rank_zero_warn(
                 f"SLTMonitor: the measurement at step {step} failed and is left out; training goes on. "
@@ -561,6 +562,7 @@ class SLTMonitor(Callback):
         built: list[tuple[Objective, MinibatchSource]] = []
         self._collective.exchange(lambda: built.append(build()))
         objective, source = built[0]
+        self._source = source = share_batches(source, self._collective)
         self._share_buffers(objective)
         settings = dataclasses.replace(settings, second_moment=self._moments(trainer, objective))
         smoke_test = _is_smoke_test(trainer)
@@ -611,7 +613,10 @@ class SLTMonitor(Callback):
             return None
         module = trainer.lightning_module
         if objective.layout.sharded:
-            return second_moments(trainer.optimizers, module, objective)
+            own = second_moments(trainer.optimizers, module, objective)
+            # some shards' moments without those of the others are of no use
+            found = torch.tensor([0.0 if own is not None else math.nan])
+            return own if objective.layout.all_finite(found) else None
         first = self._collective.rank == 0
         return self._collective.exchange(
             lambda: second_moments(trainer.optimizers, module, objective) if first else None

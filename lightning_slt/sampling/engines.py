@@ -253,7 +253,7 @@ class ShardedEngine(SequentialEngine):
             loss = shards.loss(batch)
             loss.backward()
         except BaseException:
-            shards.recover()
+            shards.break_off()
             raise
         shards.take_gradients(self._grad_pieces, keep)
         return loss.detach()

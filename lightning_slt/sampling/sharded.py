@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_slt.sampling import steps
 from lightning_slt.sampling.batches import clone
-from lightning_slt.sampling.collective import Collective
+from lightning_slt.sampling.collective import Collective, Together
 from lightning_slt.sampling.layout import Piece, ShardLayout
 from lightning_slt.sampling.objective import Objective, borrow
 from lightning_slt.sampling.restriction import Restriction
@@ -41,6 +41,28 @@ def has_shards(module: nn.Module) -> bool:
 def local_of(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, which may be all of it; it shares its memory."""
     return tensor._local_tensor if is_distributed_tensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole_weights(module: nn.Module, keep: bool = True) -> dict[str, Any]:
+    """The module's ``state_dict``, each DTensor gathered, on the CPU; on all its ranks at once.
+
+    Args:
+        keep: whether they are wanted on this rank; an empty dict is returned where not.
+    """
+    for wrapped in fully_sharded(module):
+        wrapped.reshard()  # type: ignore[operator]
+    kept: dict[str, Any] = {}
+    for name, value in module.state_dict().items():
+        if is_distributed_tensor(value):
+            value = value.detach().full_tensor()
+        if keep:
+            kept[name] = value.detach().cpu() if isinstance(value, Tensor) else value
+    return kept
+
+
+def fully_sharded(module: nn.Module) -> list[nn.Module]:
+    """The modules to which ``fully_shard`` was applied."""
+    return [m for m in module.modules() if hasattr(m, "reshard") and hasattr(m, "unshard")]
 
 
 def piece_of(parameter: Tensor, start: int, world_size: int) -> Piece:
@@ -122,7 +144,7 @@ class ShardedObjective(Objective):
         context: Optional[Callable[[], AbstractContextManager[Any]]] = None,
     ) -> None:
         self._ranks, self._world_size = ranks, world_size
-        self._wrapped = [m for m in module.modules() if hasattr(m, "reshard") and hasattr(m, "unshard")]
+        self._wrapped = fully_sharded(module)
         self._buffers: dict[str, Tensor] = {}
         super().__init__(module, loss_fn, restrict, trainer=trainer, context=context)
 
@@ -193,6 +215,12 @@ class ShardedObjective(Objective):
         for module in self._wrapped:
             module.reshard()  # type: ignore[operator]
 
+    def break_off(self) -> None:
+        """A pass has failed here, and perhaps only here: undo it, and say so."""
+        if isinstance(self._ranks, Together):
+            self._ranks.break_off()
+        self.recover()
+
     def recover(self) -> None:
         """Undo what a pass that was broken off, or that no backward pass followed, has left in the module's hooks."""
         for module in self._wrapped:
@@ -256,10 +284,12 @@ class ShardedObjective(Objective):
                 piece.copy_(grad)
 
     def _losses_on(self, module: nn.Module, batch: Any) -> Tensor:
+        if isinstance(self._ranks, Together):
+            self._ranks.begin_pass()
         try:
             losses = super()._losses_on(module, batch)
         except BaseException:
-            self.recover()
+            self.break_off()
             raise
         if is_distributed_tensor(losses):
             losses = losses.full_tensor()  # type: ignore[attr-defined]

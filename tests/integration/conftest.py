@@ -10,6 +10,7 @@ import torch
 
 from lightning_slt.publish import publisher
 from tests.integration import models
+from tests.integration.harness import FIGURES
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,9 +51,7 @@ def _one_quiet_process() -> Iterator[None]:
 def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes ten times as long as the smallest chains: left out where a test does not ask for ``pictures``."""
     if "pictures" not in request.fixturenames:
-        figures = ("chains_figure", "history_figure", "influence_figure", "suspects_figure", "trajectories_figure")
-        figures += ("free_energy_figure",)
-        for name in figures:
+        for name in FIGURES:
             monkeypatch.setattr(publisher, name, lambda *_, **__: None)
 
 

@@ -26,6 +26,10 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_slt.publish import publisher
+from lightning_slt.record import Estimate
+from tests.integration.harness import FIGURES
+
 ROOT = Path(__file__).parents[2]
 DEFAULT_LIMIT = 60.0
 Results = dict[str, Any]
@@ -87,6 +91,24 @@ def results_of(folder: Path, name: str, world: int) -> list[Results]:
     return results
 
 
+def estimates_of(result: Results) -> list[Estimate]:
+    return [Estimate.from_state_dict(state) for state in result["estimates"]]
+
+
+def assert_ranks_agree(results: list[Results], steps: list[int]) -> list[Estimate]:
+    """Every rank has the same estimates, at ``steps``, to the last bit."""
+    first, *others = (estimates_of(result) for result in results)
+    assert [e.step for e in first] == steps
+    assert others
+    for other in others:
+        assert [e.step for e in other] == steps
+        for a, b in zip(first, other, strict=True):
+            assert torch.equal(a.trace, b.trace) and torch.equal(a.per_chain, b.per_chain)
+            assert (a.mean, a.se, a.init_loss, a.step_size, a.x) == (b.mean, b.se, b.init_loss, b.step_size, b.x)
+            assert a.trace.isfinite().all()
+    return first
+
+
 # -------------------------------------------------------------------------------------------------- on the ranks' side
 
 
@@ -134,6 +156,8 @@ def run_scenario(function: Function, here: Path, world: int, limit: float) -> No
 
 def main() -> None:
     torch.set_num_threads(1)
+    for name in FIGURES:
+        setattr(publisher, name, lambda *_, **__: None)
     module, folder = importlib.import_module(f"tests.integration.{sys.argv[1]}"), Path(sys.argv[2])
     for item in sys.argv[3:]:
         name, world = item.split(":")

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_slt import SGNHT, SLTMonitor
@@ -105,10 +113,12 @@ def test_attribute_that_blocks_the_copy_is_named(tmp_path: Path, caplog: pytest.
 # ----------------------------------------------------------------------------------------------------------- strategies
 
 
-def setup_under(strategy: type[Any], folder: Path, **settings: Any) -> None:
-    """Neither can be made on a machine without a GPU: the trainer is told that it has one."""
+def setup_under(strategy: type[Any], folder: Path, precision: Any = None, **settings: Any) -> None:
+    """Such a strategy or precision cannot be made without a device or a package of its own: the trainer is told that
+    it has one."""
     trainer = quiet_trainer(folder)
     trainer._accelerator_connector.strategy = object.__new__(strategy)
+    trainer.strategy._precision_plugin = object.__new__(precision) if precision is not None else None
     tiny_monitor(**settings).setup(trainer, Net(), "fit")
 
 
@@ -116,6 +126,23 @@ def setup_under(strategy: type[Any], folder: Path, **settings: Any) -> None:
 def test_a_strategy_that_keeps_the_weights_to_itself_is_refused_at_setup(strategy: type[Any], tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=f"{strategy.__name__}.*'ddp' or ModelParallelStrategy") as told:
         setup_under(strategy, tmp_path)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("strategy", [XLAStrategy, SingleDeviceXLAStrategy])
+def test_a_device_on_which_nothing_was_tried_is_refused_at_setup(strategy: type[Any], tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=f"{strategy.__name__}.*estimate_llc") as told:
+        setup_under(strategy, tmp_path)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("strategy", [SingleDeviceStrategy, ModelParallelStrategy])
+@pytest.mark.parametrize("precision", [TransformerEnginePrecision, BitsandbytesPrecision])
+def test_a_precision_with_a_state_of_its_own_is_refused_at_setup(
+    precision: type[Any], strategy: type[Any], tmp_path: Path
+) -> None:
+    with pytest.raises(MisconfigurationException, match=f"{precision.__name__}.*another precision") as told:
+        setup_under(strategy, tmp_path, precision)
     assert "\n" not in str(told.value)
 
 
