@@ -28,6 +28,8 @@ from lightning_slt.sampling.shadow import (
 log = logging.getLogger(__name__)
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+_NO_GRAPH = "does not require grad"
+"""How torch's error reads where a derivative is asked for of something that has none."""
 
 
 class Objective:
@@ -56,7 +58,11 @@ class Objective:
         anchor: ``[d]``, the flat ``w*``, float32 or float64.
         borrowed: the module could not be copied: it is called in place with other weights, and put back after.
         rounds: the module computes in half precision from float32 masters.
+        differentiates: the step itself asks for derivatives (a gradient penalty, an adversarial input): it is called
+            with gradients on, also where only its value is wanted.
     """
+
+    differentiates = False
 
     def __init__(
         self,
@@ -158,7 +164,18 @@ class Objective:
         if self._written:
             self._rewind(module)
         with self._context():
-            return self._loss_fn(module, batch)
+            if torch.is_grad_enabled():
+                return self._loss_fn(module, batch)
+            if not self.differentiates:
+                try:
+                    return self._loss_fn(module, batch)
+                except RuntimeError as error:
+                    if _NO_GRAPH not in str(error):
+                        raise
+                    log.info("the step asks for derivatives itself: it is called with gradients on")
+                    self.differentiates = True
+            with torch.enable_grad():
+                return self._loss_fn(module, batch).detach()
 
     @property
     def writes(self) -> bool:
@@ -370,10 +387,10 @@ def _to_float32(batch: Any) -> Any:
     return apply_to_collection(batch, Tensor, lambda x: x.float() if x.dtype in _LOW_PRECISION else x)
 
 
-def _versions(batch: Any) -> list[int]:
-    """How often each tensor has been changed in place."""
-    found: list[int] = []
-    apply_to_collection(batch, Tensor, lambda tensor: found.append(tensor._version))
+def _versions(batch: Any) -> list[tuple[int, bool]]:
+    """How often each tensor has been changed in place, and whether it gathers gradients."""
+    found: list[tuple[int, bool]] = []
+    apply_to_collection(batch, Tensor, lambda tensor: found.append((tensor._version, tensor.requires_grad)))
     return found
 
 
