@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -78,3 +80,24 @@ def test_docstrings_arrive_as_pages_and_not_as_source(built: tuple[Path, str]) -
     for page in (built[0] / "reference").rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         assert not re.search(r":(?:class|func|meth|mod):|\.\. math::", text), page.name
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("[a](reading.md#the-keys)", "[a](reading.md#the-keys)"),
+        ("[b](../CHANGELOG.md)", "[b](changelog.md)"),
+        ("[c](../benchmarks/README.md#x)", "[c](benchmarks.md#x)"),
+        ("see [`d`](../examples/digits.py).", "see `d`."),
+        ("[e](../nowhere.py)", "[e](../nowhere.py)"),
+        ("![f](images/grokking.png)", "![f](images/grokking.png)"),
+        ("[g](https://example.org/a.md)", "[g](https://example.org/a.md)"),
+    ],
+)
+def test_links_into_the_repository(written: str, shown: str) -> None:
+    spec = importlib.util.spec_from_file_location("site_hook", ROOT / "docs" / "hooks" / "site.py")
+    assert spec is not None and spec.loader is not None
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="choosing.md"))
+    assert hook.on_page_markdown(written, page, None, None) == shown
