@@ -400,6 +400,10 @@ def _borrow(module: nn.Module, trainer: Any) -> Iterator[None]:
     saved = [(m, dict(m.__dict__)) for m in module.modules()]
     # a metric changes its state in place, which putting the attributes back would not undo: it is not called at all
     buffers = [(m, dict(m._buffers), {k: b.clone() for k, b in m._buffers.items() if b is not None}) for m, _ in saved]
+    # a step that calls backward() itself would add to those that training accumulates
+    gradients = [(p, p.grad) for p in module.parameters()]
+    for p, _ in gradients:
+        p.grad = None
     try:
         for m, _ in saved:
             m.training = isinstance(m, nn.RNNBase) and m.dropout == 0.0
@@ -410,6 +414,8 @@ def _borrow(module: nn.Module, trainer: Any) -> Iterator[None]:
         for m, attributes in saved:
             m.__dict__.clear()
             m.__dict__.update(attributes)
+        for p, gradient in gradients:
+            p.grad = gradient
         for m, live, values in buffers:
             m._buffers.update(live)
             with torch.no_grad():
