@@ -258,7 +258,7 @@ def flatten(value: Any, name: str = "") -> Snapshot:
         items = list(enumerate(value))
     else:
         if isinstance(value, Tensor):
-            value = value.detach().clone()
+            value = getattr(value, "_local_tensor", value).detach().clone()  # of a sharded tensor, what is here
         elif not isinstance(value, (int, float, str, bool, type(None), torch.dtype)):
             value = repr(type(value))
         return {name: value}

@@ -25,6 +25,16 @@ __all__ = ["SGLD", "RecordingLogger", "SLTMonitor", "TrainingTrace", "flatten", 
 
 SEED = 7
 
+FIGURES = (
+    "chains_figure",
+    "history_figure",
+    "influence_figure",
+    "suspects_figure",
+    "trajectories_figure",
+    "free_energy_figure",
+)
+"""What a publisher draws: ten times the work of the smallest chains."""
+
 
 def assert_same(a: TrainingTrace, b: TrainingTrace) -> None:
     """Bitwise the same training.
@@ -111,10 +121,10 @@ class Scenario:
     def run(self, folder: Path, *callbacks: Callback, **kwargs: Any) -> TrainingTrace:
         return run(self.trainer, self.module, self.data, callbacks, folder, **kwargs)
 
-    def assert_undisturbed(self, folder: Path, monitor: Callback) -> TrainingTrace:
-        """Train without and with ``monitor``; everything must be the same. Gives the trace with it."""
+    def assert_undisturbed(self, folder: Path, *callbacks: Callback) -> TrainingTrace:
+        """Train without and with ``callbacks``; everything must be the same. Gives the trace with them."""
         without = self.run(folder / "without")
-        with_monitor = self.run(folder / "with", monitor)
+        with_monitor = self.run(folder / "with", *callbacks)
         assert without.num_batches > 0
         assert_same(without, with_monitor)
         return with_monitor
