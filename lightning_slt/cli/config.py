@@ -122,7 +122,8 @@ def arguments_of(documented: Any) -> dict[str, str]:
     import docstring_parser
 
     found = docstring_parser.parse(inspect.getdoc(documented) or "", docstring_parser.DocstringStyle.GOOGLE).params
-    return {p.arg_name: _as_comment(p.description or "") for p in found}
+    # one entry may be of several: "max_train, max_query: ..."
+    return {name.strip(): _as_comment(p.description or "") for p in found for name in p.arg_name.split(",")}
 
 
 _YAML = {"None": "null", "True": "true", "False": "false"}

@@ -72,3 +72,17 @@ def test_the_section_that_is_commented_out_is_one_that_can_be_put_in(capsys: pyt
     assert lines[start - 1] == "sampler: null"
     opened = [*lines[: start - 1], *(line[2:] for line in lines[start : start + 9]), *lines[start + 9 :]]
     assert load(yaml.safe_load("\n".join(opened))) == MonitorConfig(sampler=SamplerConfig())
+
+
+def test_an_entry_of_two_names_is_said_of_both() -> None:
+    def documented() -> None:
+        """Does something.
+
+        Args:
+            one: the first.
+            two, three: how many of
+                each; None for all.
+        """
+
+    told = "how many of each; null for all."
+    assert arguments_of(documented) == {"one": "the first.", "two": told, "three": told}
