@@ -2,9 +2,9 @@
 
 The schema is a dataclass, so that OmegaConf refuses a typo or a wrong type by the field's name. :class:`RunConfig` is
 what a whole run measures; :class:`MonitorConfig` and :class:`TransitionMonitorConfig` are one callback each;
-:class:`LLCConfig` and :class:`InfluenceConfig` one call without a trainer. To have one of them in a schema of your own,
-make it the type of a field there and pass that schema to :func:`load`. What each field means is said where the argument
-is: ``lightning-slt config`` prints it beside the defaults.
+:class:`LLCConfig`, :class:`InfluenceConfig` and :class:`DetectorConfig` are for what works without a trainer. To have
+one of them in a schema of your own, make it the type of a field there and pass that schema to :func:`load`. What each
+field means is said where the argument is: ``lightning-slt config`` prints it beside the defaults.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from lightning_slt.influence import MAX_TRAIN, estimate_influence
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, RMSpropSGLD, sampler_from
+from lightning_slt.transitions import Transition, TransitionDetector, detect_transitions
 
 Source = Union[str, os.PathLike[str], Mapping[str, Any], DictConfig]
 """A YAML file, or what such a file holds."""
@@ -46,19 +47,27 @@ class SamplerName(Enum):
 
 @dataclass
 class SamplerConfig:
-    """Which sampler, and its step size; finer arguments of a sampler are given in Python.
+    """Which sampler, and its arguments.
 
     Args:
         name: SGLD, RMSpropSGLD or SGNHT.
         lr: the step size; None has it calibrated.
+        kappa: of RMSpropSGLD: how far its metric may go, the smaller the further; None for its default.
+        diffusion_factor: of SGNHT: the noise injected in a step, also the friction to begin with; None for its default.
     """
 
     name: SamplerName = SamplerName.SGLD
     lr: Optional[float] = None
+    kappa: Optional[float] = None
+    diffusion_factor: Optional[float] = None
 
     def build(self) -> Union[SGLD, RMSpropSGLD, SGNHT]:
-        """The sampler."""
-        return sampler_from({"name": self.name.value, "lr": self.lr})
+        """The sampler.
+
+        Raises:
+            ValueError: for an argument out of range, or that this sampler does not have.
+        """
+        return sampler_from({"name": self.name.value, "lr": self.lr, **_given(self)})
 
 
 @dataclass
@@ -201,16 +210,27 @@ class EstimateSamplerConfig:
     Args:
         name: SGLD, RMSpropSGLD, SGNHT or MALA.
         lr: the step size; None has it calibrated.
+        kappa: of RMSpropSGLD: how far its metric may go, the smaller the further; None for its default.
+        diffusion_factor: of SGNHT: the noise injected in a step, also the friction to begin with; None for its default.
     """
 
     name: EstimateSamplerName = EstimateSamplerName.SGLD
     lr: Optional[float] = None
+    kappa: Optional[float] = None
+    diffusion_factor: Optional[float] = None
 
     def build(self) -> Union[SGLD, RMSpropSGLD, SGNHT, MALA]:
-        """The sampler."""
-        if self.name is EstimateSamplerName.MALA:
-            return MALA(lr=self.lr)
-        return sampler_from({"name": self.name.value, "lr": self.lr})
+        """The sampler.
+
+        Raises:
+            ValueError: for an argument out of range, or that this sampler does not have.
+        """
+        finer = _given(self)
+        if self.name is not EstimateSamplerName.MALA:
+            return sampler_from({"name": self.name.value, "lr": self.lr, **finer})
+        if finer:
+            raise ValueError(f"sampler: unknown key {sorted(finer)}; MALA has ['lr'].")
+        return MALA(lr=self.lr)
 
 
 @dataclass
@@ -285,6 +305,37 @@ class InfluenceConfig:
         return estimate_influence(module, train_data, query_data, loss_fn, **others, **_arguments(self))
 
 
+@dataclass
+class DetectorConfig:
+    """Arguments of :class:`~lightning_slt.TransitionDetector` and :func:`~lightning_slt.detect_transitions`.
+
+    Example:
+        >>> [t.kind for t in DetectorConfig().detect(range(40), [10] * 20 + [20] * 20, [1] * 40, [2] * 20 + [1] * 20)]
+        ['A']
+    """
+
+    false_alarms: float = 0.05
+    min_change: float = 0.0
+    at_boundary: str = "annotate"
+
+    def build(self) -> TransitionDetector:
+        """The detector for points that come one by one.
+
+        Raises:
+            ValueError: for an argument out of range.
+        """
+        return TransitionDetector(**_arguments(self))
+
+    def detect(self, steps: Any, llc: Any, llc_se: Any, loss: Any, valid: Any = None) -> list[Transition]:
+        """Of a whole curve; arguments and errors are those of :func:`~lightning_slt.detect_transitions`."""
+        return detect_transitions(steps, llc, llc_se, loss, valid, **_arguments(self))
+
+
+def _given(sampler: Any) -> dict[str, float]:
+    """The arguments that not every sampler has, of those that were given."""
+    return {k: getattr(sampler, k) for k in ("kappa", "diffusion_factor") if getattr(sampler, k) is not None}
+
+
 def _arguments(config: Any) -> dict[str, Any]:
     """The fields of a config as arguments of what it configures, its sampler built."""
     arguments = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
@@ -315,7 +366,7 @@ def load(source: Source, overrides: Sequence[str] = (), *, schema: type[Any] = M
 
     Example:
         >>> load({"num_chains": 8}, ["num_draws=50", "sampler.lr=1e-5"]).sampler
-        SamplerConfig(name=<SamplerName.SGLD: 'SGLD'>, lr=1e-05)
+        SamplerConfig(name=<SamplerName.SGLD: 'SGLD'>, lr=1e-05, kappa=None, diffusion_factor=None)
         >>> load({"num_chain": 8})  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...

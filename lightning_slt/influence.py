@@ -627,8 +627,7 @@ def estimate_influence(
         seed: determines the estimate and the subset of samples.
         device: None for where the module is.
         full_batch: True for all the data at every step, whatever its size.
-        max_train: samples at the most; a reproducible subset of larger data. None for all.
-        max_query: the same for the queries.
+        max_train, max_query: samples at the most; a reproducible subset of larger data. None for all.
         group_fn: the group of a sample, for ``group_matrix``; None takes the class where there is one.
         per_token: every token of a query is a row, ``query_token`` says which; ``loss_fn`` must give
             ``[batch, tokens]``.

@@ -17,11 +17,13 @@ from lightning_slt import (
     SGNHT,
     RMSpropSGLD,
     SLTMonitor,
+    TransitionDetector,
     TransitionMonitor,
     estimate_influence,
     estimate_llc,
 )
 from lightning_slt.config import (
+    DetectorConfig,
     EstimateSamplerConfig,
     EstimateSamplerName,
     InfluenceConfig,
@@ -33,6 +35,7 @@ from lightning_slt.config import (
     TransitionMonitorConfig,
     load,
 )
+from lightning_slt.transitions.settings import threshold_of
 
 NOT_PLAIN_DATA = {
     *("module", "data", "train_data", "query_data", "weights"),
@@ -58,6 +61,7 @@ CONFIGURED: dict[type, Any] = {
     TransitionMonitorConfig: TransitionMonitor,
     LLCConfig: estimate_llc,
     InfluenceConfig: estimate_influence,
+    DetectorConfig: TransitionDetector,
 }
 
 
@@ -80,10 +84,11 @@ def test_a_transition_monitor_from_a_mapping() -> None:
 
 
 def test_names_and_defaults_are_those_of_the_sampler() -> None:
-    arguments = {name: p.default for name, p in inspect.signature(SGLD).parameters.items()}
-    fields = {f.name: f.default for f in dataclasses.fields(SamplerConfig)}
-    assert fields.pop("name") is SamplerName.SGLD
-    assert fields == arguments
+    arguments = {name for kind in (SGLD, RMSpropSGLD, SGNHT) for name in inspect.signature(kind).parameters}
+    for schema, first in ((SamplerConfig, SamplerName.SGLD), (EstimateSamplerConfig, EstimateSamplerName.SGLD)):
+        fields = {f.name: f.default for f in dataclasses.fields(schema)}
+        assert fields.pop("name") is first
+        assert fields == dict.fromkeys(arguments)
 
 
 @pytest.mark.parametrize("kind", [SGLD, RMSpropSGLD, SGNHT])
@@ -205,8 +210,12 @@ def test_a_node_that_refers_to_its_siblings() -> None:
         ({"at_steps": 5}, "at_steps=5", "list"),
         ({"at_steps": ["a"]}, "at_steps[0]=['a']", "Integer"),
         ({"seed": {"a": 1}}, "seed={'a': 1}", "Integer"),
-        ({"sampler": {"learning_rate": 1.0}}, "sampler.learning_rate=1.0", "SamplerConfig has name, lr"),
-        ({"sampler": {"lr": "x"}}, "sampler.lr='x'", "SamplerConfig has name, lr"),
+        (
+            {"sampler": {"learning_rate": 1.0}},
+            "sampler.learning_rate=1.0",
+            "SamplerConfig has name, lr, kappa, diffusion_factor.",
+        ),
+        ({"sampler": {"lr": "x"}}, "sampler.lr='x'", "SamplerConfig has name, lr, kappa, diffusion_factor."),
         ({"probes": 100}, "probes=100", "did you mean probe"),
         ({"probe": "all of them"}, "probe='all of them'", "Union[bool, int]"),
         ({"query": 0.5}, "query=0.5", "Union[bool, int]"),
@@ -232,7 +241,7 @@ def test_a_mistake_is_named_with_its_value_and_what_there_is(given: dict[str, An
         ({"monitor": {"num_chain": 3}}, "monitor.num_chain=3: no such setting (did you mean num_chains?). Monitor"),
         (
             {"monitor": {"sampler": {"l": 3}}},
-            "monitor.sampler.l=3: no such setting (did you mean lr?). SamplerConfig has name, lr.",
+            "monitor.sampler.l=3: no such setting (did you mean lr?). SamplerConfig has name, lr, kappa, ",
         ),
         ({"monitors": {}}, "monitors={}: no such setting (did you mean monitor?). Experiment has training, monitor."),
         ({"training": [1]}, "training=[1]: expected the settings of a TrainingConfig."),
@@ -359,6 +368,30 @@ def test_a_call_gets_every_argument(schema: type, monkeypatch: pytest.MonkeyPatc
 def test_every_sampler_of_a_call(name: EstimateSamplerName) -> None:
     built = EstimateSamplerConfig(name, 0.5).build()
     assert (type(built).__name__, built.lr) == (name.value, 0.5)
+
+
+@pytest.mark.parametrize("schema", [SamplerConfig, EstimateSamplerConfig])
+def test_what_only_one_sampler_has(schema: type) -> None:
+    assert load({"name": "RMSpropSGLD", "kappa": 0.2}, schema=schema).build() == RMSpropSGLD(kappa=0.2)
+    assert load({"name": "SGNHT", "diffusion_factor": 0.1}, schema=schema).build() == SGNHT(diffusion_factor=0.1)
+    with pytest.raises(ValueError, match=r"kappa=-1.0: must be positive"):
+        load({"name": "RMSpropSGLD", "kappa": -1}, schema=schema).build()
+    for name in ("SGLD", "SGNHT", "MALA")[: 3 if schema is EstimateSamplerConfig else 2]:
+        with pytest.raises(ValueError, match=rf"unknown key \['kappa'\]; {name} has"):
+            load({"name": name, "kappa": 0.2}, schema=schema).build()
+
+
+def test_a_detector_and_a_whole_curve_with_the_same_settings() -> None:
+    config = load({"false_alarms": 0.2}, ["min_change=30", "at_boundary=suppress"], schema=DetectorConfig)
+    built = config.build()
+    assert (built.threshold, built.min_change, built.at_boundary) == (threshold_of(0.2), 30.0, "suppress")
+    curve = range(40), [10.0] * 20 + [20.0] * 20, [1.0] * 40, [2.0] * 20 + [1.0] * 20
+    assert config.detect(*curve) == []  # a change of 10
+    assert [t.kind for t in dataclasses.replace(config, min_change=5.0).detect(*curve)] == ["A"]
+    with pytest.raises(ValueError, match="at_boundary"):
+        load({"at_boundary": "ignore"}, schema=DetectorConfig).build()
+    with pytest.raises(ValueError, match=r"min_chang=1: no such setting \(did you mean min_change\?\)"):
+        load({"min_chang": 1}, schema=DetectorConfig)
 
 
 @pytest.mark.parametrize(("text", "value"), [("5%", "5%"), ("0.5", 0.5), ("2", 2), ("null", None)])

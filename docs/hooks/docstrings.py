@@ -10,6 +10,7 @@ import griffe
 
 ROLE = re.compile(r":(?:class|func|meth|mod|data|attr|exc):`(~?)([^`]+)`")
 EXAMPLE = re.compile(r"^( *)Example:$", re.MULTILINE)
+TOGETHER = re.compile(r"^(    )(\w+), (\w+): ", re.MULTILINE)
 EQUATION = re.compile(r"^( *)\.\. math::\n((?:\1 +.*\n?|\n)+)", re.MULTILINE)
 
 
@@ -25,6 +26,7 @@ def as_markdown(text: str) -> str:
         body = dedent(match[2]).strip()
         return "\n".join(match[1] + line if line else "" for line in ("```math", *body.splitlines(), "```", "", ""))
 
+    text = TOGETHER.sub(r"\1\2: as ``\3``, next.\n\1\3: ", text)  # griffe knows no entry of two names
     # the section that griffe knows is called by its plural
     return ROLE.sub(link, EQUATION.sub(fence, EXAMPLE.sub(r"\1Examples:", text)))
 

@@ -18,7 +18,8 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[2]
 ELSEWHERE = {"changelog.md": "CHANGELOG.md", "benchmarks.md": "benchmarks/README.md"}
 """Pages of the site that are kept where people look for them in the repository."""
-LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
+FUNCTION = re.compile(r"(<m[io]>(?:log|exp|min|max)</m[io]>)")
+LINK = re.compile(r"(?P<open>!?\[(?P<text>[^\]]*)\]\()(?P<target>[^)\s#]+)(?P<close>(?:#[^)\s]*)?\))")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -49,11 +50,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links that leave docs/ lead to the page that shows the file; to the file's name where no page does."""
+    """Links that leave docs/ lead to the page that shows the file; where none does, their words stay without a link."""
     here = ROOT / ELSEWHERE.get(page.file.src_uri, f"docs/{page.file.src_uri}")
 
     def link(match: re.Match[str]) -> str:
-        target = match[2]
+        target = match["target"]
         if "://" in target or target.startswith("mailto:"):
             return match[0]
         path = (here.parent / target).resolve()
@@ -61,9 +62,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if shown is None and path.is_relative_to(ROOT / "docs"):
             shown = path.relative_to(ROOT / "docs").as_posix()
         if shown is None:
-            return match[0]  # mkdocs warns, and the build fails: such a link has no place on the site
+            # a file of the repository; what is nowhere at all is left for mkdocs to complain of
+            return match["text"] if path.exists() else match[0]
         up = "../" * page.file.src_uri.count("/")
-        return f"{match[1]}{up}{shown}{match[3]}"
+        return f"{match['open']}{up}{shown}{match['close']}"
 
     return LINK.sub(link, markdown)
 
@@ -73,4 +75,6 @@ def math(source: str, language: str, css_class: str, options: Any, md: Any, **_:
     text = " ".join(source.split())
     if "&" in text or "\\\\" in text:
         text = rf"\begin{{aligned}} {text} \end{{aligned}}"
-    return f'<div class="{escape(css_class)}">{convert(text, display="block")}</div>'
+    # latex2mathml sets the name of a function as tight as a variable
+    drawn = FUNCTION.sub(r'<mspace width="0.17em"/>\1<mspace width="0.17em"/>', convert(text, display="block"))
+    return f'<div class="{escape(css_class)}">{drawn}</div>'

@@ -18,7 +18,7 @@ import yaml
 
 NAME = "config"
 HELP = "Print the settings with their defaults, as commented YAML that can be loaded again."
-SECTIONS = ("run", "monitor", "transitions", "llc", "influence")
+SECTIONS = ("run", "monitor", "transitions", "llc", "influence", "detector")
 WIDTH = 110
 
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=SECTIONS,
         default="run",
         help="run: all that a run measures (%(default)s); monitor: SLTMonitor; transitions: TransitionMonitor; "
-        "llc: estimate_llc; influence: estimate_influence",
+        "llc: estimate_llc; influence: estimate_influence; detector: TransitionDetector and detect_transitions",
     )
 
 
@@ -41,9 +41,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def schema_of(name: str) -> type[Any]:
     """The schema that :func:`lightning_slt.config.load` takes for a section."""
-    from lightning_slt.config import InfluenceConfig, LLCConfig, MonitorConfig, RunConfig, TransitionMonitorConfig
+    from lightning_slt import config
 
-    schemas = (RunConfig, MonitorConfig, TransitionMonitorConfig, LLCConfig, InfluenceConfig)
+    schemas = (
+        config.RunConfig,
+        config.MonitorConfig,
+        config.TransitionMonitorConfig,
+        config.LLCConfig,
+        config.InfluenceConfig,
+        config.DetectorConfig,
+    )
     return dict(zip(SECTIONS, schemas, strict=True))[name]
 
 
@@ -59,6 +66,10 @@ def commented(schema: type[Any], indent: str = "") -> Iterator[str]:
         name: SGLD
         # the step size; null has it calibrated.
         lr: null
+        # of RMSpropSGLD: how far its metric may go, the smaller the further; null for its default.
+        kappa: null
+        # of SGNHT: the noise injected in a step, also the friction to begin with; null for its default.
+        diffusion_factor: null
     """
     from lightning_slt.config import is_named, section
 
@@ -85,14 +96,21 @@ def comments_of(schema: type[Any]) -> dict[str, str]:
     Raises:
         KeyError: for a field that neither says anything of.
     """
-    from lightning_slt import SLTMonitor, TransitionMonitor, estimate_influence, estimate_llc
-    from lightning_slt.config import InfluenceConfig, LLCConfig, MonitorConfig, TransitionMonitorConfig
+    from lightning_slt import SLTMonitor, TransitionDetector, TransitionMonitor, estimate_influence, estimate_llc
+    from lightning_slt.config import (
+        DetectorConfig,
+        InfluenceConfig,
+        LLCConfig,
+        MonitorConfig,
+        TransitionMonitorConfig,
+    )
 
     configured: dict[Any, Any] = {
         MonitorConfig: SLTMonitor,
         TransitionMonitorConfig: TransitionMonitor,
         LLCConfig: estimate_llc,
         InfluenceConfig: estimate_influence,
+        DetectorConfig: TransitionDetector,
     }
     said = arguments_of(configured[schema]) if schema in configured else {}
     said |= arguments_of(schema)
@@ -104,7 +122,8 @@ def arguments_of(documented: Any) -> dict[str, str]:
     import docstring_parser
 
     found = docstring_parser.parse(inspect.getdoc(documented) or "", docstring_parser.DocstringStyle.GOOGLE).params
-    return {p.arg_name: _as_comment(p.description or "") for p in found}
+    # one entry may be of several: "max_train, max_query: ..."
+    return {name.strip(): _as_comment(p.description or "") for p in found for name in p.arg_name.split(",")}
 
 
 _YAML = {"None": "null", "True": "true", "False": "false"}

@@ -86,9 +86,13 @@ class SequentialEngine(Engine):
         """Loss of one batch at the bound weights, its gradient left in the bound buffer (added to it: ``keep``)."""
         assert self._grad is not None
         self._load()
+        differentiates = self._objective.differentiates
+        before = self._grad.clone() if keep and differentiates else None
+        loss = self._objective.loss(batch)
         if not keep:
             self._grad.zero_()
-        loss = self._objective.loss(batch)
+        if differentiates:
+            self._clear(before)
         loss.backward()
         if self._rounds:
             pairs = [
@@ -106,6 +110,15 @@ class SequentialEngine(Engine):
                 torch._foreach_copy_(self._home, self._masters)
             for parameter in self._parameters:
                 parameter.grad = None
+
+    def _clear(self, before: Tensor | None) -> None:
+        """Take away what a step that called ``backward()`` itself has left among the gradients."""
+        if self._rounds:
+            for parameter in self._parameters:
+                parameter.grad = None
+        elif before is not None:
+            assert self._grad is not None
+            self._grad.copy_(before)
 
     def release(self) -> None:
         for parameter, home in zip(self._parameters, self._home, strict=True):
@@ -361,8 +374,8 @@ def choose_engine(objective: Objective, window: Window, num_chains: int, method:
         refusal = "half-precision weights are rounded from float32 masters"
     elif objective.writes:
         refusal = "the step writes to buffers or frozen weights, which are put back before every call"
-    elif not window.stackable:
-        refusal = "the batches differ in shape"
+    elif window.unlike:
+        refusal = window.unlike
     if refusal:
         if method == "batched":
             raise ValueError(f"method='batched' cannot be used: {refusal}.")

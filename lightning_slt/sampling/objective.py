@@ -29,6 +29,8 @@ from lightning_slt.sampling.shadow import (
 log = logging.getLogger(__name__)
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+_NO_GRAPH = "does not require grad"
+"""How torch's error reads where a derivative is asked for of something that has none."""
 
 
 class Objective:
@@ -58,7 +60,11 @@ class Objective:
         layout: which of the weights ``anchor`` has.
         borrowed: the module could not be copied: it is called in place with other weights, and put back after.
         rounds: the module computes in half precision from float32 masters.
+        differentiates: the step itself asks for derivatives (a gradient penalty, an adversarial input): it is called
+            with gradients on, also where only its value is wanted.
     """
+
+    differentiates = False
 
     def __init__(
         self,
@@ -165,7 +171,18 @@ class Objective:
         if self._written:
             self._rewind(module)
         with self._context():
-            return self._loss_fn(module, batch)
+            if torch.is_grad_enabled():
+                return self._loss_fn(module, batch)
+            if not self.differentiates:
+                try:
+                    return self._loss_fn(module, batch)
+                except RuntimeError as error:
+                    if _NO_GRAPH not in str(error):
+                        raise
+                    log.info("the step asks for derivatives itself: it is called with gradients on")
+                    self.differentiates = True
+            with torch.enable_grad():
+                return self._loss_fn(module, batch).detach()
 
     @property
     def writes(self) -> bool:
@@ -378,10 +395,10 @@ def _to_float32(batch: Any) -> Any:
     return apply_to_collection(batch, Tensor, lambda x: x.float() if x.dtype in _LOW_PRECISION else x)
 
 
-def _versions(batch: Any) -> list[int]:
-    """How often each tensor has been changed in place."""
-    found: list[int] = []
-    apply_to_collection(batch, Tensor, lambda tensor: found.append(tensor._version))
+def _versions(batch: Any) -> list[tuple[int, bool]]:
+    """How often each tensor has been changed in place, and whether it gathers gradients."""
+    found: list[tuple[int, bool]] = []
+    apply_to_collection(batch, Tensor, lambda tensor: found.append((tensor._version, tensor.requires_grad)))
     return found
 
 
@@ -391,6 +408,10 @@ def borrow(module: nn.Module, trainer: Any) -> Iterator[None]:
     saved = [(m, dict(m.__dict__)) for m in module.modules()]
     # a metric changes its state in place, which putting the attributes back would not undo: it is not called at all
     buffers = [(m, dict(m._buffers), {k: b.clone() for k, b in m._buffers.items() if b is not None}) for m, _ in saved]
+    # a step that calls backward() itself would add to those that training accumulates
+    gradients = [(p, p.grad) for p in module.parameters()]
+    for p, _ in gradients:
+        p.grad = None
     try:
         for m, _ in saved:
             m.training = isinstance(m, nn.RNNBase) and m.dropout == 0.0
@@ -401,6 +422,8 @@ def borrow(module: nn.Module, trainer: Any) -> Iterator[None]:
         for m, attributes in saved:
             m.__dict__.clear()
             m.__dict__.update(attributes)
+        for p, gradient in gradients:
+            p.grad = gradient
         for m, live, values in buffers:
             m._buffers.update(live)
             with torch.no_grad():

@@ -156,8 +156,8 @@ def _smallest() -> SLTMonitor:
         at_steps=[1, 3, 6],
         sampler=SGLD(lr=1e-6),
         num_chains=2,
-        num_draws=4,
-        num_burnin_steps=2,
+        num_draws=2,
+        num_burnin_steps=1,
         num_steps_bw_draws=1,
         on_failure="raise",
     )

@@ -8,7 +8,7 @@ import re
 import pytest
 import yaml
 
-from lightning_slt import SLTMonitor, TransitionMonitor, estimate_influence, estimate_llc
+from lightning_slt import SLTMonitor, TransitionDetector, TransitionMonitor, estimate_influence, estimate_llc
 from lightning_slt.cli import main
 from lightning_slt.cli.config import SECTIONS, WIDTH, arguments_of, comments_of, schema_of
 from lightning_slt.config import MonitorConfig, RunConfig, SamplerConfig, load
@@ -49,13 +49,15 @@ def test_every_field_has_its_comment_above_it(section: str, capsys: pytest.Captu
         ("transitions", TransitionMonitor),
         ("llc", estimate_llc),
         ("influence", estimate_influence),
+        ("detector", TransitionDetector),
     ],
 )
 def test_comments_are_those_of_the_docstring(section: str, documented: object) -> None:
     said = arguments_of(documented)
     comments = comments_of(schema_of(section))
     assert comments == {name: said[name] for name in comments}
-    assert comments["method" if section != "transitions" else "alert"] in said.values()
+    told = {"transitions": "alert", "detector": "min_change"}.get(section, "method")
+    assert comments[told] in said.values()
 
 
 def test_a_field_that_nothing_is_said_of_is_no_silent_gap(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,5 +70,19 @@ def test_the_section_that_is_commented_out_is_one_that_can_be_put_in(capsys: pyt
     lines = printed(capsys, "monitor").splitlines()
     start = lines.index("# sampler:")
     assert lines[start - 1] == "sampler: null"
-    opened = [*lines[: start - 1], *(line[2:] for line in lines[start : start + 5]), *lines[start + 5 :]]
+    opened = [*lines[: start - 1], *(line[2:] for line in lines[start : start + 9]), *lines[start + 9 :]]
     assert load(yaml.safe_load("\n".join(opened))) == MonitorConfig(sampler=SamplerConfig())
+
+
+def test_an_entry_of_two_names_is_said_of_both() -> None:
+    def documented() -> None:
+        """Does something.
+
+        Args:
+            one: the first.
+            two, three: how many of
+                each; None for all.
+        """
+
+    told = "how many of each; null for all."
+    assert arguments_of(documented) == {"one": "the first.", "two": told, "three": told}

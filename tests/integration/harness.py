@@ -24,6 +24,7 @@ from lightning_slt.testing.trace import flatten, rng_state
 __all__ = ["SGLD", "RecordingLogger", "SLTMonitor", "TrainingTrace", "flatten", "rng_state"]
 
 SEED = 7
+
 FIGURES = (
     "chains_figure",
     "history_figure",
@@ -121,7 +122,7 @@ class Scenario:
         return run(self.trainer, self.module, self.data, callbacks, folder, **kwargs)
 
     def assert_undisturbed(self, folder: Path, *callbacks: Callback) -> TrainingTrace:
-        """Train without and with ``monitor``; everything must be the same. Gives the trace with it."""
+        """Train without and with ``callbacks``; everything must be the same. Gives the trace with them."""
         without = self.run(folder / "without")
         with_monitor = self.run(folder / "with", *callbacks)
         assert without.num_batches > 0

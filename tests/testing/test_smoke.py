@@ -140,5 +140,17 @@ def test_what_works_with_less_is_noted(
     assert report.estimate.num_samples == 24
 
 
+class GradientPenalty(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x = batch[0].clone().requires_grad_()
+        logits = self.net(x)
+        (slope,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+        return cross_entropy(logits, batch[1]) + slope.square().mean()
+
+
+def test_a_derivative_in_the_step_is_no_obstacle() -> None:
+    assert smoke_test(GradientPenalty(), loader(), probe=True).notes == ()
+
+
 def test_a_lock_is_no_obstacle() -> None:
     assert smoke_test(models.Holds(lambda _: threading.Lock()), loader()).notes == ()

@@ -110,6 +110,44 @@ def test_nothing_to_compare() -> None:
         assert_training_undisturbed(trainer_with(lambda: small(at_steps=[100])), Net, loaders)
 
 
+class Adversarial(Net):
+    """Its step calls ``backward()`` to find the inputs that it is then trained on."""
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        x = batch[0].clone().requires_grad_()
+        super().loss((x, batch[1])).backward()
+        assert x.grad is not None
+        return super().loss((batch[0] + 0.1 * x.grad.sign(), batch[1]))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+
+class AdversarialInPlace(Adversarial):
+    """As it cannot be copied, its gradients are those of training."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("not this one")
+
+
+class GradientPenalty(Net):
+    def loss(self, batch: Any) -> torch.Tensor:
+        x = batch[0].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(self.net(x).sum(), x, create_graph=True)
+        return super().loss(batch) + slope.square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+
+@pytest.mark.parametrize("module", [Adversarial, AdversarialInPlace, GradientPenalty])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_that_differentiates(module: type[Net], accumulate: int) -> None:
+    firing = {"at_steps": [1, 2]}
+    trainer = trainer_with(lambda: small(**firing), accumulate_grad_batches=accumulate)
+    trace = assert_training_undisturbed(trainer, module, loaders)
+    (monitor,) = [c for c in trace.trainer.callbacks if isinstance(c, SLTMonitor)]
+    assert [e.step for e in monitor.estimates] == [1, 2]
+
+
 class Monitored(Net):
     def configure_callbacks(self) -> list[Callback]:
         return [small()]
