@@ -29,6 +29,7 @@ from lightning_slt.publish.words import (
     KIND_WORDS,
     diagnosis,
     number,
+    signed,
     transition_title,
     verdict_sentence,
     with_error,
@@ -91,7 +92,8 @@ def curve_rows(
     for t in transitions:
         if t.state == "retracted":
             continue
-        words = f"{transition_title(t)} (kind {t.kind}, {t.state}): LLC {t.llc_change:+.3g}, loss {t.loss_change:+.3g}"
+        words = f"{transition_title(t)} (kind {t.kind}, {t.state}): LLC {signed(t.llc_change)}, "
+        words += f"loss {signed(t.loss_change)}"
         row = ["transition", t.onset, None, None, None, None, t.state, None, t.step, t.end, t.kind, t.boundary, words]
         rows.append(row)
     for step in boundaries:
@@ -219,6 +221,7 @@ def group_rows(influence: InfluenceEstimate) -> list[Row]:
         return []
     values, errors = influence.group_matrix.tolist(), influence.group_se.tolist()
     most = max((abs(v) for row in values for v in row if math.isfinite(v)), default=0.0)
+    unit = group_unit(influence)
     rows: list[Row] = []
     for q, query in enumerate(influence.groups):
         for t, train in enumerate(influence.groups):
@@ -230,8 +233,18 @@ def group_rows(influence: InfluenceEstimate) -> list[Row]:
             words = f"Samples of {train} {effect} queries of {query}: {with_error(value, error)}"
             words += "" if clear else " (within 3 standard errors of zero)"
             row: Row = {"query": query, "train": train, "value": _short(value), "clear": clear, "words": words}
+            row["text"] = f"{value / unit:.1f}".replace("-0.0", "0.0").replace("-", "−")
             rows.append({**row, "dark": clear and abs(value) > 0.6 * most})
     return rows
+
+
+def group_unit(influence: InfluenceEstimate) -> float:
+    """The power of ten that the cells of the heat map are written in units of."""
+    if influence.group_matrix is None:
+        return 1.0
+    known = influence.group_matrix[influence.group_matrix.isfinite()].abs()
+    most = float(known.max()) if len(known) else 0.0
+    return 10.0 ** math.floor(math.log10(most)) if most > 0 else 1.0
 
 
 def sample_columns(influence: InfluenceEstimate, k: int = 20) -> dict[str, Any]:

@@ -56,10 +56,11 @@ VALID, INVALID, BELOW, ABOVE, NONE = (
 STATES = (VALID, INVALID, BELOW, ABOVE, NONE)
 """How a point of the curve looks: what is not valid is hollow, of another colour and of another shape."""
 
+LEFT_OUT = "chains left out"
 DIAGNOSTICS: Mapping[str, Optional[float]] = {
     "R-hat (1 is mixed)": MAX_RHAT,
     "effective draws": None,
-    "chains left out": None,
+    LEFT_OUT: None,
     "virial ratio (1 has arrived)": 1.0,
 }
 """Measures, and the line each is held against."""
@@ -91,6 +92,7 @@ def curve(scale: Scale = "linear", log_loss: bool = False, transitions: bool = T
     estimate, transition, boundary = (f"{_d('row')} === '{row}'" for row in ("estimate", "transition", "boundary"))
     valid = f"{_d('state')} === '{VALID}'"
     x = _steps(scale, _f("step"), title=None)
+    x["axis"]["labels"] = False
     spans = [
         _layer(
             {"type": "rect", "color": "@rule", "opacity": 0.1},
@@ -128,7 +130,7 @@ def curve(scale: Scale = "linear", log_loss: bool = False, transitions: bool = T
         "field": _f("state"),
         "type": "nominal",
         "scale": {"domain": list(STATES), "range": ["@good", "@bad", "@bad", "@bad", "@bad"]},
-        "legend": {"title": None, "orient": "top", "symbolStrokeWidth": 2, "values": "@states"},
+        "legend": {"title": None, "orient": "top", "symbolStrokeWidth": 2, "symbolOpacity": 1, "values": "@states"},
     }
     shapes = ["circle", "diamond", "triangle-down", "triangle-up", "cross"]
     names = [
@@ -178,7 +180,13 @@ def curve(scale: Scale = "linear", log_loss: bool = False, transitions: bool = T
                             "type": "nominal",
                             "scale": {"domain": list(STATES), "range": shapes},
                         },
-                        "fill": {"condition": {"test": valid, "value": "@good"}, "value": "@paper"},
+                        "fill": {
+                            **colour,
+                            "scale": {
+                                "domain": list(STATES),
+                                "range": ["@good", "@paper", "@paper", "@paper", "@paper"],
+                            },
+                        },
                         "tooltip": _tooltip("words"),
                     },
                 ),
@@ -192,6 +200,7 @@ def curve(scale: Scale = "linear", log_loss: bool = False, transitions: bool = T
         "type": "quantitative",
         "title": "loss",
         "scale": {"type": "log"} if log_loss else {"zero": False},
+        "axis": {"tickCount": 4, "grid": not log_loss, "format": "~g" if log_loss else ",~r"},
     }
     below = _steps(scale, _f("step"))
     bottom = {
@@ -318,7 +327,12 @@ def chains(running: bool = True, band: bool = True) -> Spec:
             {
                 "mark": {"type": "line", "clip": True, "strokeWidth": 1.6 if running else 0.9, "opacity": 0.9},
                 "encoding": {
-                    "x": {"field": _f("draw"), "type": "quantitative", "title": "draw", "axis": {"grid": False}},
+                    "x": {
+                        "field": _f("draw"),
+                        "type": "quantitative",
+                        "title": "draw",
+                        "axis": {"grid": False, "tickCount": 8},
+                    },
                     "y": y,
                     "color": {
                         "field": _f("chain"),
@@ -394,12 +408,16 @@ def free_energy() -> Spec:
     }
 
 
-def diagnostics(scale: Scale = "linear") -> Spec:
+def diagnostics(scale: Scale = "linear", left_out: bool = True) -> Spec:
     """R-hat, effective draws, chains left out and the virial ratio, each with the line it is held against.
 
     Rows of :func:`~lightning_slt.publish.chart_rows.diagnostic_rows`.
+
+    Args:
+        left_out: whether there is anything to show of chains left out.
     """
-    frames = [_frame(name, scale, DIAGNOSTICS[name]) for name in DIAGNOSTICS]
+    names = [name for name in DIAGNOSTICS if left_out or name != LEFT_OUT]
+    frames = [_frame(name, scale, DIAGNOSTICS[name], zero=name == LEFT_OUT) for name in names]
     return {**_frames("Diagnostics of the chains over training.", frames), "data": {"name": "rows"}}
 
 
@@ -422,7 +440,11 @@ def _frame(measure: str, scale: Scale, limit: Optional[float], zero: bool = Fals
     line = _layer(
         {"type": "line", "color": "@loss", "point": {"color": "@loss", "size": 22}},
         [],
-        {"x": _steps(scale, "step"), "y": {**y, "axis": {"tickCount": 4}}, "tooltip": _plain_tooltip("words")},
+        {
+            "x": _steps(scale, "step"),
+            "y": {**y, "axis": {"tickCount": 4, "format": "~g"}},
+            "tooltip": _plain_tooltip("words"),
+        },
     )
     held = {
         "data": {"values": [{}]},
@@ -452,7 +474,7 @@ def groups(numbers: bool = True) -> Spec:
             "type": "nominal",
             "sort": None,
             "title": "group of training samples",
-            "axis": {"orient": "bottom", "grid": False, "labelLimit": 90},
+            "axis": {"orient": "bottom", "grid": False, "labelLimit": 90, "labelAngle": "@angle"},
         },
         "y": {
             "field": "query",
@@ -466,7 +488,7 @@ def groups(numbers: bool = True) -> Spec:
         "mark": {"type": "text", "fontSize": 10},
         "encoding": {
             **cell,
-            "text": {"field": "value", "type": "quantitative", "format": ".1~g"},
+            "text": {"field": "text"},
             "color": {"condition": {"test": "datum.dark", "value": "#ffffff"}, "value": "#26303a"},
             "opacity": {"condition": {"test": "datum.clear", "value": 1}, "value": 0.45},
         },
@@ -475,6 +497,7 @@ def groups(numbers: bool = True) -> Spec:
         "$schema": SCHEMA,
         "description": "Influence of groups of training samples on groups of queries.",
         "data": {"name": "rows"},
+        "title": {"text": "@unit", "anchor": "start", "frame": "group", "fontWeight": 400, "color": "@muted"},
         "width": "@square",
         "height": "@square",
         "layer": [
@@ -521,15 +544,15 @@ def samples(log: bool = False) -> Spec:
                 "field": "plain",
                 "type": "quantitative",
                 "title": "loss at the weights",
-                "scale": {"type": "log"} if log else {"zero": False},
-                "axis": {"tickCount": 6, "format": "~g"},
+                "scale": {"type": "log", "nice": False, "padding": 8} if log else {"zero": False},
+                "axis": {"tickCount": 6, "format": "~g" if log else ",~r", "grid": not log},
             },
             "y": {
                 "field": "mean",
                 "type": "quantitative",
                 "title": "mean loss over the posterior",
-                "scale": {"type": "log"} if log else {"zero": False},
-                "axis": {"tickCount": 6, "format": "~g"},
+                "scale": {"type": "log", "nice": False, "padding": 8} if log else {"zero": False},
+                "axis": {"tickCount": 6, "format": "~g" if log else ",~r", "grid": not log},
             },
             "color": {"condition": {"test": "datum.suspect", "value": "@bad"}, "value": "@good"},
             "size": {"condition": {"test": "datum.suspect", "value": 70}, "value": 14},
@@ -549,7 +572,12 @@ def trajectories(scale: Scale = "linear", log: bool = False) -> Spec:
     """
     frames = []
     for measure in TRAJECTORIES:
-        y: Spec = {"field": "value", "type": "quantitative", "title": None, "axis": {"tickCount": 5, "format": "~g"}}
+        y: Spec = {
+            "field": "value",
+            "type": "quantitative",
+            "title": None,
+            "axis": {"tickCount": 5, "format": "~g" if log else ",~r"},
+        }
         y["scale"] = {"type": "log"} if log else {"zero": False}
         colour = {"field": "sample", "type": "nominal", "title": "sample", "sort": None}
         encoding = {

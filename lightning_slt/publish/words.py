@@ -74,7 +74,17 @@ def number(value: Optional[float], digits: int = 3) -> str:
     if size < -4 or size > 8:
         return f"{value:.{digits - 1}e}"
     rounded = round(value, digits - 1 - size)
-    return f"{rounded:,.{max(0, digits - 1 - size)}f}".replace("-0.0 ", "0.0 ")
+    return f"{rounded:,.{max(0, digits - 1 - size)}f}".replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """A change.
+
+    Example:
+        >>> signed(2.5), signed(-0.0361)
+        ('+2.50', '−0.0361')
+    """
+    return f"{'+' if value > 0 else ''}{number(value)}"
 
 
 def with_error(value: float, error: float) -> str:
@@ -94,7 +104,7 @@ def with_error(value: float, error: float) -> str:
     places = max(0, -size)
     if places > 6:
         return f"{number(value)} ± {error:.0e}"
-    return f"{round(value, -size):,.{places}f} ± {round(error, -size):,.{places}f}"
+    return f"{round(value, -size):,.{places}f}".replace("-", "−") + f" ± {round(error, -size):,.{places}f}"
 
 
 def listed(items: Sequence[str]) -> str:
@@ -215,7 +225,7 @@ def _change(report: TransitionReport) -> str:
         text = f"LLC from {number(before.llc)} to {number(after.llc)}, loss from {number(before.loss)} to "
         text += number(after.loss)
     else:
-        text = f"LLC {t.llc_change:+.3g}, loss {t.loss_change:+.3g}"
+        text = f"LLC {signed(t.llc_change)}, loss {signed(t.loss_change)}"
     doubt = "; still provisional" if t.state == "provisional" else ""
     return f"at step {t.step:,.0f} {KIND_WORDS[t.kind]} ({text}{doubt})"
 
@@ -256,7 +266,7 @@ def transition_sentences(report: TransitionReport) -> list[str]:
     if report.refined is not None and abs(report.refined.step - t.step) > 0:
         text.append(f"The whole curve puts it at step {report.refined.step:,.0f}.")
     if report.components:
-        moved = ", ".join(f"{c.name} {c.change:+.3g}" for c in report.components[:3])
+        moved = ", ".join(f"{c.name} {signed(c.change)}" for c in report.components[:3])
         text.append(f"Change of the components, the one that moved most first: {moved}.")
     samples = [str(sample.index) for sample in report.samples if sample.stands_out]
     if samples:
@@ -269,11 +279,12 @@ def transition_sentences(report: TransitionReport) -> list[str]:
 def preference_sentence(verdict: Verdict, n: Optional[int]) -> str:
     """Which phase a posterior prefers."""
     known = f" at the {n:,} samples of this run" if n is not None else ""
+    sign = "+" if verdict.log_odds > 0 else ""
     if verdict.preferred == "undecided":
         text = f"Which phase the posterior prefers{known} is undecided"
     else:
         text = f"The posterior prefers the phase {verdict.preferred} it{known}"
-    text += f" (log-odds of the new phase {verdict.log_odds:+.3g} ± {verdict.log_odds_se:.2g})"
+    text += f" (log-odds of the new phase {sign}{with_error(verdict.log_odds, verdict.log_odds_se)})"
     if verdict.critical_n is not None:
         text += f"; both would be equal at about {size_text(verdict.critical_n)} samples"
     return text + "."

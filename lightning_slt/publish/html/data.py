@@ -26,6 +26,7 @@ from lightning_slt.publish.chart_rows import (
     diagnostic_rows,
     free_energy_rows,
     group_rows,
+    group_unit,
     is_wide,
     loss_is_wide,
     sample_columns,
@@ -101,7 +102,11 @@ def _charts(run: Run, scale: specs.Scale, ticks: dict[str, Any]) -> dict[str, An
             rows,
             {**ticks, **present},
         ),
-        "diagnostics": _chart(specs.diagnostics(scale), diagnostic_rows(monitor.estimates), ticks),
+        "diagnostics": _chart(
+            specs.diagnostics(scale, left_out=any(e.num_bad_chains for e in monitor.estimates)),
+            diagnostic_rows(monitor.estimates),
+            ticks,
+        ),
         "cost": _chart(specs.cost(scale), cost_rows(monitor.estimates), ticks),
     }
     if len(run.monitors) > 1:
@@ -210,6 +215,7 @@ def influence_firings(history: Sequence[InfluenceEstimate]) -> list[dict[str, An
                 "words": words,
                 "valid": influence.valid,
                 "suspects": suspects,
+                "unit": f"cells in units of {group_unit(influence):g}",
                 "groups": group_rows(influence) if last or cells <= MAX_CELLS else [],
                 "samples": {
                     **sample_columns(influence, SUSPECTS),

@@ -171,7 +171,7 @@
     const group = suspect.group ? ` “${suspect.group}”` : "";
     card.append(element("b", "", `${place}. #${suspect.index}${group}`));
     card.append(element("span", "", `mean loss ${suspect.mean}`));
-    card.append(element("span", "", `loss ${suspect.plain} (rank ${suspect.rank})`));
+    card.append(element("span", "", `loss ${suspect.plain}, rank ${suspect.rank}`));
     return card;
   }
 
@@ -190,7 +190,10 @@
         const most = Math.max(...firing.groups.map((row) => Math.abs(row.value))) || 1;
         await draw(groups, {
           spec: run.specs.groups, datasets: { rows: firing.groups },
-          tokens: { "@limits": [-most, -most / 2.5, 0, most / 2.5, most] },
+          tokens: {
+            "@limits": [-most, -most / 2.5, 0, most / 2.5, most], "@unit": firing.unit,
+            "@angle": firing.groups.every((row) => row.train.length <= 3) ? 0 : -45,
+          },
         });
       }
       if (samples && firing.samples) {

@@ -22,6 +22,7 @@ from lightning_slt.publish.words import (
     number,
     offline_only,
     pairs_sentence,
+    signed,
     transition_sentences,
     transition_title,
     transitions_sentence,
@@ -172,9 +173,10 @@ def _transitions(monitor: MonitorRecord, charts: Mapping[str, Any]) -> Optional[
         cards.append(
             f'<div class="transition"><h3>{_t(transition_title(t))}<span class="badge">found afterwards</span></h3>'
             f"<p>Only the whole curve shows it: kind {_t(t.kind)}, between steps {t.onset:,.0f} and {t.end:,.0f}; LLC "
-            f"{t.llc_change:+.3g}, loss {t.loss_change:+.3g}.</p></div>"
+            f"{signed(t.llc_change)}, loss {signed(t.loss_change)}.</p></div>"
         )
-    return _section("transitions", "Transitions", "Transitions", f"<p>{_t(transitions_sentence(log))}</p>", *cards)
+    said = "" if cards else f"<p>{_t(transitions_sentence(log))}</p>"
+    return _section("transitions", "Transitions", "Transitions", said, *cards)
 
 
 def _picker(label: str, extra: str = "") -> str:
