@@ -104,6 +104,11 @@ class MonitorConfig:
     method: str = "auto"
     probe: Optional[Union[bool, int]] = None
     query: Optional[Union[bool, int]] = None
+    execution: str = "inline"
+    devices: Optional[list[str]] = None
+    max_pending: int = 2
+    when_full: str = "skip"
+    max_wait: float = 600.0
 
     def build(self) -> SLTMonitor:
         """The callback.

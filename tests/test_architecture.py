@@ -20,6 +20,7 @@ FLOORS = {
     "estimate": 3,
     "influence": 3,
     "firing": 3,
+    "durable": 1,
     "callbacks": 4,
     "config": 5,
     "testing": 5,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Optional
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_slt.callbacks.worker import FOLDER
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
 from lightning_slt.record import Estimate, RunRecord
 
@@ -22,7 +23,7 @@ def run_folder(trainer: Trainer, resumed: Optional[Path], dirpath: Optional[str]
         dirpath: the folder that was asked for.
         prefix: of the monitor: each has a folder of its own.
     """
-    if resumed is not None and RunRecord(resumed).path.exists():
+    if resumed is not None and (RunRecord(resumed).path.exists() or (resumed / FOLDER).exists()):
         return resumed
     if dirpath is not None:
         return Path(dirpath) if prefix == "slt" else Path(dirpath) / prefix
@@ -67,4 +68,21 @@ def restore_record(
         rank_zero_warn(f"lightning_slt could not restore its record in {record.folder}: {error}")
 
 
-__all__ = ["fresh", "restore_record", "run_folder"]
+def recorded(folder: Path, steps: Collection[int]) -> dict[int, tuple[Estimate, Optional[InfluenceEstimate]]]:
+    """What the record has of these steps, in their order."""
+    if not steps:
+        return {}
+    try:
+        found = {e.step: e for e in RunRecord(folder).read() if e.step in steps}
+        samples = InfluenceRecord(folder)
+        return {
+            step: (found[step], samples.load(step) if all(path.exists() for path in samples.paths(step)) else None)
+            for step in sorted(steps)
+            if step in found
+        }
+    except OSError as error:
+        rank_zero_warn(f"lightning_slt could not read its record in {folder}: {error}")
+        return {}
+
+
+__all__ = ["fresh", "recorded", "restore_record", "run_folder"]

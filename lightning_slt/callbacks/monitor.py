@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_slt.callbacks.background import BackgroundFirings, Late, warn_of_lost
 from lightning_slt.callbacks.data import TrainingData, check_num_samples, training_transfer
 from lightning_slt.callbacks.distribution import (
     check_strategy,
@@ -26,7 +27,7 @@ from lightning_slt.callbacks.distribution import (
     make_objective,
     share_batches,
 )
-from lightning_slt.callbacks.folder import fresh, restore_record, run_folder
+from lightning_slt.callbacks.folder import fresh, recorded, restore_record, run_folder
 from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.overhead import Decision, OverheadBudget
 from lightning_slt.callbacks.progress import FiringProgress
@@ -46,6 +47,7 @@ from lightning_slt.sampling.probe import GroupFn
 from lightning_slt.sampling.restriction import select_parameters
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, RMSpropSGLD, sampler_from
+from lightning_slt.sampling.shadow import shadow_copy
 from lightning_slt.sampling.sharded import ShardedObjective, local_of
 from lightning_slt.sampling.steps import LossFn, loss_function
 from lightning_slt.transitions import Transition
@@ -101,6 +103,15 @@ class SLTMonitor(Callback):
             by shape; token ids are decoded by the ``tokenizer`` attribute (with a ``decode`` method) of the datamodule,
             the LightningModule or the dataset, the first that has one.
 
+        execution: ``"inline"``, or ``"background"``: a firing takes a snapshot of the weights, and other processes run
+            the chains while training goes on; results come later, under the step of their snapshot. See
+            docs/background.md.
+        devices: of those processes, one each, which share the chains: ``["cuda:1"]``, ``["cpu"]``, or cores of it as
+            ``["cpu:2-3"]``. None for the GPUs that training does not use, or the CPU where it trains there.
+        max_pending: snapshots in the background whose results are still to come, at the most.
+        when_full: a firing beyond that is left out (``"skip"``), or waited for (``"wait"``).
+        max_wait: seconds that training waits for a result at the most, there and at the end of fit.
+
     Raises:
         ValueError: for an argument out of range.
         MisconfigurationException: before training starts, where the module, data or strategy cannot be measured.
@@ -145,7 +156,22 @@ class SLTMonitor(Callback):
         query: Probed = None,
         group_fn: Optional[GroupFn] = None,
         render: Optional[Callable[[Any], Any]] = None,
+        execution: str = "inline",
+        devices: Optional[Sequence[str]] = None,
+        max_pending: int = 2,
+        when_full: str = "skip",
+        max_wait: float = 600.0,
     ) -> None:
+        if execution not in ("inline", "background"):
+            raise ValueError(f"execution={execution!r}: must be 'inline' or 'background'.")
+        if execution == "inline" and devices is not None:
+            raise ValueError(
+                f"devices={devices!r}: chains inside training run where training does; "
+                "execution='background' has devices of its own."
+            )
+        self._beside: Optional[BackgroundFirings] = None
+        if execution == "background":
+            self._beside = BackgroundFirings(devices, max_pending, when_full, max_wait)
         self._samples = ProbedSamples(probe, query, group_fn, render, seed)
         self.influences: list[InfluenceEstimate] = []
         self._budget = OverheadBudget(max_overhead) if max_overhead is not None else None
@@ -200,6 +226,7 @@ class SLTMonitor(Callback):
         self._said_method = False
         self._said_overhead = False
         self._said_dropped = False
+        self._said_full = False
         self._done_fast_run = False
         self._listeners: list[EstimateListener] = []
         self._said_listener = False
@@ -229,6 +256,11 @@ class SLTMonitor(Callback):
             loss_function(pl_module, self._loss_fn)
         except ValueError as error:
             raise MisconfigurationException(f"SLTMonitor: {error}") from error
+        if self._beside is not None and trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"SLTMonitor(execution='background') is for one training process, and this run has "
+                f"{trainer.world_size}: use execution='inline', where every rank runs its share of the chains."
+            )
         self._collective = make_collective(trainer)
         self.number_among(trainer)
 
@@ -278,13 +310,16 @@ class SLTMonitor(Callback):
         self._start = now - self._run_seconds
         if self._budget is not None and not _is_smoke_test(trainer):
             share = math.ceil(self._settings.num_chains / self._collective.world_size)
-            self._budget.planned_steps = share * chain_steps(self._settings)
-            self._budget.least_size = least_size(self._settings)
+            beside = self._beside is not None
+            # of a firing beside training only the snapshot costs it time, whatever its size; about that of a batch
+            self._budget.planned_steps = 1 if beside else share * chain_steps(self._settings)
+            self._budget.least_size = 1.0 if beside else least_size(self._settings)
             # what passed since the last fit, or since a crash, is nobody's training; and every rank asks at once
             self._earned_until, self._ask_at = now, 0
         self._done_fast_run = False
         self._last_step = max(self._last_step, before)
         self._open_publisher(trainer)
+        self._open_background(trainer, pl_module)
         trainer.callback_metrics.setdefault(f"{self._prefix}/diag/valid", torch.tensor(0.0))
         if before == 0 and not self.estimates and 0 in self._explicit and not _is_smoke_test(trainer):
             self._consider(trainer, pl_module, step=0, x=0)
@@ -298,6 +333,8 @@ class SLTMonitor(Callback):
         self._said_method = self._said_overhead = self._said_dropped = False
         self._resumed_folder = None
         self._skipped = 0
+        if self._beside is not None:
+            self._beside.forget()
         if self._budget is not None:
             self._budget.forget()
 
@@ -309,7 +346,7 @@ class SLTMonitor(Callback):
         folder = None
         if not getattr(trainer, "barebones", False):
             folder = run_folder(trainer, self._resumed_folder, self._dirpath, self._prefix)
-        resumed = bool(self.estimates)
+        resumed = bool(self.estimates) or (self._beside is not None and bool(self._beside.awaited))
         if folder is not None and trainer.is_global_zero:
             if not resumed or folder != self._resumed_folder:
                 folder = fresh(folder)
@@ -340,6 +377,7 @@ class SLTMonitor(Callback):
             "seed": settings.seed,
             "warm_start": self._course.warm_start,
             "samples": self._samples.describe(),
+            "background": self._beside.describe() if self._beside is not None else None,
         }
 
     # --- while training -------------------------------------------------------------------------------------------
@@ -351,6 +389,7 @@ class SLTMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._collect(trainer, pl_module)
         if self._budget is not None and self._earned_until is not None:
             self._budget.saw_batch(self._earn())
         loop = trainer.fit_loop.epoch_loop
@@ -370,9 +409,12 @@ class SLTMonitor(Callback):
             self._consider(trainer, pl_module, step, x)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._collect(trainer, pl_module)
         if _is_smoke_test(trainer) or not self._schedule.due_epoch(trainer.current_epoch + 1):
             return
         if self.estimates and self.estimates[-1].step == self._last_step:
+            return
+        if self._beside is not None and self._beside.last_step == self._last_step:
             return
         # Lightning takes its count one back to log an epoch's values: they share the x of the last batch
         self._consider(trainer, pl_module, self._last_step, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
@@ -425,6 +467,9 @@ class SLTMonitor(Callback):
         """Measure now, on all ranks, and publish; a failure follows ``on_failure``."""
         begin = time.monotonic()
         settings = self._settings if decision is None else sized(self._settings, decision.size)
+        if self._beside is not None and not _is_smoke_test(trainer):
+            self._send(trainer, pl_module, step, x, decision)
+            return
         try:
             with preserve_rng(), FiringProgress(trainer, f"{self._prefix} at step {step}") as progress:
                 estimate, influence = self._measure(trainer, pl_module, progress, settings)
@@ -432,10 +477,7 @@ class SLTMonitor(Callback):
             self._hook_owner = None
             if self._on_failure == "raise" or _is_smoke_test(trainer) or isinstance(error, RankLostError):
                 raise
-            rank_zero_warn(
-                f"SLTMonitor: the measurement at step {step} failed and is left out; training goes on. "
-                f"{type(error).__name__}: {error}"
-            )
+            _warn_of_failure(step, f"{type(error).__name__}: {error}")
             self._account(begin, failed=True)
             return
         size = size_of(settings, self._settings)
@@ -613,13 +655,13 @@ class SLTMonitor(Callback):
             return None
         module = trainer.lightning_module
         if objective.layout.sharded:
-            own = second_moments(trainer.optimizers, module, objective)
+            own = second_moments(trainer.optimizers, module, objective.names)
             # some shards' moments without those of the others are of no use
             found = torch.tensor([0.0 if own is not None else math.nan])
             return own if objective.layout.all_finite(found) else None
         first = self._collective.rank == 0
         return self._collective.exchange(
-            lambda: second_moments(trainer.optimizers, module, objective) if first else None
+            lambda: second_moments(trainer.optimizers, module, objective.names) if first else None
         )[0]
 
     def _share_buffers(self, objective: Objective) -> None:
@@ -635,9 +677,150 @@ class SLTMonitor(Callback):
         for buffer, value in zip(buffers, told or [], strict=True):
             buffer.copy_(value)
 
+    # --- beside training ------------------------------------------------------------------------------------------
+
+    @property
+    def measures_later(self) -> bool:
+        """Whether estimates come after training has gone on from their weights."""
+        return self._beside is not None
+
+    def _open_background(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the workers, and find again what was out when the run broke off."""
+        beside, data, course = self._beside, self._data, self._course
+        if beside is None or data is None or _is_smoke_test(trainer):
+            return
+        beside.open(
+            trainer,
+            pl_module,
+            self.folder,
+            data,
+            self._loss_fn,
+            self._restrict,
+            self._settings,
+            _loss_context(trainer) is not None,
+            course.state_dict,
+            course.warm_start,
+        )
+        known = {} if self.folder is None else recorded(self.folder, beside.awaited)
+        # what reached the record after the checkpoint is known, and not published a second time
+        for step, (estimate, influence) in known.items():
+            self.estimates.append(estimate)
+            if influence is not None:
+                self.influences.append(influence)
+            left = beside.left_by(step)
+            if left is not None:
+                course.load_state_dict(left)
+        late, lost = beside.recover(known)
+        warn_of_lost(lost)
+        for result in late:
+            self._take_late(trainer, pl_module, result)
+
+    def _send(
+        self, trainer: Trainer, pl_module: LightningModule, step: int, x: int, decision: Optional[Decision]
+    ) -> None:
+        """Have the weights as they are measured beside training; leave it out where the queue is full."""
+        beside, data = self._beside, self._data
+        assert beside is not None and data is not None
+        begin = time.monotonic()
+        with FiringProgress(trainer, f"{self._prefix} at step {step}, waiting for the background") as progress:
+            for late in beside.make_room(progress):
+                self._take_late(trainer, pl_module, late)
+        if beside.broken is not None:
+            return
+        if beside.full:
+            self._skipped += 1
+            if not self._said_full:
+                self._said_full = True
+                rank_zero_warn(f"SLTMonitor: the firing at step {step} is left out, since {beside.full_text()}")
+            return
+        notes: dict[str, Any] = {"step": step, "x": x, "epoch": trainer.current_epoch}
+        if decision is not None:
+            notes |= {
+                "firing_size": decision.size,
+                "credit_seconds": decision.credit_seconds,
+                "predicted_seconds": decision.predicted_seconds,
+            }
+        if decision is not None or self._skipped:
+            notes["skipped"] = self._skipped
+        try:
+            with preserve_rng():
+                probes = self._probes_of(trainer, pl_module) if self._samples.wanted else None
+                settings = dataclasses.replace(self._settings, second_moment=self._moments_now(trainer, pl_module))
+                beside.send(trainer, pl_module, self._restrict, settings, data, probes, notes)
+        except Exception as error:
+            if self._on_failure == "raise":
+                raise
+            _warn_of_failure(step, f"{type(error).__name__}: {error}")
+            self._account(begin, failed=True)
+            return
+        finally:
+            self._hook_owner = None
+        self._skipped = 0
+        for listener in self._listeners:
+            listener.on_snapshot(trainer, pl_module, step)
+        self._account(begin)
+
+    def _probes_of(self, trainer: Trainer, pl_module: LightningModule) -> ProbeSet:
+        """The samples to look at, read at the first firing."""
+        assert self._data is not None
+        if self._source is None or self._data.replays:
+            self._hook_owner = shadow_copy(pl_module)
+            self._source = self._data.source(self._transfer(trainer))
+        return self._samples.read(trainer, self._source, self._transfer(trainer))
+
+    def _moments_now(self, trainer: Trainer, pl_module: LightningModule) -> Optional[Tensor]:
+        """Second moments for a worker, which alone knows whether its chains start cold."""
+        sampler = self._settings.sampler
+        if sampler is None or not sampler.preconditioned:
+            return None
+        return second_moments(trainer.optimizers, pl_module, select_parameters(pl_module, self._restrict))
+
+    def _collect(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up what has come back."""
+        if self._beside is not None:
+            for late in self._beside.take():
+                self._take_late(trainer, pl_module, late)
+
+    def _take_late(self, trainer: Trainer, pl_module: LightningModule, late: Late) -> None:
+        if self._budget is not None and self._earned_until is not None:
+            self._earn()
+        begin = time.monotonic()
+        result = late.result
+        if result.course is not None:
+            self._course.load_state_dict(result.course)
+        if result.estimate is None:
+            if self._on_failure == "raise":
+                raise RuntimeError(f"the measurement at step {result.step} failed in the background: {result.error}")
+            _warn_of_failure(result.step, str(result.error))
+            return
+        with preserve_rng():
+            self._say_how(result.estimate, result.influence)
+            self._take_up(trainer, pl_module, result.estimate.replace(**late.notes), result.influence, begin)
+        seconds = time.monotonic() - begin
+        self._seconds += seconds
+        if self._budget is not None and self._earned_until is not None:
+            self._budget.charge(seconds)
+            self._earned_until = begin + seconds
+
+    def _await_the_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """At the end of fit: what is still out, within the limit."""
+        beside = self._beside
+        if beside is None or not beside.pending:
+            return
+        label = f"{self._prefix}: waiting for the results of {len(beside.pending)} snapshots"
+        with FiringProgress(trainer, label) as progress:
+            for late in beside.await_all(progress):
+                self._take_late(trainer, pl_module, late)
+        if beside.pending:
+            rank_zero_warn(
+                f"SLTMonitor: the results of steps {beside.pending} did not come within max_wait={beside.max_wait:g} s "
+                "of the end of fit, and are left out."
+            )
+
     # --- after training -------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._await_the_last(trainer, pl_module)
         self._finish(trainer, "finished")
         tried = self.estimates or self._seconds > 0
         if self._budget is not None and self._skipped and not tried and math.isfinite(self._budget.predicted_seconds):
@@ -654,9 +837,13 @@ class SLTMonitor(Callback):
         )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._beside is not None:
+            self._beside.close()  # what is out stays on disk, for a resume
         self._finish(trainer, "failed")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._beside is not None:
+            self._beside.close()
         self._source, self._data, self._hook_owner = None, None, None
         close_collective(self._collective)
         self._collective = Alone()
@@ -671,6 +858,8 @@ class SLTMonitor(Callback):
         publisher, self._publisher = self._publisher, None
         if publisher is None:
             return
+        if self._beside is not None:
+            self._beside.close(finished=status == "finished")
         if self.influences:
             publisher.finish_influence(self.influences)
         transitions: list[Transition] = []
@@ -699,6 +888,7 @@ class SLTMonitor(Callback):
             "folder": str(self.folder) if self.folder is not None else None,
             "budget": self._budget.state_dict() if self._budget is not None else None,
             "skipped": self._skipped,
+            "pending": self._beside.state_dict() if self._beside is not None else [],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -713,6 +903,10 @@ class SLTMonitor(Callback):
         folder = state_dict.get("folder")
         self._resumed_folder = Path(folder) if folder else None
         self._skipped = int(state_dict.get("skipped", 0))
+        if self._beside is not None:
+            self._beside.load_state_dict(state_dict.get("pending", []))
+        else:
+            warn_of_lost([int(notes["step"]) for notes in state_dict.get("pending", [])])
         if self._budget is not None and state_dict.get("budget") is not None:
             self._budget.load_state_dict(state_dict["budget"])
 
@@ -723,6 +917,10 @@ class SLTMonitor(Callback):
         state["_earned_until"] = None
         state["_listeners"] = []  # they come again in their own setup
         return state
+
+
+def _warn_of_failure(step: int, reason: str) -> None:
+    rank_zero_warn(f"SLTMonitor: the measurement at step {step} failed and is left out; training goes on. {reason}")
 
 
 def _is_smoke_test(trainer: Trainer) -> bool:
@@ -743,11 +941,11 @@ def _loss_context(trainer: Trainer) -> Optional[Callable[[], AbstractContextMana
 
 
 def second_moments(
-    optimizers: Sequence[torch.optim.Optimizer], module: nn.Module, objective: Objective
+    optimizers: Sequence[torch.optim.Optimizer], module: nn.Module, names: Sequence[str]
 ) -> Optional[Tensor]:
     """``[d]`` of what an Adam keeps of the squared gradients of the weights that move; None where some have none."""
     parameters, pieces = dict(module.named_parameters()), []
-    for name in objective.names:
+    for name in names:
         states = [o.state[parameters[name]] for o in optimizers if parameters.get(name) in o.state]
         moment = states[0].get("exp_avg_sq") if states else None
         if not isinstance(moment, Tensor) or moment.shape != parameters[name].shape:

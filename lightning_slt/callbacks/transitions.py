@@ -234,7 +234,8 @@ class TransitionMonitor(Callback):
         publisher: Optional[RunPublisher],
     ) -> None:
         """See :class:`~lightning_slt.callbacks.listener.EstimateListener`."""
-        self._snapshot(trainer, pl_module, estimate)
+        if not monitor.measures_later and estimate.step is not None:
+            self.on_snapshot(trainer, pl_module, estimate.step)
         new: list[Transition] = []
         changed: dict[int, Transition] = {}
         # more than one where a run is resumed with this callback added: the curve before counts
@@ -309,9 +310,10 @@ class TransitionMonitor(Callback):
 
     # --- weights --------------------------------------------------------------------------------------------------
 
-    def _snapshot(self, trainer: Trainer, pl_module: LightningModule, estimate: Estimate) -> None:
+    def on_snapshot(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        """See :class:`~lightning_slt.callbacks.listener.EstimateListener`."""
         smoke = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        if not self._pin or smoke or estimate.step is None:
+        if not self._pin or smoke:
             return
         try:
             weights = weights_to_keep(trainer, pl_module)
@@ -320,7 +322,7 @@ class TransitionMonitor(Callback):
             if self._ring is None:
                 self._ring = self._open_ring()
             if self._ring is not None:
-                self._ring.add(weights, estimate.step, trainer.current_epoch)
+                self._ring.add(weights, step, trainer.current_epoch)
         except Exception as error:
             self._warn_of_snapshots(error)
 
