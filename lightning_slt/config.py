@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_slt.callbacks import SLTMonitor, TransitionMonitor
 from lightning_slt.estimate import estimate_llc
-from lightning_slt.influence import MAX_TRAIN, estimate_influence
+from lightning_slt.influence import estimate_influence
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, RMSpropSGLD, sampler_from
@@ -288,7 +288,7 @@ class InfluenceConfig:
     seed: int = 0
     device: Optional[str] = None
     full_batch: Optional[bool] = None
-    max_train: Optional[int] = MAX_TRAIN
+    max_train: Optional[int] = 10_000
     max_query: Optional[int] = None
     per_token: bool = False
     shrinkage: float = 1.0
