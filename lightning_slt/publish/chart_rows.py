@@ -13,7 +13,7 @@ import numpy as np
 
 from lightning_slt.influence_record import MIN_Z, InfluenceEstimate
 from lightning_slt.publish.influence_charts import followed
-from lightning_slt.publish.specs import (
+from lightning_slt.publish.spec_parts import (
     ABOVE,
     BELOW,
     COSTS,

@@ -26,7 +26,7 @@ from lightning_slt.publish.tensorboard import TensorBoardSink
 from lightning_slt.publish.transition_charts import free_energy_figure
 from lightning_slt.publish.transition_tables import TRANSITION_COLUMNS, transition_rows
 from lightning_slt.publish.wandb_logger import WandbSink
-from lightning_slt.record import Estimate, RunRecord
+from lightning_slt.record import RECORD_FILE, Estimate, RunRecord
 from lightning_slt.transition_record import TransitionLog, TransitionReport
 from lightning_slt.transitions import Transition
 
@@ -312,7 +312,9 @@ class RunPublisher:
             self._curve(estimates, transitions)
         for i, (name, sink) in enumerate(self._sinks):
             self._guard(i, name, partial(sink.finish, estimates, status, figure))
-        if self.record is not None and estimates and not any(is_online(sink) for _, sink in self._sinks):
+        if self.record is None or not (self.record.folder / RECORD_FILE).exists():
+            return  # no folder, or one that could not be written, as has been said
+        if not any(is_online(sink) for _, sink in self._sinks):
             self._guard(-13, "the report", partial(_write_report, self.record.folder))
 
     def _curve(self, estimates: Sequence[Estimate], transitions: Sequence[Transition]) -> None:

@@ -14,72 +14,42 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from typing import Any, Literal, Optional
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from lightning_slt.functional.learning_coefficient import MAX_RHAT
-
-SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
-"""A name of the format, never fetched: the library is given the spec, not its address."""
-
-# Okabe and Ito's colours, which people with any colour vision tell apart; of the dark page lighter ones of the same hue
-LIGHT: Mapping[str, str] = {
-    "@good": "#0072b2",
-    "@bad": "#c24e00",
-    "@rule": "#7a3e9d",
-    "@text": "#26303a",
-    "@muted": "#75808b",
-    "@grid": "#e3e7eb",
-    "@loss": "#4a5560",
-    "@paper": "#ffffff",
-}
-DARK: Mapping[str, str] = {
-    "@good": "#56b4e9",
-    "@bad": "#f08a3c",
-    "@rule": "#c79be3",
-    "@text": "#e2e7ec",
-    "@muted": "#98a4b0",
-    "@grid": "#303a44",
-    "@loss": "#b9c3cd",
-    "@paper": "#161b21",
-}
-CATEGORIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c6d1f", "#7f7f7f")
-"""Chains, components, samples."""
-
-VALID, INVALID, BELOW, ABOVE, NONE = (
-    "valid",
-    "not valid",
-    "not valid, below the frame",
-    "not valid, above the frame",
-    "no estimate",
+from lightning_slt.publish.spec_parts import (
+    CATEGORIES,
+    COSTS,
+    DIAGNOSTICS,
+    INVALID,
+    LEFT_OUT,
+    LIGHT,
+    SCHEMA,
+    STATES,
+    VALID,
+    Scale,
+    Spec,
+    column,
+    cursor,
+    datum,
+    frame,
+    frames_of,
+    layer,
+    nearest,
+    plain_tooltip,
+    steps,
+    tooltip,
+    with_x,
 )
-STATES = (VALID, INVALID, BELOW, ABOVE, NONE)
-"""How a point of the curve looks: what is not valid is hollow, of another colour and of another shape."""
-
-LEFT_OUT = "chains left out"
-DIAGNOSTICS: Mapping[str, Optional[float]] = {
-    "R-hat (1 is mixed)": MAX_RHAT,
-    "effective draws": None,
-    LEFT_OUT: None,
-    "virial ratio (1 has arrived)": 1.0,
-}
-"""Measures, and the line each is held against."""
-COSTS = ("seconds of a firing", "share of the run so far")
-TRAJECTORIES = ("mean loss over the posterior", "self-influence")
-
-Spec = dict[str, Any]
-Scale = Literal["linear", "log", "symlog"]
 
 
-def _f(name: str) -> str:
-    return "${field:" + name + "}"
-
-
-def _d(name: str) -> str:
-    return f"datum['{_f(name)}']"
-
-
-def curve(scale: Scale = "linear", log_loss: bool = False, transitions: bool = True, boundaries: bool = True) -> Spec:
+def curve(
+    scale: Scale = "linear",
+    log_loss: bool = False,
+    transitions: bool = True,
+    boundaries: bool = True,
+    states: Sequence[str] = STATES,
+) -> Spec:
     """The LLC with its band and the rules of transitions, above the loss on the same steps.
 
     Rows of :func:`~lightning_slt.publish.chart_rows.curve_rows`.
@@ -88,61 +58,86 @@ def curve(scale: Scale = "linear", log_loss: bool = False, transitions: bool = T
         scale: of the steps; ``"symlog"`` is logarithmic, and linear from 0 to the first.
         log_loss: the loss on a logarithmic axis.
         transitions, boundaries: whether there may be rows of these; a layer without rows makes the library warn.
+        states: those that points may have.
     """
-    estimate, transition, boundary = (f"{_d('row')} === '{row}'" for row in ("estimate", "transition", "boundary"))
-    valid = f"{_d('state')} === '{VALID}'"
-    x = _steps(scale, _f("step"), title=None)
+    estimate, transition, boundary = (f"{datum('row')} === '{row}'" for row in ("estimate", "transition", "boundary"))
+    valid = f"{datum('state')} === '{VALID}'"
+    x = steps(scale, column("step"), title=None)
     x["axis"]["labels"] = False
     spans = [
-        _layer(
+        layer(
             {"type": "rect", "color": "@rule", "opacity": 0.1},
             [transition],
-            {"x": x, "x2": {"field": _f("end")}},
+            {"x": x, "x2": {"field": column("end")}},
         ),
-        _layer(
+        layer(
             {"type": "rule", "size": 1.8},
             [transition],
             {
-                "x": {**x, "field": _f("middle")},
+                "x": {**x, "field": column("middle")},
                 "color": {
-                    "condition": {"test": f"isValid({_d('boundary')})", "value": "@muted"},
+                    "condition": {"test": f"isValid({datum('boundary')})", "value": "@muted"},
                     "value": "@rule",
                 },
                 "strokeDash": {
-                    "condition": {"test": f"{_d('state')} === 'confirmed'", "value": [1, 0]},
+                    "condition": {"test": f"{datum('state')} === 'confirmed'", "value": [1, 0]},
                     "value": [6, 4],
                 },
-                "tooltip": _tooltip("words"),
+                "tooltip": tooltip("words"),
             },
         ),
     ]
     changes = [
-        _layer(
+        layer(
             {"type": "rule", "color": "@muted", "strokeDash": [1, 3]},
             [boundary],
-            {"x": x, "tooltip": _tooltip("words")},
+            {"x": x, "tooltip": tooltip("words")},
         ),
     ]
     rules = [*(spans if transitions else []), *(changes if boundaries else [])]
-    llc = {"field": _f("llc"), "type": "quantitative", "title": "LLC", "scale": {"zero": False}}
-    band = {"x": x, "y": {**llc, "field": _f("low")}, "y2": {"field": _f("high")}, "detail": {"field": _f("segment")}}
+    llc = {"field": column("llc"), "type": "quantitative", "title": "LLC", "scale": {"zero": False}}
+    band = {
+        "x": x,
+        "y": {**llc, "field": column("low")},
+        "y2": {"field": column("high")},
+        "detail": {"field": column("segment")},
+    }
     colour = {
-        "field": _f("state"),
+        "field": column("state"),
         "type": "nominal",
         "scale": {"domain": list(STATES), "range": ["@good", "@bad", "@bad", "@bad", "@bad"]},
         "legend": {"title": None, "orient": "top", "symbolStrokeWidth": 2, "symbolOpacity": 1, "values": "@states"},
     }
     shapes = ["circle", "diamond", "triangle-down", "triangle-up", "cross"]
     names = [
-        _layer(
+        layer(
             {"type": "text", "align": "center", "baseline": "bottom", "dy": -4, "fontWeight": "bold"},
             [transition],
             {
-                "x": {**x, "field": _f("middle")},
+                "x": {**x, "field": column("middle")},
                 "y": {"value": 0},
-                "text": {"field": _f("kind")},
+                "text": {"field": column("kind")},
                 "color": {"value": "@rule"},
-                "tooltip": _tooltip("words"),
+                "tooltip": tooltip("words"),
+            },
+        ),
+    ]
+    trusted = [
+        layer({"type": "area", "color": "@good", "opacity": 0.2}, [estimate, valid], band),
+        layer(
+            {"type": "line", "color": "@good", "strokeWidth": 2},
+            [estimate, valid],
+            {"x": x, "y": llc, "detail": {"field": column("segment")}},
+        ),
+    ]
+    errors = [
+        layer(
+            {"type": "rule", "opacity": 0.45},
+            [estimate, f"{datum('state')} === '{VALID}' || {datum('state')} === '{INVALID}'"],
+            {
+                **{k: band[k] for k in ("x", "y", "y2")},
+                "color": colour,
+                "strokeDash": {"condition": {"test": valid, "value": [1, 0]}, "value": [3, 3]},
             },
         ),
     ]
@@ -152,23 +147,10 @@ def curve(scale: Scale = "linear", log_loss: bool = False, transitions: bool = T
         "layer": [
             *rules,
             *(names if transitions else []),
-            _layer({"type": "area", "color": "@good", "opacity": 0.2}, [estimate, valid], band),
-            _layer(
-                {"type": "line", "color": "@good", "strokeWidth": 2},
-                [estimate, valid],
-                {"x": x, "y": llc, "detail": {"field": _f("segment")}},
-            ),
-            _layer(
-                {"type": "rule", "opacity": 0.45},
-                [estimate, f"{_d('state')} === '{VALID}' || {_d('state')} === '{INVALID}'"],
-                {
-                    **{k: band[k] for k in ("x", "y", "y2")},
-                    "color": colour,
-                    "strokeDash": {"condition": {"test": valid, "value": [1, 0]}, "value": [3, 3]},
-                },
-            ),
+            *(trusted if VALID in states else []),
+            *(errors if {VALID, INVALID} & set(states) else []),
             {
-                **_layer(
+                **layer(
                     {"type": "point", "size": 55, "strokeWidth": 1.6, "opacity": 1},
                     [estimate],
                     {
@@ -176,7 +158,7 @@ def curve(scale: Scale = "linear", log_loss: bool = False, transitions: bool = T
                         "y": llc,
                         "color": colour,
                         "shape": {
-                            "field": _f("state"),
+                            "field": column("state"),
                             "type": "nominal",
                             "scale": {"domain": list(STATES), "range": shapes},
                         },
@@ -187,37 +169,37 @@ def curve(scale: Scale = "linear", log_loss: bool = False, transitions: bool = T
                                 "range": ["@good", "@paper", "@paper", "@paper", "@paper"],
                             },
                         },
-                        "tooltip": _tooltip("words"),
+                        "tooltip": tooltip("words"),
                     },
                 ),
-                "params": [_nearest("near_llc")],
+                "params": [nearest("near_llc")],
             },
-            _cursor(x, estimate),
+            cursor(x, estimate),
         ],
     }
     loss = {
-        "field": _f("loss"),
+        "field": column("loss"),
         "type": "quantitative",
         "title": "loss",
         "scale": {"type": "log"} if log_loss else {"zero": False},
         "axis": {"tickCount": 4, "grid": not log_loss, "format": "~g" if log_loss else ",~r"},
     }
-    below = _steps(scale, _f("step"))
+    below = steps(scale, column("step"))
     bottom = {
         "height": 130,
         "width": "@width",
         "layer": [
-            *(_with_x(rule, below) for rule in rules),
-            _layer({"type": "line", "color": "@loss", "strokeWidth": 1.6}, [estimate], {"x": below, "y": loss}),
+            *(with_x(rule, below) for rule in rules),
+            layer({"type": "line", "color": "@loss", "strokeWidth": 1.6}, [estimate], {"x": below, "y": loss}),
             {
-                **_layer(
+                **layer(
                     {"type": "point", "filled": True, "color": "@loss", "size": 28, "opacity": 1},
                     [estimate],
-                    {"x": below, "y": loss, "tooltip": _tooltip("words")},
+                    {"x": below, "y": loss, "tooltip": tooltip("words")},
                 ),
-                "params": [_nearest("near_loss")],
+                "params": [nearest("near_loss")],
             },
-            _cursor(below, estimate),
+            cursor(below, estimate),
         ],
     }
     return {
@@ -236,7 +218,7 @@ def components(scale: Scale = "linear") -> Spec:
     Rows of :func:`~lightning_slt.publish.chart_rows.component_rows`.
     """
     valid = f"datum.state === '{VALID}'"
-    x = _steps(scale, "step")
+    x = steps(scale, "step")
     y = {"field": "llc", "type": "quantitative", "title": "LLC", "scale": {"zero": False}}
     return {
         "$schema": SCHEMA,
@@ -248,13 +230,13 @@ def components(scale: Scale = "linear") -> Spec:
             "width": "@cell",
             "height": 150,
             "layer": [
-                _layer(
+                layer(
                     {"type": "area", "color": "@good", "opacity": 0.2},
                     [valid],
                     {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "detail": {"field": "segment"}},
                 ),
-                _layer({"type": "line", "color": "@good"}, [valid], {"x": x, "y": y, "detail": {"field": "segment"}}),
-                _layer(
+                layer({"type": "line", "color": "@good"}, [valid], {"x": x, "y": y, "detail": {"field": "segment"}}),
+                layer(
                     {"type": "point", "size": 30, "opacity": 1},
                     [],
                     {
@@ -263,7 +245,7 @@ def components(scale: Scale = "linear") -> Spec:
                         "color": {"condition": {"test": valid, "value": "@good"}, "value": "@bad"},
                         "fill": {"condition": {"test": valid, "value": "@good"}, "value": "@paper"},
                         "shape": {"condition": {"test": valid, "value": "circle"}, "value": "diamond"},
-                        "tooltip": _plain_tooltip("words"),
+                        "tooltip": plain_tooltip("words"),
                     },
                 ),
             ],
@@ -282,7 +264,7 @@ def chains(running: bool = True, band: bool = True) -> Spec:
         running: the running mean of each chain; else the draws themselves.
         band: draw the estimate's band behind them.
     """
-    shown = "running" if running else _f("llc")
+    shown = "running" if running else column("llc")
     y = {
         "field": shown,
         "type": "quantitative",
@@ -316,9 +298,9 @@ def chains(running: bool = True, band: bool = True) -> Spec:
         "data": {"name": "rows"},
         "transform": [
             {
-                "window": [{"op": "mean", "field": _f("llc"), "as": "running"}],
-                "groupby": [_f("chain")],
-                "sort": [{"field": _f("draw")}],
+                "window": [{"op": "mean", "field": column("llc"), "as": "running"}],
+                "groupby": [column("chain")],
+                "sort": [{"field": column("draw")}],
                 "frame": [None, 0],
             }
         ],
@@ -328,21 +310,21 @@ def chains(running: bool = True, band: bool = True) -> Spec:
                 "mark": {"type": "line", "clip": True, "strokeWidth": 1.6 if running else 0.9, "opacity": 0.9},
                 "encoding": {
                     "x": {
-                        "field": _f("draw"),
+                        "field": column("draw"),
                         "type": "quantitative",
                         "title": "draw",
                         "axis": {"grid": False, "tickCount": 8},
                     },
                     "y": y,
                     "color": {
-                        "field": _f("chain"),
+                        "field": column("chain"),
                         "type": "nominal",
                         "title": "chain",
                         "scale": {"range": list(CATEGORIES)},
                     },
                     "tooltip": [
-                        {"field": _f("chain"), "type": "nominal", "title": "chain"},
-                        {"field": _f("draw"), "type": "quantitative", "title": "draw"},
+                        {"field": column("chain"), "type": "nominal", "title": "chain"},
+                        {"field": column("draw"), "type": "quantitative", "title": "draw"},
                         {"field": shown, "type": "quantitative", "title": "LLC", "format": ".4g"},
                     ],
                 },
@@ -368,22 +350,22 @@ def free_energy() -> Spec:
             "width": "@cell",
             "height": 210,
             "layer": [
-                _layer(
+                layer(
                     {"type": "rect", "color": "@bad", "opacity": 0.1, "clip": True},
                     ["datum.row === 'critical'"],
                     {"x": {**x, "field": "low"}, "x2": {"field": "high"}},
                 ),
-                _layer(
+                layer(
                     {"type": "rule", "color": "@bad", "size": 1.5},
                     ["datum.row === 'critical'"],
-                    {"x": x, "tooltip": _plain_tooltip("words")},
+                    {"x": x, "tooltip": plain_tooltip("words")},
                 ),
-                _layer(
+                layer(
                     {"type": "rule", "color": "@text", "strokeDash": [2, 3], "size": 1.5},
                     ["datum.row === 'here'"],
-                    {"x": x, "tooltip": _plain_tooltip("words")},
+                    {"x": x, "tooltip": plain_tooltip("words")},
                 ),
-                _layer(
+                layer(
                     {"type": "line", "strokeWidth": 2.4},
                     ["datum.row === 'line'"],
                     {
@@ -405,6 +387,8 @@ def free_energy() -> Spec:
             ],
         },
         "resolve": {"scale": {"y": "independent", "x": "independent"}},
+        "bounds": "flush",
+        "spacing": {"row": 84, "column": 78},
     }
 
 
@@ -417,8 +401,8 @@ def diagnostics(scale: Scale = "linear", left_out: bool = True) -> Spec:
         left_out: whether there is anything to show of chains left out.
     """
     names = [name for name in DIAGNOSTICS if left_out or name != LEFT_OUT]
-    frames = [_frame(name, scale, DIAGNOSTICS[name], zero=name == LEFT_OUT) for name in names]
-    return {**_frames("Diagnostics of the chains over training.", frames), "data": {"name": "rows"}}
+    frames = [frame(name, scale, DIAGNOSTICS[name], zero=name == LEFT_OUT) for name in names]
+    return {**frames_of("Diagnostics of the chains over training.", frames), "data": {"name": "rows"}}
 
 
 def cost(scale: Scale = "linear") -> Spec:
@@ -426,181 +410,8 @@ def cost(scale: Scale = "linear") -> Spec:
 
     Rows of :func:`~lightning_slt.publish.chart_rows.cost_rows`.
     """
-    frames = [_frame(name, scale, None, zero=True) for name in COSTS]
-    return {**_frames("What measuring cost.", frames), "data": {"name": "rows"}}
-
-
-def _frames(description: str, frames: list[Spec]) -> Spec:
-    return {"$schema": SCHEMA, "description": description, "columns": "@columns", "concat": frames}
-
-
-def _frame(measure: str, scale: Scale, limit: Optional[float], zero: bool = False) -> Spec:
-    """One small chart of the rows of a measure."""
-    y: Spec = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": zero}}
-    line = _layer(
-        {"type": "line", "color": "@loss", "point": {"color": "@loss", "size": 22}},
-        [],
-        {
-            "x": _steps(scale, "step"),
-            "y": {**y, "axis": {"tickCount": 4, "format": "~g"}},
-            "tooltip": _plain_tooltip("words"),
-        },
-    )
-    held = {
-        "data": {"values": [{}]},
-        "mark": {"type": "rule", "color": "@bad", "strokeDash": [5, 4]},
-        "encoding": {"y": {"datum": limit}},
-    }
-    return {
-        "title": {"text": measure, "anchor": "start", "frame": "group", "offset": 8},
-        "transform": [{"filter": f"datum.measure === '{measure}'"}],
-        "width": "@cell",
-        "height": 120,
-        "layer": [line] if limit is None else [held, line],
-    }
-
-
-def groups(numbers: bool = True) -> Spec:
-    """What groups of training samples do to groups of queries.
-
-    Rows of :func:`~lightning_slt.publish.chart_rows.group_rows`.
-
-    Args:
-        numbers: write the value into each cell.
-    """
-    cell = {
-        "x": {
-            "field": "train",
-            "type": "nominal",
-            "sort": None,
-            "title": "group of training samples",
-            "axis": {"orient": "bottom", "grid": False, "labelLimit": 90, "labelAngle": "@angle"},
-        },
-        "y": {
-            "field": "query",
-            "type": "nominal",
-            "sort": None,
-            "title": "group of queries",
-            "axis": {"grid": False, "labelLimit": 90},
-        },
-    }
-    text = {
-        "mark": {"type": "text", "fontSize": 10},
-        "encoding": {
-            **cell,
-            "text": {"field": "text"},
-            "color": {"condition": {"test": "datum.dark", "value": "#ffffff"}, "value": "#26303a"},
-            "opacity": {"condition": {"test": "datum.clear", "value": 1}, "value": 0.45},
-        },
-    }
-    return {
-        "$schema": SCHEMA,
-        "description": "Influence of groups of training samples on groups of queries.",
-        "data": {"name": "rows"},
-        "title": {"text": "@unit", "anchor": "start", "frame": "group", "fontWeight": 400, "color": "@muted"},
-        "width": "@square",
-        "height": "@square",
-        "layer": [
-            {
-                "mark": {"type": "rect", "strokeWidth": 1, "stroke": "@paper"},
-                "encoding": {
-                    **cell,
-                    "color": {
-                        "field": "value",
-                        "type": "quantitative",
-                        "title": "> 0 helps",
-                        "scale": {
-                            "range": ["#b35806", "#f1a340", "#f7f7f7", "#67a9cf", "#0a5a94"],
-                            "domain": "@limits",
-                        },
-                        "legend": {"format": ".2~g"},
-                    },
-                    "opacity": {"condition": {"test": "datum.clear", "value": 1}, "value": 0.55},
-                    "tooltip": _plain_tooltip("words"),
-                },
-            },
-            *([text] if numbers else []),
-        ],
-    }
-
-
-def samples(log: bool = False) -> Spec:
-    """Every sample by its loss at the weights and its mean loss over the posterior; suspects stand out.
-
-    Rows of :func:`~lightning_slt.publish.chart_rows.sample_columns`, made into rows.
-
-    Args:
-        log: both losses on logarithmic axes.
-    """
-    return {
-        "$schema": SCHEMA,
-        "description": "Training samples by their two losses.",
-        "data": {"name": "rows"},
-        "width": "@width",
-        "height": 300,
-        "mark": {"type": "point", "strokeWidth": 1.4},
-        "encoding": {
-            "x": {
-                "field": "plain",
-                "type": "quantitative",
-                "title": "loss at the weights",
-                "scale": {"type": "log", "nice": False, "padding": 8} if log else {"zero": False},
-                "axis": {"tickCount": 6, "format": "~g" if log else ",~r", "grid": not log},
-            },
-            "y": {
-                "field": "mean",
-                "type": "quantitative",
-                "title": "mean loss over the posterior",
-                "scale": {"type": "log", "nice": False, "padding": 8} if log else {"zero": False},
-                "axis": {"tickCount": 6, "format": "~g" if log else ",~r", "grid": not log},
-            },
-            "color": {"condition": {"test": "datum.suspect", "value": "@bad"}, "value": "@good"},
-            "size": {"condition": {"test": "datum.suspect", "value": 70}, "value": 14},
-            "opacity": {"condition": {"test": "datum.suspect", "value": 1}, "value": 0.5},
-            "tooltip": _plain_tooltip("words"),
-        },
-    }
-
-
-def trajectories(scale: Scale = "linear", log: bool = False) -> Spec:
-    """Mean loss and self-influence over training of the samples that changed most.
-
-    Rows of :func:`~lightning_slt.publish.chart_rows.trajectory_rows`.
-
-    Args:
-        log: both measures on logarithmic axes.
-    """
-    frames = []
-    for measure in TRAJECTORIES:
-        y: Spec = {
-            "field": "value",
-            "type": "quantitative",
-            "title": None,
-            "axis": {"tickCount": 5, "format": "~g" if log else ",~r"},
-        }
-        y["scale"] = {"type": "log"} if log else {"zero": False}
-        colour = {"field": "sample", "type": "nominal", "title": "sample", "sort": None}
-        encoding = {
-            "x": _steps(scale, "step"),
-            "y": y,
-            "color": {**colour, "scale": {"range": [*CATEGORIES, "#117733", "#882255"]}},
-            "tooltip": [
-                {"field": "sample", "type": "nominal"},
-                {"field": "step", "type": "quantitative"},
-                {"field": "value", "type": "quantitative", "format": ".3g"},
-            ],
-        }
-        frames.append(
-            {
-                "title": {"text": measure, "anchor": "start", "frame": "group", "offset": 8},
-                "transform": [{"filter": f"datum.measure === '{measure}'"}],
-                "width": "@cell",
-                "height": 220,
-                "mark": {"type": "line", "point": True},
-                "encoding": encoding,
-            }
-        )
-    return {**_frames("Samples over training.", frames), "data": {"name": "rows"}}
+    frames = [frame(name, scale, None, zero=True) for name in COSTS]
+    return {**frames_of("What measuring cost.", frames), "data": {"name": "rows"}}
 
 
 def for_page(spec: Spec) -> Spec:
@@ -636,51 +447,3 @@ def fields_of(spec: Spec) -> tuple[str, ...]:
         ('chain', 'draw', 'llc')
     """
     return tuple(sorted(set(re.findall(r"\$\{field:(\w+)\}", json.dumps(spec)))))
-
-
-def _layer(mark: Spec, filters: list[str], encoding: Spec) -> Spec:
-    transform = {"transform": [{"filter": test} for test in filters]} if filters else {}
-    return {**transform, "mark": mark, "encoding": encoding}
-
-
-def _with_x(layer: Spec, x: Spec) -> Spec:
-    """The same layer in another frame: its x keeps its own column."""
-    own = layer["encoding"]["x"]
-    return {**layer, "encoding": {**layer["encoding"], "x": {**x, "field": own["field"]}}}
-
-
-def _cursor(x: Spec, which: str) -> Spec:
-    """A rule at the step that the pointer is nearest to, in whichever of the two frames."""
-    near = {"or": [{"param": "near_llc", "empty": False}, {"param": "near_loss", "empty": False}]}
-    return _layer(
-        {"type": "rule", "color": "@muted"},
-        [which],
-        {"x": x, "opacity": {"condition": {"test": near, "value": 0.7}, "value": 0}},
-    )
-
-
-def _nearest(name: str) -> Spec:
-    return {
-        "name": name,
-        "select": {"type": "point", "nearest": True, "on": "pointerover", "clear": "pointerout", "encodings": ["x"]},
-    }
-
-
-def _tooltip(name: str) -> Spec:
-    return {"field": _f(name), "type": "nominal"}
-
-
-def _plain_tooltip(name: str) -> Spec:
-    return {"field": name, "type": "nominal"}
-
-
-def _steps(scale: Scale, field: str, title: Optional[str] = "optimiser step") -> Spec:
-    axis: Spec = {"title": title, "grid": False, "tickCount": 6, "labelOverlap": True}
-    kinds: dict[Scale, Spec] = {
-        "linear": {"zero": False, "nice": False},
-        "log": {"type": "log", "nice": False},
-        "symlog": {"type": "symlog", "constant": "@first", "nice": False},
-    }
-    if scale == "symlog":
-        axis["values"] = "@ticks"  # the library's own are those of a linear axis, all at one end
-    return {"field": field, "type": "quantitative", "scale": {**kinds[scale], "padding": 8}, "axis": axis}

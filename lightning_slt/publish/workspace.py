@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Optional
 
 from lightning_slt.publish import specs
+from lightning_slt.publish.spec_parts import Spec
 
 NAME = "Structure over training"
 X_AXIS = "trainer/global_step"
@@ -96,7 +97,7 @@ PLAN: tuple[tuple[str, tuple[PanelPlan, ...]], ...] = (
 )
 """Sections in their order; what counts first comes first."""
 
-CHARTS: dict[str, specs.Spec] = {
+CHARTS: dict[str, Spec] = {
     "curve": specs.for_wandb(specs.curve(), width=900),
     "chains": specs.for_wandb(specs.chains(band=False), width=480),
 }

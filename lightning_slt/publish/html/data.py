@@ -15,7 +15,7 @@ from typing import Any, Optional, TypeVar
 from PIL import Image
 
 from lightning_slt.influence_record import InfluenceEstimate
-from lightning_slt.publish import specs
+from lightning_slt.publish import influence_specs, specs
 from lightning_slt.publish.chart_rows import (
     CURVE_COLUMNS,
     as_dicts,
@@ -36,6 +36,7 @@ from lightning_slt.publish.chart_rows import (
 )
 from lightning_slt.publish.influence_tables import media_id
 from lightning_slt.publish.run import MonitorRecord, Run
+from lightning_slt.publish.spec_parts import STATES, Scale, Spec
 from lightning_slt.publish.words import number, offline_only, pairs_sentence, suspects_sentence, verdict_sentence
 from lightning_slt.record import Estimate
 
@@ -68,9 +69,9 @@ def page_data(run: Run) -> dict[str, Any]:
         "specs": {
             "running": specs.for_page(specs.chains(running=True)),
             "draws": specs.for_page(specs.chains(running=False)),
-            "groups": specs.groups(numbers=max((len(i.groups) for i in history), default=0) <= 12),
-            "samples": specs.samples(),
-            "samplesLog": specs.samples(log=True),
+            "groups": influence_specs.groups(numbers=max((len(i.groups) for i in history), default=0) <= 12),
+            "samples": influence_specs.samples(),
+            "samplesLog": influence_specs.samples(log=True),
         },
         "chains": [{"name": m.name, "firings": chain_firings(m.estimates, len(run.monitors))} for m in run.monitors],
         "influence": influence_firings(shown),
@@ -85,12 +86,12 @@ def with_influence(run: Run) -> Optional[MonitorRecord]:
     return next((m for m in run.monitors if any(len(i.train_index) for i in m.influences)), None)
 
 
-def _charts(run: Run, scale: specs.Scale, ticks: dict[str, Any]) -> dict[str, Any]:
+def _charts(run: Run, scale: Scale, ticks: dict[str, Any]) -> dict[str, Any]:
     monitor, log = run.main, run.main.transitions
     marks = [*log.standing, *offline_only(log)] if log is not None else []
     rows = as_dicts(CURVE_COLUMNS, curve_rows(monitor.estimates, marks, log.boundaries if log is not None else ()))
     states = {row["state"] for row in rows if row["row"] == "estimate"}
-    present = {"@states": [state for state in specs.STATES if state in states]}
+    present = {"@states": [state for state in STATES if state in states]}
     charts: dict[str, Any] = {
         "curve": _chart(
             specs.curve(
@@ -98,6 +99,7 @@ def _charts(run: Run, scale: specs.Scale, ticks: dict[str, Any]) -> dict[str, An
                 loss_is_wide(monitor.estimates),
                 transitions=any(row["row"] == "transition" for row in rows),
                 boundaries=any(row["row"] == "boundary" for row in rows),
+                states=present["@states"],
             ),
             rows,
             {**ticks, **present},
@@ -106,6 +108,7 @@ def _charts(run: Run, scale: specs.Scale, ticks: dict[str, Any]) -> dict[str, An
             specs.diagnostics(scale, left_out=any(e.num_bad_chains for e in monitor.estimates)),
             diagnostic_rows(monitor.estimates),
             ticks,
+            columns=2 if any(e.num_bad_chains for e in monitor.estimates) else 3,
         ),
         "cost": _chart(specs.cost(scale), cost_rows(monitor.estimates), ticks),
     }
@@ -122,7 +125,7 @@ def _charts(run: Run, scale: specs.Scale, ticks: dict[str, Any]) -> dict[str, An
     lines = trajectory_rows(source.influences) if source is not None else []
     if lines:
         wide = is_wide([row["value"] for row in lines])
-        charts["trajectories"] = _chart(specs.trajectories(scale, wide), lines, ticks)
+        charts["trajectories"] = _chart(influence_specs.trajectories(scale, wide), lines, ticks)
     return {name: chart for name, chart in charts.items() if chart["datasets"]["rows"]}
 
 
@@ -131,8 +134,8 @@ def _order(rows: Sequence[Any], name: str) -> dict[str, Any]:
     return {"@order": list(dict.fromkeys(row[name] for row in rows))}
 
 
-def _chart(spec: specs.Spec, rows: Sequence[Any], tokens: dict[str, Any]) -> dict[str, Any]:
-    return {"spec": specs.for_page(spec), "datasets": {"rows": list(rows)}, "tokens": tokens}
+def _chart(spec: Spec, rows: Sequence[Any], tokens: dict[str, Any], columns: int = 2) -> dict[str, Any]:
+    return {"spec": specs.for_page(spec), "datasets": {"rows": list(rows)}, "tokens": tokens, "columns": columns}
 
 
 def thinned(items: Sequence[T], most: int) -> list[T]:

@@ -14,10 +14,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from lightning_slt.publish import specs
 from lightning_slt.publish.html.data import page_data
 from lightning_slt.publish.html.sections import Section, sections
 from lightning_slt.publish.run import Run, load_run
+from lightning_slt.publish.spec_parts import DARK, LIGHT
 
 VENDORED = ("vega", "vega-lite", "vega-embed")
 
@@ -64,7 +64,7 @@ def report_html(run: Run, title: Optional[str] = None) -> str:
             "Written by lightning_slt from the run's local record. This file holds everything it shows and asks for "
             "nothing from the network. Charts: Vega, Vega-Lite and Vega-Embed (BSD 3-clause; notices in the source)."
         ),
-        "data": as_script_text({**data, "palettes": {"light": specs.LIGHT, "dark": specs.DARK}}),
+        "data": as_script_text({**data, "palettes": {"light": LIGHT, "dark": DARK}}),
         "vendor": "\n".join(_vendored(name) for name in VENDORED),
         "script": _asset("page.js"),
     }

@@ -68,7 +68,8 @@ def sections(run: Run, title: str, data: Mapping[str, Any]) -> list[Section]:
 
 
 def _t(text: Any) -> str:
-    return html.escape(str(text))
+    # a number and its error stay on one line
+    return html.escape(str(text)).replace(" ± ", "\u00a0±\u00a0")
 
 
 def _section(id: str, short: str, heading: str, *parts: str) -> Section:
