@@ -2,8 +2,8 @@
 
     python benchmarks/report.py                    # --firings, --samples, --draws for other sizes; --skip-browser
 
-Printed: the size of the page, how long writing it takes, how long Chromium takes from the start of the page to the first
-chart and until everything is drawn (best and median of ``--repeats``, each a new page), and what one firing's publishing
+Printed: the size of the page, how long writing it takes, how long Chromium takes from the start of it to the first
+chart and until everything is drawn (best and median of ``--repeats``, each anew), and what one firing's publishing
 to an offline wandb run and the local record takes in the training process: seconds of the clock and of the processor,
 median and largest. While a firing is published, every connection of the process is counted that leaves this machine.
 """
