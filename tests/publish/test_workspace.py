@@ -15,7 +15,7 @@ from lightning_slt.publish.keys import ALL_METRIC_NAMES, MEDIA_NAMES, TABLE_NAME
 from lightning_slt.publish.tables import CHAIN_COLUMNS
 from lightning_slt.transition_record import TransitionLog
 from tests.publish.helpers import make_estimate, make_influence, make_report, pictures_of
-from tests.publish.test_wandb import inspect, offline, records  # noqa: F401
+from tests.wandb_runs import inspect, records
 
 
 def test_every_key_of_the_plan_has_a_name_that_is_published() -> None:
@@ -24,7 +24,7 @@ def test_every_key_of_the_plan_has_a_name_that_is_published() -> None:
     assert {key.removeprefix("slt/") for key in named} <= known
 
 
-def test_every_key_of_the_workspace_is_in_a_logged_run(offline: Path) -> None:  # noqa: F811
+def test_every_key_of_the_workspace_is_in_a_logged_run(offline: Path) -> None:
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
@@ -115,7 +115,7 @@ def test_a_prefix_that_no_monitor_has_is_refused(capsys: pytest.CaptureFixture[s
 
 
 def test_a_server_that_does_not_answer_is_said_within_seconds(
-    offline: Path,  # noqa: F811
+    offline: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
