@@ -10,7 +10,6 @@ import pytest
 from lightning_slt.publish import RunPublisher
 from lightning_slt.publish.keys import ALL_METRIC_NAMES, METRIC_NAMES
 from lightning_slt.publish.tables import HISTORY_COLUMNS
-from tests.conftest import offline  # noqa: F401 - for tests that have it from here
 from tests.publish.helpers import make_estimate
 from tests.publish.test_loggers import run_out_of_order
 from tests.wandb_runs import inspect, records
