@@ -19,6 +19,8 @@ FLOORS = {
     "publish": 2,
     "estimate": 3,
     "influence": 3,
+    "firing": 3,
+    "durable": 1,
     "callbacks": 4,
     "config": 5,
     "testing": 5,

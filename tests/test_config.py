@@ -127,6 +127,11 @@ def test_builds_the_callback_with_every_argument(monkeypatch: pytest.MonkeyPatch
         "method": "sequential",
         "probe": 500,
         "query": 100,
+        "execution": "background",
+        "devices": ["cpu"],
+        "max_pending": 3,
+        "when_full": "wait",
+        "max_wait": 60.0,
     }
     assert set(given) == {f.name for f in dataclasses.fields(MonitorConfig)}
     assert isinstance(load(given).build(), SLTMonitor)

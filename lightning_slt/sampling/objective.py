@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 from lightning_slt.sampling import steps
 from lightning_slt.sampling.batches import clone
+from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.restriction import Restriction, select_parameters
 from lightning_slt.sampling.shadow import (
     CopyError,
@@ -55,7 +56,8 @@ class Objective:
     Attributes:
         module: the private copy (the live module where ``borrowed``).
         names: the parameters that move.
-        anchor: ``[d]``, the flat ``w*``, float32 or float64.
+        anchor: ``[d]``, the flat ``w*``, float32 or float64; this rank's part of it where the model is sharded.
+        layout: which of the weights ``anchor`` has.
         borrowed: the module could not be copied: it is called in place with other weights, and put back after.
         rounds: the module computes in half precision from float32 masters.
         differentiates: the step itself asks for derivatives (a gradient penalty, an adversarial input): it is called
@@ -85,24 +87,28 @@ class Objective:
         self._context = context or nullcontext
         self.borrowed = False
         self.rounds = False
+        self._upcast = False
+        self._take_module(device)
+        self._enable(self.names)
+        self._read_anchor()
+
+    def _take_module(self, device: Optional[torch.device | str]) -> None:
+        """Make the private copy; where that cannot be done, borrow the module."""
         try:
-            self.module = shadow_copy(module)
+            self.module = shadow_copy(self._live)
         except CopyError as error:
             if not self._may_borrow:
                 raise
             log.warning(f"{error} Chains call the module in place instead, and put it back after.")
-            self.module, self.borrowed = module, True
+            self.module, self.borrowed = self._live, True
         if not self.borrowed:
             self.names = [without_compile(name) for name in self.names]
-        if weights is not None:
-            self.module.load_state_dict({without_compile(name): w for name, w in weights.items()})
+        if self._weights is not None:
+            self.module.load_state_dict({without_compile(name): w for name, w in self._weights.items()})
         if not self.borrowed:
             if device is not None:
                 self.module.to(device)
-            prepare(self.module, trainer)
-        self._upcast = False
-        self._enable(self.names)
-        self._read_anchor()
+            prepare(self.module, self._trainer)
 
     def _enable(self, names: list[str]) -> None:
         if self.borrowed:
@@ -128,6 +134,7 @@ class Objective:
         self.rounds = any(p.dtype != self.dtype for p in parameters)
         self.shapes = [p.shape for p in parameters]
         self.sizes = [p.numel() for p in parameters]
+        self.layout = Layout(len(self.anchor))
 
     def parameters(self) -> list[nn.Parameter]:
         """The moving parameters of the copy, in the order of ``anchor``."""
@@ -208,7 +215,8 @@ class Objective:
             if buffer is not None
         ]
         frozen = [(name, p, p._version) for name, p in self.module.named_parameters() if id(p) not in moving]
-        taken = take_hooks(self.module)  # a user's hook is called once a firing, and not here
+        # a user's hook is called once a firing, and not here; those of a live module keep their order
+        taken = take_hooks(self.module) if not self.borrowed else []
         try:
             with torch.no_grad():
                 self._loss_on(self.module, clone(batch))
@@ -262,7 +270,7 @@ class Objective:
             if not self.borrowed:
                 yield
                 return
-            with _borrow(self.module, self._trainer):
+            with borrow(self.module, self._trainer):
                 yield
 
     def adapt(self, batch: Any) -> None:
@@ -395,7 +403,7 @@ def _versions(batch: Any) -> list[tuple[int, bool]]:
 
 
 @contextmanager
-def _borrow(module: nn.Module, trainer: Any) -> Iterator[None]:
+def borrow(module: nn.Module, trainer: Any) -> Iterator[None]:
     """The live module in eval mode and muted, put back exactly after: flag by flag, attribute by attribute."""
     saved = [(m, dict(m.__dict__)) for m in module.modules()]
     # a metric changes its state in place, which putting the attributes back would not undo: it is not called at all
