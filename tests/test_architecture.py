@@ -23,7 +23,8 @@ FLOORS = {
     "durable": 1,
     "callbacks": 4,
     "config": 5,
-    "cli": 6,
+    "sweep": 6,
+    "cli": 7,
 }
 
 
