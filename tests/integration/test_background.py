@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Optional
 
@@ -17,7 +19,9 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_slt import RMSpropSGLD
+from lightning_slt.record import RunRecord
 from tests.integration import models
+from tests.integration.beside import STEPS, monitor_of
 from tests.integration.harness import Scenario, SLTMonitor, assert_same, steps_of, tiny_monitor
 from tests.integration.models import Net, loaders
 
@@ -319,3 +323,70 @@ def test_two_hundred_firings_leave_nothing_behind(tmp_path: Path) -> None:
     assert late["MiB of it"] - early["MiB of it"] <= 16
     # the history itself: 200 estimates with their traces, and what the test keeps of training
     assert late["MiB of us"] - early["MiB of us"] <= 32
+
+
+# ------------------------------------------------------------------------------------------------- training is killed
+
+
+def start(folder: Path, *arguments: float) -> subprocess.Popen[bytes]:
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-m", "tests.integration.beside", str(folder), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": root}
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, cwd=root, env=environment, stdout=quiet, stderr=quiet, start_new_session=True)
+
+
+def wait_for_the_end_of(pids: Iterable[int]) -> None:
+    """Until none is there any more; the test's own timeout ends it."""
+    while any(_is_alive(pid) for pid in pids):
+        time.sleep(0.1)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def workers_told(folder: Path) -> set[int]:
+    return {int(line) for line in (folder / "workers.txt").read_text().split()}
+
+
+def test_training_killed_and_resumed_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None:
+    """Three times, at random moments after random steps; the record is that of a run that nobody killed."""
+    moments = random.Random(0)
+    for last in sorted(moments.sample(range(2, STEPS), 3)):
+        process = start(tmp_path, last, moments.uniform(0.0, 8.0))
+        assert process.wait() == -signal.SIGKILL
+        reported = {e.step: e.trace for e in RunRecord(tmp_path / "slt").read()}
+        wait_for_the_end_of(workers_told(tmp_path))
+    assert start(tmp_path).wait() == 0
+    wait_for_the_end_of(workers_told(tmp_path))
+    record = list(RunRecord(tmp_path / "slt").read())
+    assert sorted(e.step or 0 for e in record) == list(range(1, STEPS + 1))
+    inline = monitor_of(tmp_path / "inline")
+    Scenario(Net, loaders).run(tmp_path, inline)
+    expected = {e.step: e.trace for e in inline.estimates}
+    for estimate in record:
+        assert torch.equal(estimate.trace, expected[estimate.step])
+    for step, trace in reported.items():
+        assert torch.equal(trace, expected[step])
+    assert not (tmp_path / "slt" / "background").exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_no_worker_outlives_training(how: signal.Signals, tmp_path: Path) -> None:
+    """A signal to the whole group, as Ctrl-C sends it, or to training alone, as a scheduler does."""
+    process = start(tmp_path, -1, 0.5)
+    while not (tmp_path / "trains").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    workers = workers_told(tmp_path)
+    assert len(workers) == 1 and all(map(_is_alive, workers))
+    if how is signal.SIGINT:
+        os.killpg(process.pid, how)
+    else:
+        process.send_signal(how)
+    process.wait()
+    wait_for_the_end_of(workers)
