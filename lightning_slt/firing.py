@@ -16,6 +16,7 @@ from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.chains import Progress
 from lightning_slt.sampling.collective import Collective
+from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 
@@ -60,7 +61,7 @@ class Course:
         Raises:
             NonFiniteLossError, NoLossError, ValueError: as :func:`~lightning_slt.estimate.measure_llc`.
         """
-        self.settle(objective.anchor)
+        self.settle(objective.anchor, objective.layout)
         settings = dataclasses.replace(settings, localization=self.localization, method=self.method)
         memory = None if smoke_test else self.memory
         influence: Optional[InfluenceEstimate] = None
@@ -75,14 +76,15 @@ class Course:
             self.method = "sequential"
         return estimate, influence
 
-    def settle(self, anchor: Tensor) -> None:
+    def settle(self, anchor: Tensor, layout: Optional[Layout] = None) -> None:
         """Choose gamma at the first weights, and keep it: points of one curve are of one posterior.
 
         Args:
             anchor: ``[d]``, the weights that move.
+            layout: which of them ``anchor`` has; None for all.
         """
         if self.localization is None:
-            self.localization = default_localization(anchor)
+            self.localization = default_localization(anchor, layout)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors; displacements only where they are small."""

@@ -23,6 +23,7 @@ FLOORS = {
     "durable": 1,
     "callbacks": 4,
     "config": 5,
+    "testing": 5,
     "sweep": 6,
     "cli": 7,
 }

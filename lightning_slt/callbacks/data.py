@@ -252,7 +252,8 @@ def _rebuildable(loader: Any, trainer: Trainer) -> Optional[_Leaf]:
     in_order = isinstance(sampler, SequentialSampler) or (distributed and not sampler.shuffle)
     total = len(loader.dataset)
     batches = trainer.num_training_batches
-    if in_order and batches != float("inf"):
+    # fast_dev_run cuts the run short, which says nothing of the data
+    if in_order and batches != float("inf") and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         # overfit_batches and limit_train_batches without shuffling: only the front of the data is ever trained on
         across = loader.batch_size * (sampler.num_replicas if distributed else 1)
         used = int(batches) * across

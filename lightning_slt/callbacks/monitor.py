@@ -20,7 +20,13 @@ from torch import Tensor, nn
 
 from lightning_slt.callbacks.background import BackgroundFirings, Late, warn_of_lost
 from lightning_slt.callbacks.data import TrainingData, check_num_samples, training_transfer
-from lightning_slt.callbacks.distribution import Ranks, check_strategy, make_collective
+from lightning_slt.callbacks.distribution import (
+    check_strategy,
+    close_collective,
+    make_collective,
+    make_objective,
+    share_batches,
+)
 from lightning_slt.callbacks.folder import fresh, recorded, restore_record, run_folder
 from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.overhead import Decision, OverheadBudget
@@ -36,13 +42,14 @@ from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish import RunPublisher
 from lightning_slt.record import Estimate, RunRecord
 from lightning_slt.sampling.batches import MinibatchSource
-from lightning_slt.sampling.collective import Alone, Collective
+from lightning_slt.sampling.collective import Alone, Collective, RankLostError
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.probe import GroupFn
 from lightning_slt.sampling.restriction import select_parameters
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, RMSpropSGLD, sampler_from
 from lightning_slt.sampling.shadow import shadow_copy
+from lightning_slt.sampling.sharded import ShardedObjective, local_of
 from lightning_slt.sampling.steps import LossFn, loss_function
 from lightning_slt.transitions import Transition
 
@@ -244,7 +251,8 @@ class SLTMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        check_strategy(trainer)
+        sampler = self._settings.sampler
+        check_strategy(trainer, sampler is None or sampler.elementwise, self._samples.wanted)
         try:
             loss_function(pl_module, self._loss_fn)
         except ValueError as error:
@@ -468,7 +476,7 @@ class SLTMonitor(Callback):
                 estimate, influence = self._measure(trainer, pl_module, progress, settings)
         except Exception as error:
             self._hook_owner = None
-            if self._on_failure == "raise" or _is_smoke_test(trainer):
+            if self._on_failure == "raise" or _is_smoke_test(trainer) or isinstance(error, RankLostError):
                 raise
             _warn_of_failure(step, f"{type(error).__name__}: {error}")
             self._account(begin, failed=True)
@@ -578,8 +586,13 @@ class SLTMonitor(Callback):
         data = self._data
 
         def build() -> tuple[Objective, MinibatchSource]:
-            objective = Objective(
-                pl_module, self._loss_fn, self._restrict, trainer=trainer, context=_loss_context(trainer)
+            objective = make_objective(
+                trainer,
+                pl_module,
+                self._collective,
+                loss_fn=self._loss_fn,
+                restrict=self._restrict,
+                context=_loss_context(trainer),
             )
             self._hook_owner = objective.module
             if self._source is None or data.replays:
@@ -592,6 +605,7 @@ class SLTMonitor(Callback):
         built: list[tuple[Objective, MinibatchSource]] = []
         self._collective.exchange(lambda: built.append(build()))
         objective, source = built[0]
+        self._source = source = share_batches(source, self._collective)
         self._share_buffers(objective)
         settings = dataclasses.replace(settings, second_moment=self._moments(trainer, objective))
         smoke_test = _is_smoke_test(trainer)
@@ -640,13 +654,22 @@ class SLTMonitor(Callback):
         sampler = self._settings.sampler
         if sampler is None or not sampler.preconditioned or self._course.memory.displacements is not None:
             return None
-        first, module = self._collective.rank == 0, trainer.lightning_module
+        module = trainer.lightning_module
+        if objective.layout.sharded:
+            own = second_moments(trainer.optimizers, module, objective.names)
+            # some shards' moments without those of the others are of no use
+            found = torch.tensor([0.0 if own is not None else math.nan])
+            return own if objective.layout.all_finite(found) else None
+        first = self._collective.rank == 0
         return self._collective.exchange(
             lambda: second_moments(trainer.optimizers, module, objective.names) if first else None
         )[0]
 
     def _share_buffers(self, objective: Objective) -> None:
         """The first rank's buffers for all: BatchNorm statistics differ between ranks, and a chain must not."""
+        if isinstance(objective, ShardedObjective):
+            objective.settle()
+            return
         buffers = list(objective.module.buffers())
         if self._collective.world_size == 1 or objective.borrowed or not buffers:
             return
@@ -829,8 +852,7 @@ class SLTMonitor(Callback):
         if self._beside is not None:
             self._beside.close()
         self._source, self._data, self._hook_owner = None, None, None
-        if isinstance(self._collective, Ranks):
-            self._collective.close()
+        close_collective(self._collective)
         self._collective = Alone()
 
     def _finish(self, trainer: Trainer, status: str) -> None:
@@ -935,7 +957,7 @@ def second_moments(
         moment = states[0].get("exp_avg_sq") if states else None
         if not isinstance(moment, Tensor) or moment.shape != parameters[name].shape:
             return None
-        pieces.append(moment.detach().flatten().to("cpu", torch.float32))
+        pieces.append(local_of(moment.detach()).flatten().to("cpu", torch.float32))
     return torch.cat(pieces)
 
 

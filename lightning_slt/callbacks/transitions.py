@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_slt.callbacks.boundaries import LearningRateWatch
+from lightning_slt.callbacks.distribution import weights_to_keep
 from lightning_slt.callbacks.monitor import SLTMonitor
 from lightning_slt.callbacks.snapshots import SnapshotRing
 from lightning_slt.callbacks.what_changed import moved_components, moved_samples, with_phases
@@ -312,13 +313,16 @@ class TransitionMonitor(Callback):
     def on_snapshot(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """See :class:`~lightning_slt.callbacks.listener.EstimateListener`."""
         smoke = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        if not self._pin or smoke or not trainer.is_global_zero:
+        if not self._pin or smoke:
             return
         try:
+            weights = weights_to_keep(trainer, pl_module)
+            if not trainer.is_global_zero:
+                return
             if self._ring is None:
                 self._ring = self._open_ring()
             if self._ring is not None:
-                self._ring.add(pl_module.state_dict(), step, trainer.current_epoch)
+                self._ring.add(weights, step, trainer.current_epoch)
         except Exception as error:
             self._warn_of_snapshots(error)
 
