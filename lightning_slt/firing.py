@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from torch import Tensor
+
 from lightning_slt.estimate import ChainSettings, default_localization, measure_llc
 from lightning_slt.influence import ProbeSet, measure_both
 from lightning_slt.influence_record import InfluenceEstimate
@@ -14,6 +16,7 @@ from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.chains import Progress
 from lightning_slt.sampling.collective import Collective
+from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 
@@ -58,7 +61,7 @@ class Course:
         Raises:
             NonFiniteLossError, NoLossError, ValueError: as :func:`~lightning_slt.estimate.measure_llc`.
         """
-        self.settle(objective)
+        self.settle(objective.anchor, objective.layout)
         settings = dataclasses.replace(settings, localization=self.localization, method=self.method)
         memory = None if smoke_test else self.memory
         influence: Optional[InfluenceEstimate] = None
@@ -73,10 +76,15 @@ class Course:
             self.method = "sequential"
         return estimate, influence
 
-    def settle(self, objective: Objective) -> None:
-        """Choose gamma at the first weights, and keep it: points of one curve are of one posterior."""
+    def settle(self, anchor: Tensor, layout: Optional[Layout] = None) -> None:
+        """Choose gamma at the first weights, and keep it: points of one curve are of one posterior.
+
+        Args:
+            anchor: ``[d]``, the weights that move.
+            layout: which of them ``anchor`` has; None for all.
+        """
         if self.localization is None:
-            self.localization = default_localization(objective.anchor, objective.layout)
+            self.localization = default_localization(anchor, layout)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors; displacements only where they are small."""

@@ -24,7 +24,8 @@ FLOORS = {
     "callbacks": 4,
     "config": 5,
     "testing": 5,
-    "cli": 6,
+    "sweep": 6,
+    "cli": 7,
 }
 
 

@@ -150,7 +150,6 @@ class BackgroundFirings:
             self._drop_folder()
             raise MisconfigurationException(str(error)) from error
         self._pool = WorkerPool(folder, devices, course, warm_start, main)
-        self._pool.start()
         names = ", ".join(d.device if not d.cores else f"cpu:{','.join(map(str, d.cores))}" for d in devices)
         rank_zero_info(
             f"SLTMonitor: chains run beside training on {names}; {self._max_pending} snapshots may be out, "
@@ -178,13 +177,12 @@ class BackgroundFirings:
     def recover(self, known: Collection[int]) -> tuple[list[Late], list[int]]:
         """What was out when the checkpoint was written, or when the last fit broke off.
 
-        Snapshots that nobody has measured are sent again.
-
         Args:
             known: steps whose results were taken up all the same: they are in the record.
 
         Returns:
-            Results that are on disk, and steps of which nothing is.
+            Results that are on disk, and steps of which nothing is. What is to be measured still is left to
+            :meth:`begin`.
         """
         assert self._pool is not None and self._folder is not None
         late, lost = [], []
@@ -195,12 +193,20 @@ class BackgroundFirings:
                 self._notes.pop(step)
             elif result is not None and result.error is None:
                 late.append(Late(result, self._notes.pop(step)))
-            elif snapshot_path(self._folder, step).exists():
-                self._pool.send(step)
-            else:
+            elif not snapshot_path(self._folder, step).exists():
                 lost.append(step)
                 self._notes.pop(step)
         return late, lost
+
+    def begin(self) -> None:
+        """Start the workers, which have some seconds to be ready; snapshots that nobody has measured come first.
+
+        Only now: chains go on from what the results that were recovered have left.
+        """
+        assert self._pool is not None
+        self._pool.start()
+        for step in self.awaited:
+            self._pool.send(step)
 
     def result_of(self, step: int) -> Optional[Result]:
         """What is on disk of the result of a step."""

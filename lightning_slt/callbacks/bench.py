@@ -125,6 +125,9 @@ class Bench:
 
         self._collective.exchange(build)
         objective, source, snapshot = built[0]
+        if self._course.localization is None:
+            # that of the first weights that were sent, also where their own firing was given up
+            self._course.localization = snapshot.settings.localization
         probes = self._probes if snapshot.probed else None
         estimate, influence = self._course.measure(
             objective, source, snapshot.settings, probes, self._collective, progress

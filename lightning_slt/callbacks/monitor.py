@@ -34,6 +34,7 @@ from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.samples import Probed, ProbedSamples
 from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
+from lightning_slt.callbacks.travel import flat_weights
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.firing import Course
 from lightning_slt.influence import ProbeSet
@@ -714,6 +715,7 @@ class SLTMonitor(Callback):
         warn_of_lost(lost)
         for result in late:
             self._take_late(trainer, pl_module, result)
+        beside.begin()
 
     def _send(
         self, trainer: Trainer, pl_module: LightningModule, step: int, x: int, decision: Optional[Decision]
@@ -745,7 +747,12 @@ class SLTMonitor(Callback):
         try:
             with preserve_rng():
                 probes = self._probes_of(trainer, pl_module) if self._samples.wanted else None
-                settings = dataclasses.replace(self._settings, second_moment=self._moments_now(trainer, pl_module))
+                self._course.settle(flat_weights(pl_module, self._restrict))
+                settings = dataclasses.replace(
+                    self._settings,
+                    localization=self._course.localization,
+                    second_moment=self._moments_now(trainer, pl_module),
+                )
                 beside.send(trainer, pl_module, self._restrict, settings, data, probes, notes)
         except Exception as error:
             if self._on_failure == "raise":

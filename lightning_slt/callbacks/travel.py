@@ -144,6 +144,14 @@ def take_snapshot(
     return Snapshot(shadow_copy(module), names, settings, freeze(trainer), batches, probed)
 
 
+def flat_weights(module: nn.Module, restrict: Restriction) -> Tensor:
+    """``[d]``, the weights that move, as chains have them: float32 for half precision."""
+    parameters = dict(module.named_parameters())
+    pieces = [parameters[name].detach().flatten() for name in select_parameters(module, restrict)]
+    whole = torch.cat(pieces)
+    return whole.float() if whole.dtype in (torch.float16, torch.bfloat16) else whole
+
+
 def freeze(trainer: Trainer) -> dict[str, Any]:
     """The plain values of a trainer that a step may read in a worker, tensors among them on the CPU."""
     values: dict[str, Any] = {}
@@ -357,6 +365,7 @@ __all__ = [
     "Snapshot",
     "StillTrainer",
     "check_pickles",
+    "flat_weights",
     "freeze",
     "main_script",
     "make_kit",

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Optional
 
-COMMANDS: tuple[str, ...] = ("config", "publish", "report", "show")
+COMMANDS: tuple[str, ...] = ("config", "publish", "report", "show", "sweep")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -2,35 +2,391 @@
 
 from __future__ import annotations
 
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_slt import RMSpropSGLD
+from lightning_slt.record import RunRecord
+from tests.integration import models
+from tests.integration.beside import STEPS, monitor_of
 from tests.integration.harness import Scenario, SLTMonitor, assert_same, steps_of, tiny_monitor
 from tests.integration.models import Net, loaders
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
+
+
+def children(of: Optional[int] = None) -> list[int]:
+    """Process ids of the children that live, zombies left out."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except (OSError, ValueError):
+            continue  # it has ended since
+        if int(parent) == (of or os.getpid()) and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left() -> Iterator[None]:
+    before = set(children())
+    yield
+    assert set(children()) <= before
 
 
 def beside(**changes: Any) -> SLTMonitor:
     """A tiny monitor in the background that leaves no firing out."""
-    return tiny_monitor(execution="background", devices=["cpu"], when_full="wait", max_wait=60.0, **changes)
+    settings: dict[str, Any] = {"devices": ["cpu"], "when_full": "wait", "max_wait": 120.0, **changes}
+    return tiny_monitor(execution="background", **settings)
 
 
-def assert_same_estimates(ours: SLTMonitor, theirs: SLTMonitor) -> None:
-    """The same points, to the last bit."""
+def workers_of(monitor: SLTMonitor) -> list[int]:
+    assert monitor._beside is not None and monitor._beside._pool is not None
+    return monitor._beside._pool.processes
+
+
+def assert_same_estimates(ours: SLTMonitor, theirs: SLTMonitor, atol: float = 0.0) -> None:
+    """The same points, to the last bit where nothing else is said."""
     assert steps_of(ours) == steps_of(theirs)
     for a, b in zip(ours.estimates, theirs.estimates, strict=True):
-        assert torch.equal(a.trace, b.trace)
-        assert (a.mean, a.se, a.x, a.epoch, a.init_loss) == (b.mean, b.se, b.x, b.epoch, b.init_loss)
+        torch.testing.assert_close(a.trace, b.trace, rtol=0.0, atol=atol)
+        assert a.mean == pytest.approx(b.mean, rel=0.0, abs=atol)
+        assert (a.x, a.epoch, a.init_loss, a.step_size) == (b.x, b.epoch, b.init_loss, b.step_size)
 
 
-def test_results_are_those_of_firings_inside_training(tmp_path: Path) -> None:
-    scenario = Scenario(Net, loaders)
-    inline, background = tiny_monitor(), beside()
+class Adam(Net):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------------------ the same
+
+
+@pytest.mark.parametrize(
+    ("module", "changes"),
+    [
+        pytest.param(Net, {}, id="BatchNorm and dropout"),
+        pytest.param(Net, {"devices": ["cpu:0", "cpu"], "num_chains": 3}, id="two workers share three chains"),
+        pytest.param(Net, {"probe": 8, "num_draws": 20}, id="influence"),
+        pytest.param(Adam, {"sampler": RMSpropSGLD(lr=1e-4)}, id="second moments of Adam"),
+        pytest.param(Net, {"sampler": None, "num_burnin_steps": None, "num_steps_bw_draws": None}, id="calibrated"),
+    ],
+)
+def test_results_are_those_of_firings_inside_training(module: Any, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Bit for bit, under the step of their snapshot; and training is the same."""
+    scenario = Scenario(module, loaders)
+    inline = tiny_monitor(**{k: v for k, v in changes.items() if k != "devices"})
+    background = beside(**changes)
     without = scenario.run(tmp_path / "inline", inline)
     assert_same(without, scenario.run(tmp_path / "background", background))
     assert steps_of(inline) == [4, 8, 12]
     assert_same_estimates(background, inline)
+    assert len(background.influences) == len(inline.influences) == (3 if "probe" in changes else 0)
+    for a, b in zip(background.influences, inline.influences, strict=True):
+        assert (a.step, a.x) == (b.step, b.x)
+        torch.testing.assert_close(a.self_influence, b.self_influence, rtol=0.0, atol=0.0)
+
+
+def test_batches_that_training_saw_travel_with_the_snapshot(tmp_path: Path) -> None:
+    scenario = Scenario(Net, lambda: loaders(dataset=models.Stream()))
+    inline, background = tiny_monitor(num_samples=24), beside(num_samples=24)
+    without = scenario.run(tmp_path / "inline", inline)
+    assert_same(without, scenario.run(tmp_path / "background", background))
+    assert len(inline.estimates) == 3
+    assert_same_estimates(background, inline)
+
+
+# ----------------------------------------------------------------------------------------------------------- the queue
+
+
+class Stalled(Callback):
+    """Stops the workers while training goes on; to stand before the monitor, so that its end of training comes first.
+
+    Args:
+        monitor: whose workers.
+        go_on: at the end of training, before the monitor waits for its results.
+    """
+
+    def __init__(self, monitor: SLTMonitor, go_on: bool = True) -> None:
+        self.monitor, self.go_on = monitor, go_on
+
+    def _signal(self, which: signal.Signals) -> None:
+        for pid in workers_of(self.monitor):
+            os.kill(pid, which)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 0:
+            self._signal(signal.SIGSTOP)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.go_on:
+            self._signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize(("when_full", "max_wait"), [("skip", 60.0), ("wait", 0.0)])
+def test_a_firing_beyond_the_queue_is_left_out(when_full: str, max_wait: float, tmp_path: Path) -> None:
+    """At once, or after the time that it may wait; what is in the queue comes at the end."""
+    monitor = beside(every_n_train_steps=1, max_pending=2, when_full=when_full, max_wait=max_wait)
+    assert monitor._beside is not None
+    stalled = Stalled(monitor)
+    if when_full == "wait":
+        # the end of fit has a limit of its own here: only the wait in training is without time
+        stalled.on_train_end = lambda *_: (stalled._signal(signal.SIGCONT), setattr(monitor._beside, "max_wait", 60.0))  # type: ignore[method-assign]
+    with pytest.warns(
+        UserWarning, match=r"the firing at step 3 is left out, since 2 snapshots are out and max_pending=2"
+    ):
+        Scenario(Net, loaders).run(tmp_path, stalled, monitor)
+    assert steps_of(monitor) == [1, 2]
+    assert monitor._skipped == 10
+
+
+def test_the_end_of_fit_waits_no_longer_than_it_says(tmp_path: Path) -> None:
+    """The worker never answers: training ends, the points are named, and the worker is gone."""
+    monitor = beside(every_n_train_steps=4, max_pending=3, max_wait=0.5)
+    with pytest.warns(UserWarning, match=r"the results of steps \[4, 8, 12\] did not come within max_wait=0.5 s"):
+        trace = Scenario(Net, loaders).run(tmp_path, Stalled(monitor, go_on=False), monitor)
+    assert trace.num_batches == 12
+    assert monitor.estimates == []
+
+
+# ------------------------------------------------------------------------------------------------------ what goes wrong
+
+
+class FailsInChains(Net):
+    """Its step fails in a worker at the second snapshot, and never in training."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if not self.training and 4 < self.trainer.global_step < 12:
+            raise RuntimeError("the step failed inside a chain")
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_failure_in_a_worker_is_reported_and_the_next_firing_is_measured(tmp_path: Path) -> None:
+    monitor = beside(on_failure="warn")
+    with pytest.warns(
+        UserWarning, match=r"step 8 failed and is left out; training goes on\. RuntimeError: the step fai"
+    ):
+        Scenario(FailsInChains, loaders).run(tmp_path, monitor)
+    assert steps_of(monitor) == [4, 12]
+
+
+class DiesInChains(Net):
+    """The process ends in the step, as where memory runs out; never that of training."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if not self.training and 4 < self.trainer.global_step < 12:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_snapshot_that_kills_its_worker_twice_is_given_up(tmp_path: Path) -> None:
+    monitor = beside(on_failure="warn")
+    with pytest.warns(
+        UserWarning, match=r"step 8 failed .* 2 background workers died at it, the last one killed by sig"
+    ):
+        Scenario(DiesInChains, loaders).run(tmp_path, monitor)
+    assert steps_of(monitor) == [4, 12]
+
+
+class Killer(Callback):
+    """Kills the workers at a random moment after each of the first ten batches."""
+
+    def __init__(self, monitor: SLTMonitor, seed: int) -> None:
+        self.monitor, self.random, self.kills = monitor, random.Random(seed), 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self.kills < 10 and workers_of(self.monitor):
+            # long enough for all of a worker's life: starting, reading, chains, writing, waiting
+            time.sleep(self.random.uniform(0.0, 5.0))
+            os.kill(self.random.choice(workers_of(self.monitor)), signal.SIGKILL)
+            self.kills += 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [["cpu"], ["cpu", "cpu"]])
+def test_workers_killed_at_ten_random_moments(devices: list[str], tmp_path: Path) -> None:
+    """Every firing is reported or named as failed, none twice, and what is reported is right to the last bit."""
+    scenario = Scenario(Net, lambda: loaders(56))
+    settings: dict[str, Any] = {"every_n_train_steps": 1, "num_draws": 40, "warm_start": False}
+    inline = tiny_monitor(**settings)
+    without = scenario.run(tmp_path / "inline", inline)
+    monitor = beside(devices=devices, on_failure="warn", max_pending=4, **settings)
+    killer = Killer(monitor, seed=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert_same(without, scenario.run(tmp_path / "background", monitor, killer))
+    assert killer.kills == 10
+    failed = [
+        int(str(w.message).split("at step ")[1].split()[0]) for w in caught if "failed and is left" in str(w.message)
+    ]
+    assert sorted(steps_of(monitor) + failed) == steps_of(inline) == list(range(1, 29))
+    assert len(failed) <= 5  # each costs two workers
+    by_step = {e.step: e for e in inline.estimates}
+    for estimate in monitor.estimates:
+        assert torch.equal(estimate.trace, by_step[estimate.step].trace)
+
+
+def lambda_module() -> Net:
+    net = Net()
+    net.scale = lambda x: x
+    return net
+
+
+@pytest.mark.parametrize(
+    ("module", "changes", "message"),
+    [
+        (lambda_module, {}, r"Net\.scale cannot be pickled .* execution='inline'"),
+        (Net, {"loss_fn": lambda m, b: m.loss(b)}, r"loss_fn cannot be pickled .* execution='inline'"),
+        (Net, {"devices": ["cuda:77"]}, r"devices='cuda:77': this machine shows \d+ GPUs"),
+        (Net, {"devices": ["cpu:4095"]}, r"devices='cpu:4095': there is no core 4095"),
+    ],
+)
+def test_what_cannot_be_done_beside_training_is_said_before_it(
+    module: Any, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        Scenario(module, loaders).run(tmp_path, beside(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"execution": "aside"}, r"execution='aside': must be 'inline' or 'background'"),
+        ({"execution": "inline"}, r"devices=\['cpu'\]: chains inside training run where training does"),
+        ({"devices": "cpu"}, r"devices='cpu': give a list, such as \['cpu'\]"),
+        ({"devices": []}, r"devices=\[\]: name at least one"),
+        ({"devices": ["gpu:0"]}, r"devices='gpu:0': expected 'cuda:1'"),
+        ({"max_pending": 0}, r"max_pending=0: must be at least 1"),
+        ({"when_full": "drop"}, r"when_full='drop': must be 'skip' or 'wait'"),
+        ({"max_wait": -1.0}, r"max_wait=-1\.0: must not be negative"),
+    ],
+)
+def test_arguments_out_of_range(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SLTMonitor(**{"execution": "background", "devices": ["cpu"], **changes})
+
+
+# ------------------------------------------------------------------------------------------------------------- 200 fold
+
+
+class Counts(Callback):
+    """What training and its worker hold, each time a batch is done."""
+
+    def __init__(self, monitor: SLTMonitor) -> None:
+        self.monitor = monitor
+        self.seen: list[dict[str, int]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        [worker] = workers_of(self.monitor)
+        self.seen.append(
+            {
+                "processes": len(children()),
+                "workers": worker,
+                **{f"files of {n}": len(os.listdir(f"/proc/{p}/fd")) for n, p in (("us", os.getpid()), ("it", worker))},
+                **{f"MiB of {n}": resident(p) for n, p in (("us", os.getpid()), ("it", worker))},
+                "files in the folder": sum(1 for _ in Path(str(self.monitor.folder)).glob("background/*")),
+            }
+        )
+
+
+def resident(pid: int) -> int:
+    """MiB of memory that a process holds."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+
+def test_two_hundred_firings_leave_nothing_behind(tmp_path: Path) -> None:
+    monitor = beside(every_n_train_steps=1, max_pending=1)
+    counts = Counts(monitor)
+    scenario = Scenario(models.Plain, lambda: loaders(400), lambda: {"max_epochs": 2})
+    scenario.run(tmp_path, monitor, counts)
+    assert steps_of(monitor) == list(range(1, 201))
+    early, late = counts.seen[50], counts.seen[-1]
+    for name in ("processes", "workers", "files of us"):
+        assert late[name] == early[name], name
+    # it may be in the middle of a file when we look: one that leaked at each firing would be 150
+    assert abs(late["files of it"] - early["files of it"]) <= 2
+    assert late["files in the folder"] <= early["files in the folder"] + 2
+    assert late["MiB of it"] - early["MiB of it"] <= 16
+    # the history itself: 200 estimates with their traces, and what the test keeps of training
+    assert late["MiB of us"] - early["MiB of us"] <= 32
+
+
+# ------------------------------------------------------------------------------------------------- training is killed
+
+
+def start(folder: Path, *arguments: float) -> subprocess.Popen[bytes]:
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-m", "tests.integration.beside", str(folder), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": root}
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, cwd=root, env=environment, stdout=quiet, stderr=quiet, start_new_session=True)
+
+
+def wait_for_the_end_of(pids: Iterable[int]) -> None:
+    """Until none is there any more; the test's own timeout ends it."""
+    while any(_is_alive(pid) for pid in pids):
+        time.sleep(0.1)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def workers_told(folder: Path) -> set[int]:
+    return {int(line) for line in (folder / "workers.txt").read_text().split()}
+
+
+def test_training_killed_and_resumed_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None:
+    """Three times, at random moments after random steps; the record is that of a run that nobody killed."""
+    moments = random.Random(0)
+    for last in sorted(moments.sample(range(2, STEPS), 3)):
+        process = start(tmp_path, last, moments.uniform(0.0, 8.0))
+        assert process.wait() == -signal.SIGKILL
+        reported = {e.step: e.trace for e in RunRecord(tmp_path / "slt").read()}
+        wait_for_the_end_of(workers_told(tmp_path))
+    assert start(tmp_path).wait() == 0
+    wait_for_the_end_of(workers_told(tmp_path))
+    record = list(RunRecord(tmp_path / "slt").read())
+    assert sorted(e.step or 0 for e in record) == list(range(1, STEPS + 1))
+    inline = monitor_of(tmp_path / "inline")
+    Scenario(Net, loaders).run(tmp_path, inline)
+    expected = {e.step: e.trace for e in inline.estimates}
+    for estimate in record:
+        assert torch.equal(estimate.trace, expected[estimate.step])
+    for step, trace in reported.items():
+        assert torch.equal(trace, expected[step])
+    assert not (tmp_path / "slt" / "background").exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_no_worker_outlives_training(how: signal.Signals, tmp_path: Path) -> None:
+    """A signal to the whole group, as Ctrl-C sends it, or to training alone, as a scheduler does."""
+    process = start(tmp_path, -1, 0.5)
+    while not (tmp_path / "trains").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    workers = workers_told(tmp_path)
+    assert len(workers) == 1 and all(map(_is_alive, workers))
+    if how is signal.SIGINT:
+        os.killpg(process.pid, how)
+    else:
+        process.send_signal(how)
+    process.wait()
+    wait_for_the_end_of(workers)

@@ -1,0 +1,130 @@
+"""Checkpoints as files: which step they are of, and which weights in them are meant."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from lightning_slt.sweep.settings import AVERAGED
+
+CURRENT, STATE = "current_model_state", "state_dict"
+"""Where an averaging callback leaves the weights that train, and where the others are."""
+_STEP = re.compile(r"step[=_](\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One file.
+
+    Attributes:
+        path: of it.
+        step: optimiser steps done.
+        epoch: of the run, where it is known.
+        content: SHA-256 of the file.
+    """
+
+    path: Path
+    step: int
+    epoch: Optional[int]
+    content: str
+
+    @staticmethod
+    def of(path: Path) -> Checkpoint:
+        """Look into a file.
+
+        Raises:
+            FileNotFoundError: where there is none.
+            ValueError: where it is no checkpoint, or says nowhere which step it is of.
+        """
+        state = read_state(path)
+        epoch = state.get("epoch")
+        return Checkpoint(path, _step_of(state, path), int(epoch) if epoch is not None else None, _digest(path))
+
+
+def read_state(path: Path) -> Mapping[str, Any]:
+    """What is in a checkpoint, on the CPU. As Lightning does with its own, it is unpickled: open only what you trust.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        ValueError: where it cannot be read, or holds no ``state_dict``.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=False)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: cannot be read as a checkpoint: {type(error).__name__}: {error}") from error
+    if not isinstance(state, Mapping) or not isinstance(state.get(STATE), Mapping):
+        raise ValueError(f"{path}: holds no 'state_dict'; checkpoints of Lightning and pinned snapshots do.")
+    return state
+
+
+def weights_in(state: Mapping[str, Any], which: str, path: Path) -> dict[str, Tensor]:
+    """The raw or the averaged weights of a checkpoint.
+
+    Lightning's averaging callbacks (``EMAWeightAveraging``, ``WeightAveraging``) put the average in ``state_dict`` and
+    the weights that train in ``current_model_state``; a checkpoint without those has raw weights alone.
+
+    Raises:
+        ValueError: where averaged weights are asked for and there are none.
+    """
+    if which == AVERAGED and CURRENT not in state:
+        raise ValueError(
+            f"weights='averaged': {path} has no averaged weights (no '{CURRENT}' in it). Set weights='raw'."
+        )
+    return dict(state[CURRENT] if which != AVERAGED and CURRENT in state else state[STATE])
+
+
+def in_order(paths: Sequence[Path]) -> tuple[list[Checkpoint], list[Checkpoint]]:
+    """Checkpoints by step, and those that are left out since another one is of the same step (``last.ckpt``).
+
+    Raises:
+        FileNotFoundError, ValueError: as :meth:`Checkpoint.of`; ValueError for none at all.
+    """
+    if not paths:
+        raise ValueError("no checkpoints were given: name files, such as logs/version_0/checkpoints/*.ckpt.")
+    kept: dict[int, Checkpoint] = {}
+    left: list[Checkpoint] = []
+    for checkpoint in sorted((Checkpoint.of(path) for path in dict.fromkeys(paths)), key=lambda c: (c.step, c.path)):
+        if checkpoint.step in kept:
+            left.append(checkpoint)
+        else:
+            kept[checkpoint.step] = checkpoint
+    return list(kept.values()), left
+
+
+def _step_of(state: Mapping[str, Any], path: Path) -> int:
+    """Batches that stepped, which is what a monitor counts; ``global_step`` counts the steps of all optimisers."""
+    for key in ("global_step", "step"):
+        if key not in state:
+            continue
+        step, optimizers = int(state[key]), len(state.get("optimizer_states") or ())
+        try:
+            # one behind in a checkpoint that is written at the end of a batch
+            batches = int(state["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"])
+        except (KeyError, TypeError):
+            return step
+        several = optimizers > 1 and step % optimizers == 0 and step // optimizers - batches in (0, 1)
+        return step // optimizers if several else step
+    named = _STEP.search(path.name)
+    if named is None:
+        raise ValueError(f"{path}: says nowhere which step it is of. Name it like step=1000.ckpt.")
+    return int(named[1])
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        found = hashlib.sha256()
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+__all__ = ["Checkpoint", "in_order", "read_state", "weights_in"]

@@ -1,0 +1,253 @@
+"""One point of the curve: a checkpoint in, a result on disk out, on whatever device and machine this runs."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Optional, cast
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.plugins.precision import Precision
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_slt.callbacks.data import BatchTransfer, LoaderPart, SourcePlan, check_num_samples
+from lightning_slt.callbacks.travel import StillTrainer
+from lightning_slt.config import load
+from lightning_slt.durable import DamagedFileError, read_checked, write_checked
+from lightning_slt.firing import Course
+from lightning_slt.influence import ProbeSet, probe_set
+from lightning_slt.influence_record import InfluenceEstimate
+from lightning_slt.record import Estimate
+from lightning_slt.sampling.batches import (
+    MAX_RESIDENT_BYTES,
+    DatasetSource,
+    MinibatchSource,
+    source_of,
+    uniform_samples,
+)
+from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.rng import derive_seed, preserve_rng
+from lightning_slt.sweep.checkpoint import Checkpoint, read_state, weights_in
+from lightning_slt.sweep.settings import SweepConfig, find
+
+
+@dataclass(frozen=True)
+class Task:
+    """One checkpoint to be measured; plain types, for another process or machine.
+
+    Attributes:
+        path, step, epoch, content: see :class:`~lightning_slt.sweep.checkpoint.Checkpoint`.
+        decides: see :meth:`~lightning_slt.sweep.settings.SweepConfig.decides`.
+        localization: gamma of the curve.
+        folder: of results.
+    """
+
+    path: str
+    step: int
+    epoch: Optional[int]
+    content: str
+    decides: dict[str, Any]
+    localization: float
+    folder: str
+
+    @staticmethod
+    def of(checkpoint: Checkpoint, config: SweepConfig, localization: float) -> Task:
+        """The task of a checkpoint in a sweep."""
+        where = str(checkpoint.path.resolve())
+        folder = str(Path(config.folder).resolve())
+        return Task(
+            where, checkpoint.step, checkpoint.epoch, checkpoint.content, config.decides(), localization, folder
+        )
+
+    @property
+    def result_path(self) -> Path:
+        """The file of its result; another one where the weights or what was asked are others."""
+        asked = json.dumps([self.content, self.decides, self.localization], sort_keys=True)
+        key = hashlib.sha256(asked.encode()).hexdigest()[:16]
+        return Path(self.folder) / "points" / f"step_{self.step:09d}_{key}.pt"
+
+
+Point = tuple[Estimate, Optional[InfluenceEstimate]]
+
+
+def measure_point(task: Task, device: torch.device | str = "cpu") -> None:
+    """Measure a checkpoint and write what was found; what is on disk afterwards is whole, or is not there.
+
+    Chains of a point know nothing of other points, so that the curve depends neither on the order nor on the devices.
+
+    Raises:
+        Exception: where it cannot be measured; nothing is written then.
+    """
+    config = load(task.decides, schema=SweepConfig)
+    estimate, influence = measure_weights(
+        read_state(Path(task.path)), config, task.localization, torch.device(device), Path(task.path), task.step
+    )
+    estimate = estimate.replace(step=task.step, x=task.step, epoch=task.epoch)
+    state: dict[str, Any] = {"estimate": estimate.state_dict(), "influence": None}
+    if influence is not None:
+        placed = influence.replace(step=task.step, x=task.step, epoch=task.epoch, seconds=estimate.seconds)
+        state["influence"] = placed.state_dict()
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_checked(task.result_path, buffer.getvalue())
+
+
+def read_point(task: Task) -> Optional[Point]:
+    """The result of a task; None where there is none that can be trusted."""
+    try:
+        state = torch.load(io.BytesIO(read_checked(task.result_path)), weights_only=False)
+        influence = state["influence"]
+        return (
+            Estimate.from_state_dict(state["estimate"]),
+            InfluenceEstimate.from_state_dict(influence) if influence is not None else None,
+        )
+    except (FileNotFoundError, DamagedFileError):
+        return None
+
+
+def measure_weights(
+    state: Mapping[str, Any],
+    config: SweepConfig,
+    localization: float,
+    device: torch.device,
+    path: Path,
+    step: int = 0,
+) -> Point:
+    """The estimate at the weights of a checkpoint: a function of its arguments and of the data alone.
+
+    Raises:
+        ValueError: where module, data or weights cannot be had or do not fit.
+        NonFiniteLossError, NoLossError: as :func:`~lightning_slt.estimate.measure_llc`.
+    """
+    with preserve_rng(config.seed):
+        objective, datamodule = make_objective(state, config, device, path, step)
+        transfer = BatchTransfer(Precision(), datamodule, cast(LightningModule, objective.module), device)
+        source = make_source(_loader_of(datamodule, config), config, transfer)
+        check_num_samples(source.num_samples, config.nbeta)
+        course = Course(localization, config.method, warm_start=False)
+        return course.measure(objective, source, config.settings(), _probes(source, config, device))
+
+
+def make_objective(
+    state: Mapping[str, Any], config: SweepConfig, device: torch.device, path: Path, step: int = 0
+) -> tuple[Objective, Any]:
+    """The loss at the weights of a checkpoint, and the datamodule where the data is one.
+
+    Raises:
+        ValueError: where the module cannot be made, or the weights do not fit it.
+    """
+    module = make_module(config, path)
+    data = _data(json.dumps(config.decides(), sort_keys=True))
+    datamodule = data if isinstance(data, LightningDataModule) else None
+    view = StillTrainer(_as_stored(state, step), datamodule, device)
+    loss_fn = find(config.loss_fn, "loss_fn") if config.loss_fn is not None else None
+    try:
+        weights = weights_in(state, config.weights, path)
+        return Objective(module, loss_fn, config.restrict, device, trainer=view, weights=weights), datamodule
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its weights do not fit module={config.module!r}: {error}") from error
+
+
+def make_module(config: SweepConfig, path: Path) -> nn.Module:
+    """The module, with whatever weights."""
+    made = find(config.module, "module")
+    arguments = dict(config.module_args)
+    if isinstance(made, type) and issubclass(made, LightningModule):
+        return made.load_from_checkpoint(path, map_location="cpu", strict=False, weights_only=False, **arguments)
+    module = made(**arguments)
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"module={config.module!r}: gave a {type(module).__name__}, and no torch module.")
+    return module
+
+
+def _as_stored(state: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """What a step may ask its trainer, as far as the checkpoint says it."""
+    return {
+        "current_epoch": int(state.get("epoch") or 0),
+        "global_step": int(state.get("global_step", step)),
+        "world_size": 1,
+        "global_rank": 0,
+        "local_rank": 0,
+        "is_global_zero": True,
+        "training": True,
+        "validating": False,
+        "sanity_checking": False,
+        "callback_metrics": {},
+        "logged_metrics": {},
+        "progress_bar_metrics": {},
+        "fast_dev_run": False,
+        "num_devices": 1,
+        "num_nodes": 1,
+        "logger": SimpleNamespace(),
+    }
+
+
+@lru_cache(maxsize=1)
+def _data(decides: str) -> Any:
+    """Dataset, loader or datamodule; read once by a process."""
+    config = load(json.loads(decides), schema=SweepConfig)
+    data = find(config.data, "data")(**config.data_args)
+    if isinstance(data, LightningDataModule):
+        data.prepare_data()
+        data.setup("fit")
+    return data
+
+
+def _loader_of(datamodule: Any, config: SweepConfig) -> Any:
+    data = datamodule if datamodule is not None else _data(json.dumps(config.decides(), sort_keys=True))
+    return data.train_dataloader() if isinstance(data, LightningDataModule) else data
+
+
+def make_source(data: Any, config: SweepConfig, transfer: BatchTransfer) -> MinibatchSource:
+    """The chains' minibatches: those of a monitor where there is one loader over a dataset with an index.
+
+    Raises:
+        ValueError: for no data; TypeError for something that is no data.
+    """
+    loader = data
+    if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, (DataLoader, list, tuple)):
+        loader = DataLoader(data, batch_size=min(config.batch_size or 64, max(len(data), 1)), shuffle=True)
+    if isinstance(loader, DataLoader):
+        uniform, indices = uniform_samples(loader)
+        if uniform:
+            part = LoaderPart(
+                loader.dataset,
+                config.batch_size or loader.batch_size or 1,
+                loader.collate_fn,
+                indices,
+                derive_seed(config.seed, 0),
+                loader.num_workers if loader.num_workers > 1 else None,
+                MAX_RESIDENT_BYTES,
+                loader.worker_init_fn,
+            )
+            n = config.num_samples or (len(indices) if indices is not None else len(loader.dataset))  # type: ignore[arg-type]
+            return SourcePlan((part,), None, n, False).build(transfer)
+    return source_of(data, config.batch_size, transfer.device, config.seed, config.num_samples)
+
+
+def _probes(source: MinibatchSource, config: SweepConfig, device: torch.device) -> Optional[ProbeSet]:
+    if config.probe is None:
+        return None
+    if not isinstance(source, DatasetSource):
+        raise ValueError(
+            f"probe={config.probe}: data={config.data!r} gives no samples that can be asked for by number."
+        )
+    query = None
+    if config.query_data is not None:
+        data = find(config.query_data, "query_data")()
+        found = source_of(data, config.batch_size, device, config.seed)
+        if not isinstance(found, DatasetSource):
+            raise ValueError(f"query_data={config.query_data!r}: gives no samples that can be asked for by number.")
+        query = found
+    return probe_set(source, query, config.probe, config.query, config.seed)
+
+
+__all__ = ["Point", "Task", "make_objective", "measure_point", "measure_weights", "read_point"]

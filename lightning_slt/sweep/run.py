@@ -1,0 +1,165 @@
+"""The sweep: what is to be measured, what is measured already, and the curve of it all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+
+from lightning_slt.durable import write_durably
+from lightning_slt.estimate import default_localization
+from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
+from lightning_slt.publish.files import FilesSink
+from lightning_slt.record import Estimate, RunRecord
+from lightning_slt.sweep.checkpoint import Checkpoint, in_order, read_state
+from lightning_slt.sweep.executors import Executor, locally, named_devices
+from lightning_slt.sweep.point import Point, Task, make_objective, read_point
+from lightning_slt.sweep.settings import SweepConfig
+from lightning_slt.transition_record import TransitionLog
+from lightning_slt.transitions import Transition, detect_transitions
+from lightning_slt.transitions.settings import threshold_of
+
+SWEEP_FILE = "sweep.json"
+"""What the points of a folder have in common."""
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A curve.
+
+    Attributes:
+        folder: the record: ``llc.jsonl``, ``influence/``, ``transitions.json``, ``history.csv``.
+        estimates, influences: in order of step.
+        transitions: of the whole curve.
+        measured, known: how many points were measured now, and how many before.
+        failed: step -> what went wrong.
+        weights: ``"raw"`` or ``"averaged"``.
+    """
+
+    folder: Path
+    estimates: tuple[Estimate, ...]
+    influences: tuple[InfluenceEstimate, ...]
+    transitions: tuple[Transition, ...]
+    measured: int
+    known: int
+    failed: dict[int, str]
+    weights: str
+
+
+def sweep(
+    checkpoints: Sequence[Path],
+    config: SweepConfig,
+    executor: Optional[Executor] = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> SweepResult:
+    """Measure stored checkpoints, and the transitions of their curve.
+
+    What an earlier call with the same settings has measured, also one that was interrupted, is taken from the folder.
+
+    Args:
+        checkpoints: files, in any order.
+        config: how.
+        executor: where; None for the devices of ``config``, see :mod:`lightning_slt.sweep.executors`.
+        say: told what goes on, a line at a time.
+
+    Raises:
+        FileNotFoundError: for a checkpoint that is not there.
+        ValueError: for a setting out of range, a file that is no checkpoint, a module or data that cannot be had.
+    """
+    config.check()
+    points, left = in_order([Path(path) for path in checkpoints])
+    for checkpoint in left:
+        say(f"{checkpoint.path}: left out, another checkpoint is of step {checkpoint.step}")
+    folder = Path(config.folder)
+    localization = config.localization if config.localization is not None else _settle(points[0], config, folder)
+    tasks = [Task.of(checkpoint, config, localization) for checkpoint in points]
+    found: dict[int, Point] = {task.step: point for task in tasks if (point := read_point(task)) is not None}
+    known, failed = len(found), dict[int, str]()
+    todo = [task for task in tasks if task.step not in found]
+    say(
+        f"{len(tasks)} checkpoints, {known} measured already; {config.weights} weights, localization {localization:.4g}"
+    )
+    run = executor if executor is not None else locally(named_devices(config.devices))
+    for task, error in run(todo):
+        point = read_point(task) if error is None else None
+        if point is None:
+            failed[task.step] = error or "its result is not there"
+            say(f"step {task.step}: failed: {failed[task.step]}")
+        else:
+            found[task.step] = point
+            say(f"step {task.step}: {point[0]}")
+    estimates = [found[task.step][0] for task in tasks if task.step in found]
+    influences = [i for task in tasks if task.step in found and (i := found[task.step][1]) is not None]
+    transitions = transitions_of(estimates, config.false_alarms)
+    _write_record(folder, estimates, influences, transitions, config)
+    return SweepResult(
+        folder,
+        tuple(estimates),
+        tuple(influences),
+        tuple(transitions),
+        len(found) - known,
+        known,
+        failed,
+        config.weights,
+    )
+
+
+def _settle(first: Checkpoint, config: SweepConfig, folder: Path) -> float:
+    """Gamma of the curve: that of an earlier call, else of the weights of the first checkpoint."""
+    path = folder / SWEEP_FILE
+    asked = {"weights": config.weights, "restrict": config.restrict, "module": config.module}
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if {key: before[key] for key in asked} == asked:
+            return float(before["localization"])
+    except (OSError, ValueError, KeyError):
+        pass
+    objective, _ = make_objective(read_state(first.path), config, torch.device("cpu"), first.path)
+    localization = default_localization(objective.anchor)
+    text = json.dumps({**asked, "localization": localization, "first": str(first.path)}, indent=1) + "\n"
+    write_durably(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return localization
+
+
+def transitions_of(estimates: Sequence[Estimate], false_alarms: float) -> list[Transition]:
+    """Those of a whole curve; points are held against each other as :class:`~lightning_slt.TransitionMonitor` does."""
+    return detect_transitions(
+        np.array([e.step for e in estimates], dtype=np.float64),
+        np.array([e.mean for e in estimates]),
+        np.array([e.se for e in estimates]),
+        np.array([e.init_loss for e in estimates]),
+        np.array([e.comparable for e in estimates], dtype=bool),
+        false_alarms=false_alarms,
+    )
+
+
+def _write_record(
+    folder: Path,
+    estimates: Sequence[Estimate],
+    influences: Sequence[InfluenceEstimate],
+    transitions: Sequence[Transition],
+    config: SweepConfig,
+) -> None:
+    """As a monitor writes it, from the results: anew each time, since points may have come in between."""
+    record = RunRecord(folder)
+    record.path.unlink(missing_ok=True)
+    shutil.rmtree(record.trace_path(estimates[0]).parent if estimates else folder / "none", ignore_errors=True)
+    for estimate in estimates:
+        record.append(estimate)
+    samples = InfluenceRecord(folder)
+    shutil.rmtree(samples.folder, ignore_errors=True)
+    for influence in influences:
+        samples.save(influence)
+    TransitionLog("slt/llc/mean", threshold_of(config.false_alarms), offline=tuple(transitions)).write(folder)
+    sink = FilesSink(folder)
+    sink.start({**config.decides(), "weights": config.weights})
+    sink.finish(estimates, "finished", None)
+
+
+__all__ = ["SweepResult", "sweep", "transitions_of"]

@@ -1,0 +1,278 @@
+"""The curve of a run from its checkpoints: that of a monitor, done once, whatever comes in between."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import EMAWeightAveraging
+
+from lightning_slt.callbacks.devices import WorkerDevice
+from lightning_slt.cli import main
+from lightning_slt.config import load
+from lightning_slt.influence_record import InfluenceRecord
+from lightning_slt.record import RunRecord
+from lightning_slt.sweep import SweepConfig, sweep
+from lightning_slt.sweep.checkpoint import Checkpoint
+from lightning_slt.sweep.executors import Executor, Outcome, locally, on_cluster
+from lightning_slt.sweep.point import Task, measure_point
+from lightning_slt.transition_record import TransitionLog
+from tests.sweep import runs
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> SweepConfig:
+    return load(runs.settings(folder=str(tmp_path / "sweep")), schema=SweepConfig)
+
+
+def here(measured: list[int], fail_after: int = 1000) -> Executor:
+    """In this process; keeps the steps, and is interrupted after some of them."""
+
+    def run(tasks: Sequence[Task]) -> Iterator[Outcome]:
+        for task in tasks:
+            if len(measured) == fail_after:
+                raise KeyboardInterrupt
+            try:
+                measure_point(task)
+            except Exception as error:
+                yield task, f"{type(error).__name__}: {error}"
+                continue
+            measured.append(task.step)
+            yield task, None
+
+    return run
+
+
+def assert_same_points(ours: Any, theirs: Any) -> None:
+    assert [e.step for e in ours] == [e.step for e in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.trace, b.trace)
+        assert (a.mean, a.se, a.init_loss, a.nbeta, a.localization) == (
+            b.mean, b.se, b.init_loss, b.nbeta, b.localization)  # fmt: skip
+
+
+@pytest.mark.parametrize("data", ["loader", "Data"])
+def test_the_curve_is_that_of_a_monitor_that_was_there(data: str, config: SweepConfig, tmp_path: Path) -> None:
+    """Bit for bit, where the monitor starts every firing at the weights; with influence."""
+    paths, monitor = runs.train(tmp_path, probe=8, num_draws=20)
+    config.data, config.probe, config.num_draws = f"tests.sweep.runs:{data}", 8, 20
+    result = sweep(paths[::-1], config, here([]))
+    assert [e.step for e in result.estimates] == [2, 4, 6, 8, 10, 12]
+    assert_same_points(result.estimates, monitor.estimates)
+    for a, b in zip(result.influences, monitor.influences, strict=True):
+        torch.testing.assert_close(a.self_influence, b.self_influence, rtol=0.0, atol=0.0)
+    assert_same_points(list(RunRecord(result.folder).read()), monitor.estimates)
+    assert [i.step for i in InfluenceRecord(result.folder).read()] == [2, 4, 6, 8, 10, 12]
+    assert TransitionLog.read(result.folder).offline == ()  # six points are no curve
+
+
+def test_what_is_done_is_not_done_again(config: SweepConfig, tmp_path: Path) -> None:
+    paths, _ = runs.train(tmp_path)
+    first: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        sweep(paths, config, here(first, fail_after=2))
+    second: list[int] = []
+    result = sweep(paths, config, here(second))
+    assert (first, second) == ([2, 4], [6, 8, 10, 12])
+    assert (result.known, result.measured, result.failed) == (2, 4, {})
+    third: list[int] = []
+    assert_same_points(sweep(paths, config, here(third)).estimates, result.estimates)
+    assert third == []
+    config.seed = 1  # another question
+    assert sweep(paths[:1], config, here(third)).measured == 1 and third == [2]
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
+def test_a_result_that_is_not_whole_is_not_trusted(damage: str, config: SweepConfig, tmp_path: Path) -> None:
+    paths, _ = runs.train(tmp_path)
+    whole = sweep(paths[:3], config, here([]))
+    file = sorted((whole.folder / "points").iterdir())[1]
+    data = file.read_bytes()
+    damaged = {"cut": data[:-7], "changed": data[:-7] + b"?" + data[-6:], "empty": b""}
+    file.write_bytes(damaged[damage])
+    (whole.folder / "points" / (file.name + ".123.tmp")).write_bytes(data)  # a writer that was killed
+    again: list[int] = []
+    result = sweep(paths[:3], config, here(again))
+    assert again == [4]
+    assert_same_points(result.estimates, whole.estimates)
+
+
+def test_raw_and_averaged_weights(config: SweepConfig, tmp_path: Path) -> None:
+    paths, monitor = runs.train(tmp_path, EMAWeightAveraging(decay=0.5))
+    lines: list[str] = []
+    raw = sweep(paths, config, here([]), lines.append)
+    assert "raw weights" in lines[0]
+    assert_same_points(raw.estimates, monitor.estimates)  # chains during training see raw weights
+    config.weights = "averaged"
+    averaged = sweep(paths, config, here([]), lines.append)
+    assert averaged.weights == "averaged"
+    stored = torch.load(paths[-1], weights_only=False)
+    alone = {"state_dict": stored["state_dict"], "hyper_parameters": {"lr": 1e-2}, "step": 12, "epoch": 1}
+    torch.save({**alone, "pytorch-lightning_version": "2.6.0"}, tmp_path / "averaged.ckpt")
+    config.weights, config.localization = "raw", averaged.estimates[0].localization
+    assert_same_points(sweep([tmp_path / "averaged.ckpt"], config, here([])).estimates, averaged.estimates[-1:])
+    assert not torch.equal(raw.estimates[-1].trace, averaged.estimates[-1].trace)
+
+
+def test_averaged_weights_that_are_not_there(config: SweepConfig, tmp_path: Path) -> None:
+    paths, _ = runs.train(tmp_path)
+    config.weights = "averaged"
+    with pytest.raises(ValueError, match=r"weights='averaged': .* has no averaged weights .* Set weights='raw'"):
+        sweep(paths, config, here([]))
+
+
+def test_two_devices_share_the_checkpoints_and_a_death_costs_one_point(config: SweepConfig, tmp_path: Path) -> None:
+    paths, monitor = runs.train(tmp_path)
+    config.module = "tests.sweep.runs:Dies"
+    result = sweep(paths, config, locally([WorkerDevice("cpu", (0,)), WorkerDevice("cpu")]))
+    assert result.failed == {4: "2 processes died at it (out of memory?)"}
+    assert_same_points(result.estimates, [e for e in monitor.estimates if e.step != 4])
+
+
+def test_jobs_of_a_cluster(config: SweepConfig, tmp_path: Path) -> None:
+    """submitit's local executor: processes of their own, as on a machine of the cluster."""
+    pytest.importorskip("submitit")
+    paths, monitor = runs.train(tmp_path)
+    config.module = "tests.sweep.runs:Fails"
+    executor = on_cluster(tmp_path / "jobs", "local", {"timeout_min": 5})
+    result = sweep(paths[:2], config, executor)
+    assert list(result.failed) == [4] and "the step failed inside a chain" in result.failed[4]
+    assert_same_points(result.estimates, monitor.estimates[:1])
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint that fails is named, and tried again by the next call, which does nothing else."""
+    paths, monitor = runs.train(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lightning_slt.sweep.run.locally", lambda devices: here([]))
+    file = tmp_path / "cfg.yaml"
+    file.write_text(yaml.safe_dump(runs.settings(module="tests.sweep.runs:Fails", folder="found")))
+    command = ["sweep", *map(str, [*paths, paths[0]]), "--config", str(file)]
+    assert main(command) == 1
+    said = capsys.readouterr().out
+    assert "6 checkpoints, 0 measured already; raw weights" in said
+    assert "step 4: failed: RuntimeError: the step failed inside a chain" in said
+    assert "5 points of raw weights (5 measured now), 0 transitions, in found" in said
+    (tmp_path / "repaired").touch()
+    assert main(command) == 0
+    assert "6 points of raw weights (1 measured now)" in capsys.readouterr().out
+    assert_same_points(list(RunRecord(tmp_path / "found").read()), monitor.estimates)
+    assert main([*command, "--set", "weights=mean"]) == 1
+    assert "weights='mean': must be 'raw' or 'averaged'" in capsys.readouterr().err
+
+
+def test_a_sweep_that_is_killed_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
+    paths, monitor = runs.train(tmp_path)
+    file = tmp_path / "cfg.yaml"
+    file.write_text(yaml.safe_dump(runs.settings(folder=str(tmp_path / "found"), devices=["cpu"])))
+    arguments = ["sweep", *map(str, paths), "--config", str(file)]
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root}
+    command = [sys.executable, "-m", "lightning_slt.cli", *arguments]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, cwd=root)
+    points = tmp_path / "found" / "points"
+    while not list(points.glob("*.pt")):  # the test's own timeout ends this
+        assert process.poll() is None
+        time.sleep(0.05)
+    started = _descendants(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert started
+    while any(Path(f"/proc/{pid}").exists() for pid in started):
+        time.sleep(0.1)
+    done = len(list(points.glob("*.pt")))
+    assert 1 <= done <= 6
+    measured: list[int] = []
+    result = sweep(paths, load(str(file), schema=SweepConfig), here(measured))
+    assert result.known == done and len(measured) == 6 - done
+    assert_same_points(result.estimates, monitor.estimates)
+
+
+def _descendants(pid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+        if parent == pid:
+            found += [int(stat.parent.name), *_descendants(int(stat.parent.name))]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"module": "tests.sweep.runs"}, r"module='tests\.sweep\.runs': write it as package\.module:Name"),
+        (
+            {"module": "tests.sweep.runs:Nobody"},
+            r"module='tests\.sweep\.runs:Nobody': cannot be imported: AttributeErr",
+        ),
+        ({"module": "nowhere.py:Net"}, r"module='nowhere\.py:Net': cannot be imported: FileNotFoundError"),
+        ({"module": "tests.sweep.runs:dataset"}, r"gave a TensorDataset, and no torch module"),
+        ({"probe": 0}, r"probe=0: must be at least 1"),
+        ({"query": 3}, r"given without probe"),
+        ({"num_draws": 0}, r"num_draws=0: must be at least 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(
+    changes: dict[str, Any], message: str, config: SweepConfig, tmp_path: Path
+) -> None:
+    torch.save({"state_dict": runs.Model(0.1).state_dict(), "step": 5}, tmp_path / "a.pt")
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        sweep([tmp_path / "a.pt"], config, here([]))
+
+
+def test_files_that_are_no_checkpoints(config: SweepConfig, tmp_path: Path) -> None:
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    torch.save([1], tmp_path / "list.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "unnamed.ckpt")
+    for name, message in (
+        ("text", "cannot be read as a checkpoint"),
+        ("list", "holds no 'state_dict'"),
+        ("unnamed", "says nowhere which step it is of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sweep([tmp_path / f"{name}.ckpt"], config, here([]))
+    with pytest.raises(FileNotFoundError):
+        sweep([tmp_path / "nothing.ckpt"], config, here([]))
+    with pytest.raises(ValueError, match="no checkpoints were given"):
+        sweep([], config, here([]))
+
+
+def test_pinned_snapshots_are_checkpoints_too(config: SweepConfig, tmp_path: Path) -> None:
+    """Of a module that a function gives; the step is in the file or in its name."""
+    config.module, config.module_args = "tests.sweep.runs:plain", {"lr": 0.1}
+    config.data = "tests.sweep.runs:dataset"
+    torch.save({"state_dict": runs.plain().state_dict(), "step": 5, "epoch": 0}, tmp_path / "a.pt")
+    torch.save({"state_dict": runs.plain().state_dict()}, tmp_path / "step=7.ckpt")
+    result = sweep([tmp_path / "step=7.ckpt", tmp_path / "a.pt"], config, here([]))
+    assert [(e.step, e.epoch) for e in result.estimates] == [(5, 0), (7, None)]
+
+
+@pytest.mark.parametrize(
+    ("global_step", "optimizers", "batches", "step"),
+    [(6, 1, 5, 6), (6, 1, 6, 6), (12, 2, 5, 6), (12, 2, 6, 6), (9, 2, 8, 9), (7, 1, None, 7)],
+)
+def test_the_step_is_the_count_of_batches_that_stepped(
+    global_step: int, optimizers: int, batches: Any, step: int, tmp_path: Path
+) -> None:
+    """At the end of a batch Lightning's count is one behind, and two optimisers count twice."""
+    state: dict[str, Any] = {"state_dict": {}, "global_step": global_step, "optimizer_states": [{}] * optimizers}
+    if batches is not None:
+        state["loops"] = {"fit_loop": {"epoch_loop.state_dict": {"_batches_that_stepped": batches}}}
+    torch.save(state, tmp_path / "a.ckpt")
+    assert Checkpoint.of(tmp_path / "a.ckpt").step == step
