@@ -306,13 +306,16 @@ def suspicion_of(firings: Sequence[InfluenceEstimate]) -> Optional[Tensor]:
     r"""How much a sample has cost at the firings of a run so far: what hides in one of them shows in others.
 
     Wrong labels are learnt last, and once they are, a firing of few chains has not seen enough of the region in which
-    they are expensive again. The mean over firings t of the mean losses, each centred at its median m_t and in units of
-    the mean distance from it,
+    they are expensive again. The mean over the logarithm of the step: of the mean losses at firings t, each centred at
+    its median m_t and in units of the mean distance from it, with ``a_t = log(step_t / step_{t-1})`` (log 2 for the
+    first one),
 
-    .. math:: s_i = \frac 1 T \sum_t \frac{E_t[\ell_i] - m_t}{\frac 1 n \sum_j |E_t[\ell_j] - m_t|} ,
+    .. math:: s_i = \sum_t a_t \frac{E_t[\ell_i] - m_t}{\frac 1 n \sum_j |E_t[\ell_j] - m_t|}
+        \Big/ \sum_t a_t ,
 
-    so that no firing outweighs the others. That the course of the loss tells wrong labels better than its end is the
-    idea of the area under the margin (Pleiss et al. 2020, arXiv 2001.10528).
+    so that neither the scale of a loss nor how often it was measured late in the run outweighs the rest. That the
+    course of the loss tells wrong labels better than its end is the idea of the area under the margin (Pleiss et al.
+    2020, arXiv 2001.10528).
 
     Args:
         firings: of one run, oldest first. Each counts for the samples that it has.
@@ -325,7 +328,12 @@ def suspicion_of(firings: Sequence[InfluenceEstimate]) -> Optional[Tensor]:
     index = firings[-1].train_index.tolist()
     place = {sample: k for k, sample in enumerate(index)}
     total, count = torch.zeros(len(index)).double(), torch.zeros(len(index)).double()
+    before: Optional[int] = None
     for firing in firings:
+        weight, step = math.log(2.0), firing.step
+        if step is not None and before is not None and step > before > 0:
+            weight = math.log(step / before)
+        before = step if step is not None else before
         here = [k for k, sample in enumerate(firing.train_index.tolist()) if sample in place]
         if not here or not bool(torch.isfinite(firing.mean_loss).all()):
             continue
@@ -333,9 +341,9 @@ def suspicion_of(firings: Sequence[InfluenceEstimate]) -> Optional[Tensor]:
         scale = float(centred.abs().mean())
         if scale > 0:
             at = torch.tensor([place[int(firing.train_index[k])] for k in here])
-            total[at] += centred[here] / scale
-            count[at] += 1
-    return total / count.clamp_min(1)
+            total[at] += weight * centred[here] / scale
+            count[at] += weight
+    return total / torch.where(count > 0, count, 1.0)
 
 
 class InfluenceRecord:

@@ -127,11 +127,11 @@ class Network(L.LightningModule):
 
 @pytest.mark.slow
 def test_the_callback_finds_wrong_labels_while_they_are_memorised(tmp_path: Path) -> None:
-    """400 epochs with a firing every 100. The harder the labels have been learnt, the wider the region in which they
-    are expensive again, and the four chains of one firing have not seen all of it: 0.990, 0.977, 0.972, 0.970 by
-    themselves, with the plain loss at 0.938 to 0.962. Over the firings so far it is 0.990, 0.989, 0.986, 0.983."""
+    """400 epochs with a firing every 40. The harder the labels have been learnt, the wider the region in which they are
+    expensive again, and the four chains of one firing have not seen all of it: by itself the first gives 0.994, the
+    last 0.966, with the plain loss at 0.926 to 0.986. Over the run so far it is 0.991 to 0.994 at every firing."""
     data = retraining().load_digits(800, 200, 0.1)
-    monitor = SLTMonitor(every_n_epochs=100, probe=1000)
+    monitor = SLTMonitor(every_n_epochs=40, probe=1000)
     trainer = L.Trainer(
         max_epochs=400,
         callbacks=[monitor],
@@ -145,16 +145,17 @@ def test_the_callback_finds_wrong_labels_while_they_are_memorised(tmp_path: Path
     L.seed_everything(3, verbose=False)
     trainer.fit(Network(), DataLoader(TensorDataset(data.x, data.y), 64, shuffle=True))
     found = [(auroc(i.init_loss, data.flipped), auroc(i.mean_loss, data.flipped)) for i in monitor.influences]
-    assert len(found) == 4
+    assert len(found) == 10
     assert found[-1][0] < 0.97
-    assert found[0][1] >= 0.985
-    assert all(mean > plain + 0.005 for plain, mean in found), found
+    assert found[0][1] >= 0.993
+    assert all(mean > plain + 0.003 for plain, mean in found), found
     assert monitor.influences[0].suspicion is None
     over = [auroc(i.suspicion, data.flipped) for i in monitor.influences[1:] if i.suspicion is not None]
-    assert len(over) == 3 and over[0] >= 0.985 and over[1] >= 0.983 and over[2] >= 0.98, over
-    assert all(o > mean + 0.005 for o, (_, mean) in zip(over, found[1:], strict=True)), (over, found)
+    assert len(over) == 9 and min(over) >= 0.985, over
+    assert over[-1] > found[-1][1] + 0.01
     # which is what the default ranking goes by
     last = monitor.influences[-1]
+    assert last.suspicion is not None
     assert last.suspects(80) == last.suspicion.argsort(descending=True, stable=True)[:80].tolist()
 
 

@@ -301,15 +301,16 @@ def test_half_a_pair_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_suspicion_is_the_mean_over_firings_in_units_of_each() -> None:
-    """Samples 5, 7 and 9; the loss doubles and is shifted: neither counts."""
-    first = estimate(1, train_index=torch.tensor([5, 7, 9]), mean_loss=double(1.0, 2.0, 6.0))
+    """Samples 5, 7 and 9; the loss doubles and is shifted: neither counts. Step 8 is log 4 after step 2, whose own
+    weight is log 2: a third and two thirds."""
+    first = estimate(2, train_index=torch.tensor([5, 7, 9]), mean_loss=double(1.0, 2.0, 6.0))
     # centred at the median 2: -1, 0, 4, of mean distance 5/3
-    second = estimate(2, train_index=torch.tensor([9, 7, 5]), mean_loss=double(13.0, 5.0, 3.0))
-    # centred at 5: 8, 0, -2, of mean distance 10/3
+    second = estimate(8, train_index=torch.tensor([9, 7, 5]), mean_loss=double(5.0, 3.0, 13.0))
+    # centred at 5: 0, -2, 8, of mean distance 10/3
     assert suspicion_of([first]) is None
     found = suspicion_of([first, second])
     assert found is not None
-    torch.testing.assert_close(found, double(2.4, 0.0, -0.6))
+    torch.testing.assert_close(found, double(2.4 / 3, -0.4, (4.8 - 0.6) / 3))
 
 
 def test_suspects_are_ranked_over_the_run_where_it_is_known_and_it_survives_the_state() -> None:
