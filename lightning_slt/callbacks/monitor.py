@@ -38,8 +38,9 @@ from lightning_slt.callbacks.travel import flat_weights
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.firing import Course
 from lightning_slt.influence import ProbeSet
-from lightning_slt.influence_record import InfluenceEstimate
+from lightning_slt.influence_record import InfluenceEstimate, suspicion_of
 from lightning_slt.publish import RunPublisher
+from lightning_slt.publish.render import Rendered
 from lightning_slt.record import Estimate, RunRecord
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.collective import Alone, Collective, RankLostError
@@ -246,7 +247,9 @@ class SLTMonitor(Callback):
         if self._name is not None:
             return self._generate_state_key(name=self._name)
         settings = repr(dataclasses.replace(self._settings, sampler=None))
-        return self._generate_state_key(schedule=repr(self._schedule), settings=settings, restrict=restrict)
+        # a monitor without samples keeps the key that it had before there were any
+        samples = {"samples": self._samples.describe()} if self._samples.wanted else {}
+        return self._generate_state_key(schedule=repr(self._schedule), settings=settings, restrict=restrict, **samples)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -524,7 +527,7 @@ class SLTMonitor(Callback):
         if self._publisher is not None:
             self._publisher.estimate(estimate)
         if influence is not None:
-            self._keep_influence(influence, estimate)
+            self._keep_influence(trainer, influence, estimate)
         for listener in self._listeners:
             self._tell(listener, trainer, pl_module, estimate)
 
@@ -544,7 +547,7 @@ class SLTMonitor(Callback):
                     f"not reported. {type(error).__name__}: {error}"
                 )
 
-    def _keep_influence(self, influence: InfluenceEstimate, estimate: Estimate) -> None:
+    def _keep_influence(self, trainer: Trainer, influence: InfluenceEstimate, estimate: Estimate) -> None:
         """Into the history and the loggers; only the last one keeps its pairs in memory."""
         influence = influence.replace(
             step=estimate.step,
@@ -553,16 +556,18 @@ class SLTMonitor(Callback):
             component=estimate.component,
             seconds=estimate.seconds,
         )
+        influence = influence.replace(suspicion=suspicion_of([*self.influences, influence]))
         if self.influences:
             self.influences[-1] = self.influences[-1].without_pairs()
         self.influences.append(influence)
         if self._publisher is None:
             return
+        rendered: dict[int, Rendered] = {}
         try:
-            rendered = self._samples.rendered(influence)
+            # the other ranks log nothing
+            rendered = self._samples.rendered(influence) if trainer.is_global_zero else {}
         except Exception as error:
             rank_zero_warn(f"SLTMonitor: the suspects could not be shown: {type(error).__name__}: {error}")
-            rendered = {}
         large = influence.num_chains * influence.num_draws >= LARGE_BUDGET
         self._publisher.influence(influence, rendered, pairs=large)
 
@@ -613,14 +618,37 @@ class SLTMonitor(Callback):
             settings = dataclasses.replace(
                 settings, num_chains=1, num_draws=4, num_burnin_steps=2, num_steps_bw_draws=1, sampler=SMOKE_SAMPLER
             )
-        probes: list[ProbeSet] = []
-        if self._samples.wanted:
-            self._collective.exchange(
-                lambda: probes.append(self._samples.read(trainer, source, self._transfer(trainer)))
-            )
-        estimate, influence = self._course.measure(
-            objective, source, settings, probes[0] if probes else None, self._collective, progress, smoke_test
-        )
+        influence_error = ""
+        measured: Optional[tuple[Estimate, Optional[InfluenceEstimate]]] = None
+        if self._samples.wanted and not self._samples.failed:
+            probes: list[ProbeSet] = []
+            try:
+                self._collective.exchange(
+                    lambda: probes.append(self._samples.read(trainer, source, self._transfer(trainer)))
+                )
+                measured = self._course.measure(
+                    objective, source, settings, probes[0], self._collective, progress, smoke_test
+                )
+            except Exception as error:
+                if self._on_failure == "raise" or smoke_test or isinstance(error, RankLostError):
+                    raise
+                # work that failed on one rank failed on all of them, so that all of them come here. What is not the
+                # samples' fault fails again below, and is then said as any failure is
+                influence_error = f"{type(error).__name__}: {error}"
+                self._source = None
+                self._collective.exchange(lambda: built.append(build()))
+                objective, source = built[-1]
+                self._source = source = share_batches(source, self._collective)
+                self._share_buffers(objective)
+        if measured is None:
+            measured = self._course.measure(objective, source, settings, None, self._collective, progress, smoke_test)
+            if influence_error:
+                self._samples.failed = True
+                rank_zero_warn(
+                    "SLTMonitor: influence is left out of this run from here on, the learning coefficient is measured "
+                    f"all the same. {influence_error}"
+                )
+        estimate, influence = measured
         self._hook_owner = None
         self._say_how(estimate, influence)
         return estimate, influence
