@@ -44,7 +44,7 @@ TOOLS: dict[str, Tool] = {
 }
 INFLUENCE_TOOLS: dict[str, Tool] = {
     "ours": Tool("influence_ours"),
-    "ours-shrunk": Tool("influence_ours", variant="1.25"),
+    "ours-plain": Tool("influence_ours", variant="1"),
     "ekfac": Tool("influence_ekfac", "kronfluence"),
     "devinterp2-bif": Tool("influence_bif", "devinterp2"),
     "exact": Tool("influence_ggn"),

@@ -82,6 +82,9 @@ class InfluenceEstimate:
         valid: whether the numbers may be read; ``reasons`` says why not, ``notes`` what else is to be known.
         mean_nbeta, mean_localization: of the posterior of ``mean_loss``; None where it is that of ``matrix``.
         shrinkage: the power p of ``sign(rho) |rho|^p s_i s_q``; 1 where ``matrix`` is the plain covariance.
+        rest_weight: how much of what the draws say beyond first order is in ``matrix``, 0 to 1: the James-Stein factor
+            that leaves the smallest error, near 1 for many draws; 1 where nothing is known to first order
+            (no control variates). ``se`` is the error without it, an upper bound.
         queries_are_train: the queries are samples of the training data.
         step, epoch, x, seconds, component: as in :class:`~lightning_slt.record.Estimate`.
         known_passing, known_max_abs: what the pairs said, where they are not kept; see :meth:`without_pairs`.
@@ -119,6 +122,7 @@ class InfluenceEstimate:
     mean_nbeta: Optional[float] = None
     mean_localization: Optional[float] = None
     shrinkage: float = 1.0
+    rest_weight: float = 1.0
     queries_are_train: bool = False
     step: Optional[int] = None
     epoch: Optional[int] = None

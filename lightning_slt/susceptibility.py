@@ -112,6 +112,7 @@ def measure_susceptibility(
     shift: Shift,
     settings: ChainSettings,
     collective: Optional[Collective] = None,
+    prepare: Optional[Callable[[Objective], None]] = None,
 ) -> SusceptibilityEstimate:
     """Run the chains of each component and read its susceptibility off them: behind every road to an estimate.
 
@@ -121,6 +122,7 @@ def measure_susceptibility(
         shift: the samples.
         settings: with ``sampler=None``: kinetic Langevin chains in the metric of the curvature.
         collective: ranks that share the chains.
+        prepare: called with each loss on every rank, where ranks have to agree on it.
 
     Raises:
         ValueError: as :func:`~lightning_slt.estimate.measure_llc`, and for a loss that couples samples.
@@ -131,6 +133,8 @@ def measure_susceptibility(
     for name, make in components.items():
         made: list[Objective] = []
         collective.exchange(lambda make=make, made=made: made.append(make()))  # type: ignore[misc]
+        if prepare is not None:
+            prepare(made[0])
         source.forget()
         found[name] = _measure(name, made[0], source, shift, settings, collective)
     first, parts = next(iter(found.values())), list(found.values())

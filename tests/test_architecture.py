@@ -21,8 +21,11 @@ FLOORS = {
     "estimate": 3,
     "influence": 3,
     "susceptibility": 3,
+    "firing": 3,
+    "durable": 1,
     "callbacks": 4,
     "config": 5,
+    "testing": 5,
     "cli": 6,
 }
 

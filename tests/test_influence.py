@@ -22,7 +22,15 @@ from tests.sampling.helpers import Attention, WithMetric, classification, gen, m
 functional = nn.functional
 
 # the engine is fixed: the one that is faster here differs in rounding from the other
-TINY: dict[str, Any] = {"num_chains": 4, "num_draws": 10, "num_burnin_steps": 4, "seed": 1, "method": "sequential"}
+TINY: dict[str, Any] = {
+    "num_chains": 4,
+    "num_draws": 10,
+    "num_burnin_steps": 4,
+    "seed": 1,
+    "method": "sequential",
+    "shrinkage": 1.0,
+}
+"""The plain covariance: linear in either side, so that rows, groups and subsets can be compared."""
 
 
 def squares(module: nn.Module, batch: Any) -> Tensor:
@@ -146,11 +154,12 @@ def test_tokens_of_a_language_model_are_rows_and_their_mean_is_the_row_of_the_te
     torch.testing.assert_close(mean, whole.matrix, rtol=1e-3, atol=1e-4 * float(whole.matrix.abs().max()))
     torch.testing.assert_close(apart.query_init_loss.reshape(4, 6).mean(1), whole.query_init_loss, rtol=1e-5, atol=0)
     assert torch.equal(apart.self_influence, whole.self_influence)
-    # with them, the same within the errors of both
+    # with them, the same within the errors of both: other chains, in a metric that begins with the samples' gradients,
+    # so that the root mean square is about 1, of some tens of independent numbers
     many = {"num_draws": 60, "per_token": True}
     plain, less = (tiny(module, train, query, token_losses, control_variates=c, **many) for c in (False, True))
     off = (plain.matrix - less.matrix) / (plain.se.square() + less.se.square()).sqrt()
-    assert 0 < float(off.square().mean().sqrt()) < 1.0
+    assert 0 < float(off.square().mean().sqrt()) < 1.5
 
 
 def test_the_group_matrix_is_the_covariance_of_group_means() -> None:

@@ -45,7 +45,16 @@ def test_linear_regression_within_three_errors_everywhere_and_five_percent_at_20
     products of four directions; of twelve seeds tried, two thirds are within 3 everywhere, and so is this one."""
     net, train, query = problem()
     inf = estimate_influence(
-        net, train, query, half_square, nbeta=NBETA, localization=GAMMA, num_chains=16, num_draws=1250, seed=3
+        net,
+        train,
+        query,
+        half_square,
+        nbeta=NBETA,
+        localization=GAMMA,
+        num_chains=16,
+        num_draws=1250,
+        seed=3,
+        shrinkage=1.0,
     )
     exact, first = closed_form(net, train, query)
     assert inf.valid and inf.matrix.shape == (QUERIES, N)
@@ -59,7 +68,7 @@ def test_linear_regression_within_three_errors_everywhere_and_five_percent_at_20
 
 def test_without_control_variates_the_same_answer_with_three_times_the_error() -> None:
     net, train, query = problem()
-    settings = {"nbeta": NBETA, "localization": GAMMA, "num_chains": 16, "num_draws": 1250, "seed": 3}
+    settings = {"nbeta": NBETA, "localization": GAMMA, "num_chains": 16, "num_draws": 1250, "seed": 3, "shrinkage": 1.0}
     plain = estimate_influence(net, train, query, half_square, control_variates=False, **settings)  # type: ignore[arg-type]
     inf = estimate_influence(net, train, query, half_square, **settings)  # type: ignore[arg-type]
     exact, _ = closed_form(net, train, query)
@@ -75,7 +84,16 @@ def test_the_errors_are_true_over_seeds() -> None:
     net, train, query = problem()
     runs = [
         estimate_influence(
-            net, train, query, half_square, nbeta=NBETA, localization=GAMMA, num_chains=8, num_draws=100, seed=s
+            net,
+            train,
+            query,
+            half_square,
+            nbeta=NBETA,
+            localization=GAMMA,
+            num_chains=8,
+            num_draws=100,
+            seed=s,
+            shrinkage=1.0,
         )
         for s in range(20)
     ]
@@ -85,6 +103,35 @@ def test_the_errors_are_true_over_seeds() -> None:
     exact, _ = closed_form(net, train, query)
     mean = torch.stack([r.matrix for r in runs]).mean(dim=0)
     assert float((mean - exact).norm() / exact.norm()) < 0.06
+
+
+def test_the_weighted_rest_is_nearer_the_truth_than_the_plain_covariance() -> None:
+    """40 seeds of the default size, where what lies beyond first order is of the size of its noise. Of no more than ten
+    independent numbers (the products of four directions) the gain is small: a tenth of the square error, the mean of
+    40 paired ratios whose standard deviation is 0.25. The reported error is an upper bound. With 20,000 draws nearly
+    all of the rest counts, and the matrix is within 5 %."""
+    net, train, query = problem()
+    settings = {"nbeta": NBETA, "localization": GAMMA, "num_chains": 16}
+    exact, _ = closed_form(net, train, query)
+    better, errors, bounds, weights = [], [], [], []
+    for seed in range(40):
+        found = [
+            estimate_influence(net, train, query, half_square, num_draws=20, seed=seed, shrinkage=s, **settings)  # type: ignore[arg-type]
+            for s in (None, 1.0)
+        ]
+        square = [float((f.matrix - exact).square().sum()) for f in found]
+        better.append(square[0] / square[1])
+        errors.append(square[0])
+        bounds.append(float(found[0].se.square().sum()))
+        weights.append(found[0].rest_weight)
+        assert found[1].rest_weight == 1.0
+        torch.testing.assert_close(found[0].se, found[1].se)
+    ratio = torch.tensor(better)
+    assert float(ratio.mean()) + 2 * float(ratio.std()) / 40**0.5 < 1.0, ratio
+    assert sum(errors) < sum(bounds)
+    assert 0.0 <= sum(weights) / 40 < 0.5
+    long = estimate_influence(net, train, query, half_square, num_draws=1250, seed=3, **settings)  # type: ignore[arg-type]
+    assert long.rest_weight > 0.9 and float((long.matrix - exact).norm() / exact.norm()) < 0.05
 
 
 def test_the_posterior_mean_loss_is_that_of_the_gaussian() -> None:

@@ -13,7 +13,7 @@ from lightning_slt import SGLD, SusceptibilityEstimate, estimate_llc, estimate_s
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.probe import Samples
+from lightning_slt.sampling.probe import Samples, choose_samples
 from lightning_slt.susceptibility import Shift, measure_susceptibility
 
 N, M, D = 60, 12, 4
@@ -120,7 +120,9 @@ def test_every_component_and_sample_is_within_three_errors_of_the_closed_form() 
     matrix = torch.tensor([[e.chi(s) for s in e.singles] for e in exact]).double()
     assert float((chi.abs() / found.se).min()) > 10  # the test has power
     assert float(((found.chi - chi) / found.se).abs().max()) < 3.0
-    assert float(((found.matrix - matrix) / found.matrix_se).abs().max()) < 3.0
+    # 36 numbers with heavy tails: one of them may be beyond 3 errors by chance
+    z = ((found.matrix - matrix) / found.matrix_se).abs()
+    assert float(z.max()) < 4.0 and int((z > 3.0).sum()) <= 1
     assert float((found.chi - chi).norm() / chi.norm()) < 0.1
     assert torch.allclose(found.llc, torch.tensor([e.integrand() for e in exact]).double(), rtol=0.1)
     assert torch.allclose(found.response, NBETA * found.chi)
@@ -134,7 +136,7 @@ def weighted(module: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 def test_chains_that_sample_the_tilted_loss_change_the_integrand_by_what_chi_predicts() -> None:
     """A finite difference that is sampled: the loss of the chains is ``L + eps Delta L``, that read is ``L``."""
     net, data, shifted = problem()
-    eps, device, total = 0.05, torch.device("cpu"), N + M
+    eps, device, total = 0.01, torch.device("cpu"), N + M
     settings = ChainSettings(num_chains=16, num_draws=400, nbeta=NBETA, localization=GAMMA)
     original = DatasetSource(TensorDataset(*data.tensors, torch.ones(N, 1)), N)
 
@@ -194,8 +196,14 @@ def test_more_data_than_is_read_is_represented_by_two_disjoint_subsets(monkeypat
     monkeypatch.setattr(susceptibility, "MAX_BASE", 40)
     found = measured(components={"all": None}, num_chains=4, num_draws=64)
     assert "two random subsets of 20" in found.notes[0]
-    exact = Exact(*problem(), COLUMNS["both"]).chi()
-    assert float(found.chi[0]) == pytest.approx(exact, rel=0.8)
+    net, data, shifted = problem()
+    exact, chosen = Exact(net, data, shifted, COLUMNS["both"]), choose_samples(N, 40, 0)
+    x, y = data.tensors
+    (g, h), (k, b) = (exact.quadratic(x[some], y[some]) for some in (chosen[::2], chosen[1::2]))
+    s, t = exact.quadratic(*shifted.tensors)
+    m, c = exact.posterior()
+    covariance = (g + h @ m) @ c @ (s - k + (t - b) @ m) + torch.trace(h @ c @ (t - b) @ c) / 2
+    assert abs(float(found.chi[0]) + NBETA * float(covariance)) < 3 * float(found.se[0])
 
 
 def test_the_module_and_the_global_random_state_stay_as_they_were() -> None:

@@ -21,7 +21,7 @@ def score(case: InfluenceCase, variant: str) -> Scores:
         TensorDataset(case.x, case.y),
         TensorDataset(case.query_x, case.query_y),
         loss_fn,
-        shrinkage=float(variant or 1.0),
+        shrinkage=float(variant) if variant else None,
     )
     yield "", result.matrix
 

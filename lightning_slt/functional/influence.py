@@ -97,10 +97,31 @@ class Covariance:
         """With matrix and errors times ``factor``."""
         return Covariance(self.matrix * factor, self.se * factor, self.mean_x, self.mean_y, self.num_blocks)
 
-    def plus(self, known: Optional[Tensor]) -> Covariance:
-        """With a known part ``[n_y, n_x]`` added."""
-        matrix = self.matrix if known is None else self.matrix + known
+    def plus(self, known: Optional[Tensor], weight: float = 1.0) -> Covariance:
+        """With a known part ``[n_y, n_x]`` added to ``weight`` times this one; the error stays that of weight 1."""
+        matrix = self.matrix if known is None else torch.add(known, self.matrix, alpha=weight)
         return Covariance(matrix, self.se, self.mean_x, self.mean_y, self.num_blocks)
+
+    @property
+    def stein_weight(self) -> float:
+        r"""How much of this matrix is more than noise, the positive-part James-Stein factor
+
+        .. math:: c = \max\left(0, 1 - \frac{\sum_{iq} se_{iq}^2}{\sum_{iq} m_{iq}^2}\right) .
+
+        ``c m`` has a smaller expected square error than ``m`` (James and Stein 1961, Proc. 4th Berkeley Symposium
+        1:361; Efron and Morris 1973, JASA 68:117), and c tends to 1 as the draws become many. 1 where there are no
+        errors.
+
+        Example:
+            >>> noise, one = torch.full((2, 2), 0.5).double(), torch.ones(2, 2).double()
+            >>> [Covariance(m * one, noise, one[0], one[0], 16).stein_weight for m in (0.4, 1.0, 5.0)]
+            [0.0, 0.75, 0.99]
+        """
+        square = float(self.matrix.square().sum())
+        noise = float(self.se.square().sum())
+        if math.isnan(noise) or square <= 0:
+            return 1.0
+        return max(0.0, 1.0 - noise / square)
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,12 +43,8 @@ def test_all_directions_of_a_small_model_and_a_posterior_that_is_exactly_round()
 
 
 def test_the_steepest_of_many_directions() -> None:
-    """Ten steep ones over a floor of 190, rank 16.
-
-    One multiplication before the projection: a direction of eigenvalue v is missed by a share of
-    ``(floor / v)² 190 / chi²(7)`` in the square (Halko et al., theorem 10.5), and so low is its eigenvalue. Mean and
-    standard deviation of ``1 / chi²(7)`` are 1/5 and 0.163, so that the mean of 20 seeds is within three errors, 55 %.
-    """
+    """Ten steep ones over a floor of 190, rank 16: after two multiplications that both stay in the space searched, the
+    smallest eigenvalue that is wanted (2, forty times the floor) is right to five digits, over 20 seeds."""
     values = [float(2**k) for k in range(10, 0, -1)] + [0.05] * 190
     h = quadratic(values)
     steep = torch.tensor(values[:10]).double()
@@ -56,10 +52,8 @@ def test_the_steepest_of_many_directions() -> None:
     estimates = torch.stack(
         [curvature_at(anchor, lambda w: (w - anchor) @ h, gen(seed), 16).values[:10] for seed in range(20)]
     )
-    low = ((steep - estimates) / steep).mean(dim=0)
-    missed = (0.05 / steep).square() * 190 / 5
-    assert bool((low < 1.55 * missed + 1e-5).all())
-    assert bool((low[missed > 1e-3] > 0.45 * missed[missed > 1e-3]).all())
+    torch.testing.assert_close(estimates, steep.expand(20, -1), rtol=2e-5, atol=1e-5 * 1024)
+    assert float((estimates[:, -1] - 2.0).abs().max()) < 1e-4
     assert bool((estimates < steep * (1 + 1e-5)).all())
     curvature = found(h, rank=16)
     precision = POSTERIOR.nbeta * h + POSTERIOR.localization * torch.eye(200).double()

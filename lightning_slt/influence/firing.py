@@ -1,0 +1,88 @@
+"""Influence in a firing of the monitor: off the chains of the learning coefficient, within a share of their cost."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Optional
+
+from lightning_slt.estimate import ChainSettings, read_llc, run_chains
+from lightning_slt.influence.probes import ProbeSet
+from lightning_slt.influence.reader import MIN_READS, InfluenceReader
+from lightning_slt.influence_record import InfluenceEstimate
+from lightning_slt.record import Estimate
+from lightning_slt.sampling.batches import MinibatchSource
+from lightning_slt.sampling.chains import STATS_EVERY, Progress
+from lightning_slt.sampling.collective import Collective
+from lightning_slt.sampling.memory import ChainMemory
+from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.readings import diverged
+
+READ_COST = 0.4
+"""Cost of reading the samples' losses, in units of that of moving the chains, in a firing of the monitor."""
+CALLS = 3_000_000
+"""Products that would take as long as the calls of a step do by themselves."""
+
+
+def reading_interval(num_probed: int, batch_size: int, products: int) -> int:
+    """Steps between readings, so that reading costs about 0.4 of what moving the chains does.
+
+    A reading is one forward pass of all the samples; a step is three of a minibatch, and calls that take as long as
+    some millions of products. No clock is asked: the same run reads at the same steps on every machine.
+
+    Args:
+        num_probed: samples.
+        batch_size: of the chains.
+        products: multiplications that the loss of one sample takes.
+
+    Example:
+        >>> [reading_interval(1000, 64, 26_122), reading_interval(1000, 64, 10**8), reading_interval(100, 64, 26_122)]
+        [12, 16, 4]
+    """
+    step = 3 * max(batch_size, 1) * products + CALLS
+    return STATS_EVERY * max(1, math.ceil(num_probed * products / step / READ_COST / STATS_EVERY))
+
+
+def measure_both(
+    objective: Objective,
+    source: MinibatchSource,
+    settings: ChainSettings,
+    probes: ProbeSet,
+    collective: Optional[Collective] = None,
+    progress: Optional[Progress] = None,
+    memory: Optional[ChainMemory] = None,
+    read_every: Optional[int] = None,
+) -> tuple[Estimate, InfluenceEstimate]:
+    """The learning coefficient and the influence of samples, from the same chains.
+
+    Arguments and errors are those of :func:`~lightning_slt.estimate.measure_llc`.
+
+    Args:
+        probes: the samples.
+        read_every: steps between readings; None for :func:`reading_interval`, and never so many that a chain is left
+            with fewer than 8 readings.
+    """
+    start = time.perf_counter()
+    readers: list[InfluenceReader] = []
+
+    def interval() -> int:
+        if read_every is not None:
+            return read_every
+        cheap = reading_interval(probes.num_samples, source.batch_size, readers[0].products)
+        # a firing may be over in as many steps as it has draws: its readings must be enough to say something
+        return min(cheap, STATS_EVERY * max(1, settings.num_draws // (MIN_READS * STATS_EVERY)))
+
+    def make_reader() -> InfluenceReader:
+        readers.append(InfluenceReader(objective, probes, settings.seed))
+        return readers[0]
+
+    drawn, chains = run_chains(
+        objective, source, settings, collective, progress, memory, make_reader, read_every=interval
+    )
+    estimate = read_llc(drawn, chains, settings)
+    segment = drawn.segment
+    assert segment.read is not None
+    good = ~diverged(segment, chains.posterior.nbeta, len(objective.anchor))
+    influence = readers[0].read(segment.read, good, chains.posterior, source.num_samples)
+    seconds = time.perf_counter() - start
+    return estimate.replace(seconds=seconds), influence.replace(seconds=seconds)

@@ -1,0 +1,245 @@
+"""Per-sample influence at the weights of a module: one call without a Trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any, Optional
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_slt.estimate import ChainSettings, run_chains, state_dict_of
+from lightning_slt.functional.influence import (
+    shrink,
+)
+from lightning_slt.functional.posterior import LocalPosterior
+from lightning_slt.influence.posterior import STEP, InfluenceSampling
+from lightning_slt.influence.probes import probe_set
+from lightning_slt.influence.reader import InfluenceReader
+from lightning_slt.influence.wide import COLD_BURNIN, MAX_SHORTENINGS, SHORTENING, with_wide_means
+from lightning_slt.influence_record import InfluenceEstimate
+from lightning_slt.sampling.batches import DatasetSource, source_of
+from lightning_slt.sampling.chains import Chains
+from lightning_slt.sampling.metric import curvature_at
+from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.probe import GroupFn
+from lightning_slt.sampling.readings import diverged
+from lightning_slt.sampling.restriction import Restriction
+from lightning_slt.sampling.rng import PROBE, generator, preserve_rng
+from lightning_slt.sampling.samplers import KineticLangevin, Sampler
+from lightning_slt.sampling.steps import LossFn, NoLossError
+
+log = logging.getLogger(__name__)
+
+MAX_TRAIN = 10_000
+"""Training samples of a one-call estimate where nothing else is said."""
+FULL_BATCH = 2048
+"""Data sets up to this size are seen whole at every step."""
+LARGE_BATCH = 512
+"""Minibatch of larger ones: momentum does not take the minibatches' heat off."""
+NO_INDEX = (
+    "influence needs samples that can be asked for by number. Give a map-style Dataset (with __len__ and __getitem__), "
+    "or a DataLoader over one without a batch sampler of its own."
+)
+
+
+def estimate_influence(
+    module: nn.Module,
+    train_data: Any,
+    query_data: Any = None,
+    loss_fn: Optional[LossFn] = None,
+    *,
+    sampler: Optional[Sampler] = None,
+    nbeta: Optional[float] = None,
+    localization: Optional[float] = None,
+    num_chains: int = 16,
+    num_draws: int = 20,
+    num_burnin_steps: int = 6,
+    num_steps_bw_draws: int = 2,
+    batch_size: Optional[int] = None,
+    weights: Optional[Mapping[str, Any]] = None,
+    restrict: Restriction = None,
+    seed: int = 0,
+    device: Optional[torch.device | str] = None,
+    full_batch: Optional[bool] = None,
+    max_train: Optional[int] = MAX_TRAIN,
+    max_query: Optional[int] = None,
+    group_fn: Optional[GroupFn] = None,
+    per_token: bool = False,
+    shrinkage: Optional[float] = None,
+    control_variates: bool = True,
+    num_samples: Optional[int] = None,
+    method: str = "auto",
+) -> InfluenceEstimate:
+    """Influence of training samples on queries: the covariance of their losses over the local posterior.
+
+    ``matrix[q, i] = Cov_w(l_i(w), l_q(w))``, the negative of the local Bayesian influence function (Kreer et al. 2025,
+    arXiv 2509.26544): positive where more weight on training sample i lowers the loss of query q. The module is not
+    changed, nor is any global random state.
+
+    By default the chains are kinetic Langevin ones in the metric of the curvature, on a posterior whose damping
+    ``localization / nbeta`` and width are those that predict retraining best (see docs/influence.md); it is cooler than
+    that of the learning coefficient, since it is to be read near ``w*``. ``mean_loss``, by which suspects are ranked,
+    is read over the latter's posterior, from a few more draws (with ``nbeta`` or ``localization`` given, over theirs).
+
+    Args:
+        module: a LightningModule (its ``training_step`` is the loss), or any module with ``loss_fn``.
+        train_data: a map-style Dataset, or a DataLoader over one.
+        query_data: the same for the queries; None for the training samples themselves.
+        loss_fn: ``loss_fn(module, batch)`` -> scalar, ``[batch]`` or ``[batch, tokens]``.
+        sampler: None for :class:`~lightning_slt.sampling.samplers.KineticLangevin` in a metric that is measured; any
+            other with its ``lr`` calibrated where it is None.
+        nbeta: None for ``localization / (2.5 x mean curvature)``; with a sampler given, for ``n / log n``.
+        localization: None for ``d / (0.35 |w*|)²`` (with nbeta given: ``2.5 x mean curvature x nbeta``).
+        num_chains: independent chains.
+        num_draws: readings of each.
+        num_burnin_steps: steps before the first.
+        num_steps_bw_draws: steps between them.
+        batch_size: of the chains; None for all the data up to 2,048 samples, else 512 or the DataLoader's where larger.
+        weights: a ``state_dict`` (or a Lightning checkpoint with one) to study in place of the module's weights.
+        restrict: which weights move.
+        seed: determines the estimate and the subset of samples.
+        device: None for where the module is.
+        full_batch: True for all the data at every step, whatever its size.
+        max_train, max_query: samples at the most; a reproducible subset of larger data. None for all.
+        group_fn: the group of a sample, for ``group_matrix``; None takes the class where there is one.
+        per_token: every token of a query is a row, ``query_token`` says which; ``loss_fn`` must give
+            ``[batch, tokens]``.
+        shrinkage: None for the least square error: what the draws say beyond the first order, which is known without
+            noise, counts by its James-Stein factor (``rest_weight`` of the result, 1 for many draws). 1 for the plain
+            covariance, which has no bias; 1.25 to 1.5 weighs weak correlations, mostly noise, down.
+        control_variates: take the part of the covariance that is known out of the noise, see
+            :mod:`lightning_slt.sampling.control`. Needs the gradients of all samples at ``w*``: done without where they
+            are more than 67 million numbers, or the samples' losses are computed one by one; with a sampler given; and
+            where there is no metric. ``notes`` says so.
+        num_samples: n, where it is not the length of ``train_data``.
+        method: ``"auto"``, ``"sequential"`` or ``"batched"``, see :func:`~lightning_slt.estimate_llc`.
+
+    Returns:
+        An :class:`~lightning_slt.influence_record.InfluenceEstimate`: ``matrix``, ``correlation`` and ``se``
+        ``[n_query, n_train]``, ``self_influence`` ``[n_train]``, ``top(query, k)``, ``bottom(query, k)``.
+
+    Raises:
+        ValueError: for an argument out of range, no data, data without an index, a coupled loss, a module without a
+            usable loss, a non-finite starting loss. The message names the argument and the remedy.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> g = torch.Generator().manual_seed(0)
+        >>> x = torch.randn(40, 3, generator=g)
+        >>> net = nn.Linear(3, 1, bias=False)
+        >>> y = net(x).detach() + 0.1 * torch.randn(40, 1, generator=g)
+        >>> inf = estimate_influence(net, TensorDataset(x, y), None, lambda m, b: (m(b[0]) - b[1]).square().mean())
+        >>> inf.matrix.shape, inf.valid, bool((inf.matrix.diagonal() - inf.self_influence).abs().max() < 1e-9)
+        (torch.Size([40, 40]), True, True)
+    """
+    start = time.perf_counter()
+    shrink(torch.zeros(()), torch.zeros(()), 1.0 if shrinkage is None else shrinkage)
+    settings = ChainSettings(
+        sampler=sampler,
+        num_chains=num_chains,
+        num_draws=num_draws,
+        num_burnin_steps=num_burnin_steps,
+        num_steps_bw_draws=num_steps_bw_draws,
+        nbeta=nbeta if sampler is not None else nbeta or 1.0,
+        localization=localization if sampler is not None else localization or 1.0,
+        seed=seed,
+        method=method,
+    )
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1.")
+    if sampler is None and localization == 0 and nbeta is None:
+        raise ValueError(f"localization={localization}: gives no nbeta. Give nbeta= too, or a positive localization.")
+    with preserve_rng(seed):
+        objective = Objective(module, loss_fn, restrict, device, weights=state_dict_of(weights))
+        train = _indexed("train_data", train_data, batch_size, objective, seed, num_samples, full_batch)
+        query = None
+        if query_data is not None:
+            query = _indexed("query_data", query_data, 1, objective, seed, None, False)
+        probes = probe_set(train, query, max_train, max_query, seed, group_fn, per_token)
+        readers: list[InfluenceReader] = []
+        samplings: list[InfluenceSampling] = []
+
+        def make_reader() -> InfluenceReader:
+            if not readers:
+                readers.append(InfluenceReader(objective, probes, seed))
+            return readers[0]
+
+        try:
+            for shortenings in range(MAX_SHORTENINGS + 1):
+                lr = (STEP * SHORTENING**shortenings) ** 2
+
+                def make_sampler(chains: Chains, lr: float = lr) -> tuple[LocalPosterior, Sampler]:
+                    batches = list(train.window(0).anchor_loss)
+                    reader = make_reader()
+                    curvature = curvature_at(
+                        objective.anchor,
+                        lambda w: chains.gradients(w, batches),
+                        generator(seed, PROBE, device=objective.device),
+                        single=reader.take_gradients() if control_variates else None,
+                    )
+                    samplings.append(InfluenceSampling.of(objective.anchor, curvature, nbeta, localization, lr))
+                    reader.control_with(samplings[-1])
+                    return samplings[-1].posterior, samplings[-1].sampler
+
+                chosen = dataclasses.replace(settings, sampler=KineticLangevin(lr)) if sampler is None else settings
+                if shortenings:
+                    # the Gaussian of the curvature at w* reaches out to where the loss is far steeper: not a start
+                    chosen = dataclasses.replace(chosen, num_burnin_steps=max(num_burnin_steps, COLD_BURNIN))
+                drawn, chains = run_chains(
+                    objective,
+                    train,
+                    chosen,
+                    make_reader=make_reader,
+                    read_every=num_steps_bw_draws,
+                    make_sampler=make_sampler if sampler is None else None,
+                    spread=shortenings == 0,
+                )
+                good = ~diverged(drawn.segment, chains.posterior.nbeta, len(objective.anchor))
+                if sampler is not None or bool(good.all()) or shortenings == MAX_SHORTENINGS:
+                    break
+                log.info(f"{int((~good).sum())} chains left the region at time step {lr**0.5:.2g}: shortened")
+                train.forget()
+                readers.clear()
+        except NoLossError as error:
+            raise ValueError(f"{error} Give loss_fn(module, batch) -> loss.") from error
+        assert drawn.segment.read is not None
+        found = readers[0].read(drawn.segment.read, good, chains.posterior, train.num_samples, shrinkage)
+        if samplings and nbeta is None and localization is None:
+            found = with_wide_means(found, readers[0], samplings[-1], objective, train, settings, chains.method)
+    return found.replace(seconds=time.perf_counter() - start)
+
+
+def _indexed(
+    name: str,
+    data: Any,
+    batch_size: Optional[int],
+    objective: Objective,
+    seed: int,
+    num_samples: Optional[int],
+    full_batch: Optional[bool],
+) -> DatasetSource:
+    """The source of data whose samples can be asked for by number.
+
+    Raises:
+        ValueError: where they cannot.
+    """
+    dataset = data.dataset if isinstance(data, DataLoader) else data
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ValueError(f"{name}: {NO_INDEX}")
+    n = len(dataset)
+    if n == 0:
+        raise ValueError(f"{name}: the dataset is empty.")
+    if full_batch or (full_batch is None and batch_size is None and n <= FULL_BATCH):
+        batch_size, full_batch = max(n, 1), True
+    elif batch_size is None:
+        batch_size = max(getattr(data, "batch_size", None) or 1, LARGE_BATCH)
+    source = source_of(data, batch_size, objective.device, seed)
+    if not isinstance(source, DatasetSource):
+        raise ValueError(f"{name}: {NO_INDEX}")
+    source.num_samples = num_samples or source.num_samples
+    return source

@@ -1,0 +1,272 @@
+"""Losses of single samples along chains, and the estimate that they make."""
+
+from __future__ import annotations
+
+import logging
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from lightning_slt.functional.influence import (
+    LinearParts,
+    between_share,
+    correlation,
+    mean_and_error,
+    shrink,
+)
+from lightning_slt.functional.posterior import LocalPosterior
+from lightning_slt.influence.posterior import InfluenceSampling
+from lightning_slt.influence.probes import ProbeSet
+from lightning_slt.influence.sides import Sides, by_group
+from lightning_slt.influence_record import Dropped, InfluenceEstimate
+from lightning_slt.sampling.control import SteinControl
+from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.probe import MAX_GRADIENTS, Probe, Samples
+
+log = logging.getLogger(__name__)
+
+MIN_READS = 8
+"""Readings of a chain without which influence is not valid."""
+MIXED = 0.5
+"""Between-chain share of the variance above which chains have not seen the same posterior."""
+
+
+class InfluenceReader:
+    """Losses of the samples of a :class:`ProbeSet` along chains, and what they say.
+
+    Args:
+        objective: the loss.
+        probes: the samples.
+        seed: of random numbers inside the step.
+    """
+
+    def __init__(self, objective: Objective, probes: ProbeSet, seed: int) -> None:
+        self.probes = probes
+        self._anchor = objective.anchor
+        self._gradients: Optional[Tensor] = None
+        self._train = Probe(objective, probes.train, seed=seed)
+        self._query = Probe(objective, probes.query, probes.per_token, seed) if probes.query is not None else None
+        self._without_control = ""
+        self._control: Optional[SteinControl] = None
+        log.debug(f"losses of single samples: {self._train.method} ({self._train.reason})")
+
+    def take_gradients(self) -> Optional[Tensor]:
+        """``[n_train, d]`` at ``w*``, kept for control variates with those of the queries; None where these do not
+        fit, or are not to be had at once."""
+        probes = [p for p in (self._train, self._query) if p is not None]
+        room = MAX_GRADIENTS - self._train.n * len(self._anchor)
+        gradients = [p.gradients(room) if room > 0 else None for p in probes]
+        found = [g for g in gradients if g is not None]
+        if len(found) < len(gradients):
+            self._without_control = (
+                "no control variates: the gradients of all samples do not fit, or are not to be had at once"
+            )
+            return None
+        self._gradients = torch.cat(found)
+        return self._gradients[: self._train.n]
+
+    def control_with(self, sampling: InfluenceSampling) -> None:
+        """Read control variates for this posterior and the metric of its sampler from now on."""
+        if self._gradients is not None and sampling.sampler.metric is not None:
+            self._control = SteinControl(self._gradients, self._anchor, sampling.posterior, sampling.sampler.metric)
+
+    @property
+    def wants_gradients(self) -> bool:
+        """Whether the chains' gradients are of use: for control variates alone."""
+        return self._control is not None
+
+    @property
+    def products(self) -> int:
+        """Multiplications that the loss of one sample takes."""
+        return self._train.products
+
+    @property
+    def train_index(self) -> Tensor:
+        """``[n_train]`` long, which training sample each column is."""
+        return self._train.index
+
+    def train_losses(self, weights: Tensor) -> Tensor:
+        """``[chains, d]`` to the ``[chains, n_train]`` losses of the training samples above those at ``w*``."""
+        return self._train(weights)
+
+    def __call__(self, weights: Tensor, slopes: Optional[Tensor] = None) -> Tensor:
+        """``[chains, d]`` weights, and gradients there, to ``[chains, n]`` losses of all samples above those at ``w*``;
+        to ``[chains, 3 n]`` with control variates: the losses, and both of their linear parts."""
+        parts = [self._train(weights)]
+        if self._query is not None:
+            parts.append(self._query(weights))
+        if self._control is not None:
+            here = weights if slopes is None else slopes
+            linear = self._control(weights, here)
+            # without a gradient at these weights there is nothing to compare with
+            parts += [part.cpu() if slopes is not None else torch.zeros_like(part).cpu() for part in linear]
+        return torch.cat(parts, dim=1)
+
+    def read(
+        self,
+        trace: Tensor,
+        good: Tensor,
+        posterior: LocalPosterior,
+        num_samples: Optional[int],
+        shrinkage: Optional[float] = 1.0,
+    ) -> InfluenceEstimate:
+        """What the readings say.
+
+        Args:
+            trace: ``[num_chains, reads, ...]``, what was read.
+            good: ``[num_chains]`` bool, chains to use.
+            posterior: that was sampled.
+            num_samples: n.
+            shrinkage: 1 for the plain covariance, above 1 see :func:`~lightning_slt.functional.influence.shrink`; None
+                to weight what is not known to first order by its James-Stein factor.
+        """
+        train, query = self._train, self._query or self._train
+        n = train.n + (query.n if self._query is not None else 0)
+        losses, *linear = trace[good].split(n, dim=2)
+        x_all, y_all = losses[:, :, : train.n], losses[:, :, train.n :]
+        y_all = x_all if self._query is None else y_all
+        reasons = [] if len(x_all) else ["no chain has stayed finite and local"]
+        keep_x, dropped = _usable("train", x_all, train)
+        keep_y, more = _usable("query", y_all, query) if self._query is not None else (keep_x, [])
+        if not bool(keep_x.any()) or not bool(keep_y.any()):
+            reasons.append("no sample has finite losses")
+        reads = x_all.shape[1]
+        if reads < MIN_READS:
+            reasons.append(f"{reads} readings of a chain are too few")
+        if not bool(keep_x.any()) or not bool(keep_y.any()) or not len(x_all) or reads < 2:
+            return self._nothing(posterior, num_samples, tuple(reasons), (*dropped, *more))
+        x, y = x_all[:, :, keep_x], y_all[:, :, keep_y]
+        share = between_share(x)
+        # a chain's own mean takes a part of the variance with it, the more the longer its memory: what lies between
+        # chains that sample the same posterior says how much
+        whole = 1.0 / (1.0 - share) if share <= MIXED else 1.0
+        sides = self._sides(x, y, linear, keep_x, keep_y)
+        rest = sides.rest(whole)
+        # where nothing is known to first order there is nothing to lean on
+        weight = rest.stein_weight if shrinkage is None and sides.known is not None else 1.0
+        result, plain = rest.plus(sides.known, weight), rest.plus(sides.known)
+        own, own_se = sides.variance(whole, of_train=True)
+        own_query = own if self._query is None else sides.variance(whole, of_train=False)[0]
+        # both sides of a quotient from the same draws
+        rho = correlation(plain.matrix, own, own_query)
+        if self._query is None:
+            result.matrix.diagonal().copy_(own)  # the square of a loss is known better than products of two
+        mean, mean_se = mean_and_error(x)
+        anchor, query_anchor = train.anchor[keep_x], query.anchor[keep_y]
+        if share > MIXED:
+            reasons.append(f"{share:.0%} of the losses' variance lies between chains: they have not mixed")
+        train_group = _kept(self.probes.train_group, keep_x, self.probes.train, train)
+        query_group = train_group
+        if self._query is not None:
+            query_group = _kept(self.probes.query_group, keep_y, self.probes.query, query)
+        names, group_matrix, group_se = by_group(sides, train_group, query_group, whole)
+        exponent = shrinkage if shrinkage is not None else 1.0
+        power = f"shrunk with power {exponent:g}: no longer the plain covariance"
+        return InfluenceEstimate(
+            matrix=shrink(result.matrix, rho, exponent),
+            correlation=rho,
+            se=result.se,
+            self_influence=own,
+            self_influence_se=own_se,
+            init_loss=anchor,
+            mean_loss=anchor + mean,
+            mean_loss_se=mean_se,
+            query_init_loss=query_anchor,
+            query_mean_loss=query_anchor + result.mean_y,
+            train_index=train.index[keep_x],
+            query_index=query.index[keep_y],
+            query_token=query.token[keep_y] if self.probes.per_token else None,
+            train_group=train_group,
+            query_group=query_group,
+            groups=names,
+            group_matrix=group_matrix,
+            group_se=group_se,
+            nbeta=posterior.nbeta,
+            localization=posterior.localization,
+            num_samples=num_samples,
+            num_chains=len(x),
+            num_draws=reads,
+            num_blocks=result.num_blocks,
+            rest_weight=weight,
+            between_share=share,
+            dropped=(*dropped, *more),
+            valid=not reasons,
+            reasons=tuple(reasons),
+            notes=(
+                *self.probes.notes,
+                *((power,) if exponent != 1 else ()),
+                *((self._without_control,) if self._without_control else ()),
+            ),
+            shrinkage=exponent,
+            queries_are_train=self._query is None,
+        )
+
+    def _sides(self, x: Tensor, y: Tensor, linear: list[Tensor], keep_x: Tensor, keep_y: Tensor) -> Sides:
+        """The losses of both sides, with their control variates where there are any."""
+        if self._control is None or not linear:
+            return Sides(x, y)
+        n = self._train.n
+        train = LinearParts(*(part[:, :, :n][:, :, keep_x] for part in linear))
+        query = train
+        if self._query is not None:
+            query = LinearParts(*(part[:, :, n:][:, :, keep_y] for part in linear))
+        columns, rows = keep_x.nonzero().flatten(), keep_y.nonzero().flatten()
+        rows = rows if self._query is None else rows + n
+        x_parts, x_down, x_across = train.fitted(x)
+        y_parts, y_down, y_across = (x_parts, x_down, x_across) if self._query is None else query.fitted(y)
+
+        def known(of: Tensor, down: Tensor, across: Tensor, others: Tensor, slopes: tuple[Tensor, Tensor]) -> Tensor:
+            assert self._control is not None
+            scale = torch.outer(across, slopes[0]).addr_(down, slopes[1]) / 2
+            return scale.mul_(self._control.expected(of, others))
+
+        return Sides(
+            x,
+            y,
+            x_parts,
+            y_parts,
+            known(rows, y_down, y_across, columns, (x_down, x_across)),
+            x_down * x_across * self._control.diagonal(columns),
+            y_down * y_across * self._control.diagonal(rows),
+        )
+
+    def _nothing(
+        self, posterior: LocalPosterior, n: Optional[int], reasons: tuple[str, ...], dropped: tuple[Dropped, ...]
+    ) -> InfluenceEstimate:
+        none, pairs, long = torch.empty(0).double(), torch.empty(0, 0).double(), torch.empty(0, dtype=torch.long)
+        return InfluenceEstimate(
+            *(pairs, pairs, pairs, none, none, none, none, none, none, none, long, long),
+            nbeta=posterior.nbeta,
+            localization=posterior.localization,
+            num_chains=0,
+            num_draws=0,
+            num_samples=n,
+            dropped=dropped,
+            valid=False,
+            reasons=reasons,
+            notes=self.probes.notes,
+            queries_are_train=self._query is None,
+        )
+
+
+def _usable(kind: str, losses: Tensor, probe: Probe) -> tuple[Tensor, list[Dropped]]:
+    """``[n]`` bool: the loss is finite at ``w*`` and at every reading; and the others by name."""
+    at_anchor = torch.isfinite(probe.anchor)
+    along = torch.isfinite(losses).all(dim=1).all(dim=0) if len(losses) else torch.zeros_like(at_anchor)
+    dropped = [Dropped(kind, i, "the step gives no loss for it") for i in probe.without]
+    if len(losses):
+        for k in (~(at_anchor & along)).nonzero().flatten().tolist():
+            where = "along the chains" if bool(at_anchor[k]) else "at the current weights"
+            dropped.append(Dropped(kind, int(probe.index[k]), f"its loss is not finite {where}"))
+    return at_anchor & along, dropped
+
+
+def _kept(
+    groups: Optional[list[Optional[str]]], keep: Tensor, samples: Optional[Samples], probe: Probe
+) -> Optional[tuple[str, ...]]:
+    """The groups of the columns that are kept; a sample without one is in the group ``""``."""
+    if groups is None or samples is None:
+        return None
+    of = dict(zip(samples.index, groups, strict=True))
+    return tuple(of[i] or "" for i in probe.index[keep].tolist())
