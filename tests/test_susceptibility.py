@@ -120,11 +120,11 @@ def test_every_component_and_sample_is_within_three_errors_of_the_closed_form() 
     matrix = torch.tensor([[e.chi(s) for s in e.singles] for e in exact]).double()
     assert float((chi.abs() / found.se).min()) > 10  # the test has power
     assert float(((found.chi - chi) / found.se).abs().max()) < 3.0
-    # 36 numbers with heavy tails: one of them may be beyond 3 errors by chance
-    z = ((found.matrix - matrix) / found.matrix_se).abs()
-    assert float(z.max()) < 4.0 and int((z > 3.0).sum()) <= 1
+    assert float(((found.matrix - matrix) / found.matrix_se).abs().max()) < 3.0
     assert float((found.chi - chi).norm() / chi.norm()) < 0.1
-    assert torch.allclose(found.llc, torch.tensor([e.integrand() for e in exact]).double(), rtol=0.1)
+    # the integrand scatters by about 1, over some 9,000 independent draws
+    llc = torch.tensor([e.integrand() for e in exact]).double()
+    assert float((found.llc - llc).abs().max()) < 0.035
     assert torch.allclose(found.response, NBETA * found.chi)
 
 
