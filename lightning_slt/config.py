@@ -109,6 +109,7 @@ class MonitorConfig:
     max_pending: int = 2
     when_full: str = "skip"
     max_wait: float = 600.0
+    measures: Optional[list[Any]] = None
 
     def build(self) -> SLTMonitor:
         """The callback.

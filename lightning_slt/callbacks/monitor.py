@@ -35,6 +35,13 @@ from lightning_slt.callbacks.samples import Probed, ProbedSamples
 from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
 from lightning_slt.callbacks.travel import flat_weights
+from lightning_slt.callbacks.susceptibilities import (
+    Measures,
+    measure_beside,
+    publish,
+    restore_susceptibilities,
+    warn_of,
+)
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.firing import Course
 from lightning_slt.influence import ProbeSet
@@ -52,6 +59,7 @@ from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, RMSpropSGLD, samp
 from lightning_slt.sampling.shadow import shadow_copy
 from lightning_slt.sampling.sharded import ShardedObjective, local_of
 from lightning_slt.sampling.steps import LossFn, loss_function
+from lightning_slt.susceptibility_record import SusceptibilityEstimate
 from lightning_slt.transitions import Transition
 
 SMOKE_SAMPLER = SGLD(lr=1e-6)
@@ -113,6 +121,10 @@ class SLTMonitor(Callback):
         max_pending: snapshots in the background whose results are still to come, at the most.
         when_full: a firing beyond that is left out (``"skip"``), or waited for (``"wait"``).
         max_wait: seconds that training waits for a result at the most, there and at the end of fit.
+        measures: names out of ``"llc"`` (always measured), ``"influence"`` and ``"susceptibility"``; the latter as
+            ``{"name": "susceptibility", "components": {"head": ["fc.*"]}}`` for components of your own, by chains of
+            their own, of the shift towards ``query`` (or the probed samples): docs/susceptibility.md. None for the LLC,
+            and influence where ``probe`` is given.
 
     Raises:
         ValueError: for an argument out of range.
@@ -163,6 +175,7 @@ class SLTMonitor(Callback):
         max_pending: int = 2,
         when_full: str = "skip",
         max_wait: float = 600.0,
+        measures: Optional[Sequence[Any]] = None,
     ) -> None:
         if execution not in ("inline", "background"):
             raise ValueError(f"execution={execution!r}: must be 'inline' or 'background'.")
@@ -175,6 +188,8 @@ class SLTMonitor(Callback):
         if execution == "background":
             self._beside = BackgroundFirings(devices, max_pending, when_full, max_wait)
         self._samples = ProbedSamples(probe, query, group_fn, render, seed)
+        self._measures = Measures(measures, self._samples.wanted)
+        self.susceptibilities: list[SusceptibilityEstimate] = []
         self.influences: list[InfluenceEstimate] = []
         self._budget = OverheadBudget(max_overhead) if max_overhead is not None else None
         if max_overhead is not None and (every_n_train_steps, every_n_epochs, at_steps, log_spaced) == (None,) * 4:
@@ -254,6 +269,14 @@ class SLTMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        try:
+            self._measures.check()
+        except ValueError as error:
+            raise MisconfigurationException(f"SLTMonitor: {error}") from error
+        if self._measures.susceptibility and self._beside is not None:
+            raise MisconfigurationException(
+                "SLTMonitor(measures=['susceptibility']) is measured inside training: use execution='inline'."
+            )
         sampler = self._settings.sampler
         check_strategy(trainer, sampler is None or sampler.elementwise, self._samples.wanted)
         try:
@@ -330,7 +353,7 @@ class SLTMonitor(Callback):
 
     def _forget(self) -> None:
         """A run that starts at its first step has no history, whatever this object has measured before."""
-        self.estimates, self.influences = [], []
+        self.estimates, self.influences, self.susceptibilities = [], [], []
         settings = self._settings
         self._course = Course(settings.localization, settings.method, self._course.warm_start)
         self._last_step, self._seconds, self._run_seconds = 0, 0.0, 0.0
@@ -356,6 +379,7 @@ class SLTMonitor(Callback):
                 folder = fresh(folder)
             if resumed:
                 restore_record(RunRecord(folder), self._last_step, self.estimates, self.influences)
+                restore_susceptibilities(folder, self._last_step, self.susceptibilities)
         self.folder = self._resumed_folder = folder
         self._publisher = RunPublisher(trainer.loggers, folder, self._prefix)
         self._publisher.start(self._config())
@@ -374,6 +398,7 @@ class SLTMonitor(Callback):
             "num_burnin_steps": settings.num_burnin_steps,
             "num_steps_bw_draws": settings.num_steps_bw_draws,
             "batch_size": self._batch_size,
+            "measures": self._measures.describe(),
             "nbeta": settings.nbeta,
             "num_samples": self._data.num_samples if self._data else self._num_samples,
             "localization": self._course.localization,
@@ -495,6 +520,8 @@ class SLTMonitor(Callback):
             )
             self._skipped = 0
         self._take_up(trainer, pl_module, estimate, influence, begin)
+        if self._measures.susceptibility:
+            self._measure_beside(trainer, pl_module, estimate, settings)
         # drawing and logging count as overhead too, from the next firing's figure on
         self._account(begin, size)
         self._warn_if_large()
@@ -620,7 +647,7 @@ class SLTMonitor(Callback):
             )
         influence_error = ""
         measured: Optional[tuple[Estimate, Optional[InfluenceEstimate]]] = None
-        if self._samples.wanted and not self._samples.failed:
+        if self._measures.influence and not self._samples.failed:
             probes: list[ProbeSet] = []
             try:
                 self._collective.exchange(
@@ -652,6 +679,56 @@ class SLTMonitor(Callback):
         self._hook_owner = None
         self._say_how(estimate, influence)
         return estimate, influence
+
+    def _measure_beside(
+        self, trainer: Trainer, pl_module: LightningModule, estimate: Estimate, settings: ChainSettings
+    ) -> None:
+        """Susceptibility after the learning coefficient, which stands whatever becomes of it."""
+        source, step = self._source, estimate.step or 0
+        begin = time.monotonic()
+
+        def make(restrict: Any) -> Objective:
+            objective = make_objective(
+                trainer,
+                pl_module,
+                self._collective,
+                loss_fn=self._loss_fn,
+                restrict=restrict,
+                context=_loss_context(trainer),
+            )
+            self._hook_owner = objective.module
+            return objective
+
+        try:
+            with preserve_rng():
+                assert source is not None
+                transfer = self._transfer(trainer)
+                probes: list[ProbeSet] = []
+                self._hook_owner = shadow_copy(pl_module)
+                self._collective.exchange(lambda: probes.append(self._samples.read(trainer, source, transfer)))
+                found = measure_beside(
+                    self._measures,
+                    self._restrict,
+                    make,
+                    source,
+                    transfer,
+                    probes[0],
+                    settings,
+                    self._collective,
+                    self._share_buffers,
+                )
+        except Exception as error:
+            if self._on_failure == "raise" or _is_smoke_test(trainer) or isinstance(error, RankLostError):
+                raise
+            warn_of(error, step)
+            return
+        finally:
+            self._hook_owner = None
+        found = found.replace(
+            step=step, x=estimate.x, epoch=estimate.epoch, monitor=self._prefix, seconds=time.monotonic() - begin
+        )
+        self.susceptibilities.append(found)
+        publish(found, self._publisher, self.folder, self._prefix, trainer.is_global_zero)
 
     def _say_how(self, estimate: Estimate, influence: Optional[InfluenceEstimate]) -> None:
         """What there is to be said of the first firing, and of the first samples that were left out."""
@@ -774,7 +851,7 @@ class SLTMonitor(Callback):
             notes["skipped"] = self._skipped
         try:
             with preserve_rng():
-                probes = self._probes_of(trainer, pl_module) if self._samples.wanted else None
+                probes = self._probes_of(trainer, pl_module) if self._measures.influence else None
                 self._course.settle(flat_weights(pl_module, self._restrict))
                 settings = dataclasses.replace(
                     self._settings,
@@ -916,6 +993,7 @@ class SLTMonitor(Callback):
         return {
             "estimates": [estimate.state_dict() for estimate in self.estimates],
             "influences": [influence.without_pairs().state_dict() for influence in self.influences],
+            "susceptibilities": [found.state_dict() for found in self.susceptibilities],
             "last_step": self._last_step,
             **self._course.state_dict(),
             "seconds": self._seconds,
@@ -929,6 +1007,9 @@ class SLTMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.estimates = [Estimate.from_state_dict(state) for state in state_dict["estimates"]]
         self.influences = [InfluenceEstimate.from_state_dict(state) for state in state_dict.get("influences", [])]
+        self.susceptibilities = [
+            SusceptibilityEstimate.from_state_dict(state) for state in state_dict.get("susceptibilities", [])
+        ]
         self._last_step = int(state_dict["last_step"])
         self._course.load_state_dict(state_dict)
         if self._settings.localization is not None:
