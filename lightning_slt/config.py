@@ -1,7 +1,10 @@
 """Structured configs that build the callbacks: a YAML file, a dict or a Hydra node, checked before anything is built.
 
-The schema is a dataclass, so that OmegaConf refuses a typo or a wrong type by the field's name. To have the monitor in
-a schema of your own, make :class:`MonitorConfig` the type of one of its fields and pass that schema to :func:`load`.
+The schema is a dataclass, so that OmegaConf refuses a typo or a wrong type by the field's name. :class:`RunConfig` is
+what a whole run measures; :class:`MonitorConfig` and :class:`TransitionMonitorConfig` are one callback each;
+:class:`LLCConfig`, :class:`InfluenceConfig` and :class:`DetectorConfig` are for what works without a trainer. To have
+one of them in a schema of your own, make it the type of a field there and pass that schema to :func:`load`. What each
+field means is said where the argument is: ``lightning-slt config`` prints it beside the defaults.
 """
 
 from __future__ import annotations
@@ -10,17 +13,23 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, Optional, TypeVar, Union, cast, get_type_hints, overload
+from typing import Any, Optional, TypeVar, Union, cast, get_args, get_origin, get_type_hints, overload
 
 import yaml  # OmegaConf's own parser
+from lightning.pytorch import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_slt.callbacks import SLTMonitor, TransitionMonitor
-from lightning_slt.sampling.samplers import SGLD, SGNHT, RMSpropSGLD, sampler_from
+from lightning_slt.estimate import estimate_llc
+from lightning_slt.influence import estimate_influence
+from lightning_slt.influence_record import InfluenceEstimate
+from lightning_slt.record import Estimate
+from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, RMSpropSGLD, sampler_from
+from lightning_slt.transitions import Transition, TransitionDetector, detect_transitions
 
 Source = Union[str, os.PathLike[str], Mapping[str, Any], DictConfig]
 """A YAML file, or what such a file holds."""
@@ -38,19 +47,27 @@ class SamplerName(Enum):
 
 @dataclass
 class SamplerConfig:
-    """Which sampler, and its step size; finer arguments of a sampler are given in Python.
+    """Which sampler, and its arguments.
 
     Args:
         name: SGLD, RMSpropSGLD or SGNHT.
         lr: the step size; None has it calibrated.
+        kappa: of RMSpropSGLD: how far its metric may go, the smaller the further; None for its default.
+        diffusion_factor: of SGNHT: the noise injected in a step, also the friction to begin with; None for its default.
     """
 
     name: SamplerName = SamplerName.SGLD
     lr: Optional[float] = None
+    kappa: Optional[float] = None
+    diffusion_factor: Optional[float] = None
 
     def build(self) -> Union[SGLD, RMSpropSGLD, SGNHT]:
-        """The sampler."""
-        return sampler_from({"name": self.name.value, "lr": self.lr})
+        """The sampler.
+
+        Raises:
+            ValueError: for an argument out of range, or that this sampler does not have.
+        """
+        return sampler_from({"name": self.name.value, "lr": self.lr, **_given(self)})
 
 
 @dataclass
@@ -87,6 +104,11 @@ class MonitorConfig:
     method: str = "auto"
     probe: Optional[Union[bool, int]] = None
     query: Optional[Union[bool, int]] = None
+    execution: str = "inline"
+    devices: Optional[list[str]] = None
+    max_pending: int = 2
+    when_full: str = "skip"
+    max_wait: float = 600.0
 
     def build(self) -> SLTMonitor:
         """The callback.
@@ -94,10 +116,7 @@ class MonitorConfig:
         Raises:
             ValueError: for an argument out of range.
         """
-        arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        if self.sampler is not None:
-            arguments["sampler"] = self.sampler.build()
-        return SLTMonitor(**arguments)
+        return SLTMonitor(**_arguments(self))
 
 
 @dataclass
@@ -127,8 +146,207 @@ class TransitionMonitorConfig:
         Raises:
             ValueError: for an argument out of range.
         """
-        arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return TransitionMonitor(**arguments)
+        return TransitionMonitor(**_arguments(self))
+
+
+@dataclass
+class RunConfig:
+    """What a run measures: the whole model, parts of it by name, and what to watch for in their curves.
+
+    Args:
+        monitor: the curve of the whole model; None for none.
+        components: further curves by name, logged under ``slt_<name>/``; what they measure is theirs to say, such as
+            ``restrict: [encoder.*]``.
+        transitions: watches the curve that its ``monitor`` names; None for none.
+        watch_components: watch the curve of every component as well, with the settings of ``transitions``.
+
+    Example:
+        >>> config = load({"components": {"head": {"restrict": "head.*"}}}, schema=RunConfig)
+        >>> [type(callback).__name__ for callback in config.build()]
+        ['SLTMonitor', 'SLTMonitor', 'TransitionMonitor']
+    """
+
+    monitor: Optional[MonitorConfig] = field(default_factory=MonitorConfig)
+    components: dict[str, MonitorConfig] = field(default_factory=dict)
+    transitions: Optional[TransitionMonitorConfig] = field(default_factory=TransitionMonitorConfig)
+    watch_components: bool = False
+
+    def build(self) -> list[Callback]:
+        """The callbacks, for ``Trainer(callbacks=[...])``.
+
+        Raises:
+            ValueError: for an argument out of range; for a component whose ``name`` is another than its key; where
+                ``transitions`` watches a curve that nothing here measures.
+        """
+        monitors = [] if self.monitor is None else [self.monitor]
+        for name, component in self.components.items():
+            if component.name not in (None, name):
+                raise ValueError(
+                    f"components.{name}.name={component.name!r}: a component's name is its key; leave name out."
+                )
+            monitors.append(dataclasses.replace(component, name=name))
+        curves = [f"slt_{monitor.name}/llc/mean" if monitor.name else "slt/llc/mean" for monitor in monitors]
+        watched: list[TransitionMonitorConfig] = []
+        if self.transitions is not None:
+            if self.transitions.monitor not in curves:
+                raise ValueError(
+                    f"transitions.monitor={self.transitions.monitor!r}: nothing here measures that curve; there is "
+                    f"{', '.join(curves) or 'none'}. transitions: null watches none."
+                )
+            keys = [self.transitions.monitor]
+            keys += [f"slt_{name}/llc/mean" for name in self.components if self.watch_components]
+            watched = [dataclasses.replace(self.transitions, monitor=key) for key in dict.fromkeys(keys)]
+        return [*(monitor.build() for monitor in monitors), *(watch.build() for watch in watched)]
+
+
+class EstimateSamplerName(Enum):
+    """The samplers of a single call: those of a monitor, and MALA, whose every step sees all the data."""
+
+    SGLD = "SGLD"
+    RMSpropSGLD = "RMSpropSGLD"
+    SGNHT = "SGNHT"
+    MALA = "MALA"
+
+
+@dataclass
+class EstimateSamplerConfig:
+    """As :class:`SamplerConfig`, for one call without a trainer.
+
+    Args:
+        name: SGLD, RMSpropSGLD, SGNHT or MALA.
+        lr: the step size; None has it calibrated.
+        kappa: of RMSpropSGLD: how far its metric may go, the smaller the further; None for its default.
+        diffusion_factor: of SGNHT: the noise injected in a step, also the friction to begin with; None for its default.
+    """
+
+    name: EstimateSamplerName = EstimateSamplerName.SGLD
+    lr: Optional[float] = None
+    kappa: Optional[float] = None
+    diffusion_factor: Optional[float] = None
+
+    def build(self) -> Union[SGLD, RMSpropSGLD, SGNHT, MALA]:
+        """The sampler.
+
+        Raises:
+            ValueError: for an argument out of range, or that this sampler does not have.
+        """
+        finer = _given(self)
+        if self.name is not EstimateSamplerName.MALA:
+            return sampler_from({"name": self.name.value, "lr": self.lr, **finer})
+        if finer:
+            raise ValueError(f"sampler: unknown key {sorted(finer)}; MALA has ['lr'].")
+        return MALA(lr=self.lr)
+
+
+@dataclass
+class LLCConfig:
+    """Arguments of :func:`~lightning_slt.estimate_llc` that are plain data, under its names and with its defaults.
+
+    Example:
+        >>> import torch
+        >>> data = torch.utils.data.TensorDataset(torch.ones(50, 2))
+        >>> config = LLCConfig(num_draws=10, num_burnin_steps=5, sampler=EstimateSamplerConfig(lr=1e-3))
+        >>> net = torch.nn.Linear(2, 1)
+        >>> config.estimate(net, data, lambda module, batch: module(batch[0]).square().mean()).num_draws
+        10
+    """
+
+    sampler: Optional[EstimateSamplerConfig] = None
+    nbeta: Optional[float] = None
+    localization: Optional[float] = None
+    num_chains: int = 8
+    num_draws: int = 200
+    num_burnin_steps: Optional[int] = None
+    num_steps_bw_draws: Optional[int] = None
+    batch_size: Optional[int] = None
+    restrict: Optional[list[str]] = None
+    seed: int = 0
+    device: Optional[str] = None
+    full_batch: bool = False
+    num_samples: Optional[int] = None
+    method: str = "auto"
+    tolerance: Optional[Union[int, float, str]] = None
+
+    def estimate(self, module: Any, data: Any, loss_fn: Any = None, weights: Any = None) -> Estimate:
+        """The estimate; arguments and errors are those of :func:`~lightning_slt.estimate_llc`."""
+        return estimate_llc(module, data, loss_fn, weights=weights, **_arguments(self))
+
+
+@dataclass
+class InfluenceConfig:
+    """Arguments of :func:`~lightning_slt.estimate_influence` that are plain data, under its names and defaults."""
+
+    sampler: Optional[EstimateSamplerConfig] = None
+    nbeta: Optional[float] = None
+    localization: Optional[float] = None
+    num_chains: int = 16
+    num_draws: int = 20
+    num_burnin_steps: int = 6
+    num_steps_bw_draws: int = 2
+    batch_size: Optional[int] = None
+    restrict: Optional[list[str]] = None
+    seed: int = 0
+    device: Optional[str] = None
+    full_batch: Optional[bool] = None
+    max_train: Optional[int] = 10_000
+    max_query: Optional[int] = None
+    per_token: bool = False
+    shrinkage: Optional[float] = None
+    control_variates: bool = True
+    num_samples: Optional[int] = None
+    method: str = "auto"
+
+    def estimate(
+        self,
+        module: Any,
+        train_data: Any,
+        query_data: Any = None,
+        loss_fn: Any = None,
+        weights: Any = None,
+        group_fn: Any = None,
+    ) -> InfluenceEstimate:
+        """The estimate; arguments and errors are those of :func:`~lightning_slt.estimate_influence`."""
+        others = {"weights": weights, "group_fn": group_fn}
+        return estimate_influence(module, train_data, query_data, loss_fn, **others, **_arguments(self))
+
+
+@dataclass
+class DetectorConfig:
+    """Arguments of :class:`~lightning_slt.TransitionDetector` and :func:`~lightning_slt.detect_transitions`.
+
+    Example:
+        >>> [t.kind for t in DetectorConfig().detect(range(40), [10] * 20 + [20] * 20, [1] * 40, [2] * 20 + [1] * 20)]
+        ['A']
+    """
+
+    false_alarms: float = 0.05
+    min_change: float = 0.0
+    at_boundary: str = "annotate"
+
+    def build(self) -> TransitionDetector:
+        """The detector for points that come one by one.
+
+        Raises:
+            ValueError: for an argument out of range.
+        """
+        return TransitionDetector(**_arguments(self))
+
+    def detect(self, steps: Any, llc: Any, llc_se: Any, loss: Any, valid: Any = None) -> list[Transition]:
+        """Of a whole curve; arguments and errors are those of :func:`~lightning_slt.detect_transitions`."""
+        return detect_transitions(steps, llc, llc_se, loss, valid, **_arguments(self))
+
+
+def _given(sampler: Any) -> dict[str, float]:
+    """The arguments that not every sampler has, of those that were given."""
+    return {k: getattr(sampler, k) for k in ("kappa", "diffusion_factor") if getattr(sampler, k) is not None}
+
+
+def _arguments(config: Any) -> dict[str, Any]:
+    """The fields of a config as arguments of what it configures, its sampler built."""
+    arguments = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    if arguments.get("sampler") is not None:
+        arguments["sampler"] = arguments["sampler"].build()
+    return arguments
 
 
 @overload
@@ -153,7 +371,7 @@ def load(source: Source, overrides: Sequence[str] = (), *, schema: type[Any] = M
 
     Example:
         >>> load({"num_chains": 8}, ["num_draws=50", "sampler.lr=1e-5"]).sampler
-        SamplerConfig(name=<SamplerName.SGLD: 'SGLD'>, lr=1e-05)
+        SamplerConfig(name=<SamplerName.SGLD: 'SGLD'>, lr=1e-05, kappa=None, diffusion_factor=None)
         >>> load({"num_chain": 8})  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
@@ -195,24 +413,28 @@ def _read(source: Source) -> DictConfig:
 
 
 def _list_single_patterns(node: DictConfig, schema: type[Any]) -> None:
-    """``restrict: fc.*`` as ``restrict: [fc.*]``, wherever the schema has a monitor: the callback takes both."""
-    if schema is MonitorConfig:
-        if isinstance(node.get("restrict"), str):
-            node["restrict"] = [node["restrict"]]
-        return
-    for name, inner in _sections(schema).items():
-        if name in node and isinstance(node.get(name), DictConfig):
-            _list_single_patterns(node[name], inner)
+    """``restrict: fc.*`` as ``restrict: [fc.*]``, wherever the schema has it: the callback takes both."""
+    if get_type_hints(schema).get("restrict") == Optional[list[str]] and isinstance(node.get("restrict"), str):
+        node["restrict"] = [node["restrict"]]
+    for name in map(str, node):
+        inner = section(schema, name)
+        if inner is None or OmegaConf.is_interpolation(node, name) or not isinstance(node[name], DictConfig):
+            continue
+        for part in node[name].values() if is_named(schema, name) else (node[name],):
+            if isinstance(part, DictConfig):
+                _list_single_patterns(part, inner)
 
 
-def _sections(schema: type[Any]) -> dict[str, type[Any]]:
-    """The fields that are dataclasses themselves, an ``Optional`` around them taken off."""
-    found: dict[str, type[Any]] = {}
-    for name, hint in get_type_hints(schema).items():
-        options = [t for t in getattr(hint, "__args__", (hint,)) if dataclasses.is_dataclass(t)]
-        if options:
-            found[name] = cast("type[Any]", options[0])
-    return found
+def section(schema: type[Any], name: str) -> Optional[type[Any]]:
+    """The dataclass that a field holds, an ``Optional`` or a dict of them by name taken off; None for plain fields."""
+    hint = get_type_hints(schema).get(name)
+    options = [t for t in (hint, *get_args(hint)) if dataclasses.is_dataclass(t)]
+    return cast("type[Any]", options[0]) if options else None
+
+
+def is_named(schema: type[Any], name: str) -> bool:
+    """Whether a field holds any number of sections, each under a name of the user's."""
+    return get_origin(get_type_hints(schema).get(name)) is dict
 
 
 def _explain(error: OmegaConfBaseException, given: DictConfig, schema: type[Any]) -> str:
@@ -223,18 +445,24 @@ def _explain(error: OmegaConfBaseException, given: DictConfig, schema: type[Any]
     *sections, last = full_key.split("[")[0].split(".")
     owner: Optional[type[Any]] = schema
     value: Any = plain
-    for section in sections:
-        owner = _sections(owner).get(section) if owner is not None else None
-        value = _item(value, section)
+    of_a_name: Optional[type[Any]] = None  # what stands under the names of a dict
+    for key in sections:
+        value = _item(value, key)
+        if of_a_name is not None:
+            owner, of_a_name = of_a_name, None
+            continue
+        inner = section(owner, key) if owner is not None else None
+        owner, of_a_name = (None, inner) if owner is not None and is_named(owner, key) else (inner, None)
     value = _item(value, last)
+    expected = of_a_name or (section(owner, last) if owner is not None else None)
+    if expected is not None and not isinstance(value, Mapping):
+        what = f"expected the settings of a {expected.__name__}"
     if owner is None:
         return f"{full_key}={value!r}: {what}."
     names = [f.name for f in dataclasses.fields(owner)]
     if last not in names:
         near = difflib.get_close_matches(last, names, n=1)
         what = "no such setting" + (f" (did you mean {near[0]}?)" if near else "")
-    elif last in _sections(owner) and not isinstance(value, Mapping):
-        what = f"expected the settings of a {_sections(owner)[last].__name__}"
     return f"{full_key}={value!r}: {what}. {owner.__name__} has {', '.join(names)}."
 
 
@@ -245,7 +473,12 @@ def _item(value: Any, key: str) -> Any:
 
 def _not_a_section(plain: Any, schema: type[Any]) -> str:
     """The section that was given as something else: OmegaConf does not name it."""
-    for name in _sections(schema):
-        if name in plain and not isinstance(plain[name], Mapping):
-            return name
+    for name in plain:
+        inner = section(schema, str(name))
+        if inner is None:
+            continue
+        if not isinstance(plain[name], Mapping):
+            return str(name)
+        if is_named(schema, str(name)):
+            return next((f"{name}.{key}" for key, v in plain[name].items() if not isinstance(v, Mapping)), "")
     return ""

@@ -19,6 +19,7 @@ from lightning_slt.sampling.batches import MinibatchSource, source_of
 from lightning_slt.sampling.calibration import MAX_STEPS_BW_DRAWS, MIN_VIRIAL, Budget, Drawn, draw
 from lightning_slt.sampling.chains import STATS_EVERY, Chains, Progress, Reader, open_window
 from lightning_slt.sampling.collective import Alone, Collective
+from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged, heat_of, virial_ratio
@@ -122,7 +123,7 @@ def tolerance_settings(tolerance: float | str | None) -> dict[str, float]:
     return {"tolerance": share}
 
 
-def default_localization(anchor: Tensor) -> float:
+def default_localization(anchor: Tensor, layout: Optional[Layout] = None) -> float:
     """The gamma at which a free direction moves by the weights' own scale, ``d / |w*|²``, within [1, 100].
 
     A fixed 100 hides the singular directions of small models with weights of order one (an LLC of 7-12 for 35-37 at
@@ -131,9 +132,11 @@ def default_localization(anchor: Tensor) -> float:
 
     Args:
         anchor: ``[d]``, the weights that move.
+        layout: which of them ``anchor`` has; None for all.
     """
-    square = float(anchor.double().square().sum())
-    return min(max(anchor.numel() / square if square > 0 else MIN_LOCALIZATION, MIN_LOCALIZATION), MAX_LOCALIZATION)
+    layout = layout or Layout(anchor.numel())
+    square, d = layout.total(anchor.double().square()), layout.num_weights
+    return min(max(d / square if square > 0 else MIN_LOCALIZATION, MIN_LOCALIZATION), MAX_LOCALIZATION)
 
 
 def measure_llc(
@@ -195,7 +198,9 @@ def run_chains(
                 "Give num_samples= or nbeta=."
             )
         nbeta = default_nbeta(source.num_samples)
-    gamma = settings.localization if settings.localization is not None else default_localization(objective.anchor)
+    gamma = settings.localization
+    if gamma is None:
+        gamma = default_localization(objective.anchor, objective.layout)
     posterior = LocalPosterior(nbeta, gamma)
     sampler: Sampler = settings.sampler if settings.sampler is not None else SGLD()
 
@@ -232,7 +237,7 @@ def run_chains(
 
 def _finite_start(objective: Objective, source: MinibatchSource) -> float:
     loss = open_window(objective, source)
-    if not bool(torch.isfinite(objective.anchor).all()):
+    if not objective.layout.all_finite(objective.anchor):
         raise NonFiniteLossError("some of the current weights are not finite: there is no minimum to study.")
     if not math.isfinite(loss):
         raise NonFiniteLossError(f"the loss at the current weights is {loss}: there is no minimum to study.")
@@ -242,7 +247,7 @@ def _finite_start(objective: Objective, source: MinibatchSource) -> float:
 def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     """What the draws say of the learning coefficient."""
     segment, lr, between = drawn.segment, drawn.lr, drawn.num_steps_bw_draws
-    posterior, d = chains.posterior, len(chains.objective.anchor)
+    posterior, d = chains.posterior, chains.layout.num_weights
     raw = posterior.nbeta * segment.difference
     trace = raw.reshape(len(raw), settings.num_draws, between).mean(dim=2)
     finite = segment.finite

@@ -19,8 +19,11 @@ FLOORS = {
     "publish": 2,
     "estimate": 3,
     "influence": 3,
+    "firing": 3,
+    "durable": 1,
     "callbacks": 4,
     "config": 5,
+    "testing": 5,
     "cli": 6,
 }
 

@@ -11,10 +11,36 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from lightning_slt import SGLD, SGNHT, RMSpropSGLD, SLTMonitor, TransitionMonitor
-from lightning_slt.config import MonitorConfig, SamplerConfig, SamplerName, TransitionMonitorConfig, load
+from lightning_slt import (
+    MALA,
+    SGLD,
+    SGNHT,
+    RMSpropSGLD,
+    SLTMonitor,
+    TransitionDetector,
+    TransitionMonitor,
+    estimate_influence,
+    estimate_llc,
+)
+from lightning_slt.config import (
+    DetectorConfig,
+    EstimateSamplerConfig,
+    EstimateSamplerName,
+    InfluenceConfig,
+    LLCConfig,
+    MonitorConfig,
+    RunConfig,
+    SamplerConfig,
+    SamplerName,
+    TransitionMonitorConfig,
+    load,
+)
+from lightning_slt.transitions.settings import threshold_of
 
-NOT_PLAIN_DATA = {"loss_fn", "group_fn", "render"}
+NOT_PLAIN_DATA = {
+    *("module", "data", "train_data", "query_data", "weights"),
+    *("loss_fn", "group_fn", "render", "on_transition"),
+}
 
 
 @dataclass
@@ -30,18 +56,20 @@ class Experiment:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
 
-def test_names_order_and_defaults_are_those_of_the_callback() -> None:
-    arguments = {
-        name: p.default for name, p in inspect.signature(SLTMonitor).parameters.items() if name not in NOT_PLAIN_DATA
-    }
-    fields = {f.name: f.default for f in dataclasses.fields(MonitorConfig)}
-    assert list(fields.items()) == list(arguments.items())
+CONFIGURED: dict[type, Any] = {
+    MonitorConfig: SLTMonitor,
+    TransitionMonitorConfig: TransitionMonitor,
+    LLCConfig: estimate_llc,
+    InfluenceConfig: estimate_influence,
+    DetectorConfig: TransitionDetector,
+}
 
 
-def test_names_order_and_defaults_are_those_of_the_transition_monitor() -> None:
-    parameters = inspect.signature(TransitionMonitor).parameters.items()
-    arguments = {name: p.default for name, p in parameters if name != "on_transition"}
-    assert [(f.name, f.default) for f in dataclasses.fields(TransitionMonitorConfig)] == list(arguments.items())
+@pytest.mark.parametrize(("schema", "configured"), CONFIGURED.items(), ids=lambda x: x.__name__)
+def test_names_order_and_defaults_are_those_of_what_is_configured(schema: type, configured: Any) -> None:
+    parameters = inspect.signature(configured).parameters.items()
+    arguments = [(name, p.default) for name, p in parameters if name not in NOT_PLAIN_DATA]
+    assert [(f.name, f.default) for f in dataclasses.fields(schema)] == arguments
 
 
 def test_a_transition_monitor_from_a_mapping() -> None:
@@ -56,10 +84,11 @@ def test_a_transition_monitor_from_a_mapping() -> None:
 
 
 def test_names_and_defaults_are_those_of_the_sampler() -> None:
-    arguments = {name: p.default for name, p in inspect.signature(SGLD).parameters.items()}
-    fields = {f.name: f.default for f in dataclasses.fields(SamplerConfig)}
-    assert fields.pop("name") is SamplerName.SGLD
-    assert fields == arguments
+    arguments = {name for kind in (SGLD, RMSpropSGLD, SGNHT) for name in inspect.signature(kind).parameters}
+    for schema, first in ((SamplerConfig, SamplerName.SGLD), (EstimateSamplerConfig, EstimateSamplerName.SGLD)):
+        fields = {f.name: f.default for f in dataclasses.fields(schema)}
+        assert fields.pop("name") is first
+        assert fields == dict.fromkeys(arguments)
 
 
 @pytest.mark.parametrize("kind", [SGLD, RMSpropSGLD, SGNHT])
@@ -98,6 +127,11 @@ def test_builds_the_callback_with_every_argument(monkeypatch: pytest.MonkeyPatch
         "method": "sequential",
         "probe": 500,
         "query": 100,
+        "execution": "background",
+        "devices": ["cpu"],
+        "max_pending": 3,
+        "when_full": "wait",
+        "max_wait": 60.0,
     }
     assert set(given) == {f.name for f in dataclasses.fields(MonitorConfig)}
     assert isinstance(load(given).build(), SLTMonitor)
@@ -181,8 +215,12 @@ def test_a_node_that_refers_to_its_siblings() -> None:
         ({"at_steps": 5}, "at_steps=5", "list"),
         ({"at_steps": ["a"]}, "at_steps[0]=['a']", "Integer"),
         ({"seed": {"a": 1}}, "seed={'a': 1}", "Integer"),
-        ({"sampler": {"learning_rate": 1.0}}, "sampler.learning_rate=1.0", "SamplerConfig has name, lr"),
-        ({"sampler": {"lr": "x"}}, "sampler.lr='x'", "SamplerConfig has name, lr"),
+        (
+            {"sampler": {"learning_rate": 1.0}},
+            "sampler.learning_rate=1.0",
+            "SamplerConfig has name, lr, kappa, diffusion_factor.",
+        ),
+        ({"sampler": {"lr": "x"}}, "sampler.lr='x'", "SamplerConfig has name, lr, kappa, diffusion_factor."),
         ({"probes": 100}, "probes=100", "did you mean probe"),
         ({"probe": "all of them"}, "probe='all of them'", "Union[bool, int]"),
         ({"query": 0.5}, "query=0.5", "Union[bool, int]"),
@@ -208,7 +246,7 @@ def test_a_mistake_is_named_with_its_value_and_what_there_is(given: dict[str, An
         ({"monitor": {"num_chain": 3}}, "monitor.num_chain=3: no such setting (did you mean num_chains?). Monitor"),
         (
             {"monitor": {"sampler": {"l": 3}}},
-            "monitor.sampler.l=3: no such setting (did you mean lr?). SamplerConfig has name, lr.",
+            "monitor.sampler.l=3: no such setting (did you mean lr?). SamplerConfig has name, lr, kappa, ",
         ),
         ({"monitors": {}}, "monitors={}: no such setting (did you mean monitor?). Experiment has training, monitor."),
         ({"training": [1]}, "training=[1]: expected the settings of a TrainingConfig."),
@@ -241,3 +279,135 @@ def test_text_that_is_no_settings(tmp_path: Path) -> None:
             load(path)
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "nowhere.yaml")
+
+
+# ------------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_whole_run_from_one_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        """
+        monitor: {every_n_train_steps: 500, max_overhead: 0.05}
+        components:
+          encoder: {restrict: encoder.*, num_chains: 2}
+          head: {restrict: [head.*], every_n_epochs: 1}
+        transitions: {min_change: 1.0}
+        watch_components: true
+        """
+    )
+    config = load(tmp_path / "run.yaml", ["components.head.num_chains=8"], schema=RunConfig)
+    assert config.components["encoder"] == MonitorConfig(restrict=["encoder.*"], num_chains=2)
+    whole, encoder, head, *watches = config.build()
+    assert [monitor._name for monitor in (whole, encoder, head)] == [None, "encoder", "head"]
+    assert (head._settings.num_chains, head._restrict) == (8, ["head.*"])
+    keys = ["slt/llc/mean", "slt_encoder/llc/mean", "slt_head/llc/mean"]
+    assert [watch.state_key for watch in watches] == [TransitionMonitor(key).state_key for key in keys]
+    assert {watch._settings["min_change"] for watch in watches} == {1.0}
+
+
+def test_parts_of_a_run_can_be_left_out() -> None:
+    assert [type(c) for c in RunConfig().build()] == [SLTMonitor, TransitionMonitor]
+    assert [type(c) for c in load({"transitions": None}, schema=RunConfig).build()] == [SLTMonitor]
+    assert load({"monitor": None, "transitions": None}, schema=RunConfig).build() == []
+    only = load({}, ["monitor=null", "components.a.seed=1", "transitions.monitor=slt_a/llc/mean"], schema=RunConfig)
+    assert [type(c) for c in only.build()] == [SLTMonitor, TransitionMonitor]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"monitor": None}, "transitions.monitor='slt/llc/mean': nothing here measures that curve; there is none"),
+        ({"transitions": {"monitor": "slt_b/llc/mean"}}, "there is slt/llc/mean. transitions: null watches none"),
+        ({"components": {"a": {"name": "b"}}}, "components.a.name='b': a component's name is its key"),
+        ({"components": {"Not A Key": {}}}, "name='Not A Key': only lower-case letters"),
+        ({"monitor": {"num_draws": 0}}, "num_draws=0: must be at least 1"),
+    ],
+)
+def test_parts_of_a_run_that_do_not_fit(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        load(given, schema=RunConfig).build()
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"components": {"head": {"num_chain": 3}}},
+            "components.head.num_chain=3: no such setting (did you mean num_ch",
+        ),
+        ({"components": {"head": 3}}, "components.head=3: expected the settings of a MonitorConfig."),
+        ({"components": [1]}, "components=[1]: expected the settings of a MonitorConfig. RunConfig has"),
+        ({"components": {"head": {"sampler": {"lr": "x"}}}}, "components.head.sampler.lr='x': Value 'x' of type 'str'"),
+        ({"transition": {}}, "transition={}: no such setting (did you mean transitions?). RunConfig has monitor, "),
+        ({"transitions": {"min_change": "a"}}, "transitions.min_change='a': Value 'a' of type 'str' could not be"),
+        ({"watch_components": "maybe"}, "watch_components='maybe': Value 'maybe' is not a valid bool"),
+    ],
+)
+def test_a_mistake_in_a_whole_run(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        load(given, schema=RunConfig)
+    assert str(caught.value).startswith(message)
+
+
+# -------------------------------------------------------------------------------------------- one call, no trainer
+
+
+@pytest.mark.parametrize("schema", [LLCConfig, InfluenceConfig])
+def test_a_call_gets_every_argument(schema: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    function = CONFIGURED[schema].__name__
+    taken: dict[str, Any] = {}
+    monkeypatch.setattr(f"lightning_slt.config.{function}", lambda *args, **given: taken.update(given, args=args))
+    overrides = ["num_chains=3", "sampler.name=MALA", "sampler.lr=0.1", "restrict=fc.*", "device=cpu"]
+    config = load({}, overrides, schema=schema)
+    config.estimate("module", "data", loss_fn="loss", weights="state")
+    names = set(inspect.signature(CONFIGURED[schema]).parameters)
+    positional = taken.pop("args")
+    assert positional[:2] == ("module", "data") and positional[-1] == "loss"
+    assert set(taken) | {"module", "data", "train_data", "query_data", "loss_fn"} >= names
+    assert (taken["num_chains"], taken["restrict"], taken["device"], taken["weights"]) == (3, ["fc.*"], "cpu", "state")
+    assert taken["sampler"] == MALA(lr=0.1)
+
+
+@pytest.mark.parametrize("name", EstimateSamplerName)
+def test_every_sampler_of_a_call(name: EstimateSamplerName) -> None:
+    built = EstimateSamplerConfig(name, 0.5).build()
+    assert (type(built).__name__, built.lr) == (name.value, 0.5)
+
+
+@pytest.mark.parametrize("schema", [SamplerConfig, EstimateSamplerConfig])
+def test_what_only_one_sampler_has(schema: type) -> None:
+    assert load({"name": "RMSpropSGLD", "kappa": 0.2}, schema=schema).build() == RMSpropSGLD(kappa=0.2)
+    assert load({"name": "SGNHT", "diffusion_factor": 0.1}, schema=schema).build() == SGNHT(diffusion_factor=0.1)
+    with pytest.raises(ValueError, match=r"kappa=-1.0: must be positive"):
+        load({"name": "RMSpropSGLD", "kappa": -1}, schema=schema).build()
+    for name in ("SGLD", "SGNHT", "MALA")[: 3 if schema is EstimateSamplerConfig else 2]:
+        with pytest.raises(ValueError, match=rf"unknown key \['kappa'\]; {name} has"):
+            load({"name": name, "kappa": 0.2}, schema=schema).build()
+
+
+def test_a_detector_and_a_whole_curve_with_the_same_settings() -> None:
+    config = load({"false_alarms": 0.2}, ["min_change=30", "at_boundary=suppress"], schema=DetectorConfig)
+    built = config.build()
+    assert (built.threshold, built.min_change, built.at_boundary) == (threshold_of(0.2), 30.0, "suppress")
+    curve = range(40), [10.0] * 20 + [20.0] * 20, [1.0] * 40, [2.0] * 20 + [1.0] * 20
+    assert config.detect(*curve) == []  # a change of 10
+    assert [t.kind for t in dataclasses.replace(config, min_change=5.0).detect(*curve)] == ["A"]
+    with pytest.raises(ValueError, match="at_boundary"):
+        load({"at_boundary": "ignore"}, schema=DetectorConfig).build()
+    with pytest.raises(ValueError, match=r"min_chang=1: no such setting \(did you mean min_change\?\)"):
+        load({"min_chang": 1}, schema=DetectorConfig)
+
+
+@pytest.mark.parametrize(("text", "value"), [("5%", "5%"), ("0.5", 0.5), ("2", 2), ("null", None)])
+def test_a_tolerance_in_per_cent_or_in_units_of_the_llc(text: str, value: Any) -> None:
+    assert load({}, [f"tolerance={text}"], schema=LLCConfig).tolerance == value
+
+
+def test_a_mistake_in_the_settings_of_a_call() -> None:
+    with pytest.raises(ValueError, match=r"tolerence='5%': no such setting \(did you mean tolerance\?\)"):
+        load({"tolerence": "5%"}, schema=LLCConfig)
+    with pytest.raises(
+        ValueError, match=r"max_train='all': Value 'all' of type 'str' could not be converted to Integer"
+    ):
+        load({"max_train": "all"}, schema=InfluenceConfig)

@@ -111,29 +111,110 @@ class TrainingData:
             ValueError: where there is no data (yet).
         """
         if self.replays:
-            sizes = [_samples(batch) for batch in self._seen]
-            # weights are no minimum of a few samples: nbeta must be that of the samples that are held, not of all
-            n = self.num_samples if self._given or self.num_samples is None else min(sum(sizes), self.num_samples)
-            return ReplaySource(self._seen, n, sizes[0] if sizes else 1)
-        single = self.indexed
-        parts = [
-            DatasetSource(
+            return self.seen().build()
+        return self.plan().build(transfer)
+
+    def seen(self) -> SeenBatches:
+        """The batches that there are to be replayed now."""
+        sizes = [_samples(batch) for batch in self._seen]
+        # weights are no minimum of a few samples: nbeta must be that of the samples that are held, not of all
+        n = self.num_samples if self._given or self.num_samples is None else min(sum(sizes), self.num_samples)
+        return SeenBatches(list(self._seen), n, sizes[0] if sizes else 1)
+
+    def plan(self) -> SourcePlan:
+        """How the data is read where it is not replayed."""
+        parts = tuple(
+            LoaderPart(
                 leaf.loader.dataset,
                 self._batch_size or leaf.loader.batch_size or 1,
                 leaf.loader.collate_fn,
                 leaf.indices,
-                transfer if single else _unchanged,
                 derive_seed(self._seed, number),
                 leaf.loader.num_workers if leaf.loader.num_workers > 1 else None,
                 MAX_RESIDENT_BYTES // len(self._leaves),
                 leaf.loader.worker_init_fn,
             )
             for number, leaf in enumerate(self._leaves)
+        )
+        return SourcePlan(parts, None if self.indexed else self._spec, self.num_samples, self._shortest)
+
+
+@dataclass(frozen=True)
+class SeenBatches:
+    """Batches that training has seen, on its device; n and the batch size that go with them."""
+
+    batches: list[Any]
+    num_samples: Optional[int]
+    batch_size: int
+
+    def build(self) -> MinibatchSource:
+        """The source that replays them.
+
+        Raises:
+            ValueError: where there are none yet.
+        """
+        return ReplaySource(self.batches, self.num_samples, self.batch_size)
+
+
+@dataclass(frozen=True)
+class LoaderPart:
+    """What of one loader its batches depend on; the names are those of
+    :class:`~lightning_slt.sampling.batches.DatasetSource`."""
+
+    dataset: Any
+    batch_size: int
+    collate_fn: Optional[Callable[[list[Any]], Any]]
+    indices: Optional[Sequence[int]]
+    seed: int
+    num_workers: Optional[int]
+    max_bytes: int
+    worker_init_fn: Optional[Callable[[int], None]]
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """How the chains' minibatches are read, as data: another process reads the same ones by it.
+
+    Attributes:
+        parts: the loaders.
+        spec: how their batches are put together; None for a single loader.
+        num_samples: n.
+        shortest: the shortest loader ends the epoch.
+    """
+
+    parts: tuple[LoaderPart, ...]
+    spec: Any
+    num_samples: Optional[int]
+    shortest: bool
+
+    def build(self, transfer: Transfer) -> MinibatchSource:
+        """The source.
+
+        Args:
+            transfer: what the trainer does to a collated batch before its step.
+
+        Raises:
+            ValueError: for an empty dataset.
+        """
+        single = self.spec is None
+        sources = [
+            DatasetSource(
+                part.dataset,
+                part.batch_size,
+                part.collate_fn,
+                part.indices,
+                transfer if single else _unchanged,
+                part.seed,
+                part.num_workers,
+                part.max_bytes,
+                part.worker_init_fn,
+            )
+            for part in self.parts
         ]
         if single:
-            parts[0].num_samples = self.num_samples
-            return parts[0]
-        return _Combined(parts, self._spec, self.num_samples, self._shortest, transfer)
+            sources[0].num_samples = self.num_samples
+            return sources[0]
+        return _Combined(sources, self.spec, self.num_samples, self.shortest, transfer)
 
 
 class _Combined(MinibatchSource):
@@ -171,7 +252,8 @@ def _rebuildable(loader: Any, trainer: Trainer) -> Optional[_Leaf]:
     in_order = isinstance(sampler, SequentialSampler) or (distributed and not sampler.shuffle)
     total = len(loader.dataset)
     batches = trainer.num_training_batches
-    if in_order and batches != float("inf"):
+    # fast_dev_run cuts the run short, which says nothing of the data
+    if in_order and batches != float("inf") and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         # overfit_batches and limit_train_batches without shuffling: only the front of the data is ever trained on
         across = loader.batch_size * (sampler.num_replicas if distributed else 1)
         used = int(batches) * across
@@ -200,29 +282,46 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def training_transfer(trainer: Trainer, module: LightningModule) -> Transfer:
+@dataclass(frozen=True)
+class BatchTransfer:
     """What the trainer does between collating a batch and its step, each once, with the hooks of the private copy.
+
+    Attributes:
+        plugin: the precision plugin.
+        datamodule: whose hooks go before the module's where it has them; None for none.
+        module: the private copy.
+        device: where the batch goes.
+    """
+
+    plugin: Any
+    datamodule: Any
+    module: LightningModule
+    device: torch.device
+
+    def __call__(self, batch: Any) -> Any:
+        batch = self.plugin.convert_input(batch)
+        batch = self._hook("on_before_batch_transfer")(batch, 0)
+        batch = self._hook("transfer_batch_to_device")(batch, self.device, 0)
+        return self._hook("on_after_batch_transfer")(batch, 0)
+
+    def _hook(self, name: str) -> Callable[..., Any]:
+        owner = self.datamodule if self.datamodule is not None and is_overridden(name, self.datamodule) else self.module
+        hook: Callable[..., Any] = getattr(owner, name)
+        return hook
+
+
+BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
+def training_transfer(trainer: Trainer, module: LightningModule) -> Transfer:
+    """The transfer of a live trainer.
 
     Args:
         trainer: gives the precision plugin, the device, and the DataModule whose hooks go before the module's.
         module: the private copy.
     """
     datamodule = getattr(trainer, "datamodule", None)
-
-    def hook(name: str) -> Callable[..., Any]:
-        if datamodule is not None and is_overridden(name, datamodule):
-            return getattr(datamodule, name)
-        return getattr(module, name)
-
-    device: torch.device = trainer.strategy.root_device
-
-    def transfer(batch: Any) -> Any:
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = hook("on_before_batch_transfer")(batch, 0)
-        batch = hook("transfer_batch_to_device")(batch, device, 0)
-        return hook("on_after_batch_transfer")(batch, 0)
-
-    return transfer
+    return BatchTransfer(trainer.precision_plugin, datamodule, module, trainer.strategy.root_device)
 
 
 def check_num_samples(num_samples: Optional[int], nbeta: Optional[float]) -> None:

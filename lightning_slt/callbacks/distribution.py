@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Optional, TypeVar
 
 import torch.distributed as dist
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
 
-from lightning_slt.sampling.collective import Alone, Collective
+from lightning_slt.sampling.batches import MinibatchSource
+from lightning_slt.sampling.collective import Alone, Collective, RankLostError, Together
+from lightning_slt.sampling.common_batches import CommonBatches
+from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.sharded import ShardedObjective, whole_weights
 
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for another in a firing; a slow rank is waited for, a dead one ends the run as DDP would."""
+
+PATIENCE = timedelta(minutes=1)
+"""How long a rank on which a pass of a sharded model has failed waits for the others to fail as well."""
+
+GONE = -1
+"""The word of a rank that will not come any more."""
 
 
 class RankFailedError(RuntimeError):
@@ -30,10 +50,15 @@ class Ranks:
     the default group with every batch). It must be made on every rank at the same moment: in ``setup``.
     """
 
+    _made = 0
+
     def __init__(self) -> None:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        Ranks._made += 1  # in the same order on every rank
+        self._store = dist.PrefixStore(f"lightning_slt_{Ranks._made}", _get_default_store())
+        self._arrivals = 0
 
     def close(self) -> None:
         """Give the process group back; no exchange after this."""
@@ -46,6 +71,8 @@ class Ranks:
         mine: Any = None
         try:
             mine = work()
+        except RankLostError:
+            raise  # nobody is there to be told
         except Exception as raised:
             error = raised
         told = None if error is None else f"{type(error).__name__}: {error}"
@@ -58,19 +85,103 @@ class Ranks:
             raise RankFailedError("; ".join(f"rank {rank} failed: {what}" for rank, what in failed))
         return [value for _, value in answers]
 
+    def arrive(self, alone: bool) -> None:
+        """See :class:`~lightning_slt.sampling.collective.Meeting`.
+
+        Word is left in the store of the process group. A collective with a short timeout would not do: its threads go
+        on to wait for the others, and keep the process from ending.
+        """
+        self._arrivals += 1
+        late: list[int] = []
+        try:
+            self._store.set(str(self.rank), str(self._arrivals))
+            end = time.monotonic() + PATIENCE.total_seconds()
+            while alone:
+                words = {rank: self._word_of(rank) for rank in range(self.world_size)}
+                late = [rank for rank, word in words.items() if word < self._arrivals]
+                if not late:
+                    return
+                if time.monotonic() > end or any(words[rank] == GONE for rank in late):
+                    self._store.set(str(self.rank), str(GONE))
+                    break
+                time.sleep(0.05)
+        except RuntimeError as error:  # the process that holds the store is gone
+            raise RankLostError("the first rank is gone, and training cannot go on.") from error
+        if late:
+            raise RankLostError(
+                f"a chain failed on rank {self.rank} and not on rank {late[0]}, which waits for this one inside the "
+                "sharded model: training cannot go on."
+            )
+
+    def _word_of(self, rank: int) -> int:
+        """How often a rank has come, or :data:`GONE`."""
+        return int(self._store.get(str(rank))) if self._store.check([str(rank)]) else 0
+
+    def add(self, values: Tensor) -> Tensor:
+        """See :class:`~lightning_slt.sampling.collective.Collective`."""
+        dist.all_reduce(values, group=self._group)
+        return values
+
 
 def make_collective(trainer: Trainer) -> Collective:
     """The collective of this run; called on every rank in ``setup``."""
     if trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
-        return Ranks()
+        return Together(Ranks()) if is_sharded(trainer) else Ranks()
     return Alone()
 
 
-def check_strategy(trainer: Trainer) -> None:
+def close_collective(collective: Collective) -> None:
+    """Give a collective's process group back, where it has one."""
+    ranks = collective.ranks if isinstance(collective, Together) else collective
+    if isinstance(ranks, Ranks):
+        ranks.close()
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether each rank has a part of the weights."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def make_objective(trainer: Trainer, module: LightningModule, collective: Collective, **settings: Any) -> Objective:
+    """The loss of the module: on a private copy of it, or in place on its shards.
+
+    Args:
+        settings: ``loss_fn``, ``restrict`` and ``context`` of :class:`~lightning_slt.sampling.objective.Objective`.
+    """
+    if is_sharded(trainer):
+        return ShardedObjective(module, collective, trainer.world_size, trainer=trainer, **settings)
+    return Objective(module, trainer=trainer, **settings)
+
+
+def share_batches(source: MinibatchSource, collective: Collective) -> MinibatchSource:
+    """A source from which ranks that run chains together take the same minibatches; on all of them at once."""
+    if isinstance(collective, Together) and not isinstance(source, CommonBatches):
+        return CommonBatches(source, collective)
+    return source
+
+
+def weights_to_keep(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    """The weights and buffers of the whole model, by name, on the first rank; of interest there only.
+
+    To be called on all ranks at once: those of a sharded model are gathered one after another, into the memory of the
+    first rank's CPU.
+    """
+    if not is_sharded(trainer):
+        return dict(module.state_dict()) if trainer.is_global_zero else {}
+    return whole_weights(module, keep=trainer.is_global_zero)
+
+
+def check_strategy(trainer: Trainer, elementwise: bool = True, samples: bool = False) -> None:
     """Refuse, before training, a strategy under which chains could not run.
 
+    Args:
+        trainer: with its strategy.
+        elementwise: the sampler moves each weight by itself.
+        samples: losses of single samples are asked for.
+
     Raises:
-        MisconfigurationException: for sharded and engine-owned strategies, naming what can be done.
+        MisconfigurationException: for strategies that own the weights, and for what shards do not allow, naming what
+            can be done.
     """
     strategy = trainer.strategy
     if type(strategy).__module__.startswith("pytorch_lightning"):
@@ -84,10 +195,26 @@ def check_strategy(trainer: Trainer) -> None:
             f"SLTMonitor does not support {precision}: its scaling state is shared with training. Train with another "
             "precision, or measure stored checkpoints with estimate_llc(...)."
         )
+    if isinstance(strategy, (XLAStrategy, SingleDeviceXLAStrategy)):
+        raise MisconfigurationException(
+            f"SLTMonitor does not support {type(strategy).__name__}: chains were never tried on TPUs. Measure stored "
+            "checkpoints with estimate_llc(...) on another device."
+        )
     # DeepSpeedStrategy derives from DDPStrategy, but its engine owns the weights
     if isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, DeepSpeedStrategy):
         return
-    raise MisconfigurationException(
-        f"SLTMonitor does not support {type(strategy).__name__}: it needs whole weights on each device, as under a "
-        "single device or DDP. Train with strategy='ddp', or measure stored checkpoints with estimate_llc(...)."
-    )
+    if not isinstance(strategy, ModelParallelStrategy):
+        raise MisconfigurationException(
+            f"SLTMonitor does not support {type(strategy).__name__}, which keeps the weights to itself: train with "
+            "strategy='ddp' or ModelParallelStrategy (FSDP2), or measure stored checkpoints with estimate_llc(...)."
+        )
+    if samples:
+        raise MisconfigurationException(
+            "SLTMonitor(probe=...) does not support ModelParallelStrategy: losses of single samples need whole weights "
+            "on each device. Leave probe=None, or measure stored checkpoints with estimate_influence(...)."
+        )
+    if not elementwise:
+        raise MisconfigurationException(
+            "SLTMonitor(sampler=...) does not support this sampler under ModelParallelStrategy: its steps need sums "
+            "over all the weights. Use SGLD or RMSpropSGLD."
+        )

@@ -28,5 +28,8 @@ class EstimateListener(Protocol):
     ) -> None:
         """A firing is done, in the middle of whatever hook it happened in; ``estimate`` is published already."""
 
+    def on_snapshot(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        """The weights of a step are set aside: their estimate comes later, when training has left them."""
+
     def on_monitor_end(self, trainer: Trainer, monitor: SLTMonitor, publisher: RunPublisher) -> Sequence[Transition]:
         """The run is over, finished or failed; what the picture of the history is to mark."""

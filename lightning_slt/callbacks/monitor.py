@@ -18,28 +18,38 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_slt.callbacks.background import BackgroundFirings, Late, warn_of_lost
 from lightning_slt.callbacks.data import TrainingData, check_num_samples, training_transfer
-from lightning_slt.callbacks.distribution import Ranks, check_strategy, make_collective
+from lightning_slt.callbacks.distribution import (
+    check_strategy,
+    close_collective,
+    make_collective,
+    make_objective,
+    share_batches,
+)
+from lightning_slt.callbacks.folder import fresh, recorded, restore_record, run_folder
 from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.overhead import Decision, OverheadBudget
 from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.samples import Probed, ProbedSamples
 from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
-from lightning_slt.estimate import ChainSettings, default_localization, measure_llc
-from lightning_slt.influence import ProbeSet, measure_both
-from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord, suspicion_of
+from lightning_slt.estimate import ChainSettings
+from lightning_slt.firing import Course
+from lightning_slt.influence import ProbeSet
+from lightning_slt.influence_record import InfluenceEstimate, suspicion_of
 from lightning_slt.publish import RunPublisher
 from lightning_slt.publish.render import Rendered
 from lightning_slt.record import Estimate, RunRecord
 from lightning_slt.sampling.batches import MinibatchSource
-from lightning_slt.sampling.collective import Alone, Collective
-from lightning_slt.sampling.memory import ChainMemory
+from lightning_slt.sampling.collective import Alone, Collective, RankLostError
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.probe import GroupFn
 from lightning_slt.sampling.restriction import select_parameters
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, RMSpropSGLD, sampler_from
+from lightning_slt.sampling.shadow import shadow_copy
+from lightning_slt.sampling.sharded import ShardedObjective, local_of
 from lightning_slt.sampling.steps import LossFn, loss_function
 from lightning_slt.transitions import Transition
 
@@ -94,6 +104,15 @@ class SLTMonitor(Callback):
             by shape; token ids are decoded by the ``tokenizer`` attribute (with a ``decode`` method) of the datamodule,
             the LightningModule or the dataset, the first that has one.
 
+        execution: ``"inline"``, or ``"background"``: a firing takes a snapshot of the weights, and other processes run
+            the chains while training goes on; results come later, under the step of their snapshot. See
+            docs/background.md.
+        devices: of those processes, one each, which share the chains: ``["cuda:1"]``, ``["cpu"]``, or cores of it as
+            ``["cpu:2-3"]``. None for the GPUs that training does not use, or the CPU where it trains there.
+        max_pending: snapshots in the background whose results are still to come, at the most.
+        when_full: a firing beyond that is left out (``"skip"``), or waited for (``"wait"``).
+        max_wait: seconds that training waits for a result at the most, there and at the end of fit.
+
     Raises:
         ValueError: for an argument out of range.
         MisconfigurationException: before training starts, where the module, data or strategy cannot be measured.
@@ -138,7 +157,22 @@ class SLTMonitor(Callback):
         query: Probed = None,
         group_fn: Optional[GroupFn] = None,
         render: Optional[Callable[[Any], Any]] = None,
+        execution: str = "inline",
+        devices: Optional[Sequence[str]] = None,
+        max_pending: int = 2,
+        when_full: str = "skip",
+        max_wait: float = 600.0,
     ) -> None:
+        if execution not in ("inline", "background"):
+            raise ValueError(f"execution={execution!r}: must be 'inline' or 'background'.")
+        if execution == "inline" and devices is not None:
+            raise ValueError(
+                f"devices={devices!r}: chains inside training run where training does; "
+                "execution='background' has devices of its own."
+            )
+        self._beside: Optional[BackgroundFirings] = None
+        if execution == "background":
+            self._beside = BackgroundFirings(devices, max_pending, when_full, max_wait)
         self._samples = ProbedSamples(probe, query, group_fn, render, seed)
         self.influences: list[InfluenceEstimate] = []
         self._budget = OverheadBudget(max_overhead) if max_overhead is not None else None
@@ -177,10 +211,7 @@ class SLTMonitor(Callback):
         self.folder: Optional[Path] = None
         self._prefix = f"slt_{name}" if name else "slt"
         self._resumed_folder: Optional[Path] = None
-        self._method = method
-        self._localization = localization
-        self._warm_start = warm_start
-        self._memory = ChainMemory()
+        self._course = Course(localization, method, warm_start)
         self._last_step = 0
         self._seconds = 0.0
         self._run_seconds = 0.0
@@ -196,6 +227,7 @@ class SLTMonitor(Callback):
         self._said_method = False
         self._said_overhead = False
         self._said_dropped = False
+        self._said_full = False
         self._done_fast_run = False
         self._listeners: list[EstimateListener] = []
         self._said_listener = False
@@ -221,11 +253,17 @@ class SLTMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        check_strategy(trainer)
+        sampler = self._settings.sampler
+        check_strategy(trainer, sampler is None or sampler.elementwise, self._samples.wanted)
         try:
             loss_function(pl_module, self._loss_fn)
         except ValueError as error:
             raise MisconfigurationException(f"SLTMonitor: {error}") from error
+        if self._beside is not None and trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"SLTMonitor(execution='background') is for one training process, and this run has "
+                f"{trainer.world_size}: use execution='inline', where every rank runs its share of the chains."
+            )
         self._collective = make_collective(trainer)
         self.number_among(trainer)
 
@@ -275,13 +313,16 @@ class SLTMonitor(Callback):
         self._start = now - self._run_seconds
         if self._budget is not None and not _is_smoke_test(trainer):
             share = math.ceil(self._settings.num_chains / self._collective.world_size)
-            self._budget.planned_steps = share * chain_steps(self._settings)
-            self._budget.least_size = least_size(self._settings)
+            beside = self._beside is not None
+            # of a firing beside training only the snapshot costs it time, whatever its size; about that of a batch
+            self._budget.planned_steps = 1 if beside else share * chain_steps(self._settings)
+            self._budget.least_size = 1.0 if beside else least_size(self._settings)
             # what passed since the last fit, or since a crash, is nobody's training; and every rank asks at once
             self._earned_until, self._ask_at = now, 0
         self._done_fast_run = False
         self._last_step = max(self._last_step, before)
         self._open_publisher(trainer)
+        self._open_background(trainer, pl_module)
         trainer.callback_metrics.setdefault(f"{self._prefix}/diag/valid", torch.tensor(0.0))
         if before == 0 and not self.estimates and 0 in self._explicit and not _is_smoke_test(trainer):
             self._consider(trainer, pl_module, step=0, x=0)
@@ -289,12 +330,14 @@ class SLTMonitor(Callback):
     def _forget(self) -> None:
         """A run that starts at its first step has no history, whatever this object has measured before."""
         self.estimates, self.influences = [], []
-        self._localization, self._memory = self._settings.localization, ChainMemory()
+        settings = self._settings
+        self._course = Course(settings.localization, settings.method, self._course.warm_start)
         self._last_step, self._seconds, self._run_seconds = 0, 0.0, 0.0
-        self._said_method, self._method = False, self._settings.method
-        self._said_overhead = self._said_dropped = False
+        self._said_method = self._said_overhead = self._said_dropped = False
         self._resumed_folder = None
         self._skipped = 0
+        if self._beside is not None:
+            self._beside.forget()
         if self._budget is not None:
             self._budget.forget()
 
@@ -303,44 +346,18 @@ class SLTMonitor(Callback):
         if _is_smoke_test(trainer):
             self._publisher = RunPublisher([], None, self._prefix)
             return
-        folder = self._run_folder(trainer) if not getattr(trainer, "barebones", False) else None
-        resumed = bool(self.estimates)
+        folder = None
+        if not getattr(trainer, "barebones", False):
+            folder = run_folder(trainer, self._resumed_folder, self._dirpath, self._prefix)
+        resumed = bool(self.estimates) or (self._beside is not None and bool(self._beside.awaited))
         if folder is not None and trainer.is_global_zero:
             if not resumed or folder != self._resumed_folder:
-                folder = _fresh(folder)
+                folder = fresh(folder)
             if resumed:
-                self._restore_record(RunRecord(folder))
+                restore_record(RunRecord(folder), self._last_step, self.estimates, self.influences)
         self.folder = self._resumed_folder = folder
         self._publisher = RunPublisher(trainer.loggers, folder, self._prefix)
         self._publisher.start(self._config())
-
-    def _run_folder(self, trainer: Trainer) -> Path:
-        if self._resumed_folder is not None and RunRecord(self._resumed_folder).path.exists():
-            return self._resumed_folder
-        if self._dirpath is not None:
-            return Path(self._dirpath) if self._prefix == "slt" else Path(self._dirpath) / self._prefix
-        logger = trainer.loggers[0] if trainer.loggers else None
-        if logger is None or logger.version is None:
-            return Path(trainer.default_root_dir) / self._prefix
-        root = Path(logger.save_dir or trainer.default_root_dir)
-        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-        return root / str(logger.name or "") / version / self._prefix
-
-    def _restore_record(self, record: RunRecord) -> None:
-        """The history of a resumed run, complete in its folder: what came after the checkpoint is forgotten."""
-        try:
-            record.drop_after(self._last_step)
-            InfluenceRecord(record.folder).drop_after(self._last_step)
-            known = {e.step for e in record.read(traces=False)}
-            for estimate in self.estimates:
-                if estimate.step not in known:
-                    record.append(estimate)
-            samples = InfluenceRecord(record.folder)
-            for influence in self.influences:
-                if not all(path.exists() for path in samples.paths(influence.step)):
-                    samples.save(influence)
-        except OSError as error:
-            rank_zero_warn(f"lightning_slt could not restore its record in {record.folder}: {error}")
 
     def _config(self) -> dict[str, Any]:
         settings, schedule = self._settings, self._schedule
@@ -358,11 +375,12 @@ class SLTMonitor(Callback):
             "batch_size": self._batch_size,
             "nbeta": settings.nbeta,
             "num_samples": self._data.num_samples if self._data else self._num_samples,
-            "localization": self._localization,
+            "localization": self._course.localization,
             "restrict": [str(r) if isinstance(r, str) else type(r).__name__ for r in _listed(self._restrict)] or None,
             "seed": settings.seed,
-            "warm_start": self._warm_start,
+            "warm_start": self._course.warm_start,
             "samples": self._samples.describe(),
+            "background": self._beside.describe() if self._beside is not None else None,
         }
 
     # --- while training -------------------------------------------------------------------------------------------
@@ -374,6 +392,7 @@ class SLTMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._collect(trainer, pl_module)
         if self._budget is not None and self._earned_until is not None:
             self._budget.saw_batch(self._earn())
         loop = trainer.fit_loop.epoch_loop
@@ -393,9 +412,12 @@ class SLTMonitor(Callback):
             self._consider(trainer, pl_module, step, x)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._collect(trainer, pl_module)
         if _is_smoke_test(trainer) or not self._schedule.due_epoch(trainer.current_epoch + 1):
             return
         if self.estimates and self.estimates[-1].step == self._last_step:
+            return
+        if self._beside is not None and self._beside.last_step == self._last_step:
             return
         # Lightning takes its count one back to log an epoch's values: they share the x of the last batch
         self._consider(trainer, pl_module, self._last_step, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
@@ -448,30 +470,21 @@ class SLTMonitor(Callback):
         """Measure now, on all ranks, and publish; a failure follows ``on_failure``."""
         begin = time.monotonic()
         settings = self._settings if decision is None else sized(self._settings, decision.size)
+        if self._beside is not None and not _is_smoke_test(trainer):
+            self._send(trainer, pl_module, step, x, decision)
+            return
         try:
             with preserve_rng(), FiringProgress(trainer, f"{self._prefix} at step {step}") as progress:
                 estimate, influence = self._measure(trainer, pl_module, progress, settings)
         except Exception as error:
             self._hook_owner = None
-            if self._on_failure == "raise" or _is_smoke_test(trainer):
+            if self._on_failure == "raise" or _is_smoke_test(trainer) or isinstance(error, RankLostError):
                 raise
-            rank_zero_warn(
-                f"SLTMonitor: the measurement at step {step} failed and is left out; training goes on. "
-                f"{type(error).__name__}: {error}"
-            )
+            _warn_of_failure(step, f"{type(error).__name__}: {error}")
             self._account(begin, failed=True)
             return
-        seconds = time.monotonic() - begin
-        elapsed = time.monotonic() - (self._start if self._start is not None else begin)
-        estimate = estimate.replace(
-            step=step,
-            x=x,
-            epoch=trainer.current_epoch,
-            seconds=seconds,
-            overhead=(self._seconds + seconds) / max(elapsed, 1e-9),
-            component=self._name or "",
-        )
         size = size_of(settings, self._settings)
+        estimate = estimate.replace(seconds=time.monotonic() - begin, step=step, x=x, epoch=trainer.current_epoch)
         if decision is not None:
             estimate = estimate.replace(
                 firing_size=size,
@@ -480,6 +493,28 @@ class SLTMonitor(Callback):
                 skipped=self._skipped,
             )
             self._skipped = 0
+        self._take_up(trainer, pl_module, estimate, influence, begin)
+        # drawing and logging count as overhead too, from the next firing's figure on
+        self._account(begin, size)
+        self._warn_if_large()
+
+    def _take_up(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        estimate: Estimate,
+        influence: Optional[InfluenceEstimate],
+        begin: float,
+    ) -> None:
+        """Into the history, the metrics that others monitor, the record and the loggers; listeners are told.
+
+        Args:
+            begin: since when the time of this firing has not been accounted for.
+        """
+        seconds = time.monotonic() - begin
+        elapsed = time.monotonic() - (self._start if self._start is not None else begin)
+        overhead = (self._seconds + seconds) / max(elapsed, 1e-9)
+        estimate = estimate.replace(overhead=overhead, component=self._name or "")
         self.estimates.append(estimate)
         trainer.callback_metrics.update(
             {
@@ -494,9 +529,6 @@ class SLTMonitor(Callback):
             self._keep_influence(trainer, influence, estimate)
         for listener in self._listeners:
             self._tell(listener, trainer, pl_module, estimate)
-        # drawing and logging count as overhead too, from the next firing's figure on
-        self._account(begin, size)
-        self._warn_if_large(estimate)
 
     def _tell(
         self, listener: EstimateListener, trainer: Trainer, pl_module: LightningModule, estimate: Estimate
@@ -538,15 +570,16 @@ class SLTMonitor(Callback):
         large = influence.num_chains * influence.num_draws >= LARGE_BUDGET
         self._publisher.influence(influence, rendered, pairs=large)
 
-    def _warn_if_large(self, estimate: Estimate) -> None:
+    def _warn_if_large(self) -> None:
         """Say once that there is a budget, where the cadence alone takes much of the run."""
         # the first firings of a run come close together, and prove nothing
-        large = len(self.estimates) > 3 and estimate.overhead > LARGE_OVERHEAD
+        overhead = self.estimates[-1].overhead
+        large = len(self.estimates) > 3 and overhead > LARGE_OVERHEAD
         if self._budget is not None or self._said_overhead or not large:
             return
         self._said_overhead = True
         rank_zero_warn(
-            f"SLTMonitor: measuring has taken {estimate.overhead:.0%} of this run's wall-clock so far. "
+            f"SLTMonitor: measuring has taken {overhead:.0%} of this run's wall-clock so far. "
             "SLTMonitor(max_overhead=0.05) keeps it to 5 %, by leaving firings out; or choose a wider cadence."
         )
 
@@ -557,8 +590,13 @@ class SLTMonitor(Callback):
         data = self._data
 
         def build() -> tuple[Objective, MinibatchSource]:
-            objective = Objective(
-                pl_module, self._loss_fn, self._restrict, trainer=trainer, context=_loss_context(trainer)
+            objective = make_objective(
+                trainer,
+                pl_module,
+                self._collective,
+                loss_fn=self._loss_fn,
+                restrict=self._restrict,
+                context=_loss_context(trainer),
             )
             self._hook_owner = objective.module
             if self._source is None or data.replays:
@@ -567,49 +605,46 @@ class SLTMonitor(Callback):
                 self._source.forget()
             return objective, self._source
 
-        # the objects stay here: only the word that it worked is exchanged
-        built: list[tuple[Objective, MinibatchSource]] = []
-        self._collective.exchange(lambda: built.append(build()))
-        objective, source = built[0]
-        self._share_buffers(objective)
-        if self._localization is None:
-            self._localization = default_localization(objective.anchor)
-        settings = dataclasses.replace(
-            settings,
-            localization=self._localization,
-            method=self._method,
-            second_moment=self._moments(trainer, objective),
-        )
-        memory: Optional[ChainMemory] = self._memory
-        if _is_smoke_test(trainer):
+        def open_anew() -> tuple[Objective, MinibatchSource]:
+            # the objects stay here: only the word that it worked is exchanged
+            built: list[tuple[Objective, MinibatchSource]] = []
+            self._collective.exchange(lambda: built.append(build()))
+            objective, source = built[0]
+            self._source = source = share_batches(source, self._collective)
+            self._share_buffers(objective)
+            return objective, source
+
+        objective, source = open_anew()
+        settings = dataclasses.replace(settings, second_moment=self._moments(trainer, objective))
+        smoke_test = _is_smoke_test(trainer)
+        if smoke_test:
             settings = dataclasses.replace(
                 settings, num_chains=1, num_draws=4, num_burnin_steps=2, num_steps_bw_draws=1, sampler=SMOKE_SAMPLER
             )
-            memory = None
+        estimate: Optional[Estimate] = None
         influence: Optional[InfluenceEstimate] = None
         influence_error = ""
-        estimate: Optional[Estimate] = None
         if self._samples.wanted and not self._samples.failed:
             probes: list[ProbeSet] = []
             try:
                 self._collective.exchange(
                     lambda: probes.append(self._samples.read(trainer, source, self._transfer(trainer)))
                 )
-                estimate, influence = measure_both(
-                    objective, source, settings, probes[0], self._collective, progress, memory
+                estimate, influence = self._course.measure(
+                    objective, source, settings, probes[0], self._collective, progress, smoke_test
                 )
             except Exception as error:
-                if self._on_failure == "raise" or _is_smoke_test(trainer):
+                if self._on_failure == "raise" or smoke_test:
                     raise
                 # work that failed on one rank failed on all of them, so that all of them come here. What is not the
                 # samples' fault fails again below, and is then said as any failure is
                 influence_error = f"{type(error).__name__}: {error}"
                 self._source = None
-                self._collective.exchange(lambda: built.append(build()))
-                objective, source = built[-1]
-                self._share_buffers(objective)
+                objective, source = open_anew()
         if estimate is None:
-            estimate = measure_llc(objective, source, settings, self._collective, progress, memory)
+            estimate, _ = self._course.measure(
+                objective, source, settings, None, self._collective, progress, smoke_test
+            )
             if influence_error:
                 self._samples.failed = True
                 rank_zero_warn(
@@ -617,11 +652,11 @@ class SLTMonitor(Callback):
                     f"all the same. {influence_error}"
                 )
         self._hook_owner = None
-        if not self._warm_start:
-            self._memory = ChainMemory(lr=self._memory.lr)
-        if estimate.method == "sequential":
-            # it always works, so it stays: another path rounds otherwise, and points would not share their noise
-            self._method = "sequential"
+        self._say_how(estimate, influence)
+        return estimate, influence
+
+    def _say_how(self, estimate: Estimate, influence: Optional[InfluenceEstimate]) -> None:
+        """What there is to be said of the first firing, and of the first samples that were left out."""
         if not self._said_method:
             self._said_method = True
             rank_zero_info(
@@ -639,7 +674,6 @@ class SLTMonitor(Callback):
             self._said_dropped = True
             named = ", ".join(f"{d.kind} {d.index} ({d.reason})" for d in influence.dropped[:5])
             rank_zero_warn(f"SLTMonitor: {len(influence.dropped)} samples are left out of influence: {named}")
-        return estimate, influence
 
     def _transfer(self, trainer: Trainer) -> Callable[[Any], Any]:
         """What the trainer does to a batch, with the hooks of the private copy there is when it is read."""
@@ -648,15 +682,24 @@ class SLTMonitor(Callback):
     def _moments(self, trainer: Trainer, objective: Objective) -> Optional[Tensor]:
         """``[d]`` second moments of the optimisers, the first rank's, for a sampler that wants them and starts cold."""
         sampler = self._settings.sampler
-        if sampler is None or not sampler.preconditioned or self._memory.displacements is not None:
+        if sampler is None or not sampler.preconditioned or self._course.memory.displacements is not None:
             return None
-        first, module = self._collective.rank == 0, trainer.lightning_module
+        module = trainer.lightning_module
+        if objective.layout.sharded:
+            own = second_moments(trainer.optimizers, module, objective.names)
+            # some shards' moments without those of the others are of no use
+            found = torch.tensor([0.0 if own is not None else math.nan])
+            return own if objective.layout.all_finite(found) else None
+        first = self._collective.rank == 0
         return self._collective.exchange(
-            lambda: second_moments(trainer.optimizers, module, objective) if first else None
+            lambda: second_moments(trainer.optimizers, module, objective.names) if first else None
         )[0]
 
     def _share_buffers(self, objective: Objective) -> None:
         """The first rank's buffers for all: BatchNorm statistics differ between ranks, and a chain must not."""
+        if isinstance(objective, ShardedObjective):
+            objective.settle()
+            return
         buffers = list(objective.module.buffers())
         if self._collective.world_size == 1 or objective.borrowed or not buffers:
             return
@@ -665,9 +708,150 @@ class SLTMonitor(Callback):
         for buffer, value in zip(buffers, told or [], strict=True):
             buffer.copy_(value)
 
+    # --- beside training ------------------------------------------------------------------------------------------
+
+    @property
+    def measures_later(self) -> bool:
+        """Whether estimates come after training has gone on from their weights."""
+        return self._beside is not None
+
+    def _open_background(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the workers, and find again what was out when the run broke off."""
+        beside, data, course = self._beside, self._data, self._course
+        if beside is None or data is None or _is_smoke_test(trainer):
+            return
+        beside.open(
+            trainer,
+            pl_module,
+            self.folder,
+            data,
+            self._loss_fn,
+            self._restrict,
+            self._settings,
+            _loss_context(trainer) is not None,
+            course.state_dict,
+            course.warm_start,
+        )
+        known = {} if self.folder is None else recorded(self.folder, beside.awaited)
+        # what reached the record after the checkpoint is known, and not published a second time
+        for step, (estimate, influence) in known.items():
+            self.estimates.append(estimate)
+            if influence is not None:
+                self.influences.append(influence)
+            left = beside.left_by(step)
+            if left is not None:
+                course.load_state_dict(left)
+        late, lost = beside.recover(known)
+        warn_of_lost(lost)
+        for result in late:
+            self._take_late(trainer, pl_module, result)
+
+    def _send(
+        self, trainer: Trainer, pl_module: LightningModule, step: int, x: int, decision: Optional[Decision]
+    ) -> None:
+        """Have the weights as they are measured beside training; leave it out where the queue is full."""
+        beside, data = self._beside, self._data
+        assert beside is not None and data is not None
+        begin = time.monotonic()
+        with FiringProgress(trainer, f"{self._prefix} at step {step}, waiting for the background") as progress:
+            for late in beside.make_room(progress):
+                self._take_late(trainer, pl_module, late)
+        if beside.broken is not None:
+            return
+        if beside.full:
+            self._skipped += 1
+            if not self._said_full:
+                self._said_full = True
+                rank_zero_warn(f"SLTMonitor: the firing at step {step} is left out, since {beside.full_text()}")
+            return
+        notes: dict[str, Any] = {"step": step, "x": x, "epoch": trainer.current_epoch}
+        if decision is not None:
+            notes |= {
+                "firing_size": decision.size,
+                "credit_seconds": decision.credit_seconds,
+                "predicted_seconds": decision.predicted_seconds,
+            }
+        if decision is not None or self._skipped:
+            notes["skipped"] = self._skipped
+        try:
+            with preserve_rng():
+                probes = self._probes_of(trainer, pl_module) if self._samples.wanted else None
+                settings = dataclasses.replace(self._settings, second_moment=self._moments_now(trainer, pl_module))
+                beside.send(trainer, pl_module, self._restrict, settings, data, probes, notes)
+        except Exception as error:
+            if self._on_failure == "raise":
+                raise
+            _warn_of_failure(step, f"{type(error).__name__}: {error}")
+            self._account(begin, failed=True)
+            return
+        finally:
+            self._hook_owner = None
+        self._skipped = 0
+        for listener in self._listeners:
+            listener.on_snapshot(trainer, pl_module, step)
+        self._account(begin)
+
+    def _probes_of(self, trainer: Trainer, pl_module: LightningModule) -> ProbeSet:
+        """The samples to look at, read at the first firing."""
+        assert self._data is not None
+        if self._source is None or self._data.replays:
+            self._hook_owner = shadow_copy(pl_module)
+            self._source = self._data.source(self._transfer(trainer))
+        return self._samples.read(trainer, self._source, self._transfer(trainer))
+
+    def _moments_now(self, trainer: Trainer, pl_module: LightningModule) -> Optional[Tensor]:
+        """Second moments for a worker, which alone knows whether its chains start cold."""
+        sampler = self._settings.sampler
+        if sampler is None or not sampler.preconditioned:
+            return None
+        return second_moments(trainer.optimizers, pl_module, select_parameters(pl_module, self._restrict))
+
+    def _collect(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up what has come back."""
+        if self._beside is not None:
+            for late in self._beside.take():
+                self._take_late(trainer, pl_module, late)
+
+    def _take_late(self, trainer: Trainer, pl_module: LightningModule, late: Late) -> None:
+        if self._budget is not None and self._earned_until is not None:
+            self._earn()
+        begin = time.monotonic()
+        result = late.result
+        if result.course is not None:
+            self._course.load_state_dict(result.course)
+        if result.estimate is None:
+            if self._on_failure == "raise":
+                raise RuntimeError(f"the measurement at step {result.step} failed in the background: {result.error}")
+            _warn_of_failure(result.step, str(result.error))
+            return
+        with preserve_rng():
+            self._say_how(result.estimate, result.influence)
+            self._take_up(trainer, pl_module, result.estimate.replace(**late.notes), result.influence, begin)
+        seconds = time.monotonic() - begin
+        self._seconds += seconds
+        if self._budget is not None and self._earned_until is not None:
+            self._budget.charge(seconds)
+            self._earned_until = begin + seconds
+
+    def _await_the_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """At the end of fit: what is still out, within the limit."""
+        beside = self._beside
+        if beside is None or not beside.pending:
+            return
+        label = f"{self._prefix}: waiting for the results of {len(beside.pending)} snapshots"
+        with FiringProgress(trainer, label) as progress:
+            for late in beside.await_all(progress):
+                self._take_late(trainer, pl_module, late)
+        if beside.pending:
+            rank_zero_warn(
+                f"SLTMonitor: the results of steps {beside.pending} did not come within max_wait={beside.max_wait:g} s "
+                "of the end of fit, and are left out."
+            )
+
     # --- after training -------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._await_the_last(trainer, pl_module)
         self._finish(trainer, "finished")
         tried = self.estimates or self._seconds > 0
         if self._budget is not None and self._skipped and not tried and math.isfinite(self._budget.predicted_seconds):
@@ -684,12 +868,15 @@ class SLTMonitor(Callback):
         )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._beside is not None:
+            self._beside.close()  # what is out stays on disk, for a resume
         self._finish(trainer, "failed")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._beside is not None:
+            self._beside.close()
         self._source, self._data, self._hook_owner = None, None, None
-        if isinstance(self._collective, Ranks):
-            self._collective.close()
+        close_collective(self._collective)
         self._collective = Alone()
 
     def _finish(self, trainer: Trainer, status: str) -> None:
@@ -702,6 +889,8 @@ class SLTMonitor(Callback):
         publisher, self._publisher = self._publisher, None
         if publisher is None:
             return
+        if self._beside is not None:
+            self._beside.close(finished=status == "finished")
         if self.influences:
             publisher.finish_influence(self.influences)
         transitions: list[Transition] = []
@@ -724,29 +913,31 @@ class SLTMonitor(Callback):
             "estimates": [estimate.state_dict() for estimate in self.estimates],
             "influences": [influence.without_pairs().state_dict() for influence in self.influences],
             "last_step": self._last_step,
-            "localization": self._localization,
-            "memory": self._memory.state_dict(),
+            **self._course.state_dict(),
             "seconds": self._seconds,
             "run_seconds": run_seconds,
             "folder": str(self.folder) if self.folder is not None else None,
-            "method": self._method,
             "budget": self._budget.state_dict() if self._budget is not None else None,
             "skipped": self._skipped,
+            "pending": self._beside.state_dict() if self._beside is not None else [],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.estimates = [Estimate.from_state_dict(state) for state in state_dict["estimates"]]
         self.influences = [InfluenceEstimate.from_state_dict(state) for state in state_dict.get("influences", [])]
         self._last_step = int(state_dict["last_step"])
-        if self._settings.localization is None:
-            self._localization = state_dict["localization"]
-        self._memory.load_state_dict(state_dict["memory"])
+        self._course.load_state_dict(state_dict)
+        if self._settings.localization is not None:
+            self._course.localization = self._settings.localization
         self._seconds = float(state_dict["seconds"])
         self._run_seconds = float(state_dict["run_seconds"])
         folder = state_dict.get("folder")
         self._resumed_folder = Path(folder) if folder else None
-        self._method = state_dict.get("method", self._method)
         self._skipped = int(state_dict.get("skipped", 0))
+        if self._beside is not None:
+            self._beside.load_state_dict(state_dict.get("pending", []))
+        else:
+            warn_of_lost([int(notes["step"]) for notes in state_dict.get("pending", [])])
         if self._budget is not None and state_dict.get("budget") is not None:
             self._budget.load_state_dict(state_dict["budget"])
 
@@ -757,6 +948,10 @@ class SLTMonitor(Callback):
         state["_earned_until"] = None
         state["_listeners"] = []  # they come again in their own setup
         return state
+
+
+def _warn_of_failure(step: int, reason: str) -> None:
+    rank_zero_warn(f"SLTMonitor: the measurement at step {step} failed and is left out; training goes on. {reason}")
 
 
 def _is_smoke_test(trainer: Trainer) -> bool:
@@ -777,16 +972,16 @@ def _loss_context(trainer: Trainer) -> Optional[Callable[[], AbstractContextMana
 
 
 def second_moments(
-    optimizers: Sequence[torch.optim.Optimizer], module: nn.Module, objective: Objective
+    optimizers: Sequence[torch.optim.Optimizer], module: nn.Module, names: Sequence[str]
 ) -> Optional[Tensor]:
     """``[d]`` of what an Adam keeps of the squared gradients of the weights that move; None where some have none."""
     parameters, pieces = dict(module.named_parameters()), []
-    for name in objective.names:
+    for name in names:
         states = [o.state[parameters[name]] for o in optimizers if parameters.get(name) in o.state]
         moment = states[0].get("exp_avg_sq") if states else None
         if not isinstance(moment, Tensor) or moment.shape != parameters[name].shape:
             return None
-        pieces.append(moment.detach().flatten().to("cpu", torch.float32))
+        pieces.append(local_of(moment.detach()).flatten().to("cpu", torch.float32))
     return torch.cat(pieces)
 
 
@@ -820,14 +1015,6 @@ def _listed(restrict: Any) -> list[Any]:
     if restrict is None:
         return []
     return [restrict] if isinstance(restrict, (str, nn.Module)) else list(restrict)
-
-
-def _fresh(folder: Path) -> Path:
-    """A folder that no earlier run has its record in."""
-    candidate, number = folder, 1
-    while RunRecord(candidate).path.exists():
-        candidate, number = folder.with_name(f"{folder.name}_run{number}"), number + 1
-    return candidate
 
 
 __all__ = ["SLTMonitor"]

@@ -141,6 +141,10 @@ class OverheadBudget:
         self._costs.append((seconds, size))
         self._debit(seconds)
 
+    def charge(self, seconds: float) -> None:
+        """Measuring took so long beside a firing: what it found was taken up later."""
+        self._credit -= seconds
+
     def fail(self, seconds: float) -> None:
         """A firing took so long and came to nothing.
 

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_slt.callbacks.boundaries import LearningRateWatch
+from lightning_slt.callbacks.distribution import weights_to_keep
 from lightning_slt.callbacks.monitor import SLTMonitor
 from lightning_slt.callbacks.snapshots import SnapshotRing
 from lightning_slt.callbacks.what_changed import moved_components, moved_samples, with_phases
@@ -233,7 +234,8 @@ class TransitionMonitor(Callback):
         publisher: Optional[RunPublisher],
     ) -> None:
         """See :class:`~lightning_slt.callbacks.listener.EstimateListener`."""
-        self._snapshot(trainer, pl_module, estimate)
+        if not monitor.measures_later and estimate.step is not None:
+            self.on_snapshot(trainer, pl_module, estimate.step)
         new: list[Transition] = []
         changed: dict[int, Transition] = {}
         # more than one where a run is resumed with this callback added: the curve before counts
@@ -308,15 +310,19 @@ class TransitionMonitor(Callback):
 
     # --- weights --------------------------------------------------------------------------------------------------
 
-    def _snapshot(self, trainer: Trainer, pl_module: LightningModule, estimate: Estimate) -> None:
+    def on_snapshot(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        """See :class:`~lightning_slt.callbacks.listener.EstimateListener`."""
         smoke = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        if not self._pin or smoke or not trainer.is_global_zero or estimate.step is None:
+        if not self._pin or smoke:
             return
         try:
+            weights = weights_to_keep(trainer, pl_module)
+            if not trainer.is_global_zero:
+                return
             if self._ring is None:
                 self._ring = self._open_ring()
             if self._ring is not None:
-                self._ring.add(pl_module.state_dict(), estimate.step, trainer.current_epoch)
+                self._ring.add(weights, step, trainer.current_epoch)
         except Exception as error:
             self._warn_of_snapshots(error)
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Optional
 
-COMMANDS: tuple[str, ...] = ("config",)
+COMMANDS: tuple[str, ...] = ("config", "publish", "report", "show")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -10,6 +10,8 @@
 ``figures/free_energy_step_*``  the free energies of the two phases of a transition, by the step it became known at
 ``tables/transitions_step_*``   all transitions so far, whenever something became known; ``transitions.json`` has more
 ``samples/*.png``, ``*.txt``    what those samples look like, each once
+``report.html``                 all of it as one page, at the end of a run that no wandb server has
+                                (:mod:`lightning_slt.publish.html`)
 ==============================  =======================================================================================
 """
 

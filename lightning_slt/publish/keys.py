@@ -58,6 +58,28 @@ TRANSITION_METRIC_NAMES: tuple[str, ...] = (
 
 ALL_METRIC_NAMES: tuple[str, ...] = METRIC_NAMES + INFLUENCE_METRIC_NAMES + TRANSITION_METRIC_NAMES
 
+TABLE_NAMES: tuple[str, ...] = (
+    "history",
+    "curve",
+    "chains",
+    "transitions",
+    "influence_top",
+    "influence_pairs",
+    "samples",
+)
+"""Every table under ``{prefix}/tables/`` of a wandb run."""
+
+MEDIA_NAMES: tuple[str, ...] = (
+    "history",
+    "chains",
+    "influence",
+    "suspects",
+    "trajectories",
+    "free_energy",
+    "samples",
+)
+"""Every picture under ``{prefix}/media/`` of a wandb run."""
+
 STATUSES: tuple[str, ...] = ("running", "finished", "failed")
 """What ``{prefix}/status`` can say."""
 

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from matplotlib.figure import Figure
 
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
+from lightning_slt.publish.chart_rows import CURVE_COLUMNS, curve_rows
 from lightning_slt.publish.charts import chains_figure, history_figure, pixels
 from lightning_slt.publish.csv_logger import CSVSink
 from lightning_slt.publish.files import FilesSink
@@ -25,7 +26,7 @@ from lightning_slt.publish.tensorboard import TensorBoardSink
 from lightning_slt.publish.transition_charts import free_energy_figure
 from lightning_slt.publish.transition_tables import TRANSITION_COLUMNS, transition_rows
 from lightning_slt.publish.wandb_logger import WandbSink
-from lightning_slt.record import Estimate, RunRecord
+from lightning_slt.record import RECORD_FILE, Estimate, RunRecord
 from lightning_slt.transition_record import TransitionLog, TransitionReport
 from lightning_slt.transitions import Transition
 
@@ -41,6 +42,24 @@ def _drawn(draw: Callable[..., Optional[Figure]], *args: Any) -> Optional[Figure
     if figure is not None:
         pixels(figure)
     return figure
+
+
+def is_online(sink: Sink) -> bool:
+    """Whether results are seen on a wandb server as they come; any other place is read on this machine."""
+    if not isinstance(sink, WandbSink):
+        return False
+    try:
+        run = sink.logger.experiment
+        return not (getattr(run, "disabled", False) or getattr(run, "offline", False))
+    except Exception:  # a logger that cannot say is none to rely on
+        return False
+
+
+def _write_report(folder: Path) -> None:
+    # late: its parts are read from disk, and a run that is watched on a server never needs them
+    from lightning_slt.publish.html import write_report
+
+    write_report(folder)
 
 
 def sink_for(logger: Any, prefix: str = "slt", has_folder: bool = False) -> Sink:
@@ -290,8 +309,24 @@ class RunPublisher:
         figure: Optional[Figure] = None
         if self._sinks and estimates:
             figure = self._guard(-3, "the picture of the history", partial(history_figure, estimates, transitions))
+            self._curve(estimates, transitions)
         for i, (name, sink) in enumerate(self._sinks):
             self._guard(i, name, partial(sink.finish, estimates, status, figure))
+        if self.record is None or not (self.record.folder / RECORD_FILE).exists():
+            return  # no folder, or one that could not be written, as has been said
+        if not any(is_online(sink) for _, sink in self._sinks):
+            self._guard(-13, "the report", partial(_write_report, self.record.folder))
+
+    def _curve(self, estimates: Sequence[Estimate], transitions: Sequence[Transition]) -> None:
+        """The curve with its transitions as rows: what wandb's custom chart of it draws."""
+        sinks = [(i, name, sink) for i, (name, sink) in enumerate(self._sinks) if isinstance(sink, WandbSink)]
+        if not sinks:
+            return
+        rows = self._guard(-12, "the rows of the curve", partial(curve_rows, estimates, transitions))
+        x = x_of(estimates[-1])
+        for i, name, sink in sinks if rows else ():
+            page = Page(tables={"curve": Table(CURVE_COLUMNS, rows)}, step=estimates[-1].step)
+            self._guard(i, name, partial(sink.page, page, x if x is not None else self._num_estimates))
 
     def _guard(self, place: int, name: str, call: Callable[[], Any]) -> Any:
         """Call it; warn at the first failure of this place and return None."""

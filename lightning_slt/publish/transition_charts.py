@@ -34,10 +34,10 @@ def free_energy_figure(report: TransitionReport) -> Optional[Figure]:
     for place, (verdict, title) in enumerate(verdicts):
         axes = figure.add_subplot(grid[place])
         _style(axes, True)
-        n = _range(verdict, report.num_samples)
+        n = free_energy_range(verdict, report.num_samples)
         low = min(before.loss, after.loss)
         for phase, name, colour in ((before, "before", _MUTED), (after, "after", _GOOD)):
-            axes.plot(n, _free_energy(phase, n, verdict.beta, low), color=colour, lw=2, label=f"phase {name}")
+            axes.plot(n, free_energy_line(phase, n, verdict.beta, low), color=colour, lw=2, label=f"phase {name}")
         axes.set_xscale("log")
         axes.set_xlim(n[0], n[-1])
         axes.axvline(report.num_samples, color=_TEXT, ls=":", lw=1.3, label=f"n = {report.num_samples:,}")
@@ -46,7 +46,7 @@ def free_energy_figure(report: TransitionReport) -> Optional[Figure]:
             axes.axvspan(max(verdict.critical_n_low or n[0], n[0]), min(high, n[-1]), color=_BAD, alpha=0.1, lw=0)
             axes.axvline(verdict.critical_n, color=_BAD, lw=1.3, label=f"critical n = {size_text(verdict.critical_n)}")
             crossing = np.array([verdict.critical_n])
-            top = float(_free_energy(before, crossing, verdict.beta, low)[0])
+            top = float(free_energy_line(before, crossing, verdict.beta, low)[0])
             if top > 0:
                 axes.set_ylim(0, 3 * top)
         axes.set(xlabel="samples n", ylabel="free energy, common part left out" if place == 0 else "")
@@ -65,7 +65,7 @@ def _said(verdict: Verdict) -> str:
     return "undecided" if verdict.preferred == "undecided" else f"prefers the phase {verdict.preferred}"
 
 
-def _range(verdict: Verdict, num_samples: int) -> np.ndarray:
+def free_energy_range(verdict: Verdict, num_samples: int) -> np.ndarray:
     """From a tenth of the smallest number of samples that matters to ten times the largest."""
     places = [float(num_samples)]
     # a critical n many orders of magnitude away would leave nothing of the present to be seen
@@ -75,9 +75,9 @@ def _range(verdict: Verdict, num_samples: int) -> np.ndarray:
     return np.geomspace(first, max(10 * max(places), 10 * first), 200)
 
 
-def _free_energy(phase: Phase, n: np.ndarray, beta: float, low: float) -> np.ndarray:
+def free_energy_line(phase: Phase, n: np.ndarray, beta: float, low: float) -> np.ndarray:
     size = n * beta
     return size * (phase.loss - low) + phase.llc * np.log(size)
 
 
-__all__ = ["free_energy_figure"]
+__all__ = ["free_energy_figure", "free_energy_line", "free_energy_range"]

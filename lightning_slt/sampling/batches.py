@@ -13,6 +13,7 @@ import multiprocessing
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from functools import partial
 from typing import Any, Optional
 
@@ -89,20 +90,30 @@ class Window:
     @property
     def stackable(self) -> bool:
         """Whether every batch has the same structure and shapes, so that several chains can be computed at once."""
+        return not self.unlike
+
+    @property
+    def unlike(self) -> str:
+        """Why the batches cannot be stacked; empty where they can."""
         first, spec = tree_flatten(self.batches[0])
+        closed = [leaf for leaf in first if not isinstance(leaf, Tensor) and num_bytes(leaf)]
+        if closed:
+            name = type(closed[0]).__name__
+            remedy = f"; torch.export.register_dataclass({name}) shows them" if is_dataclass(closed[0]) else ""
+            return f"the batches hold a {name}, whose tensors torch does not find{remedy}"
         for batch in self.batches[1:]:
             leaves, other = tree_flatten(batch)
             if other != spec:
-                return False
+                return "the batches differ in structure"
             for a, b in zip(first, leaves, strict=True):
                 if isinstance(a, Tensor) != isinstance(b, Tensor):
-                    return False
+                    return "the batches differ in structure"
                 if isinstance(a, Tensor):
                     if a.shape != b.shape or a.dtype != b.dtype:
-                        return False
+                        return "the batches differ in shape"
                 elif a is not b and (type(a) is not type(b) or not isinstance(a, _PLAIN) or a != b):
-                    return False
-        return any(isinstance(leaf, Tensor) for leaf in first)
+                    return "the batches hold other values beside their tensors"
+        return "" if any(isinstance(leaf, Tensor) for leaf in first) else "the batches hold no tensor"
 
     def gather(self, indices: Tensor) -> tuple[Any, Any]:
         """The batches of ``indices`` stacked along a new first dimension, and the ``in_dims`` of :func:`torch.vmap`."""

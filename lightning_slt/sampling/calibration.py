@@ -47,9 +47,10 @@ from lightning_slt.sampling.batches import Window
 from lightning_slt.sampling.chains import STATS_EVERY, Chains, Segment
 from lightning_slt.sampling.engines import sequential_engine
 from lightning_slt.sampling.memory import ChainMemory
+from lightning_slt.sampling.noise import normal_stream
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged, heat_of, transient, virial_ratio
-from lightning_slt.sampling.rng import PROBE, generator
+from lightning_slt.sampling.rng import PROBE
 
 HEAT = 0.08
 """Share of the estimate that a finite step may add through its discretisation, which is then taken off."""
@@ -173,7 +174,7 @@ def first_step(
         buffers: ``[1, d]`` for weights and ``[1, d]`` for gradients, written to; None to allocate them.
     """
     engine = sequential_engine(objective)
-    gen = generator(seed, PROBE, device=objective.device)
+    gen = normal_stream(seed, PROBE, device=objective.device, dtype=objective.dtype)
     anchor = objective.anchor
     weights, grad = buffers if buffers is not None else (torch.empty_like(anchor[None]), torch.empty_like(anchor[None]))
     batches = [window[i] for i in list(window.anchor_loss)[:3]]
@@ -183,9 +184,11 @@ def first_step(
         for batch in batches:
             engine.step(batch, keep=True)
 
-    direction = torch.empty_like(anchor).normal_(generator=gen)
-    direction /= direction.norm()
-    scale = float(anchor.norm()) + 1.0
+    layout = objective.layout
+    direction = torch.empty_like(anchor)
+    layout.normal_(direction, gen)
+    direction /= layout.norm(direction)
+    scale = layout.norm(anchor) + 1.0
     curvature = 0.0
     engine.bind(weights, grad)
     try:
@@ -196,14 +199,14 @@ def first_step(
             grad.neg_()
             add_gradients(direction, radius)
             grad.div_(2 * radius * len(batches))
-            norm = float(grad.norm())
+            norm = layout.norm(grad[0])
             if not math.isfinite(norm):
                 direction *= 0.1  # outside the region where the loss is finite: look closer to w*
                 continue
             curvature = max(curvature * 0.5, norm)
             if norm == 0.0:
-                direction.normal_(generator=gen)
-                direction /= direction.norm()
+                layout.normal_(direction, gen)
+                direction /= layout.norm(direction)
             else:
                 torch.div(grad[0], norm, out=direction)
     finally:
@@ -234,7 +237,7 @@ def draw(chains: Chains, seed: int, budget: Budget, memory: ChainMemory | None =
         drawn, fits = _until_good(chains, start, budget, memory.generation)
     memory.lr = drawn.lr if budget.lr is None else None
     nbeta = chains.posterior.nbeta
-    if bool(diverged(drawn.segment, nbeta, len(chains.objective.anchor)).any()) or _is_downhill(drawn.segment, nbeta):
+    if bool(diverged(drawn.segment, nbeta, chains.layout.num_weights).any()) or _is_downhill(drawn.segment, nbeta):
         memory.forget()
     elif wanted and not (warm and fits):  # a call that nobody follows keeps no copy of its chains
         memory.keep(chains)
@@ -273,7 +276,7 @@ def _warm_start(chains: Chains, budget: Budget, memory: ChainMemory) -> _Start |
     if length is None:
         length = max(math.ceil(WARM_SHARE * budget.num_draws), STATS_EVERY)
     segment = chains.advance(length, step)
-    if length and bool(diverged(segment, chains.posterior.nbeta, len(chains.objective.anchor)).any()):
+    if length and bool(diverged(segment, chains.posterior.nbeta, chains.layout.num_weights).any()):
         chains.restart()
         return None
     settled = True
@@ -333,7 +336,7 @@ def _until_good(chains: Chains, start: _Start, budget: Budget, generation: int) 
     unit = budget.num_draws * (budget.num_steps_bw_draws or 1)
     longest = budget.num_draws * (budget.num_steps_bw_draws or budget.max_steps_bw_draws)
     step, done, pieces = start.step, start.done - sum(p.steps for p in start.head), list(start.head)
-    d, posterior = len(chains.objective.anchor), chains.posterior
+    d, posterior = chains.layout.num_weights, chains.posterior
     heats = chains.sampler.calibration == "heat"
     length, rounds, spent, steady = unit, 0, start.done, True
     while True:

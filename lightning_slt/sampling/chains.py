@@ -19,6 +19,8 @@ from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.sampling.batches import MinibatchSource, Window
 from lightning_slt.sampling.collective import Collective, own_chains
 from lightning_slt.sampling.engines import Choice, Engine, SequentialEngine, choose_engine
+from lightning_slt.sampling.layout import BLOCK
+from lightning_slt.sampling.noise import normal_stream
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import CHOICE, MINIBATCHES, NOISE, START, generator
 from lightning_slt.sampling.samplers import Sampler, SamplerState, empty_state
@@ -32,9 +34,6 @@ NOISE_EVERY = 24
 
 PROBED_BATCHES = 8
 """Minibatches whose loss is known before anything is tried on them."""
-
-BLOCK = {"cpu": 2**16, "cuda": 2**24}
-"""Weights that are moved together: their noise needs no buffer of the size of the model, and stays in the cache."""
 
 MAX_WAITING = 16
 MAX_WAITING_NUMBERS = 2**22
@@ -175,6 +174,7 @@ class Chains:
         progress: Progress | None = None,
     ) -> None:
         self.objective, self.source, self.posterior, self.sampler = objective, source, posterior, sampler
+        self.layout = objective.layout
         self.num_chains = num_chains
         self.collective = collective
         self.progress = progress or (lambda steps: None)
@@ -202,8 +202,9 @@ class Chains:
         width = max(1, min(self._engine.width, len(self.numbers)))
         self._grad = torch.zeros(width, d, device=device, dtype=dtype)
         block = min(d, BLOCK.get(device.type, d)) if self.sampler.elementwise else d
-        self._noise = torch.zeros(width, block, device=device, dtype=dtype)
-        self._blocks = [slice(start, min(start + block, d)) for start in range(0, d, block)]
+        # shards keep what is theirs of the noise of all the weights, so that it is drawn before any block is moved
+        self._noise = torch.zeros(width, d if self.layout.sharded else block, device=device, dtype=dtype)
+        self._blocks = self.layout.blocks(max(block, 1))
         self._moments: Tensor | None = None
         self._moments_count = 0
         self.reseed(0)
@@ -239,8 +240,10 @@ class Chains:
 
     def reseed(self, part: int) -> None:
         """Start the random numbers of every chain anew, those of part ``part`` of the run."""
-        device = self.objective.device
-        self._noise_streams = [generator(self._seed, k, NOISE, part, device=device) for k in self.numbers]
+        device, dtype, exact = self.objective.device, self.objective.dtype, self.sampler.full_batch
+        self._noise_streams = [
+            normal_stream(self._seed, k, NOISE, part, device=device, dtype=dtype, exact=exact) for k in self.numbers
+        ]
         self._batch_streams = [generator(self._seed, k, MINIBATCHES, part) for k in self.numbers]
         self._choice_streams = [generator(self._seed, k, CHOICE, part, device=device) for k in self.numbers]
 
@@ -274,7 +277,10 @@ class Chains:
     def precondition(self, second_moment: Tensor) -> None:
         """Give a sampler that wants one its preconditioner, from mean squared gradients ``[d]``."""
         if self.sampler.preconditioned:
-            self._state.preconditioner = self.sampler.preconditioner(second_moment.to(self.objective.anchor))  # type: ignore[attr-defined]
+            moment = second_moment.to(self.objective.anchor)
+            d = self.layout.num_weights
+            mean = {"mean": self.layout.total(moment) / d} if self.layout.sharded else {}
+            self._state.preconditioner = self.sampler.preconditioner(moment, **mean)  # type: ignore[attr-defined]
 
     def fix_preconditioner(self, preconditioner: Tensor | None) -> None:
         """Use this one, ``[d]``, from now on."""
@@ -291,10 +297,12 @@ class Chains:
             return
         if self._moments is not None:
             own = (self._moments.cpu(), self._moments_count)
-            told = [(total, count) for total, count in self.collective.exchange(lambda: own) if count]
+            # every shard has seen all the chains, and its moments are nobody else's
+            every = [own] if self.layout.sharded else self.collective.exchange(lambda: own)
+            told = [(total, count) for total, count in every if count]
             if told:
                 mean = torch.stack([total for total, _ in told]).sum(dim=0) / sum(count for _, count in told)
-                if bool(torch.isfinite(mean).all()):
+                if self.layout.all_finite(mean):
                     self.precondition(mean)
         self._moments = torch.zeros_like(self.objective.anchor) if keep_learning else None
         self._moments_count = 0
@@ -434,8 +442,8 @@ class Chains:
         streams, choices = self._noise_streams[rows], self._choice_streams[rows]
         engine = self._engine
         engine.bind(weights, grad)
-        blocks = [self._block(block, rows, weights, grad, noise) for block in self._blocks]
-        state = blocks[0][-1]
+        blocks = [self._block(block, share, rows, weights, grad, noise) for block, share in self._blocks]
+        state = blocks[0][4]
         decides = self.sampler.full_batch
         alone = isinstance(engine, SequentialEngine)
         numbers = indices[0].tolist() if alone else []
@@ -449,7 +457,7 @@ class Chains:
             try:
                 loss = engine.step(window[numbers[t]]) if alone else engine(window, indices[:, t])  # type: ignore[attr-defined]
             except (ValueError, RuntimeError):
-                if torch.isfinite(weights).all():
+                if self.layout.all_finite(weights):
                     raise
                 # some losses raise on non-finite input: the chain has diverged, which is not the module's fault
                 losses += [torch.full_like(loss, torch.nan) for _ in range(t, steps)] if t else []
@@ -457,7 +465,7 @@ class Chains:
             with torch.no_grad():
                 if t % STATS_EVERY == 0:
                     readings += self._read(blocks, state)
-                    if self._moments is not None and bool(torch.isfinite(grad).all()):
+                    if self._moments is not None and self.layout.all_finite(grad):
                         for row in grad:
                             self._moments.addcmul_(row, row)
                         self._moments_count += count
@@ -467,7 +475,7 @@ class Chains:
                 try:
                     engine(window, indices[:, t - NOISE_EVERY // 2], keep=True)
                 except (ValueError, RuntimeError):
-                    if torch.isfinite(weights).all():
+                    if self.layout.all_finite(weights):
                         raise
                 with torch.no_grad():
                     # xi.xi of one is 2 g.g - (g + g').(g + g')/2, on average: g and g' share their mean alone
@@ -484,9 +492,12 @@ class Chains:
                 if decides:
                     state.loss = loss.reshape(count)
                     state.uniform = torch.stack([torch.rand((), generator=g, device=loss.device) for g in choices])
-                for moved, fixed, slope, random, inner in blocks:
-                    for k, stream in enumerate(streams):
-                        random[k].normal_(generator=stream)
+                if self.layout.sharded:
+                    self.layout.normal_(noise[0], streams[0])
+                for moved, fixed, slope, random, inner, _ in blocks:
+                    if not self.layout.sharded:
+                        for k, stream in enumerate(streams):
+                            stream.fill_(random[k])
                     update(moved, fixed, slope, random, lr, posterior, inner)
                 if decides:
                     loss = state.loss  # type: ignore[assignment]
@@ -500,10 +511,11 @@ class Chains:
         number, kinds = len(range(0, steps, STATS_EVERY)), 3 if state.preconditioner is None else 5
         read = torch.full((kinds, count, number), torch.nan, dtype=torch.float64)
         if readings:
-            got = torch.stack(readings).reshape(-1, kinds, count).permute(1, 2, 0).double().cpu()
+            stacked = self.layout.sum(torch.stack(readings))
+            got = stacked.reshape(-1, kinds, count).permute(1, 2, 0).double().cpu()
             read[:, :, : got.shape[2]] = got
         if noises is not None and noise_squares:
-            noises[:, : len(noise_squares)] = torch.stack(noise_squares, dim=1).double().cpu()
+            noises[:, : len(noise_squares)] = self.layout.sum(torch.stack(noise_squares, dim=1)).double().cpu()
         self._ask(waiting, seen)
         return table, read, self._pad_read(seen, len(range(0, steps, self.read_every)), weights)
 
@@ -511,9 +523,9 @@ class Chains:
     def _square_of(blocks: Sequence[_Block]) -> Tensor:
         """``[chains]``, ``grad.P grad``; the noise's memory is used on the way."""
         total: Tensor | None = None
-        for _, _, grad, scratch, inner in blocks:
+        for _, _, grad, scratch, inner, share in blocks:
             pulled = torch.mul(grad, inner.preconditioner, out=scratch) if inner.preconditioner is not None else grad
-            square = _dot(grad, pulled)
+            square = _dot(grad, pulled) if share == 1.0 else share * _dot(grad, pulled)
             total = square if total is None else total + square
         assert total is not None
         return total
@@ -546,7 +558,7 @@ class Chains:
             seen = [torch.full_like(self.reader(weights, weights).float().cpu(), torch.nan)]
         return torch.stack(seen + [torch.full_like(seen[0], torch.nan)] * (count - len(seen)), dim=1)
 
-    def _block(self, block: slice, rows: slice, weights: Tensor, grad: Tensor, noise: Tensor) -> _Block:
+    def _block(self, block: slice, share: float, rows: slice, weights: Tensor, grad: Tensor, noise: Tensor) -> _Block:
         """Views of one block of the weights of a chunk of chains; rows of the sampler's own tensors with it."""
         p = self._state.preconditioner
         state = SamplerState(
@@ -556,13 +568,13 @@ class Chains:
             },
             p[block] if p is not None else None,
         )
-        width = block.stop - block.start
-        return weights[:, block], self.objective.anchor[block], grad[:, block], noise[:, :width], state
+        own = block if self.layout.sharded else slice(block.stop - block.start)
+        return weights[:, block], self.objective.anchor[block], grad[:, block], noise[:, own], state, share
 
     def _read(self, blocks: Sequence[_Block], state: SamplerState) -> list[Tensor]:
         """The three readings (five with a preconditioner), each ``[chains]``; the noise's memory is used on the way."""
         totals: list[Tensor] = []
-        for weights, anchor, grad, scratch, inner in blocks:
+        for weights, anchor, grad, scratch, inner, share in blocks:
             at, slope = weights, grad
             if "accepted_weights" in state.tensors:  # the weights are a proposal that may be rejected
                 at, slope = state.tensors["accepted_weights"], state.tensors["accepted_grad"]
@@ -576,6 +588,8 @@ class Chains:
                 pulled = scratch * p
                 got = [_dot(slope, slope * p), _dot(slope, scratch), _dot(scratch, scratch)]
                 got += [_dot(slope, pulled), _dot(scratch, pulled)]
+            if share != 1.0:
+                got = [share * value for value in got]
             totals = got if not totals else [total + more for total, more in zip(totals, got, strict=True)]
         return totals
 
@@ -585,8 +599,9 @@ def _noise_steps(steps: int) -> range:
     return range(NOISE_EVERY // 2, steps, NOISE_EVERY)
 
 
-_Block = tuple[Tensor, Tensor, Tensor, Tensor, SamplerState]
-"""Weights, anchor, gradient, scratch for noise, and the sampler's state, of one block of a chunk of chains."""
+_Block = tuple[Tensor, Tensor, Tensor, Tensor, SamplerState, float]
+"""Weights, anchor, gradient, scratch for noise, the sampler's state and the share in sums, of one block of a chunk of
+chains."""
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

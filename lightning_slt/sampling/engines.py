@@ -19,12 +19,14 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_slt.sampling.batches import Window
 from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.sharded import ShardedObjective
 
 ACTIVATION_BUDGET = 2**30
 """Bytes of activations that the chains of one chunk may hold together on the CPU."""
 COMPUTE_BOUND = 0.004
 """Seconds of a step on the CPU above which products, not calls, take the time: batching is not tried."""
 PROBED_AT_MOST = 8
+TIMED_STEPS = 8
 BATCHED_GAIN = 1.25
 """How much faster the batched path must be to be kept: near ties go to the path that always works."""
 
@@ -84,9 +86,13 @@ class SequentialEngine(Engine):
         """Loss of one batch at the bound weights, its gradient left in the bound buffer (added to it: ``keep``)."""
         assert self._grad is not None
         self._load()
+        differentiates = self._objective.differentiates
+        before = self._grad.clone() if keep and differentiates else None
+        loss = self._objective.loss(batch)
         if not keep:
             self._grad.zero_()
-        loss = self._objective.loss(batch)
+        if differentiates:
+            self._clear(before)
         loss.backward()
         if self._rounds:
             pairs = [
@@ -104,6 +110,15 @@ class SequentialEngine(Engine):
                 torch._foreach_copy_(self._home, self._masters)
             for parameter in self._parameters:
                 parameter.grad = None
+
+    def _clear(self, before: Tensor | None) -> None:
+        """Take away what a step that called ``backward()`` itself has left among the gradients."""
+        if self._rounds:
+            for parameter in self._parameters:
+                parameter.grad = None
+        elif before is not None:
+            assert self._grad is not None
+            self._grad.copy_(before)
 
     def release(self) -> None:
         for parameter, home in zip(self._parameters, self._home, strict=True):
@@ -231,7 +246,39 @@ class BatchedEngine(Engine):
         self._leaves, self._grad_pieces, self._grad = [], [], None
 
 
+class ShardedEngine(SequentialEngine):
+    """The sequential path for a module whose weights are spread over ranks: its shards move in place.
+
+    Every rank calls it at the same moment with its part of the same chain, and the same batch.
+    """
+
+    def __init__(self, objective: ShardedObjective) -> None:
+        self._shards = objective
+
+    def bind(self, weights: Tensor, grad: Tensor) -> None:
+        self._masters = self._shards.pieces(weights[0])
+        self._grad_pieces = self._shards.pieces(grad[0])
+
+    def step(self, batch: Any, keep: bool = False) -> Tensor:
+        shards = self._shards
+        shards.load(self._masters)
+        try:
+            loss = shards.loss(batch)
+            loss.backward()
+        except BaseException:
+            shards.break_off()
+            raise
+        shards.take_gradients(self._grad_pieces, keep)
+        return loss.detach()
+
+    def release(self) -> None:
+        self._shards.load(None)
+        self._masters, self._grad_pieces = [], []
+
+
 def sequential_engine(objective: Objective) -> SequentialEngine:
+    if isinstance(objective, ShardedObjective):
+        return ShardedEngine(objective)
     return BorrowedEngine(objective) if objective.borrowed else SequentialEngine(objective)
 
 
@@ -317,16 +364,18 @@ def choose_engine(objective: Objective, window: Window, num_chains: int, method:
     if method == "sequential":
         return Choice(sequential, "asked for")
     refusal = ""
-    if num_chains < 2:
+    if num_chains < 2 and not objective.layout.sharded:
         refusal = "there is one chain"
+    elif objective.layout.sharded:
+        refusal = "the weights are sharded, and all ranks work on one chain"
     elif objective.borrowed:
         refusal = "the module cannot be copied"
     elif objective.rounds:
         refusal = "half-precision weights are rounded from float32 masters"
     elif objective.writes:
         refusal = "the step writes to buffers or frozen weights, which are put back before every call"
-    elif not window.stackable:
-        refusal = "the batches differ in shape"
+    elif window.unlike:
+        refusal = window.unlike
     if refusal:
         if method == "batched":
             raise ValueError(f"method='batched' cannot be used: {refusal}.")
@@ -343,9 +392,6 @@ def choose_engine(objective: Objective, window: Window, num_chains: int, method:
             raise ValueError("method='batched' cannot be used: two chains do not fit the memory budget.")
         return Choice(sequential, "two chains do not fit the memory budget")
     probe = _Probe(objective, window, min(width, num_chains))
-    expected = probe.run(sequential)
-    time_sequential = probe.seconds(sequential)
-    sequential.release()
     reason = ""
     best: tuple[float, Engine] | None = None
     for through in ("backward", "grad"):
@@ -356,22 +402,24 @@ def choose_engine(objective: Objective, window: Window, num_chains: int, method:
             engine = BatchedEngine(objective, width, through)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = probe.run(engine)
-                difference = probe.difference(expected, found)
-                del found
+                losses = probe.run(engine)
+                difference = probe.difference(losses, sequential)
+                sequential.release()
                 if difference > probe.tolerance:
                     reason = reason or f"vmap gives other numbers (relative difference {difference:.1e})"
                     continue
-                seconds = probe.seconds(engine)
-            if best is None or seconds < best[0]:
-                best = seconds, engine
+                best = probe.seconds(engine), engine
+            # the second road is for modules that the first does not take: where both do, they are as fast
+            break
         except Exception as error:
             reason = reason or f"vmap fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if best is None:
         if method == "batched":
             raise ValueError(f"method='batched' cannot be used: {reason}.")
         return Choice(sequential, reason)
-    gain = time_sequential / best[0]
+    gain = probe.seconds(sequential) / best[0]
+    sequential.release()
+    best[1].release()  # else it would hold the probe's weights and gradients until the chains bind theirs
     if method == "batched" or gain > BATCHED_GAIN:
         return Choice(best[1], f"{gain:.1f} times the speed of one after another, same numbers")
     return Choice(sequential, f"batched would be {gain:.2f} times as fast, which is no gain")
@@ -384,9 +432,10 @@ class _Probe:
         d = len(objective.anchor)
         gen = torch.Generator(device=objective.device).manual_seed(0)
         scale = 0.01 * float(objective.anchor.norm()) / max(d, 1) ** 0.5 or 0.01
-        # in place: these are as large as the chains, and so are the gradients of two engines that are compared
+        # in place: these are as large as the chains, and so are their gradients
         self._weights = torch.empty(chains, d, device=objective.device, dtype=objective.dtype).normal_(generator=gen)
         self._weights.mul_(scale).add_(objective.anchor)
+        self._grad = torch.empty_like(self._weights)
         known = list(window.anchor_loss)[:PROBED_AT_MOST] or list(range(min(len(window), PROBED_AT_MOST)))
         self._indices = torch.tensor([known[k % len(known)] for k in range(chains)])
         self._window = window
@@ -395,36 +444,44 @@ class _Probe:
         if objective.autocast:
             self.tolerance = 2e-2
 
-    def run(self, engine: Engine) -> tuple[Tensor, Tensor]:
-        """Losses ``[chains]`` and gradients ``[chains, d]``."""
-        grad = torch.empty_like(self._weights)
+    def run(self, engine: Engine) -> Tensor:
+        """Losses ``[chains]``; the gradients are left in the probe's own buffer."""
         losses = []
-        for start in range(0, len(grad), engine.width):
+        for start in range(0, len(self._weights), engine.width):
             rows = slice(start, start + engine.width)
-            engine.bind(self._weights[rows], grad[rows])
+            engine.bind(self._weights[rows], self._grad[rows])
             losses.append(engine(self._window, self._indices[rows]).reshape(-1).double())
-        return torch.cat(losses), grad
+        return torch.cat(losses)
 
-    @staticmethod
-    def difference(expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> float:
-        """Relative difference in losses and gradients, chain by chain; infinite where a number is not finite."""
+    def difference(self, losses: Tensor, reference: SequentialEngine) -> float:
+        """Relative difference in losses and gradients of the last run, chain by chain; infinite where not finite.
+
+        The reference is computed one chain at a time: its gradients never stand beside those of all the chains.
+        """
         worst = 0.0
-        for a, b in zip(expected, found, strict=True):
-            for one, other in zip(a, b, strict=True):
-                relative = float((one - other.to(one.dtype)).norm() / one.norm().clamp_min(1e-12))
+        row = torch.empty_like(self._grad[:1])
+        for k, found in enumerate(losses):
+            reference.bind(self._weights[k : k + 1], row)
+            loss = reference(self._window, self._indices[k : k + 1]).reshape(()).double()
+            scales = loss.abs(), row.norm()
+            row.sub_(self._grad[k])
+            for off, scale in zip(((loss - found).abs(), row.norm()), scales, strict=True):
+                relative = float(off / scale.clamp_min(1e-12))
                 worst = max(worst, relative) if math.isfinite(relative) else math.inf
         return worst
 
     def seconds(self, engine: Engine) -> float:
-        """The faster of two timings of a step of all the chains."""
+        """Of a step of one chain: the fastest of a few. Binding is left out: chains are bound once for many steps."""
+        rows = slice(0, min(engine.width, len(self._weights)))
+        engine.bind(self._weights[rows], self._grad[rows])
         best = float("inf")
-        for _ in range(2):
+        for _ in range(max(2, TIMED_STEPS // engine.width)):
             _synchronise(self._weights.device)
             start = time.perf_counter()
-            self.run(engine)
+            engine(self._window, self._indices[rows])
             _synchronise(self._weights.device)
             best = min(best, time.perf_counter() - start)
-        return best
+        return best / (rows.stop - rows.start)
 
 
 def _one_step_seconds(objective: Objective, engine: SequentialEngine, window: Window) -> float:

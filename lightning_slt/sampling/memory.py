@@ -24,7 +24,8 @@ from torch import Tensor
 from lightning_slt.sampling.chains import Chains
 
 MAX_CHECKPOINT_BYTES = 16 * 2**20
-"""Displacements larger than this stay out of checkpoints: the first firing after a resume is then a cold one."""
+"""Displacements larger than this stay out of checkpoints, as do those of shards, of which a checkpoint would have the
+first rank's only: the first firing after a resume is then a cold one."""
 
 
 @dataclass
@@ -37,6 +38,7 @@ class ChainMemory:
         lr: the step size that was right; None where none is known.
         preconditioner: ``[d]`` of a preconditioned sampler, frozen with the displacements.
         generation: how often the displacements have been drawn anew; the noise differs between generations.
+        sharded: they are those of this rank's shards.
     """
 
     numbers: tuple[int, ...] = ()
@@ -44,6 +46,7 @@ class ChainMemory:
     lr: Optional[float] = None
     preconditioner: Optional[Tensor] = None
     generation: int = 0
+    sharded: bool = False
 
     def start_of(self, chains: Chains) -> Optional[Tensor]:
         """``[own chains, d]`` displacements for the chains of this rank; None where there are none that fit."""
@@ -59,7 +62,8 @@ class ChainMemory:
         """Keep where the chains are now, for the firings to come; those of all ranks where that is little."""
         own = chains.displacements().cpu()
         p = chains.preconditioner
-        if chains.num_chains * own.shape[1] * own.element_size() <= MAX_CHECKPOINT_BYTES:
+        self.sharded = chains.layout.sharded
+        if not self.sharded and chains.num_chains * own.shape[1] * own.element_size() <= MAX_CHECKPOINT_BYTES:
             told = chains.collective.exchange(lambda: (chains.numbers, own))
             self.numbers = tuple(number for numbers, _ in told for number in numbers)
             self.displacements = torch.cat([rows for _, rows in told])
@@ -77,7 +81,7 @@ class ChainMemory:
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: plain types and, where they are small, the displacements of all chains."""
         kept = self.displacements
-        fits = kept is not None and kept.numel() * kept.element_size() <= MAX_CHECKPOINT_BYTES
+        fits = kept is not None and kept.numel() * kept.element_size() <= MAX_CHECKPOINT_BYTES and not self.sharded
         return {
             "numbers": list(self.numbers) if fits else [],
             "displacements": kept if fits else None,

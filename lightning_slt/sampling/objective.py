@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 from lightning_slt.sampling import steps
 from lightning_slt.sampling.batches import clone
+from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.restriction import Restriction, select_parameters
 from lightning_slt.sampling.shadow import (
     CopyError,
@@ -28,6 +29,8 @@ from lightning_slt.sampling.shadow import (
 log = logging.getLogger(__name__)
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+_NO_GRAPH = "does not require grad"
+"""How torch's error reads where a derivative is asked for of something that has none."""
 
 
 class Objective:
@@ -53,10 +56,15 @@ class Objective:
     Attributes:
         module: the private copy (the live module where ``borrowed``).
         names: the parameters that move.
-        anchor: ``[d]``, the flat ``w*``, float32 or float64.
+        anchor: ``[d]``, the flat ``w*``, float32 or float64; this rank's part of it where the model is sharded.
+        layout: which of the weights ``anchor`` has.
         borrowed: the module could not be copied: it is called in place with other weights, and put back after.
         rounds: the module computes in half precision from float32 masters.
+        differentiates: the step itself asks for derivatives (a gradient penalty, an adversarial input): it is called
+            with gradients on, also where only its value is wanted.
     """
+
+    differentiates = False
 
     def __init__(
         self,
@@ -79,24 +87,28 @@ class Objective:
         self._context = context or nullcontext
         self.borrowed = False
         self.rounds = False
+        self._upcast = False
+        self._take_module(device)
+        self._enable(self.names)
+        self._read_anchor()
+
+    def _take_module(self, device: Optional[torch.device | str]) -> None:
+        """Make the private copy; where that cannot be done, borrow the module."""
         try:
-            self.module = shadow_copy(module)
+            self.module = shadow_copy(self._live)
         except CopyError as error:
             if not self._may_borrow:
                 raise
             log.warning(f"{error} Chains call the module in place instead, and put it back after.")
-            self.module, self.borrowed = module, True
+            self.module, self.borrowed = self._live, True
         if not self.borrowed:
             self.names = [without_compile(name) for name in self.names]
-        if weights is not None:
-            self.module.load_state_dict({without_compile(name): w for name, w in weights.items()})
+        if self._weights is not None:
+            self.module.load_state_dict({without_compile(name): w for name, w in self._weights.items()})
         if not self.borrowed:
             if device is not None:
                 self.module.to(device)
-            prepare(self.module, trainer)
-        self._upcast = False
-        self._enable(self.names)
-        self._read_anchor()
+            prepare(self.module, self._trainer)
 
     def _enable(self, names: list[str]) -> None:
         if self.borrowed:
@@ -122,6 +134,7 @@ class Objective:
         self.rounds = any(p.dtype != self.dtype for p in parameters)
         self.shapes = [p.shape for p in parameters]
         self.sizes = [p.numel() for p in parameters]
+        self.layout = Layout(len(self.anchor))
 
     def parameters(self) -> list[nn.Parameter]:
         """The moving parameters of the copy, in the order of ``anchor``."""
@@ -158,7 +171,18 @@ class Objective:
         if self._written:
             self._rewind(module)
         with self._context():
-            return self._loss_fn(module, batch)
+            if torch.is_grad_enabled():
+                return self._loss_fn(module, batch)
+            if not self.differentiates:
+                try:
+                    return self._loss_fn(module, batch)
+                except RuntimeError as error:
+                    if _NO_GRAPH not in str(error):
+                        raise
+                    log.info("the step asks for derivatives itself: it is called with gradients on")
+                    self.differentiates = True
+            with torch.enable_grad():
+                return self._loss_fn(module, batch).detach()
 
     @property
     def writes(self) -> bool:
@@ -191,7 +215,8 @@ class Objective:
             if buffer is not None
         ]
         frozen = [(name, p, p._version) for name, p in self.module.named_parameters() if id(p) not in moving]
-        taken = take_hooks(self.module)  # a user's hook is called once a firing, and not here
+        # a user's hook is called once a firing, and not here; those of a live module keep their order
+        taken = take_hooks(self.module) if not self.borrowed else []
         try:
             with torch.no_grad():
                 self._loss_on(self.module, clone(batch))
@@ -224,12 +249,16 @@ class Objective:
         with self._context():
             return torch.is_autocast_enabled(self.device.type)
 
-    def copy_module(self) -> nn.Module:
-        """A second private copy, for the batched path: vmap may leave dead tensors in a module's attributes."""
+    def copy_module(self, stand_ins: bool = False) -> nn.Module:
+        """A second private copy, for the batched path: vmap may leave dead tensors in a module's attributes.
+
+        Args:
+            stand_ins: what cannot be copied (a lock, a cached tensor) is stood in for, as in the first copy.
+        """
         if self.borrowed:
             raise CopyError("the module cannot be copied")
         with torch.no_grad():
-            twin = copy.deepcopy(self.module)
+            twin = shadow_copy(self.module) if stand_ins else copy.deepcopy(self.module)
         detach_from_training(twin)
         prepare(twin, self._trainer)
         return twin
@@ -241,7 +270,7 @@ class Objective:
             if not self.borrowed:
                 yield
                 return
-            with _borrow(self.module, self._trainer):
+            with borrow(self.module, self._trainer):
                 yield
 
     def adapt(self, batch: Any) -> None:
@@ -366,19 +395,23 @@ def _to_float32(batch: Any) -> Any:
     return apply_to_collection(batch, Tensor, lambda x: x.float() if x.dtype in _LOW_PRECISION else x)
 
 
-def _versions(batch: Any) -> list[int]:
-    """How often each tensor has been changed in place."""
-    found: list[int] = []
-    apply_to_collection(batch, Tensor, lambda tensor: found.append(tensor._version))
+def _versions(batch: Any) -> list[tuple[int, bool]]:
+    """How often each tensor has been changed in place, and whether it gathers gradients."""
+    found: list[tuple[int, bool]] = []
+    apply_to_collection(batch, Tensor, lambda tensor: found.append((tensor._version, tensor.requires_grad)))
     return found
 
 
 @contextmanager
-def _borrow(module: nn.Module, trainer: Any) -> Iterator[None]:
+def borrow(module: nn.Module, trainer: Any) -> Iterator[None]:
     """The live module in eval mode and muted, put back exactly after: flag by flag, attribute by attribute."""
     saved = [(m, dict(m.__dict__)) for m in module.modules()]
     # a metric changes its state in place, which putting the attributes back would not undo: it is not called at all
     buffers = [(m, dict(m._buffers), {k: b.clone() for k, b in m._buffers.items() if b is not None}) for m, _ in saved]
+    # a step that calls backward() itself would add to those that training accumulates
+    gradients = [(p, p.grad) for p in module.parameters()]
+    for p, _ in gradients:
+        p.grad = None
     try:
         for m, _ in saved:
             m.training = isinstance(m, nn.RNNBase) and m.dropout == 0.0
@@ -389,6 +422,8 @@ def _borrow(module: nn.Module, trainer: Any) -> Iterator[None]:
         for m, attributes in saved:
             m.__dict__.clear()
             m.__dict__.update(attributes)
+        for p, gradient in gradients:
+            p.grad = gradient
         for m, live, values in buffers:
             m._buffers.update(live)
             with torch.no_grad():

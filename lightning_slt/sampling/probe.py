@@ -187,9 +187,10 @@ class Probe:
         self._per_token = per_token
         self._seed = seed
         module = objective.module
-        self._module = module if objective.borrowed else objective.copy_module()
+        self._module = module if objective.borrowed else objective.copy_module(stand_ins=True)
         self._wrapper = _LossesModule(self._module, objective)
         self._names = [f"module.{name}" for name in objective.names]
+        self._moving = set(self._names)
         self._dtypes = [p.dtype for p in objective.parameters()]
         self.without: list[int] = []
         self._groups = _grouped(samples.batches)
@@ -365,6 +366,8 @@ class Probe:
 
     def _call(self, named: dict[str, Tensor], batch: Any) -> Tensor:
         """The losses of a batch; buffers that the step writes to are copies."""
+        if self._objective.differentiates and not torch.is_grad_enabled():  # it may ask for those of the weights
+            named = {k: v.detach().requires_grad_(k in self._moving) for k, v in named.items()}
         if self._objective.writes:
             named = {**{f"module.{k}": b.clone() for k, b in self._module.named_buffers()}, **named}
         return torch.func.functional_call(self._wrapper, named, (batch,))

@@ -19,12 +19,3 @@ def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> No
         main(["measure"])
     assert stop.value.code == 2
     assert "measure" in capsys.readouterr().err
-
-
-def test_config_prints_what_can_be_loaded_again(capsys: pytest.CaptureFixture[str]) -> None:
-    import yaml
-
-    from lightning_slt.config import MonitorConfig, load
-
-    assert main(["config"]) == 0
-    assert load(yaml.safe_load(capsys.readouterr().out)) == MonitorConfig()

@@ -10,13 +10,19 @@ import torch
 
 from lightning_slt.publish import publisher
 from tests.integration import models
+from tests.integration.harness import FIGURES
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The ranks of test_ddp.py run while the other worker of xdist is busy elsewhere: one test first, the rest last."""
-    ranks = [item for item in items if item.path.name == "test_ddp.py"]
-    others = [item for item in items if item.path.name != "test_ddp.py"]
-    items[:] = [*ranks[:1], *others, *ranks[1:]]
+    """Ranks run while the other worker of xdist is busy elsewhere: one test of each file first, the rest last."""
+    first, last, others = [], [], []
+    for item in items:
+        name = item.path.name
+        if name not in ("test_ddp.py", "test_fsdp.py"):
+            others.append(item)
+        else:
+            (last if any(name == other.path.name for other in first) else first).append(item)
+    items[:] = [*first, *others, *last]
 
 
 @pytest.fixture(autouse=True)
@@ -45,9 +51,7 @@ def _one_quiet_process() -> Iterator[None]:
 def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes ten times as long as the smallest chains: left out where a test does not ask for ``pictures``."""
     if "pictures" not in request.fixturenames:
-        figures = ("chains_figure", "history_figure", "influence_figure", "suspects_figure", "trajectories_figure")
-        figures += ("free_energy_figure",)
-        for name in figures:
+        for name in FIGURES:
             monkeypatch.setattr(publisher, name, lambda *_, **__: None)
 
 

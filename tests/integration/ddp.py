@@ -1,27 +1,19 @@
-"""Scenarios of several ranks, as processes of their own: ``python -m tests.integration.ddp FOLDER NAME:RANKS ...``.
-
-Imports take longer than any scenario, so that one process imports everything and forks the ranks of each scenario in
-turn. A scenario that takes longer than its limit hangs: its ranks are killed, and the others still run. Each
-rank leaves ``FOLDER/NAME-RANKS/RANK.pt`` with what its function returned, or the error that it ended with.
-"""
+"""Scenarios of several data-parallel ranks, run by :mod:`tests.integration.ranks`."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import socket
-import sys
 import time
-import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
@@ -40,8 +32,7 @@ from tests.integration.harness import (
 from tests.integration.models import Net, Plain, loaders, with_validation
 from tests.integration.scripted import Scripted, jump
 
-LIMIT = {"spawn": 90.0}
-DEFAULT_LIMIT = 30.0
+LIMITS = {"spawn": 180.0, "fork": 90.0}
 Result = dict[str, Any]
 
 
@@ -75,32 +66,159 @@ def accumulation(folder: Path, world: int) -> Result:
     return said(monitor, num_batches=trace.num_batches, global_step=trace.trainer.global_step)
 
 
+def _precision(
+    folder: Path,
+    world: int,
+    make: Callable[[], Any] = Net,
+    settings: Callable[[], dict[str, Any]] = dict,
+    **trainer: Any,
+) -> Result:
+    """Training is the same on two ranks; what is handed back is of weights that stay where they began."""
+    if world > 1:
+        scenario = Scenario(make, loaders, lambda: {**ranks_of(world, **trainer)(), **settings()})
+        scenario.assert_undisturbed(folder / "net", tiny_monitor())
+    held = _held(folder / "held", world, lambda: {**ranks_of(world, max_epochs=1, **trainer)(), **settings()})
+    del held["weights"]
+    return held
+
+
+def bf16_mixed(folder: Path, world: int) -> Result:
+    return _precision(folder, world, precision="bf16-mixed")
+
+
+def bf16_true(folder: Path, world: int) -> Result:
+    return _precision(folder, world, precision="bf16-true")
+
+
+def double(folder: Path, world: int) -> Result:
+    return _precision(folder, world, precision="64-true")
+
+
+def fp16_true(folder: Path, world: int) -> Result:
+    """Not with Adam, whose epsilon is zero in float16."""
+    return _precision(folder, world, Plain, precision="16-true")
+
+
+def scaled() -> dict[str, Any]:
+    """A loss scale that grows every other step, so that the scaler's state moves."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
+
+
+def fp16_mixed(folder: Path, world: int) -> Result:
+    return _precision(folder, world, settings=scaled)
+
+
 def tried_methods(folder: Path, world: int) -> Result:
     monitor = tiny_monitor(every_n_epochs=1, method="auto")
     Scenario(Net, loaders, ranks_of(world)).assert_undisturbed(folder, monitor)
     return said(monitor)
 
 
-def _held(folder: Path, world: int, **settings: Any) -> Result:
+def _held(
+    folder: Path, world: int, make_trainer: Callable[[], dict[str, Any]] | None = None, **settings: Any
+) -> Result:
     """Weights that stay where they began, so that they are the same for any number of ranks."""
-    monitor = tiny_monitor(every_n_epochs=1, num_chains=4, **settings)
-    trainer = ranks_of(world, max_epochs=1)
+    monitor = tiny_monitor(**{"every_n_epochs": 1, "num_chains": 4, "num_draws": 20, **settings})
+    trainer = make_trainer or ranks_of(world, max_epochs=1)
     Scenario(lambda: SeesWeights(lr=0.0), loaders, trainer).run(folder, monitor)
     return said(monitor, chain_steps=len(models.CHAIN_SAW), weights=list(models.CHAIN_SAW))
 
 
 class SeesWeights(Plain):
+    pause = 0.0
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if not self.training:
+            time.sleep(self.pause)
         models.chain_saw(self, self.net.weight)
         return super().training_step(batch, batch_idx)
 
 
 def fixed_step(folder: Path, world: int) -> Result:
-    return _held(folder, world, num_draws=20)
+    return _held(folder, world)
 
 
 def calibrated_step(folder: Path, world: int) -> Result:
-    return _held(folder, world, sampler=None, num_draws=20, num_burnin_steps=None, num_steps_bw_draws=None)
+    return _held(folder, world, sampler=None, num_burnin_steps=None, num_steps_bw_draws=None)
+
+
+def five_chains(folder: Path, world: int) -> Result:
+    """No number of ranks but one divides them."""
+    return _held(folder, world, num_chains=5)
+
+
+def two_chains(folder: Path, world: int) -> Result:
+    """Four ranks are more than there are chains."""
+    return _held(folder, world, num_chains=2)
+
+
+def two_machines(folder: Path, world: int) -> Result:
+    """One rank on each of ``world`` machines, as far as Lightning can tell."""
+    os.environ.update(NODE_RANK=os.environ["LOCAL_RANK"], LOCAL_RANK="0")
+    return _held(folder, world, lambda: {**ranks_of(world, max_epochs=1)(), "devices": 1, "num_nodes": world})
+
+
+def slow_rank(folder: Path, world: int) -> Result:
+    """The second rank takes 0.1 s longer for each step of a chain than the first, and is waited for."""
+    SeesWeights.pause = 0.1 if os.environ.get("LOCAL_RANK") == "1" else 0.0
+    return _held(folder, world, num_draws=8)
+
+
+class Dies(Plain):
+    """The second rank is gone without a word, in its chains."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if not self.training and self.trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().training_step(batch, batch_idx)
+
+
+def rank_dies(folder: Path, world: int) -> Result:
+    """What the rank that is left comes to; the other one leaves nothing."""
+    monitor = tiny_monitor(every_n_train_steps=2, on_failure="warn")
+    try:
+        Scenario(Dies, loaders, ranks_of(world)).run(folder, monitor)
+    except Exception as error:
+        return said(monitor, raised=f"{type(error).__name__}: {error}")
+    return said(monitor, raised="")
+
+
+class Unreadable(torch.utils.data.Dataset):
+    """Samples that the second rank cannot read while a firing lasts."""
+
+    firing = False
+
+    def __init__(self) -> None:
+        self.samples = models.tensors()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        if self.firing and os.environ.get("LOCAL_RANK") == "1":
+            raise OSError("only this rank fails")
+        return self.samples[index]
+
+
+class Firing(Callback):
+    """Before and after the monitor among the callbacks: tells the data that a firing may come, or is over."""
+
+    def __init__(self, now: bool) -> None:
+        self.now = now
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        Unreadable.firing = self.now
+
+
+def unreadable_on_one_rank(folder: Path, world: int) -> Result:
+    monitor = tiny_monitor(every_n_train_steps=2, on_failure="warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scenario = Scenario(Net, lambda: loaders(dataset=Unreadable()), ranks_of(world))
+        trace = scenario.run(folder, Firing(True), monitor, Firing(False))
+    texts = [str(w.message) for w in caught if "only this rank fails" in str(w.message)]
+    return said(monitor, num_batches=trace.num_batches, warnings=texts)
 
 
 class Validates(Plain):
@@ -110,7 +228,8 @@ class Validates(Plain):
 
 def _influence(folder: Path, world: int, **settings: Any) -> Result:
     """Weights that stay where they began; 4 chains over all ranks, each read 8 times."""
-    monitor = tiny_monitor(every_n_epochs=1, num_chains=4, num_draws=32, probe=True, query=4, **settings)
+    plain = {"num_chains": 4, "num_draws": 32, "probe": True, "query": 4}
+    monitor = tiny_monitor(every_n_epochs=1, **{**plain, **settings})
     trainer = ranks_of(world, max_epochs=1)
     Scenario(lambda: Validates(lr=0.0), with_validation, trainer).run(folder, monitor)
     return said(monitor, influences=[e.state_dict() for e in monitor.influences], folder=str(monitor.folder))
@@ -118,6 +237,11 @@ def _influence(folder: Path, world: int, **settings: Any) -> Result:
 
 def influence(folder: Path, world: int) -> Result:
     return _influence(folder, world)
+
+
+def influence_of_three_chains(folder: Path, world: int) -> Result:
+    """Two ranks do not divide them, and of four one has none."""
+    return _influence(folder, world, num_chains=3)
 
 
 def influence_of_calibrated_chains(folder: Path, world: int) -> Result:
@@ -239,8 +363,17 @@ def budget(folder: Path, world: int) -> Result:
 
 def spawn(folder: Path, world: int) -> Result:
     """Lightning starts the ranks itself; what is asked is what the process that called ``fit`` has after."""
+    return _started("spawn", folder)
+
+
+def fork(folder: Path, world: int) -> Result:
+    """As in a notebook."""
+    return _started("fork", folder)
+
+
+def _started(how: Any, folder: Path) -> Result:
     seed_everything()
-    strategy = DDPStrategy(process_group_backend="gloo", start_method="spawn")
+    strategy = DDPStrategy(process_group_backend="gloo", start_method=how)
     monitor = tiny_monitor(every_n_train_steps=2)
     trainer = quiet_trainer(folder, devices=2, strategy=strategy, callbacks=[monitor])
     trainer.fit(Net(), **loaders())
@@ -282,7 +415,19 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
         tried_methods,
         fixed_step,
         calibrated_step,
+        five_chains,
+        two_chains,
+        two_machines,
+        slow_rank,
+        rank_dies,
+        unreadable_on_one_rank,
+        bf16_mixed,
+        bf16_true,
+        fp16_mixed,
+        fp16_true,
+        double,
         influence,
+        influence_of_three_chains,
         influence_of_calibrated_chains,
         influence_undisturbed,
         influence_fails_on_one_rank,
@@ -294,72 +439,30 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
         resume,
         budget,
         spawn,
+        fork,
     )
 }
-RUNS: tuple[tuple[str, int], ...] = (
-    *((name, 2) for name in SCENARIOS if name != "spawn"),
-    ("fixed_step", 1),
-    ("calibrated_step", 1),
-    ("influence", 1),
-    ("influence_of_calibrated_chains", 1),
+ALONE = (
+    "fixed_step",
+    "calibrated_step",
+    "five_chains",
+    "two_chains",
+    "slow_rank",
+    "bf16_mixed",
+    "bf16_true",
+    "fp16_mixed",
+    "fp16_true",
+    "double",
+    "influence",
+    "influence_of_three_chains",
+    "influence_of_calibrated_chains",
 )
-SPAWNED: tuple[tuple[str, int], ...] = (("spawn", 0),)
+"""Also in one process, which the ranks are held against."""
+FOUR = ("fixed_step", "calibrated_step", "five_chains", "two_chains", "influence_of_three_chains")
+SPAWNED: tuple[tuple[str, int], ...] = (("spawn", 0), ("fork", 0))
+RUNS: tuple[tuple[str, int], ...] = (
+    *((name, 2) for name in SCENARIOS if (name, 0) not in SPAWNED),
+    *((name, 1) for name in ALONE),
+    *((name, 4) for name in FOUR),
+)
 """Names and ranks; 0 leaves the start of the ranks to Lightning."""
-
-
-def place(folder: Path, name: str, world: int) -> Path:
-    return folder / f"{name}-{world}"
-
-
-def _rank(folder: Path, name: str, world: int, rank: int, port: int) -> None:
-    """What one rank does, in its own process and process group."""
-    os.setsid()
-    if world > 1:
-        # read by Lightning as "the processes exist already"
-        os.environ.update(
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0", LOCAL_RANK=str(rank), WORLD_SIZE=str(world)
-        )
-    here = place(folder, name, world)
-    try:
-        result = SCENARIOS[name](here / "root", world)
-    except BaseException:
-        result = {"error": traceback.format_exc()}
-    torch.save(result, here / f"{rank}.pt")
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def run_scenario(folder: Path, name: str, world: int) -> None:
-    place(folder, name, world).mkdir(parents=True, exist_ok=True)
-    fork, port = multiprocessing.get_context("fork"), _free_port()
-    ranks = [fork.Process(target=_rank, args=(folder, name, world, r, port)) for r in range(max(world, 1))]
-    for process in ranks:
-        process.start()
-    limit = LIMIT.get(name, DEFAULT_LIMIT)
-    end = time.monotonic() + limit
-    for process in ranks:
-        process.join(max(0.0, end - time.monotonic()))
-    for rank, process in enumerate(ranks):
-        if process.is_alive():
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.join()
-            torch.save({"error": f"hung: killed after {limit} s"}, place(folder, name, world) / f"{rank}.pt")
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    for item in sys.argv[2:]:
-        name, world = item.split(":")
-        start = time.monotonic()
-        run_scenario(folder, name, int(world))
-        print(f"{item}: {time.monotonic() - start:.1f} s", flush=True)
-
-
-if __name__ == "__main__":
-    main()

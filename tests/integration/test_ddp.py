@@ -1,86 +1,32 @@
-"""Two DDP ranks on the CPU (gloo): training is the same, the ranks agree, and no failure makes a rank wait for ever."""
+"""Two and four DDP ranks on the CPU (gloo): training is the same, the ranks agree, and no failure makes a rank wait for
+ever."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
-from lightning_slt.record import RECORD_FILE, Estimate
-from tests.integration.ddp import RUNS, SPAWNED, place
+from lightning_slt.record import RECORD_FILE
+from tests.integration.ddp import RUNS, SPAWNED
+from tests.integration.ranks import Results, assert_ranks_agree, estimates_of, launched_once, place, results_of
 
-ROOT = Path(__file__).parents[2]
-TIMEOUT = 120.0
-Results = dict[str, Any]
+TIMEOUT = 900.0
+"""Seconds for all the scenarios; each has a limit of its own, see :mod:`tests.integration.ranks`."""
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the ranks left their results."""
-    return _launched_once(tmp_path_factory, "ddp", RUNS)
+    return launched_once(tmp_path_factory, "ddp", "ddp", RUNS, TIMEOUT)
 
 
 @pytest.fixture(scope="session")
 def spawned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same where Lightning starts the ranks: slow, since each of them imports everything."""
-    return _launched_once(tmp_path_factory, "ddp_spawn", SPAWNED)
-
-
-def _launched_once(factory: pytest.TempPathFactory, name: str, runs: tuple[tuple[str, int], ...]) -> Path:
-    """The scenarios run once, in whichever xdist worker asks first; the others wait for it."""
-    base = factory.getbasetemp()
-    shared = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / name
-    shared.mkdir(exist_ok=True)
-    with open(shared / "lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (shared / "log").exists():
-            _launch(shared, runs)
-    return shared
-
-
-def _launch(shared: Path, runs: tuple[tuple[str, int], ...]) -> None:
-    command = [sys.executable, "-m", "tests.integration.ddp", str(shared), *(f"{name}:{n}" for name, n in runs)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with open(shared / "log", "w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            process.wait(TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def results_of(folder: Path, name: str, world: int) -> list[Results]:
-    """What each rank returned; fails with what a rank ended with."""
-    paths = [place(folder, name, world) / f"{rank}.pt" for rank in range(max(world, 1))]
-    missing = [path for path in paths if not path.exists()]
-    assert not missing, f"{missing} missing; the log says:\n{(folder / 'log').read_text()[-3000:]}"
-    results = [torch.load(path, weights_only=False) for path in paths]
-    for rank, result in enumerate(results):
-        assert "error" not in result, f"rank {rank}: {result['error']}"
-    return results
-
-
-def estimates_of(result: Results) -> list[Estimate]:
-    return [Estimate.from_state_dict(state) for state in result["estimates"]]
-
-
-def assert_ranks_agree(results: list[Results], steps: list[int]) -> list[Estimate]:
-    """Every rank has the same estimates, at ``steps``, to the last bit."""
-    first, second = (estimates_of(result) for result in results)
-    assert [e.step for e in first] == [e.step for e in second] == steps
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a.trace, b.trace) and torch.equal(a.per_chain, b.per_chain)
-        assert (a.mean, a.se, a.init_loss, a.step_size, a.x) == (b.mean, b.se, b.init_loss, b.step_size, b.x)
-        assert a.trace.isfinite().all()
-    return first
+    return launched_once(tmp_path_factory, "ddp", "ddp_spawn", SPAWNED, TIMEOUT)
 
 
 def test_training_is_the_same_and_the_ranks_agree(folder: Path) -> None:
@@ -123,9 +69,19 @@ def test_chains_differ_by_rank(folder: Path) -> None:
     assert max(r["chain_steps"] for r in results) < 0.75 * alone["chain_steps"]
 
 
-@pytest.mark.parametrize("name", ["fixed_step", "calibrated_step"])
-def test_the_answer_does_not_depend_on_the_number_of_ranks(name: str, folder: Path) -> None:
-    (shared,) = assert_ranks_agree(results_of(folder, name, 2), [3])
+@pytest.mark.parametrize(
+    ("name", "world"),
+    [
+        *((name, world) for name in ("fixed_step", "calibrated_step", "five_chains", "two_chains") for world in (2, 4)),
+        *((name, 2) for name in ("bf16_mixed", "bf16_true", "fp16_mixed", "fp16_true", "double")),
+        ("slow_rank", 2),
+    ],
+)
+def test_the_answer_does_not_depend_on_the_number_of_ranks(name: str, world: int, folder: Path) -> None:
+    """Five chains are divided by neither two nor four ranks, two chains are too few for four; whatever the precision;
+    and a slow rank is waited for."""
+    results = results_of(folder, name, world)
+    (shared,) = assert_ranks_agree(results, [-(-6 // world)])
     (alone,) = estimates_of(results_of(folder, name, 1)[0])
     scale = float(alone.trace.abs().max())
     assert scale > 0
@@ -133,6 +89,21 @@ def test_the_answer_does_not_depend_on_the_number_of_ranks(name: str, folder: Pa
     torch.testing.assert_close(shared.trace, alone.trace, rtol=0.0, atol=1e-6 * scale)
     assert shared.num_burnin_steps == alone.num_burnin_steps
     assert (shared.step_size, shared.init_loss) == pytest.approx((alone.step_size, alone.init_loss), rel=1e-6)
+
+
+def test_chains_are_shared_out_evenly(folder: Path) -> None:
+    """Five chains of 22 steps, and the losses of the six minibatches at w*: a rank has two chains, or three."""
+    by_ranks = {world: [r["chain_steps"] for r in results_of(folder, "five_chains", world)] for world in (1, 2, 4)}
+    per_chain = 22
+    own = {world: sorted((n - n % per_chain) // per_chain for n in counts) for world, counts in by_ranks.items()}
+    assert own == {1: [5], 2: [2, 3], 4: [1, 1, 1, 2]}
+
+
+def test_machines_of_one_rank_each(folder: Path) -> None:
+    """The same numbers as two ranks of one machine."""
+    (apart,) = assert_ranks_agree(results_of(folder, "two_machines", 2), [3])
+    (together,) = estimates_of(results_of(folder, "fixed_step", 2)[0])
+    assert torch.equal(apart.trace, together.trace)
 
 
 def test_one_rank_raises_and_that_firing_is_left_out_on_both(folder: Path) -> None:
@@ -148,6 +119,21 @@ def test_one_rank_raises_and_both_end_where_failures_raise(folder: Path) -> None
     assert second["raised"] == "RuntimeError: only this rank fails"
     assert "rank 1" in first["raised"] and "only this rank fails" in first["raised"]
     assert [e.step for e in estimates_of(first)] == [e.step for e in estimates_of(second)] == [2]
+
+
+def test_data_that_one_rank_cannot_read_leaves_the_firing_out_on_both(folder: Path) -> None:
+    results = results_of(folder, "unreadable_on_one_rank", 2)
+    assert [r["num_batches"] for r in results] == [6, 6]
+    assert [r["estimates"] for r in results] == [[], []]
+    assert len(results[0]["warnings"]) == 3 and "rank 1" in results[0]["warnings"][0]
+
+
+def test_a_rank_that_is_killed_ends_the_run_of_the_other(folder: Path) -> None:
+    """As without chains: the other rank finds nobody there, and does not wait."""
+    here = place(folder, "rank_dies", 2)
+    assert not (here / "1.pt").exists()
+    left = torch.load(here / "0.pt", weights_only=False)
+    assert left["raised"].startswith("RuntimeError") and left["estimates"] == []
 
 
 def test_resume_under_ddp(folder: Path) -> None:
@@ -172,12 +158,14 @@ def test_the_first_rank_spends_the_budget_for_all(folder: Path) -> None:
     assert results[0]["exchanges"] == results[1]["exchanges"] < 75
 
 
-def test_ddp_spawn_returns_metrics_and_leaves_a_record(spawned: Path) -> None:
-    (result,) = results_of(spawned, "spawn", 0)
-    records = list(place(spawned, "spawn", 0).rglob(RECORD_FILE))
+@pytest.mark.parametrize("name", ["spawn", "fork"])
+def test_ranks_that_lightning_starts_return_metrics_and_leave_a_record(name: str, spawned: Path) -> None:
+    (result,) = results_of(spawned, name, 0)
+    records = list(place(spawned, name, 0).rglob(RECORD_FILE))
     assert len(records) == 1
     assert len(records[0].read_text().splitlines()) == 3
     assert result["metrics"]["slt/llc/mean"] != 0.0
+    assert result["estimates"] == []  # they are in the processes that are gone, and in the record
     assert "loss_epoch" in result["metrics"]
 
 
@@ -187,24 +175,36 @@ def influences_of(result: Results) -> list[InfluenceEstimate]:
 
 def assert_influences_agree(results: list[Results]) -> list[InfluenceEstimate]:
     """Every rank has the same numbers, to the last bit."""
-    first, second = (influences_of(result) for result in results)
-    assert len(first) == len(second) > 0
-    for a, b in zip(first, second, strict=True):
-        # a firing's seconds are its rank's own
-        assert repr(a.replace(seconds=0.0).scalars()) == repr(b.replace(seconds=0.0).scalars())
-        x, y = a.tensors(), b.tensors()
-        assert x.keys() == y.keys()
-        for name in x:
-            torch.testing.assert_close(x[name], y[name], rtol=0, atol=0, equal_nan=True)
+    first, *others = (influences_of(result) for result in results)
+    assert others
+    for other in others:
+        assert len(first) == len(other) > 0
+        for a, b in zip(first, other, strict=True):
+            # a firing's seconds are its rank's own
+            assert repr(a.replace(seconds=0.0).scalars()) == repr(b.replace(seconds=0.0).scalars())
+            x, y = a.tensors(), b.tensors()
+            assert x.keys() == y.keys()
+            for name in x:
+                torch.testing.assert_close(x[name], y[name], rtol=0, atol=0, equal_nan=True)
     return first
 
 
-@pytest.mark.parametrize("name", ["influence", "influence_of_calibrated_chains"])
-def test_influence_is_the_same_on_both_ranks_and_in_one_process(name: str, folder: Path) -> None:
-    """Four chains are four chains, whoever runs them: each is counted once."""
-    (both,) = assert_influences_agree(results_of(folder, name, 2))
+@pytest.mark.parametrize(
+    ("name", "world", "chains"),
+    [
+        ("influence", 2, 4),
+        ("influence_of_calibrated_chains", 2, 4),
+        ("influence_of_three_chains", 2, 3),
+        ("influence_of_three_chains", 4, 3),
+    ],
+)
+def test_influence_is_the_same_on_all_ranks_and_in_one_process(
+    name: str, world: int, chains: int, folder: Path
+) -> None:
+    """A chain is a chain, whoever runs it: each is counted once."""
+    (both,) = assert_influences_agree(results_of(folder, name, world))
     (alone,) = influences_of(results_of(folder, name, 1)[0])
-    assert both.matrix.shape == (4, 24) and both.num_chains == alone.num_chains == 4
+    assert both.matrix.shape == (4, 24) and both.num_chains == alone.num_chains == chains
     assert (both.num_draws, both.num_blocks, both.num_samples) == (alone.num_draws, alone.num_blocks, 24)
     assert torch.equal(both.train_index, alone.train_index) and torch.equal(both.query_index, alone.query_index)
     assert torch.equal(both.init_loss, alone.init_loss)

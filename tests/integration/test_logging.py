@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import csv
-import json
-import subprocess
-import sys
-import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -18,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning_slt.record import RunRecord
 from tests.integration.harness import RecordingLogger, Scenario, SLTMonitor, assert_same, steps_of, tiny_monitor
 from tests.integration.models import Net, loaders, with_validation
+from tests.wandb_runs import records
 
 EVERY_STEP = {"log_every_n_steps": 1}
 
@@ -143,39 +140,6 @@ def test_folder_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- wandb
 
 
-@pytest.fixture
-def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder that offline runs are written to; wandb keeps its mode for the process, so it is torn down after."""
-    wandb = pytest.importorskip("wandb")
-    for name, value in {
-        "WANDB_MODE": "offline",
-        "WANDB_SILENT": "true",
-        "WANDB_DIR": str(tmp_path),
-        "WANDB_DATA_DIR": str(tmp_path / "staging"),
-        "WANDB_CACHE_DIR": str(tmp_path / "cache"),
-        "WANDB_CONFIG_DIR": str(tmp_path / "config"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    # before, too: wandb reads its settings once a process, and a test that ran earlier may have had others
-    wandb.teardown()
-    yield tmp_path
-    if wandb.run is not None:
-        wandb.finish()
-    wandb.teardown()
-
-
-def records_of(run_folder: Path) -> list[dict[str, Any]]:
-    """All records of an offline run, once it says that it has ended (``finish`` can return before that)."""
-    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(run_folder)]
-    for _ in range(20):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        records = [json.loads(line) for line in done.stdout.splitlines()]
-        if any(record["type"] == "exit" for record in records):
-            return records
-        time.sleep(0.2)
-    raise TimeoutError(f"no exit record in {run_folder}: {done.stderr}")
-
-
 def test_wandb_offline_has_every_value(offline: Path, pictures: None) -> None:
     """Rows of training are written every 50 steps only; those of the callback all are, each at its x."""
     import wandb
@@ -186,7 +150,7 @@ def test_wandb_offline_has_every_value(offline: Path, pictures: None) -> None:
     scenario.run(offline, monitor)
     run_folder = Path(logger.experiment.dir).parent
     wandb.finish()
-    rows = [record["history"]["item"] for record in records_of(run_folder) if record["type"] == "history"]
+    rows = [record["history"]["item"] for record in records(run_folder) if record["type"] == "history"]
     ours = [row for row in rows if "slt/llc/mean" in row]
     assert steps_of(monitor) == [2, 4, 6, 8, 10, 12]
     assert [row["slt/llc/mean"] for row in ours] == pytest.approx([e.mean for e in monitor.estimates])

@@ -9,10 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_slt import SLTMonitor
+from lightning_slt import SGNHT, SLTMonitor
 from tests.integration import models
 from tests.integration.harness import Scenario, quiet_trainer, steps_of, tiny_monitor
 from tests.integration.models import Net, loaders
@@ -105,13 +113,47 @@ def test_attribute_that_blocks_the_copy_is_named(tmp_path: Path, caplog: pytest.
 # ----------------------------------------------------------------------------------------------------------- strategies
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
-def test_sharded_strategy_is_refused_at_setup(strategy: type[Any], tmp_path: Path) -> None:
-    """Neither can be made on this machine: the trainer is told that it has one."""
-    module, trainer = Net(), quiet_trainer(tmp_path)
+def setup_under(strategy: type[Any], folder: Path, precision: Any = None, **settings: Any) -> None:
+    """Such a strategy or precision cannot be made without a device or a package of its own: the trainer is told that
+    it has one."""
+    trainer = quiet_trainer(folder)
     trainer._accelerator_connector.strategy = object.__new__(strategy)
-    with pytest.raises(MisconfigurationException, match=f"{strategy.__name__}.*ddp"):
-        tiny_monitor().setup(trainer, module, "fit")
+    trainer.strategy._precision_plugin = object.__new__(precision) if precision is not None else None
+    tiny_monitor(**settings).setup(trainer, Net(), "fit")
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+def test_a_strategy_that_keeps_the_weights_to_itself_is_refused_at_setup(strategy: type[Any], tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=f"{strategy.__name__}.*'ddp' or ModelParallelStrategy") as told:
+        setup_under(strategy, tmp_path)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("strategy", [XLAStrategy, SingleDeviceXLAStrategy])
+def test_a_device_on_which_nothing_was_tried_is_refused_at_setup(strategy: type[Any], tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=f"{strategy.__name__}.*estimate_llc") as told:
+        setup_under(strategy, tmp_path)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("strategy", [SingleDeviceStrategy, ModelParallelStrategy])
+@pytest.mark.parametrize("precision", [TransformerEnginePrecision, BitsandbytesPrecision])
+def test_a_precision_with_a_state_of_its_own_is_refused_at_setup(
+    precision: type[Any], strategy: type[Any], tmp_path: Path
+) -> None:
+    with pytest.raises(MisconfigurationException, match=f"{precision.__name__}.*another precision") as told:
+        setup_under(strategy, tmp_path, precision)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"probe": True}, r"probe=.*estimate_influence"), ({"sampler": SGNHT(lr=1e-4)}, r"sampler=.*RMSpropSGLD")],
+)
+def test_what_shards_do_not_allow_is_refused_at_setup(settings: dict[str, Any], named: str, tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=named) as told:
+        setup_under(ModelParallelStrategy, tmp_path, **settings)
+    assert "\n" not in str(told.value)
 
 
 def test_a_trainer_of_the_other_package_is_told_which_to_import(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ MODULES: dict[str, Scenario] = {
     "fp16 with a scaler": Scenario(Net, loaders, scaled),
     "bf16-mixed": Scenario(Net, loaders, trainer_with(precision="bf16-mixed")),
     "bf16-true": Scenario(Net, loaders, trainer_with(precision="bf16-true")),
+    "16-true": Scenario(models.Plain, loaders, trainer_with(precision="16-true")),
     "64-true": Scenario(Net, loaders, trainer_with(precision="64-true")),
     "EMA": Scenario(Net, with_validation, averaged),
     "stochastic weight averaging": Scenario(Net, loaders, swa),

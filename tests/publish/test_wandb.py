@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,40 +12,10 @@ from lightning_slt.publish.keys import ALL_METRIC_NAMES, METRIC_NAMES
 from lightning_slt.publish.tables import HISTORY_COLUMNS
 from tests.publish.helpers import make_estimate
 from tests.publish.test_loggers import run_out_of_order
+from tests.wandb_runs import inspect, records
 
 wandb = pytest.importorskip("wandb")
 from lightning.pytorch.loggers import WandbLogger  # noqa: E402
-
-
-@pytest.fixture
-def offline(tmp_path, monkeypatch):
-    for name, value in {
-        "WANDB_MODE": "offline",
-        "WANDB_SILENT": "true",
-        "WANDB_DIR": str(tmp_path),
-        "WANDB_DATA_DIR": str(tmp_path / "data"),
-        "WANDB_CACHE_DIR": str(tmp_path / "cache"),
-        "WANDB_CONFIG_DIR": str(tmp_path / "config"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    wandb.teardown()  # the mode is cached in the process
-    yield tmp_path
-    wandb.teardown()
-
-
-def inspect(folder, *options):
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", *options, "--json", str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-
-
-def records(folder):
-    """Every record; finish() can return before the file is written, so wait for the exit record."""
-    for _ in range(20):
-        found = [json.loads(line) for line in inspect(folder).splitlines()]
-        if any(record["type"] == "exit" for record in found):
-            return found
-        time.sleep(0.5)
-    raise AssertionError("no exit record")
 
 
 def test_every_value_of_a_run_with_late_results_reads_back(offline):

@@ -336,6 +336,47 @@ row("batches of different shapes")(lambda: Problem(helpers.mlp, regression, batc
 row("batches that are a dataclass")(lambda: Problem(helpers.mlp, regression, of_pair, batches=pairs))
 
 
+@dataclass
+class Registered:
+    x: Tensor
+    y: Tensor
+
+
+torch.export.register_dataclass(Registered)
+
+
+def registered(tensors: Sequence[Tensor]) -> list[Any]:
+    return [Registered(*batch) for batch in in_eights(tensors)]
+
+
+row("batches that are a registered dataclass")(lambda: Problem(helpers.mlp, regression, of_pair, batches=registered))
+
+
+def with_penalty(module: nn.Module, batch: Any) -> Tensor:
+    x = batch[0].clone().requires_grad_()
+    out = module(x)
+    (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    return F.mse_loss(out, batch[1]) + (slope.norm(dim=1) - 1).square().mean()
+
+
+def with_flatness(module: nn.Module, batch: Any) -> Tensor:
+    loss = mean_squared(module, batch)
+    slopes = torch.autograd.grad(loss, list(module.parameters()), create_graph=True)
+    return loss + 0.1 * sum(slope.square().sum() for slope in slopes)
+
+
+def on_adversaries(module: nn.Module, batch: Any) -> Tensor:
+    x = batch[0].clone().requires_grad_()
+    mean_squared(module, (x, batch[1])).backward()
+    assert x.grad is not None
+    return mean_squared(module, (batch[0] + 0.1 * x.grad.sign(), batch[1]))
+
+
+row("a derivative by the inputs (gradient penalty)")(lambda: Problem(helpers.mlp, regression, with_penalty))
+row("a derivative by the weights (flatness penalty)")(lambda: Problem(helpers.mlp, regression, with_flatness))
+row("backward() in the step (adversarial inputs)")(lambda: Problem(helpers.mlp, regression, on_adversaries))
+
+
 def ctc(module: nn.Module, batch: Any) -> Tensor:
     x, y = batch
     log_probs = module(x).log_softmax(-1).transpose(0, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from lightning_slt.sampling.batches import (
     is_plain_data,
     source_of,
 )
+from tests.sampling.batching_models import Pair
 
 CPU = torch.device("cpu")
 
@@ -292,17 +294,20 @@ def test_collate_fn_and_transfer_are_used_once_a_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("a", "b"),
+    ("a", "b", "why"),
     [
-        ((torch.zeros(4, 2),), (torch.zeros(3, 2),)),
-        ((torch.zeros(4),), (torch.zeros(4, dtype=torch.long),)),
-        ({"x": torch.zeros(4)}, {"y": torch.zeros(4)}),
-        ((torch.zeros(4), "a"), (torch.zeros(4), "b")),
-        (("a",), ("a",)),
+        ((torch.zeros(4, 2),), (torch.zeros(3, 2),), "differ in shape"),
+        ((torch.zeros(4),), (torch.zeros(4, dtype=torch.long),), "differ in shape"),
+        ({"x": torch.zeros(4)}, {"y": torch.zeros(4)}, "differ in structure"),
+        ((torch.zeros(4), "a"), (torch.zeros(4), "b"), "other values beside their tensors"),
+        (("a",), ("a",), "hold no tensor"),
+        ((Pair(torch.zeros(4), torch.zeros(4)),) * 2 + (r"hold a Pair, .*torch\.export\.register_dataclass\(Pair\)",)),
     ],
 )
-def test_batches_that_do_not_stack(a: Any, b: Any) -> None:
-    assert not Window([a, b]).stackable
+def test_batches_that_do_not_stack(a: Any, b: Any, why: str) -> None:
+    window = Window([a, b])
+    assert not window.stackable
+    assert re.search(why, window.unlike)
 
 
 def test_indices_restrict_the_data() -> None:

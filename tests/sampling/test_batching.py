@@ -106,6 +106,7 @@ class Opened:
                     p.copy_(piece.view_as(p))
             with (self.problem.context or nullcontext)():
                 loss = self._users_loss(module, batch)
+            module.zero_grad()  # as Lightning does between the step and the backward pass
             loss.backward()
             losses.append(loss.detach())
             pieces = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters]

@@ -14,8 +14,9 @@ from lightning_slt.sampling.batches import DatasetSource, ReplaySource
 from lightning_slt.sampling.chains import Chains, Segment
 from lightning_slt.sampling.collective import Alone, Collective, own_chains
 from lightning_slt.sampling.engines import BatchedEngine, Choice
+from lightning_slt.sampling.noise import TableNormal
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.rng import NOISE, generator
+from lightning_slt.sampling.rng import NOISE
 from lightning_slt.sampling.samplers import SGLD
 from lightning_slt.sampling.steps import NoLossError
 from tests.sampling.helpers import make_chains, mean_squared, mlp, on_ranks, regression
@@ -47,7 +48,7 @@ def test_chains_by_hand() -> None:
     x, y = data.tensors
     start = [p.detach().clone() for p in net.parameters()]
     w = [p.clone().requires_grad_() for p in start]
-    noise = generator(0, 0, NOISE)
+    noise = TableNormal(0, 0, NOISE)
     anchor_loss = None
     for t in range(5):
         loss = mean_squared(lambda v: (v @ w[0].T + w[1]).tanh() @ w[2].T + w[3], (x, y))  # type: ignore[arg-type]
@@ -61,7 +62,7 @@ def test_chains_by_hand() -> None:
             assert float(segment.square[0, 1]) == pytest.approx(sum(float(v.square().sum()) for v in u), 1e-4)
             dot = sum(float((g * v).sum()) for g, v in zip(grads, u, strict=True))
             assert float(segment.grad_dot[0, 1]) == pytest.approx(dot, 1e-3)
-        z = torch.randn(sum(p.numel() for p in w), generator=noise).split([p.numel() for p in w])
+        z = noise.fill_(torch.empty(sum(p.numel() for p in w))).split([p.numel() for p in w])
         with torch.no_grad():
             for p, g, p0, zi in zip(w, grads, start, z, strict=True):
                 p += -LR / 2 * (20.0 * g + 3.0 * (p - p0)) + LR**0.5 * zi.view_as(p)

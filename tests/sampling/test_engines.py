@@ -425,3 +425,48 @@ def test_gradients_of_a_second_batch_are_added(road: str) -> None:
         found = two_batches(engine, window, weights, first, second)
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found, losses_and_gradients(objective, engine, window, weights, second)[1], rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_step_that_calls_backward_leaves_is_not_in_the_gradients(dtype: torch.dtype) -> None:
+    """Neither in the first gradient nor in one that is added to it."""
+
+    def step(module: nn.Module, batch: Any) -> Tensor:
+        x = batch[0].to(dtype).clone().requires_grad_()
+        module(x).square().mean().backward()
+        assert x.grad is not None
+        return (module(batch[0].to(dtype) + 0.1 * x.grad.sign()) - batch[1]).square().mean()
+
+    module, batch = seeded(mlp).to(dtype), tuple(t[:8] for t in regression(16).tensors)
+    objective = Objective(module, step)
+    objective.adapt(batch)
+    assert objective.differentiates and objective.rounds == (dtype == torch.bfloat16)
+    engine, grad = SequentialEngine(objective), torch.empty(1, len(objective.anchor))
+    with objective.active():
+        engine.bind(objective.anchor.clone().unsqueeze(0), grad)
+        engine.step(batch)
+        once = grad.clone()
+        engine.step(batch, keep=True)
+        engine.release()
+    own = copy.deepcopy(objective.module)
+    loss = step(own, batch)
+    own.zero_grad()
+    loss.backward()
+    expected = torch.cat([p.grad.float().flatten() for p in own.parameters() if p.grad is not None])
+    torch.testing.assert_close(once[0], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad[0], 2 * expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_that_has_its_batch_gather_gradients_is_given_a_copy_each_time() -> None:
+    def step(module: nn.Module, batch: Any) -> Tensor:
+        x = batch[0].requires_grad_()
+        module(x).square().mean().backward()
+        return (module((x + x.grad).detach()) - batch[1]).square().mean()
+
+    batch = tuple(t[:8] for t in regression(16).tensors)
+    objective = Objective(seeded(mlp), step)
+    objective.adapt(batch)
+    with objective.active():
+        first, second = objective.loss(batch).item(), objective.loss(batch).item()
+    assert first == second
+    assert not batch[0].requires_grad

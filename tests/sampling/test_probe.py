@@ -18,6 +18,7 @@ from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.chains import open_window
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.probe import CoupledLossError, Probe, Samples, choose_samples, default_group
+from tests.sampling.batching_models import on_adversaries, with_flatness, with_penalty
 from tests.sampling.helpers import Attention, Conv, WithMetric, classification, gen, mlp, regression, seeded, tokens
 
 functional = nn.functional
@@ -120,6 +121,24 @@ class Branches(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         out = (self.net(batch[0]) - batch[1]).square().mean()
         return 2.0 * out if batch[0].sum().item() > 0 else out
+
+
+@pytest.mark.parametrize("step", [with_penalty, with_flatness, on_adversaries])
+def test_a_step_that_asks_for_derivatives_itself(step: Callable[[nn.Module, Any], Tensor]) -> None:
+    """Losses are asked for without gradients, and the step with them."""
+    module, data = seeded(mlp), regression(32)
+    probe = probe_of(module, data, step)
+    x, y = data.tensors
+    weights = elsewhere(probe)
+    expected = []
+    for row in weights:
+        at = copy.deepcopy(module).eval()
+        with torch.no_grad():
+            for p, piece in zip(at.parameters(), probe._objective.pieces(row), strict=True):
+                p.copy_(piece)
+        expected.append(torch.stack([step(at, (x[i : i + 1], y[i : i + 1])).detach() for i in range(12)]))
+    torch.testing.assert_close(total(probe, weights), torch.stack(expected), rtol=1e-5, atol=1e-6)
+    assert not any(p.requires_grad and p.grad is not None for p in module.parameters())
 
 
 def test_a_step_with_control_flow_is_asked_one_by_one() -> None:

@@ -53,13 +53,15 @@ class RMSpropSGLD(MinibatchSampler):
         if not (math.isfinite(self.kappa) and self.kappa > 0):
             raise ValueError(f"kappa={self.kappa}: must be positive; with 0.1 P goes up to 11.")
 
-    def preconditioner(self, second_moment: Tensor) -> Tensor:
+    def preconditioner(self, second_moment: Tensor, mean: Optional[float] = None) -> Tensor:
         """P of the class's equation.
 
         Args:
             second_moment: ``[d]``, v: mean squared gradient, of any scale; not all zero and finite, else P is 1.
+            mean: of v, where ``second_moment`` is a part of it.
         """
-        scale = float(second_moment.double().mean().sqrt())
+        mean = float(second_moment.double().mean()) if mean is None else mean
+        scale = math.sqrt(mean) if mean >= 0 else math.nan
         if not (math.isfinite(scale) and scale > 0):
             return second_moment.new_ones(second_moment.shape)
         return (1 + self.kappa) * scale / (second_moment.clamp(min=0).sqrt() + self.kappa * scale)

@@ -1,0 +1,156 @@
+"""What a background worker does with a snapshot: the same as a firing inside training, by the same function."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Optional, cast
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lightning_slt.callbacks.data import BatchTransfer, SeenBatches
+from lightning_slt.callbacks.devices import WorkerDevice
+from lightning_slt.callbacks.distribution import Ranks
+from lightning_slt.callbacks.travel import Kit, Snapshot, StillTrainer, read_pickled
+from lightning_slt.callbacks.worker import (
+    TELL_EVERY,
+    Mail,
+    Orders,
+    kit_path,
+    probes_path,
+    result_path,
+    snapshot_path,
+    take_over,
+)
+from lightning_slt.durable import write_durably
+from lightning_slt.firing import Course
+from lightning_slt.influence import ProbeSet
+from lightning_slt.influence_record import InfluenceEstimate
+from lightning_slt.record import Estimate
+from lightning_slt.sampling.batches import MinibatchSource
+from lightning_slt.sampling.collective import Alone, Collective
+from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.rng import preserve_rng
+
+
+class Bench:
+    """A worker's data, devices and course, from one firing to the next.
+
+    Args:
+        orders: what the worker was started with.
+    """
+
+    def __init__(self, orders: Orders) -> None:
+        self._folder = Path(orders.folder)
+        self._rank = orders.rank
+        take_over(orders.torch_flags)
+        self._device = WorkerDevice(orders.device, orders.cores).enter(orders.threads)
+        self._kit = cast(Kit, read_pickled(kit_path(self._folder), self._device))
+        self._course = Course(warm_start=orders.warm_start)
+        self._course.load_state_dict(read_pickled(Path(orders.course)))
+        self._collective: Collective = Alone()
+        if orders.world_size > 1:
+            dist.init_process_group(
+                "gloo",
+                init_method=Path(orders.rendezvous).as_uri(),
+                rank=orders.rank,
+                world_size=orders.world_size,
+                timeout=timedelta(minutes=30),
+            )
+            self._collective = Ranks()
+        self._source: Optional[MinibatchSource] = None
+        self._probes: Optional[ProbeSet] = None
+        self._owner: Optional[nn.Module] = None
+
+    def measure(self, step: int, mail: Mail) -> None:
+        """Measure the snapshot of a step and write what came of it; an error is a result as well."""
+        told, done = time.monotonic(), 0
+
+        def progress(steps: int) -> None:
+            nonlocal told, done
+            done += steps
+            if mail.watched and self._rank == 0 and time.monotonic() - told > TELL_EVERY:
+                told = time.monotonic()
+                mail.tell(steps=done)
+                done = 0
+
+        result: dict[str, Any]
+        try:
+            with preserve_rng():
+                estimate, influence = self._measure(step, progress)
+            result = {"estimate": estimate, "influence": influence, "error": None}
+        except Exception as error:
+            traceback.print_exc()
+            result = {"estimate": None, "influence": None, "error": f"{type(error).__name__}: {error}"}
+        finally:
+            self._owner = None
+        if self._rank == 0:
+            result["course"] = self._course.state_dict()
+            write_durably(result_path(self._folder, step), lambda temporary: torch.save(result, temporary))
+
+    def _measure(self, step: int, progress: Callable[[int], None]) -> tuple[Estimate, Optional[InfluenceEstimate]]:
+        start = time.perf_counter()
+        kit = self._kit
+        built: list[tuple[Objective, MinibatchSource, Snapshot]] = []
+
+        def build() -> None:
+            snapshot = cast(Snapshot, read_pickled(snapshot_path(self._folder, step), self._device))
+            view = StillTrainer(snapshot.trainer, kit.datamodule, self._device)
+            context: Optional[Callable[[], AbstractContextManager[Any]]] = None
+            if kit.under_plugin:
+                context = kit.plugin.train_step_context
+            objective = Objective(
+                snapshot.module, kit.loss_fn, snapshot.restrict, self._device, trainer=view, context=context
+            )
+            self._owner = objective.module
+            if snapshot.batches is not None:
+                self._source = replayed_on(snapshot.batches, self._device)
+            elif self._source is None:
+                assert kit.plan is not None
+                self._source = kit.plan.build(self._transfer)
+            else:
+                self._source.forget()
+            if snapshot.probed and self._probes is None:
+                self._probes = probes_on(cast(ProbeSet, read_pickled(probes_path(self._folder))), self._device)
+            built.append((objective, self._source, snapshot))
+
+        self._collective.exchange(build)
+        objective, source, snapshot = built[0]
+        probes = self._probes if snapshot.probed else None
+        estimate, influence = self._course.measure(
+            objective, source, snapshot.settings, probes, self._collective, progress
+        )
+        seconds = time.perf_counter() - start
+        if influence is not None:
+            influence = influence.replace(seconds=seconds)
+        return estimate.replace(seconds=seconds), influence
+
+    def _transfer(self, batch: Any) -> Any:
+        """With the hooks of the private copy there is when it is read."""
+        owner = cast(LightningModule, self._owner)
+        return BatchTransfer(self._kit.plugin, self._kit.datamodule, owner, self._device)(batch)
+
+
+def replayed_on(seen: SeenBatches, device: torch.device) -> MinibatchSource:
+    """Batches that come with a snapshot, as a source on this device."""
+    return dataclasses.replace(seen, batches=[move_data_to_device(batch, device) for batch in seen.batches]).build()
+
+
+def probes_on(probes: ProbeSet, device: torch.device) -> ProbeSet:
+    """The same samples on another device."""
+    for samples in (probes.train, probes.query):
+        if samples is not None:
+            samples.batches = [move_data_to_device(batch, device) for batch in samples.batches]
+    return probes
+
+
+__all__ = ["Bench"]

@@ -1,0 +1,88 @@
+"""The folder of a run's record: where it is, that no earlier run loses its own, and what a resumed run finds in it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Optional
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_slt.callbacks.worker import FOLDER
+from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
+from lightning_slt.record import Estimate, RunRecord
+
+
+def run_folder(trainer: Trainer, resumed: Optional[Path], dirpath: Optional[str], prefix: str) -> Path:
+    """Where the record of this run goes.
+
+    Args:
+        trainer: whose first logger has a folder for the run.
+        resumed: the folder of the run that is resumed, where one is.
+        dirpath: the folder that was asked for.
+        prefix: of the monitor: each has a folder of its own.
+    """
+    if resumed is not None and (RunRecord(resumed).path.exists() or (resumed / FOLDER).exists()):
+        return resumed
+    if dirpath is not None:
+        return Path(dirpath) if prefix == "slt" else Path(dirpath) / prefix
+    logger = trainer.loggers[0] if trainer.loggers else None
+    if logger is None or logger.version is None:
+        return Path(trainer.default_root_dir) / prefix
+    root = Path(logger.save_dir or trainer.default_root_dir)
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return root / str(logger.name or "") / version / prefix
+
+
+def fresh(folder: Path) -> Path:
+    """A folder that no earlier run has its record in."""
+    candidate, number = folder, 1
+    while RunRecord(candidate).path.exists():
+        candidate, number = folder.with_name(f"{folder.name}_run{number}"), number + 1
+    return candidate
+
+
+def restore_record(
+    record: RunRecord, last_step: int, estimates: Sequence[Estimate], influences: Sequence[InfluenceEstimate]
+) -> None:
+    """The history of a resumed run, complete in its folder: what came after the checkpoint is forgotten.
+
+    Args:
+        record: of the run.
+        last_step: of the checkpoint.
+        estimates, influences: the history in the checkpoint.
+    """
+    try:
+        record.drop_after(last_step)
+        samples = InfluenceRecord(record.folder)
+        samples.drop_after(last_step)
+        known = {e.step for e in record.read(traces=False)}
+        for estimate in estimates:
+            if estimate.step not in known:
+                record.append(estimate)
+        for influence in influences:
+            if not all(path.exists() for path in samples.paths(influence.step)):
+                samples.save(influence)
+    except OSError as error:
+        rank_zero_warn(f"lightning_slt could not restore its record in {record.folder}: {error}")
+
+
+def recorded(folder: Path, steps: Collection[int]) -> dict[int, tuple[Estimate, Optional[InfluenceEstimate]]]:
+    """What the record has of these steps, in their order."""
+    if not steps:
+        return {}
+    try:
+        found = {e.step: e for e in RunRecord(folder).read() if e.step in steps}
+        samples = InfluenceRecord(folder)
+        return {
+            step: (found[step], samples.load(step) if all(path.exists() for path in samples.paths(step)) else None)
+            for step in sorted(steps)
+            if step in found
+        }
+    except OSError as error:
+        rank_zero_warn(f"lightning_slt could not read its record in {folder}: {error}")
+        return {}
+
+
+__all__ = ["fresh", "recorded", "restore_record", "run_folder"]

@@ -1,0 +1,89 @@
+"""One firing of a run, and what it leaves to the next: the same for chains inside training, beside it and after it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from lightning_slt.estimate import ChainSettings, default_localization, measure_llc
+from lightning_slt.influence import ProbeSet, measure_both
+from lightning_slt.influence_record import InfluenceEstimate
+from lightning_slt.record import Estimate
+from lightning_slt.sampling.batches import MinibatchSource
+from lightning_slt.sampling.chains import Progress
+from lightning_slt.sampling.collective import Collective
+from lightning_slt.sampling.memory import ChainMemory
+from lightning_slt.sampling.objective import Objective
+
+
+@dataclass
+class Course:
+    """What the firings of one run have in common, and hand on from one to the next.
+
+    Attributes:
+        localization: gamma of the run; None until the first firing has chosen it.
+        method: how chains are computed; ``"sequential"`` from the first firing on that had to be.
+        warm_start: chains start from the displacements of an earlier firing.
+        memory: those displacements, and the step size.
+    """
+
+    localization: Optional[float] = None
+    method: str = "auto"
+    warm_start: bool = True
+    memory: ChainMemory = field(default_factory=ChainMemory)
+
+    def measure(
+        self,
+        objective: Objective,
+        source: MinibatchSource,
+        settings: ChainSettings,
+        probes: Optional[ProbeSet] = None,
+        collective: Optional[Collective] = None,
+        progress: Optional[Progress] = None,
+        smoke_test: bool = False,
+    ) -> tuple[Estimate, Optional[InfluenceEstimate]]:
+        """Measure once: the one function behind every road to a point of a run's curve.
+
+        Args:
+            objective, source, collective, progress: see :func:`~lightning_slt.estimate.measure_llc`.
+            settings: what is asked of the chains; its ``localization`` and ``method`` are those of the run.
+            probes: samples whose influence is read from the same chains; None for none.
+            smoke_test: the next firing is none of this run's: it gets nothing from this one.
+
+        Returns:
+            The estimate, and the influence where there are probes.
+
+        Raises:
+            NonFiniteLossError, NoLossError, ValueError: as :func:`~lightning_slt.estimate.measure_llc`.
+        """
+        self.settle(objective)
+        settings = dataclasses.replace(settings, localization=self.localization, method=self.method)
+        memory = None if smoke_test else self.memory
+        influence: Optional[InfluenceEstimate] = None
+        if probes is not None:
+            estimate, influence = measure_both(objective, source, settings, probes, collective, progress, memory)
+        else:
+            estimate = measure_llc(objective, source, settings, collective, progress, memory)
+        if not self.warm_start:
+            self.memory = ChainMemory(lr=self.memory.lr)
+        if estimate.method == "sequential":
+            # it always works, so it stays: another path rounds otherwise, and points would not share their noise
+            self.method = "sequential"
+        return estimate, influence
+
+    def settle(self, objective: Objective) -> None:
+        """Choose gamma at the first weights, and keep it: points of one curve are of one posterior."""
+        if self.localization is None:
+            self.localization = default_localization(objective.anchor, objective.layout)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors; displacements only where they are small."""
+        return {"localization": self.localization, "method": self.method, "memory": self.memory.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; what is not in it stays."""
+        self.localization = state["localization"]
+        self.method = state.get("method", self.method)
+        self.memory.load_state_dict(state["memory"])

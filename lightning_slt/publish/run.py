@@ -1,0 +1,163 @@
+"""A whole run read back from its folder: every monitor's estimates, influence, transitions and settings.
+
+What the report and the terminal are made from. Nothing here needs the process, the server or the model of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
+from lightning_slt.record import RECORD_FILE, Estimate, RunRecord
+from lightning_slt.transition_record import TransitionLog
+
+_OTHER_RUN = re.compile(r"_run\d+$")
+"""How the folder of a later run with the same settings ends: it is no monitor of this one."""
+_SUGGESTIONS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class MonitorRecord:
+    """What one monitor has left.
+
+    Attributes:
+        folder: of its record.
+        estimates: in order of steps; the last one where a step was measured twice.
+        influences: in order of steps; only the last one keeps its pairs.
+        transitions: None where none were watched for.
+        summary: ``summary.json``, empty where there is none.
+    """
+
+    folder: Path
+    estimates: tuple[Estimate, ...]
+    influences: tuple[InfluenceEstimate, ...] = ()
+    transitions: Optional[TransitionLog] = None
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What a person calls it: the monitor's own name, else the name of its folder."""
+        return next((e.component for e in self.estimates if e.component), self.folder.name)
+
+    @property
+    def status(self) -> str:
+        """``"running"``, ``"finished"`` or ``"failed"``; a record without a summary is of a run that died early."""
+        return str(self.summary.get("status", "failed"))
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """All monitors of one run.
+
+    Attributes:
+        monitors: at least one; the first is the one that the story is told of.
+    """
+
+    monitors: tuple[MonitorRecord, ...]
+
+    @property
+    def main(self) -> MonitorRecord:
+        """The monitor without a name, else the first by name."""
+        return self.monitors[0]
+
+    @property
+    def title(self) -> str:
+        """The folder's own name and the one above it, without the record's folder."""
+        parts = [p for p in self.main.folder.resolve().parent.parts if p not in (os.sep, "")]
+        return "/".join(parts[-2:]) or "run"
+
+
+def load_run(folder: Union[str, os.PathLike[str]], traces: bool = True) -> Run:
+    """Read the record of a run.
+
+    Args:
+        folder: the record's own folder (``.../slt``), or the run's folder that has it inside.
+        traces: whether the chains are read as well.
+
+    Raises:
+        FileNotFoundError: where there is no record; names the records below, if any.
+    """
+    given = Path(folder)
+    if not given.exists():
+        raise FileNotFoundError(f"RUN_DIR={str(given)!r}: no such folder.")
+    found = [monitor_record(place, traces) for place in folders_of(given)]
+    monitors = [m for m in found if m.estimates]
+    if not monitors:
+        below = sorted({str(path.parent) for path in _records_below(given)})[:_SUGGESTIONS]
+        hint = f" Name one of: {', '.join(below)}." if below else " Give the folder that the monitor names at its end."
+        raise FileNotFoundError(f"RUN_DIR={str(given)!r}: no estimates in it.{hint}")
+    return Run(tuple(monitors))
+
+
+def folders_of(given: Path) -> list[Path]:
+    """The record folders of one run, the main one first: of monitors with names they lie in it or beside it."""
+    if (given / RECORD_FILE).exists():
+        inside = [p for p in sorted(given.glob("*_*")) if p.is_dir() and (p / RECORD_FILE).exists()]
+        base = given.name
+        beside = []
+        if base == "slt" or base.startswith("slt_"):
+            beside = [p for p in [given.parent / "slt", *sorted(given.parent.glob("slt_*"))] if p != given]
+        others = [p for p in [*beside, *inside] if not _OTHER_RUN.search(p.name) and (p / RECORD_FILE).exists()]
+        if _OTHER_RUN.search(base):
+            others = []
+        return sorted([given, *others], key=lambda p: (_is_named(p), p != given, p.name))
+    places = [p for p in [given / "slt", *sorted(given.glob("slt_*"))] if (p / RECORD_FILE).exists()]
+    places = [p for p in places if not _OTHER_RUN.search(p.name)]
+    if places and places[0].name == "slt":
+        return folders_of(places[0])
+    return places
+
+
+def _is_named(folder: Path) -> bool:
+    return folder.name.startswith("slt_")
+
+
+def monitor_record(folder: Path, traces: bool = True) -> MonitorRecord:
+    """What is in one record folder; a file that cannot be read is as one that is not there."""
+    by_step: dict[Any, Estimate] = {}
+    for number, estimate in enumerate(RunRecord(folder).read(traces)):
+        by_step[estimate.step if estimate.step is not None else f"number {number}"] = estimate
+    estimates = sorted(by_step.values(), key=lambda e: e.step or 0)
+    return MonitorRecord(
+        folder, tuple(estimates), tuple(_influences(folder)), _transitions(folder), _json(folder / "summary.json")
+    )
+
+
+def _influences(folder: Path) -> Iterator[InfluenceEstimate]:
+    held: Optional[InfluenceEstimate] = None
+    for estimate in InfluenceRecord(folder).read():
+        if held is not None:
+            # the pairs of every firing would be gigabytes
+            yield held.without_pairs()
+        held = estimate
+    if held is not None:
+        yield held
+
+
+def _transitions(folder: Path) -> Optional[TransitionLog]:
+    try:
+        return TransitionLog.read(folder)
+    except FileNotFoundError:
+        return None
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _records_below(folder: Path, depth: int = 4) -> Iterator[Path]:
+    for level in range(1, depth + 1):
+        yield from folder.glob("/".join(["*"] * level + [RECORD_FILE]))
+
+
+__all__ = ["MonitorRecord", "Run", "folders_of", "load_run", "monitor_record"]

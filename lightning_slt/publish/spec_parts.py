@@ -1,0 +1,147 @@
+"""What the charts have in common: colours, how points look, axes of steps, layers and rows of small frames."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Optional
+
+from lightning_slt.functional.learning_coefficient import MAX_RHAT
+
+SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
+"""A name of the format, never fetched: the library is given the spec, not its address."""
+
+# Okabe and Ito's colours, which people with any colour vision tell apart; of the dark page lighter ones of the same hue
+LIGHT: Mapping[str, str] = {
+    "@good": "#0072b2",
+    "@bad": "#c24e00",
+    "@rule": "#7a3e9d",
+    "@text": "#26303a",
+    "@muted": "#75808b",
+    "@grid": "#e3e7eb",
+    "@loss": "#4a5560",
+    "@paper": "#ffffff",
+}
+DARK: Mapping[str, str] = {
+    "@good": "#56b4e9",
+    "@bad": "#f08a3c",
+    "@rule": "#c79be3",
+    "@text": "#e2e7ec",
+    "@muted": "#98a4b0",
+    "@grid": "#303a44",
+    "@loss": "#b9c3cd",
+    "@paper": "#161b21",
+}
+CATEGORIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c6d1f", "#7f7f7f")
+"""Chains, components, samples."""
+
+VALID, INVALID, BELOW, ABOVE, NONE = (
+    "valid",
+    "not valid",
+    "not valid, below the frame",
+    "not valid, above the frame",
+    "no estimate",
+)
+STATES = (VALID, INVALID, BELOW, ABOVE, NONE)
+"""How a point of the curve looks: what is not valid is hollow, of another colour and of another shape."""
+
+LEFT_OUT = "chains left out"
+DIAGNOSTICS: Mapping[str, Optional[float]] = {
+    "R-hat (1 is mixed)": MAX_RHAT,
+    "effective draws": None,
+    LEFT_OUT: None,
+    "virial ratio (1 has arrived)": 1.0,
+}
+"""Measures, and the line each is held against."""
+COSTS = ("seconds of a firing", "share of the run so far")
+TRAJECTORIES = ("mean loss over the posterior", "self-influence")
+
+Spec = dict[str, Any]
+Scale = Literal["linear", "log", "symlog"]
+
+
+def column(name: str) -> str:
+    return "${field:" + name + "}"
+
+
+def datum(name: str) -> str:
+    return f"datum['{column(name)}']"
+
+
+def frames_of(description: str, frames: list[Spec]) -> Spec:
+    # by the frames and not by their labels: else neighbours stand at different heights
+    aligned = {"bounds": "flush", "spacing": {"row": 84, "column": 70}}
+    return {"$schema": SCHEMA, "description": description, "columns": "@columns", **aligned, "concat": frames}
+
+
+def frame(measure: str, scale: Scale, limit: Optional[float], zero: bool = False) -> Spec:
+    """One small chart of the rows of a measure."""
+    y: Spec = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": zero}}
+    line = layer(
+        {"type": "line", "color": "@loss", "point": {"color": "@loss", "size": 22}},
+        [],
+        {
+            "x": steps(scale, "step"),
+            "y": {**y, "axis": {"tickCount": 4, "format": ",~r"}},
+            "tooltip": plain_tooltip("words"),
+        },
+    )
+    held = {
+        "data": {"values": [{}]},
+        "mark": {"type": "rule", "color": "@bad", "strokeDash": [5, 4]},
+        "encoding": {"y": {"datum": limit}},
+    }
+    return {
+        "title": {"text": measure, "anchor": "start", "frame": "group", "offset": 8},
+        "transform": [{"filter": f"datum.measure === '{measure}'"}],
+        "width": "@cell",
+        "height": 120,
+        "layer": [line] if limit is None else [held, line],
+    }
+
+
+def layer(mark: Spec, filters: list[str], encoding: Spec) -> Spec:
+    transform = {"transform": [{"filter": test} for test in filters]} if filters else {}
+    return {**transform, "mark": mark, "encoding": encoding}
+
+
+def with_x(layer: Spec, x: Spec) -> Spec:
+    """The same layer in another frame: its x keeps its own column."""
+    own = layer["encoding"]["x"]
+    return {**layer, "encoding": {**layer["encoding"], "x": {**x, "field": own["field"]}}}
+
+
+def cursor(x: Spec, which: str) -> Spec:
+    """A rule at the step that the pointer is nearest to, in whichever of the two frames."""
+    near = {"or": [{"param": "near_llc", "empty": False}, {"param": "near_loss", "empty": False}]}
+    return layer(
+        {"type": "rule", "color": "@muted"},
+        [which],
+        {"x": x, "opacity": {"condition": {"test": near, "value": 0.7}, "value": 0}},
+    )
+
+
+def nearest(name: str) -> Spec:
+    return {
+        "name": name,
+        "select": {"type": "point", "nearest": True, "on": "pointerover", "clear": "pointerout", "encodings": ["x"]},
+    }
+
+
+def tooltip(name: str) -> Spec:
+    return {"field": column(name), "type": "nominal"}
+
+
+def plain_tooltip(name: str) -> Spec:
+    return {"field": name, "type": "nominal"}
+
+
+def steps(scale: Scale, field: str, title: Optional[str] = "optimiser step") -> Spec:
+    axis: Spec = {"title": title, "grid": False, "tickCount": 6, "labelOverlap": True}
+    kinds: dict[Scale, Spec] = {
+        "linear": {"zero": False, "nice": False},
+        "log": {"type": "log", "nice": False},
+        "symlog": {"type": "symlog", "constant": "@first", "nice": False},
+    }
+    if scale == "symlog":
+        axis["values"] = "@ticks"  # the library's own are those of a linear axis, all at one end
+    return {"field": field, "type": "quantitative", "scale": {**kinds[scale], "padding": 8}, "axis": axis}

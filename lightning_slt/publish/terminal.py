@@ -1,0 +1,211 @@
+"""A run in a terminal: the words of the report, its numbers as a table, its curves as sparklines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from lightning_slt.influence_record import InfluenceEstimate
+from lightning_slt.publish.influence_tables import suspect_rows
+from lightning_slt.publish.render import clean
+from lightning_slt.publish.run import MonitorRecord, Run
+from lightning_slt.publish.words import (
+    KIND_WORDS,
+    cost_sentence,
+    diagnosis,
+    diagnostics,
+    diagnostics_sentence,
+    headline,
+    number,
+    offline_only,
+    signed,
+    transition_sentences,
+    with_error,
+)
+from lightning_slt.record import Estimate
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+GOOD, BAD, RULE, MUTED = "cyan", "yellow", "magenta", "bright_black"
+WIDTH = 72
+SUSPECTS = 10
+
+
+def story(run: Run, rows: int = 20) -> RenderableType:
+    """The whole story, ready for ``rich.console.Console.print``.
+
+    Args:
+        run: what was read from the record.
+        rows: estimates in the table, evenly taken where there are more.
+    """
+    monitor = run.main
+    parts: list[RenderableType] = [Panel(_bullets(headline(run)), title=_plain(run.title), title_align="left")]
+    for each in run.monitors:
+        parts.append(_curves(each, named=len(run.monitors) > 1))
+    parts.append(_estimates(monitor.estimates, rows))
+    for found in (_transitions(monitor), _suspects(monitor)):
+        parts += [found] if found is not None else []
+    parts.append(_diagnostics(run))
+    cost = cost_sentence(monitor.estimates)
+    parts += [Text(cost)] if cost else []
+    spaced: list[RenderableType] = []
+    for part in parts:
+        spaced += [part, Text()]
+    return Group(*spaced[:-1])
+
+
+def _plain(text: str) -> Text:
+    """A text of the run as it is: neither control characters nor markup act on the terminal."""
+    return Text(clean(text))
+
+
+def _bullets(sentences: Sequence[str]) -> Text:
+    text = Text()
+    for k, sentence in enumerate(sentences):
+        text.append(("\n" if k else "") + clean(sentence))
+    return text
+
+
+def sparkline(values: Sequence[float], width: int = WIDTH) -> str:
+    """Heights as blocks, the mean of neighbours where there are more than fit; a dot where nothing is known.
+
+    Example:
+        >>> sparkline([0.0, 1.0, 2.0, 7.0, float("nan")])
+        '▁▂▃█·'
+    """
+    columns = _columns(values, width)
+    known = [v for v in columns if math.isfinite(v)]
+    if not known:
+        return "·" * len(columns)
+    low, high = min(known), max(known)
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BLOCKS[round((v - low) * scale)] if math.isfinite(v) else "·" for v in columns)
+
+
+def _columns(values: Sequence[float], width: int) -> list[float]:
+    count = min(width, len(values))
+    columns = []
+    for k in range(count):
+        part = values[k * len(values) // count : (k + 1) * len(values) // count]
+        known = [v for v in part if math.isfinite(v)]
+        columns.append(sum(known) / len(known) if known else math.nan)
+    return columns
+
+
+def _curves(monitor: MonitorRecord, named: bool) -> Table:
+    """LLC (valid estimates only) and loss over training."""
+    estimates = monitor.estimates
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    if named:
+        table.add_row(Text(monitor.name, style="bold"), "", "")
+    llc = [e.mean if e.valid else math.nan for e in estimates]
+    for name, values, style in (("LLC", llc, GOOD), ("loss", [e.init_loss for e in estimates], "")):
+        known = [v for v in values if math.isfinite(v)]
+        ends = f"{number(min(known))} to {number(max(known))}" if known else "nothing valid"
+        table.add_row(Text(name, style="bold"), Text(sparkline(values), style=style), Text(ends, style=MUTED))
+    marks = _marks(monitor)
+    if marks.strip():
+        table.add_row("", Text(marks, style=RULE), Text("transitions", style=MUTED))
+    if not all(e.valid for e in estimates):
+        table.add_row("", Text("· not valid: not drawn", style=BAD), "")
+    return table
+
+
+def _marks(monitor: MonitorRecord) -> str:
+    """The kind of each standing transition below the column it happened in."""
+    estimates, log = monitor.estimates, monitor.transitions
+    width = min(WIDTH, len(estimates))
+    marks = [" "] * width
+    for t in log.standing if log is not None else ():
+        later = sum((e.step or 0) < t.step for e in estimates)
+        marks[min(later * width // max(len(estimates), 1), width - 1)] = t.kind
+    return "".join(marks)
+
+
+def _estimates(estimates: Sequence[Estimate], rows: int) -> Table:
+    few = list(estimates)
+    title = f"{len(estimates):,} estimates"
+    if len(few) > rows:
+        few = [few[round(k * (len(few) - 1) / max(rows - 1, 1))] for k in range(rows)] if rows > 1 else few[-1:]
+        title += f", {rows} of them"
+    table = Table(title=title, title_justify="left", title_style="bold", header_style=MUTED, pad_edge=False, box=None)
+    for name in ("step", "LLC", "loss", "R-hat", "ESS", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("remarks", overflow="fold", ratio=1)
+    for e in few:
+        remarks = "; ".join(remark.text for remark in diagnosis(e))
+        table.add_row(
+            f"{e.step:,}" if e.step is not None else "",
+            Text(with_error(e.mean, e.se), style=GOOD if e.valid else BAD),
+            number(e.init_loss),
+            number(e.rhat),
+            number(e.ess),
+            number(e.seconds),
+            Text("valid", style=GOOD) if e.valid else Text("NOT VALID", style=f"bold {BAD}"),
+            _plain(remarks),
+        )
+    return table
+
+
+def _transitions(monitor: MonitorRecord) -> Group | None:
+    log = monitor.transitions
+    if log is None or not (log.reports or log.offline):
+        return None
+    lines: list[RenderableType] = [Text("Transitions", style="bold")]
+    for report in log.reports:
+        t = report.transition
+        gone = t.state == "retracted"
+        head = Text(f"  step {t.step:,.0f}  {KIND_WORDS[t.kind]} ", style=MUTED if gone else RULE)
+        head.append(f"({t.state})", style=MUTED)
+        lines.append(head)
+        style = MUTED if gone else ""
+        lines += [Padding(Text(clean(said), style=style), (0, 0, 0, 4)) for said in transition_sentences(report)]
+    for t in offline_only(log):
+        text = f"  step {t.step:,.0f}  {KIND_WORDS[t.kind]} (found afterwards): LLC {signed(t.llc_change)}, loss "
+        lines.append(Text(text + signed(t.loss_change), style=RULE))
+    return Group(*lines)
+
+
+def _suspects(monitor: MonitorRecord) -> Table | None:
+    measured = [i for i in monitor.influences if len(i.train_index)]
+    if not measured:
+        return None
+    last: InfluenceEstimate = measured[-1]
+    where = f" at step {last.step:,}" if last.step is not None else ""
+    title = f"Likely wrong labels and outliers{where}"
+    table = Table(title=title, title_justify="left", title_style="bold", header_style=MUTED, pad_edge=False, box=None)
+    for name in ("", "sample", "label", "mean loss over the posterior", "loss", "rank by loss", "how it looks"):
+        table.add_column(name, justify="left" if name in ("label", "how it looks") else "right")
+    for rank, index, group, mean, mean_se, plain, plain_rank, _, _, media in suspect_rows(last, SUSPECTS):
+        path = monitor.folder / "samples" / media
+        looks = ""
+        if path.with_suffix(".txt").exists():
+            looks = path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip()[:60]
+        elif path.with_suffix(".png").exists():
+            looks = f"samples/{media}.png"
+        error = math.nan if mean_se is None else mean_se
+        cells = (str(rank), str(index), str(group), with_error(mean or math.nan, error), number(plain), str(plain_rank))
+        table.add_row(*map(_plain, cells), _plain(looks))
+    return table
+
+
+def _diagnostics(run: Run) -> Group:
+    lines: list[RenderableType] = [Text("How far to trust it", style="bold")]
+    for monitor in run.monitors:
+        name = f"{monitor.name}: " if len(run.monitors) > 1 else ""
+        lines.append(Padding(Text(f"{name}{diagnostics_sentence(monitor.estimates)}"), (0, 0, 0, 2)))
+        for remark in diagnostics(monitor.estimates):
+            style = BAD if remark.level == "bad" else MUTED
+            item = Table.grid(padding=(0, 1, 0, 0))
+            item.add_row(Text("  •", style=style), _plain(remark.text))
+            lines.append(item)
+    return Group(*lines)
+
+
+__all__ = ["sparkline", "story"]

@@ -1,0 +1,139 @@
+"""The report: what stands in the file, whatever the run has named its samples and groups."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from lightning_slt.cli import main
+from lightning_slt.publish import RunPublisher
+from lightning_slt.publish.html import report_html
+from lightning_slt.publish.run import load_run
+from tests.publish.helpers import make_estimate
+from tests.publish.recorded import DIVERGED, HOSTILE, write_run
+
+
+class Elements(HTMLParser):
+    """Every element of a page, and the text inside those of scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return report_html(load_run(write_run(tmp_path_factory.mktemp("run"))))
+
+
+def data_of(page: str) -> dict:
+    return json.loads(re.search(r'<script type="application/json" id="run">(.*?)</script>', page, re.S)[1])
+
+
+def test_the_page_names_nothing_that_must_be_fetched_and_forbids_it(page: str) -> None:
+    elements = Elements(page).found
+    assert not [a for tag, a in elements if tag in ("link", "iframe", "object", "embed") or a.get("src")]
+    policy = next(a["content"] for tag, a in elements if a.get("http-equiv") == "Content-Security-Policy")
+    rules = dict(part.strip().split(" ", 1) for part in policy.split(";"))
+    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
+    assert rules["img-src"] == "data:"
+    assert "unsafe-eval" not in policy
+
+
+def test_hostile_names_of_samples_groups_and_settings_make_no_element(page: str) -> None:
+    elements = Elements(page).found
+    assert not [tag for tag, _ in elements if tag == "img"]
+    # the data, three libraries, the page's own
+    assert len([tag for tag, _ in elements if tag == "script"]) == 5
+    assert not [a for _, a in elements if any(name.startswith("on") for name in a)]
+    assert data_of(page)["samples"]["0"]["text"] == f"sample 0 {HOSTILE}"
+
+
+def test_a_firing_that_lost_a_chain_is_said_to_be_left_out(page: str) -> None:
+    data = data_of(page)
+    rows = [r for r in data["charts"]["curve"]["datasets"]["rows"] if r["row"] == "estimate"]
+    assert [r["state"] for r in rows] == ["valid", "valid", "valid", "not valid", "valid"]
+    segments = [r["segment"] for r in rows]
+    assert segments[2] != segments[4], "the band must not run through an estimate that is not valid"
+    firing = next(f for f in data["chains"][0]["firings"] if f["step"] == DIVERGED)
+    assert not firing["valid"] and "Not valid" in firing["words"]
+    assert 'class="bad"' in page
+
+
+def test_components_transitions_energies_and_samples_are_all_there(page: str) -> None:
+    data = data_of(page)
+    assert {"curve", "components", "diagnostics", "cost", "energy0", "trajectories"} == set(data["charts"])
+    assert len(data["chains"]) == 3
+    rules = [r for r in data["charts"]["curve"]["datasets"]["rows"] if r["row"] == "transition"]
+    assert [(r["step"], r["end"], r["kind"]) for r in rules] == [(280.0, 330.0, "A")]
+    assert len(data["samples"]) == 20
+
+
+def test_the_command_writes_one_file_where_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path)
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "out" / "page.html"), "--title", "<b>"]) == 0
+    assert "page.html (" in capsys.readouterr().out
+    assert "<h1>&lt;b&gt;</h1>" in (tmp_path / "out" / "page.html").read_text(encoding="utf-8")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["page.html"]
+
+
+def test_a_folder_without_a_record_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path / "none")]) == 1
+    assert "none': no such folder" in capsys.readouterr().err
+
+
+class _Run:
+    def __init__(self, offline: bool) -> None:
+        self.offline, self.disabled, self.summary = offline, False, {}
+        self.config = type("Config", (), {"update": lambda *a, **k: None})()
+
+    def define_metric(self, *a: object, **k: object) -> None: ...
+
+
+class WandbLogger:
+    """A logger of that name, with a run that is on a server or not."""
+
+    _prefix = ""
+    LOGGER_JOIN_CHAR = "-"
+
+    def __init__(self, offline: bool) -> None:
+        self.experiment = _Run(offline)
+
+    def log_metrics(self, metrics: object, step: object = None) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("loggers", "written"),
+    [([], True), ([WandbLogger(offline=True)], True), ([WandbLogger(offline=False)], False)],
+    ids=["no logger", "wandb offline", "wandb online"],
+)
+def test_the_report_is_written_by_itself_where_no_server_shows_the_run(
+    tmp_path: Path, loggers: list[object], written: bool
+) -> None:
+    publisher = RunPublisher(loggers, tmp_path)
+    publisher.start({})
+    estimates = [make_estimate(step=10), make_estimate(step=20)]
+    for estimate in estimates:
+        publisher.estimate(estimate)
+    publisher.finish(estimates, "finished")
+    assert (tmp_path / "report.html").exists() is written
+
+
+def test_a_report_that_fails_is_warned_about_and_the_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(folder: Path) -> None:
+        raise RuntimeError("no page")
+
+    monkeypatch.setattr("lightning_slt.publish.html.write_report", broken)
+    publisher = RunPublisher([], tmp_path)
+    publisher.estimate(make_estimate(step=10))
+    with pytest.warns(UserWarning, match="could not publish to the report: RuntimeError: no page"):
+        publisher.finish([make_estimate(step=10)], "finished")
+    assert '"finished"' in (tmp_path / "summary.json").read_text()
