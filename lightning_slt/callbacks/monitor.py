@@ -34,7 +34,6 @@ from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.samples import Probed, ProbedSamples
 from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
-from lightning_slt.callbacks.travel import flat_weights
 from lightning_slt.callbacks.susceptibilities import (
     Measures,
     measure_beside,
@@ -42,6 +41,7 @@ from lightning_slt.callbacks.susceptibilities import (
     restore_susceptibilities,
     warn_of,
 )
+from lightning_slt.callbacks.travel import flat_weights
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.firing import Course
 from lightning_slt.influence import ProbeSet
@@ -633,12 +633,16 @@ class SLTMonitor(Callback):
                 self._source.forget()
             return objective, self._source
 
-        # the objects stay here: only the word that it worked is exchanged
-        built: list[tuple[Objective, MinibatchSource]] = []
-        self._collective.exchange(lambda: built.append(build()))
-        objective, source = built[0]
-        self._source = source = share_batches(source, self._collective)
-        self._share_buffers(objective)
+        def open_anew() -> tuple[Objective, MinibatchSource]:
+            # the objects stay here: only the word that it worked is exchanged
+            built: list[tuple[Objective, MinibatchSource]] = []
+            self._collective.exchange(lambda: built.append(build()))
+            objective, source = built[0]
+            self._source = source = share_batches(source, self._collective)
+            self._share_buffers(objective)
+            return objective, source
+
+        objective, source = open_anew()
         settings = dataclasses.replace(settings, second_moment=self._moments(trainer, objective))
         smoke_test = _is_smoke_test(trainer)
         if smoke_test:
@@ -663,10 +667,7 @@ class SLTMonitor(Callback):
                 # samples' fault fails again below, and is then said as any failure is
                 influence_error = f"{type(error).__name__}: {error}"
                 self._source = None
-                self._collective.exchange(lambda: built.append(build()))
-                objective, source = built[-1]
-                self._source = source = share_batches(source, self._collective)
-                self._share_buffers(objective)
+                objective, source = open_anew()
         if measured is None:
             measured = self._course.measure(objective, source, settings, None, self._collective, progress, smoke_test)
             if influence_error:
