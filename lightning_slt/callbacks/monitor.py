@@ -6,71 +6,66 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_slt.callbacks.background import BackgroundFirings, Late, warn_of_lost
+from lightning_slt.callbacks.arguments import (
+    as_sampler,
+    is_smoke_test,
+    listed,
+    loss_context,
+    plain,
+    second_moments,
+    warn_of_failure,
+)
+from lightning_slt.callbacks.background import BackgroundFirings, warn_of_lost
 from lightning_slt.callbacks.data import TrainingData, check_num_samples, training_transfer
 from lightning_slt.callbacks.distribution import (
     check_strategy,
     close_collective,
+    is_sharded,
     make_collective,
     make_objective,
     share_batches,
 )
-from lightning_slt.callbacks.folder import fresh, recorded, restore_record, run_folder
+from lightning_slt.callbacks.late import LateFirings
 from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.overhead import Decision, OverheadBudget
 from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.samples import Probed, ProbedSamples
 from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
-from lightning_slt.callbacks.susceptibilities import (
-    Measures,
-    measure_beside,
-    publish,
-    restore_susceptibilities,
-    warn_of,
-)
-from lightning_slt.callbacks.travel import flat_weights
+from lightning_slt.callbacks.susceptibilities import Measures, measure_beside, publish, warn_of
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.firing import Course
 from lightning_slt.influence import ProbeSet
-from lightning_slt.influence_record import InfluenceEstimate, suspicion_of
+from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish import RunPublisher
-from lightning_slt.publish.render import Rendered
-from lightning_slt.record import Estimate, RunRecord
+from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.collective import Alone, Collective, RankLostError
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.probe import GroupFn
 from lightning_slt.sampling.restriction import select_parameters
 from lightning_slt.sampling.rng import preserve_rng
-from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, RMSpropSGLD, sampler_from
+from lightning_slt.sampling.samplers import SGLD, SGNHT, RMSpropSGLD
 from lightning_slt.sampling.shadow import shadow_copy
-from lightning_slt.sampling.sharded import ShardedObjective, local_of
+from lightning_slt.sampling.sharded import ShardedObjective
 from lightning_slt.sampling.steps import LossFn, loss_function
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
-from lightning_slt.transitions import Transition
 
 SMOKE_SAMPLER = SGLD(lr=1e-6)
 """A smoke test shows that chains run, not what they say: no step size is looked for."""
-LARGE_BUDGET = 1600
-"""Readings of a firing, over all chains, from which on single pairs are shown at once and not only at the end."""
-LARGE_OVERHEAD = 0.25
-"""Share of wall-clock above which a monitor without a budget says that there is one."""
 
 
-class SLTMonitor(Callback):
+class SLTMonitor(LateFirings):
     """Measures the local learning coefficient while a model trains, and logs it with its error.
 
     At each firing SGLD chains start from the current weights, on a private copy of the module, with minibatches of
@@ -196,7 +191,7 @@ class SLTMonitor(Callback):
             every_n_train_steps = 1
         self._schedule = Schedule.build(every_n_train_steps, every_n_epochs, at_steps, log_spaced)
         self._settings = ChainSettings(
-            sampler=_as_sampler(sampler),
+            sampler=as_sampler(sampler),
             num_chains=num_chains,
             num_draws=num_draws,
             num_burnin_steps=num_burnin_steps,
@@ -217,7 +212,7 @@ class SLTMonitor(Callback):
         if name is not None and not re.fullmatch(r"[a-z0-9_]+", name):
             raise ValueError(f"name={name!r}: only lower-case letters, digits and underscores (it becomes a log key).")
         self._loss_fn = loss_fn
-        self._restrict = _plain(restrict)
+        self._restrict = plain(restrict)
         self._batch_size = batch_size
         self._num_samples = num_samples
         self._on_failure = on_failure
@@ -258,7 +253,7 @@ class SLTMonitor(Callback):
         """
         restrict = self._restrict
         if restrict is not None and not isinstance(restrict, str):
-            restrict = [r if isinstance(r, str) else type(r).__name__ for r in _listed(restrict)]
+            restrict = [r if isinstance(r, str) else type(r).__name__ for r in listed(restrict)]
         if self._name is not None:
             return self._generate_state_key(name=self._name)
         settings = repr(dataclasses.replace(self._settings, sampler=None))
@@ -283,18 +278,14 @@ class SLTMonitor(Callback):
             loss_function(pl_module, self._loss_fn)
         except ValueError as error:
             raise MisconfigurationException(f"SLTMonitor: {error}") from error
-        if self._beside is not None and trainer.world_size > 1:
+        if self._beside is not None and (trainer.world_size > 1 or is_sharded(trainer)):
             raise MisconfigurationException(
-                f"SLTMonitor(execution='background') is for one training process, and this run has "
-                f"{trainer.world_size}: use execution='inline', where every rank runs its share of the chains."
+                f"SLTMonitor(execution='background') is for one training process with whole weights, and this run has "
+                f"{trainer.world_size} under {type(trainer.strategy).__name__}: use execution='inline', where ranks "
+                "share the chains."
             )
         self._collective = make_collective(trainer)
         self.number_among(trainer)
-
-    @property
-    def prefix(self) -> str:
-        """The group in front of every key of this monitor; known from ``setup`` on."""
-        return self._prefix
 
     def number_among(self, trainer: Trainer) -> None:
         """Find the prefix of a monitor without a name: they are numbered in the order of the trainer's callbacks."""
@@ -302,15 +293,6 @@ class SLTMonitor(Callback):
             unnamed = [c for c in trainer.callbacks if isinstance(c, SLTMonitor) and c._name is None]  # type: ignore[attr-defined]
             number = unnamed.index(self) + 1 if self in unnamed else 1
             self._prefix = "slt" if number == 1 else f"slt_{number}"
-
-    def add_listener(self, listener: EstimateListener) -> None:
-        """Tell ``listener`` of every estimate from now on; adding it twice is adding it once."""
-        if listener not in self._listeners:
-            self._listeners.append(listener)
-
-    def remove_listener(self, listener: EstimateListener) -> None:
-        """Tell it no more; nothing happens where it is not told."""
-        self._listeners = [other for other in self._listeners if other is not listener]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not in setup: a module may build its layers in its own setup or configure_model, which come after
@@ -335,7 +317,7 @@ class SLTMonitor(Callback):
             self._forget()
         now = time.monotonic()
         self._start = now - self._run_seconds
-        if self._budget is not None and not _is_smoke_test(trainer):
+        if self._budget is not None and not is_smoke_test(trainer):
             share = math.ceil(self._settings.num_chains / self._collective.world_size)
             beside = self._beside is not None
             # of a firing beside training only the snapshot costs it time, whatever its size; about that of a batch
@@ -348,7 +330,7 @@ class SLTMonitor(Callback):
         self._open_publisher(trainer)
         self._open_background(trainer, pl_module)
         trainer.callback_metrics.setdefault(f"{self._prefix}/diag/valid", torch.tensor(0.0))
-        if before == 0 and not self.estimates and 0 in self._explicit and not _is_smoke_test(trainer):
+        if before == 0 and not self.estimates and 0 in self._explicit and not is_smoke_test(trainer):
             self._consider(trainer, pl_module, step=0, x=0)
 
     def _forget(self) -> None:
@@ -364,50 +346,6 @@ class SLTMonitor(Callback):
             self._beside.forget()
         if self._budget is not None:
             self._budget.forget()
-
-    def _open_publisher(self, trainer: Trainer) -> None:
-        """The folder and the loggers of this run; none of either under ``fast_dev_run``."""
-        if _is_smoke_test(trainer):
-            self._publisher = RunPublisher([], None, self._prefix)
-            return
-        folder = None
-        if not getattr(trainer, "barebones", False):
-            folder = run_folder(trainer, self._resumed_folder, self._dirpath, self._prefix)
-        resumed = bool(self.estimates) or (self._beside is not None and bool(self._beside.awaited))
-        if folder is not None and trainer.is_global_zero:
-            if not resumed or folder != self._resumed_folder:
-                folder = fresh(folder)
-            if resumed:
-                restore_record(RunRecord(folder), self._last_step, self.estimates, self.influences)
-                restore_susceptibilities(folder, self._last_step, self.susceptibilities)
-        self.folder = self._resumed_folder = folder
-        self._publisher = RunPublisher(trainer.loggers, folder, self._prefix)
-        self._publisher.start(self._config())
-
-    def _config(self) -> dict[str, Any]:
-        settings, schedule = self._settings, self._schedule
-        return {
-            "every_n_train_steps": schedule.every_n_train_steps,
-            "every_n_epochs": schedule.every_n_epochs,
-            "at_steps": list(schedule.at_steps) if schedule.at_steps is not None else None,
-            "log_spaced": schedule.log_spaced,
-            "max_overhead": self._budget.max_overhead if self._budget is not None else None,
-            "sampler": repr(settings.sampler) if settings.sampler is not None else "SGLD, calibrated",
-            "num_chains": settings.num_chains,
-            "num_draws": settings.num_draws,
-            "num_burnin_steps": settings.num_burnin_steps,
-            "num_steps_bw_draws": settings.num_steps_bw_draws,
-            "batch_size": self._batch_size,
-            "measures": self._measures.describe(),
-            "nbeta": settings.nbeta,
-            "num_samples": self._data.num_samples if self._data else self._num_samples,
-            "localization": self._course.localization,
-            "restrict": [str(r) if isinstance(r, str) else type(r).__name__ for r in _listed(self._restrict)] or None,
-            "seed": settings.seed,
-            "warm_start": self._course.warm_start,
-            "samples": self._samples.describe(),
-            "background": self._beside.describe() if self._beside is not None else None,
-        }
 
     # --- while training -------------------------------------------------------------------------------------------
 
@@ -430,7 +368,7 @@ class SLTMonitor(Callback):
         if step <= last:
             return
         self._last_step = step
-        if _is_smoke_test(trainer):
+        if is_smoke_test(trainer):
             if not self._done_fast_run:
                 self._done_fast_run = True
                 self._fire(trainer, pl_module, step, x)
@@ -439,7 +377,7 @@ class SLTMonitor(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._collect(trainer, pl_module)
-        if _is_smoke_test(trainer) or not self._schedule.due_epoch(trainer.current_epoch + 1):
+        if is_smoke_test(trainer) or not self._schedule.due_epoch(trainer.current_epoch + 1):
             return
         if self.estimates and self.estimates[-1].step == self._last_step:
             return
@@ -447,17 +385,6 @@ class SLTMonitor(Callback):
             return
         # Lightning takes its count one back to log an epoch's values: they share the x of the last batch
         self._consider(trainer, pl_module, self._last_step, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
-
-    def _earn(self) -> float:
-        """Credit the budget with the time since it was last credited, and return it.
-
-        All that is not a firing is the run to its user: validation, loading data and checkpoints as much as batches.
-        """
-        assert self._budget is not None and self._earned_until is not None
-        now = time.monotonic()
-        seconds, self._earned_until = now - self._earned_until, now
-        self._budget.earn(seconds)
-        return seconds
 
     def _consider(self, trainer: Trainer, pl_module: LightningModule, step: int, x: int) -> None:
         """Fire at a step that the schedule names, where the budget covers it or there is none.
@@ -496,7 +423,7 @@ class SLTMonitor(Callback):
         """Measure now, on all ranks, and publish; a failure follows ``on_failure``."""
         begin = time.monotonic()
         settings = self._settings if decision is None else sized(self._settings, decision.size)
-        if self._beside is not None and not _is_smoke_test(trainer):
+        if self._beside is not None and not is_smoke_test(trainer):
             self._send(trainer, pl_module, step, x, decision)
             return
         try:
@@ -504,9 +431,9 @@ class SLTMonitor(Callback):
                 estimate, influence = self._measure(trainer, pl_module, progress, settings)
         except Exception as error:
             self._hook_owner = None
-            if self._on_failure == "raise" or _is_smoke_test(trainer) or isinstance(error, RankLostError):
+            if self._on_failure == "raise" or is_smoke_test(trainer) or isinstance(error, RankLostError):
                 raise
-            _warn_of_failure(step, f"{type(error).__name__}: {error}")
+            warn_of_failure(step, f"{type(error).__name__}: {error}")
             self._account(begin, failed=True)
             return
         size = size_of(settings, self._settings)
@@ -526,91 +453,6 @@ class SLTMonitor(Callback):
         self._account(begin, size)
         self._warn_if_large()
 
-    def _take_up(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        estimate: Estimate,
-        influence: Optional[InfluenceEstimate],
-        begin: float,
-    ) -> None:
-        """Into the history, the metrics that others monitor, the record and the loggers; listeners are told.
-
-        Args:
-            begin: since when the time of this firing has not been accounted for.
-        """
-        seconds = time.monotonic() - begin
-        elapsed = time.monotonic() - (self._start if self._start is not None else begin)
-        overhead = (self._seconds + seconds) / max(elapsed, 1e-9)
-        estimate = estimate.replace(overhead=overhead, component=self._name or "")
-        self.estimates.append(estimate)
-        trainer.callback_metrics.update(
-            {
-                f"{self._prefix}/llc/mean": torch.tensor(estimate.mean),
-                f"{self._prefix}/llc/se": torch.tensor(estimate.se),
-                f"{self._prefix}/diag/valid": torch.tensor(float(estimate.valid)),
-            }
-        )
-        if self._publisher is not None:
-            self._publisher.estimate(estimate)
-        if influence is not None:
-            self._keep_influence(trainer, influence, estimate)
-        for listener in self._listeners:
-            self._tell(listener, trainer, pl_module, estimate)
-
-    def _tell(
-        self, listener: EstimateListener, trainer: Trainer, pl_module: LightningModule, estimate: Estimate
-    ) -> None:
-        """What fails in it follows ``on_failure``, and is warned about once."""
-        try:
-            listener.on_estimate(trainer, pl_module, self, estimate, self._publisher)
-        except Exception as error:
-            if self._on_failure == "raise":
-                raise
-            if not self._said_listener:
-                self._said_listener = True
-                rank_zero_warn(
-                    f"{type(listener).__name__} failed at step {estimate.step}; training goes on, further failures are "
-                    f"not reported. {type(error).__name__}: {error}"
-                )
-
-    def _keep_influence(self, trainer: Trainer, influence: InfluenceEstimate, estimate: Estimate) -> None:
-        """Into the history and the loggers; only the last one keeps its pairs in memory."""
-        influence = influence.replace(
-            step=estimate.step,
-            x=estimate.x,
-            epoch=estimate.epoch,
-            component=estimate.component,
-            seconds=estimate.seconds,
-        )
-        influence = influence.replace(suspicion=suspicion_of([*self.influences, influence]))
-        if self.influences:
-            self.influences[-1] = self.influences[-1].without_pairs()
-        self.influences.append(influence)
-        if self._publisher is None:
-            return
-        rendered: dict[int, Rendered] = {}
-        try:
-            # the other ranks log nothing
-            rendered = self._samples.rendered(influence) if trainer.is_global_zero else {}
-        except Exception as error:
-            rank_zero_warn(f"SLTMonitor: the suspects could not be shown: {type(error).__name__}: {error}")
-        large = influence.num_chains * influence.num_draws >= LARGE_BUDGET
-        self._publisher.influence(influence, rendered, pairs=large)
-
-    def _warn_if_large(self) -> None:
-        """Say once that there is a budget, where the cadence alone takes much of the run."""
-        # the first firings of a run come close together, and prove nothing
-        overhead = self.estimates[-1].overhead
-        large = len(self.estimates) > 3 and overhead > LARGE_OVERHEAD
-        if self._budget is not None or self._said_overhead or not large:
-            return
-        self._said_overhead = True
-        rank_zero_warn(
-            f"SLTMonitor: measuring has taken {overhead:.0%} of this run's wall-clock so far. "
-            "SLTMonitor(max_overhead=0.05) keeps it to 5 %, by leaving firings out; or choose a wider cadence."
-        )
-
     def _measure(
         self, trainer: Trainer, pl_module: LightningModule, progress: FiringProgress, settings: ChainSettings
     ) -> tuple[Estimate, Optional[InfluenceEstimate]]:
@@ -624,7 +466,7 @@ class SLTMonitor(Callback):
                 self._collective,
                 loss_fn=self._loss_fn,
                 restrict=self._restrict,
-                context=_loss_context(trainer),
+                context=loss_context(trainer),
             )
             self._hook_owner = objective.module
             if self._source is None or data.replays:
@@ -644,7 +486,7 @@ class SLTMonitor(Callback):
 
         objective, source = open_anew()
         settings = dataclasses.replace(settings, second_moment=self._moments(trainer, objective))
-        smoke_test = _is_smoke_test(trainer)
+        smoke_test = is_smoke_test(trainer)
         if smoke_test:
             settings = dataclasses.replace(
                 settings, num_chains=1, num_draws=4, num_burnin_steps=2, num_steps_bw_draws=1, sampler=SMOKE_SAMPLER
@@ -695,7 +537,7 @@ class SLTMonitor(Callback):
                 self._collective,
                 loss_fn=self._loss_fn,
                 restrict=restrict,
-                context=_loss_context(trainer),
+                context=loss_context(trainer),
             )
             self._hook_owner = objective.module
             return objective
@@ -719,7 +561,7 @@ class SLTMonitor(Callback):
                     self._share_buffers,
                 )
         except Exception as error:
-            if self._on_failure == "raise" or _is_smoke_test(trainer) or isinstance(error, RankLostError):
+            if self._on_failure == "raise" or is_smoke_test(trainer) or isinstance(error, RankLostError):
                 raise
             warn_of(error, step)
             return
@@ -730,26 +572,6 @@ class SLTMonitor(Callback):
         )
         self.susceptibilities.append(found)
         publish(found, self._publisher, self.folder, self._prefix, trainer.is_global_zero)
-
-    def _say_how(self, estimate: Estimate, influence: Optional[InfluenceEstimate]) -> None:
-        """What there is to be said of the first firing, and of the first samples that were left out."""
-        if not self._said_method:
-            self._said_method = True
-            rank_zero_info(
-                f"SLTMonitor: {estimate.num_chains} {estimate.method} chains over {estimate.num_weights} weights "
-                f"({estimate.method_reason}), n = {estimate.num_samples}, nbeta = {estimate.nbeta:.4g}, localization = "
-                f"{estimate.localization:.4g}, step size {estimate.step_size:.2g}"
-            )
-            if influence is not None:
-                notes = "".join(f"; {note}" for note in influence.notes)
-                rank_zero_info(
-                    f"SLTMonitor: influence of {len(influence.train_index)} training samples on "
-                    f"{len(influence.query_index)} queries{notes}"
-                )
-        if influence is not None and influence.dropped and not self._said_dropped:
-            self._said_dropped = True
-            named = ", ".join(f"{d.kind} {d.index} ({d.reason})" for d in influence.dropped[:5])
-            rank_zero_warn(f"SLTMonitor: {len(influence.dropped)} samples are left out of influence: {named}")
 
     def _transfer(self, trainer: Trainer) -> Callable[[Any], Any]:
         """What the trainer does to a batch, with the hooks of the private copy there is when it is read."""
@@ -784,152 +606,6 @@ class SLTMonitor(Callback):
         for buffer, value in zip(buffers, told or [], strict=True):
             buffer.copy_(value)
 
-    # --- beside training ------------------------------------------------------------------------------------------
-
-    @property
-    def measures_later(self) -> bool:
-        """Whether estimates come after training has gone on from their weights."""
-        return self._beside is not None
-
-    def _open_background(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the workers, and find again what was out when the run broke off."""
-        beside, data, course = self._beside, self._data, self._course
-        if beside is None or data is None or _is_smoke_test(trainer):
-            return
-        beside.open(
-            trainer,
-            pl_module,
-            self.folder,
-            data,
-            self._loss_fn,
-            self._restrict,
-            self._settings,
-            _loss_context(trainer) is not None,
-            course.state_dict,
-            course.warm_start,
-        )
-        known = {} if self.folder is None else recorded(self.folder, beside.awaited)
-        # what reached the record after the checkpoint is known, and not published a second time
-        for step, (estimate, influence) in known.items():
-            self.estimates.append(estimate)
-            if influence is not None:
-                self.influences.append(influence)
-            left = beside.left_by(step)
-            if left is not None:
-                course.load_state_dict(left)
-        late, lost = beside.recover(known)
-        warn_of_lost(lost)
-        for result in late:
-            self._take_late(trainer, pl_module, result)
-        beside.begin()
-
-    def _send(
-        self, trainer: Trainer, pl_module: LightningModule, step: int, x: int, decision: Optional[Decision]
-    ) -> None:
-        """Have the weights as they are measured beside training; leave it out where the queue is full."""
-        beside, data = self._beside, self._data
-        assert beside is not None and data is not None
-        begin = time.monotonic()
-        with FiringProgress(trainer, f"{self._prefix} at step {step}, waiting for the background") as progress:
-            for late in beside.make_room(progress):
-                self._take_late(trainer, pl_module, late)
-        if beside.broken is not None:
-            return
-        if beside.full:
-            self._skipped += 1
-            if not self._said_full:
-                self._said_full = True
-                rank_zero_warn(f"SLTMonitor: the firing at step {step} is left out, since {beside.full_text()}")
-            return
-        notes: dict[str, Any] = {"step": step, "x": x, "epoch": trainer.current_epoch}
-        if decision is not None:
-            notes |= {
-                "firing_size": decision.size,
-                "credit_seconds": decision.credit_seconds,
-                "predicted_seconds": decision.predicted_seconds,
-            }
-        if decision is not None or self._skipped:
-            notes["skipped"] = self._skipped
-        try:
-            with preserve_rng():
-                probes = self._probes_of(trainer, pl_module) if self._measures.influence else None
-                self._course.settle(flat_weights(pl_module, self._restrict))
-                settings = dataclasses.replace(
-                    self._settings,
-                    localization=self._course.localization,
-                    second_moment=self._moments_now(trainer, pl_module),
-                )
-                beside.send(trainer, pl_module, self._restrict, settings, data, probes, notes)
-        except Exception as error:
-            if self._on_failure == "raise":
-                raise
-            _warn_of_failure(step, f"{type(error).__name__}: {error}")
-            self._account(begin, failed=True)
-            return
-        finally:
-            self._hook_owner = None
-        self._skipped = 0
-        for listener in self._listeners:
-            listener.on_snapshot(trainer, pl_module, step)
-        self._account(begin)
-
-    def _probes_of(self, trainer: Trainer, pl_module: LightningModule) -> ProbeSet:
-        """The samples to look at, read at the first firing."""
-        assert self._data is not None
-        if self._source is None or self._data.replays:
-            self._hook_owner = shadow_copy(pl_module)
-            self._source = self._data.source(self._transfer(trainer))
-        return self._samples.read(trainer, self._source, self._transfer(trainer))
-
-    def _moments_now(self, trainer: Trainer, pl_module: LightningModule) -> Optional[Tensor]:
-        """Second moments for a worker, which alone knows whether its chains start cold."""
-        sampler = self._settings.sampler
-        if sampler is None or not sampler.preconditioned:
-            return None
-        return second_moments(trainer.optimizers, pl_module, select_parameters(pl_module, self._restrict))
-
-    def _collect(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take up what has come back."""
-        if self._beside is not None:
-            for late in self._beside.take():
-                self._take_late(trainer, pl_module, late)
-
-    def _take_late(self, trainer: Trainer, pl_module: LightningModule, late: Late) -> None:
-        if self._budget is not None and self._earned_until is not None:
-            self._earn()
-        begin = time.monotonic()
-        result = late.result
-        if result.course is not None:
-            self._course.load_state_dict(result.course)
-        if result.estimate is None:
-            if self._on_failure == "raise":
-                raise RuntimeError(f"the measurement at step {result.step} failed in the background: {result.error}")
-            _warn_of_failure(result.step, str(result.error))
-            return
-        with preserve_rng():
-            self._say_how(result.estimate, result.influence)
-            self._take_up(trainer, pl_module, result.estimate.replace(**late.notes), result.influence, begin)
-        seconds = time.monotonic() - begin
-        self._seconds += seconds
-        if self._budget is not None and self._earned_until is not None:
-            self._budget.charge(seconds)
-            self._earned_until = begin + seconds
-
-    def _await_the_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """At the end of fit: what is still out, within the limit."""
-        beside = self._beside
-        if beside is None or not beside.pending:
-            return
-        label = f"{self._prefix}: waiting for the results of {len(beside.pending)} snapshots"
-        with FiringProgress(trainer, label) as progress:
-            for late in beside.await_all(progress):
-                self._take_late(trainer, pl_module, late)
-        if beside.pending:
-            rank_zero_warn(
-                f"SLTMonitor: the results of steps {beside.pending} did not come within max_wait={beside.max_wait:g} s "
-                "of the end of fit, and are left out."
-            )
-
     # --- after training -------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -938,16 +614,6 @@ class SLTMonitor(Callback):
         tried = self.estimates or self._seconds > 0
         if self._budget is not None and self._skipped and not tried and math.isfinite(self._budget.predicted_seconds):
             self._warn_of_nothing(self._budget)
-
-    def _warn_of_nothing(self, budget: OverheadBudget) -> None:
-        """The budget never sufficed: what a firing would have cost, and what can be done."""
-        predicted = budget.wanted_size * budget.predicted_seconds
-        rank_zero_warn(
-            f"SLTMonitor(max_overhead={budget.max_overhead:g}): nothing was measured. The smallest firing would have "
-            f"cost about {predicted:.3g} s, which {predicted / budget.rate:.3g} s of training earn, and training "
-            f"lasted {budget.trained_seconds:.3g} s. Raise max_overhead, make a firing cheaper (num_chains, num_draws, "
-            "batch_size), or train for longer."
-        )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._beside is not None:
@@ -960,30 +626,6 @@ class SLTMonitor(Callback):
         self._source, self._data, self._hook_owner = None, None, None
         close_collective(self._collective)
         self._collective = Alone()
-
-    def _finish(self, trainer: Trainer, status: str) -> None:
-        if self._start is not None:
-            # the clock stops: what comes between two fits is neither training nor measuring
-            if self._earned_until is not None:
-                self._earn()
-            self._run_seconds = time.monotonic() - self._start
-            self._start = self._earned_until = None
-        publisher, self._publisher = self._publisher, None
-        if publisher is None:
-            return
-        if self._beside is not None:
-            self._beside.close(finished=status == "finished")
-        if self.influences:
-            publisher.finish_influence(self.influences)
-        transitions: list[Transition] = []
-        for listener in self._listeners:
-            try:
-                transitions += listener.on_monitor_end(trainer, self, publisher)
-            except Exception as error:  # the record and the loggers must be closed whatever it met
-                rank_zero_warn(f"{type(listener).__name__} failed at the end: {type(error).__name__}: {error}")
-        publisher.finish(self.estimates, status, transitions)  # last: it flushes
-        if self.estimates and self.folder is not None:
-            rank_zero_info(f"SLTMonitor: {len(self.estimates)} estimates in {self.folder}")
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -1034,73 +676,6 @@ class SLTMonitor(Callback):
         state["_earned_until"] = None
         state["_listeners"] = []  # they come again in their own setup
         return state
-
-
-def _warn_of_failure(step: int, reason: str) -> None:
-    rank_zero_warn(f"SLTMonitor: the measurement at step {step} failed and is left out; training goes on. {reason}")
-
-
-def _is_smoke_test(trainer: Trainer) -> bool:
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-
-
-def _loss_context(trainer: Trainer) -> Optional[Callable[[], AbstractContextManager[Any]]]:
-    """The trainer's precision around the loss: autocast where it is used, with float32 weights.
-
-    float16 autocast needs the scaler of training, which chains must not touch: their losses are computed in float32.
-    """
-    plugin = trainer.precision_plugin
-    if isinstance(plugin, MixedPrecision) and plugin.precision == "16-mixed":
-        return None
-    if isinstance(plugin, (MixedPrecision, HalfPrecision)) or plugin.precision != "32-true":
-        return plugin.train_step_context
-    return None
-
-
-def second_moments(
-    optimizers: Sequence[torch.optim.Optimizer], module: nn.Module, names: Sequence[str]
-) -> Optional[Tensor]:
-    """``[d]`` of what an Adam keeps of the squared gradients of the weights that move; None where some have none."""
-    parameters, pieces = dict(module.named_parameters()), []
-    for name in names:
-        states = [o.state[parameters[name]] for o in optimizers if parameters.get(name) in o.state]
-        moment = states[0].get("exp_avg_sq") if states else None
-        if not isinstance(moment, Tensor) or moment.shape != parameters[name].shape:
-            return None
-        pieces.append(local_of(moment.detach()).flatten().to("cpu", torch.float32))
-    return torch.cat(pieces)
-
-
-def _as_sampler(sampler: Any) -> Any:
-    """A sampler as it is, or built from a mapping (Hydra hands nested arguments over as untyped dicts).
-
-    Raises:
-        ValueError: for an unknown key, naming it; for a sampler of full batches.
-        TypeError: for anything else.
-    """
-    if isinstance(sampler, MALA):
-        raise ValueError(
-            "sampler=MALA(): needs the loss of all the data at every step, which is no way to measure while training. "
-            "Use SGLD, RMSpropSGLD or SGNHT here, and estimate_llc(..., sampler=MALA()) on a stored checkpoint."
-        )
-    if sampler is None or callable(getattr(sampler, "update_", None)):
-        return sampler
-    if isinstance(sampler, Mapping):
-        return sampler_from(sampler)
-    raise TypeError(f"sampler: expected a sampler such as SGLD(lr=...), got {type(sampler).__name__}.")
-
-
-def _plain(restrict: Any) -> Any:
-    """Lists of a configuration library as plain lists."""
-    if restrict is None or isinstance(restrict, (str, nn.Module)):
-        return restrict
-    return list(restrict)
-
-
-def _listed(restrict: Any) -> list[Any]:
-    if restrict is None:
-        return []
-    return [restrict] if isinstance(restrict, (str, nn.Module)) else list(restrict)
 
 
 __all__ = ["SLTMonitor"]

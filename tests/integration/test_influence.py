@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from lightning_slt.callbacks import monitor as monitor_module
+from lightning_slt.callbacks import reporting
 from lightning_slt.callbacks.samples import ProbedSamples, tokenizer_of
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
 from lightning_slt.publish import render as render_module
@@ -592,7 +592,7 @@ def test_only_the_last_estimate_keeps_its_pairs(tmp_path: Path) -> None:
 def test_with_a_large_budget_every_firing_keeps_its_pairs_in_the_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(monitor_module, "LARGE_BUDGET", 16)
+    monkeypatch.setattr(reporting, "LARGE_BUDGET", 16)
     monitor = probing(7, query=3)
     Scenario(Net, with_validation).run(tmp_path, monitor)
     assert [tuple(e.matrix.shape) for e in monitor.influences] == [(0, 7), (0, 7), (3, 7)]

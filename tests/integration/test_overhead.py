@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_slt.callbacks import monitor as monitor_module
+from lightning_slt.callbacks import reporting
 from tests.integration.harness import RecordingLogger, Scenario, SLTMonitor, steps_of, tiny_monitor
 from tests.integration.models import Plain, loaders
 
@@ -45,7 +46,8 @@ class Timed(Plain):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(monitor_module, "time", clock)
+    for module in (monitor_module, reporting):  # one clock decides
+        monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(Timed, "clock", clock)
     return clock
 

@@ -1,0 +1,94 @@
+"""What a monitor makes of its arguments, and of the trainer that it finds itself in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Optional
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_slt.sampling.samplers import MALA, sampler_from
+from lightning_slt.sampling.sharded import local_of
+
+
+def warn_of_failure(step: int, reason: str) -> None:
+    rank_zero_warn(f"SLTMonitor: the measurement at step {step} failed and is left out; training goes on. {reason}")
+
+
+def is_smoke_test(trainer: Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def loss_context(trainer: Trainer) -> Optional[Callable[[], AbstractContextManager[Any]]]:
+    """The trainer's precision around the loss: autocast where it is used, with float32 weights.
+
+    float16 autocast needs the scaler of training, which chains must not touch: their losses are computed in float32.
+    """
+    plugin = trainer.precision_plugin
+    if isinstance(plugin, MixedPrecision) and plugin.precision == "16-mixed":
+        return None
+    if isinstance(plugin, (MixedPrecision, HalfPrecision)) or plugin.precision != "32-true":
+        return plugin.train_step_context
+    return None
+
+
+def second_moments(
+    optimizers: Sequence[torch.optim.Optimizer], module: nn.Module, names: Sequence[str]
+) -> Optional[Tensor]:
+    """``[d]`` of what an Adam keeps of the squared gradients of the weights that move; None where some have none."""
+    parameters, pieces = dict(module.named_parameters()), []
+    for name in names:
+        states = [o.state[parameters[name]] for o in optimizers if parameters.get(name) in o.state]
+        moment = states[0].get("exp_avg_sq") if states else None
+        if not isinstance(moment, Tensor) or moment.shape != parameters[name].shape:
+            return None
+        pieces.append(local_of(moment.detach()).flatten().to("cpu", torch.float32))
+    return torch.cat(pieces)
+
+
+def as_sampler(sampler: Any) -> Any:
+    """A sampler as it is, or built from a mapping (Hydra hands nested arguments over as untyped dicts).
+
+    Raises:
+        ValueError: for an unknown key, naming it; for a sampler of full batches.
+        TypeError: for anything else.
+    """
+    if isinstance(sampler, MALA):
+        raise ValueError(
+            "sampler=MALA(): needs the loss of all the data at every step, which is no way to measure while training. "
+            "Use SGLD, RMSpropSGLD or SGNHT here, and estimate_llc(..., sampler=MALA()) on a stored checkpoint."
+        )
+    if sampler is None or callable(getattr(sampler, "update_", None)):
+        return sampler
+    if isinstance(sampler, Mapping):
+        return sampler_from(sampler)
+    raise TypeError(f"sampler: expected a sampler such as SGLD(lr=...), got {type(sampler).__name__}.")
+
+
+def plain(restrict: Any) -> Any:
+    """Lists of a configuration library as plain lists."""
+    if restrict is None or isinstance(restrict, (str, nn.Module)):
+        return restrict
+    return list(restrict)
+
+
+def listed(restrict: Any) -> list[Any]:
+    if restrict is None:
+        return []
+    return [restrict] if isinstance(restrict, (str, nn.Module)) else list(restrict)
+
+
+__all__ = [
+    "as_sampler",
+    "is_smoke_test",
+    "listed",
+    "loss_context",
+    "plain",
+    "second_moments",
+    "warn_of_failure",
+]

@@ -1,0 +1,190 @@
+"""Firings whose results come later: what a monitor sends to the background, and what it does when it is back."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, Optional
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_slt.callbacks.arguments import is_smoke_test, loss_context, second_moments, warn_of_failure
+from lightning_slt.callbacks.background import Late, warn_of_lost
+from lightning_slt.callbacks.folder import recorded
+from lightning_slt.callbacks.overhead import Decision
+from lightning_slt.callbacks.progress import FiringProgress
+from lightning_slt.callbacks.reporting import Reporting
+from lightning_slt.callbacks.travel import flat_weights
+from lightning_slt.influence import ProbeSet
+from lightning_slt.sampling.batches import MinibatchSource
+from lightning_slt.sampling.restriction import select_parameters
+from lightning_slt.sampling.rng import preserve_rng
+from lightning_slt.sampling.shadow import shadow_copy
+from lightning_slt.sampling.steps import LossFn
+
+
+class LateFirings(Reporting):
+    """The part of a monitor that has firings done beside training; nothing of it happens where they are inside."""
+
+    _hook_owner: Optional[nn.Module]
+    _loss_fn: Optional[LossFn]
+    _source: Optional[MinibatchSource]
+    _said_full: bool
+
+    def _account(self, begin: float, size: float = 1.0, failed: bool = False) -> None:
+        raise NotImplementedError
+
+    def _transfer(self, trainer: Trainer) -> Callable[[Any], Any]:
+        raise NotImplementedError
+
+    @property
+    def measures_later(self) -> bool:
+        """Whether estimates come after training has gone on from their weights."""
+        return self._beside is not None
+
+    def _open_background(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the workers, and find again what was out when the run broke off."""
+        beside, data, course = self._beside, self._data, self._course
+        if beside is None or data is None or is_smoke_test(trainer):
+            return
+        beside.open(
+            trainer,
+            pl_module,
+            self.folder,
+            data,
+            self._loss_fn,
+            self._restrict,
+            self._settings,
+            loss_context(trainer) is not None,
+            course.state_dict,
+            course.warm_start,
+        )
+        known = {} if self.folder is None else recorded(self.folder, beside.awaited)
+        # what reached the record after the checkpoint is known, and not published a second time
+        for step, (estimate, influence) in known.items():
+            self.estimates.append(estimate)
+            if influence is not None:
+                self.influences.append(influence)
+            left = beside.left_by(step)
+            if left is not None:
+                course.load_state_dict(left)
+        late, lost = beside.recover(known)
+        warn_of_lost(lost)
+        for result in late:
+            self._take_late(trainer, pl_module, result)
+        beside.begin()
+
+    def _send(
+        self, trainer: Trainer, pl_module: LightningModule, step: int, x: int, decision: Optional[Decision]
+    ) -> None:
+        """Have the weights as they are measured beside training; leave it out where the queue is full."""
+        beside, data = self._beside, self._data
+        assert beside is not None and data is not None
+        begin = time.monotonic()
+        with FiringProgress(trainer, f"{self._prefix} at step {step}, waiting for the background") as progress:
+            for late in beside.make_room(progress):
+                self._take_late(trainer, pl_module, late)
+        if beside.broken is not None:
+            return
+        if beside.full:
+            self._skipped += 1
+            if not self._said_full:
+                self._said_full = True
+                rank_zero_warn(f"SLTMonitor: the firing at step {step} is left out, since {beside.full_text()}")
+            return
+        notes: dict[str, Any] = {"step": step, "x": x, "epoch": trainer.current_epoch}
+        if decision is not None:
+            notes |= {
+                "firing_size": decision.size,
+                "credit_seconds": decision.credit_seconds,
+                "predicted_seconds": decision.predicted_seconds,
+            }
+        if decision is not None or self._skipped:
+            notes["skipped"] = self._skipped
+        try:
+            with preserve_rng():
+                wanted = self._measures.influence and not self._samples.failed
+                probes = self._probes_of(trainer, pl_module) if wanted else None
+                if self._course.localization is None:
+                    self._course.settle(flat_weights(pl_module, self._restrict))
+                settings = dataclasses.replace(
+                    self._settings,
+                    localization=self._course.localization,
+                    second_moment=self._moments_now(trainer, pl_module),
+                )
+                beside.send(trainer, pl_module, self._restrict, settings, data, probes, notes)
+        except Exception as error:
+            if self._on_failure == "raise":
+                raise
+            warn_of_failure(step, f"{type(error).__name__}: {error}")
+            self._account(begin, failed=True)
+            return
+        finally:
+            self._hook_owner = None
+        self._skipped = 0
+        for listener in self._listeners:
+            listener.on_snapshot(trainer, pl_module, step)
+        self._account(begin)
+
+    def _probes_of(self, trainer: Trainer, pl_module: LightningModule) -> ProbeSet:
+        """The samples to look at, read at the first firing."""
+        assert self._data is not None
+        if self._source is None or self._data.replays:
+            self._hook_owner = shadow_copy(pl_module)
+            self._source = self._data.source(self._transfer(trainer))
+        return self._samples.read(trainer, self._source, self._transfer(trainer))
+
+    def _moments_now(self, trainer: Trainer, pl_module: LightningModule) -> Optional[Tensor]:
+        """Second moments for a worker, which alone knows whether its chains start cold."""
+        sampler = self._settings.sampler
+        if sampler is None or not sampler.preconditioned:
+            return None
+        return second_moments(trainer.optimizers, pl_module, select_parameters(pl_module, self._restrict))
+
+    def _collect(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up what has come back."""
+        if self._beside is not None:
+            for late in self._beside.take():
+                self._take_late(trainer, pl_module, late)
+
+    def _take_late(self, trainer: Trainer, pl_module: LightningModule, late: Late) -> None:
+        if self._budget is not None and self._earned_until is not None:
+            self._earn()
+        begin = time.monotonic()
+        result = late.result
+        if result.course is not None:
+            self._course.load_state_dict(result.course)
+        if result.estimate is None:
+            if self._on_failure == "raise":
+                raise RuntimeError(f"the measurement at step {result.step} failed in the background: {result.error}")
+            warn_of_failure(result.step, str(result.error))
+            return
+        with preserve_rng():
+            self._say_how(result.estimate, result.influence)
+            self._take_up(trainer, pl_module, result.estimate.replace(**late.notes), result.influence, begin)
+        seconds = time.monotonic() - begin
+        self._seconds += seconds
+        if self._budget is not None and self._earned_until is not None:
+            self._budget.charge(seconds)
+            self._earned_until = begin + seconds
+
+    def _await_the_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """At the end of fit: what is still out, within the limit."""
+        beside = self._beside
+        if beside is None or not beside.pending:
+            return
+        label = f"{self._prefix}: waiting for the results of {len(beside.pending)} snapshots"
+        with FiringProgress(trainer, label) as progress:
+            for late in beside.await_all(progress):
+                self._take_late(trainer, pl_module, late)
+        if beside.pending:
+            rank_zero_warn(
+                f"SLTMonitor: the results of steps {beside.pending} did not come within max_wait={beside.max_wait:g} s "
+                "of the end of fit, and are left out."
+            )
+
+
+__all__ = ["LateFirings"]

@@ -1,0 +1,285 @@
+"""What becomes of an estimate that is there: the history, the loggers, those who listen, and what is said of it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_slt.callbacks.arguments import is_smoke_test, listed
+from lightning_slt.callbacks.background import BackgroundFirings
+from lightning_slt.callbacks.data import TrainingData
+from lightning_slt.callbacks.folder import fresh, restore_record, run_folder
+from lightning_slt.callbacks.listener import EstimateListener
+from lightning_slt.callbacks.overhead import OverheadBudget
+from lightning_slt.callbacks.samples import ProbedSamples
+from lightning_slt.callbacks.schedule import Schedule
+from lightning_slt.callbacks.susceptibilities import Measures, restore_susceptibilities
+from lightning_slt.estimate import ChainSettings
+from lightning_slt.firing import Course
+from lightning_slt.influence_record import InfluenceEstimate, suspicion_of
+from lightning_slt.publish import RunPublisher
+from lightning_slt.publish.render import Rendered
+from lightning_slt.record import Estimate, RunRecord
+from lightning_slt.susceptibility_record import SusceptibilityEstimate
+from lightning_slt.transitions import Transition
+
+if TYPE_CHECKING:
+    from lightning_slt.callbacks.monitor import SLTMonitor
+
+LARGE_BUDGET = 1600
+"""Readings of a firing, over all chains, from which on single pairs are shown at once and not only at the end."""
+LARGE_OVERHEAD = 0.25
+"""Share of wall-clock above which a monitor without a budget says that there is one."""
+
+
+class Reporting(Callback):
+    """The part of a monitor that begins where a measurement ends; its state is set by the monitor."""
+
+    estimates: list[Estimate]
+    influences: list[InfluenceEstimate]
+    susceptibilities: list[SusceptibilityEstimate]
+    folder: Optional[Path]
+    _beside: Optional[BackgroundFirings]
+    _budget: Optional[OverheadBudget]
+    _course: Course
+    _data: Optional[TrainingData]
+    _listeners: list[EstimateListener]
+    _measures: Measures
+    _publisher: Optional[RunPublisher]
+    _restrict: Any
+    _samples: ProbedSamples
+    _schedule: Schedule
+    _settings: ChainSettings
+    _batch_size: Optional[int]
+    _num_samples: Optional[int]
+    _name: Optional[str]
+    _prefix: str
+    _dirpath: Optional[str]
+    _resumed_folder: Optional[Path]
+    _on_failure: str
+    _last_step: int
+    _skipped: int
+    _seconds: float
+    _run_seconds: float
+    _start: Optional[float]
+    _earned_until: Optional[float]
+    _said_method: bool
+    _said_overhead: bool
+    _said_dropped: bool
+    _said_listener: bool
+
+    @property
+    def prefix(self) -> str:
+        """The group in front of every key of this monitor; known from ``setup`` on."""
+        return self._prefix
+
+    def add_listener(self, listener: EstimateListener) -> None:
+        """Tell ``listener`` of every estimate from now on; adding it twice is adding it once."""
+        if listener not in self._listeners:
+            self._listeners.append(listener)
+
+    def remove_listener(self, listener: EstimateListener) -> None:
+        """Tell it no more; nothing happens where it is not told."""
+        self._listeners = [other for other in self._listeners if other is not listener]
+
+    def _config(self) -> dict[str, Any]:
+        settings, schedule = self._settings, self._schedule
+        return {
+            "every_n_train_steps": schedule.every_n_train_steps,
+            "every_n_epochs": schedule.every_n_epochs,
+            "at_steps": list(schedule.at_steps) if schedule.at_steps is not None else None,
+            "log_spaced": schedule.log_spaced,
+            "max_overhead": self._budget.max_overhead if self._budget is not None else None,
+            "sampler": repr(settings.sampler) if settings.sampler is not None else "SGLD, calibrated",
+            "num_chains": settings.num_chains,
+            "num_draws": settings.num_draws,
+            "num_burnin_steps": settings.num_burnin_steps,
+            "num_steps_bw_draws": settings.num_steps_bw_draws,
+            "batch_size": self._batch_size,
+            "measures": self._measures.describe(),
+            "nbeta": settings.nbeta,
+            "num_samples": self._data.num_samples if self._data else self._num_samples,
+            "localization": self._course.localization,
+            "restrict": [str(r) if isinstance(r, str) else type(r).__name__ for r in listed(self._restrict)] or None,
+            "seed": settings.seed,
+            "warm_start": self._course.warm_start,
+            "samples": self._samples.describe(),
+            "background": self._beside.describe() if self._beside is not None else None,
+        }
+
+    def _finish(self, trainer: Trainer, status: str) -> None:
+        if self._start is not None:
+            # the clock stops: what comes between two fits is neither training nor measuring
+            if self._earned_until is not None:
+                self._earn()
+            self._run_seconds = time.monotonic() - self._start
+            self._start = self._earned_until = None
+        publisher, self._publisher = self._publisher, None
+        if publisher is None:
+            return
+        if self._beside is not None:
+            self._beside.close(finished=status == "finished")
+        if self.influences:
+            publisher.finish_influence(self.influences)
+        transitions: list[Transition] = []
+        for listener in self._listeners:
+            try:
+                transitions += listener.on_monitor_end(trainer, cast("SLTMonitor", self), publisher)
+            except Exception as error:  # the record and the loggers must be closed whatever it met
+                rank_zero_warn(f"{type(listener).__name__} failed at the end: {type(error).__name__}: {error}")
+        publisher.finish(self.estimates, status, transitions)  # last: it flushes
+        if self.estimates and self.folder is not None:
+            rank_zero_info(f"SLTMonitor: {len(self.estimates)} estimates in {self.folder}")
+
+    def _warn_of_nothing(self, budget: OverheadBudget) -> None:
+        """The budget never sufficed: what a firing would have cost, and what can be done."""
+        predicted = budget.wanted_size * budget.predicted_seconds
+        rank_zero_warn(
+            f"SLTMonitor(max_overhead={budget.max_overhead:g}): nothing was measured. The smallest firing would have "
+            f"cost about {predicted:.3g} s, which {predicted / budget.rate:.3g} s of training earn, and training "
+            f"lasted {budget.trained_seconds:.3g} s. Raise max_overhead, make a firing cheaper (num_chains, num_draws, "
+            "batch_size), or train for longer."
+        )
+
+    def _earn(self) -> float:
+        """Credit the budget with the time since it was last credited, and return it.
+
+        All that is not a firing is the run to its user: validation, loading data and checkpoints as much as batches.
+        """
+        assert self._budget is not None and self._earned_until is not None
+        now = time.monotonic()
+        seconds, self._earned_until = now - self._earned_until, now
+        self._budget.earn(seconds)
+        return seconds
+
+    def _open_publisher(self, trainer: Trainer) -> None:
+        """The folder and the loggers of this run; none of either under ``fast_dev_run``."""
+        if is_smoke_test(trainer):
+            self._publisher = RunPublisher([], None, self._prefix)
+            return
+        folder = None
+        if not getattr(trainer, "barebones", False):
+            folder = run_folder(trainer, self._resumed_folder, self._dirpath, self._prefix)
+        resumed = bool(self.estimates) or (self._beside is not None and bool(self._beside.awaited))
+        if folder is not None and trainer.is_global_zero:
+            if not resumed or folder != self._resumed_folder:
+                folder = fresh(folder)
+            if resumed:
+                restore_record(RunRecord(folder), self._last_step, self.estimates, self.influences)
+                restore_susceptibilities(folder, self._last_step, self.susceptibilities)
+        self.folder = self._resumed_folder = folder
+        self._publisher = RunPublisher(trainer.loggers, folder, self._prefix)
+        self._publisher.start(self._config())
+
+    def _take_up(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        estimate: Estimate,
+        influence: Optional[InfluenceEstimate],
+        begin: float,
+    ) -> None:
+        """Into the history, the metrics that others monitor, the record and the loggers; listeners are told.
+
+        Args:
+            begin: since when the time of this firing has not been accounted for.
+        """
+        seconds = time.monotonic() - begin
+        elapsed = time.monotonic() - (self._start if self._start is not None else begin)
+        overhead = (self._seconds + seconds) / max(elapsed, 1e-9)
+        estimate = estimate.replace(overhead=overhead, component=self._name or "")
+        self.estimates.append(estimate)
+        trainer.callback_metrics.update(
+            {
+                f"{self._prefix}/llc/mean": torch.tensor(estimate.mean),
+                f"{self._prefix}/llc/se": torch.tensor(estimate.se),
+                f"{self._prefix}/diag/valid": torch.tensor(float(estimate.valid)),
+            }
+        )
+        if self._publisher is not None:
+            self._publisher.estimate(estimate)
+        if influence is not None:
+            self._keep_influence(trainer, influence, estimate)
+        for listener in self._listeners:
+            self._tell(listener, trainer, pl_module, estimate)
+
+    def _tell(
+        self, listener: EstimateListener, trainer: Trainer, pl_module: LightningModule, estimate: Estimate
+    ) -> None:
+        """What fails in it follows ``on_failure``, and is warned about once."""
+        try:
+            listener.on_estimate(trainer, pl_module, cast("SLTMonitor", self), estimate, self._publisher)
+        except Exception as error:
+            if self._on_failure == "raise":
+                raise
+            if not self._said_listener:
+                self._said_listener = True
+                rank_zero_warn(
+                    f"{type(listener).__name__} failed at step {estimate.step}; training goes on, further failures are "
+                    f"not reported. {type(error).__name__}: {error}"
+                )
+
+    def _keep_influence(self, trainer: Trainer, influence: InfluenceEstimate, estimate: Estimate) -> None:
+        """Into the history and the loggers; only the last one keeps its pairs in memory."""
+        influence = influence.replace(
+            step=estimate.step,
+            x=estimate.x,
+            epoch=estimate.epoch,
+            component=estimate.component,
+            seconds=estimate.seconds,
+        )
+        influence = influence.replace(suspicion=suspicion_of([*self.influences, influence]))
+        if self.influences:
+            self.influences[-1] = self.influences[-1].without_pairs()
+        self.influences.append(influence)
+        if self._publisher is None:
+            return
+        rendered: dict[int, Rendered] = {}
+        try:
+            # the other ranks log nothing
+            rendered = self._samples.rendered(influence) if trainer.is_global_zero else {}
+        except Exception as error:
+            rank_zero_warn(f"SLTMonitor: the suspects could not be shown: {type(error).__name__}: {error}")
+        large = influence.num_chains * influence.num_draws >= LARGE_BUDGET
+        self._publisher.influence(influence, rendered, pairs=large)
+
+    def _warn_if_large(self) -> None:
+        """Say once that there is a budget, where the cadence alone takes much of the run."""
+        # the first firings of a run come close together, and prove nothing
+        overhead = self.estimates[-1].overhead
+        large = len(self.estimates) > 3 and overhead > LARGE_OVERHEAD
+        if self._budget is not None or self._said_overhead or not large:
+            return
+        self._said_overhead = True
+        rank_zero_warn(
+            f"SLTMonitor: measuring has taken {overhead:.0%} of this run's wall-clock so far. "
+            "SLTMonitor(max_overhead=0.05) keeps it to 5 %, by leaving firings out; or choose a wider cadence."
+        )
+
+    def _say_how(self, estimate: Estimate, influence: Optional[InfluenceEstimate]) -> None:
+        """What there is to be said of the first firing, and of the first samples that were left out."""
+        if not self._said_method:
+            self._said_method = True
+            rank_zero_info(
+                f"SLTMonitor: {estimate.num_chains} {estimate.method} chains over {estimate.num_weights} weights "
+                f"({estimate.method_reason}), n = {estimate.num_samples}, nbeta = {estimate.nbeta:.4g}, localization = "
+                f"{estimate.localization:.4g}, step size {estimate.step_size:.2g}"
+            )
+            if influence is not None:
+                notes = "".join(f"; {note}" for note in influence.notes)
+                rank_zero_info(
+                    f"SLTMonitor: influence of {len(influence.train_index)} training samples on "
+                    f"{len(influence.query_index)} queries{notes}"
+                )
+        if influence is not None and influence.dropped and not self._said_dropped:
+            self._said_dropped = True
+            named = ", ".join(f"{d.kind} {d.index} ({d.reason})" for d in influence.dropped[:5])
+            rank_zero_warn(f"SLTMonitor: {len(influence.dropped)} samples are left out of influence: {named}")
+
+
+__all__ = ["Reporting"]
