@@ -101,15 +101,16 @@ def main() -> None:
         ratios.append(statistics.median(while_chains) / statistics.median(alone))
         wholes.append(statistics.fmean(s for s, _, busy in beside if busy) / statistics.fmean(alone))
         print(
-            f"step alone {1e3 * statistics.median(alone):.2f} ms, beside chains {1e3 * statistics.median(while_chains):.2f}"
-            f" ms (ratio {ratios[-1]:.3f}, {len(while_chains)} steps); with snapshots and results {wholes[-1]:.3f};"
+            f"step alone {1e3 * statistics.median(alone):.2f} ms, "
+            f"beside chains {1e3 * statistics.median(while_chains):.2f} ms (ratio {ratios[-1]:.3f}, {len(while_chains)} steps); with snapshots and results {wholes[-1]:.3f};"
             f" a step with one of those {1e3 * statistics.fmean(firing):.1f} ms ({len(firing)})",
             flush=True,
         )
     best, middle = min(ratios), statistics.median(ratios)
     load = os.getloadavg()[0]
     print(
-        f"best {best:.3f}, median {middle:.3f} (target {TARGET}), all in {statistics.median(wholes):.3f}; load {load:.1f}"
+        f"best {best:.3f}, median {middle:.3f} (target {TARGET}), "
+        f"all in {statistics.median(wholes):.3f}; load {load:.1f}"
     )
 
 
