@@ -4,9 +4,11 @@ from lightning_slt.callbacks import SLTMonitor, TransitionMonitor
 from lightning_slt.estimate import estimate_llc
 from lightning_slt.influence import estimate_influence
 from lightning_slt.influence_record import InfluenceEstimate
-from lightning_slt.measures import Influence, LearningCoefficient
+from lightning_slt.measures import Influence, LearningCoefficient, Susceptibility
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, KineticLangevin, RMSpropSGLD
+from lightning_slt.susceptibility import estimate_susceptibility
+from lightning_slt.susceptibility_record import SusceptibilityEstimate
 from lightning_slt.transitions import Phase, Transition, TransitionDetector, compare_phases, detect_transitions
 
 __version__ = "0.1.0"
@@ -23,6 +25,8 @@ __all__ = [
     "Phase",
     "RMSpropSGLD",
     "SLTMonitor",
+    "Susceptibility",
+    "SusceptibilityEstimate",
     "Transition",
     "TransitionDetector",
     "TransitionMonitor",
@@ -30,4 +34,5 @@ __all__ = [
     "detect_transitions",
     "estimate_influence",
     "estimate_llc",
+    "estimate_susceptibility",
 ]

@@ -109,6 +109,7 @@ class MonitorConfig:
     max_pending: int = 2
     when_full: str = "skip"
     max_wait: float = 600.0
+    measures: Optional[list[Any]] = None
 
     def build(self) -> SLTMonitor:
         """The callback.
@@ -280,7 +281,7 @@ class InfluenceConfig:
     nbeta: Optional[float] = None
     localization: Optional[float] = None
     num_chains: int = 16
-    num_draws: int = 50
+    num_draws: int = 20
     num_burnin_steps: int = 6
     num_steps_bw_draws: int = 2
     batch_size: Optional[int] = None
@@ -291,7 +292,7 @@ class InfluenceConfig:
     max_train: Optional[int] = 10_000
     max_query: Optional[int] = None
     per_token: bool = False
-    shrinkage: float = 1.0
+    shrinkage: Optional[float] = None
     control_variates: bool = True
     num_samples: Optional[int] = None
     method: str = "auto"

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -87,6 +87,8 @@ class InfluenceEstimate:
             (no control variates). ``se`` is the error without it, an upper bound.
         queries_are_train: the queries are samples of the training data.
         step, epoch, x, seconds, component: as in :class:`~lightning_slt.record.Estimate`.
+        suspicion: ``[n_train]``, what :meth:`suspects` ranks by where the run has more than one firing, see
+            :func:`suspicion_of`; None for ``mean_loss``.
         known_passing, known_max_abs: what the pairs said, where they are not kept; see :meth:`without_pairs`.
     """
 
@@ -131,6 +133,7 @@ class InfluenceEstimate:
     component: str = ""
     known_passing: float = math.nan
     known_max_abs: float = math.nan
+    suspicion: Optional[Tensor] = None
 
     def replace(self, **changes: Any) -> InfluenceEstimate:
         """A copy with some fields changed."""
@@ -196,8 +199,10 @@ class InfluenceEstimate:
         return self._ranked(query, k, min_z, descending=False)
 
     def suspects(self, k: int = 20) -> list[int]:
-        """Columns of the likeliest mislabels and outliers: the ``k`` largest posterior mean losses, largest first."""
-        return self.mean_loss.argsort(descending=True, stable=True)[:k].tolist()
+        """Columns of the likeliest mislabels and outliers: the ``k`` largest posterior mean losses, largest first; over
+        all firings of a run so far, where there is ``suspicion``."""
+        score = self.mean_loss if self.suspicion is None else self.suspicion
+        return score.argsort(descending=True, stable=True)[:k].tolist()
 
     def loss_rank(self) -> Tensor:
         """``[n_train]`` long: the place of each sample by its loss at ``w*``, 1 for the largest."""
@@ -295,6 +300,50 @@ class InfluenceEstimate:
     def __repr__(self) -> str:
         shape = tuple(self.matrix.shape)
         return f"InfluenceEstimate(matrix={shape}, valid={self.valid}, step={self.step})"
+
+
+def suspicion_of(firings: Sequence[InfluenceEstimate]) -> Optional[Tensor]:
+    r"""How much a sample has cost at the firings of a run so far: what hides in one of them shows in others.
+
+    Wrong labels are learnt last, and once they are, a firing of few chains has not seen enough of the region in which
+    they are expensive again. The mean over the logarithm of the step: of the mean losses at firings t, each centred at
+    its median m_t and in units of the mean distance from it, with ``a_t = log(step_t / step_{t-1})`` (log 2 for the
+    first one),
+
+    .. math:: s_i = \sum_t a_t \frac{E_t[\ell_i] - m_t}{\frac 1 n \sum_j |E_t[\ell_j] - m_t|}
+        \Big/ \sum_t a_t ,
+
+    so that neither the scale of a loss nor how often it was measured late in the run outweighs the rest. That the
+    course of the loss tells wrong labels better than its end is the idea of the area under the margin (Pleiss et al.
+    2020, arXiv 2001.10528).
+
+    Args:
+        firings: of one run, oldest first. Each counts for the samples that it has.
+
+    Returns:
+        ``[n_train]`` float64 of the last firing's samples; None for fewer than two firings.
+    """
+    if len(firings) < 2:
+        return None
+    index = firings[-1].train_index.tolist()
+    place = {sample: k for k, sample in enumerate(index)}
+    total, count = torch.zeros(len(index)).double(), torch.zeros(len(index)).double()
+    before: Optional[int] = None
+    for firing in firings:
+        weight, step = math.log(2.0), firing.step
+        if step is not None and before is not None and step > before > 0:
+            weight = math.log(step / before)
+        before = step if step is not None else before
+        here = [k for k, sample in enumerate(firing.train_index.tolist()) if sample in place]
+        if not here or not bool(torch.isfinite(firing.mean_loss).all()):
+            continue
+        centred = firing.mean_loss.double() - firing.mean_loss.double().median()
+        scale = float(centred.abs().mean())
+        if scale > 0:
+            at = torch.tensor([place[int(firing.train_index[k])] for k in here])
+            total[at] += weight * centred[here] / scale
+            count[at] += weight
+    return total / torch.where(count > 0, count, 1.0)
 
 
 class InfluenceRecord:

@@ -132,6 +132,7 @@ def test_builds_the_callback_with_every_argument(monkeypatch: pytest.MonkeyPatch
         "max_pending": 3,
         "when_full": "wait",
         "max_wait": 60.0,
+        "measures": ["llc"],
     }
     assert set(given) == {f.name for f in dataclasses.fields(MonitorConfig)}
     assert isinstance(load(given).build(), SLTMonitor)

@@ -127,11 +127,11 @@ class Network(L.LightningModule):
 
 @pytest.mark.slow
 def test_the_callback_finds_wrong_labels_while_they_are_memorised(tmp_path: Path) -> None:
-    """400 epochs with a firing every 100. The harder the labels have been learnt, the wider the region in which they
-    are expensive again, and a small firing has not seen all of it: 0.988, 0.974, 0.969, 0.966 here, with the plain loss
-    at 0.928 to 0.959. ``estimate_influence`` gives 0.99 at such weights, see above."""
+    """400 epochs with a firing every 40. The harder the labels have been learnt, the wider the region in which they are
+    expensive again, and the four chains of one firing have not seen all of it: by itself the first gives 0.994, the
+    last 0.966, with the plain loss at 0.926 to 0.986. Over the run so far it is 0.991 to 0.994 at every firing."""
     data = retraining().load_digits(800, 200, 0.1)
-    monitor = SLTMonitor(every_n_epochs=100, probe=1000)
+    monitor = SLTMonitor(every_n_epochs=40, probe=1000)
     trainer = L.Trainer(
         max_epochs=400,
         callbacks=[monitor],
@@ -145,10 +145,18 @@ def test_the_callback_finds_wrong_labels_while_they_are_memorised(tmp_path: Path
     L.seed_everything(3, verbose=False)
     trainer.fit(Network(), DataLoader(TensorDataset(data.x, data.y), 64, shuffle=True))
     found = [(auroc(i.init_loss, data.flipped), auroc(i.mean_loss, data.flipped)) for i in monitor.influences]
-    assert len(found) == 4
+    assert len(found) == 10
     assert found[-1][0] < 0.97
-    assert found[0][1] >= 0.985
-    assert all(mean > plain + 0.005 for plain, mean in found), found
+    assert found[0][1] >= 0.993
+    assert all(mean > plain + 0.003 for plain, mean in found), found
+    assert monitor.influences[0].suspicion is None
+    over = [auroc(i.suspicion, data.flipped) for i in monitor.influences[1:] if i.suspicion is not None]
+    assert len(over) == 9 and min(over) >= 0.985, over
+    assert over[-1] > found[-1][1] + 0.01
+    # which is what the default ranking goes by
+    last = monitor.influences[-1]
+    assert last.suspicion is not None
+    assert last.suspects(80) == last.suspicion.argsort(descending=True, stable=True)[:80].tolist()
 
 
 def test_near_duplicates_by_correlation() -> None:
@@ -175,4 +183,5 @@ def test_a_firing_of_the_monitor_has_enough_readings(batch_size: int) -> None:
     source = DatasetSource(pairs, batch_size)
     settings = ChainSettings(num_chains=2, num_draws=100, seed=0, tolerance=0.5, max_steps_bw_draws=4)
     inf = measure_both(Objective(net, loss_fn), source, settings, probe_set(source, None, 800, None, 0))[1]
-    assert inf.num_draws >= 8 and not any("too few" in reason for reason in inf.reasons)
+    # two chains: eight degrees of freedom within them
+    assert inf.num_draws >= 5 and not any("too few" in reason for reason in inf.reasons)

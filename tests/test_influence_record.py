@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lightning_slt.influence_record import Dropped, InfluenceEstimate, InfluenceRecord
+from lightning_slt.influence_record import Dropped, InfluenceEstimate, InfluenceRecord, suspicion_of
 
 TRAIN = [10, 20, 30, 40]
 """The training samples' numbers in their dataset."""
@@ -298,3 +298,33 @@ def test_half_a_pair_is_passed_over(tmp_path: Path) -> None:
     tensors = record.paths(4)[0]
     tensors.rename(tensors.with_name(tensors.name + ".tmp"))  # dead in the middle of writing
     assert [e.step for e in record.read()] == [1]
+
+
+def test_suspicion_is_the_mean_over_firings_in_units_of_each() -> None:
+    """Samples 5, 7 and 9; the loss doubles and is shifted: neither counts. Step 8 is log 4 after step 2, whose own
+    weight is log 2: a third and two thirds."""
+    first = estimate(2, train_index=torch.tensor([5, 7, 9]), mean_loss=double(1.0, 2.0, 6.0))
+    # centred at the median 2: -1, 0, 4, of mean distance 5/3
+    second = estimate(8, train_index=torch.tensor([9, 7, 5]), mean_loss=double(5.0, 3.0, 13.0))
+    # centred at 5: 0, -2, 8, of mean distance 10/3
+    assert suspicion_of([first]) is None
+    found = suspicion_of([first, second])
+    assert found is not None
+    torch.testing.assert_close(found, double(2.4 / 3, -0.4, (4.8 - 0.6) / 3))
+
+
+def test_suspects_are_ranked_over_the_run_where_it_is_known_and_it_survives_the_state() -> None:
+    one = estimate(2, mean_loss=double(1.0, 2.0, 6.0), train_index=torch.tensor([5, 7, 9]))
+    assert one.suspects(3) == [2, 1, 0]
+    ranked = one.replace(suspicion=double(3.0, -1.0, 0.5))
+    assert ranked.suspects(3) == [0, 2, 1]
+    assert InfluenceEstimate.from_state_dict(ranked.state_dict()).suspects(3) == [0, 2, 1]
+    assert InfluenceEstimate.from_state_dict(one.state_dict()).suspicion is None
+
+
+def test_a_firing_with_a_loss_that_is_not_finite_does_not_count() -> None:
+    good = estimate(1, train_index=torch.tensor([5, 7, 9]), mean_loss=double(1.0, 2.0, 6.0))
+    bad = estimate(2, train_index=torch.tensor([5, 7, 9]), mean_loss=double(math.nan, 2.0, 6.0))
+    found = suspicion_of([bad, good])
+    assert found is not None
+    torch.testing.assert_close(found, double(-0.6, 0.0, 2.4))

@@ -106,7 +106,8 @@ class LateFirings(Reporting):
             notes["skipped"] = self._skipped
         try:
             with preserve_rng():
-                probes = self._probes_of(trainer, pl_module) if self._samples.wanted else None
+                wanted = self._measures.influence and not self._samples.failed
+                probes = self._probes_of(trainer, pl_module) if wanted else None
                 if self._course.localization is None:
                     self._course.settle(flat_weights(pl_module, self._restrict))
                 settings = dataclasses.replace(

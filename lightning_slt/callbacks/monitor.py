@@ -13,6 +13,7 @@ from typing import Any, Optional, Union
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_slt.callbacks.arguments import (
@@ -41,6 +42,7 @@ from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.samples import Probed, ProbedSamples
 from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
+from lightning_slt.callbacks.susceptibilities import Measures, measure_beside, publish, warn_of
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.firing import Course
 from lightning_slt.influence import ProbeSet
@@ -54,8 +56,10 @@ from lightning_slt.sampling.probe import GroupFn
 from lightning_slt.sampling.restriction import select_parameters
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import SGLD, SGNHT, RMSpropSGLD
+from lightning_slt.sampling.shadow import shadow_copy
 from lightning_slt.sampling.sharded import ShardedObjective
 from lightning_slt.sampling.steps import LossFn, loss_function
+from lightning_slt.susceptibility_record import SusceptibilityEstimate
 
 SMOKE_SAMPLER = SGLD(lr=1e-6)
 """A smoke test shows that chains run, not what they say: no step size is looked for."""
@@ -112,6 +116,10 @@ class SLTMonitor(LateFirings):
         max_pending: snapshots in the background whose results are still to come, at the most.
         when_full: a firing beyond that is left out (``"skip"``), or waited for (``"wait"``).
         max_wait: seconds that training waits for a result at the most, there and at the end of fit.
+        measures: names out of ``"llc"`` (always measured), ``"influence"`` and ``"susceptibility"``; the latter as
+            ``{"name": "susceptibility", "components": {"head": ["fc.*"]}}`` for components of your own, by chains of
+            their own, of the shift towards ``query`` (or the probed samples): docs/susceptibility.md. None for the LLC,
+            and influence where ``probe`` is given.
 
     Raises:
         ValueError: for an argument out of range.
@@ -162,6 +170,7 @@ class SLTMonitor(LateFirings):
         max_pending: int = 2,
         when_full: str = "skip",
         max_wait: float = 600.0,
+        measures: Optional[Sequence[Any]] = None,
     ) -> None:
         if execution not in ("inline", "background"):
             raise ValueError(f"execution={execution!r}: must be 'inline' or 'background'.")
@@ -174,6 +183,8 @@ class SLTMonitor(LateFirings):
         if execution == "background":
             self._beside = BackgroundFirings(devices, max_pending, when_full, max_wait)
         self._samples = ProbedSamples(probe, query, group_fn, render, seed)
+        self._measures = Measures(measures, self._samples.wanted)
+        self.susceptibilities: list[SusceptibilityEstimate] = []
         self.influences: list[InfluenceEstimate] = []
         self._budget = OverheadBudget(max_overhead) if max_overhead is not None else None
         if max_overhead is not None and (every_n_train_steps, every_n_epochs, at_steps, log_spaced) == (None,) * 4:
@@ -246,11 +257,21 @@ class SLTMonitor(LateFirings):
         if self._name is not None:
             return self._generate_state_key(name=self._name)
         settings = repr(dataclasses.replace(self._settings, sampler=None))
-        return self._generate_state_key(schedule=repr(self._schedule), settings=settings, restrict=restrict)
+        # a monitor without samples keeps the key that it had before there were any
+        samples = {"samples": self._samples.describe()} if self._samples.wanted else {}
+        return self._generate_state_key(schedule=repr(self._schedule), settings=settings, restrict=restrict, **samples)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        try:
+            self._measures.check()
+        except ValueError as error:
+            raise MisconfigurationException(f"SLTMonitor: {error}") from error
+        if self._measures.susceptibility and self._beside is not None:
+            raise MisconfigurationException(
+                "SLTMonitor(measures=['susceptibility']) is measured inside training: use execution='inline'."
+            )
         sampler = self._settings.sampler
         check_strategy(trainer, sampler is None or sampler.elementwise, self._samples.wanted)
         try:
@@ -314,7 +335,7 @@ class SLTMonitor(LateFirings):
 
     def _forget(self) -> None:
         """A run that starts at its first step has no history, whatever this object has measured before."""
-        self.estimates, self.influences = [], []
+        self.estimates, self.influences, self.susceptibilities = [], [], []
         settings = self._settings
         self._course = Course(settings.localization, settings.method, self._course.warm_start)
         self._last_step, self._seconds, self._run_seconds = 0, 0.0, 0.0
@@ -426,6 +447,8 @@ class SLTMonitor(LateFirings):
             )
             self._skipped = 0
         self._take_up(trainer, pl_module, estimate, influence, begin)
+        if self._measures.susceptibility:
+            self._measure_beside(trainer, pl_module, estimate, settings)
         # drawing and logging count as overhead too, from the next firing's figure on
         self._account(begin, size)
         self._warn_if_large()
@@ -452,29 +475,103 @@ class SLTMonitor(LateFirings):
                 self._source.forget()
             return objective, self._source
 
-        # the objects stay here: only the word that it worked is exchanged
-        built: list[tuple[Objective, MinibatchSource]] = []
-        self._collective.exchange(lambda: built.append(build()))
-        objective, source = built[0]
-        self._source = source = share_batches(source, self._collective)
-        self._share_buffers(objective)
+        def open_anew() -> tuple[Objective, MinibatchSource]:
+            # the objects stay here: only the word that it worked is exchanged
+            built: list[tuple[Objective, MinibatchSource]] = []
+            self._collective.exchange(lambda: built.append(build()))
+            objective, source = built[0]
+            self._source = source = share_batches(source, self._collective)
+            self._share_buffers(objective)
+            return objective, source
+
+        objective, source = open_anew()
         settings = dataclasses.replace(settings, second_moment=self._moments(trainer, objective))
         smoke_test = is_smoke_test(trainer)
         if smoke_test:
             settings = dataclasses.replace(
                 settings, num_chains=1, num_draws=4, num_burnin_steps=2, num_steps_bw_draws=1, sampler=SMOKE_SAMPLER
             )
-        probes: list[ProbeSet] = []
-        if self._samples.wanted:
-            self._collective.exchange(
-                lambda: probes.append(self._samples.read(trainer, source, self._transfer(trainer)))
-            )
-        estimate, influence = self._course.measure(
-            objective, source, settings, probes[0] if probes else None, self._collective, progress, smoke_test
-        )
+        influence_error = ""
+        measured: Optional[tuple[Estimate, Optional[InfluenceEstimate]]] = None
+        if self._measures.influence and not self._samples.failed:
+            probes: list[ProbeSet] = []
+            try:
+                self._collective.exchange(
+                    lambda: probes.append(self._samples.read(trainer, source, self._transfer(trainer)))
+                )
+                measured = self._course.measure(
+                    objective, source, settings, probes[0], self._collective, progress, smoke_test
+                )
+            except Exception as error:
+                if self._on_failure == "raise" or smoke_test or isinstance(error, RankLostError):
+                    raise
+                # work that failed on one rank failed on all of them, so that all of them come here. What is not the
+                # samples' fault fails again below, and is then said as any failure is
+                influence_error = f"{type(error).__name__}: {error}"
+                self._source = None
+                objective, source = open_anew()
+        if measured is None:
+            measured = self._course.measure(objective, source, settings, None, self._collective, progress, smoke_test)
+            if influence_error:
+                self._samples.failed = True
+                rank_zero_warn(
+                    "SLTMonitor: influence is left out of this run from here on, the learning coefficient is measured "
+                    f"all the same. {influence_error}"
+                )
+        estimate, influence = measured
         self._hook_owner = None
         self._say_how(estimate, influence)
         return estimate, influence
+
+    def _measure_beside(
+        self, trainer: Trainer, pl_module: LightningModule, estimate: Estimate, settings: ChainSettings
+    ) -> None:
+        """Susceptibility after the learning coefficient, which stands whatever becomes of it."""
+        source, step = self._source, estimate.step or 0
+        begin = time.monotonic()
+
+        def make(restrict: Any) -> Objective:
+            objective = make_objective(
+                trainer,
+                pl_module,
+                self._collective,
+                loss_fn=self._loss_fn,
+                restrict=restrict,
+                context=loss_context(trainer),
+            )
+            self._hook_owner = objective.module
+            return objective
+
+        try:
+            with preserve_rng():
+                assert source is not None
+                transfer = self._transfer(trainer)
+                probes: list[ProbeSet] = []
+                self._hook_owner = shadow_copy(pl_module)
+                self._collective.exchange(lambda: probes.append(self._samples.read(trainer, source, transfer)))
+                found = measure_beside(
+                    self._measures,
+                    self._restrict,
+                    make,
+                    source,
+                    transfer,
+                    probes[0],
+                    settings,
+                    self._collective,
+                    self._share_buffers,
+                )
+        except Exception as error:
+            if self._on_failure == "raise" or is_smoke_test(trainer) or isinstance(error, RankLostError):
+                raise
+            warn_of(error, step)
+            return
+        finally:
+            self._hook_owner = None
+        found = found.replace(
+            step=step, x=estimate.x, epoch=estimate.epoch, monitor=self._prefix, seconds=time.monotonic() - begin
+        )
+        self.susceptibilities.append(found)
+        publish(found, self._publisher, self.folder, self._prefix, trainer.is_global_zero)
 
     def _transfer(self, trainer: Trainer) -> Callable[[Any], Any]:
         """What the trainer does to a batch, with the hooks of the private copy there is when it is read."""
@@ -539,6 +636,7 @@ class SLTMonitor(LateFirings):
         return {
             "estimates": [estimate.state_dict() for estimate in self.estimates],
             "influences": [influence.without_pairs().state_dict() for influence in self.influences],
+            "susceptibilities": [found.state_dict() for found in self.susceptibilities],
             "last_step": self._last_step,
             **self._course.state_dict(),
             "seconds": self._seconds,
@@ -552,6 +650,9 @@ class SLTMonitor(LateFirings):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.estimates = [Estimate.from_state_dict(state) for state in state_dict["estimates"]]
         self.influences = [InfluenceEstimate.from_state_dict(state) for state in state_dict.get("influences", [])]
+        self.susceptibilities = [
+            SusceptibilityEstimate.from_state_dict(state) for state in state_dict.get("susceptibilities", [])
+        ]
         self._last_step = int(state_dict["last_step"])
         self._course.load_state_dict(state_dict)
         if self._settings.localization is not None:

@@ -18,11 +18,14 @@ from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.overhead import OverheadBudget
 from lightning_slt.callbacks.samples import ProbedSamples
 from lightning_slt.callbacks.schedule import Schedule
+from lightning_slt.callbacks.susceptibilities import Measures, restore_susceptibilities
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.firing import Course
-from lightning_slt.influence_record import InfluenceEstimate
+from lightning_slt.influence_record import InfluenceEstimate, suspicion_of
 from lightning_slt.publish import RunPublisher
+from lightning_slt.publish.render import Rendered
 from lightning_slt.record import Estimate, RunRecord
+from lightning_slt.susceptibility_record import SusceptibilityEstimate
 from lightning_slt.transitions import Transition
 
 if TYPE_CHECKING:
@@ -39,12 +42,14 @@ class Reporting(Callback):
 
     estimates: list[Estimate]
     influences: list[InfluenceEstimate]
+    susceptibilities: list[SusceptibilityEstimate]
     folder: Optional[Path]
     _beside: Optional[BackgroundFirings]
     _budget: Optional[OverheadBudget]
     _course: Course
     _data: Optional[TrainingData]
     _listeners: list[EstimateListener]
+    _measures: Measures
     _publisher: Optional[RunPublisher]
     _restrict: Any
     _samples: ProbedSamples
@@ -96,6 +101,7 @@ class Reporting(Callback):
             "num_burnin_steps": settings.num_burnin_steps,
             "num_steps_bw_draws": settings.num_steps_bw_draws,
             "batch_size": self._batch_size,
+            "measures": self._measures.describe(),
             "nbeta": settings.nbeta,
             "num_samples": self._data.num_samples if self._data else self._num_samples,
             "localization": self._course.localization,
@@ -165,6 +171,7 @@ class Reporting(Callback):
                 folder = fresh(folder)
             if resumed:
                 restore_record(RunRecord(folder), self._last_step, self.estimates, self.influences)
+                restore_susceptibilities(folder, self._last_step, self.susceptibilities)
         self.folder = self._resumed_folder = folder
         self._publisher = RunPublisher(trainer.loggers, folder, self._prefix)
         self._publisher.start(self._config())
@@ -197,7 +204,7 @@ class Reporting(Callback):
         if self._publisher is not None:
             self._publisher.estimate(estimate)
         if influence is not None:
-            self._keep_influence(influence, estimate)
+            self._keep_influence(trainer, influence, estimate)
         for listener in self._listeners:
             self._tell(listener, trainer, pl_module, estimate)
 
@@ -217,7 +224,7 @@ class Reporting(Callback):
                     f"not reported. {type(error).__name__}: {error}"
                 )
 
-    def _keep_influence(self, influence: InfluenceEstimate, estimate: Estimate) -> None:
+    def _keep_influence(self, trainer: Trainer, influence: InfluenceEstimate, estimate: Estimate) -> None:
         """Into the history and the loggers; only the last one keeps its pairs in memory."""
         influence = influence.replace(
             step=estimate.step,
@@ -226,16 +233,18 @@ class Reporting(Callback):
             component=estimate.component,
             seconds=estimate.seconds,
         )
+        influence = influence.replace(suspicion=suspicion_of([*self.influences, influence]))
         if self.influences:
             self.influences[-1] = self.influences[-1].without_pairs()
         self.influences.append(influence)
         if self._publisher is None:
             return
+        rendered: dict[int, Rendered] = {}
         try:
-            rendered = self._samples.rendered(influence)
+            # the other ranks log nothing
+            rendered = self._samples.rendered(influence) if trainer.is_global_zero else {}
         except Exception as error:
             rank_zero_warn(f"SLTMonitor: the suspects could not be shown: {type(error).__name__}: {error}")
-            rendered = {}
         large = influence.num_chains * influence.num_draws >= LARGE_BUDGET
         self._publisher.influence(influence, rendered, pairs=large)
 

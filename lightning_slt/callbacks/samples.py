@@ -63,6 +63,8 @@ class ProbedSamples:
         self._train_source: Optional[DatasetSource] = None
         self._tokenizer: Any = None
         self._shown: dict[int, Rendered] = {}
+        self.failed = False
+        """Whether influence could not be measured in this run; it is then left out."""
 
     def __getstate__(self) -> dict[str, Any]:
         """For strategies that spawn: what was read belongs to the process that read it."""
@@ -80,7 +82,7 @@ class ProbedSamples:
 
     def forget(self) -> None:
         """A new run, maybe on other data."""
-        self._set, self._train_source, self._tokenizer, self._shown = None, None, None, {}
+        self._set, self._train_source, self._tokenizer, self._shown, self.failed = None, None, None, {}, False
 
     def check(self, indexed: bool) -> None:
         """Before training: whether the training data has what is asked of it.

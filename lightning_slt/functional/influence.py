@@ -41,8 +41,8 @@ MIN_BLOCKS, MIN_BLOCK_DRAWS = 16, 4
 """Blocks to have at least, over all chains together, of so many draws at least."""
 MANY_BLOCKS, LONG_BLOCK_DRAWS = 64, 32
 """Blocks to have where the chains are long enough for such long ones: errors from few blocks have wide tails."""
-COLUMNS = 1024
-"""Training samples that are worked on together: what bounds the memory beside the result."""
+COLUMNS = 64
+"""Training samples that are worked on together: few enough that what is summed stays in the cache."""
 
 
 def blocks_per_chain(num_chains: int, num_draws: int) -> int:
@@ -300,23 +300,39 @@ def covariance(
     sides = [(x, y)]
     if x_parts is not None and y_parts is not None:
         sides += [(x_parts.direct, y_parts.pulled), (x_parts.pulled, y_parts.direct)]
-    parts = []
+    if draws < 2:
+        raise ValueError("no draws: a covariance needs two draws of a chain at least.")
+
+    def centred(v: Tensor) -> Tensor:
+        v = v.double()
+        return v - v.mean(dim=1, keepdim=True)
+
+    # in one product for each block: the control variates are further draws of the same block, of negative weight
+    weight = -1 / max(len(sides) - 1, 1)
+    left = torch.cat([centred(side[0]) * (weight if k else 1.0) for k, side in enumerate(sides)], dim=1)
+    right = torch.cat([centred(side[1]) for side in sides], dim=1)
+    blocks = [
+        (chain, torch.cat([torch.arange(low, high) + k * draws for k in range(len(sides))]))
+        for chain in range(chains)
+        for low, high in pairwise(edges)
+    ]
+    rights = [right[chain, rows] for chain, rows in blocks]
+    matrix = torch.zeros(y.shape[2], x.shape[2], dtype=torch.float64)
+    se = torch.full_like(matrix, math.nan)
+    degrees, count = chains * (draws - 1), len(blocks)
     for start in range(0, x.shape[2], columns):
         some = slice(start, start + columns)
-        accumulators = []
-        for left, right in sides:
-            accumulators.append(CovarianceAccumulator(left[:, :, some].shape[2], y.shape[2]))
-            for chain in range(chains):
-                for block, (low, high) in enumerate(pairwise(edges)):
-                    accumulators[-1].update(chain, block, left[chain, low:high, some], right[chain, low:high])
-        parts.append(accumulators[0].result(accumulators[1:]))
-    return Covariance(
-        torch.cat([p.matrix for p in parts], dim=1),
-        torch.cat([p.se for p in parts], dim=1),
-        torch.cat([p.mean_x for p in parts]),
-        parts[0].mean_y,
-        parts[0].num_blocks,
-    )
+        first = torch.zeros(y.shape[2], left[:, :, some].shape[2], dtype=torch.float64)
+        square, value = torch.zeros_like(first), torch.empty_like(first)
+        for (chain, rows), other in zip(blocks, rights, strict=True):
+            torch.mm(other.T, left[chain, rows, some], out=value)
+            first += value
+            square.addcmul_(value, value)
+        matrix[:, some] = first / degrees
+        if count > 1:
+            spread = (square - first.square() / count).clamp_(min=0) / (count * (count - 1))
+            se[:, some] = spread.sqrt_() * (count / degrees)
+    return Covariance(matrix, se, x.double().mean(dim=(0, 1)), y.double().mean(dim=(0, 1)), count)
 
 
 def variance(x: Tensor, parts: Optional[LinearParts] = None) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Optional
 
 from lightning_slt.estimate import ChainSettings, read_llc, run_chains
 from lightning_slt.influence.probes import ProbeSet
-from lightning_slt.influence.reader import MIN_READS, InfluenceReader
+from lightning_slt.influence.reader import InfluenceReader, least_readings
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import MinibatchSource
@@ -18,17 +18,18 @@ from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged
 
-READ_COST = 0.4
+READ_COST = 0.3
 """Cost of reading the samples' losses, in units of that of moving the chains, in a firing of the monitor."""
 CALLS = 3_000_000
 """Products that would take as long as the calls of a step do by themselves."""
 
 
 def reading_interval(num_probed: int, batch_size: int, products: int) -> int:
-    """Steps between readings, so that reading costs about 0.4 of what moving the chains does.
+    """Steps between readings, so that reading costs about 0.3 of what moving the chains does.
 
-    A reading is one forward pass of all the samples; a step is three of a minibatch, and calls that take as long as
-    some millions of products. No clock is asked: the same run reads at the same steps on every machine.
+    A reading is one forward pass of all the samples; a step is two of a minibatch at the least (three, but for caches
+    and for layers whose backward pass is cheap), and calls that take as long as some millions of products. No clock is
+    asked: the same run reads at the same steps on every machine.
 
     Args:
         num_probed: samples.
@@ -37,9 +38,9 @@ def reading_interval(num_probed: int, batch_size: int, products: int) -> int:
 
     Example:
         >>> [reading_interval(1000, 64, 26_122), reading_interval(1000, 64, 10**8), reading_interval(100, 64, 26_122)]
-        [12, 16, 4]
+        [16, 28, 4]
     """
-    step = 3 * max(batch_size, 1) * products + CALLS
+    step = 2 * max(batch_size, 1) * products + CALLS
     return STATS_EVERY * max(1, math.ceil(num_probed * products / step / READ_COST / STATS_EVERY))
 
 
@@ -59,8 +60,8 @@ def measure_both(
 
     Args:
         probes: the samples.
-        read_every: steps between readings; None for :func:`reading_interval`, and never so many that a chain is left
-            with fewer than 8 readings.
+        read_every: steps between readings; None for :func:`reading_interval`, and never so many that the chains
+            are left with fewer readings than a valid covariance asks (3 of each of 4 chains).
     """
     start = time.perf_counter()
     readers: list[InfluenceReader] = []
@@ -70,7 +71,8 @@ def measure_both(
             return read_every
         cheap = reading_interval(probes.num_samples, source.batch_size, readers[0].products)
         # a firing may be over in as many steps as it has draws: its readings must be enough to say something
-        return min(cheap, STATS_EVERY * max(1, settings.num_draws // (MIN_READS * STATS_EVERY)))
+        apart = (settings.num_draws - 1) // (least_readings(settings.num_chains) - 1)
+        return min(cheap, STATS_EVERY * max(1, apart // STATS_EVERY))
 
     def make_reader() -> InfluenceReader:
         readers.append(InfluenceReader(objective, probes, settings.seed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Optional
 
 import torch
@@ -26,10 +27,20 @@ from lightning_slt.sampling.probe import MAX_GRADIENTS, Probe, Samples
 
 log = logging.getLogger(__name__)
 
-MIN_READS = 8
-"""Readings of a chain without which influence is not valid."""
+MIN_DEGREES = 8
+"""Degrees of freedom of a covariance within chains (readings less one, of all chains) below which it is not valid."""
 MIXED = 0.5
 """Between-chain share of the variance above which chains have not seen the same posterior."""
+
+
+def least_readings(num_chains: int) -> int:
+    """Of a chain, for influence to be valid.
+
+    Example:
+        >>> [least_readings(chains) for chains in (1, 2, 4, 8, 16)]
+        [9, 5, 3, 2, 2]
+    """
+    return 1 + math.ceil(MIN_DEGREES / max(num_chains, 1))
 
 
 class InfluenceReader:
@@ -132,8 +143,8 @@ class InfluenceReader:
         if not bool(keep_x.any()) or not bool(keep_y.any()):
             reasons.append("no sample has finite losses")
         reads = x_all.shape[1]
-        if reads < MIN_READS:
-            reasons.append(f"{reads} readings of a chain are too few")
+        if 0 < len(x_all) * (reads - 1) < MIN_DEGREES or reads < 2:
+            reasons.append(f"{reads} readings of {len(x_all)} chains are too few")
         if not bool(keep_x.any()) or not bool(keep_y.any()) or not len(x_all) or reads < 2:
             return self._nothing(posterior, num_samples, tuple(reasons), (*dropped, *more))
         x, y = x_all[:, :, keep_x], y_all[:, :, keep_y]

@@ -1,8 +1,9 @@
 """Losses of single samples at the weights of chains: which samples, and how to get at their losses.
 
 Nothing of the user's module changes for it. A sample's loss is what the step gives for a batch of that sample alone;
-many samples are computed at once by :func:`torch.vmap` over such batches, one after another where the step does not
-allow that. A ``loss_fn`` that returns ``[batch]`` losses is called on whole batches, and they are used as they are.
+many samples are computed at once in whole batches whose mean is left out (:mod:`~lightning_slt.sampling.unreduced`), by
+:func:`torch.vmap` over batches of one where that gives other numbers, and one after another where the step allows
+neither. A ``loss_fn`` that returns ``[batch]`` losses is called on whole batches, and they are used as they are.
 
 A loss that couples the samples of a batch (a contrastive one) has no loss of a single sample: that is seen by trying
 and refused. BatchNorm is no such case here: private copies are in eval mode, where running statistics take its place.
@@ -10,6 +11,7 @@ and refused. BatchNorm is no such case here: private copies are in eval mode, wh
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import random
@@ -29,12 +31,16 @@ from lightning_slt.sampling.engines import ACTIVATION_BUDGET, observe
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import CHOICE, generator, preserve_rng
 from lightning_slt.sampling.steps import NoLossError
+from lightning_slt.sampling.unreduced import Unreduced
 
 log = logging.getLogger(__name__)
 
 MAX_SAMPLES = 1000
 """Of the training set that are looked at where nothing else is said."""
 MAX_CHUNK = 1024
+CHUNK_BYTES = 2**23
+"""Activations of the samples that are computed at once on the CPU: larger tensors are given back to the system after
+every call, and cleared by it before the next."""
 MAX_ROWS = 16
 """Rows of weights whose losses are computed together."""
 MAX_GRADIENTS = 2**26
@@ -169,7 +175,7 @@ class Probe:
         ValueError: for ``per_token`` where the loss has no tokens; where no sample has a loss.
 
     Attributes:
-        method: ``"whole batches"``, ``"vmap"`` or ``"one by one"``; ``reason`` says why.
+        method: ``"whole batches"``, ``"unreduced batches"``, ``"vmap"`` or ``"one by one"``; ``reason`` says why.
         rows: of weights that are best handed over together.
         index, token: ``[n]`` long: which sample, and which token of it (-1 for whole samples), each column is.
         anchor: ``[n]`` float64, losses at ``w*``.
@@ -332,8 +338,10 @@ class Probe:
         for row in weights:
             named = self._named(row)
             self._reseed(group.places[start])
-            if self.method == "whole batches":
-                losses = self._call(named, group.joined(slice(start, stop)))
+            if self.method in ("whole batches", "unreduced batches"):
+                apart = Unreduced(stop - start) if self.method == "unreduced batches" else contextlib.nullcontext()
+                with apart:
+                    losses = self._call(named, group.joined(slice(start, stop)))
                 found.append(losses if self._per_token else losses.reshape(stop - start, -1).mean(dim=1))
                 continue
             singles = []
@@ -451,7 +459,10 @@ class Probe:
         return same, float(self._one(named, group.joined(rows, time_first)).mean())
 
     def _choose_method(self, one: Tensor) -> None:
-        """Whole batches, vmap, or one by one: the first that gives the numbers of one by one."""
+        """Whole batches, the same unreduced, vmap, or one by one: the first that gives the numbers of one by one.
+
+        The samples that are tried are spread over a whole chunk, where batches of that size are to be used.
+        """
         self._limit_chunks()
         group = max(self._groups, key=lambda g: len(g.places))
         count = min(len(group.places), 4, group.size)
@@ -465,8 +476,8 @@ class Probe:
             self._alike, self.reason = False, "the step gives no loss for some samples"
             return
         reasons = []
-        for method in ("whole batches", "vmap"):
-            if method == "whole batches" and one.ndim == 0:
+        for method in ("whole batches", "unreduced batches", "vmap"):
+            if (method == "whole batches" and one.ndim == 0) or (method == "unreduced batches" and one.ndim > 0):
                 continue
             if method == "vmap" and (self._objective.borrowed or not any(isinstance(c, Tensor) for c in group.columns)):
                 continue
@@ -476,7 +487,10 @@ class Probe:
                     warnings.simplefilter("ignore")
                     found = self._chunk(weights, group, 0, count).reshape(len(weights), count, -1)
                 rtol = 2e-2 if self._objective.autocast else 1e-3
-                if torch.allclose(found, expected, rtol=rtol, atol=1e-5, equal_nan=True):
+                right = torch.allclose(found, expected, rtol=rtol, atol=1e-5, equal_nan=True)
+                if right and method == "unreduced batches":
+                    right = self._holds_for_a_chunk(group, rtol)
+                if right:
                     self._alike, self.reason = False, "same numbers as one by one"
                     return
                 reasons.append(f"{method} gives other numbers")
@@ -486,6 +500,15 @@ class Probe:
         self._alike = False
         self.method, self.reason = "one by one", "; ".join(reasons) or "the module is called in place"
         log.info(f"losses of single samples are computed one by one, which is slow: {self.reason}")
+
+    def _holds_for_a_chunk(self, group: _Group, rtol: float) -> bool:
+        """Whether samples far apart in a batch of the full size have the losses that they have alone."""
+        stop = min(len(group.places), group.size)
+        some = sorted({round(k * (stop - 1) / 3) for k in range(4)})
+        named = self._named(self._objective.anchor)
+        alone = torch.stack([self._one(named, group.single(k)).mean() for k in some])
+        together = self._chunk(self._objective.anchor[None], group, 0, stop)[0].reshape(-1)[some]
+        return torch.allclose(together, alone, rtol=rtol, atol=1e-5, equal_nan=True)
 
     def _limit_chunks(self) -> None:
         """So many samples, and rows of weights, at once as their activations allow."""
@@ -498,7 +521,10 @@ class Probe:
             except Exception:
                 saved = 64 * num_bytes(single)
             affordable = ACTIVATION_BUDGET // 4 // max(2 * saved, 1)
-            group.size = int(max(1, min(MAX_CHUNK, affordable)))
+            at_once = affordable
+            if self._objective.device.type == "cpu":
+                at_once = min(affordable, CHUNK_BYTES // max(saved, 1))
+            group.size = int(max(1, min(MAX_CHUNK, at_once)))
             rows = min(rows, affordable // min(group.size, len(group.places)))
         self.rows = max(1, rows)
 

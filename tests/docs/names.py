@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -64,9 +65,12 @@ def namespace() -> dict[str, Any]:
     public = {name: getattr(lightning_slt, name) for name in lightning_slt.__all__}
     return {
         **public,
+        "DDPStrategy": DDPStrategy,
         "EarlyStopping": EarlyStopping,
+        "FSDPStrategy": FSDPStrategy,
         "L": L,
         "ModelCheckpoint": ModelCheckpoint,
+        "ModelParallelStrategy": ModelParallelStrategy,
         "Trainer": L.Trainer,
         "act": lambda transition, trainer, module: None,
         "datamodule": TinyData(),

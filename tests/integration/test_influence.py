@@ -365,15 +365,16 @@ class Contrastive(Net):
         return cross_entropy(hidden @ hidden.T, torch.arange(len(hidden)))
 
 
-def test_a_loss_that_couples_samples_leaves_the_firing_out(tmp_path: Path) -> None:
-    monitor = probing(on_failure="warn")
-    with pytest.warns(
-        UserWarning, match=r"step \d+ failed.*the loss couples the samples of a batch.*loss_fn"
-    ) as caught:
-        trace = Scenario(Contrastive, loaders).assert_undisturbed(tmp_path, monitor)
+def test_a_loss_that_couples_samples_leaves_influence_out_and_nothing_else(tmp_path: Path) -> None:
+    """Said once; and the learning coefficient is that of a monitor without samples, number by number."""
+    monitor, plain = probing(on_failure="warn"), probing(probe=None)
+    with pytest.warns(UserWarning, match="influence is left out of this run.*couples the samples.*loss_fn") as caught:
+        trace = Scenario(Contrastive, loaders).assert_undisturbed(tmp_path / "a", monitor)
+    Scenario(Contrastive, loaders).run(tmp_path / "b", plain)
     assert trace.num_batches == 12
-    assert monitor.influences == [] and monitor.estimates == []
-    assert len([w for w in caught if "couples" in str(w.message)]) == 3
+    assert monitor.influences == [] and len(monitor.estimates) == 3
+    assert [e.mean for e in monitor.estimates] == [e.mean for e in plain.estimates]
+    assert len([w for w in caught if "couples" in str(w.message)]) == 1
 
 
 def test_a_loss_that_couples_samples_raises_where_failures_raise(tmp_path: Path) -> None:
@@ -389,7 +390,7 @@ def test_a_group_fn_that_fails_names_the_sample(tmp_path: Path) -> None:
     monitor = probing(group_fn=refuses, on_failure="warn")
     with pytest.warns(UserWarning, match="group_fn failed on sample 0: KeyError: 'no such field'"):
         trace = Scenario(Net, loaders).run(tmp_path, monitor)
-    assert trace.num_batches == 12 and monitor.influences == []
+    assert trace.num_batches == 12 and monitor.influences == [] and len(monitor.estimates) == 3
     with pytest.raises(ValueError, match="group_fn failed on sample 0"):
         Scenario(Net, loaders).run(tmp_path, probing(group_fn=refuses))
 
@@ -801,3 +802,12 @@ def test_a_monitor_can_be_pickled_before_and_after_a_run(tmp_path: Path) -> None
     Scenario(Net, loaders).run(tmp_path, monitor)
     again = pickle.loads(pickle.dumps(monitor))
     assert [e.step for e in again.influences] == [4, 8, 12]
+
+
+def test_monitors_that_look_at_other_samples_have_states_of_their_own() -> None:
+    keys = [
+        SLTMonitor(every_n_epochs=1, **probes).state_key
+        for probes in ({}, {"probe": 8}, {"probe": 9}, {"probe": 9, "query": 2})
+    ]  # type: ignore[arg-type]
+    assert len(set(keys)) == 4
+    assert "samples" not in keys[0]  # as it was before there were any: older checkpoints are found

@@ -19,7 +19,7 @@ from lightning_slt.publish.keys import ALL_METRIC_NAMES, INFLUENCE_METRIC_NAMES,
 from lightning_slt.publish.render import Rendered
 from tests.publish.helpers import make_influence, nothing_measured, picture_of, pictures_of, read_csv
 from tests.publish.test_publisher import Comet, Dead, Memory
-from tests.publish.test_wandb import inspect, offline, records  # noqa: F401 - a fixture
+from tests.wandb_runs import inspect, records
 
 SCALARS = {f"slt/{name}" for name in INFLUENCE_METRIC_NAMES}
 SUSPECTS = [f"sample_{10 * k}" for k in range(20)]
@@ -261,7 +261,7 @@ def test_any_other_logger_gets_numbers_and_nothing_else(few_pictures):
     assert all(type(v) is float for _, row in logger.rows for v in row.values())
 
 
-def test_wandb_reads_back(offline):  # noqa: F811
+def test_wandb_reads_back(offline):
     wandb = pytest.importorskip("wandb")
     from lightning.pytorch.loggers import WandbLogger
 

@@ -18,7 +18,7 @@ from lightning_slt.publish.transition_tables import TRANSITION_COLUMNS, transiti
 from lightning_slt.transition_record import TransitionLog
 from tests.publish.helpers import make_estimate, make_report, make_transition, read_csv
 from tests.publish.test_publisher import Comet, Memory
-from tests.publish.test_wandb import inspect, offline, records  # noqa: F401 - a fixture
+from tests.wandb_runs import inspect, records
 
 SCALARS = {f"slt/{name}" for name in TRANSITION_METRIC_NAMES}
 
@@ -189,7 +189,7 @@ def test_no_alert_where_none_is_wanted():
     assert run.alerts == []
 
 
-def test_wandb_reads_back(offline, recwarn):  # noqa: F811
+def test_wandb_reads_back(offline, recwarn):
     wandb = pytest.importorskip("wandb")
     from lightning.pytorch.loggers import WandbLogger
 

@@ -1,0 +1,185 @@
+"""Which measures a monitor takes, and the susceptibilities it measures beside the learning coefficient."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_slt.estimate import ChainSettings
+from lightning_slt.influence import ProbeSet
+from lightning_slt.publish import RunPublisher
+from lightning_slt.publish.sink import Page
+from lightning_slt.sampling.batches import DatasetSource, MinibatchSource
+from lightning_slt.sampling.collective import Collective
+from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.restriction import Restriction
+from lightning_slt.susceptibility import MIN_READS, Shift, chain_batch, measure_susceptibility
+from lightning_slt.susceptibility_record import SusceptibilityEstimate, SusceptibilityRecord
+
+NAMES = ("llc", "influence", "susceptibility")
+ALL = "all"
+
+
+class Measures:
+    """What ``SLTMonitor(measures=...)`` asks for.
+
+    Args:
+        measures: None for the LLC, and influence where samples are probed; else names out of ``"llc"``,
+            ``"influence"``, ``"susceptibility"``, and mappings ``{"name": "susceptibility", "components": {name:
+            patterns}}``. The LLC is always measured.
+        probed: whether there are samples to look at.
+
+    Example:
+        >>> Measures(["llc", {"name": "susceptibility", "components": {"head": ["fc.*"]}}], True).components
+        {'head': ['fc.*']}
+    """
+
+    def __init__(self, measures: Optional[Sequence[Any]], probed: bool) -> None:
+        self._given = None if measures is None else [measures] if isinstance(measures, str) else list(measures)
+        self._probed = probed
+        self.components: dict[str, Restriction] = {}
+        names = set()
+        for entry in self._given or []:
+            name = entry.get("name") if isinstance(entry, Mapping) else entry
+            names.add(name)
+            if name == "susceptibility" and isinstance(entry, Mapping):
+                for key, patterns in (entry.get("components") or {}).items():
+                    self.components[str(key)] = patterns if isinstance(patterns, str) else list(patterns)
+        self.influence = probed and (self._given is None or "influence" in names)
+        self.susceptibility = "susceptibility" in names
+
+    def check(self) -> None:
+        """At setup.
+
+        Raises:
+            ValueError: for an unknown measure, or one that needs samples where none are given; names the remedy.
+        """
+        for entry in self._given or []:
+            name = entry.get("name") if isinstance(entry, Mapping) else entry
+            if name not in NAMES:
+                near = difflib.get_close_matches(str(name), NAMES, n=1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise ValueError(f"measures: there is no {name!r}{hint}; there are {', '.join(NAMES)}.")
+            if name != "llc" and not self._probed:
+                raise ValueError(f"measures: {name!r} needs samples to look at: give probe=, such as probe=True.")
+            if isinstance(entry, Mapping):
+                allowed = {"name", "components"} if name == "susceptibility" else {"name"}
+                unknown = sorted(map(str, set(entry) - allowed))
+                if unknown:
+                    raise ValueError(f"measures: {name!r} has no {', '.join(unknown)}; it has {sorted(allowed)}.")
+        for name in self.components:
+            if not re.fullmatch(r"[a-z0-9_]+", name):
+                raise ValueError(
+                    f"measures: component {name!r}: only lower-case letters, digits and underscores (a log key)."
+                )
+
+    def describe(self) -> Optional[list[Any]]:
+        """For the run's settings."""
+        return None if self._given is None else [dict(e) if isinstance(e, Mapping) else e for e in self._given]
+
+
+def measure_beside(
+    measures: Measures,
+    restrict: Restriction,
+    make: Callable[[Restriction], Objective],
+    source: MinibatchSource,
+    transfer: Callable[[Any], Any],
+    probes: ProbeSet,
+    settings: ChainSettings,
+    collective: Collective,
+    prepare: Callable[[Objective], None],
+) -> SusceptibilityEstimate:
+    """Susceptibility of every component to a shift towards the queries, or the probed samples where there are none.
+
+    Chains of their own: kinetic Langevin ones on large batches, since the heat of small ones would enter twice.
+
+    Raises:
+        ValueError: where the training data cannot be asked for a sample by number.
+    """
+    if not isinstance(source, DatasetSource):
+        raise ValueError("susceptibility: the training data cannot be asked for a sample by number.")
+    n = len(source.indices) if source.indices is not None else len(source.dataset)  # type: ignore[arg-type]
+    original = DatasetSource(source.dataset, chain_batch(n), source._collate, source.indices, transfer, settings.seed)
+    original.num_samples = source.num_samples
+    queries = probes.query is not None
+    samples, group = (probes.query, probes.query_group) if queries else (probes.train, probes.train_group)
+    assert samples is not None
+    shifts: list[Shift] = []
+    collective.exchange(lambda: shifts.append(Shift.of(original, samples, settings.seed, group)))
+    chains = ChainSettings(
+        num_chains=settings.num_chains,
+        num_draws=max(settings.num_draws, MIN_READS),
+        nbeta=settings.nbeta,
+        localization=settings.localization,
+        seed=settings.seed,
+    )
+    components = measures.components or {ALL: restrict}
+    return measure_susceptibility(
+        {name: lambda r=r: make(r) for name, r in components.items()},  # type: ignore[misc]
+        original,
+        shifts[0],
+        chains,
+        collective,
+        prepare,
+    )
+
+
+def keys_of(estimate: SusceptibilityEstimate, prefix: str) -> dict[str, float]:
+    """``{prefix}/susceptibility/<component>/<group>`` in units of the loss; the whole shift is the group ``all``.
+
+    What is not finite is left out; ``{prefix}/susceptibility/valid`` is always there.
+    """
+    values = {f"{prefix}/susceptibility/valid": float(estimate.valid)}
+    for row, component in enumerate(estimate.components):
+        columns = [(ALL, float(estimate.chi[row]), float(estimate.se[row]))]
+        for column, group in enumerate(estimate.groups):
+            label = "group_" + re.sub(r"[^a-z0-9_]", "_", group.lower())
+            columns.append((label, float(estimate.group_chi[row, column]), float(estimate.group_se[row, column])))
+        for label, chi, se in columns:
+            values[f"{prefix}/susceptibility/{component}/{label}"] = chi
+            values[f"{prefix}/susceptibility/{component}/{label}_se"] = se
+    return {key: value for key, value in values.items() if abs(value) < float("inf")}
+
+
+def warn_of(error: Exception, step: int) -> None:
+    """The learning coefficient of this step stands."""
+    rank_zero_warn(
+        f"SLTMonitor: susceptibility at step {step} failed and is left out; the learning coefficient is kept; training "
+        f"goes on. {type(error).__name__}: {error}"
+    )
+
+
+def publish(
+    estimate: SusceptibilityEstimate,
+    publisher: Optional[RunPublisher],
+    folder: Optional[Path],
+    prefix: str,
+    first_rank: bool,
+) -> None:
+    """Into the local record and the loggers; what fails is warned about."""
+    if not first_rank or publisher is None:
+        return
+    if folder is not None:
+        try:
+            SusceptibilityRecord(folder).save(estimate)
+        except OSError as error:
+            rank_zero_warn(f"SLTMonitor: the record of susceptibility could not be written: {error}")
+    x = estimate.x if estimate.x is not None else estimate.step
+    publisher._send(Page(keys_of(estimate, prefix), step=estimate.step), x or 0)
+
+
+def restore_susceptibilities(folder: Path, last_step: int, history: Sequence[SusceptibilityEstimate]) -> None:
+    """The record of a resumed run: what came after the checkpoint is forgotten, what is missing written."""
+    record = SusceptibilityRecord(folder)
+    try:
+        record.drop_after(last_step)
+        for estimate in history:
+            if not record.path(estimate.step).exists():
+                record.save(estimate)
+    except OSError as error:
+        rank_zero_warn(f"SLTMonitor: the record of susceptibility could not be restored: {error}")

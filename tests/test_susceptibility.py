@@ -1,0 +1,236 @@
+"""Susceptibility where the true answer is known: linear regression, whose local posterior is Gaussian."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from lightning_slt import SGLD, SusceptibilityEstimate, estimate_llc, estimate_susceptibility, susceptibility
+from lightning_slt.estimate import ChainSettings
+from lightning_slt.sampling.batches import DatasetSource
+from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.probe import Samples, choose_samples
+from lightning_slt.susceptibility import Shift, measure_susceptibility
+
+N, M, D = 60, 12, 4
+NBETA, GAMMA = 600.0, 40.0
+
+
+class Two(nn.Module):
+    """A linear regression in two halves, so that it has components."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parts[0](x[:, :2]) + self.parts[1](x[:, 2:])
+
+
+WANTED: dict[str, Any] = {"left": "parts.0.*", "right": ["parts.1.*"], "both": None}
+COLUMNS = {"left": [0, 1], "right": [2, 3], "both": [0, 1, 2, 3]}
+
+
+def half_square(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return (module(batch[0]) - batch[1]).square().mean() / 2
+
+
+def problem() -> tuple[Two, TensorDataset, TensorDataset]:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(N, D, generator=g) * torch.tensor([3.0, 1.0, 1.0, 0.3])
+    truth = torch.randn(D, generator=g)
+    y = x @ truth + 0.5 * torch.randn(N, generator=g)
+    shifted = torch.randn(M, D, generator=g) * torch.tensor([6.0, 3.0, 3.0, 2.0])
+    target = shifted @ truth + 0.5 * torch.randn(M, generator=g)
+    net = Two()
+    # not the minimum: the gradient is not zero, and the posterior's mean is not w*
+    solution = torch.linalg.lstsq(x, y[:, None]).solution.T + 0.02
+    with torch.no_grad():
+        net.parts[0].weight.copy_(solution[:, :2])
+        net.parts[1].weight.copy_(solution[:, 2:])
+    return net, TensorDataset(x, y[:, None]), TensorDataset(shifted, target[:, None])
+
+
+class Exact:
+    """The Gaussian posterior of a component under the loss ``L + eps Delta L``, in float64.
+
+    ``L(w* + u) - L(w*) = g.u + u'Hu / 2``; the posterior of u is normal with precision ``nbeta H + gamma`` and mean
+    ``-C nbeta g``. For two such quadratics and ``u = m + v``, Isserlis: ``Cov = a'C b + tr(A C B C) / 2`` with the
+    gradients ``a = g + A m`` at the mean.
+    """
+
+    def __init__(self, net: Two, data: TensorDataset, shifted: TensorDataset, columns: list[int]) -> None:
+        self.columns = columns
+        self.weight = torch.cat([p.weight for p in net.parts], dim=1).detach().double()  # type: ignore[misc]
+        self.base = self.quadratic(*data.tensors)
+        self.shift = self.difference(*shifted.tensors)
+        x, y = shifted.tensors
+        self.singles = [self.difference(x[i : i + 1], y[i : i + 1]) for i in range(len(x))]
+
+    def quadratic(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = x.double(), y.double()
+        residual = x @ self.weight.T - y
+        some = x[:, self.columns]
+        return (residual * some).mean(dim=0), some.T @ some / len(x)
+
+    def difference(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        g, h = self.quadratic(x, y)
+        return g - self.base[0], h - self.base[1]
+
+    def posterior(self, eps: float = 0.0) -> tuple[Tensor, Tensor]:
+        g, h = (base + eps * shift for base, shift in zip(self.base, self.shift, strict=True))
+        c = torch.linalg.inv(NBETA * h + GAMMA * torch.eye(len(g)).double())
+        return -NBETA * c @ g, c
+
+    def integrand(self, eps: float = 0.0) -> float:
+        """``E[nbeta (L(w) - L(w*))]`` where the loss that is sampled has a share ``eps`` of the shift."""
+        (g, h), (m, c) = self.base, self.posterior(eps)
+        return NBETA * float(g @ m + m @ h @ m / 2 + torch.trace(h @ c) / 2)
+
+    def chi(self, shift: Optional[tuple[Tensor, Tensor]] = None) -> float:
+        (g, h), (k, b), (m, c) = self.base, shift or self.shift, self.posterior()
+        covariance = (g + h @ m) @ c @ (k + b @ m) + torch.trace(h @ c @ b @ c) / 2
+        return -NBETA * float(covariance)
+
+
+def measured(seed: int = 0, **settings: Any) -> SusceptibilityEstimate:
+    net, data, shifted = problem()
+    settings = {"nbeta": NBETA, "localization": GAMMA, "components": WANTED, **settings}
+    return estimate_susceptibility(net, data, shifted, half_square, seed=seed, **settings)
+
+
+@pytest.mark.parametrize("name", list(WANTED))
+def test_closed_form_is_the_derivative_of_the_components_integrand_by_the_share_of_the_shift(name: str) -> None:
+    exact = Exact(*problem(), COLUMNS[name])
+    eps = 1e-5
+    slope = (exact.integrand(eps) - exact.integrand(-eps)) / (2 * eps)
+    assert NBETA * exact.chi() == pytest.approx(slope, rel=1e-6)
+    assert sum(map(exact.chi, exact.singles)) / M == pytest.approx(exact.chi(), rel=1e-9)
+
+
+def test_every_component_and_sample_is_within_three_errors_of_the_closed_form() -> None:
+    found = measured(num_chains=16, num_draws=800)
+    assert found.valid and found.components == tuple(WANTED) and found.matrix.shape == (3, M)
+    exact = [Exact(*problem(), COLUMNS[name]) for name in WANTED]
+    chi = torch.tensor([e.chi() for e in exact]).double()
+    matrix = torch.tensor([[e.chi(s) for s in e.singles] for e in exact]).double()
+    assert float((chi.abs() / found.se).min()) > 10  # the test has power
+    assert float(((found.chi - chi) / found.se).abs().max()) < 3.0
+    assert float(((found.matrix - matrix) / found.matrix_se).abs().max()) < 3.0
+    assert float((found.chi - chi).norm() / chi.norm()) < 0.1
+    # the integrand scatters by about 1, over some 9,000 independent draws
+    llc = torch.tensor([e.integrand() for e in exact]).double()
+    assert float((found.llc - llc).abs().max()) < 0.035
+    assert torch.allclose(found.response, NBETA * found.chi)
+
+
+def weighted(module: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    x, y, weight = batch
+    return (weight * (module(x) - y).square() / 2).mean()
+
+
+def test_chains_that_sample_the_tilted_loss_move_the_integrand_as_the_closed_form_says() -> None:
+    """A finite difference that is sampled: the loss of the chains is ``L + eps Delta L``, that read is ``L``."""
+    net, data, shifted = problem()
+    eps, device, total = 0.01, torch.device("cpu"), N + M
+    settings = ChainSettings(num_chains=16, num_draws=400, nbeta=NBETA, localization=GAMMA)
+    original = DatasetSource(TensorDataset(*data.tensors, torch.ones(N, 1)), N)
+
+    def integrand(share: float) -> float:
+        x, y = (torch.cat(pair) for pair in zip(data.tensors, shifted.tensors, strict=True))
+        weight = torch.cat([torch.full((N, 1), (1 - share) * total / N), torch.full((M, 1), share * total / M)])
+        source = DatasetSource(TensorDataset(x, y, weight), total)
+        read = Samples.of(original, range(N))
+        found = measure_susceptibility(
+            {"both": lambda: Objective(net, weighted, None, device)}, source, Shift(read, None, read), settings
+        )
+        return float(found.llc[0])
+
+    # the same noise on both sides: most of it cancels
+    slope = (integrand(eps) - integrand(-eps)) / (2 * eps)
+    exact = Exact(net, data, shifted, COLUMNS["both"])
+    # the difference at this share, not yet its limit: the flattest direction bends by then; the limit is chi, see above
+    assert slope == pytest.approx((exact.integrand(eps) - exact.integrand(-eps)) / (2 * eps), rel=0.1)
+
+
+def test_reported_error_is_the_spread_over_twenty_seeds() -> None:
+    runs = [measured(seed, num_chains=8, num_draws=100) for seed in range(20)]
+    spread = torch.stack([r.chi for r in runs]).std(dim=0)
+    reported = torch.stack([r.se for r in runs]).mean(dim=0)
+    ratio = spread / reported
+    assert bool((ratio < 1.5).all()) and bool((ratio > 1 / 1.5).all()), ratio
+    exact = torch.tensor([Exact(*problem(), COLUMNS[name]).chi() for name in WANTED]).double()
+    off = torch.stack([r.chi for r in runs]).mean(dim=0) - exact
+    assert bool((off.abs() < 3 * spread / 20**0.5).all()), off / spread
+    spread = torch.stack([r.matrix for r in runs]).std(dim=0)
+    reported = torch.stack([r.matrix_se for r in runs]).mean(dim=0)
+    assert 1 / 1.5 < float((spread / reported).mean()) < 1.5
+
+
+def test_groups_are_the_shift_towards_their_samples() -> None:
+    groups = ["a", "b", None] * (M // 3)
+    found = measured(groups=groups, num_chains=4, num_draws=64)
+    assert found.groups == ("a", "b") and found.group_chi.shape == (3, 2)
+    assert torch.allclose(found.group_chi[:, 0], found.matrix[:, 0::3].mean(dim=1))
+    assert torch.allclose(found.chi, found.matrix.mean(dim=1))
+
+
+def test_the_original_data_is_no_shift() -> None:
+    net, data, _ = problem()
+    found = estimate_susceptibility(net, data, data, half_square, nbeta=NBETA, localization=GAMMA, num_chains=4)
+    assert abs(float(found.chi[0])) < 1e-4 * float(found.matrix.abs().max())
+
+
+def test_sgld_that_is_given_finds_the_same_within_its_error() -> None:
+    found = measured(components={"left": WANTED["left"]}, sampler=SGLD(), full_batch=True, num_draws=400)
+    exact = Exact(*problem(), COLUMNS["left"]).chi()
+    assert found.valid and abs(float(found.chi[0]) - exact) < 3 * float(found.se[0]) + 0.1 * abs(exact)
+
+
+def test_more_data_than_is_read_is_represented_by_two_disjoint_subsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(susceptibility, "MAX_BASE", 40)
+    found = measured(components={"all": None}, num_chains=4, num_draws=64)
+    assert "two random subsets of 20" in found.notes[0]
+    net, data, shifted = problem()
+    exact, chosen = Exact(net, data, shifted, COLUMNS["both"]), choose_samples(N, 40, 0)
+    x, y = data.tensors
+    (g, h), (k, b) = (exact.quadratic(x[some], y[some]) for some in (chosen[::2], chosen[1::2]))
+    s, t = exact.quadratic(*shifted.tensors)
+    m, c = exact.posterior()
+    covariance = (g + h @ m) @ c @ (s - k + (t - b) @ m) + torch.trace(h @ c @ (t - b) @ c) / 2
+    assert abs(float(found.chi[0]) + NBETA * float(covariance)) < 3 * float(found.se[0])
+
+
+def test_the_module_and_the_global_random_state_stay_as_they_were() -> None:
+    net, data, shifted = problem()
+    before, state = [p.clone() for p in net.parameters()], torch.get_rng_state()
+    estimate_susceptibility(net, data, shifted, half_square, nbeta=NBETA, localization=GAMMA, num_chains=2)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"restrict": "parts.0.*"}, "components and restrict are both given"),
+        ({"components": {}}, "components is empty"),
+        ({"components": {"a": "nowhere.*"}}, r"'nowhere.\*' matches no parameter"),
+        ({"max_shifted": 0}, "max_shifted=0: must be at least 1"),
+        ({"groups": ["a"]}, f"groups: 1 of them for {M} samples"),
+        ({"num_chains": 0}, "num_chains=0: must be at least 1"),
+    ],
+)
+def test_a_wrong_argument_is_named_with_its_remedy(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        measured(**settings)
+
+
+def test_mean_of_the_integrand_is_the_learning_coefficient() -> None:
+    net, data, _ = problem()
+    found = measured(components={"both": None}, num_draws=800)
+    est = estimate_llc(net, data, half_square, nbeta=NBETA, localization=GAMMA, full_batch=True)
+    assert abs(float(found.llc[0]) - est.mean) < 3 * est.se + 0.03 * est.mean
