@@ -3,7 +3,8 @@
 Trainer and worker are pinned to a core each and have one thread. One run without a monitor and one with it alternate;
 in the second, steps count between the first snapshot and the last result only, so that chains run all the time, and
 those steps are left out that take a snapshot or take up a result: of those the mean is printed by itself, and the whole
-slowdown is that of all steps. Processor time does not depend on who else is on the core. The target is at most 1.10 for the median of the others. Run it on a quiet machine.
+slowdown is that of all steps. Processor time does not depend on who else is on the core. The
+target is at most 1.10 for the median of the others. Run it on a quiet machine.
 """
 
 from __future__ import annotations
