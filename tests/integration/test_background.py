@@ -353,6 +353,7 @@ def workers_told(folder: Path) -> set[int]:
     return {int(line) for line in (folder / "workers.txt").read_text().split()}
 
 
+@pytest.mark.slow
 def test_training_killed_and_resumed_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None:
     """Three times, at random moments after random steps; the record is that of a run that nobody killed."""
     moments = random.Random(0)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.strategies import (
+    DDPStrategy,
     DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
@@ -154,6 +155,25 @@ def test_what_shards_do_not_allow_is_refused_at_setup(settings: dict[str, Any], 
     with pytest.raises(MisconfigurationException, match=named) as told:
         setup_under(ModelParallelStrategy, tmp_path, **settings)
     assert "\n" not in str(told.value)
+
+
+class TwoRanks(DDPStrategy):
+    """As seen from its first rank."""
+
+    world_size = 2
+
+
+@pytest.mark.parametrize("strategy", [TwoRanks, ModelParallelStrategy])
+def test_chains_beside_several_ranks_or_shards_are_refused_at_setup(strategy: type[Any], tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=f"{strategy.__name__}.*execution='inline'") as told:
+        setup_under(strategy, tmp_path, execution="background")
+    assert "\n" not in str(told.value)
+
+
+def test_susceptibility_beside_training_is_refused_at_setup(tmp_path: Path) -> None:
+    settings = {"execution": "background", "measures": ["llc", "susceptibility"], "probe": 4, "query": 2}
+    with pytest.raises(MisconfigurationException, match=r"susceptibility.*execution='inline'"):
+        setup_under(SingleDeviceStrategy, tmp_path, **settings)
 
 
 def test_a_trainer_of_the_other_package_is_told_which_to_import(tmp_path: Path) -> None:
