@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lightning_slt.transitions.evidence import SIZES, persistence, scatter, without_spikes
+from lightning_slt.transitions.newest import newest_step
 from lightning_slt.transitions.reading import loss_change, rolling_scatter, transition_of
 from lightning_slt.transitions.search import LOCAL, Curve, best_step, turn
 from lightning_slt.transitions.settings import checked_min_change, threshold_of
@@ -146,7 +147,7 @@ class TransitionDetector:
         self._judge(curve, steps, llcs)
         if n - lo < SIZES[0]:
             return []
-        found = best_step(curve, lo, n, SIZES, at_end=True, threshold=0.0, min_change=self.min_change)
+        found = newest_step(curve, lo, n, self.min_change)
         if found is None or found.score <= self.threshold:
             back = turn(curve, lo, n)
             if back is not None and back.height >= self.min_change:
@@ -216,7 +217,7 @@ class TransitionDetector:
         index = np.arange(steps.size)
         onset, end = (float(np.interp(step, steps, index)) for step in (old.onset, old.end))
         lo = max(0, math.floor(onset) - _BEFORE)
-        found = best_step(curve, lo, steps.size, SIZES, at_end=False, threshold=0.0, min_change=0.0)
+        found = best_step(curve, lo, steps.size, SIZES, threshold=0.0, min_change=0.0)
         if found is None or found.height * old.llc_change < 0 or found.onset > end + _SETTLE:
             return old
         places = [float(np.interp(place, index, steps)) for place in (found.onset, found.centre, found.end)]
