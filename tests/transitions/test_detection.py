@@ -93,6 +93,21 @@ def test_curves_without_a_transition_are_left_alone_online() -> None:
     assert np.mean(np.array(found) > 0) <= 0.05
 
 
+def test_the_rest_of_a_flagged_ramp_is_no_second_transition() -> None:
+    """The flag sees the beginning of the ramp only; what follows makes the same transition larger."""
+    x = np.arange(120)
+    noise, blur = np.random.default_rng(10).normal(size=(2, x.size))
+    shape = 1 / (1 + np.exp(-(x - 60) * 2 * np.log(9) / 15))
+    llc, loss = 20 + 50 * shape + noise, 2 - 0.5 * shape + 0.01 * blur
+    detector, flags = TransitionDetector(), []
+    for i in range(x.size):
+        flags += detector.update(100.0 * i, llc[i], 1.0, loss[i])
+    [flag], [now] = flags, detector.transitions
+    assert flag.llc_change < 25
+    assert (now.id, now.state, now.known_at) == (0, "confirmed", flag.known_at)
+    assert abs(now.llc_change - 50) <= 10
+
+
 def stage(seed: int = 0, height: float = 15.0, n: int = 60, at: int = 30) -> Curve:
     rng = np.random.default_rng(seed)
     x = np.arange(n)
