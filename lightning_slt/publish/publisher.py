@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -116,6 +117,7 @@ class RunPublisher:
         self.influence_record = InfluenceRecord(folder) if folder is not None else None
         self._num_influences = 0
         self._shown: set[int] = set()
+        self._told: Optional[set[tuple[float, bool]]] = None  # alerts sent, by step of the flag and retracted or not
         self._warned: set[int] = set()
 
     def start(self, config: Mapping[str, Any]) -> None:
@@ -240,10 +242,28 @@ class RunPublisher:
         if not changed:
             self._send(Page(scalars, step=step), x)
             return
+        told = self._alerts_sent()  # before the record is written anew
         self._send(self._transition_page(scalars, log, changed, step), x)
-        for report in changed if alert else ():
-            if report.transition.state != "confirmed":
-                self._alert(report, x)
+        for report in changed:
+            t = report.transition
+            key = (t.known_at, t.state == "retracted")
+            if t.state != "confirmed" and key not in told:
+                told.add(key)
+                if alert:
+                    self._alert(report, x)
+
+    def _alerts_sent(self) -> set[tuple[float, bool]]:
+        """What a person has been told of already. A run that crashed after a flag and is resumed from a checkpoint
+        before it finds the flag again; the record in its folder knows of it."""
+        if self._told is None:
+            self._told = set()
+            log = None  # none there, or one that cannot be read: rather told twice than not at all
+            if self.record is not None:
+                with suppress(OSError, ValueError, KeyError, TypeError):
+                    log = TransitionLog.read(self.record.folder)
+            for t in (report.transition for report in log.reports) if log is not None else ():
+                self._told |= {(t.known_at, False)} | ({(t.known_at, True)} if t.state == "retracted" else set())
+        return self._told
 
     def _transition_page(
         self, scalars: Mapping[str, float], log: TransitionLog, changed: Sequence[TransitionReport], step: int

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lightning_slt.transitions.evidence import SIZES, persistence, scatter, without_spikes
+from lightning_slt.transitions.newest import newest_step
 from lightning_slt.transitions.reading import loss_change, rolling_scatter, transition_of
 from lightning_slt.transitions.search import LOCAL, Curve, best_step, turn
 from lightning_slt.transitions.settings import checked_min_change, threshold_of
@@ -17,6 +18,7 @@ from lightning_slt.transitions.transition import Transition, kind_of
 
 _HISTORY = SIZES[-1]
 _SETTLE = 4  # points after a flag, at the least, before it is judged
+_PLATEAU = 2  # points between a flag and the onset of the next in the same direction, or both are one
 _BEFORE = 12  # points before an onset that its place is measured with
 
 
@@ -85,7 +87,7 @@ class TransitionDetector:
 
     @property
     def changes(self) -> list[Transition]:
-        """Transitions confirmed or retracted by the last :meth:`update`; compare ``id``."""
+        """Transitions confirmed, retracted, or measured anew once confirmed, by the last :meth:`update`; by ``id``."""
         return list(self._changes)
 
     @property
@@ -146,7 +148,7 @@ class TransitionDetector:
         self._judge(curve, steps, llcs)
         if n - lo < SIZES[0]:
             return []
-        found = best_step(curve, lo, n, SIZES, at_end=True, threshold=0.0, min_change=self.min_change)
+        found = newest_step(curve, lo, n, self.min_change)
         if found is None or found.score <= self.threshold:
             back = turn(curve, lo, n)
             if back is not None and back.height >= self.min_change:
@@ -168,6 +170,8 @@ class TransitionDetector:
         )
         if new.boundary is not None and self.at_boundary == "suppress":
             return []
+        if self._goes_on(new, found.onset, steps):
+            return []
         first, width = max(0, math.floor(found.onset)), found.end - found.onset
         self._transitions.append(new)
         self._open.append(
@@ -180,6 +184,26 @@ class TransitionDetector:
             }
         )
         return [new]
+
+    def _goes_on(self, new: Transition, onset: float, steps: np.ndarray) -> bool:
+        """Whether the last flag saw the beginning of this step only: then it is brought up to date, and none is new."""
+        old = self._transitions[-1] if self._transitions else None
+        if old is None or old.state == "retracted" or old.known_at < steps[0] or old.llc_change * new.llc_change < 0:
+            return False
+        if onset > float(np.interp(old.known_at, steps, np.arange(steps.size))) + _PLATEAU:
+            return False
+        boundary = old.boundary if old.boundary is not None else new.boundary
+        grown = replace(
+            new, id=old.id, onset=min(old.onset, new.onset), known_at=old.known_at, state=old.state, boundary=boundary
+        )
+        self._transitions[-1] = grown
+        for flag in self._open:
+            if flag["id"] == old.id:
+                flag["after"] = self._base
+                flag["judged_at"] = self._dropped + steps.size + _SETTLE
+        if old.state == "confirmed":
+            self._changes = [t for t in self._changes if t.id != old.id] + [grown]
+        return True
 
     def _judge(self, curve: Curve, steps: np.ndarray, llcs: np.ndarray) -> None:
         """Confirms or retracts the provisional flags whose time has come; places and changes are measured anew."""
@@ -216,7 +240,7 @@ class TransitionDetector:
         index = np.arange(steps.size)
         onset, end = (float(np.interp(step, steps, index)) for step in (old.onset, old.end))
         lo = max(0, math.floor(onset) - _BEFORE)
-        found = best_step(curve, lo, steps.size, SIZES, at_end=False, threshold=0.0, min_change=0.0)
+        found = best_step(curve, lo, steps.size, SIZES, threshold=0.0, min_change=0.0)
         if found is None or found.height * old.llc_change < 0 or found.onset > end + _SETTLE:
             return old
         places = [float(np.interp(place, index, steps)) for place in (found.onset, found.centre, found.end)]

@@ -32,7 +32,7 @@ _MARGIN = 2  # points that a plateau has at the least outside the 10 % to 90 % s
 _LOGISTIC = 2 * math.log(9)  # the 10 % to 90 % width of a logistic of scale one
 _SEEN = 0.25  # share of an unfinished ramp that lies in the window, and at least _SEEN_POINTS
 _SEEN_POINTS = 3
-_SHAPE_ERROR = 0.03  # share of a change by which a real step departs from a logistic one
+SHAPE_ERROR = 0.03  # share of a change by which a real step departs from a logistic one
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def fits(windows: Array, sigma: Array, b: Bank) -> Fits:
     rss = np.maximum(total - coefficient**2, 0.0)
     smooth = np.max([((centred @ q.T) ** 2).sum(axis=1) for q in b.smooth], axis=0)[:, None]
     height = coefficient * b.scales
-    variance = np.maximum(np.maximum(sigma[:, None] ** 2, rss / (size - 4)), (_SHAPE_ERROR * height) ** 2)
+    variance = np.maximum(np.maximum(sigma[:, None] ** 2, rss / (size - 4)), (SHAPE_ERROR * height) ** 2)
     # a constant curve has no scatter at all; what rounding leaves of it must not become evidence
     rounding = 1e-10 * np.abs(windows).max(axis=1, keepdims=True) + 1e-150
     variance = np.maximum(variance, rounding**2)

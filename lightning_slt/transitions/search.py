@@ -1,4 +1,4 @@
-"""The likeliest step in a stretch of a curve: what the online and the offline detector both ask.
+"""The likeliest step in a stretch of a curve: the offline search, and what both detectors share.
 
 The two channels of a monitored run are the learning coefficient and the loss. A step of the coefficient is believed
 
@@ -23,7 +23,6 @@ import numpy as np
 from lightning_slt.transitions.evidence import Array, autocorrelation, bank, fits
 
 LOCAL = 64  # points that the scatter at a point is read from
-_ONLINE = 0.85  # of the evidence counts online, where the search is repeated at every point
 _TURN = 0.03  # of the range of a stretch: the least depth of a dip that counts
 _CANDIDATES = 4  # ramps of a window that are deflated for autocorrelation, best first
 
@@ -86,7 +85,7 @@ def turn(curve: Curve, lo: int, hi: int) -> Step | None:
 
 
 def best_step(
-    curve: Curve, lo: int, hi: int, sizes: Sequence[int], *, at_end: bool, threshold: float, min_change: float
+    curve: Curve, lo: int, hi: int, sizes: Sequence[int], *, threshold: float, min_change: float
 ) -> Step | None:
     """The step of the highest score above ``threshold`` in the points ``lo <= i < hi``.
 
@@ -95,7 +94,6 @@ def best_step(
         lo: first point.
         hi: one past the last point.
         sizes: window sizes to look at; those longer than the stretch are left out.
-        at_end: only windows that end with the last point.
         threshold: smallest score.
         min_change: smallest height, in units of the coefficient.
     """
@@ -104,24 +102,17 @@ def best_step(
     for size in sizes:
         if size > hi - lo:
             break
-        starts = np.array([hi - size]) if at_end else np.arange(lo, hi - size + 1)
+        starts = np.arange(lo, hi - size + 1)
         places = starts[:, None] + np.arange(size)
         llc, loss = curve.llc[places], curve.loss[places]
         sigma = np.sqrt(np.mean(curve.llc_scatter[places] ** 2, axis=1))
         loss_sigma = np.sqrt(np.mean(curve.loss_scatter[places] ** 2, axis=1))
-        b = bank(size, at_end)
+        b = bank(size)
         first = fits(llc, sigma, b)
         second = fits(loss, loss_sigma, b)
         contrast, rising = first.contrast, first.height > 0
-        if at_end:
-            # what came before the onset may have fallen: a rise since then counts as well
-            onsets = np.maximum(np.floor(b.centres - b.widths / 2).astype(int), 0)
-            since = rises(llc[0], float(sigma[0]))[onsets]
-            contrast = np.maximum(np.where(rising, contrast, 0.0), since)
-            rising = contrast > 0
         joint = np.where(rising & (second.height < 0), np.minimum(contrast, second.evidence), -math.inf)
-        weight = _ONLINE if at_end else 1.0
-        score = weight * np.maximum(first.evidence, joint)
+        score = np.maximum(first.evidence, joint)
         score = np.where(np.abs(first.height) * b.seen < min_change, -math.inf, score)
         # the plateau before a falling step
         before = llc.mean(axis=1, keepdims=True) - first.height * b.means
@@ -138,7 +129,7 @@ def best_step(
                 rho = autocorrelation(llc[window], b, int(ramp))
                 # without a second witness the noise of the whole curve counts too: a window is too short to know it
                 alone = max(rho, curve.persistence)
-                deflated = weight * max(
+                deflated = max(
                     first.evidence[window, ramp] * (1 - alone) / (1 + alone),
                     min(contrast[window, ramp] * (1 - rho) / (1 + rho), joint[window, ramp]),
                 )

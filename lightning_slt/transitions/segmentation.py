@@ -79,7 +79,7 @@ def detect_transitions(
     stretches = [(0, x.size)]
     while stretches:
         lo, hi = stretches.pop()
-        step = best_step(curve, lo, hi, SIZES, at_end=False, threshold=threshold, min_change=smallest)
+        step = best_step(curve, lo, hi, SIZES, threshold=threshold, min_change=smallest)
         if step is not None:
             found.append(step)
             # one point of the ramp stays with each plateau, so that neighbouring steps keep enough of them

@@ -408,6 +408,48 @@ def test_crash_and_resume_gives_the_transitions_of_an_uninterrupted_run(saved: i
         assert names[0] == names[1]
 
 
+class Bell(RecordingLogger):
+    """A logger that can tell a person."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    @property
+    def experiment(self) -> Any:
+        return self
+
+    def send_notification(self, title: str, **_: Any) -> None:
+        self.told.append(title)
+
+    def log_other(self, *_: Any, **__: Any) -> None:
+        pass  # with the next two, what tells the publisher that a logger is of Comet's kind
+
+    log_figure = log_table = log_other
+
+
+@pytest.mark.parametrize("saved", [30, 45])
+def test_an_alert_is_sent_once_across_a_crash_and_a_resume(saved: int, tmp_path: Path) -> None:
+    """From a checkpoint before the flag, which the resumed run finds again, and from one after it."""
+    bell = Bell()
+    saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    with pytest.raises(RuntimeError, match="the power is gone"):
+        train(tmp_path, *watched(tmp_path), saver, Dies(50), enable_checkpointing=True, logger=bell)
+    assert len(bell.told) == 1
+    monitor, watch = watched(tmp_path)
+    Scenario(Plain, loaders, lambda: {**EPOCHS, "logger": bell}).run(
+        tmp_path, monitor, watch, ckpt_path=str(tmp_path / f"step={saved}.ckpt")
+    )
+    assert len(watch.transitions) == len(bell.told) == 1
+
+
+def test_a_new_run_is_told_of_its_own_transitions(tmp_path: Path) -> None:
+    bell = Bell()
+    for _ in range(2):
+        train(tmp_path, *watched(tmp_path), logger=bell)
+    assert len(bell.told) == 2
+
+
 def test_a_monitor_that_is_added_on_resume_has_the_curve_before(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
     with pytest.raises(RuntimeError):
