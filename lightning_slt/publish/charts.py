@@ -34,6 +34,7 @@ _RULE = "#6a3d9a"
 _CHAINS = ("#1f77b4", "#e08214", "#2ca02c", "#9467bd", "#17a2b8", "#b5651d", "#d0559f", "#7a7a00")
 
 _drawn: WeakKeyDictionary[Figure, npt.NDArray[np.uint8]] = WeakKeyDictionary()
+_files: WeakKeyDictionary[Figure, bytes] = WeakKeyDictionary()
 
 
 def pixels(figure: Figure) -> npt.NDArray[np.uint8]:
@@ -49,10 +50,13 @@ def pixels(figure: Figure) -> npt.NDArray[np.uint8]:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
-    out = io.BytesIO()
-    Image.fromarray(pixels(figure)).convert("RGB").save(out, format="png", compress_level=4)
-    return out.getvalue()
+    """The figure as a PNG file; packed once, however many sinks ask."""
+    if figure not in _files:
+        out = io.BytesIO()
+        # level 1: files a fifth larger than the default's, in a third of its time
+        Image.fromarray(pixels(figure)).convert("RGB").save(out, format="png", compress_level=1)
+        _files[figure] = out.getvalue()
+    return _files[figure]
 
 
 def chains_figure(estimate: Estimate) -> Figure:
@@ -97,7 +101,10 @@ def chains_figure(estimate: Estimate) -> Figure:
 
     left.set(xlabel="draw", ylabel="LLC, running mean of each chain", xlim=(1, max(2, trace.shape[1])))
     right.set(xlabel="chain (× = left out)" if left_out.any() else "chain", xlim=(-0.7, max(1, len(ends)) - 0.3))
-    right.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    # ticks are what takes longest to draw
+    right.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    left.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    left.yaxis.set_major_locator(MaxNLocator(nbins=5))
     right.tick_params(labelleft=False)
     limits = _limits(running, ends, estimate)
     if limits is not None:

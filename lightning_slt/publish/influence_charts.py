@@ -5,13 +5,23 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path as Files
 from typing import Any, Optional
 
+import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.image import BboxImage
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
+from matplotlib.textpath import TextPath
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.transforms import Bbox, TransformedBbox
+from PIL import Image, ImageDraw, ImageFont
 
 from lightning_slt.influence_record import MIN_Z, InfluenceEstimate
 from lightning_slt.publish.charts import _BAD, _CHAINS, _GOOD, _MUTED, _TEXT, _style
@@ -20,6 +30,9 @@ from lightning_slt.publish.render import Rendered, clean
 MAX_NUMBERED = 12
 """Groups up to which the cells of the heat map carry their numbers."""
 TRAJECTORIES = 10
+ACROSS, SIDE = 10, 89
+"""Suspects in a row, and the side of the frame of each in pixels."""
+_FAINT = "#6f6f6f"
 
 
 def influence_figure(estimate: InfluenceEstimate) -> Figure:
@@ -44,7 +57,7 @@ def influence_figure(estimate: InfluenceEstimate) -> Figure:
         right.set_axis_off()
     else:
         if estimate.group_matrix is not None and estimate.group_se is not None:
-            _heat_map(figure, left, estimate)
+            _heat_map(figure, left, estimate, bottom)
         else:
             _losses(left, estimate)
         _self_influence(right, estimate)
@@ -65,45 +78,103 @@ def influence_figure(estimate: InfluenceEstimate) -> Figure:
     return figure
 
 
-def _heat_map(figure: Figure, axes: Axes, estimate: InfluenceEstimate) -> None:
+def _heat_map(figure: Figure, axes: Axes, estimate: InfluenceEstimate, bottom: float) -> None:
+    """The group matrix, with names, numbers and scale as few artists: an axis of ticks for each costs tenfold."""
     assert estimate.group_matrix is not None and estimate.group_se is not None
     matrix = estimate.group_matrix.numpy(force=True)
     error = estimate.group_se.numpy(force=True)
     names, n = estimate.groups, len(estimate.groups)
-    most = float(np.nanmax(np.abs(matrix))) if np.isfinite(matrix).any() else 1.0
-    norm = TwoSlopeNorm(0.0, -(most or 1.0), most or 1.0)
-    image = axes.imshow(matrix, cmap="RdBu", norm=norm, aspect="equal")
-    scale = 10.0 ** math.floor(math.log10(most)) if most > 0 else 1.0
-    for row in range(n):
-        for column in range(n):
-            value = matrix[row, column]
-            if not math.isfinite(value):
-                continue
-            unclear = not abs(value) > MIN_Z * error[row, column]
-            if unclear:
-                corner = (column - 0.5, row - 0.5)
-                axes.add_patch(_hatched(corner))
-            if n <= MAX_NUMBERED:
-                colour = _MUTED if unclear else "white" if abs(value) > 0.6 * most else _TEXT
-                text = f"{value / scale:.1f}".replace("-0.0", "0.0")
-                axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
+    axes.set_axis_off()
+    most = (float(np.nanmax(np.abs(matrix))) if np.isfinite(matrix).any() else 1.0) or 1.0
+    axes.imshow(matrix, cmap="RdBu", norm=TwoSlopeNorm(0.0, -most, most), aspect="equal")
+    scale = 10.0 ** math.floor(math.log10(most))
+    known = np.isfinite(matrix)
+    unclear = known & ~(np.abs(matrix) > MIN_Z * error)
+    if unclear.any():
+        axes.add_artist(_hatched(unclear))
+    if n <= MAX_NUMBERED:
+        dark = np.abs(matrix) > 0.6 * most
+        for cells, colour in ((unclear, _FAINT), (known & ~unclear & dark, "white"), (known & ~unclear & ~dark, _TEXT)):
+            # not add_patch, which measures each curve of each letter to fit the limits of the axes
+            axes.add_artist(PathPatch(numbers_path(matrix / scale, cells), facecolor=colour, lw=0, gid="numbers"))
     short = [_short(name, 12) for name in names]
     every = max(1, n // 20)
-    turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if _are_long(names) else {}
-    axes.set_xticks(range(0, n, every), short[::every], fontsize=8, parse_math=False, **turned)
-    axes.set_yticks(range(0, n, every), short[::every], fontsize=8, parse_math=False)
-    axes.set_xlabel("group of training samples", color=_TEXT)
-    axes.set_ylabel("group of queries", color=_TEXT)
-    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
-    bar.ax.tick_params(labelsize=8)
+    for k in range(0, n, every):
+        style: dict[str, Any] = {"fontsize": 8, "color": _TEXT, "parse_math": False}
+        turned = {"rotation": 45, "rotation_mode": "anchor", "ha": "right", "va": "center"}
+        below = turned if _are_long(names) else {"ha": "center", "va": "top"}
+        axes.text(k, n - 0.5 + 0.035 * n, short[k], gid="column", **style, **below)
+        axes.text(-0.5 - 0.025 * n, k, short[k], gid="row", ha="right", va="center", **style)
+    place: dict[str, Any] = {"color": _TEXT, "fontsize": 10, "ha": "center", "va": "center"}
+    figure.text(0.285, 0.035 if _are_long(names) else 0.058, "group of training samples", **place)
+    figure.text(0.022 if _are_long(names) else 0.085, (0.8 + bottom) / 2, "group of queries", rotation=90, **place)
+    _colour_scale(figure, axes, most)
     unit = f", cells in units of {scale:g}" if n <= MAX_NUMBERED and scale != 1 else ""
-    axes.set_title(f"> 0 helps; hatched: within {MIN_Z:g} errors of 0{unit}", fontsize=9, color=_MUTED)
+    axes.set_title(f"> 0 helps; hatched: within {MIN_Z:g} errors of 0{unit}", y=1.0, fontsize=9, color=_MUTED)
 
 
-def _hatched(corner: tuple[float, float]) -> Any:
-    from matplotlib.patches import Rectangle
+def _colour_scale(figure: Figure, axes: Axes, most: float) -> None:
+    """A strip of the colours from ``-most`` to ``most`` to the right of the frame."""
+    frame = axes.get_position()
+    place = Bbox.from_bounds(0.462, frame.y0, 0.012, frame.height)
+    strip = BboxImage(TransformedBbox(place, figure.transFigure), cmap="RdBu", norm=Normalize(0, 255))
+    strip.set_data(np.arange(255, -1, -1)[:, None])
+    figure.add_artist(strip)
+    for value, height in ((most, frame.y1), (0.0, (frame.y0 + frame.y1) / 2), (-most, frame.y0)):
+        figure.text(0.477, height, f"{value:.2g}", fontsize=8, color=_TEXT, va="center", gid="scale")
 
-    return Rectangle(corner, 1, 1, facecolor="none", edgecolor="#d4d4d4", hatch="///", lw=0)
+
+def _hatched(cells: npt.NDArray[np.bool_]) -> PathPatch:
+    """All cells that are marked, as one patch."""
+    rows, columns = np.nonzero(cells)
+    square = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5), (-0.5, -0.5)])
+    corners = (np.stack([columns, rows], axis=1)[:, None] + square).reshape(-1, 2)
+    codes = np.tile([Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY], len(rows))
+    return PathPatch(Path(corners, codes), facecolor="none", edgecolor="#d4d4d4", hatch="///", lw=0)
+
+
+def cell_text(value: float) -> str:
+    """What stands in a cell: one digit after the point, and no minus in front of nothing.
+
+    Example:
+        >>> cell_text(-0.34), cell_text(-0.04)
+        ('-0.3', '0.0')
+    """
+    return f"{value:.1f}".replace("-0.0", "0.0")
+
+
+@lru_cache(maxsize=16)
+def _glyph(letter: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8], float]:
+    """Outline of a letter of size 1, and how far the next one stands from it."""
+    made = TextPath((0, 0), letter, size=1)
+    width = float(TextPath((0, 0), letter + "0", size=1).vertices[:, 0].max()) - float(
+        TextPath((0, 0), "0", size=1).vertices[:, 0].max()
+    )
+    return np.asarray(made.vertices, dtype=np.float64), np.asarray(made.codes, dtype=np.uint8), width
+
+
+def numbers_path(matrix: npt.NDArray[np.float64], cells: npt.NDArray[np.bool_]) -> Path:
+    """The numbers of the marked cells as one outline, in the coordinates of the heat map.
+
+    Args:
+        matrix: ``[rows, columns]`` values.
+        cells: ``[rows, columns]``, whose numbers are wanted.
+
+    Returns:
+        A path that stays within the cells; empty where none is marked.
+    """
+    # letters as high as those of the rest of the picture, where the cells have the room
+    size = min(0.36, 0.042 * max(len(matrix), 2))
+    vertices, codes = [np.empty((0, 2))], [np.empty(0, dtype=np.uint8)]
+    for row, column in np.argwhere(cells):
+        letters = [_glyph(letter) for letter in cell_text(matrix[row, column])]
+        at = column - size * sum(width for *_, width in letters) / 2
+        for outline, code, width in letters:
+            # rows grow downwards; figures are 0.73 of their size high
+            vertices.append(np.array([at, row + 0.365 * size]) + outline * [size, -size])
+            codes.append(code)
+            at += size * width
+    return Path(np.concatenate(vertices), np.concatenate(codes))
 
 
 def _are_long(names: Sequence[str]) -> bool:
@@ -133,17 +204,21 @@ def _self_influence(axes: Axes, estimate: InfluenceEstimate) -> None:
     values = estimate.self_influence.numpy(force=True)
     positive = values[np.isfinite(values) & (values > 0)]
     axes.set(xlabel="self-influence (variance of a sample's loss)", ylabel="training samples")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
     if not positive.size:
         return
     low, high = float(positive.min()), float(positive.max())
     if high > low:
         # twelve decades at the most: a sample that hardly moves must not squeeze the others into one bar
         bins = np.geomspace(max(low, high * 1e-12), high * 1.0001, 40)
-        axes.hist(np.clip(positive, bins[0], None), bins=bins.tolist(), color=_GOOD, alpha=0.8)
         axes.set_xscale("log")
-        axes.minorticks_off()  # they take as long to draw as the bars
+        # plain ticks: minor ones and powers set as mathematics take as long to draw as all the rest
+        axes.minorticks_off()
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        counts, edges = np.histogram(np.clip(positive, bins[0], None), bins=bins)
     else:
-        axes.hist(positive, bins=3, color=_GOOD, alpha=0.8)
+        counts, edges = np.histogram(positive, bins=3)
+    axes.stairs(counts, edges, fill=True, color=_GOOD, alpha=0.8)
     if len(positive) < len(values):
         axes.set_title(f"{len(values) - len(positive)} samples have none", fontsize=9, color=_MUTED)
 
@@ -162,50 +237,87 @@ def suspects_figure(estimate: InfluenceEstimate, samples: Mapping[int, Rendered]
     columns = estimate.suspects(k)
     if not columns:
         return None
-    across = 10
-    down = -(-len(columns) // across)
-    height = 0.5 + 1.4 * down
-    figure = Figure(figsize=(10.0, height), dpi=100, facecolor="white")
-    grid = figure.add_gridspec(
-        down, across, left=0.01, right=0.99, top=1 - 0.42 / height, bottom=0.42 / height, hspace=0.46, wspace=0.12
-    )
-    ranks = estimate.loss_rank()
-    for place, j in enumerate(columns):
-        axes = figure.add_subplot(grid[place // across, place % across])
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.spines[:].set_color("#cccccc")
-        index = int(estimate.train_index[j])
-        _show(axes, samples.get(index), index)
-        group = estimate.train_group[j] if estimate.train_group is not None else ""
-        label = f"#{index}" + (f" “{_short(group, 9)}”" if group else "")
-        under = f"{label}\n{float(estimate.mean_loss[j]):.2g} (plain rank {int(ranks[j])})"
-        axes.set_xlabel(under, fontsize=6.8, color=_TEXT, labelpad=3, parse_math=False)
+    down = -(-len(columns) // ACROSS)
+    height = 50 + 140 * down
+    figure = Figure(figsize=(10.0, height / 100), dpi=100, facecolor="white")
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axes.set_axis_off()
+    axes.imshow(_sheet(estimate, samples, columns, height), aspect="auto", extent=(0, 1000, height, 0))
     where = f"step {estimate.step:,}: " if estimate.step is not None else ""
     figure.suptitle(
         f"{where}largest posterior mean losses: likely mislabels and outliers",
         x=0.01,
-        y=1 - 0.1 / height,
+        y=1 - 10 / height,
         va="top",
         ha="left",
         fontsize=11.5,
         fontweight="bold",
         color=_TEXT if estimate.valid else _BAD,
     )
-    legend = {"va": "top", "ha": "right", "fontsize": 8, "color": _MUTED}
-    figure.text(0.99, 1 - 0.13 / height, "“group”, posterior mean loss", **legend)  # type: ignore[arg-type]
     return figure
 
 
-def _show(axes: Axes, sample: Optional[Rendered], index: int) -> None:
-    if sample is not None and sample.image is not None:
-        # the bytes as they are: stretched anew, a picture of one value would be black
-        axes.imshow(sample.image, cmap="gray" if sample.image.ndim == 2 else None, aspect="equal", vmin=0, vmax=255)
-        return
+def suspect_label(estimate: InfluenceEstimate, column: int, rank: int) -> str:
+    """What stands below a suspect.
+
+    Args:
+        estimate: what was measured.
+        column: of the sample.
+        rank: by plain loss.
+
+    Returns:
+        Two lines: number and group; posterior mean loss and rank.
+    """
+    group = estimate.train_group[column] if estimate.train_group is not None else ""
+    first = f"#{int(estimate.train_index[column])}" + (f" “{_short(group, 9)}”" if group else "")
+    return f"{first}\n{float(estimate.mean_loss[column]):.2g} (plain rank {rank})"
+
+
+def suspect_text(sample: Optional[Rendered], index: int) -> str:
+    """What stands in the frame of a sample that has no picture, in lines that fit."""
     text = sample.text if sample is not None else f"sample {index}"
-    lines = textwrap.wrap(clean(text), 15, max_lines=6, placeholder="…")
-    text = "\n".join(lines)
-    axes.text(0.05, 0.95, text, transform=axes.transAxes, va="top", fontsize=6.3, color=_TEXT, parse_math=False)
+    return "\n".join(textwrap.wrap(clean(text), 15, max_lines=6, placeholder="…"))
+
+
+@lru_cache(maxsize=4)
+def _font(size: float) -> ImageFont.FreeTypeFont:
+    """The font of the other pictures, which comes with matplotlib. The basic layout: it needs no further library."""
+    path = Files(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _sheet(
+    estimate: InfluenceEstimate, samples: Mapping[int, Rendered], columns: Sequence[int], height: int
+) -> npt.NDArray[np.uint8]:
+    """All suspects as one picture, ``[height, 1000, 4]``: axes and texts of matplotlib for each cost tenfold."""
+    sheet = Image.new("RGBA", (1000, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((990, 13), "“group”, posterior mean loss", _MUTED, _font(11), anchor="ra")
+    ranks = estimate.loss_rank()
+    for place, j in enumerate(columns):
+        left, top = 10 + 99 * (place % ACROSS), 42 + 140 * (place // ACROSS)
+        index = int(estimate.train_index[j])
+        sample = samples.get(index)
+        draw.rectangle((left, top, left + SIDE - 1, top + SIDE - 1), outline="#cccccc")
+        if sample is not None and sample.image is not None:
+            picture = _fitted(sample)
+            margin = [(SIDE - length) // 2 for length in picture.size]
+            sheet.paste(picture, (left + margin[0], top + margin[1]))
+        else:
+            draw.multiline_text((left + 4, top + 4), suspect_text(sample, index), _TEXT, _font(9), spacing=3)
+        label = suspect_label(estimate, j, int(ranks[j]))
+        for line, text in enumerate(label.split("\n")):
+            draw.text((left + SIDE / 2, top + SIDE + 5 + 12 * line), text, _TEXT, _font(9.5), anchor="ma")
+    return np.asarray(sheet)
+
+
+def _fitted(sample: Rendered) -> Image.Image:
+    """The sample's picture in the size of its frame."""
+    picture = sample.picture().convert("RGB")
+    times = (SIDE - 2) / max(picture.size)
+    size = (max(1, round(picture.width * times)), max(1, round(picture.height * times)))
+    # pixels stay pixels where they are enlarged
+    return picture.resize(size, Image.Resampling.NEAREST if times > 1 else Image.Resampling.BOX)
 
 
 def trajectories_figure(history: Sequence[InfluenceEstimate]) -> Optional[Figure]:

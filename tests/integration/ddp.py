@@ -271,7 +271,7 @@ def influence_fails_on_one_rank(folder: Path, world: int) -> Result:
         warnings.simplefilter("always")
         trace = Scenario(OneRankLacksSamples, loaders, ranks_of(world)).assert_undisturbed(folder, monitor)
     texts = [str(w.message) for w in caught if "only this rank fails" in str(w.message)]
-    return said(monitor, num_batches=trace.num_batches, warnings=texts)
+    return said(monitor, num_batches=trace.num_batches, warnings=texts, influences=len(monitor.influences))
 
 
 def fewer_chains_than_ranks(folder: Path, world: int) -> Result:

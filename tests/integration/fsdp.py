@@ -138,7 +138,7 @@ def moments_of_the_optimiser(folder: Path, world: int) -> Result:
     empty."""
     monitor = tiny_monitor(at_steps=[1], num_chains=1, sampler=RMSpropSGLD(lr=1e-4))
     trace = Scenario(Sharded, loaders, shards_of(world, max_epochs=1)).assert_undisturbed(folder, monitor)
-    return said(monitor, trace, preconditioner=monitor._memory.preconditioner)
+    return said(monitor, trace, preconditioner=monitor._course.memory.preconditioner)
 
 
 def one_shard(folder: Path, world: int) -> Result:

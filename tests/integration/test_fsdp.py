@@ -78,7 +78,9 @@ def test_half_precision_shards_follow_float32_masters(name: str, shapes: Shapes,
     results = results_of(folder, name, 2)
     (shared,) = assert_ranks_agree(results, [0])
     (alone,) = estimates_of(results_of(folder, name, 1)[0])
-    assert shared.mean == pytest.approx(alone.mean, rel=0.02)
+    # nbeta (10) times the rounding of a loss of about 1, over the root of the losses in the mean: three of those errors
+    rounding = torch.finfo(torch.bfloat16 if name.startswith("bf16") else torch.float16).eps
+    assert shared.mean == pytest.approx(alone.mean, abs=1.25 * rounding)
     assert shared.init_loss == pytest.approx(alone.init_loss, rel=1e-3)
     whole = results_of(folder, name, 1)[0]["displacements"]
     for rank, result in enumerate(results):

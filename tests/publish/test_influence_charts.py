@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex
-from matplotlib.patches import Rectangle
 
 from lightning_slt.publish.charts import pixels
 from lightning_slt.publish.influence_charts import (
+    SIDE,
+    cell_text,
     followed,
     influence_figure,
+    numbers_path,
     spread,
+    suspect_label,
+    suspect_text,
     suspects_figure,
     trajectories_figure,
 )
@@ -22,20 +26,32 @@ from lightning_slt.publish.render import Rendered, render_sample
 from tests.publish.helpers import make_influence, nothing_measured, picture_of, pictures_of
 
 RED = "#c62828"
+FRAMES = [(10 + 99 * (k % 10), 42 + 140 * (k // 10)) for k in range(20)]
+"""Left upper corners of the suspects' frames."""
 
 
-def texts(axes):
-    return [t.get_text() for t in axes.texts]
+def texts(axes, gid=None):
+    return [t.get_text() for t in axes.texts if gid is None or t.get_gid() == gid]
+
+
+def numbers(axes):
+    """The outlines of the numbers in cells: those that may be zero, on dark cells, on light ones."""
+    return [p.get_path() for p in axes.patches if p.get_gid() == "numbers"]
 
 
 def under_title(figure):
     return [t.get_text() for t in figure.texts if t is not figure._suptitle]
 
 
+def heights(axes):
+    """The bars of a histogram."""
+    return axes.patches[0].get_data().values.tolist()
+
+
 def hatched(axes):
     """The cells ``(row, column)`` that are marked as within their errors."""
-    corners = [p.get_xy() for p in axes.patches if isinstance(p, Rectangle) and p.get_hatch()]
-    return {(round(y + 0.5), round(x + 0.5)) for x, y in corners}
+    corners = [p.get_path().vertices[::5] for p in axes.patches if p.get_hatch()]
+    return {(round(y + 0.5), round(x + 0.5)) for x, y in np.concatenate(corners)} if corners else set()
 
 
 def widest_text(figure):
@@ -61,48 +77,66 @@ def test_heat_map_has_the_group_matrix_and_hatches_what_may_be_zero():
     np.testing.assert_array_equal(image.get_array().filled(math.nan), matrix.numpy())
     assert (image.norm.vmin, image.norm.vcenter, image.norm.vmax) == (-0.02, 0.0, 0.02)
     assert hatched(left) == {(0, 1), (1, 0)}
-    assert texts(left) == ["2.0", "-0.1", "0.4"]
+    for path, cells in zip(numbers(left), ([[0, 1], [1, 0]], [[1, 0], [0, 0]], [[0, 0], [0, 0]]), strict=True):
+        expected = numbers_path(100 * matrix.numpy(), np.array(cells, dtype=bool))
+        np.testing.assert_allclose(path.vertices, expected.vertices)
     assert "cells in units of 0.01" in left.get_title()
-    assert [t.get_text() for t in left.get_xticklabels()] == ["cat", "dog"]
-    assert (left.get_xlabel(), left.get_ylabel()) == ("group of training samples", "group of queries")
+    assert texts(left, "column") == texts(left, "row") == ["cat", "dog"]
+    below, beside, *scale = under_title(figure)[:5]
+    assert (below, beside) == ("group of training samples", "group of queries")
+    assert scale == ["0.02", "0", "-0.02"]
     assert figure.get_suptitle() == "step 1,200    Influence of 30 training samples on 6 queries"
     assert to_hex(figure._suptitle.get_color()) != RED
     assert pixels(figure).shape == (450, 1000, 4)
 
 
-def test_no_cell_says_minus_nothing():
-    matrix = torch.tensor([[1.0, -0.01], [-0.04, 0.0]], dtype=torch.float64)
-    left = influence_figure(make_influence(classes=2, group_matrix=matrix)).axes[0]
-    assert texts(left) == ["1.0", "0.0", "0.0", "0.0"]
+@pytest.mark.parametrize(
+    ("value", "text"), [(1.0, "1.0"), (-0.01, "0.0"), (-0.04, "0.0"), (0.0, "0.0"), (-0.06, "-0.1"), (-10.04, "-10.0")]
+)
+def test_no_cell_says_minus_nothing(value, text):
+    assert cell_text(value) == text
+
+
+def test_a_number_is_in_the_middle_of_its_cell_and_within_it():
+    n = 12
+    matrix = np.full((n, n), -9.8)
+    middle = numbers_path(matrix, np.eye(n, dtype=bool)).vertices.reshape(n, -1, 2)
+    for k in range(n):
+        np.testing.assert_allclose(middle[k], middle[0] + k)
+    low, high = middle[0].min(axis=0), middle[0].max(axis=0)
+    assert (low > -0.5).all() and (high < 0.5).all()
+    np.testing.assert_allclose(low + high, 0, atol=0.05)
+    other = numbers_path(-matrix, np.eye(n, dtype=bool)).vertices
+    assert len(other) < middle.size / 2  # without the minus
+    assert numbers_path(matrix, np.zeros((n, n), dtype=bool)).vertices.shape == (0, 2)
 
 
 def test_many_groups_have_no_numbers_and_not_every_name():
     left = influence_figure(make_influence(n=80, classes=40)).axes[0]
-    assert texts(left) == []
-    assert [t.get_text() for t in left.get_xticklabels()] == [str(i) for i in range(0, 40, 2)]
+    assert numbers(left) == []
+    assert texts(left, "column") == texts(left, "row") == [str(i) for i in range(0, 40, 2)]
     assert "units" not in left.get_title()
 
 
 def test_long_names_of_groups_keep_their_beginning():
     names = ("transportation_vehicle", "a name of several words", "short")
     left = influence_figure(make_influence(groups=names)).axes[0]
-    assert [t.get_text() for t in left.get_xticklabels()] == ["transportat…", "a name of s…", "short"]
+    assert texts(left, "column") == ["transportat…", "a name of s…", "short"]
 
 
 def test_histogram_has_every_sample_with_self_influence():
     right = influence_figure(make_influence(n=30)).axes[1]
-    heights = [p.get_height() for p in right.patches]
-    assert sum(heights) == 30 and right.get_xscale() == "log"
-    edges = [p.get_x() for p in right.patches]
-    assert min(edges) == pytest.approx(0.5) and len(heights) == 39
+    assert sum(heights(right)) == 30 and right.get_xscale() == "log"
+    edges = right.patches[0].get_data().edges
+    assert min(edges) == pytest.approx(0.5) and len(heights(right)) == 39
     some = influence_figure(make_influence(n=4, self_influence=torch.tensor([0.0, 1.0, 4.0, math.nan]).double()))
-    assert sum(p.get_height() for p in some.axes[1].patches) == 2
+    assert sum(heights(some.axes[1])) == 2
     assert some.axes[1].get_title() == "2 samples have none"
     alike = influence_figure(make_influence(n=4, self_influence=torch.ones(4).double()))
-    assert sum(p.get_height() for p in alike.axes[1].patches) == 4
+    assert sum(heights(alike.axes[1])) == 4
     # one that hardly moves stays in the picture, in the first bar
     still = influence_figure(make_influence(n=3, self_influence=torch.tensor([1e-30, 1.0, 2.0]).double())).axes[1]
-    assert sum(p.get_height() for p in still.patches) == 3 and still.get_xlim()[0] > 1e-14
+    assert sum(heights(still)) == 3 and still.get_xlim()[0] > 1e-14
 
 
 def test_without_groups_the_losses_are_compared():
@@ -117,8 +151,7 @@ def test_without_groups_the_losses_are_compared():
 
 def test_what_passes_is_said_beside_what_chance_makes():
     def said(estimate):
-        (text,) = under_title(influence_figure(estimate))
-        return text
+        return under_title(influence_figure(estimate))[-1]
 
     whole = "4 chains of 25 readings; 0.6% of single pairs are above 3 standard errors (0.9% by chance)"
     assert said(make_influence()) == whole
@@ -130,9 +163,9 @@ def test_what_passes_is_said_beside_what_chance_makes():
 def test_an_estimate_that_is_not_valid_is_red_and_says_why():
     figure = influence_figure(make_influence(valid=False, reasons=("they have not mixed", "4 readings are too few")))
     assert to_hex(figure._suptitle.get_color()) == RED
-    assert under_title(figure) == ["NOT VALID: they have not mixed; 4 readings are too few"]
+    assert under_title(figure)[-1:] == ["NOT VALID: they have not mixed; 4 readings are too few"]
     nothing = influence_figure(nothing_measured())
-    assert not any(axes.axison for axes in nothing.axes)
+    assert not any(axes.axison or axes.images or axes.patches for axes in nothing.axes)
     assert under_title(nothing) == ["NOT VALID: no chain has stayed finite and local"]
     assert pixels(nothing).shape == (450, 1000, 4)
 
@@ -141,7 +174,9 @@ def test_an_estimate_that_is_not_valid_is_red_and_says_why():
 def test_a_matrix_without_numbers_is_drawn(fill):
     figure = influence_figure(make_influence(group_matrix=torch.full((3, 3), fill).double()))
     assert pixels(figure).shape == (450, 1000, 4)
-    assert texts(figure.axes[0]) == ([] if math.isnan(fill) else ["0.0"] * 9)
+    drawn = [len(path.vertices) for path in numbers(figure.axes[0])]
+    nine = len(numbers_path(np.zeros((3, 3)), np.ones((3, 3), dtype=bool)).vertices)
+    assert drawn == [0 if math.isnan(fill) else nine, 0, 0]
 
 
 # ----------------------------------------------------------------------------------------------------------- suspects
@@ -150,29 +185,63 @@ def test_a_matrix_without_numbers_is_drawn(fill):
 def test_suspects_are_shown_in_order_with_their_group_loss_and_plain_rank():
     estimate = make_influence(n=30, step=1200)
     figure = suspects_figure(estimate, pictures_of(estimate))
-    assert len(figure.axes) == 20
-    assert [int(axes.images[0].get_array()[0, 0]) for axes in figure.axes] == [10 * k % 256 for k in range(20)]
-    assert {(axes.images[0].norm.vmin, axes.images[0].norm.vmax) for axes in figure.axes} == {(0, 255)}
-    assert figure.axes[0].get_xlabel() == "#0 “0”\n3 (plain rank 30)"
-    assert figure.axes[4].get_xlabel() == "#40 “1”\n2.9 (plain rank 26)"
+    sheet = figure.axes[0].images[0].get_array()
+    assert [sheet[top + 44, left + 44].tolist() for left, top in FRAMES] == [
+        [10 * k % 256] * 3 + [255] for k in range(20)
+    ]
     assert figure.get_suptitle().startswith("step 1,200: largest posterior mean losses")
     assert to_hex(figure._suptitle.get_color()) != RED
     assert to_hex(suspects_figure(make_influence(valid=False), {})._suptitle.get_color()) == RED
 
 
+def test_a_suspect_has_its_number_group_loss_and_plain_rank_below_it():
+    estimate = make_influence(n=30)
+    assert suspect_label(estimate, 0, 30) == "#0 “0”\n3 (plain rank 30)"
+    assert suspect_label(estimate, 4, 26) == "#40 “1”\n2.9 (plain rank 26)"
+    assert suspect_label(estimate.replace(train_group=None), 4, 26) == "#40\n2.9 (plain rank 26)"
+    assert suspect_label(estimate.replace(train_group=("costs $5 or $6",) * 30), 1, 2).startswith("#10 “costs $5…”")
+    sheet = suspects_figure(estimate, pictures_of(estimate)).axes[0].images[0].get_array()
+    below = [sheet[top + SIDE + 3 : top + SIDE + 30, left : left + SIDE, :3] for left, top in FRAMES]
+    assert all((label < 128).any() for label in below)
+    # other numbers, other letters
+    assert len({np.asarray(label).tobytes() for label in below}) == 20
+
+
+def test_a_picture_keeps_its_shape_in_the_middle_of_its_frame():
+    wide = Rendered("image", np.zeros((64, 512, 3), dtype=np.uint8), "")
+    sheet = suspects_figure(make_influence(n=1, num_queries=1), {0: wide}).axes[0].images[0].get_array()
+    left, top = FRAMES[0]
+    black = (sheet[top : top + SIDE, left : left + SIDE, :3] == 0).all(axis=-1)
+    rows, columns = np.nonzero(black)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (39, 49, 1, 87)
+
+
 @pytest.mark.parametrize(("n", "height"), [(1, 190), (10, 190), (11, 330), (30, 330)])
 def test_rows_of_ten_as_many_as_are_needed(n, height):
     figure = suspects_figure(make_influence(n=n, num_queries=1), {})
-    assert len(figure.axes) == min(n, 20)
-    assert pixels(figure).shape[:2] == (height, 1000)
+    sheet = figure.axes[0].images[0].get_array()
+    assert pixels(figure).shape[:2] == sheet.shape[:2] == (height, 1000)
+    framed = [top < height and (sheet[top, left : left + SIDE, :3] == 204).all() for left, top in FRAMES]
+    assert framed == [k < n for k in range(20)]
+
+
+def test_the_sheet_is_drawn_pixel_for_pixel():
+    figure = suspects_figure(make_influence(n=30), pictures_of(make_influence(n=30)))
+    below = pixels(figure)[42:]
+    np.testing.assert_array_equal(below, figure.axes[0].images[0].get_array()[42:])
 
 
 def test_text_and_samples_without_a_picture():
+    assert suspect_text(Rendered("text", None, "words to be read"), 0) == "words to be\nread"
+    assert suspect_text(None, 20) == "sample 20"
     estimate = make_influence(n=3)
-    figure = suspects_figure(estimate, {0: Rendered("text", None, "words to be read"), 10: picture_of(10)})
-    assert texts(figure.axes[0]) == ["words to be\nread"]
-    assert texts(figure.axes[1]) == [] and len(figure.axes[1].images) == 1
-    assert texts(figure.axes[2]) == ["sample 20"]
+    shown = {0: Rendered("text", None, "words to be read"), 10: picture_of(10)}
+    sheet = suspects_figure(estimate, shown).axes[0].images[0].get_array()
+    frames = [sheet[top + 1 : top + SIDE - 1, left + 1 : left + SIDE - 1, :3] for left, top in FRAMES[:3]]
+    assert (frames[1] == 10).all()
+    for text in (frames[0], frames[2]):
+        dark = (text < 128).all(axis=-1)
+        assert 20 < dark.sum() < 500 and not dark[40:].any()
 
 
 def test_no_suspects_no_picture():
@@ -207,9 +276,8 @@ def test_hostile_text_is_drawn_as_it_is_and_quietly():
         assert pixels(influence_figure(estimate)).shape == (450, 1000, 4)
         history = [estimate, make_influence(n=10, step=200, train_group=groups)]
         assert pixels(trajectories_figure(history)).shape == (450, 1000, 4)
-    assert texts(suspects.axes[0]) == ["$\\frac{1}{$"]
-    assert suspects.axes[1].get_xlabel().startswith("#10 “costs $5…”")
-    assert suspects.axes[5].texts[0].get_text().count("\n") < 6
+    assert suspect_text(shown[0], 0) == "$\\frac{1}{$"
+    assert all(suspect_text(sample, k).count("\n") < 6 for k, sample in shown.items())
 
 
 # -------------------------------------------------------------------------------------------------------- trajectories

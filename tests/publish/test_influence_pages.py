@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 
-from lightning_slt.publish import RunPublisher, influence_charts
+from lightning_slt.publish import RunPublisher
 from lightning_slt.publish import publisher as publisher_module
 from lightning_slt.publish.influence_tables import PAIR_COLUMNS, SUSPECT_COLUMNS
 from lightning_slt.publish.keys import ALL_METRIC_NAMES, INFLUENCE_METRIC_NAMES, influence_metrics_of
@@ -430,7 +431,13 @@ def test_a_picture_that_fails_takes_neither_numbers_nor_tables_nor_other_picture
 
 def test_a_picture_that_cannot_be_drawn_is_left_out(pages, monkeypatch):
     """Found where it is made, not in each logger that would draw it."""
-    monkeypatch.setattr(influence_charts, "_show", lambda axes, *_: axes.text(0, 0, "$\\frac{$"))
+
+    def unfinished(*_):
+        figure = Figure()
+        figure.text(0, 0, "$\\frac{$")  # raises when it is drawn
+        return figure
+
+    monkeypatch.setattr(publisher_module, "suspects_figure", unfinished)
     publisher = RunPublisher([Memory()], None)
     (said,) = publishing_warnings(lambda: publisher.influence(make_influence()))
     assert "the suspects" in said

@@ -54,6 +54,19 @@ def test_every_value_of_a_run_with_late_results_reads_back(offline):
     assert whole["summary"]["slt/media/history"]["width"] == 1000
 
 
+def test_a_picture_in_wandb_is_the_file_of_the_run_folder(offline):
+    """Packed once: wandb takes over the bytes."""
+    logger = WandbLogger(save_dir=offline, project="p")
+    publisher = RunPublisher([logger], offline / "slt")
+    publisher.start({})
+    publisher.estimate(make_estimate(step=5))
+    folder = Path(logger.experiment.dir).parent
+    wandb.finish()
+    (local,) = (offline / "slt" / "figures").iterdir()
+    (sent,) = (folder / "files" / "media" / "images" / "slt" / "media").iterdir()
+    assert sent.read_bytes() == local.read_bytes()
+
+
 def test_a_failed_run_says_so_even_without_estimates(offline):
     logger = WandbLogger(save_dir=offline, project="p", prefix="mine")
     publisher = RunPublisher([logger], None)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 from lightning_slt.sampling.layout import BLOCK, Layout, Piece, ShardLayout
+from lightning_slt.sampling.noise import TableNormal
 from lightning_slt.sampling.sharded import piece_of
 
 SHAPES = ((700, 150), (150,), (3, 50, 7), (), (5,))
@@ -89,12 +90,12 @@ def test_noise_is_that_of_the_whole_whatever_the_cut(mesh: tuple[int, ...], plac
     d = sum(math.prod(shape) for shape in SHAPES)
     assert d > BLOCK["cpu"]
     expected = torch.empty(2, d)
-    stream = torch.Generator().manual_seed(0)
+    stream = TableNormal(0)
     for row in expected:
         Layout(d).normal_(row, stream)
     numbers = layouts(mesh, placements, torch.arange(d, dtype=torch.float64))
     for layout, own in numbers:
-        stream = torch.Generator().manual_seed(0)
+        stream = TableNormal(0)
         for row in expected:
             noise = torch.empty(len(own))
             layout.normal_(noise, stream)
@@ -116,20 +117,20 @@ def test_sums_count_each_weight_once(mesh: tuple[int, ...], placements: tuple[ob
 
 def test_a_rank_without_any_weights_takes_part_in_sums_and_noise() -> None:
     layout = ShardLayout([Piece(range(0, 0), 0, 1.0)], 100, lambda values: values)
-    empty, stream = torch.empty(0), torch.Generator().manual_seed(0)
+    empty, stream = torch.empty(0), TableNormal(0)
     layout.normal_(empty, stream)
     assert layout.total(empty) == layout.dot(empty, empty) == 0.0
     assert layout.blocks(10) == [(slice(0, 0), 1.0)]
-    moved = torch.Generator().manual_seed(0)
-    torch.empty(100).normal_(generator=moved)
-    assert torch.equal(stream.get_state(), moved.get_state())
+    moved = TableNormal(0)
+    moved.fill_(torch.empty(100))
+    assert torch.equal(stream.fill_(torch.empty(8)), moved.fill_(torch.empty(8)))
 
 
 def test_an_unsharded_vector_is_drawn_from_the_same_stream_as_in_one_draw() -> None:
     """In blocks that stay in the cache: on the CPU the numbers are those of one call."""
     d = 2 * BLOCK["cpu"] + 1600
-    blocks, once = torch.empty(d), torch.empty(d).normal_(generator=torch.Generator().manual_seed(0))
-    Layout(d).normal_(blocks, torch.Generator().manual_seed(0))
+    blocks, once = torch.empty(d), TableNormal(0).fill_(torch.empty(d))
+    Layout(d).normal_(blocks, TableNormal(0))
     assert torch.equal(blocks, once)
 
 
