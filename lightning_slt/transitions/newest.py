@@ -11,9 +11,7 @@ import numpy as np
 from lightning_slt.transitions.evidence import SHAPE_ERROR, SIZES, Array, bank
 from lightning_slt.transitions.search import Curve, Step, rises
 
-# shares of the evidence that count online, where the search is repeated at every point
-_ALONE = 0.68  # of the coefficient's own
-_JOINT = 0.55  # with the loss as a second witness: a smooth rise beside a smooth fall may look like a step
+_ONLINE = 0.72  # of the evidence counts online, where the search is repeated at every point; docs/transitions.md
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def newest_step(curve: Curve, lo: int, hi: int, min_change: float) -> Step | Non
     # without a second witness the noise of the whole curve counts too: a window is too short to know it
     alone = np.maximum(rho, curve.persistence)
     alone = evidence[:, 0] * (1 - alone) / (1 + alone)
-    score = np.maximum(_ALONE * alone, _JOINT * np.minimum(contrast * (1 - rho) / (1 + rho), joint))
+    score = _ONLINE * np.maximum(alone, np.minimum(contrast * (1 - rho) / (1 + rho), joint))
     score[out] = -math.inf
     place = int(np.argmax(score))
     if not score[place] > 0:
