@@ -2,6 +2,8 @@
 
 The row goes through ``WandbLogger.log_metrics``: it carries ``trainer/global_step`` itself and leaves wandb's own step
 to wandb. ``run.log(step=N)`` would move that step, and every later training row with a smaller one would be dropped.
+
+wandb keeps a table as an artifact, and asks its server before it does: rows with tables are logged beside training.
 """
 
 from __future__ import annotations
@@ -17,9 +19,13 @@ from PIL.PngImagePlugin import PngImageFile
 
 from lightning_slt.publish.charts import png
 from lightning_slt.publish.keys import ALL_METRIC_NAMES, metrics_of, x_of
+from lightning_slt.publish.later import Later
 from lightning_slt.publish.sink import Alert, Page, Table, plain_config
 from lightning_slt.publish.tables import CHAIN_COLUMNS, HISTORY_COLUMNS, chain_rows, history_row
 from lightning_slt.record import Estimate
+
+LAST_ROWS_SECONDS = 60.0
+"""How long the end of a run waits for tables whose server does not answer."""
 
 
 class _Packed(PngImageFile):
@@ -53,6 +59,15 @@ class WandbSink:
     def __init__(self, logger: Any, prefix: str = "slt") -> None:
         self.logger = logger
         self.prefix = prefix
+        self._later = Later()
+
+    def _log_tables(self, row: Mapping[str, Any], step: Optional[int]) -> None:
+        """Log a row that may have tables in it: an online run asks its server first, and must not ask it here."""
+        self._later.check()
+        if getattr(self.logger.experiment, "offline", False):
+            self.logger.log_metrics(row, step=step)
+        else:
+            self._later(lambda: self.logger.log_metrics(row, step=step))
 
     def start(self, config: Mapping[str, Any]) -> None:
         run = self.logger.experiment
@@ -100,7 +115,7 @@ class WandbSink:
                     columns=list(table.columns), data=data, allow_mixed_types=True
                 )
         if row:
-            self.logger.log_metrics(row, step=step)
+            self._log_tables(row, step)
         if page.summary and not getattr(self.logger.experiment, "disabled", False):
             for key, value in page.summary.items():
                 self.logger.experiment.summary[key] = value
@@ -132,4 +147,7 @@ class WandbSink:
             row[f"{self.prefix}/tables/chains"] = wandb.Table(columns=list(CHAIN_COLUMNS), data=chain_rows(last))
         if figure is not None:
             row[f"{self.prefix}/media/history"] = _image(figure)
-        self.logger.log_metrics(row, step=x_of(last))
+        self._log_tables(row, x_of(last))
+        if not self._later.wait(LAST_ROWS_SECONDS):
+            raise TimeoutError(f"the server did not answer for {LAST_ROWS_SECONDS:g} s; tables may be missing in wandb")
+        self._later.check()
