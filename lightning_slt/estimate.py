@@ -254,14 +254,19 @@ def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     good = ~diverged(segment, posterior.nbeta, d)
     heats = chains.sampler.calibration == "heat"
     share = math.nan
-    correction, heat_error = 1.0, 0.0
+    correction = 1.0
     if heats and bool(good.any()):
         found, level = heat_of(segment, lr, posterior, good), float(trace[good].mean())
         share = found.total / level if level > 0 else math.nan
-        # a share of the trace, so that what is left of it scatters as the estimate does
         if 0 < share < 2 * MAX_HEAT:
-            correction, heat_error = 1.0 - share, found.error
-    summary = summarise(trace * correction, ~good)
+            correction = 1.0 - share
+            # what a chain has beyond that share is taken off it too: the mean stays as it is, and the error of the heat
+            # is counted together with that of the loss it goes along with
+            own = found.each - share * trace[good].mean(dim=1)
+            trace = trace.clone()
+            trace[good] -= (own / correction).unsqueeze(1)
+    trace = trace * correction
+    summary = summarise(trace, ~good)
     reasons = summary.reasons
     if share >= MAX_HEAT and summary.mean > 0:
         reasons += (f"step size {lr:.2g} is too large: {share:.0%} of the estimate is heat of the step",)
@@ -274,9 +279,9 @@ def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     init_loss = sum(segment.anchors.values()) / len(segment.anchors)
     return Estimate(
         mean=summary.mean,
-        se=math.hypot(summary.se, heat_error),
+        se=summary.se,
         per_chain=summary.per_chain,
-        trace=(trace * correction).float(),
+        trace=trace.float(),
         rhat=summary.rhat,
         ess=summary.ess,
         valid=not reasons,

@@ -42,7 +42,7 @@ class NormalStream:
 
 
 class TableNormal(NormalStream):
-    """Numbers looked up with the bits of NumPy's SFC64: a third of the time of torch's on a CPU core.
+    """Numbers looked up with the bits of NumPy's SFC64: about half of the time of torch's on a CPU core.
 
     Example:
         >>> stream = TableNormal(0, 1)

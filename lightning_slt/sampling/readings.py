@@ -25,7 +25,7 @@ def diverged(segment: Segment, nbeta: float, d: int) -> Tensor:
     return ~segment.finite | (level > DIVERGED * d + 100.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Heat:
     """What a finite step adds to the LLC, in its units.
 
@@ -37,14 +37,14 @@ class Heat:
         weight: how much of that reaches the loss, see :func:`heat_of`.
         steepness: ``2 LLC / nbeta E[g.u]``, at most 1, which it is on a quadratic: the further below, the less surely
             the whole of the heat is in the loss (on ``w1 w2²``, where it is 1/3, about half of it is).
-        error: standard error of the sum between chains; 0 where one chain is all there is.
+        each: ``[chains kept]``, the sum of each chain by itself; its mean is ``total``.
     """
 
     discretisation: float
     noise: float
     weight: float
     steepness: float
-    error: float
+    each: Tensor
 
     @property
     def total(self) -> float:
@@ -62,7 +62,7 @@ def heat_of(segment: Segment, lr: float, posterior: LocalPosterior, keep: Tensor
     keep = segment.finite if keep is None else keep
     rows = keep.nonzero().flatten()
     if not len(rows):
-        return Heat(math.nan, math.nan, math.nan, math.nan, math.nan)
+        return Heat(math.nan, math.nan, math.nan, math.nan, torch.empty(0, dtype=torch.float64))
     nbeta, gamma = posterior.nbeta, posterior.localization
     total = 0.125 * lr * nbeta * force_of(segment, posterior)[rows].mean(dim=1)
     noise = torch.zeros_like(total)
@@ -77,8 +77,7 @@ def heat_of(segment: Segment, lr: float, posterior: LocalPosterior, keep: Tensor
     steepness = level / half_virial if half_virial > level > 0 else 1.0
     weight = by_loss * steepness
     each = total - (1.0 - weight) * noise
-    error = float(each.std() / math.sqrt(len(rows))) if len(rows) > 1 else 0.0
-    return Heat(float((total - noise).mean()), weight * float(noise.mean()), weight, steepness, error)
+    return Heat(float((total - noise).mean()), weight * float(noise.mean()), weight, steepness, each)
 
 
 def force_of(segment: Segment, posterior: LocalPosterior) -> Tensor:

@@ -60,7 +60,8 @@ def test_heat_and_virial_ratio_of_a_discretised_gaussian() -> None:
     s = segment(h * h * square, h * square, square)
     heat, llc = heat_of(s, lr, LocalPosterior(nbeta, gamma)), nbeta * h * square / 2
     assert heat.total == pytest.approx(lr * a / 4 * llc, rel=1e-12)
-    assert (heat.noise, heat.error) == (0.0, 0.0)
+    assert heat.noise == 0.0
+    assert heat.each.tolist() == pytest.approx([heat.total] * len(heat.each), rel=1e-12)
     assert virial_ratio(s, lr, LocalPosterior(nbeta, gamma), d) == pytest.approx(1.0, rel=1e-12)
 
 
@@ -68,6 +69,7 @@ def test_heat_leaves_chains_out_that_are_not_kept_and_has_no_answer_without_any(
     s = segment(1.0, 1.0, 1.0)
     s.grad_square[1] = torch.nan
     posterior = LocalPosterior(10.0, 1.0)
+    assert len(heat_of(s, 0.1, posterior).each) == len(s.chains) - 1
     assert heat_of(s, 0.1, posterior).total == pytest.approx(0.0125 * 10.0 * 11.0)
     assert math.isnan(heat_of(segment(math.nan, 1.0, 1.0), 0.1, posterior).total)
 
