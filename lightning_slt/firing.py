@@ -21,6 +21,22 @@ from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 
 
+def firing_settings(**chosen: Any) -> ChainSettings:
+    """What is asked of the chains of a firing: shorter than a call of its own, since a curve has many points.
+
+    Args:
+        chosen: fields of :class:`~lightning_slt.estimate.ChainSettings`.
+
+    Raises:
+        ValueError: for one out of range.
+
+    Example:
+        >>> firing_settings(num_chains=4).tolerance
+        0.05
+    """
+    return ChainSettings(tolerance=0.05, max_steps_bw_draws=4, **chosen)
+
+
 @dataclass
 class Course:
     """What the firings of one run have in common, and hand on from one to the next.

@@ -68,7 +68,7 @@ class Shift:
     @staticmethod
     def of(source: DatasetSource, shifted: Samples, seed: int, group: Optional[list[Optional[str]]] = None) -> Shift:
         """With samples of the original data chosen from ``source``."""
-        n = len(source.indices) if source.indices is not None else len(source.dataset)  # type: ignore[arg-type]
+        n = source.num_indexed
         chosen = choose_samples(n, MAX_BASE, seed)
         if n <= MAX_BASE:
             return Shift(Samples.of(source, chosen), None, shifted, group)
@@ -113,6 +113,7 @@ def measure_susceptibility(
     settings: ChainSettings,
     collective: Optional[Collective] = None,
     prepare: Optional[Callable[[Objective], None]] = None,
+    localization: Optional[Mapping[str, float]] = None,
 ) -> SusceptibilityEstimate:
     """Run the chains of each component and read its susceptibility off them: behind every road to an estimate.
 
@@ -123,6 +124,7 @@ def measure_susceptibility(
         settings: with ``sampler=None``: kinetic Langevin chains in the metric of the curvature.
         collective: ranks that share the chains.
         prepare: called with each loss on every rank, where ranks have to agree on it.
+        localization: gamma of each component, where a curve has begun with one; else that of ``settings``.
 
     Raises:
         ValueError: as :func:`~lightning_slt.estimate.measure_llc`, and for a loss that couples samples.
@@ -136,7 +138,9 @@ def measure_susceptibility(
         if prepare is not None:
             prepare(made[0])
         source.forget()
-        found[name] = _measure(name, made[0], source, shift, settings, collective)
+        gamma = (localization or {}).get(name, settings.localization)
+        asked = dataclasses.replace(settings, localization=gamma)
+        found[name] = _measure(name, made[0], source, shift, asked, collective)
     first, parts = next(iter(found.values())), list(found.values())
     group = _known(shift, first.index)
     names = _names(group)
@@ -407,7 +411,7 @@ def estimate_susceptibility(
         source = _indexed("data", data, batch_size, target, seed, full)
         source.num_samples = num_samples or source.num_samples
         other = _indexed("shifted_data", shifted_data, 1, target, seed, False)
-        total = len(other.indices) if other.indices is not None else len(other.dataset)  # type: ignore[arg-type]
+        total = other.num_indexed
         if groups is not None and len(groups) != total:
             raise ValueError(f"groups: {len(groups)} of them for {total} samples of shifted_data; give one a sample.")
         numbers = choose_samples(total, max_shifted, seed)

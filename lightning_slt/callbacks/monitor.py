@@ -44,7 +44,7 @@ from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
 from lightning_slt.callbacks.susceptibilities import Measures, measure_beside, publish, warn_of
 from lightning_slt.estimate import ChainSettings
-from lightning_slt.firing import Course
+from lightning_slt.firing import Course, firing_settings
 from lightning_slt.influence import ProbeSet
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish import RunPublisher
@@ -190,7 +190,7 @@ class SLTMonitor(LateFirings):
         if max_overhead is not None and (every_n_train_steps, every_n_epochs, at_steps, log_spaced) == (None,) * 4:
             every_n_train_steps = 1
         self._schedule = Schedule.build(every_n_train_steps, every_n_epochs, at_steps, log_spaced)
-        self._settings = ChainSettings(
+        self._settings = firing_settings(
             sampler=as_sampler(sampler),
             num_chains=num_chains,
             num_draws=num_draws,
@@ -200,8 +200,6 @@ class SLTMonitor(LateFirings):
             localization=localization,
             seed=seed,
             method=method,
-            tolerance=0.05,
-            max_steps_bw_draws=4,
         )
         if on_failure not in ("warn", "raise"):
             raise ValueError(f"on_failure={on_failure!r}: must be 'warn' or 'raise'.")
@@ -559,6 +557,7 @@ class SLTMonitor(LateFirings):
                     settings,
                     self._collective,
                     self._share_buffers,
+                    self.susceptibilities,
                 )
         except Exception as error:
             if self._on_failure == "raise" or is_smoke_test(trainer) or isinstance(error, RankLostError):

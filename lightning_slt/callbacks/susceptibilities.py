@@ -93,19 +93,22 @@ def measure_beside(
     settings: ChainSettings,
     collective: Collective,
     prepare: Callable[[Objective], None],
+    before: Sequence[SusceptibilityEstimate] = (),
 ) -> SusceptibilityEstimate:
     """Susceptibility of every component to a shift towards the queries, or the probed samples where there are none.
 
     Chains of their own: kinetic Langevin ones on large batches, since the heat of small ones would enter twice.
+
+    Args:
+        before: the estimates of this run so far, whose first one has chosen gamma for all: points of one curve are of
+            one posterior.
 
     Raises:
         ValueError: where the training data cannot be asked for a sample by number.
     """
     if not isinstance(source, DatasetSource):
         raise ValueError("susceptibility: the training data cannot be asked for a sample by number.")
-    n = len(source.indices) if source.indices is not None else len(source.dataset)  # type: ignore[arg-type]
-    original = DatasetSource(source.dataset, chain_batch(n), source._collate, source.indices, transfer, settings.seed)
-    original.num_samples = source.num_samples
+    original = source.with_batches(chain_batch(source.num_indexed), transfer, settings.seed)
     queries = probes.query is not None
     samples, group = (probes.query, probes.query_group) if queries else (probes.train, probes.train_group)
     assert samples is not None
@@ -126,6 +129,7 @@ def measure_beside(
         chains,
         collective,
         prepare,
+        dict(zip(before[0].components, before[0].localization, strict=True)) if before else None,
     )
 
 
@@ -170,7 +174,7 @@ def publish(
         except OSError as error:
             rank_zero_warn(f"SLTMonitor: the record of susceptibility could not be written: {error}")
     x = estimate.x if estimate.x is not None else estimate.step
-    publisher._send(Page(keys_of(estimate, prefix), step=estimate.step), x or 0)
+    publisher.page(Page(keys_of(estimate, prefix), step=estimate.step), x or 0)
 
 
 def restore_susceptibilities(folder: Path, last_step: int, history: Sequence[SusceptibilityEstimate]) -> None:

@@ -109,7 +109,7 @@ def probe_set(
     for source, limit in ((train, max_train), (query, max_query)):
         if source is None:
             continue
-        n = len(source.indices) if source.indices is not None else len(source.dataset)  # type: ignore[arg-type]
+        n = source.num_indexed
         samples = Samples.of(source, choose_samples(n, limit, seed))
         # queries may be few: what is a class is seen by the training samples
         known = parts[0][1] if parts else None

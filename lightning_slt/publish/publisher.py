@@ -171,7 +171,7 @@ class RunPublisher:
             self._guard(-4, "the local record of influence", partial(self.influence_record.save, kept))
         page = self._guard(-5, "the tables of influence", partial(self._page, estimate, rendered or {}, pairs))
         if page is not None:
-            self._send(page, step)
+            self.page(page, step)
 
     def _page(self, estimate: InfluenceEstimate, rendered: Mapping[int, Rendered], pairs: bool) -> Page:
         pictures: dict[str, Figure] = {}
@@ -209,7 +209,7 @@ class RunPublisher:
         x = last.x if last.x is not None else last.step
         page = Page({}, {"trajectories": figure} if figure is not None else {}, tables, step=last.step)
         if page.pictures or page.tables:
-            self._send(page, x if x is not None else self._num_influences)
+            self.page(page, x if x is not None else self._num_influences)
 
     def transition_point(
         self,
@@ -240,10 +240,10 @@ class RunPublisher:
             score, log.threshold, flag, len(standing), odds.log_odds if odds is not None else None, self.prefix
         )
         if not changed:
-            self._send(Page(scalars, step=step), x)
+            self.page(Page(scalars, step=step), x)
             return
         told = self._alerts_sent()  # before the record is written anew
-        self._send(self._transition_page(scalars, log, changed, step), x)
+        self.page(self._transition_page(scalars, log, changed, step), x)
         for report in changed:
             t = report.transition
             key = (t.known_at, t.state == "retracted")
@@ -300,9 +300,10 @@ class RunPublisher:
         if not _is_rank_zero():
             return
         last = [report for report in log.reports if report.transition.state != "retracted"][-1:]
-        self._send(self._transition_page({}, log, last, step), x)
+        self.page(self._transition_page({}, log, last, step), x)
 
-    def _send(self, page: Page, step: int) -> None:
+    def page(self, page: Page, step: int) -> None:
+        """What else there is to show at ``step``, to every sink; one that fails is warned about once."""
         for i, (name, sink) in enumerate(self._sinks):
             self._guard(i, name, partial(sink.page, page, step))
 

@@ -224,6 +224,17 @@ class DatasetSource(MinibatchSource):
         self.resident = total <= min(affordable, MAX_RESIDENT_BATCHES)
         self._window_batches = total if self.resident else min(affordable, WINDOW_BATCHES)
 
+    @property
+    def num_indexed(self) -> int:
+        """Samples that can be asked for by number; ``num_samples`` may say otherwise of how many the loss is a mean."""
+        return self._count
+
+    def with_batches(self, batch_size: int, transfer: Callable[[Any], Any], seed: int) -> DatasetSource:
+        """The same samples in minibatches of another size."""
+        other = DatasetSource(self.dataset, batch_size, self._collate, self.indices, transfer, seed)
+        other.num_samples = self.num_samples
+        return other
+
     def _stream_batches(self, start: int, count: int) -> list[list[int]]:
         """Batches ``start .. start + count`` of the endless stream of shuffled epochs, cut into batches."""
         n, b = self._count, self.batch_size

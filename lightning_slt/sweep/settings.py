@@ -15,6 +15,7 @@ from omegaconf import MISSING
 
 from lightning_slt.config import SamplerConfig
 from lightning_slt.estimate import ChainSettings
+from lightning_slt.firing import firing_settings
 
 RAW, AVERAGED = "raw", "averaged"
 
@@ -92,7 +93,7 @@ class SweepConfig:
 
     def settings(self) -> ChainSettings:
         """What is asked of the chains: the same as of a monitor's."""
-        return ChainSettings(
+        return firing_settings(
             sampler=self.sampler.build() if self.sampler is not None else None,
             num_chains=self.num_chains,
             num_draws=self.num_draws,
@@ -102,8 +103,6 @@ class SweepConfig:
             localization=self.localization,
             seed=self.seed,
             method=self.method,
-            tolerance=0.05,
-            max_steps_bw_draws=4,
         )
 
     def decides(self) -> dict[str, Any]:
@@ -112,7 +111,7 @@ class SweepConfig:
         for name in ("folder", "devices", "localization", "false_alarms"):
             values.pop(name)
         if self.sampler is not None:
-            values["sampler"] = {"name": self.sampler.name.value, "lr": self.sampler.lr}
+            values["sampler"]["name"] = self.sampler.name.value
         return values
 
 

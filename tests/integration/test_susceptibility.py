@@ -41,6 +41,13 @@ def test_a_checkpoint_brings_the_history_back() -> None:
     assert other.susceptibilities[0].components == found.components
 
 
+def test_gamma_is_chosen_at_the_first_firing_and_kept(tmp_path: Path) -> None:
+    monitor = tiny_monitor(probe=7, query=5, measures=BESIDE, num_draws=16, localization=None)
+    Scenario(Net, with_validation).run(tmp_path, monitor)
+    (first, *others) = monitor.susceptibilities
+    assert others and all(found.localization == first.localization for found in others)
+
+
 def test_a_failure_leaves_training_and_the_learning_coefficient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="wandb's own process is found through /proc")
 def test_firings_are_published_while_the_server_answers_nothing(tmp_path: Path) -> None:
     """Were one of them to wait for an answer, the process would never come to its last line."""
@@ -27,5 +26,4 @@ def test_firings_are_published_while_the_server_answers_nothing(tmp_path: Path) 
     assert any(found["online"])
     assert len(found["answered"]) == 1 and len(found["waiting"]) >= 1
     assert found["pictures"] and found["handed over"] > 0
-    # wandb gives its server 20 s to answer before it keeps a table
-    assert found["seconds"] < 15
+    assert found["tables wait"] == [True], "wandb asks its server before it keeps a table, beside the firings"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
+from lightning_slt import RMSpropSGLD
 from lightning_slt.callbacks.devices import WorkerDevice
 from lightning_slt.cli import main
 from lightning_slt.config import load
@@ -34,6 +36,16 @@ pytestmark = pytest.mark.timeout(240)
 @pytest.fixture
 def config(tmp_path: Path) -> SweepConfig:
     return load(runs.settings(folder=str(tmp_path / "sweep")), schema=SweepConfig)
+
+
+def test_every_argument_of_a_sampler_reaches_the_point_that_is_measured() -> None:
+    """A result hangs on them, and a point is measured by what ``decides`` says and nothing else."""
+    sampler = {"name": "RMSpropSGLD", "lr": 1e-4, "kappa": 0.3}
+    config = load(runs.settings(sampler=sampler), schema=SweepConfig)
+    told = load(json.loads(json.dumps(config.decides())), schema=SweepConfig)
+    assert told.settings().sampler == config.settings().sampler == RMSpropSGLD(lr=1e-4, kappa=0.3)
+    other = load(runs.settings(sampler={**sampler, "kappa": 0.4}), schema=SweepConfig)
+    assert other.decides() != config.decides()
 
 
 def here(measured: list[int], fail_after: int = 1000) -> Executor:
