@@ -26,6 +26,7 @@ from lightning_slt.callbacks.arguments import (
     warn_of_failure,
 )
 from lightning_slt.callbacks.background import BackgroundFirings, warn_of_lost
+from lightning_slt.callbacks.component_firings import ComponentFirings
 from lightning_slt.callbacks.data import TrainingData, check_num_samples, training_transfer
 from lightning_slt.callbacks.distribution import (
     check_strategy,
@@ -35,14 +36,13 @@ from lightning_slt.callbacks.distribution import (
     make_objective,
     share_batches,
 )
-from lightning_slt.callbacks.late import LateFirings
 from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.overhead import Decision, OverheadBudget
 from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.samples import Probed, ProbedSamples
 from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
-from lightning_slt.callbacks.susceptibilities import Measures, measure_beside, publish, warn_of
+from lightning_slt.callbacks.susceptibilities import Measures
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.firing import Course, firing_settings
 from lightning_slt.influence import ProbeSet
@@ -56,7 +56,6 @@ from lightning_slt.sampling.probe import GroupFn
 from lightning_slt.sampling.restriction import select_parameters
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import SGLD, SGNHT, RMSpropSGLD
-from lightning_slt.sampling.shadow import shadow_copy
 from lightning_slt.sampling.sharded import ShardedObjective
 from lightning_slt.sampling.steps import LossFn, loss_function
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
@@ -65,7 +64,7 @@ SMOKE_SAMPLER = SGLD(lr=1e-6)
 """A smoke test shows that chains run, not what they say: no step size is looked for."""
 
 
-class SLTMonitor(LateFirings):
+class SLTMonitor(ComponentFirings):
     """Measures the local learning coefficient while a model trains, and logs it with its error.
 
     At each firing SGLD chains start from the current weights, on a private copy of the module, with minibatches of
@@ -520,57 +519,6 @@ class SLTMonitor(LateFirings):
         self._hook_owner = None
         self._say_how(estimate, influence)
         return estimate, influence
-
-    def _measure_beside(
-        self, trainer: Trainer, pl_module: LightningModule, estimate: Estimate, settings: ChainSettings
-    ) -> None:
-        """Susceptibility after the learning coefficient, which stands whatever becomes of it."""
-        source, step = self._source, estimate.step or 0
-        begin = time.monotonic()
-
-        def make(restrict: Any) -> Objective:
-            objective = make_objective(
-                trainer,
-                pl_module,
-                self._collective,
-                loss_fn=self._loss_fn,
-                restrict=restrict,
-                context=loss_context(trainer),
-            )
-            self._hook_owner = objective.module
-            return objective
-
-        try:
-            with preserve_rng():
-                assert source is not None
-                transfer = self._transfer(trainer)
-                probes: list[ProbeSet] = []
-                self._hook_owner = shadow_copy(pl_module)
-                self._collective.exchange(lambda: probes.append(self._samples.read(trainer, source, transfer)))
-                found = measure_beside(
-                    self._measures,
-                    self._restrict,
-                    make,
-                    source,
-                    transfer,
-                    probes[0],
-                    settings,
-                    self._collective,
-                    self._share_buffers,
-                    self.susceptibilities,
-                )
-        except Exception as error:
-            if self._on_failure == "raise" or is_smoke_test(trainer) or isinstance(error, RankLostError):
-                raise
-            warn_of(error, step)
-            return
-        finally:
-            self._hook_owner = None
-        found = found.replace(
-            step=step, x=estimate.x, epoch=estimate.epoch, monitor=self._prefix, seconds=time.monotonic() - begin
-        )
-        self.susceptibilities.append(found)
-        publish(found, self._publisher, self.folder, self._prefix, trainer.is_global_zero)
 
     def _transfer(self, trainer: Trainer) -> Callable[[Any], Any]:
         """What the trainer does to a batch, with the hooks of the private copy there is when it is read."""

@@ -50,8 +50,7 @@ def is_online(sink: Sink) -> bool:
     if not isinstance(sink, WandbSink):
         return False
     try:
-        run = sink.logger.experiment
-        return not (getattr(run, "disabled", False) or getattr(run, "offline", False))
+        return sink.online
     except Exception:  # a logger that cannot say is none to rely on
         return False
 

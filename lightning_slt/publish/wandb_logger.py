@@ -64,10 +64,16 @@ class WandbSink:
     def _log_tables(self, row: Mapping[str, Any], step: Optional[int]) -> None:
         """Log a row that may have tables in it: an online run asks its server first, and must not ask it here."""
         self._later.check()
-        if getattr(self.logger.experiment, "offline", False):
-            self.logger.log_metrics(row, step=step)
-        else:
+        if self.online:
             self._later(lambda: self.logger.log_metrics(row, step=step))
+        else:
+            self.logger.log_metrics(row, step=step)
+
+    @property
+    def online(self) -> bool:
+        """Whether results are seen on a server as they come."""
+        run = self.logger.experiment
+        return not (getattr(run, "disabled", False) or getattr(run, "offline", False))
 
     def start(self, config: Mapping[str, Any]) -> None:
         run = self.logger.experiment

@@ -88,13 +88,8 @@ class Window:
         return self.batches[index]
 
     @property
-    def stackable(self) -> bool:
-        """Whether every batch has the same structure and shapes, so that several chains can be computed at once."""
-        return not self.unlike
-
-    @property
     def unlike(self) -> str:
-        """Why the batches cannot be stacked; empty where they can."""
+        """Why the batches cannot be stacked, for several chains to be computed at once; empty where they can."""
         first, spec = tree_flatten(self.batches[0])
         closed = [leaf for leaf in first if not isinstance(leaf, Tensor) and num_bytes(leaf)]
         if closed:

@@ -33,11 +33,6 @@ def is_distributed_tensor(value: Any) -> bool:
     return hasattr(value, "to_local") and hasattr(value, "device_mesh") and hasattr(value, "placements")
 
 
-def has_shards(module: nn.Module) -> bool:
-    """Whether some of the module's weights are DTensors."""
-    return any(is_distributed_tensor(parameter) for parameter in module.parameters())
-
-
 def local_of(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, which may be all of it; it shares its memory."""
     return tensor._local_tensor if is_distributed_tensor(tensor) else tensor  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_slt import SLTMonitor
-from lightning_slt.callbacks import monitor as monitor_module
+from lightning_slt.callbacks import component_firings
 from lightning_slt.config import load
 from lightning_slt.susceptibility_record import SusceptibilityRecord
 from tests.integration.harness import Scenario, tiny_monitor
@@ -54,7 +54,7 @@ def test_a_failure_leaves_training_and_the_learning_coefficient(
     def fails(*args: object) -> None:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(monitor_module, "measure_beside", fails)
+    monkeypatch.setattr(component_firings, "measure_beside", fails)
     monitor = tiny_monitor(probe=7, measures=BESIDE, on_failure="warn")
     with pytest.warns(UserWarning, match="susceptibility at step 4 failed .*RuntimeError: no memory"):
         Scenario(lambda: Plain(lr=0.0), loaders).run(tmp_path, monitor)

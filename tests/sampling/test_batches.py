@@ -264,7 +264,7 @@ def test_structures_of_batches_survive_and_stack(kind: str) -> None:
     first = window[0]
     x, y = (first["x"], first["y"]["label"]) if kind == "dict" else first
     assert x.shape == (4, 3) and torch.equal(x[:, 0].long(), y)
-    assert window.stackable
+    assert window.unlike == ""
     expected = [window[i] for i in (2, 0, 2)]
     stacked, dims = window.gather(torch.tensor([2, 0, 2]))
     sx, dx = (stacked["x"], dims["x"]) if kind == "dict" else (stacked[0], dims[0])
@@ -306,7 +306,6 @@ def test_collate_fn_and_transfer_are_used_once_a_batch() -> None:
 )
 def test_batches_that_do_not_stack(a: Any, b: Any, why: str) -> None:
     window = Window([a, b])
-    assert not window.stackable
     assert re.search(why, window.unlike)
 
 

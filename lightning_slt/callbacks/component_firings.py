@@ -1,0 +1,83 @@
+"""Measures of components, on chains of their own, after a firing of the learning coefficient."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_slt.callbacks.arguments import is_smoke_test, loss_context
+from lightning_slt.callbacks.distribution import make_objective
+from lightning_slt.callbacks.late import LateFirings
+from lightning_slt.callbacks.susceptibilities import measure_beside, publish, warn_of
+from lightning_slt.estimate import ChainSettings
+from lightning_slt.influence import ProbeSet
+from lightning_slt.record import Estimate
+from lightning_slt.sampling.collective import Collective, RankLostError
+from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.rng import preserve_rng
+from lightning_slt.sampling.shadow import shadow_copy
+
+
+class ComponentFirings(LateFirings):
+    """The part of a monitor that asks components, each with its own weights moving; its state is set by the monitor."""
+
+    _collective: Collective
+
+    def _share_buffers(self, objective: Objective) -> None:
+        raise NotImplementedError
+
+    def _measure_beside(
+        self, trainer: Trainer, pl_module: LightningModule, estimate: Estimate, settings: ChainSettings
+    ) -> None:
+        """Susceptibility after the learning coefficient, which stands whatever becomes of it."""
+        source, step = self._source, estimate.step or 0
+        begin = time.monotonic()
+
+        def make(restrict: Any) -> Objective:
+            objective = make_objective(
+                trainer,
+                pl_module,
+                self._collective,
+                loss_fn=self._loss_fn,
+                restrict=restrict,
+                context=loss_context(trainer),
+            )
+            self._hook_owner = objective.module
+            return objective
+
+        try:
+            with preserve_rng():
+                assert source is not None
+                transfer = self._transfer(trainer)
+                probes: list[ProbeSet] = []
+                self._hook_owner = shadow_copy(pl_module)
+                self._collective.exchange(lambda: probes.append(self._samples.read(trainer, source, transfer)))
+                found = measure_beside(
+                    self._measures,
+                    self._restrict,
+                    make,
+                    source,
+                    transfer,
+                    probes[0],
+                    settings,
+                    self._collective,
+                    self._share_buffers,
+                    self.susceptibilities,
+                )
+        except Exception as error:
+            if self._on_failure == "raise" or is_smoke_test(trainer) or isinstance(error, RankLostError):
+                raise
+            warn_of(error, step)
+            return
+        finally:
+            self._hook_owner = None
+        found = found.replace(
+            step=step, x=estimate.x, epoch=estimate.epoch, monitor=self._prefix, seconds=time.monotonic() - begin
+        )
+        self.susceptibilities.append(found)
+        publish(found, self._publisher, self.folder, self._prefix, trainer.is_global_zero)
+
+
+__all__ = ["ComponentFirings"]
