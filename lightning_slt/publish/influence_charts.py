@@ -244,8 +244,10 @@ def suspects_figure(estimate: InfluenceEstimate, samples: Mapping[int, Rendered]
     axes.set_axis_off()
     axes.imshow(_sheet(estimate, samples, columns, height), aspect="auto", extent=(0, 1000, height, 0))
     where = f"step {estimate.step:,}: " if estimate.step is not None else ""
+    # the numbers below are those of this firing, and need not fall from one to the next
+    over = " over the run" if estimate.suspicion is not None else ""
     figure.suptitle(
-        f"{where}largest posterior mean losses: likely mislabels and outliers",
+        f"{where}largest posterior mean losses{over}: likely mislabels and outliers",
         x=0.01,
         y=1 - 10 / height,
         va="top",

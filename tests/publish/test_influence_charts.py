@@ -182,6 +182,14 @@ def test_a_matrix_without_numbers_is_drawn(fill):
 # ----------------------------------------------------------------------------------------------------------- suspects
 
 
+def test_suspects_in_the_order_of_a_run_say_so():
+    estimate = make_influence(n=30, step=1200)
+    over = estimate.replace(suspicion=torch.arange(30).double())
+    assert "mean losses over the run:" in suspects_figure(over, {}).get_suptitle()
+    assert "mean losses:" in suspects_figure(estimate, {}).get_suptitle()
+    assert over.suspects(2) == [29, 28]
+
+
 def test_suspects_are_shown_in_order_with_their_group_loss_and_plain_rank():
     estimate = make_influence(n=30, step=1200)
     figure = suspects_figure(estimate, pictures_of(estimate))
