@@ -5,7 +5,8 @@ and localisation. Every tool runs a small grid of step sizes and lengths over a 
 10 % (5 %) if the root mean square of its error over the seeds, bias and spread together, is within that share of the
 truth. Reported is the cheapest such setting: the tool at its best, with a step size that its user would have to find
 first. "Staying" asks that the same step size is as good at every greater length that was tried: else a step that heats
-is credited for the moment at which heat and missing burn-in cancel. "ours-calibrated" finds its own and is given only
+is credited for the moment at which heat and missing burn-in cancel. The tools take turns, setting by setting.
+"ours-calibrated" finds its own and is given only
 the number of draws and the tolerance; "ours-warm" is the firing after such a one on the same weights. Seeds share a
 process, and the time of a setting is the median over its seeds: compilation counts for nothing here.
 """
@@ -18,6 +19,7 @@ import math
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,9 +131,11 @@ def measure(
     limit: float,
     draws_calibrated: list[int],
     tolerances: list[str],
-) -> list[Setting]:
-    """The grid of one tool, each step size from short to long until a run would take longer than ``limit`` seconds."""
-    settings: list[Setting] = []
+) -> Iterator[Setting]:
+    """The grid of one tool, each step size from short to long until a run would take longer than ``limit`` seconds.
+
+    One setting each time it is asked, so that the tools can take turns.
+    """
     calibrated = tool in SELF_TUNED
     lengths = [(0, draws) for draws in draws_calibrated] if calibrated else LENGTHS
     rows_of: list[tuple[float | None, str | None]] = (
@@ -159,14 +163,26 @@ def measure(
                 continue
             setting = judge(rows, truth, clock, lr)
             per_step = setting.seconds / (burnin + draws)
-            settings.append(setting)
             print(
                 f"{case} {tool} {setting}: {setting.seconds:.2f} s, bias {setting.bias:+.2f}, "
                 f"spread {setting.spread:.2f}",
                 file=sys.stderr,
                 flush=True,
             )
-    return settings
+            yield setting
+
+
+def in_turns(grids: dict[str, Iterator[Setting]]) -> dict[str, list[Setting]]:
+    """All settings of all tools, one setting of each tool after another: what disturbs the machine disturbs all."""
+    results: dict[str, list[Setting]] = {tool: [] for tool in grids}
+    while grids:
+        for tool in list(grids):
+            setting = next(grids[tool], None)
+            if setting is None:
+                del grids[tool]
+            else:
+                results[tool].append(setting)
+    return results
 
 
 def main() -> None:
@@ -194,7 +210,7 @@ def main() -> None:
                 print(f"{case}: {REFERENCE_OF[case]} is not in {REFERENCES}; skipped", file=sys.stderr)
                 continue
             ACCURACY_CASES[case](scratch)
-            results = {
+            grids = {
                 tool: measure(
                     tool,
                     case,
@@ -209,7 +225,7 @@ def main() -> None:
                 )
                 for tool in arguments.tools
             }
-            print(table(case, reference["mean"], reference["se"], results) + "\n", flush=True)
+            print(table(case, reference["mean"], reference["se"], in_turns(grids)) + "\n", flush=True)
 
 
 if __name__ == "__main__":
