@@ -545,11 +545,14 @@ class SLTMonitor(ComponentFirings):
         if isinstance(objective, ShardedObjective):
             objective.settle()
             return
-        buffers = list(objective.module.buffers())
-        if self._collective.world_size == 1 or objective.borrowed or not buffers:
+        if self._collective.world_size == 1:
             return
+        buffers = list(objective.module.buffers())
         first = self._collective.rank == 0
+        # asked on every rank: one alone may have a module that cannot be copied
         told = self._collective.exchange(lambda: [b.cpu() for b in buffers] if first else None)[0]
+        if objective.borrowed:
+            return  # these are training's own
         for buffer, value in zip(buffers, told or [], strict=True):
             buffer.copy_(value)
 
