@@ -190,6 +190,14 @@ def compiled_in_place() -> Net:
     return module
 
 
+class CastsToHalf(Net):
+    """Casts in its forward pass, so that it cannot be computed in float32 where its weights are bfloat16."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        x, y = batch
+        return cross_entropy(self.net(x.bfloat16()).float(), y)
+
+
 class RaisesInChain(Net):
     """Uses up all three global generators and then fails, in chains only."""
 
