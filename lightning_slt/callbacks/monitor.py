@@ -77,7 +77,8 @@ class SLTMonitor(ComponentFirings):
         log_spaced: measure this often over the run, log-spaced. With none of these four given: 20.
         max_overhead: the share of the run's wall-clock that measuring may take, such as 0.05: the steps named above are
             then candidates, and those that the budget does not cover are left out. With none named, every step is one.
-            Firings start small and grow to the size that is asked for (:mod:`lightning_slt.callbacks.sizing`).
+            Firings start small and grow to the size that is asked for (:mod:`lightning_slt.callbacks.sizing`). Of this
+            monitor alone: the budgets of several add.
         sampler: None for SGLD with a calibrated step; ``SGLD(lr=...)`` fixes the step. Also RMSpropSGLD, which starts
             from the second moments of an Adam where there is one, and SGNHT.
         num_chains: chains of a firing, over all ranks together.
@@ -403,17 +404,6 @@ class SLTMonitor(ComponentFirings):
         else:
             self._skipped += 1
 
-    def _account(self, begin: float, size: float = 1.0, failed: bool = False) -> None:
-        """What a firing of this size that began then has cost, a failed one too."""
-        now = time.monotonic()
-        self._seconds += now - begin
-        if self._budget is not None and self._earned_until is not None:
-            if failed:
-                self._budget.fail(now - begin)
-            else:
-                self._budget.spend(now - begin, size)
-            self._earned_until = now
-
     def _fire(
         self, trainer: Trainer, pl_module: LightningModule, step: int, x: int, decision: Optional[Decision] = None
     ) -> None:
@@ -431,7 +421,7 @@ class SLTMonitor(ComponentFirings):
             if self._on_failure == "raise" or is_smoke_test(trainer) or isinstance(error, RankLostError):
                 raise
             warn_of_failure(step, f"{type(error).__name__}: {error}")
-            self._account(begin, failed=True)
+            self._account(trainer, begin, failed=True)
             return
         size = size_of(settings, self._settings)
         estimate = estimate.replace(seconds=time.monotonic() - begin, step=step, x=x, epoch=trainer.current_epoch)
@@ -447,7 +437,7 @@ class SLTMonitor(ComponentFirings):
         if self._measures.susceptibility:
             self._measure_beside(trainer, pl_module, estimate, settings)
         # drawing and logging count as overhead too, from the next firing's figure on
-        self._account(begin, size)
+        self._account(trainer, begin, size)
         self._warn_if_large()
 
     def _measure(
