@@ -237,6 +237,7 @@ class SLTMonitor(ComponentFirings):
         self._said_overhead = False
         self._said_dropped = False
         self._said_full = False
+        self._said_reload = False
         self._done_fast_run = False
         self._listeners: list[EstimateListener] = []
         self._said_listener = False
@@ -300,11 +301,12 @@ class SLTMonitor(ComponentFirings):
             raise MisconfigurationException(f"SLTMonitor: {error}") from error
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._data = TrainingData(trainer, self._batch_size, self._num_samples, self._settings.seed)
+        self._data = self._data_of(trainer)
         self._source = None
         self._samples.forget()
         try:
             self._samples.check(self._data.indexed)
+            self._measures.check_data(self._data.indexed)
         except ValueError as error:
             raise MisconfigurationException(f"SLTMonitor: {error}") from error
         check_num_samples(self._data.num_samples, self._settings.nbeta)
@@ -346,6 +348,29 @@ class SLTMonitor(ComponentFirings):
             self._budget.forget()
 
     # --- while training -------------------------------------------------------------------------------------------
+
+    def _data_of(self, trainer: Trainer) -> TrainingData:
+        return TrainingData(trainer, self._batch_size, self._num_samples, self._settings.seed)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Chains follow the data where ``reload_dataloaders_every_n_epochs`` has loaded it anew."""
+        before = self._data
+        if before is None or before.is_of(trainer):
+            return
+        data = self._data_of(trainer)
+        if data.replays and before.replays:
+            before.follow(trainer)  # what training has seen stays seen
+            return
+        self._data = data
+        if data.has_the_samples_of(before):
+            return
+        self._source = None
+        if self._beside is not None and not self._said_reload:
+            self._said_reload = True
+            rank_zero_warn(
+                "SLTMonitor(execution='background'): the training data has been loaded anew and is other data. Workers "
+                "go on with that of the beginning; with execution='inline' chains follow the data."
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._data is not None and self._data.replays:

@@ -16,7 +16,7 @@ from lightning_slt.callbacks import component_firings
 from lightning_slt.config import load
 from lightning_slt.susceptibility_record import SusceptibilityEstimate, SusceptibilityRecord
 from tests.integration.harness import Scenario, steps_of, tiny_monitor
-from tests.integration.models import Holds, Net, Plain, loaders, tensors, with_validation
+from tests.integration.models import Holds, Net, Plain, Stream, loaders, tensors, with_validation
 
 BESIDE = ["llc", {"name": "susceptibility", "components": {"all": ["*"]}}]
 
@@ -147,6 +147,13 @@ def test_wrong_measures_are_refused_before_training(
     monitor = SLTMonitor(measures=measures, probe=probe)  # type: ignore[arg-type]
     with pytest.raises(MisconfigurationException, match=message):
         Scenario(Net, loaders).run(tmp_path, monitor)
+
+
+def test_data_without_an_index_is_refused_before_training(tmp_path: Path) -> None:
+    monitor = tiny_monitor(measures=BESIDE, probe=tensors(5), num_samples=24)
+    with pytest.raises(MisconfigurationException, match=r"'susceptibility' reads .* train on a map-style Dataset"):
+        Scenario(Plain, lambda: loaders(dataset=Stream())).run(tmp_path, monitor)
+    assert monitor.estimates == []
 
 
 def test_a_mapping_as_from_yaml_builds_it() -> None:
