@@ -20,13 +20,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_slt.callbacks.data import TrainingData
+from lightning_slt.callbacks.data_files import DataFiles
 from lightning_slt.callbacks.devices import worker_devices
 from lightning_slt.callbacks.pool import Result, WorkerPool, read_result
 from lightning_slt.callbacks.travel import (
     CannotTravelError,
+    Kit,
     check_pickles,
     main_script,
-    make_kit,
     take_snapshot,
     write_pickled,
 )
@@ -88,11 +89,13 @@ class BackgroundFirings:
         self._notes: dict[int, dict[str, Any]] = {}
         self._promised: deque[set[int]] = deque(maxlen=REMEMBERED)
         self._has_probes = False
+        self._data_files = DataFiles()
+        self._said_data = False
         self.last_step = -1
 
     def __getstate__(self) -> dict[str, Any]:
         """For strategies that spawn: processes and what is out belong to the process that has them."""
-        return {**self.__dict__, "_pool": None, "_folder": None, "_notes": {}}
+        return {**self.__dict__, "_pool": None, "_folder": None, "_notes": {}, "_data_files": DataFiles()}
 
     def describe(self) -> dict[str, Any]:
         """For the run's settings."""
@@ -138,11 +141,13 @@ class BackgroundFirings:
             self._tidy(folder)
             # of a run that goes on: pending snapshots need them, and they are the same samples
             self._has_probes = probes_path(folder).exists()
-            kit = make_kit(trainer, data, loss_fn, under_plugin)
+            kit = Kit(trainer.precision_plugin, under_plugin, loss_fn)
             found = write_pickled(kit, kit_path(folder), "run")
-            copy = take_snapshot(trainer, module, restrict, settings, data, probed=False).module
+            self._data_files.open(folder)
+            main = self._data_files.write(trainer, data)
+            copy = take_snapshot(trainer, module, restrict, settings, data, probed=False, number=0).module
             found |= check_pickles(copy, type(module).__name__)
-            main = main_script(found)
+            main = main_script(found) or main
         except CopyError as error:
             self._drop_folder()
             raise MisconfigurationException(f"SLTMonitor(execution='background'): {error}") from error
@@ -160,7 +165,7 @@ class BackgroundFirings:
         """What an earlier process of this run left, but for what is still to come."""
         folder.mkdir(parents=True, exist_ok=True)
         kept = {path(folder, step).name for step in self._notes for path in (snapshot_path, result_path)}
-        kept |= {probes_path(folder).name} if self._notes else set()
+        kept |= {probes_path(folder).name, *self._data_files.needed} if self._notes else set()
         for path in folder.iterdir():
             if path.name not in kept and path.is_file():
                 path.unlink(missing_ok=True)
@@ -190,13 +195,18 @@ class BackgroundFirings:
             self.last_step = max(self.last_step, step)
             result = self.result_of(step)
             if step in known:
-                self._notes.pop(step)
+                self._drop(step)
             elif result is not None and result.error is None:
-                late.append(Late(result, self._notes.pop(step)))
+                late.append(Late(result, self._drop(step)))
             elif not snapshot_path(self._folder, step).exists():
                 lost.append(step)
-                self._notes.pop(step)
+                self._drop(step)
         return late, lost
+
+    def _drop(self, step: int) -> dict[str, Any]:
+        """The notes of a snapshot that waits no more."""
+        self._data_files.release(step)
+        return self._notes.pop(step, {"step": step})
 
     def begin(self) -> None:
         """Start the workers, which have some seconds to be ready; snapshots that nobody has measured come first.
@@ -230,15 +240,19 @@ class BackgroundFirings:
         pool.close()
         if self._temporary:
             shutil.rmtree(pool.folder, ignore_errors=True)
-            self._notes.clear()
         elif finished:
             pool.clear(keep=sorted(set().union(*self._promised)))
-            self._notes.clear()
+        else:
+            return
+        self._notes.clear()
+        self._data_files.forget()
 
     def forget(self) -> None:
         """A run that starts at its first step."""
         self._notes.clear()
         self._promised.clear()
+        self._data_files.forget()
+        self._said_data = False
         self.last_step = -1
 
     # --- while training -------------------------------------------------------------------------------------------
@@ -284,7 +298,7 @@ class BackgroundFirings:
 
     def _late(self, result: Result) -> Late:
         assert self._folder is not None
-        notes = self._notes.pop(result.step, {"step": result.step})
+        notes = self._drop(result.step)
         if not any(result.step in promised for promised in self._promised):
             result_path(self._folder, result.step).unlink(missing_ok=True)
         return Late(result, notes)
@@ -314,11 +328,37 @@ class BackgroundFirings:
         if probes is not None and not self._has_probes:
             write_pickled(probes, probes_path(self._folder), "samples")
             self._has_probes = True
-        snapshot = take_snapshot(trainer, module, restrict, settings, data, probes is not None)
-        write_pickled(snapshot, snapshot_path(self._folder, step), "snapshot")
+        if self._data_files.stale:
+            self._follow(trainer, data)
+        number = self._data_files.give(step)
+        try:
+            snapshot = take_snapshot(trainer, module, restrict, settings, data, probes is not None, number)
+            write_pickled(snapshot, snapshot_path(self._folder, step), "snapshot")
+        except Exception:
+            self._data_files.release(step)
+            raise
         self._notes[step] = dict(notes)
         self.last_step = step
         self._pool.send(step)
+
+    def data_is_other(self) -> None:
+        """Training has been given other data: snapshots from here on are of that."""
+        self._data_files.stale = True
+
+    def _follow(self, trainer: Trainer, data: TrainingData) -> None:
+        """Have workers read the data that training has now; where it cannot travel, they keep what they have."""
+        assert self._pool is not None
+        try:
+            self._pool.import_main(self._data_files.write(trainer, data))
+        except CannotTravelError as error:
+            if not self._data_files.go_on(data):
+                raise
+            if not self._said_data:
+                self._said_data = True
+                rank_zero_warn(
+                    f"{error} The training data has been loaded anew and is other data: until then chains go on with "
+                    "that of before."
+                )
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -330,11 +370,13 @@ class BackgroundFirings:
         if self._folder is not None:
             for step in before - set().union(*self._promised) - set(self._notes):
                 result_path(self._folder, step).unlink(missing_ok=True)
-        return [dict(self._notes[step]) for step in sorted(self._notes)]
+        return [{**self._notes[step], "data": self._data_files.number_of(step)} for step in sorted(self._notes)]
 
     def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
         """What was out; found again by :meth:`recover`."""
         self._notes = {int(notes["step"]): dict(notes) for notes in state}
+        for step, notes in self._notes.items():
+            self._data_files.remember(step, notes.pop("data", None))
         self._promised.append(set(self._notes))
 
 

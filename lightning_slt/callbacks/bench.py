@@ -20,6 +20,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
 from lightning_slt.callbacks.data import BatchTransfer, SeenBatches
+from lightning_slt.callbacks.data_files import RunData
 from lightning_slt.callbacks.devices import WorkerDevice
 from lightning_slt.callbacks.distribution import Ranks
 from lightning_slt.callbacks.travel import Kit, Snapshot, StillTrainer, read_pickled
@@ -27,6 +28,7 @@ from lightning_slt.callbacks.worker import (
     TELL_EVERY,
     Mail,
     Orders,
+    data_path,
     kit_path,
     probes_path,
     result_path,
@@ -70,6 +72,8 @@ class Bench:
                 timeout=timedelta(minutes=30),
             )
             self._collective = Ranks()
+        self._data = RunData(None, None)
+        self._number = -1
         self._source: Optional[MinibatchSource] = None
         self._probes: Optional[ProbeSet] = None
         self._owner: Optional[nn.Module] = None
@@ -107,7 +111,11 @@ class Bench:
 
         def build() -> None:
             snapshot = cast(Snapshot, read_pickled(snapshot_path(self._folder, step), self._device))
-            view = StillTrainer(snapshot.trainer, kit.datamodule, self._device)
+            if snapshot.data != self._number:
+                self._source = None  # two sets of data are never held at once
+                self._data = cast(RunData, read_pickled(data_path(self._folder, snapshot.data), self._device))
+                self._number = snapshot.data
+            view = StillTrainer(snapshot.trainer, self._data.datamodule, self._device)
             context: Optional[Callable[[], AbstractContextManager[Any]]] = None
             if kit.under_plugin:
                 context = kit.plugin.train_step_context
@@ -116,15 +124,16 @@ class Bench:
             )
             self._owner = objective.module
             if snapshot.batches is not None:
-                self._source = replayed_on(snapshot.batches, self._device)
+                source = replayed_on(snapshot.batches, self._device)
             elif self._source is None:
-                assert kit.plan is not None
-                self._source = kit.plan.build(self._transfer)
+                assert self._data.plan is not None
+                source = self._source = self._data.plan.build(self._transfer)
             else:
-                self._source.forget()
+                source = self._source
+                source.forget()
             if snapshot.probed and self._probes is None:
                 self._probes = probes_on(cast(ProbeSet, read_pickled(probes_path(self._folder))), self._device)
-            built.append((objective, self._source, snapshot))
+            built.append((objective, source, snapshot))
 
         self._collective.exchange(build)
         objective, source, snapshot = built[0]
@@ -143,7 +152,7 @@ class Bench:
     def _transfer(self, batch: Any) -> Any:
         """With the hooks of the private copy there is when it is read."""
         owner = cast(LightningModule, self._owner)
-        return BatchTransfer(self._kit.plugin, self._kit.datamodule, owner, self._device)(batch)
+        return BatchTransfer(self._kit.plugin, self._data.datamodule, owner, self._device)(batch)
 
 
 def plugin_on(plugin: Any, device: torch.device) -> Any:

@@ -26,7 +26,6 @@ from lightning_slt.callbacks.arguments import (
     warn_of_failure,
 )
 from lightning_slt.callbacks.background import BackgroundFirings, warn_of_lost
-from lightning_slt.callbacks.component_firings import ComponentFirings
 from lightning_slt.callbacks.data import TrainingData, check_num_samples, training_transfer
 from lightning_slt.callbacks.distribution import (
     check_strategy,
@@ -36,6 +35,7 @@ from lightning_slt.callbacks.distribution import (
     make_objective,
     share_batches,
 )
+from lightning_slt.callbacks.following import DataFollowing
 from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.overhead import Decision, OverheadBudget
 from lightning_slt.callbacks.progress import FiringProgress
@@ -64,7 +64,7 @@ SMOKE_SAMPLER = SGLD(lr=1e-6)
 """A smoke test shows that chains run, not what they say: no step size is looked for."""
 
 
-class SLTMonitor(ComponentFirings):
+class SLTMonitor(DataFollowing):
     """Measures the local learning coefficient while a model trains, and logs it with its error.
 
     At each firing SGLD chains start from the current weights, on a private copy of the module, with minibatches of
@@ -237,7 +237,6 @@ class SLTMonitor(ComponentFirings):
         self._said_overhead = False
         self._said_dropped = False
         self._said_full = False
-        self._said_reload = False
         self._done_fast_run = False
         self._listeners: list[EstimateListener] = []
         self._said_listener = False
@@ -348,33 +347,6 @@ class SLTMonitor(ComponentFirings):
             self._budget.forget()
 
     # --- while training -------------------------------------------------------------------------------------------
-
-    def _data_of(self, trainer: Trainer) -> TrainingData:
-        return TrainingData(trainer, self._batch_size, self._num_samples, self._settings.seed)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Chains follow the data where ``reload_dataloaders_every_n_epochs`` has loaded it anew."""
-        before = self._data
-        if before is None or before.is_of(trainer):
-            return
-        data = self._data_of(trainer)
-        if data.replays and before.replays:
-            before.follow(trainer)  # what training has seen stays seen
-            return
-        self._data = data
-        if data.has_the_samples_of(before):
-            return
-        self._source = None
-        if self._beside is not None and not self._said_reload:
-            self._said_reload = True
-            rank_zero_warn(
-                "SLTMonitor(execution='background'): the training data has been loaded anew and is other data. Workers "
-                "go on with that of the beginning; with execution='inline' chains follow the data."
-            )
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._data is not None and self._data.replays:
-            self._data.see(batch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

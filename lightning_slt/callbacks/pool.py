@@ -121,6 +121,17 @@ class WorkerPool:
         """Process ids of the workers that were started and not yet seen to end."""
         return [worker.process.pid for worker in self._workers]
 
+    def import_main(self, main: Mapping[str, str]) -> None:
+        """Have workers import the script that trains, where they need it from now on and have not done so."""
+        if not main or self.main:
+            return
+        self.main = main
+        if self._workers:
+            self._end_processes()
+            self._count_whole()
+            if any(not sent.done for sent in self._sent):
+                self.start()
+
     def start(self) -> None:
         """Start the workers; returns at once, they need some seconds to be ready."""
         self._starts += 1
@@ -254,9 +265,7 @@ class WorkerPool:
         how = f"killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
         words = self._last_words(rank)
         self._end_processes()
-        # what it had finished before it died counts
-        for sent in self._sent:
-            sent.done = sent.done or self._is_whole(sent.step)
+        self._count_whole()
         current = next((sent for sent in self._sent if not sent.done), None)
         if current is None:
             return  # nothing is lost; the next snapshot starts new ones
@@ -272,6 +281,11 @@ class WorkerPool:
         if any(not sent.done for sent in self._sent):
             self.restarts += 1
             self.start()
+
+    def _count_whole(self) -> None:
+        """What workers had finished before their end counts."""
+        for sent in self._sent:
+            sent.done = sent.done or self._is_whole(sent.step)
 
     def _is_whole(self, step: int) -> bool:
         path = result_path(self.folder, step)

@@ -1,4 +1,4 @@
-"""What a background worker needs of a training run, as files: the data once, the module with every snapshot.
+"""What a background worker needs of a training run, as files: what stays the same once, the module with every snapshot.
 
 Files and not queues: ``torch.multiprocessing`` hands over storage that both processes share, and weights that train on
 would change under the chains. What goes is pickled by reference to the modules that define it, as for any spawned
@@ -8,7 +8,6 @@ process. What cannot be pickled is named before training.
 from __future__ import annotations
 
 import ast
-import copy
 import io
 import pickle
 import sys
@@ -20,10 +19,9 @@ from typing import Any, Optional
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from lightning_slt.callbacks.data import BATCH_HOOKS, SeenBatches, SourcePlan, TrainingData
+from lightning_slt.callbacks.data import SeenBatches, TrainingData
 from lightning_slt.durable import write_durably
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.sampling.restriction import Restriction, select_parameters
@@ -77,17 +75,13 @@ class Kit:
     """What stays the same over a run.
 
     Attributes:
-        plan: how minibatches are read; None where batches of training are replayed, which come with the snapshots.
         plugin: the precision plugin, which converts batches.
         under_plugin: the loss is computed in the plugin's context (autocast).
-        datamodule: without its trainer; None where there is none, or where it cannot be pickled and is not needed.
         loss_fn: that of the user.
     """
 
-    plan: Optional[SourcePlan]
     plugin: Any
     under_plugin: bool
-    datamodule: Any
     loss_fn: Optional[LossFn]
 
 
@@ -102,6 +96,7 @@ class Snapshot:
         trainer: what the step may read of its trainer.
         batches: to be replayed, where the data cannot be read again.
         probed: samples are looked at as well; they are in a file of their own.
+        data: number of the file of the data that training had.
     """
 
     module: nn.Module
@@ -110,19 +105,7 @@ class Snapshot:
     trainer: Mapping[str, Any]
     batches: Optional[SeenBatches]
     probed: bool
-
-
-def make_kit(trainer: Trainer, data: TrainingData, loss_fn: Optional[LossFn], under_plugin: bool) -> Kit:
-    """The kit of this run."""
-    datamodule = getattr(trainer, "datamodule", None)
-    if datamodule is not None:
-        datamodule = copy.copy(datamodule)
-        datamodule.trainer = None
-        needed = any(is_overridden(name, datamodule) for name in BATCH_HOOKS)
-        if not needed and _blocking(datamodule, "datamodule") is not None:
-            datamodule = None
-    plan = None if data.replays else data.plan()
-    return Kit(plan, trainer.precision_plugin, under_plugin, datamodule, loss_fn)
+    data: int
 
 
 def take_snapshot(
@@ -132,8 +115,12 @@ def take_snapshot(
     settings: ChainSettings,
     data: TrainingData,
     probed: bool,
+    number: int,
 ) -> Snapshot:
     """The weights as they are now, on a private copy.
+
+    Args:
+        number: of the file that ``data`` is in.
 
     Raises:
         CopyError: where the module cannot be copied.
@@ -141,7 +128,7 @@ def take_snapshot(
     """
     names = [without_compile(name) for name in select_parameters(module, restrict)]
     batches = data.seen() if data.replays else None
-    return Snapshot(shadow_copy(module), names, settings, freeze(trainer), batches, probed)
+    return Snapshot(shadow_copy(module), names, settings, freeze(trainer), batches, probed, number)
 
 
 def flat_weights(module: nn.Module, restrict: Restriction) -> Tensor:
@@ -232,6 +219,11 @@ def check_pickles(value: Any, what: str) -> set[str]:
     except Exception as error:
         raise _named(value, what, error) from error
     return found
+
+
+def pickles(value: Any) -> bool:
+    """Whether another process can have it."""
+    return _blocking(value, "") is None
 
 
 def read_pickled(path: Path, device: torch.device | str = "cpu") -> Any:
@@ -368,7 +360,7 @@ __all__ = [
     "flat_weights",
     "freeze",
     "main_script",
-    "make_kit",
+    "pickles",
     "read_pickled",
     "take_snapshot",
     "write_pickled",

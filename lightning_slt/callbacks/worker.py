@@ -91,6 +91,11 @@ def probes_path(folder: Path) -> Path:
     return folder / "probes.pt"
 
 
+def data_path(folder: Path, number: int) -> Path:
+    """A file of the training data; there is another one each time that it was loaded anew."""
+    return folder / f"data_{number:06d}.pt"
+
+
 def kit_path(folder: Path) -> Path:
     """The file of what stays the same over a run."""
     return folder / "kit.pt"
@@ -197,6 +202,7 @@ def _import_main(main: dict[str, str]) -> None:
 __all__ = [
     "Mail",
     "Orders",
+    "data_path",
     "kit_path",
     "main",
     "probes_path",

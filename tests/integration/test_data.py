@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import (
     DataLoader,
     IterableDataset,
@@ -21,7 +20,7 @@ from torch.utils.data import (
 
 from lightning_slt.callbacks.data import TrainingData
 from tests.integration import models
-from tests.integration.harness import Scenario, quiet_trainer, steps_of, tiny_monitor
+from tests.integration.harness import Scenario, steps_of, tiny_monitor
 from tests.integration.models import BATCH, Net, Plain, loaders, tensors
 
 
@@ -234,13 +233,3 @@ def test_a_stream_that_is_loaded_anew_keeps_what_training_has_seen(tmp_path: Pat
     reloading(ConstantStream).assert_undisturbed(tmp_path, monitor)
     assert steps_of(monitor) == [18]
     assert {float(batch.unique()) for batch in models.CHAIN_SAW} == {1.0, 2.0, 3.0}
-
-
-def test_workers_beside_training_say_that_they_do_not_follow(tmp_path: Path) -> None:
-    trainer = quiet_trainer(tmp_path, reload_dataloaders_every_n_epochs=1, max_epochs=1)
-    monitor = tiny_monitor(execution="background")
-    trainer.fit(Plain(), datamodule=Reloads(lambda number: tensors(8 * number)))
-    monitor._data = monitor._data_of(trainer)
-    trainer.fit_loop._combined_loader = CombinedLoader(DataLoader(tensors(16), BATCH, shuffle=True))
-    with pytest.warns(UserWarning, match=r"execution='background'.*loaded anew and is other data"):
-        monitor.on_train_epoch_start(trainer, trainer.lightning_module)

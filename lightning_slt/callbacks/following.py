@@ -1,0 +1,40 @@
+"""Training data that a monitor follows: what it is when training starts, when it is loaded anew, and what was seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_slt.callbacks.component_firings import ComponentFirings
+from lightning_slt.callbacks.data import TrainingData
+
+
+class DataFollowing(ComponentFirings):
+    """The part of a monitor that keeps its chains on the data that training is on."""
+
+    def _data_of(self, trainer: Trainer) -> TrainingData:
+        return TrainingData(trainer, self._batch_size, self._num_samples, self._settings.seed)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Chains follow the data where ``reload_dataloaders_every_n_epochs`` has loaded it anew."""
+        before = self._data
+        if before is None or before.is_of(trainer):
+            return
+        data = self._data_of(trainer)
+        if data.replays and before.replays:
+            before.follow(trainer)  # what training has seen stays seen
+            return
+        self._data = data
+        if data.has_the_samples_of(before):
+            return
+        self._source = None
+        if self._beside is not None:
+            self._beside.data_is_other()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._data is not None and self._data.replays:
+            self._data.see(batch)
+
+
+__all__ = ["DataFollowing"]
