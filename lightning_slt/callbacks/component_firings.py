@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -19,14 +20,37 @@ from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.shadow import CopyError, shadow_copy
 
+log = logging.getLogger(__name__)
+
 
 class ComponentFirings(LateFirings):
     """The part of a monitor that asks components, each with its own weights moving; its state is set by the monitor."""
 
     _collective: Collective
+    _said_in_place: bool
 
     def _share_buffers(self, objective: Objective) -> None:
         raise NotImplementedError
+
+    def _objective_of(self, trainer: Trainer, pl_module: LightningModule, restrict: Any) -> Objective:
+        """The loss of the module as it is now; the trainer's hooks are those of its private copy from here on."""
+        objective = make_objective(
+            trainer,
+            pl_module,
+            self._collective,
+            loss_fn=self._loss_fn,
+            restrict=restrict,
+            context=loss_context(trainer),
+            say=self._say_in_place,
+        )
+        self._hook_owner = objective.module
+        return objective
+
+    def _say_in_place(self, reason: str) -> None:
+        """Why the module is called in place, once a run: it is so at every firing."""
+        if not self._said_in_place:
+            self._said_in_place = True
+            log.warning(reason)
 
     def _measure_beside(
         self, trainer: Trainer, pl_module: LightningModule, estimate: Estimate, settings: ChainSettings
@@ -34,18 +58,6 @@ class ComponentFirings(LateFirings):
         """Susceptibility after the learning coefficient, which stands whatever becomes of it."""
         source, step = self._source, estimate.step or 0
         begin = time.monotonic()
-
-        def make(restrict: Any) -> Objective:
-            objective = make_objective(
-                trainer,
-                pl_module,
-                self._collective,
-                loss_fn=self._loss_fn,
-                restrict=restrict,
-                context=loss_context(trainer),
-            )
-            self._hook_owner = objective.module
-            return objective
 
         try:
             with preserve_rng():
@@ -64,7 +76,7 @@ class ComponentFirings(LateFirings):
                 found = measure_beside(
                     self._measures,
                     self._restrict,
-                    make,
+                    lambda restrict: self._objective_of(trainer, pl_module, restrict),
                     source,
                     transfer,
                     probes[0],

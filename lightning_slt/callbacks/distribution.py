@@ -146,7 +146,8 @@ def make_objective(trainer: Trainer, module: LightningModule, collective: Collec
     """The loss of the module: on a private copy of it, or in place on its shards.
 
     Args:
-        settings: ``loss_fn``, ``restrict`` and ``context`` of :class:`~lightning_slt.sampling.objective.Objective`.
+        settings: ``loss_fn``, ``restrict``, ``context`` and ``say`` of
+            :class:`~lightning_slt.sampling.objective.Objective`.
     """
     if is_sharded(trainer):
         return ShardedObjective(module, collective, trainer.world_size, trainer=trainer, **settings)

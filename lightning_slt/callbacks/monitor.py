@@ -20,7 +20,6 @@ from lightning_slt.callbacks.arguments import (
     as_sampler,
     is_smoke_test,
     listed,
-    loss_context,
     plain,
     second_moments,
     warn_of_failure,
@@ -32,7 +31,6 @@ from lightning_slt.callbacks.distribution import (
     close_collective,
     is_sharded,
     make_collective,
-    make_objective,
     share_batches,
 )
 from lightning_slt.callbacks.following import DataFollowing
@@ -237,6 +235,7 @@ class SLTMonitor(DataFollowing):
         self._said_overhead = False
         self._said_dropped = False
         self._said_full = False
+        self._said_in_place = False
         self._done_fast_run = False
         self._listeners: list[EstimateListener] = []
         self._said_listener = False
@@ -339,6 +338,7 @@ class SLTMonitor(DataFollowing):
         self._course = Course(settings.localization, settings.method, self._course.warm_start)
         self._last_step, self._seconds, self._run_seconds = 0, 0.0, 0.0
         self._said_method = self._said_overhead = self._said_dropped = False
+        self._said_full = self._said_in_place = False
         self._resumed_folder = None
         self._skipped = 0
         if self._beside is not None:
@@ -444,15 +444,7 @@ class SLTMonitor(DataFollowing):
         data = self._data
 
         def build() -> tuple[Objective, MinibatchSource]:
-            objective = make_objective(
-                trainer,
-                pl_module,
-                self._collective,
-                loss_fn=self._loss_fn,
-                restrict=self._restrict,
-                context=loss_context(trainer),
-            )
-            self._hook_owner = objective.module
+            objective = self._objective_of(trainer, pl_module, self._restrict)
             if self._source is None or data.replays:
                 self._source = data.source(self._transfer(trainer))
             else:

@@ -319,17 +319,18 @@ def main_script(names: set[str]) -> dict[str, str]:
     if not names:
         return {}
     shown = ", ".join(sorted(names)[:3])
+    are = "is" if len(names) == 1 else "are"
     main = sys.modules["__main__"]
     name = getattr(getattr(main, "__spec__", None), "name", None)
     path = getattr(main, "__file__", None)
     if path is None or not Path(path).exists():
         raise CannotTravelError(
-            f"SLTMonitor(execution='background'): {shown} is defined in a notebook or an interactive session, which no "
-            f"other process can import. Define it in a module, {INLINE}"
+            f"SLTMonitor(execution='background'): {shown} {are} defined in a notebook or an interactive session, which "
+            f"no other process can import. Define it in a module, {INLINE}"
         )
     if not _is_guarded(Path(path)):
         raise CannotTravelError(
-            f"SLTMonitor(execution='background'): {shown} is defined in {Path(path).name}, which a worker has to "
+            f"SLTMonitor(execution='background'): {shown} {are} defined in {Path(path).name}, which a worker has to "
             "import, and importing it would train again. Put what trains below if __name__ == '__main__':, define "
             f"{shown} in a module, {INLINE}"
         )

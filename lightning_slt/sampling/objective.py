@@ -49,6 +49,7 @@ class Objective:
         trainer: what the copy may read as ``self.trainer``.
         context: makes the context in which the loss is computed (autocast); None for none.
         weights: a ``state_dict`` to study in place of the module's own weights.
+        say: told why the module is called in place, where it could not be copied; None for the log.
 
     Raises:
         ValueError: for a module without a usable loss, or a restriction that names nothing.
@@ -76,7 +77,9 @@ class Objective:
         trainer: Any = None,
         context: Optional[Callable[[], AbstractContextManager[Any]]] = None,
         weights: Optional[dict[str, Tensor]] = None,
+        say: Optional[Callable[[str], None]] = None,
     ) -> None:
+        self._say = say or log.warning
         self._live, self._live_names = module, select_parameters(module, restrict)
         refuse_lazy(module)
         self._may_borrow = device is None and weights is None
@@ -101,7 +104,7 @@ class Objective:
         except CopyError as error:
             if not self._may_borrow:
                 raise
-            log.warning(f"{error} Chains call the module in place instead, and put it back after.")
+            self._say(f"{error} Chains call the module in place instead, and put it back after.")
             self.module, self.borrowed = self._live, True
         if not self.borrowed:
             self.names = [without_compile(name) for name in self.names]
@@ -351,7 +354,7 @@ class Objective:
         )
         if not self._may_borrow:
             raise CopyError(f"{message} Make it a method, or give loss_fn(module, batch) -> loss.")
-        log.warning(f"{message} Chains call the module in place instead, and put it back after.")
+        self._say(f"{message} Chains call the module in place instead, and put it back after.")
         self.module, self.borrowed = self._live, True
         self.names = self._live_names
         self._read_anchor()

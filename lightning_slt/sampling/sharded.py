@@ -121,7 +121,7 @@ class ShardedObjective(Objective):
         module: the user's module; put back to the last bit after each :meth:`active`.
         ranks: all ranks, alike in rank 0's eyes (:class:`~lightning_slt.sampling.collective.Together`).
         world_size: how many there are.
-        loss_fn, restrict, trainer, context: as there.
+        loss_fn, restrict, trainer, context, say: as there.
 
     Raises:
         ValueError: for a module without a usable loss, a restriction that names nothing, a placement of weights that is
@@ -137,11 +137,12 @@ class ShardedObjective(Objective):
         restrict: Restriction = None,
         trainer: Any = None,
         context: Optional[Callable[[], AbstractContextManager[Any]]] = None,
+        say: Optional[Callable[[str], None]] = None,
     ) -> None:
         self._ranks, self._world_size = ranks, world_size
         self._wrapped = fully_sharded(module)
         self._buffers: dict[str, Tensor] = {}
-        super().__init__(module, loss_fn, restrict, trainer=trainer, context=context)
+        super().__init__(module, loss_fn, restrict, trainer=trainer, context=context, say=say)
 
     def _take_module(self, device: Optional[torch.device | str]) -> None:
         self.module, self.borrowed = self._live, True

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Optional
 
 import pytest
@@ -21,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_slt import RMSpropSGLD
 from lightning_slt.callbacks.bench import plugin_on
-from lightning_slt.callbacks.travel import flat_weights
+from lightning_slt.callbacks.travel import CannotTravelError, flat_weights, main_script
 from lightning_slt.record import RunRecord
 from lightning_slt.sampling.objective import Objective
 from tests.integration import models
@@ -312,6 +313,24 @@ def test_what_cannot_be_done_beside_training_is_said_before_it(
 ) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         Scenario(module, loaders).run(tmp_path, beside(**changes))
+
+
+@pytest.mark.parametrize(("names", "said"), [({"Net"}, "Net is defined in"), ({"Net", "DS"}, "DS, Net are defined in")])
+def test_what_a_worker_cannot_import_is_named(
+    names: set[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Classes of a notebook, and of a script that importing would start again."""
+    main = ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    with pytest.raises(CannotTravelError, match=f"{said} a notebook .* execution='inline'"):
+        main_script(names)
+    script = tmp_path / "train.py"
+    script.write_text("trainer.fit(net)\n")
+    main.__file__ = str(script)
+    with pytest.raises(CannotTravelError, match=f"{said} train.py, .* if __name__ == '__main__'"):
+        main_script(names)
+    script.write_text("if __name__ == '__main__':\n    trainer.fit(net)\n")
+    assert main_script(names) == {"path": str(script)}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_slt import SGLD, SLTMonitor, estimate_llc
 from lightning_slt.sampling import steps
+from tests.integration.harness import quiet_trainer, tiny_monitor
 
 
 class Base(LightningModule):
@@ -135,6 +136,26 @@ def test_a_closure_is_measured_inside_a_trainer_and_training_is_the_same(tmp_pat
     assert [e.step for e in monitor.estimates] == [3, 6]
     assert alone[1] == watched[1]
     assert all(torch.equal(alone[0][k], watched[0][k]) for k in alone[0])
+
+
+class Uncopyable(Base):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("a socket cannot be copied")
+
+
+@pytest.mark.parametrize("module", [Uncopyable, Closure])
+def test_that_chains_run_in_place_is_said_once_a_run(
+    module: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not at every firing; and again in the next run of the same monitor. One call without a trainer says it too."""
+    monitor = tiny_monitor(every_n_train_steps=1)
+    said = lambda: sum("in place instead" in record.message for record in caplog.records)  # noqa: E731
+    for runs in (1, 2):
+        trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor])
+        trainer.fit(module(), DataLoader(data(), 8))
+        assert len(monitor.estimates) >= 3 and said() == runs
+    estimate_llc(module(), data(), num_chains=1, num_draws=4, num_burnin_steps=2, sampler=SGLD(lr=1e-4))
+    assert said() == 3
 
 
 def test_a_hook_is_called_once_a_firing_not_once_a_step(tmp_path: Path) -> None:
