@@ -23,6 +23,7 @@ from lightning_slt.callbacks.data import BatchTransfer, SeenBatches
 from lightning_slt.callbacks.data_files import RunData
 from lightning_slt.callbacks.devices import WorkerDevice
 from lightning_slt.callbacks.distribution import Ranks
+from lightning_slt.callbacks.structure import explained
 from lightning_slt.callbacks.travel import Kit, Snapshot, StillTrainer, read_pickled
 from lightning_slt.callbacks.worker import (
     TELL_EVERY,
@@ -41,7 +42,7 @@ from lightning_slt.influence import ProbeSet
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import MinibatchSource
-from lightning_slt.sampling.collective import Alone, Collective
+from lightning_slt.sampling.collective import Alone, Collective, RankLostError
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import preserve_rng
 
@@ -93,8 +94,8 @@ class Bench:
         result: dict[str, Any]
         try:
             with preserve_rng():
-                estimate, influence = self._measure(step, progress)
-            result = {"estimate": estimate, "influence": influence, "error": None}
+                estimate, influence, problem = self._measure(step, progress)
+            result = {"estimate": estimate, "influence": influence, "error": None, "influence_error": problem}
         except Exception as error:
             traceback.print_exc()
             result = {"estimate": None, "influence": None, "error": f"{type(error).__name__}: {error}"}
@@ -104,8 +105,39 @@ class Bench:
             result["course"] = self._course.state_dict()
             write_durably(result_path(self._folder, step), lambda temporary: torch.save(result, temporary))
 
-    def _measure(self, step: int, progress: Callable[[int], None]) -> tuple[Estimate, Optional[InfluenceEstimate]]:
+    def _measure(
+        self, step: int, progress: Callable[[int], None]
+    ) -> tuple[Estimate, Optional[InfluenceEstimate], Optional[str]]:
+        """The estimate, the influence where there are samples, and why there is none where they failed."""
         start = time.perf_counter()
+        objective, source, snapshot = self._open(step)
+        if self._course.localization is None:
+            # that of the first weights that were sent, also where their own firing was given up
+            self._course.localization = snapshot.settings.localization
+        measured: Optional[tuple[Estimate, Optional[InfluenceEstimate]]] = None
+        problem: Optional[str] = None
+        if snapshot.probed:
+            try:
+                measured = self._course.measure(
+                    objective, source, snapshot.settings, self._probes, self._collective, progress
+                )
+            except RankLostError:
+                raise
+            except Exception as error:
+                # as inside training: the learning coefficient does not depend on the samples
+                named = explained(error, self._probes, source)
+                problem = f"{type(named).__name__}: {named}"
+                self._source = None
+                objective, source, snapshot = self._open(step)
+        if measured is None:
+            measured = self._course.measure(objective, source, snapshot.settings, None, self._collective, progress)
+        estimate, influence = measured
+        seconds = time.perf_counter() - start
+        if influence is not None:
+            influence = influence.replace(seconds=seconds)
+        return estimate.replace(seconds=seconds), influence, problem
+
+    def _open(self, step: int) -> tuple[Objective, MinibatchSource, Snapshot]:
         kit = self._kit
         built: list[tuple[Objective, MinibatchSource, Snapshot]] = []
 
@@ -136,18 +168,7 @@ class Bench:
             built.append((objective, source, snapshot))
 
         self._collective.exchange(build)
-        objective, source, snapshot = built[0]
-        if self._course.localization is None:
-            # that of the first weights that were sent, also where their own firing was given up
-            self._course.localization = snapshot.settings.localization
-        probes = self._probes if snapshot.probed else None
-        estimate, influence = self._course.measure(
-            objective, source, snapshot.settings, probes, self._collective, progress
-        )
-        seconds = time.perf_counter() - start
-        if influence is not None:
-            influence = influence.replace(seconds=seconds)
-        return estimate.replace(seconds=seconds), influence
+        return built[0]
 
     def _transfer(self, batch: Any) -> Any:
         """With the hooks of the private copy there is when it is read."""

@@ -106,8 +106,15 @@ class LateFirings(Reporting):
             notes["skipped"] = self._skipped
         try:
             with preserve_rng():
-                wanted = self._measures.influence and not self._samples.failed
-                probes = self._probes_of(trainer, pl_module) if wanted else None
+                probes: Optional[ProbeSet] = None
+                problem = ""
+                if self._measures.influence and not self._samples.failed:
+                    try:
+                        probes = self._probes_of(trainer, pl_module)
+                    except Exception as error:
+                        if self._on_failure == "raise":
+                            raise
+                        problem = f"{type(error).__name__}: {error}"
                 if self._course.localization is None:
                     self._course.settle(flat_weights(pl_module, self._restrict))
                 settings = dataclasses.replace(
@@ -116,6 +123,8 @@ class LateFirings(Reporting):
                     second_moment=self._moments_now(trainer, pl_module),
                 )
                 beside.send(trainer, pl_module, self._restrict, settings, data, probes, notes)
+                if problem:  # what is not the samples' fault fails here as well, and is said as any failure is
+                    self._leave_influence_out(problem)
         except Exception as error:
             if self._on_failure == "raise":
                 raise
@@ -160,6 +169,12 @@ class LateFirings(Reporting):
                 raise RuntimeError(f"the measurement at step {result.step} failed in the background: {result.error}")
             warn_of_failure(result.step, str(result.error))
             return
+        if result.influence_error is not None:
+            if self._on_failure == "raise":
+                raise RuntimeError(
+                    f"influence at step {result.step} failed in the background: {result.influence_error}"
+                )
+            self._leave_influence_out(result.influence_error)
         with preserve_rng():
             self._say_how(result.estimate, result.influence)
             self._take_up(trainer, pl_module, result.estimate.replace(**late.notes), result.influence, begin)

@@ -13,7 +13,6 @@ from typing import Any, Optional, Union
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_slt.callbacks.arguments import (
@@ -40,6 +39,7 @@ from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.samples import Probed, ProbedSamples
 from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
+from lightning_slt.callbacks.structure import explained
 from lightning_slt.callbacks.susceptibilities import Measures
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.firing import Course, firing_settings
@@ -97,8 +97,9 @@ class SLTMonitor(DataFollowing):
         dirpath: folder of the local record; None for ``<logger's run folder>/slt``.
         method: ``"auto"``, ``"sequential"`` or ``"batched"``, see :func:`~lightning_slt.estimate_llc`.
         probe: measure the influence of training samples as well, from the same chains: True for the training set up
-            to 1,000 samples, a number for another limit, or a Dataset of samples to look at. The same samples are
-            looked at at every firing.
+            to 1,000 samples, a number for another limit, or a Dataset of samples to look at, such as training has (of
+            several loaders, one for each in a container like theirs: ``{"a": sample, "b": sample}``). The same samples
+            are looked at at every firing.
         query: whose losses they influence: None for the probed samples themselves, a number of samples of the
             validation data, or a Dataset.
         group_fn: ``group_fn(sample)`` -> the group that a sample of a dataset belongs to; None for its class.
@@ -479,21 +480,20 @@ class SLTMonitor(DataFollowing):
                     objective, source, settings, probes[0], self._collective, progress, smoke_test
                 )
             except Exception as error:
-                if self._on_failure == "raise" or smoke_test or isinstance(error, RankLostError):
+                if isinstance(error, RankLostError):
                     raise
+                named = explained(error, probes[0] if probes else None, source)
+                if self._on_failure == "raise" or smoke_test:
+                    raise named from (error if named is not error else error.__cause__)
                 # work that failed on one rank failed on all of them, so that all of them come here. What is not the
                 # samples' fault fails again below, and is then said as any failure is
-                influence_error = f"{type(error).__name__}: {error}"
+                influence_error = f"{type(named).__name__}: {named}"
                 self._source = None
                 objective, source = open_anew()
         if measured is None:
             measured = self._course.measure(objective, source, settings, None, self._collective, progress, smoke_test)
             if influence_error:
-                self._samples.failed = True
-                rank_zero_warn(
-                    "SLTMonitor: influence is left out of this run from here on, the learning coefficient is measured "
-                    f"all the same. {influence_error}"
-                )
+                self._leave_influence_out(influence_error)
         estimate, influence = measured
         self._hook_owner = None
         self._say_how(estimate, influence)

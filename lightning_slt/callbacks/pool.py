@@ -59,6 +59,7 @@ class Result:
         course: what the firing leaves, as of :meth:`~lightning_slt.firing.Course.state_dict`; None where it is not
             known.
         error: what went wrong; None where nothing did.
+        influence_error: why there is an estimate and no influence; None where nothing went wrong.
     """
 
     step: int
@@ -66,6 +67,7 @@ class Result:
     influence: Optional[InfluenceEstimate] = None
     course: Optional[Mapping[str, Any]] = None
     error: Optional[str] = None
+    influence_error: Optional[str] = None
 
 
 @dataclass
@@ -350,7 +352,8 @@ def read_result(folder: Path, step: int) -> Result:
     """The result of a step from its file; one that is not whole is an error."""
     try:
         state = read_pickled(result_path(folder, step))
-        return Result(step, state["estimate"], state["influence"], state["course"], state["error"])
+        keys = ("estimate", "influence", "course", "error", "influence_error")
+        return Result(step, *(state.get(key) for key in keys))
     except Exception as error:
         return Result(step, error=f"its result cannot be read: {type(error).__name__}: {error}")
 

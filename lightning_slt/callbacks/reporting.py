@@ -269,6 +269,15 @@ class Reporting(Callback):
         large = influence.num_chains * influence.num_draws >= LARGE_BUDGET
         self._publisher.influence(influence, rendered, pairs=large)
 
+    def _leave_influence_out(self, reason: str) -> None:
+        """What fails on the samples would fail at every firing."""
+        if not self._samples.failed:
+            self._samples.failed = True
+            rank_zero_warn(
+                "SLTMonitor: influence is left out of this run from here on, the learning coefficient is measured all "
+                f"the same. {reason}"
+            )
+
     def _warn_if_large(self) -> None:
         """Say once that there is a budget, where the cadence alone takes much of the run."""
         # the first firings of a run come close together, and prove nothing

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_slt.callbacks.structure import collate_of
 from lightning_slt.influence import ProbeSet, probe_set
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish.render import Rendered, render_sample, rendered_by
@@ -105,13 +106,13 @@ class ProbedSamples:
 
         Args:
             trainer: gives the validation data.
-            source: the chains' minibatches: its dataset and collate function are used.
+            source: the chains' minibatches: their dataset is used.
             transfer: what the trainer does to a collated batch before its step.
         """
         if self._set is not None:
             return self._set
-        train = self._train(source, transfer)
-        query = self._queries(trainer, source, transfer)
+        train = self._train(trainer, source, transfer)
+        query = self._queries(trainer, transfer)
         limit = self._probe if isinstance(self._probe, int) and not isinstance(self._probe, bool) else None
         limit = MAX_SAMPLES if self._probe is True else limit
         most = self._query if isinstance(self._query, int) and not isinstance(self._query, bool) else None
@@ -122,19 +123,17 @@ class ProbedSamples:
         self._tokenizer = next((t for t in map(tokenizer_of, owners) if t is not None), None)
         return self._set
 
-    def _train(self, source: MinibatchSource, transfer: Callable[[Any], Any]) -> DatasetSource:
-        if not isinstance(self._probe, (bool, int)):
-            return _like(source, self._probe, transfer)
+    def _train(self, trainer: Trainer, source: MinibatchSource, transfer: Callable[[Any], Any]) -> DatasetSource:
+        if self._probe is not None and not isinstance(self._probe, (bool, int)):
+            return DatasetSource(self._probe, 1, collate_of(trainer.train_dataloader), None, transfer)
         assert isinstance(source, DatasetSource), "checked before training"
         return source
 
-    def _queries(
-        self, trainer: Trainer, source: MinibatchSource, transfer: Callable[[Any], Any]
-    ) -> Optional[DatasetSource]:
+    def _queries(self, trainer: Trainer, transfer: Callable[[Any], Any]) -> Optional[DatasetSource]:
         if self._query is None:
             return None
         if not isinstance(self._query, (bool, int)):
-            return _like(source, self._query, transfer)
+            return DatasetSource(self._query, 1, collate_of(trainer.train_dataloader), None, transfer)
         loader = _validation_loader(trainer)
         if not isinstance(loader, DataLoader) or not _is_map_style(loader.dataset):
             rank_zero_warn(
@@ -142,7 +141,7 @@ class ProbedSamples:
                 "number, so the probed samples are the queries. Give query=Dataset."
             )
             return None
-        return _like(source, loader.dataset, transfer, uniform_samples(loader)[1], loader.collate_fn)
+        return DatasetSource(loader.dataset, 1, loader.collate_fn, uniform_samples(loader)[1], transfer)
 
     def rendered(self, estimate: InfluenceEstimate, count: int = SHOWN) -> dict[int, Rendered]:
         """The suspects of an estimate, ready to be shown; each sample is read and drawn once."""
@@ -187,14 +186,6 @@ def tokenizer_of(owner: Any) -> Any:
             return tokenizer
         owner, seen = getattr(owner, "dataset", None) if isinstance(owner, Dataset) else None, seen + 1
     return None
-
-
-def _like(
-    source: MinibatchSource, dataset: Any, transfer: Callable[[Any], Any], indices: Any = None, collate: Any = None
-) -> DatasetSource:
-    """A source of other samples that are collated and moved as the chains' minibatches are."""
-    known = source._collate if isinstance(source, DatasetSource) else None
-    return DatasetSource(dataset, 1, collate or known, indices, transfer)
 
 
 def _is_map_style(data: Any) -> bool:

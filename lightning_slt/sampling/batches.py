@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Optional
 
 import numpy as np
@@ -273,7 +274,8 @@ class DatasetSource(MinibatchSource):
         except RuntimeError:
             if workers == 0:
                 raise
-            # a dataset that cannot be read in another process (tensors on a GPU, open handles) is read in this one
+            # data that cannot be read in another process or sent from it (tensors on a GPU, open handles, functions) is
+            # read in this one
             return self._load(batches, 0, collate)
 
     def _load(self, batches: list[list[int]], workers: int, collate: Callable[[list[Any]], Any]) -> list[Any]:
@@ -284,7 +286,7 @@ class DatasetSource(MinibatchSource):
         loader: DataLoader[Any] = DataLoader(
             self.dataset,
             batch_sampler=batches,
-            collate_fn=collate,
+            collate_fn=partial(_sendable, collate) if workers else collate,
             num_workers=workers,
             generator=generator(self._seed, LOADER),
             multiprocessing_context="fork" if workers and _can_fork() else None,
@@ -495,6 +497,25 @@ def preserve_generators(dataset: Any) -> Iterator[None]:
     finally:
         for put_back in restore:
             put_back()
+
+
+def _sendable(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
+    """A batch that another process can be sent.
+
+    Raises:
+        RuntimeError: where it cannot. The queue between the processes would drop it, and whoever reads wait for ever.
+    """
+    batch = collate(samples)
+    for leaf in tree_flatten(batch)[0]:
+        if leaf is None or isinstance(leaf, _PLAIN):
+            continue
+        try:
+            if isinstance(leaf, Tensor) and leaf.is_leaf and leaf.layout == torch.strided:
+                continue  # it goes by shared memory: pickling it here would be work for nothing
+            ForkingPickler.dumps(leaf)
+        except Exception as error:
+            raise RuntimeError(f"a batch of this data cannot be sent: {type(error).__name__}: {error}") from None
+    return batch
 
 
 def _nothing_to_do() -> None:

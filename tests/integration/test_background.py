@@ -19,6 +19,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import TensorDataset
 
 from lightning_slt import RMSpropSGLD
 from lightning_slt.callbacks.bench import plugin_on
@@ -28,7 +29,7 @@ from lightning_slt.sampling.objective import Objective
 from tests.integration import models
 from tests.integration.beside import STEPS, data, monitor_of
 from tests.integration.harness import Scenario, SLTMonitor, assert_same, steps_of, tiny_monitor
-from tests.integration.models import Net, loaders
+from tests.integration.models import Net, loaders, tensors
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -152,6 +153,32 @@ def test_gamma_of_mixed_weights_is_that_of_the_chains() -> None:
     flat = flat_weights(module, None)
     assert flat.dtype == torch.float32
     assert torch.equal(flat, Objective(module, lambda m, b: b, None).anchor)
+
+
+def unreadable(sample: Any) -> str:
+    raise KeyError("no such field")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"probe": TensorDataset(tensors().tensors[0])}, "probe: its samples give the step", id="the step"),
+        pytest.param({"probe": 6, "group_fn": unreadable}, "group_fn failed on sample", id="reading them"),
+    ],
+)
+def test_samples_that_fail_leave_influence_out_and_nothing_else(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """In a worker, or before; said once, and the learning coefficient is that of firings inside training."""
+    inline, background = (make(on_failure="warn", num_draws=20, **changes) for make in (tiny_monitor, beside))
+    for name, monitor in (("inline", inline), ("background", background)):
+        with pytest.warns(UserWarning, match=f"influence is left out of this run.*{message}") as caught:
+            Scenario(Net, loaders).run(tmp_path / name, monitor)
+        assert sum("influence is left out" in str(w.message) for w in caught) == 1
+    assert_same_estimates(background, inline)
+    assert steps_of(background) == [4, 8, 12] and background.influences == []
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        Scenario(Net, loaders).run(tmp_path / "raises", beside(num_draws=20, **changes))
 
 
 def test_batches_that_training_saw_travel_with_the_snapshot(tmp_path: Path) -> None:

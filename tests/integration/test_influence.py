@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, WeightedRandomSampler
 
 from lightning_slt.callbacks import reporting
 from lightning_slt.callbacks.samples import ProbedSamples, tokenizer_of
@@ -476,6 +476,110 @@ def test_data_without_numbers_and_a_dataset_to_look_at(precision: str, tmp_path:
         losses = cross_entropy(trace.module.net((x + 1).to(trace.module.net.weight.dtype)), y, reduction="none")
     torch.testing.assert_close(e.init_loss, losses.double(), rtol=1e-5, atol=1e-6)
     assert e.matrix.shape == (3, 9)
+
+
+class Functions(Dataset[Any]):
+    """Samples that only a collate function of their own puts together."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Any:
+        sample = tensors()[index]
+        return lambda: sample
+
+
+def of_functions(samples: list[Any]) -> list[Tensor]:
+    return [torch.stack(column) for column in zip(*(sample() for sample in samples), strict=True)]
+
+
+def losses_of_the_first(count: int, folder: Path) -> Tensor:
+    """At the weights that every run here begins with."""
+    monitor = probing(Subset(tensors(), range(count)), at_steps=[1])
+    still().run(folder, monitor)
+    return monitor.influences[0].init_loss
+
+
+def test_a_dataset_is_collated_as_training_does_also_where_batches_are_replayed(tmp_path: Path) -> None:
+    """Weighted sampling: batches that training saw; samples to look at are put together by the loader's function."""
+
+    def weighted() -> dict[str, Any]:
+        sampler = WeightedRandomSampler(torch.arange(8.0), 24, generator=torch.Generator().manual_seed(2))
+        return {"train_dataloaders": DataLoader(Functions(), BATCH, sampler=sampler, collate_fn=of_functions)}
+
+    monitor = probing(Functions(), at_steps=[1])
+    Scenario(lambda: Plain(lr=0.0), weighted).run(tmp_path / "a", monitor)
+    torch.testing.assert_close(monitor.influences[0].init_loss, losses_of_the_first(8, tmp_path / "b"))
+
+
+class Pairs(Dataset[Any]):
+    """What two loaders side by side give, sample by sample."""
+
+    def __init__(self, make: Callable[[Any, Any], Any], data: Any = None) -> None:
+        self.make, self.data = make, tensors() if data is None else data
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Any:
+        return self.make(self.data[index], self.data[index + 4])
+
+
+def as_dict(a: Any, b: Any) -> dict[str, Any]:
+    return {"a": a, "b": b}
+
+
+def as_list(a: Any, b: Any) -> list[Any]:
+    return [a, b]
+
+
+def two_streams(make: Callable[[Any, Any], Any], lr: float = 0.1, **kwargs: Any) -> Scenario:
+    def train() -> dict[str, Any]:
+        return {"train_dataloaders": make(*(loaders(n, **kwargs)["train_dataloaders"] for n in (24, 12)))}
+
+    return Scenario(lambda: models.TwoStreams(lr), train)
+
+
+@pytest.mark.parametrize("make", [as_dict, as_list])
+def test_samples_of_several_loaders_side_by_side(make: Callable[[Any, Any], Any], tmp_path: Path) -> None:
+    """The loss of a sample is that of its parts, and training is the same."""
+    monitor = probing(Pairs(make), query=Pairs(make))
+    two_streams(make).assert_undisturbed(tmp_path / "a", monitor)
+    assert steps_of(monitor) == [4, 8, 12] == [e.step for e in monitor.influences]
+    at_start = probing(Pairs(make), at_steps=[1])
+    two_streams(make, lr=0.0).run(tmp_path / "b", at_start)
+    losses = losses_of_the_first(8, tmp_path / "c")
+    torch.testing.assert_close(at_start.influences[0].init_loss, losses[:4] + losses[4:])
+
+
+def test_several_loaders_collate_each_its_own_part(tmp_path: Path) -> None:
+    monitor = probing(Pairs(as_dict, Functions()), at_steps=[1])
+    two_streams(as_dict, lr=0.0, dataset=Functions(), collate_fn=of_functions).run(tmp_path / "a", monitor)
+    losses = losses_of_the_first(8, tmp_path / "b")
+    torch.testing.assert_close(monitor.influences[0].init_loss, losses[:4] + losses[4:])
+
+
+@pytest.mark.parametrize("make", [as_dict, as_list])
+@pytest.mark.parametrize("name", ["probe", "query"])
+def test_samples_that_are_not_what_several_loaders_give_are_named(
+    name: str, make: Callable[[Any, Any], Any], tmp_path: Path
+) -> None:
+    """Which argument, what its samples are, and what they should be; the learning coefficient is measured."""
+    expected = {as_dict: r"\{'a': \[Tensor, Tensor\], 'b'", as_list: r"\[\[Tensor, Tensor\], \["}[make]
+    message = rf"{name}: its samples give the step \[Tensor, Tensor\], and .* data is {expected}.*Give {name}=Dataset"
+    samples: dict[str, Any] = {"probe": Pairs(make), name: tensors(6)}
+    monitor = probing(**samples, on_failure="warn")
+    with pytest.warns(UserWarning, match=f"influence is left out of this run.*{message}"):
+        two_streams(make).run(tmp_path / "a", monitor)
+    assert steps_of(monitor) == [4, 8, 12] and monitor.influences == []
+    with pytest.raises(ValueError, match=message):
+        two_streams(make).run(tmp_path / "b", probing(**samples))
+
+
+def test_a_sample_that_lacks_its_label_is_named(tmp_path: Path) -> None:
+    message = r"probe: its samples give the step \[Tensor\], and a batch of the training data is \[Tensor, Tensor\]"
+    with pytest.raises(ValueError, match=message):
+        Scenario(Net, loaders).run(tmp_path, probing(TensorDataset(tensors().tensors[0])))
 
 
 def test_a_dataset_that_changes_between_reads_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -235,6 +235,32 @@ def test_a_dataset_that_cannot_be_read_in_another_process_is_read_here() -> None
     assert len(DatasetSource(OnlyHere(), 4).window(0)) == 2
 
 
+def with_a_function(x: Tensor) -> Any:
+    return x, lambda: x
+
+
+def with_a_history(x: Tensor) -> Any:
+    return x * torch.ones(1, requires_grad=True)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("make", [with_a_function, with_a_history])
+def test_samples_that_cannot_be_sent_from_another_process_are_read_here(make: Any) -> None:
+    """The queue between processes drops what does not pickle: whoever waits for it would wait for ever."""
+
+    class Unsendable(Dataset[Any]):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> Any:
+            return make(torch.tensor([float(index)]))
+
+    source = DatasetSource(Unsendable(), 2, collate_fn=lambda samples: samples)
+    assert len(source.window(0)) == 2
+    first = source.read_items([3])[0]
+    assert float(first[0] if isinstance(first, tuple) else first) == 3.0
+
+
 def test_an_error_of_the_dataset_reaches_the_caller() -> None:
     class Broken(Pids):
         def __getitem__(self, index: int) -> Tensor:
