@@ -577,6 +577,8 @@ class SLTMonitor(DataFollowing):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._keeps(bool(self.estimates)):
+            return
         self.estimates = [Estimate.from_state_dict(state) for state in state_dict["estimates"]]
         self.influences = [InfluenceEstimate.from_state_dict(state) for state in state_dict.get("influences", [])]
         self.susceptibilities = [

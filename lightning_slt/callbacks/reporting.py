@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_slt.callbacks.arguments import is_smoke_test, listed
 from lightning_slt.callbacks.background import BackgroundFirings
 from lightning_slt.callbacks.data import TrainingData
+from lightning_slt.callbacks.evaluation import KeepsHistory
 from lightning_slt.callbacks.folder import fresh, restore_record, run_folder
 from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.overhead import OverheadBudget
@@ -37,7 +38,7 @@ LARGE_OVERHEAD = 0.25
 """Share of wall-clock above which a monitor without a budget says that there is one."""
 
 
-class Reporting(Callback):
+class Reporting(KeepsHistory):
     """The part of a monitor that begins where a measurement ends; its state is set by the monitor."""
 
     estimates: list[Estimate]
@@ -134,7 +135,8 @@ class Reporting(Callback):
                 rank_zero_warn(f"{type(listener).__name__} failed at the end: {type(error).__name__}: {error}")
         publisher.finish(self.estimates, status, transitions)  # last: it flushes
         if self.estimates and self.folder is not None:
-            rank_zero_info(f"SLTMonitor: {len(self.estimates)} estimates in {self.folder}")
+            count = len(self.estimates)
+            rank_zero_info(f"SLTMonitor: {count} estimate{'s' * (count > 1)} in {self.folder}")
 
     def _warn_of_nothing(self, budget: OverheadBudget) -> None:
         """The budget never sufficed: what a firing would have cost, and what can be done."""

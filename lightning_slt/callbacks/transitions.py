@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_slt.callbacks.boundaries import LearningRateWatch
 from lightning_slt.callbacks.distribution import weights_to_keep
+from lightning_slt.callbacks.evaluation import KeepsHistory
 from lightning_slt.callbacks.monitor import SLTMonitor
 from lightning_slt.callbacks.snapshots import SnapshotRing
 from lightning_slt.callbacks.what_changed import moved_components, moved_samples, with_phases
@@ -28,7 +29,7 @@ _MONITOR = re.compile(r"(slt(?:_[a-z0-9_]+)?)/llc/mean")
 OnTransition = Callable[[Transition, Trainer, LightningModule], Any]
 
 
-class TransitionMonitor(Callback):
+class TransitionMonitor(KeepsHistory):
     """Watches the curve of an :class:`~lightning_slt.SLTMonitor` for structural transitions, and acts on a flag.
 
     Every estimate goes to a :class:`~lightning_slt.TransitionDetector`. A flag is published under
@@ -414,6 +415,8 @@ class TransitionMonitor(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._keeps(self._seen_step > 0):
+            return
         self._detector.load_state_dict(state_dict["detector"])
         log = TransitionLog.from_dict(state_dict["log"])
         self.reports, self.boundaries = list(log.reports), list(log.boundaries)
