@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
+from lightning_slt.callbacks.marks import marks_of, same_marks
 from lightning_slt.sampling.batches import (
     MAX_RESIDENT_BATCHES,
     MAX_RESIDENT_BYTES,
@@ -90,10 +91,22 @@ class TrainingData:
         self._seen_bytes = 0
         self._count = 0
         self._order = random.Random(derive_seed(seed, 1))
+        self._marks = [marks_of(leaf.loader.dataset) for leaf in self._leaves]
 
     def is_of(self, trainer: Trainer) -> bool:
         """Whether the trainer still has these loaders: ``reload_dataloaders_every_n_epochs`` gives it others."""
         return self._loaded() is trainer.fit_loop._combined_loader
+
+    def keep_marks_of(self, other: TrainingData) -> None:
+        """Stay with what the data was when the chains' minibatches were read."""
+        self._marks = other._marks
+
+    def is_changed(self) -> bool:
+        """Whether the data has been changed in place, where its batches are not replayed."""
+        return not self.replays and not all(
+            same_marks(marks, marks_of(leaf.loader.dataset))
+            for leaf, marks in zip(self._leaves, self._marks, strict=True)
+        )
 
     def follow(self, trainer: Trainer) -> None:
         """Be of the trainer's loaders as they are now."""

@@ -1,4 +1,4 @@
-"""Training data that a monitor follows: what it is when training starts, when it is loaded anew, and what was seen."""
+"""Training data that a monitor follows: data that is loaded anew or changed in place, and batches that were seen."""
 
 from __future__ import annotations
 
@@ -25,9 +25,23 @@ class DataFollowing(ComponentFirings):
         if data.replays and before.replays:
             before.follow(trainer)  # what training has seen stays seen
             return
+        same = data.has_the_samples_of(before)
+        if same:
+            data.keep_marks_of(before)
         self._data = data
-        if data.has_the_samples_of(before):
-            return
+        if not same:
+            self._read_anew()
+
+    def _follow_changes(self, trainer: Trainer) -> None:
+        """At a firing, on all ranks: data that has been changed in place is read anew."""
+        data = self._data
+        assert data is not None
+        # ranks that read their data together must read it anew together
+        if any(self._collective.exchange(data.is_changed)):
+            self._data = self._data_of(trainer)
+            self._read_anew()
+
+    def _read_anew(self) -> None:
         self._source = None
         if self._beside is not None:
             self._beside.data_is_other()

@@ -37,6 +37,9 @@ class LateFirings(Reporting):
     def _transfer(self, trainer: Trainer) -> Callable[[Any], Any]:
         raise NotImplementedError
 
+    def _follow_changes(self, trainer: Trainer) -> None:
+        raise NotImplementedError
+
     @property
     def measures_later(self) -> bool:
         """Whether estimates come after training has gone on from their weights."""
@@ -78,8 +81,8 @@ class LateFirings(Reporting):
         self, trainer: Trainer, pl_module: LightningModule, step: int, x: int, decision: Optional[Decision]
     ) -> None:
         """Have the weights as they are measured beside training; leave it out where the queue is full."""
-        beside, data = self._beside, self._data
-        assert beside is not None and data is not None
+        beside = self._beside
+        assert beside is not None
         begin, accounted = time.monotonic(), self._seconds
         with FiringProgress(trainer, f"{self._prefix} at step {step}, waiting for the background") as progress:
             for late in beside.make_room(progress):
@@ -106,6 +109,8 @@ class LateFirings(Reporting):
             notes["skipped"] = self._skipped
         try:
             with preserve_rng():
+                self._follow_changes(trainer)
+                assert self._data is not None
                 probes: Optional[ProbeSet] = None
                 problem = ""
                 if self._measures.influence and not self._samples.failed:
@@ -122,7 +127,7 @@ class LateFirings(Reporting):
                     localization=self._course.localization,
                     second_moment=self._moments_now(trainer, pl_module),
                 )
-                beside.send(trainer, pl_module, self._restrict, settings, data, probes, notes)
+                beside.send(trainer, pl_module, self._restrict, settings, self._data, probes, notes)
                 if problem:  # what is not the samples' fault fails here as well, and is said as any failure is
                     self._leave_influence_out(problem)
         except Exception as error:

@@ -441,6 +441,7 @@ class SLTMonitor(DataFollowing):
     def _measure(
         self, trainer: Trainer, pl_module: LightningModule, progress: FiringProgress, settings: ChainSettings
     ) -> tuple[Estimate, Optional[InfluenceEstimate]]:
+        self._follow_changes(trainer)
         assert self._data is not None
         data = self._data
 

@@ -60,6 +60,16 @@ class Standardised(Curriculum):
         return batch[0] / self.scale, batch[1]
 
 
+class Relabels(Curriculum):
+    """One dataset, changed in place for every epoch."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        epoch = self.trainer.current_epoch
+        self.train_set = points(3) if epoch == 0 else self.train_set
+        self.train_set.tensors[1].fill_(epoch % CLASSES)
+        return DataLoader(self.train_set, BATCH)
+
+
 def stream_then_points(number: int) -> Any:
     return Stream() if number == 1 else points(number)
 
@@ -75,6 +85,7 @@ def curriculum(make: Callable[[int], Any] = points, module: Any = Net, data: Any
         pytest.param(curriculum(), {"devices": ["cpu", "cpu"]}, [8, 16, 24], id="two workers share the chains"),
         pytest.param(curriculum(), {"probe": 6, "num_draws": 20}, [8, 16, 24], id="influence"),
         pytest.param(curriculum(data=Standardised), {}, [8, 16, 24], id="hooks that know the data"),
+        pytest.param(curriculum(data=Relabels), {}, [24, 24, 24], id="data that is changed in place"),
         pytest.param(curriculum(stream_then_points), {}, [None, 16, 24], id="a stream, then tables"),
     ],
 )

@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import (
     DataLoader,
+    Dataset,
     IterableDataset,
     RandomSampler,
+    Subset,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
@@ -218,6 +221,113 @@ def test_the_same_data_loaded_anew_is_not_read_again(tmp_path: Path) -> None:
         patch.setattr(TrainingData, "source", counted)
         reloading(lambda _: data).run(tmp_path, monitor)
     assert len(monitor.estimates) == 3 and len(reads) == 1
+
+
+class Labelled(Dataset[Any]):
+    """Inputs as a tensor, labels as an array, and what is read of it counted."""
+
+    def __init__(self, n: int = 24) -> None:
+        self.x, self.y, self.num_reads = tensors(n).tensors[0], np.zeros(n, dtype=np.int64), 0
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, index: int) -> Any:
+        self.num_reads += 1
+        return self.x[index], int(self.y[index])
+
+
+class Relabels(LightningDataModule):
+    """The same dataset at every epoch, which ``change`` has changed in place by then."""
+
+    def __init__(self, change: Callable[[Any, int], None], data: Any) -> None:
+        super().__init__()
+        self.change, self.train_set, self.num_loads = change, data, 0
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        self.change(self.train_set, self.num_loads)
+        self.num_loads += 1
+        return DataLoader(self.train_set, BATCH, shuffle=True)
+
+
+def new_labels(data: Labelled, number: int) -> None:
+    data.y[:] = number % models.CLASSES
+
+
+def other_inputs(data: Labelled, number: int) -> None:
+    data.x.add_(number)
+
+
+def replaced(data: Labelled, number: int) -> None:
+    data.x, data.y = tensors(8 + number).tensors[0], np.zeros(8 + number, dtype=np.int64)
+
+
+def inside_a_subset(data: Subset[Any], number: int) -> None:
+    new_labels(data.dataset, number)  # type: ignore[arg-type]
+
+
+def nothing(data: Labelled, number: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "data", "reads"),
+    [
+        pytest.param(new_labels, Labelled, 3, id="labels"),
+        pytest.param(other_inputs, Labelled, 3, id="inputs"),
+        pytest.param(replaced, Labelled, 3, id="all of it"),
+        pytest.param(inside_a_subset, lambda: Subset(Labelled(), range(20)), 3, id="a subset"),
+        pytest.param(nothing, Labelled, 1, id="nothing"),
+    ],
+)
+def test_chains_follow_data_that_is_changed_in_place(
+    change: Any, data: Callable[[], Any], reads: int, tmp_path: Path
+) -> None:
+    """Batches of a firing are of the data that training has then; data that is as it was is not read again."""
+    monitor = tiny_monitor(every_n_epochs=1)
+    sources: list[Any] = []
+    original = TrainingData.source
+
+    def kept(self: TrainingData, transfer: Any) -> Any:
+        sources.append(original(self, transfer))
+        sources[-1].window(0)
+        return sources[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingData, "source", kept)
+        trainer = lambda: {"reload_dataloaders_every_n_epochs": 1, "max_epochs": 3}  # noqa: E731
+        scenario = Scenario(Plain, lambda: {"datamodule": Relabels(change, data())}, trainer)
+        scenario.assert_undisturbed(tmp_path, monitor)
+    assert len(monitor.estimates) == 3 and len(sources) == reads
+    expected = data()
+    for number, source in enumerate(sources):
+        change(expected, number)
+        have = {(*x.tolist(), int(y)) for batch in source.window(0).batches for x, y in zip(*batch, strict=True)}
+        assert have == {(*x.tolist(), int(y)) for x, y in (expected[i] for i in range(len(expected)))}
+        assert monitor.estimates[number].num_samples == len(expected)
+
+
+def test_labels_that_change_without_a_reload_are_followed(tmp_path: Path) -> None:
+    data = Labelled()
+
+    class Module(models.SeesBatch):
+        def on_train_epoch_start(self) -> None:
+            new_labels(data, self.current_epoch)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step((batch[1].float().unsqueeze(1).expand(-1, models.IN), batch[1]), batch_idx)
+
+    monitor = tiny_monitor(at_steps=[6, 12])
+    publish, seen = monitor._take_up, []
+
+    def listens(*arguments: Any) -> None:
+        seen.append({float(value) for batch in models.CHAIN_SAW for value in batch.unique()})
+        models.CHAIN_SAW.clear()
+        publish(*arguments)
+
+    monitor._take_up = listens  # type: ignore[method-assign]
+    Scenario(Module, lambda: loaders(dataset=data)).run(tmp_path, monitor)
+    assert steps_of(monitor) == [6, 12] and seen == [{0.0}, {1.0}]
 
 
 class ConstantStream(IterableDataset[Any]):
