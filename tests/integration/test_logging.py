@@ -177,3 +177,12 @@ def test_method_and_settings_are_said_once(tmp_path: Path, caplog: pytest.LogCap
     said = [record.getMessage() for record in caplog.records if "chains over" in record.getMessage()]
     assert len(said) == 1
     assert "n = 24" in said[0]
+
+
+@pytest.mark.parametrize(("steps", "said"), [([4], "1 estimate in "), ([4, 8], "2 estimates in ")])
+def test_the_last_line_counts_the_estimates(
+    steps: list[int], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        Scenario(Net, loaders).run(tmp_path, tiny_monitor(at_steps=steps))
+    assert any(f"SLTMonitor: {said}" in record.getMessage() for record in caplog.records)
