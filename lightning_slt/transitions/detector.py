@@ -139,6 +139,7 @@ class TransitionDetector:
         # the newest points give the scale: it may change in the course of a run
         sigma = float(rolling_scatter(llcs[-LOCAL:], errors[-LOCAL:])[-1])
         curve = Curve(
+            steps=steps,
             llc=without_spikes(llcs, sigma),
             llc_scatter=np.full(n, sigma),
             loss=losses,

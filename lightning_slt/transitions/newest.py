@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_slt.transitions.evidence import SHAPE_ERROR, SIZES, Array, bank
+from lightning_slt.transitions.evidence import SHAPE_ERROR, SIZES, Array, bank, smooth_in_steps
 from lightning_slt.transitions.search import Curve, Step, rises
 
 _ONLINE = 0.72  # of the evidence counts online, where the search is repeated at every point; docs/transitions.md
@@ -87,6 +87,10 @@ def newest_step(curve: Curve, lo: int, hi: int, min_change: float) -> Step | Non
         coefficients.append(fitted[:count])
         beside.append(fitted[count : 2 * count, 0])
         smooth[i] = (fitted[2 * count :] ** 2).reshape(-1, 2, 2).sum(axis=1).max(axis=0)
+    for i, size in enumerate(sizes):
+        window = both[reach - size :].T
+        courses = smooth_in_steps(window - window.mean(axis=1, keepdims=True), curve.steps[None, hi - size : hi], True)
+        smooth[i] = np.maximum(smooth[i], courses)
     coefficient = np.concatenate(coefficients)
     rss = np.maximum(total[b.which] - coefficient**2, 0.0)
     height = coefficient * b.scales[:, None]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_slt.transitions.evidence import Array, autocorrelation, bank, fits
+from lightning_slt.transitions.evidence import Array, Bank, Fits, autocorrelation, bank, fits
 
 LOCAL = 64  # points that the scatter at a point is read from
 _TURN = 0.03  # of the range of a stretch: the least depth of a dip that counts
@@ -43,6 +43,7 @@ class Step:
 class Curve:
     """Both channels by point, spikes removed, with the scatter around each point."""
 
+    steps: Array
     llc: Array
     llc_scatter: Array
     loss: Array
@@ -108,30 +109,23 @@ def best_step(
         sigma = np.sqrt(np.mean(curve.llc_scatter[places] ** 2, axis=1))
         loss_sigma = np.sqrt(np.mean(curve.loss_scatter[places] ** 2, axis=1))
         b = bank(size)
-        first = fits(llc, sigma, b)
-        second = fits(loss, loss_sigma, b)
-        contrast, rising = first.contrast, first.height > 0
-        joint = np.where(rising & (second.height < 0), np.minimum(contrast, second.evidence), -math.inf)
-        score = np.maximum(first.evidence, joint)
-        score = np.where(np.abs(first.height) * b.seen < min_change, -math.inf, score)
-        # the plateau before a falling step
-        before = llc.mean(axis=1, keepdims=True) - first.height * b.means
-        score = np.where((first.height < 0) & (before < -3 * sigma[:, None]), -math.inf, score)
-        # a loss that falls faster and faster while the coefficient turns negative: a saddle being left
-        mid = size // 2 - 1
-        bend = loss[:, -3:].mean(axis=1) - 2 * loss[:, mid : mid + 3].mean(axis=1) + loss[:, :3].mean(axis=1)
-        leaving = (bend < -5 * loss_sigma)[:, None] & (before + first.height * b.seen < -3 * sigma[:, None])
-        score = np.where((first.height < 0) & leaving, -math.inf, score)
-        for window in np.flatnonzero(score.max(axis=1) > floor):
-            for ramp in np.argsort(-score[window])[:_CANDIDATES]:
-                if score[window, ramp] <= floor:
+        # courses that are smooth in steps take evidence away only, and cost more: they are for what may count
+        may = np.flatnonzero(_scored(llc, loss, sigma, loss_sigma, b, None, min_change).score.max(axis=1) > floor)
+        if may.size == 0:
+            continue
+        starts, llc, loss, sigma = starts[may], llc[may], loss[may], sigma[may]
+        steps = curve.steps[places[may]]
+        found = _scored(llc, loss, sigma, loss_sigma[may], b, steps, min_change)
+        for window in np.flatnonzero(found.score.max(axis=1) > floor):
+            for ramp in np.argsort(-found.score[window])[:_CANDIDATES]:
+                if found.score[window, ramp] <= floor:
                     break
                 rho = autocorrelation(llc[window], b, int(ramp))
                 # without a second witness the noise of the whole curve counts too: a window is too short to know it
                 alone = max(rho, curve.persistence)
                 deflated = max(
-                    first.evidence[window, ramp] * (1 - alone) / (1 + alone),
-                    min(contrast[window, ramp] * (1 - rho) / (1 + rho), joint[window, ramp]),
+                    found.first.evidence[window, ramp] * (1 - alone) / (1 + alone),
+                    min(found.first.contrast[window, ramp] * (1 - rho) / (1 + rho), found.joint[window, ramp]),
                 )
                 if deflated > floor:
                     floor = deflated
@@ -139,7 +133,37 @@ def best_step(
                     error = b.scales[ramp] * sigma[window] * math.sqrt((1 + rho) / (1 - rho))
                     best = Step(
                         score=float(deflated), onset=float(centre - width / 2), centre=float(centre),
-                        end=float(centre + width / 2), height=float(first.height[window, ramp] * b.seen[ramp]),
+                        end=float(centre + width / 2), height=float(found.first.height[window, ramp] * b.seen[ramp]),
                         height_se=float(error * b.seen[ramp]),
                     )  # fmt: skip
     return best
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Every ramp in every window, ``[num_windows, num_ramps]``, not yet deflated for autocorrelation."""
+
+    first: Fits  # of the coefficient
+    joint: Array
+    score: Array
+
+
+def _scored(
+    llc: Array, loss: Array, sigma: Array, loss_sigma: Array, b: Bank, steps: Array | None, min_change: float
+) -> _Scored:
+    """Scores the bank in windows ``[num_windows, size]`` of both channels; ``-inf`` where no step can be."""
+    first = fits(llc, sigma, b, steps)
+    second = fits(loss, loss_sigma, b, steps)
+    contrast, rising = first.contrast, first.height > 0
+    joint = np.where(rising & (second.height < 0), np.minimum(contrast, second.evidence), -math.inf)
+    score = np.maximum(first.evidence, joint)
+    score = np.where(np.abs(first.height) * b.seen < min_change, -math.inf, score)
+    # the plateau before a falling step
+    before = llc.mean(axis=1, keepdims=True) - first.height * b.means
+    score = np.where((first.height < 0) & (before < -3 * sigma[:, None]), -math.inf, score)
+    # a loss that falls faster and faster while the coefficient turns negative: a saddle being left
+    mid = b.size // 2 - 1
+    bend = loss[:, -3:].mean(axis=1) - 2 * loss[:, mid : mid + 3].mean(axis=1) + loss[:, :3].mean(axis=1)
+    leaving = (bend < -5 * loss_sigma)[:, None] & (before + first.height * b.seen < -3 * sigma[:, None])
+    score = np.where((first.height < 0) & leaving, -math.inf, score)
+    return _Scored(first, joint, score)
