@@ -24,6 +24,8 @@ from lightning_slt.transitions.evidence import Array, Bank, Fits, autocorrelatio
 
 LOCAL = 64  # points that the scatter at a point is read from
 _TURN = 0.03  # of the range of a stretch: the least depth of a dip that counts
+_RATES = (1, 2, 3, 5, 8, 12, 18, 27, 40)  # points over which the rate of a loss is read
+_VALLEY = 5.0  # standard errors by which the rate between two falls lies below both
 _CANDIDATES = 4  # ramps of a window that are deflated for autocorrelation, best first
 
 
@@ -51,19 +53,59 @@ class Curve:
     persistence: float = 0.0
 
 
-def rises(values: Array, sigma: float) -> Array:
-    """Evidence ``[size]`` for a rise from each place of a window to its end: a line against no change.
+def rises(values: Array, sigma: Array | float) -> Array:
+    """Evidence ``[..., size]`` for a rise from each place of a window to its end: a line against no change.
 
-    0 for a fall and for less than four points.
+    0 for a fall and for less than four points. ``sigma`` is the scatter, one for all or one a window ``[..., 1]``.
     """
-    back = values[::-1] - values[-1]
-    x = np.arange(values.size, dtype=np.float64)
+    back = values[..., ::-1] - values[..., -1:]
+    x = np.arange(values.shape[-1], dtype=np.float64)
     count = x + 1
-    sum_x, sum_xx, sum_y, sum_xy = (np.cumsum(q) for q in (x, x * x, back, x * back))
+    sum_x, sum_xx = np.cumsum(x), np.cumsum(x * x)
+    sum_y, sum_xy = np.cumsum(back, axis=-1), np.cumsum(x * back, axis=-1)
     covered = np.maximum(sum_xx - sum_x**2 / count, 1e-9)
     slope = (sum_xy - sum_x * sum_y / count) / covered
-    found = np.where((slope < 0) & (count >= 4), slope**2 * covered / max(sigma, 1e-150) ** 2, 0.0)
-    return found[::-1]
+    found = np.where((slope < 0) & (count >= 4), slope**2 * covered / np.maximum(sigma, 1e-150) ** 2, 0.0)
+    return found[..., ::-1]
+
+
+def first_half(b: Bank) -> tuple[Array, Array]:
+    """First and last point of the stretch from the onset to the centre of each ramp."""
+    onset = np.maximum(np.floor(b.centres - b.widths / 2), 0).astype(int)
+    return onset, np.maximum(np.floor(b.centres).astype(int), onset)
+
+
+def largest_between(values: Array, first: Array, last: Array) -> Array:
+    """Largest of ``values [..., size]`` from each ``first`` to each ``last``, both counted: ``[..., num_pairs]``."""
+    tables = [values]
+    while 2 ** len(tables) <= int(np.max(last - first)) + 1:
+        half = 2 ** (len(tables) - 1)
+        tables.append(np.maximum(tables[-1][..., :-half], tables[-1][..., half:]))
+    level = np.floor(np.log2(last - first + 1)).astype(int)
+    out = np.empty((*values.shape[:-1], first.size))
+    for k, table in enumerate(tables):
+        at = np.flatnonzero(level == k)
+        out[..., at] = np.maximum(table[..., first[at]], table[..., last[at] - 2**k + 1])
+    return out
+
+
+def two_falls(loss: Array, sigma: float) -> bool:
+    """Whether a loss falls in two stages: faster, then slower by half, then faster again, beyond its scatter.
+
+    Rates are those over one to a third of the points; their peaks stand on both sides of the slowest stretch.
+    """
+    for reach in _RATES:
+        if 3 * reach > loss.size - 1:
+            break
+        rate = (loss[:-reach] - loss[reach:]) / reach
+        before, after = np.maximum.accumulate(rate), np.maximum.accumulate(rate[::-1])[::-1]
+        # the stretches do not overlap
+        smaller = np.minimum(before[: -2 * reach], after[2 * reach :])
+        middle = rate[reach:-reach]
+        stands_out = smaller - middle > _VALLEY * sigma * 2 / reach
+        if np.any(stands_out & (middle < 0.5 * smaller)):
+            return True
+    return False
 
 
 def turn(curve: Curve, lo: int, hi: int) -> Step | None:
@@ -125,9 +167,11 @@ def best_step(
                 alone = max(rho, curve.persistence)
                 deflated = max(
                     found.first.evidence[window, ramp] * (1 - alone) / (1 + alone),
-                    min(found.first.contrast[window, ramp] * (1 - rho) / (1 + rho), found.joint[window, ramp]),
+                    min(found.contrast[window, ramp] * (1 - rho) / (1 + rho), found.joint[window, ramp]),
                 )
                 if deflated > floor:
+                    if found.first.height[window, ramp] > 0 and _crosses(curve, starts[window], b, int(ramp)):
+                        continue
                     floor = deflated
                     centre, width = starts[window] + b.centres[ramp], b.widths[ramp]
                     error = b.scales[ramp] * sigma[window] * math.sqrt((1 + rho) / (1 - rho))
@@ -139,11 +183,19 @@ def best_step(
     return best
 
 
+def _crosses(curve: Curve, start: int, b: Bank, ramp: int) -> bool:
+    """Whether a ramp covers two falls of the loss, hence two stages."""
+    lo = max(0, math.floor(start + b.centres[ramp] - b.widths[ramp] / 2))
+    hi = min(curve.loss.size, math.ceil(start + b.centres[ramp] + b.widths[ramp] / 2) + 1)
+    return two_falls(curve.loss[lo:hi], float(np.max(curve.loss_scatter[lo:hi])))
+
+
 @dataclass(frozen=True)
 class _Scored:
     """Every ramp in every window, ``[num_windows, num_ramps]``, not yet deflated for autocorrelation."""
 
     first: Fits  # of the coefficient
+    contrast: Array
     joint: Array
     score: Array
 
@@ -154,8 +206,11 @@ def _scored(
     """Scores the bank in windows ``[num_windows, size]`` of both channels; ``-inf`` where no step can be."""
     first = fits(llc, sigma, b, steps)
     second = fits(loss, loss_sigma, b, steps)
-    contrast, rising = first.contrast, first.height > 0
-    joint = np.where(rising & (second.height < 0), np.minimum(contrast, second.evidence), -math.inf)
+    rising = first.height > 0
+    # what came before may have fallen, up to the middle of the ramp: a rise since then counts as well
+    since = largest_between(rises(llc, sigma[:, None]), *first_half(b))
+    contrast = np.maximum(np.where(rising, first.contrast, 0.0), since)
+    joint = np.where((contrast > 0) & (second.height < 0), np.minimum(contrast, second.evidence), -math.inf)
     score = np.maximum(first.evidence, joint)
     score = np.where(np.abs(first.height) * b.seen < min_change, -math.inf, score)
     # the plateau before a falling step
@@ -166,4 +221,4 @@ def _scored(
     bend = loss[:, -3:].mean(axis=1) - 2 * loss[:, mid : mid + 3].mean(axis=1) + loss[:, :3].mean(axis=1)
     leaving = (bend < -5 * loss_sigma)[:, None] & (before + first.height * b.seen < -3 * sigma[:, None])
     score = np.where((first.height < 0) & leaving, -math.inf, score)
-    return _Scored(first, joint, score)
+    return _Scored(first, contrast, joint, score)
