@@ -107,6 +107,8 @@ class Fits:
     evidence: Array  # ramp against the best smooth course
     contrast: Array  # ramp against no change at all
     height: Array  # the fitted step, in the units of the curve
+    floor: Array  # variance that the scatter and the shape of real steps stand for
+    misfit: Array  # variance of what the ramp leaves
 
 
 def smooth_in_steps(windows: Array, steps: Array, unfinished: bool = False) -> Array:
@@ -152,11 +154,14 @@ def fits(windows: Array, sigma: Array, b: Bank, steps: Array | None = None) -> F
         smooth = np.maximum(smooth, smooth_in_steps(centred, steps))
     smooth = smooth[:, None]
     height = coefficient * b.scales
-    variance = np.maximum(np.maximum(sigma[:, None] ** 2, rss / (size - 4)), (SHAPE_ERROR * height) ** 2)
+    floor = np.maximum(sigma[:, None] ** 2, (SHAPE_ERROR * height) ** 2)
     # a constant curve has no scatter at all; what rounding leaves of it must not become evidence
     rounding = 1e-10 * np.abs(windows).max(axis=1, keepdims=True) + 1e-150
-    variance = np.maximum(variance, rounding**2)
-    return Fits((np.maximum(total - smooth, 0.0) - rss) / variance, coefficient**2 / variance, height)
+    floor, misfit = np.maximum(floor, rounding**2), rss / (size - 4)
+    variance = np.maximum(floor, misfit)
+    return Fits(
+        (np.maximum(total - smooth, 0.0) - rss) / variance, coefficient**2 / variance, height, floor, misfit
+    )  # fmt: skip
 
 
 def autocorrelation(window: Array, b: Bank, ramp: int) -> float:

@@ -158,6 +158,7 @@ def best_step(
         starts, llc, loss, sigma = starts[may], llc[may], loss[may], sigma[may]
         steps = curve.steps[places[may]]
         found = _scored(llc, loss, sigma, loss_sigma[may], b, steps, min_change)
+        onset, half = first_half(b)
         for window in np.flatnonzero(found.score.max(axis=1) > floor):
             for ramp in np.argsort(-found.score[window])[:_CANDIDATES]:
                 if found.score[window, ramp] <= floor:
@@ -165,29 +166,34 @@ def best_step(
                 rho = autocorrelation(llc[window], b, int(ramp))
                 # without a second witness the noise of the whole curve counts too: a window is too short to know it
                 alone = max(rho, curve.persistence)
-                deflated = max(
-                    found.first.evidence[window, ramp] * (1 - alone) / (1 + alone),
-                    min(found.contrast[window, ramp] * (1 - rho) / (1 + rho), found.joint[window, ramp]),
-                )
+                own = found.first.evidence[window, ramp] * (1 - alone) / (1 + alone)
+                rise = found.contrast(int(window), int(ramp), rho, curve.persistence)
+                deflated = max(own, min(rise, found.joint[window, ramp]))
                 if deflated > floor:
-                    if found.first.height[window, ramp] > 0 and _crosses(curve, starts[window], b, int(ramp)):
+                    height = float(found.first.height[window, ramp] * b.seen[ramp])
+                    if deflated > own and height <= 0:  # a rise that a fall before it hides
+                        first, last = onset[ramp], int(min(size - 1, math.ceil(b.centres[ramp] + b.widths[ramp] / 2)))
+                        height = float(np.median(llc[window, last:]) - llc[window, first : half[ramp] + 1].min())
+                    if height > 0 and _crosses(curve, starts[window], b, int(ramp)):
                         continue
                     floor = deflated
                     centre, width = starts[window] + b.centres[ramp], b.widths[ramp]
                     error = b.scales[ramp] * sigma[window] * math.sqrt((1 + rho) / (1 - rho))
                     best = Step(
                         score=float(deflated), onset=float(centre - width / 2), centre=float(centre),
-                        end=float(centre + width / 2), height=float(found.first.height[window, ramp] * b.seen[ramp]),
+                        end=float(centre + width / 2), height=height,
                         height_se=float(error * b.seen[ramp]),
                     )  # fmt: skip
     return best
 
 
 def _crosses(curve: Curve, start: int, b: Bank, ramp: int) -> bool:
-    """Whether a ramp covers two falls of the loss, hence two stages."""
+    """Whether a rising ramp covers two falls of the loss, or two rises of the coefficient: two stages."""
     lo = max(0, math.floor(start + b.centres[ramp] - b.widths[ramp] / 2))
     hi = min(curve.loss.size, math.ceil(start + b.centres[ramp] + b.widths[ramp] / 2) + 1)
-    return two_falls(curve.loss[lo:hi], float(np.max(curve.loss_scatter[lo:hi])))
+    return two_falls(curve.loss[lo:hi], float(np.max(curve.loss_scatter[lo:hi]))) or two_falls(
+        -curve.llc[lo:hi], float(np.max(curve.llc_scatter[lo:hi]))
+    )
 
 
 @dataclass(frozen=True)
@@ -195,9 +201,19 @@ class _Scored:
     """Every ramp in every window, ``[num_windows, num_ramps]``, not yet deflated for autocorrelation."""
 
     first: Fits  # of the coefficient
-    contrast: Array
+    since: Array  # of the coefficient: a rise since some point in the first half of the ramp
     joint: Array
     score: Array
+
+    def contrast(self, window: int, ramp: int, rho: float, persistence: float) -> float:
+        """Evidence for a rise of the coefficient, deflated for the autocorrelation ``rho`` of what the ramp leaves.
+
+        What it leaves may be far below the floor, of which the autocorrelation says nothing.
+        """
+        floor, misfit = self.first.floor[window, ramp], self.first.misfit[window, ramp]
+        own = self.first.contrast[window, ramp] * max(floor, misfit) / max(floor, misfit * (1 + rho) / (1 - rho))
+        rising = self.first.height[window, ramp] > 0
+        return float(max(own if rising else 0.0, self.since[window, ramp] * (1 - persistence) / (1 + persistence)))
 
 
 def _scored(
@@ -221,4 +237,4 @@ def _scored(
     bend = loss[:, -3:].mean(axis=1) - 2 * loss[:, mid : mid + 3].mean(axis=1) + loss[:, :3].mean(axis=1)
     leaving = (bend < -5 * loss_sigma)[:, None] & (before + first.height * b.seen < -3 * sigma[:, None])
     score = np.where((first.height < 0) & leaving, -math.inf, score)
-    return _Scored(first, contrast, joint, score)
+    return _Scored(first, since, joint, score)
