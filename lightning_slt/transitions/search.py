@@ -24,8 +24,8 @@ from lightning_slt.transitions.evidence import Array, Bank, Fits, autocorrelatio
 
 LOCAL = 64  # points that the scatter at a point is read from
 _TURN = 0.03  # of the range of a stretch: the least depth of a dip that counts
-_RATES = (1, 2, 3, 5, 8, 12, 18, 27, 40)  # points over which the rate of a loss is read
-_VALLEY = 5.0  # standard errors by which the rate between two falls lies below both
+_RATES = (1, 2, 3, 5, 8, 12, 18, 27, 40)  # points over which rates are read
+_PAUSE = 5.0  # standard errors by which the rate between two falls lies below both
 _CANDIDATES = 4  # ramps of a window that are deflated for autocorrelation, best first
 
 
@@ -89,23 +89,33 @@ def largest_between(values: Array, first: Array, last: Array) -> Array:
     return out
 
 
-def two_falls(loss: Array, sigma: float) -> bool:
-    """Whether a loss falls in two stages: faster, then slower by half, then faster again, beyond its scatter.
+def pause(values: Array, sigma: float) -> int | None:
+    """First point of the slowest stretch between two falls, None where they are one.
 
-    Rates are those over one to a third of the points; their peaks stand on both sides of the slowest stretch.
+    There the rate is less than half of what it is before and after, beyond the scatter. Rates are those over one point
+    to a third of all; no two of those compared overlap.
     """
+    best, place = _PAUSE, None
     for reach in _RATES:
-        if 3 * reach > loss.size - 1:
+        if 3 * reach > values.size - 1:
             break
-        rate = (loss[:-reach] - loss[reach:]) / reach
+        rate = (values[:-reach] - values[reach:]) / reach
         before, after = np.maximum.accumulate(rate), np.maximum.accumulate(rate[::-1])[::-1]
-        # the stretches do not overlap
-        smaller = np.minimum(before[: -2 * reach], after[2 * reach :])
+        slower = np.minimum(before[: -2 * reach], after[2 * reach :])
         middle = rate[reach:-reach]
-        stands_out = smaller - middle > _VALLEY * sigma * 2 / reach
-        if np.any(stands_out & (middle < 0.5 * smaller)):
-            return True
-    return False
+        errors = np.where(middle < 0.5 * slower, (slower - middle) * reach / (2 * max(sigma, 1e-150)), 0.0)
+        first = int(np.argmax(errors))
+        if errors[first] > best:
+            best, place = float(errors[first]), first + reach
+    return place
+
+
+def pauses(curve: Curve, first: float, last: float) -> list[int]:
+    """Points at which the fall of the loss or the rise of the coefficient pauses between two places."""
+    lo, hi = max(0, math.floor(first)), min(curve.loss.size, math.ceil(last) + 1)
+    both = ((curve.loss, curve.loss_scatter), (-curve.llc, curve.llc_scatter))
+    found = [pause(values[lo:hi], float(np.max(scatter[lo:hi], initial=0.0))) for values, scatter in both]
+    return [lo + place for place in found if place is not None]
 
 
 def turn(curve: Curve, lo: int, hi: int) -> Step | None:
@@ -174,10 +184,10 @@ def best_step(
                     if deflated > own and height <= 0:  # a rise that a fall before it hides
                         first, last = onset[ramp], int(min(size - 1, math.ceil(b.centres[ramp] + b.widths[ramp] / 2)))
                         height = float(np.median(llc[window, last:]) - llc[window, first : half[ramp] + 1].min())
-                    if height > 0 and _crosses(curve, starts[window], b, int(ramp)):
-                        continue
-                    floor = deflated
                     centre, width = starts[window] + b.centres[ramp], b.widths[ramp]
+                    if height > 0 and pauses(curve, centre - width / 2, centre + width / 2):
+                        continue  # it covers two stages
+                    floor = deflated
                     error = b.scales[ramp] * sigma[window] * math.sqrt((1 + rho) / (1 - rho))
                     best = Step(
                         score=float(deflated), onset=float(centre - width / 2), centre=float(centre),
@@ -185,15 +195,6 @@ def best_step(
                         height_se=float(error * b.seen[ramp]),
                     )  # fmt: skip
     return best
-
-
-def _crosses(curve: Curve, start: int, b: Bank, ramp: int) -> bool:
-    """Whether a rising ramp covers two falls of the loss, or two rises of the coefficient: two stages."""
-    lo = max(0, math.floor(start + b.centres[ramp] - b.widths[ramp] / 2))
-    hi = min(curve.loss.size, math.ceil(start + b.centres[ramp] + b.widths[ramp] / 2) + 1)
-    return two_falls(curve.loss[lo:hi], float(np.max(curve.loss_scatter[lo:hi]))) or two_falls(
-        -curve.llc[lo:hi], float(np.max(curve.llc_scatter[lo:hi]))
-    )
 
 
 @dataclass(frozen=True)
