@@ -237,7 +237,10 @@ class TransitionDetector:
 
     @staticmethod
     def _placed(old: Transition, curve: Curve, steps: np.ndarray) -> Transition:
-        """The transition where the points since its flag put it: an early flag saw only the beginning of its ramp."""
+        """The transition where the points since its flag put it: an early flag saw only the beginning of its ramp.
+
+        A step whose middle is not before the flag is another one, or the rest of this one: the flag saw its own.
+        """
         index = np.arange(steps.size)
         onset, end = (float(np.interp(step, steps, index)) for step in (old.onset, old.end))
         lo = max(0, math.floor(onset) - _BEFORE)
@@ -245,6 +248,8 @@ class TransitionDetector:
         if found is None or found.height * old.llc_change < 0 or found.onset > end + _SETTLE:
             return old
         places = [float(np.interp(place, index, steps)) for place in (found.onset, found.centre, found.end)]
+        if places[1] >= old.known_at:
+            return old
         change, error = loss_change(curve.loss, curve.loss_scatter, found)
         return replace(
             old, onset=places[0], step=places[1], end=places[2], kind=kind_of(found.height, change, error),
