@@ -239,7 +239,7 @@ class TransitionDetector:
     def _placed(old: Transition, curve: Curve, steps: np.ndarray) -> Transition:
         """The transition where the points since its flag put it: an early flag saw only the beginning of its ramp.
 
-        A step whose middle is not before the flag is another one, or the rest of this one: the flag saw its own.
+        A step that begins after the flag is another one, or the rest of this one.
         """
         index = np.arange(steps.size)
         onset, end = (float(np.interp(step, steps, index)) for step in (old.onset, old.end))
@@ -247,8 +247,8 @@ class TransitionDetector:
         found = best_step(curve, lo, steps.size, SIZES, threshold=0.0, min_change=0.0)
         if found is None or found.height * old.llc_change < 0 or found.onset > end + _SETTLE:
             return old
-        places = [float(np.interp(place, index, steps)) for place in (found.onset, found.centre, found.end)]
-        if places[1] >= old.known_at:
+        places = [float(np.interp(place, index, steps)) for place in found.places]
+        if places[0] >= old.known_at:
             return old
         change, error = loss_change(curve.loss, curve.loss_scatter, found)
         return replace(

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_slt.transitions.evidence import SHAPE_ERROR, SIZES, Array, bank, smooth_in_steps
-from lightning_slt.transitions.search import Curve, Step, first_half, largest_between, rises
+from lightning_slt.transitions.search import HIDDEN, LARGEST, Curve, Step, first_half, largest_between, rises
 
-_ALONE = 0.72  # of the evidence of the coefficient alone counts: the search is repeated at every point; docs/transitions.md
+_REPEATED = 0.85  # of the evidence counts online, where the search is repeated at every point; docs/transitions.md
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def newest_step(curve: Curve, lo: int, hi: int, min_change: float) -> Step | Non
     # what came before may have fallen, up to the middle of the ramp: a rise since then counts as well
     since = largest_between(rises(llc, sigma), reach - 1 - b.back, reach - 1 - b.half)
     since *= (1 - curve.persistence) / (1 + curve.persistence)
-    contrast = np.maximum(np.where(rising, contrast, 0.0), since)
+    contrast = np.maximum(np.where(rising, LARGEST * contrast, 0.0), HIDDEN * since)
     joint = np.where((contrast > 0) & (height[:, 1] < 0), np.minimum(contrast, evidence[:, 1]), -math.inf)
     out = np.abs(height[:, 0]) * b.seen < min_change
     # the plateau before a falling step
@@ -125,7 +125,7 @@ def newest_step(curve: Curve, lo: int, hi: int, min_change: float) -> Step | Non
     # without a second witness the noise of the whole curve counts too: a window is too short to know it
     alone = np.maximum(rho, curve.persistence)
     alone = evidence[:, 0] * (1 - alone) / (1 + alone)
-    score = np.maximum(_ALONE * alone, joint)
+    score = _REPEATED * np.maximum(LARGEST * alone, joint)
     score[out] = -math.inf
     place = int(np.argmax(score))
     if not score[place] > 0:

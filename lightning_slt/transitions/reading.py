@@ -57,7 +57,7 @@ def transition_of(
 ) -> Transition:
     """The Transition that a step in the points is."""
     index = np.arange(steps.size)
-    onset, centre, end = (float(np.interp(place, index, steps)) for place in (step.onset, step.centre, step.end))
+    onset, centre, end = (float(np.interp(place, index, steps)) for place in step.places)
     change, error = loss_change(curve.loss, curve.loss_scatter, step)
     # a flag may come while the transition goes on
     last = max(end, known_at) if state == "provisional" else end

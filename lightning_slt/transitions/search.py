@@ -26,6 +26,8 @@ LOCAL = 64  # points that the scatter at a point is read from
 _TURN = 0.03  # of the range of a stretch: the least depth of a dip that counts
 _RATES = (1, 2, 3, 5, 8, 12, 18, 27, 40)  # points over which rates are read
 _PAUSE = 5.0  # standard errors by which the rate between two falls lies below both
+LARGEST = 0.85  # of a contrast counts beside a step of the loss: it is the largest of many
+HIDDEN = 0.4  # of a rise that a fall hides, which may begin anywhere
 _CANDIDATES = 4  # ramps of a window that are deflated for autocorrelation, best first
 
 
@@ -39,6 +41,12 @@ class Step:
     end: float
     height: float
     height_se: float
+    late: float = 0.0  # points by which all three places are later than the loss alone puts them
+
+    @property
+    def places(self) -> tuple[float, float, float]:
+        """Onset, centre and end by both channels."""
+        return self.onset + self.late, self.centre + self.late, self.end + self.late
 
 
 @dataclass(frozen=True)
@@ -181,10 +189,12 @@ def best_step(
                 deflated = max(own, min(rise, found.joint[window, ramp]))
                 if deflated > floor:
                     height = float(found.first.height[window, ramp] * b.seen[ramp])
-                    if deflated > own and height <= 0:  # a rise that a fall before it hides
-                        first, last = onset[ramp], int(min(size - 1, math.ceil(b.centres[ramp] + b.widths[ramp] / 2)))
-                        height = float(np.median(llc[window, last:]) - llc[window, first : half[ramp] + 1].min())
-                    centre, width = starts[window] + b.centres[ramp], b.widths[ramp]
+                    centre, width, late = starts[window] + b.centres[ramp], b.widths[ramp], 0.0
+                    before = float(llc[window].mean() - found.first.height[window, ramp] * b.means[ramp])
+                    low = onset[ramp] + int(np.argmin(llc[window, onset[ramp] : half[ramp] + 1]))
+                    if deflated > own and (height <= 0 or before - llc[window, low] > 3 * sigma[window]):
+                        height, middle = _risen(llc[window], low, b.centres[ramp] + width / 2)
+                        late = max(0.0, (starts[window] + middle - centre) / 2)
                     if height > 0 and pauses(curve, centre - width / 2, centre + width / 2):
                         continue  # it covers two stages
                     floor = deflated
@@ -192,9 +202,21 @@ def best_step(
                     best = Step(
                         score=float(deflated), onset=float(centre - width / 2), centre=float(centre),
                         end=float(centre + width / 2), height=height,
-                        height_se=float(error * b.seen[ramp]),
+                        height_se=float(error * b.seen[ramp]), late=float(late),
                     )  # fmt: skip
     return best
+
+
+def _risen(values: Array, low: int, end: float) -> tuple[float, float]:
+    """A rise that a fall before it hides: its height from the lowest point on, and where half of it is done.
+
+    The loss, which such a step is placed by, is early: it falls with the square of what is missing. The coefficient
+    follows the curvature and is late.
+    """
+    after = float(np.median(values[min(values.size - 1, math.ceil(end)) :]))
+    height = after - float(values[low])
+    above = values[low:] >= values[low] + height / 2
+    return height, float(low + np.argmax(above))
 
 
 @dataclass(frozen=True)
@@ -214,7 +236,8 @@ class _Scored:
         floor, misfit = self.first.floor[window, ramp], self.first.misfit[window, ramp]
         own = self.first.contrast[window, ramp] * max(floor, misfit) / max(floor, misfit * (1 + rho) / (1 - rho))
         rising = self.first.height[window, ramp] > 0
-        return float(max(own if rising else 0.0, self.since[window, ramp] * (1 - persistence) / (1 + persistence)))
+        since = self.since[window, ramp] * (1 - persistence) / (1 + persistence)
+        return float(max(LARGEST * own if rising else 0.0, HIDDEN * since))
 
 
 def _scored(
@@ -226,7 +249,7 @@ def _scored(
     rising = first.height > 0
     # what came before may have fallen, up to the middle of the ramp: a rise since then counts as well
     since = largest_between(rises(llc, sigma[:, None]), *first_half(b))
-    contrast = np.maximum(np.where(rising, first.contrast, 0.0), since)
+    contrast = np.maximum(np.where(rising, LARGEST * first.contrast, 0.0), HIDDEN * since)
     joint = np.where((contrast > 0) & (second.height < 0), np.minimum(contrast, second.evidence), -math.inf)
     score = np.maximum(first.evidence, joint)
     score = np.where(np.abs(first.height) * b.seen < min_change, -math.inf, score)
