@@ -74,7 +74,9 @@ def detect_transitions(
     if x.size < SIZES[0]:
         return []
     sigma = rolling_scatter(y, se)
-    curve = Curve(x, without_spikes(y, float(np.median(sigma))), sigma, z, rolling_scatter(z, np.empty(0)), persistence(y))
+    curve = Curve(
+        x, without_spikes(y, float(np.median(sigma))), sigma, z, rolling_scatter(z, np.empty(0)), persistence(y)
+    )
     found: list[Step] = []
     stretches = [(0, x.size)]
     while stretches:

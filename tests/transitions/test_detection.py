@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -183,9 +184,10 @@ def test_kinds_follow_both_channels() -> None:
         assert [t.kind for t in detect_transitions(x, llc, np.ones(60), loss)] == [kind]
 
 
-def test_a_loss_that_steps_beside_a_level_coefficient_is_no_transition() -> None:
-    """As it does where the learning rate drops. Measured: 3 of 60 curves offline, 2 online (without the weights 6, 9)."""
-    both = np.zeros(2)
+@pytest.mark.parametrize("way", [offline, pytest.param(online, marks=pytest.mark.slow)])
+def test_a_loss_that_steps_beside_a_level_coefficient_is_no_transition(way: Callable[[Curve], list]) -> None:
+    """As it does where the learning rate drops. Measured: flags on 3 of 60 curves offline, on 2 online."""
+    flagged = 0
     for seed in range(60):
         rng = np.random.default_rng([seed, 77])
         n, sigma, stages = int(rng.choice([40, 80, 150])), rng.uniform(0.5, 4.0), int(rng.integers(1, 4))
@@ -197,8 +199,8 @@ def test_a_loss_that_steps_beside_a_level_coefficient_is_no_transition() -> None
             loss -= rng.uniform(0.08, 0.5) / (1 + np.exp(-np.clip((x - centre) * 2 * np.log(9) / width, -40, 40)))
         none = np.empty(0)
         curve = Curve(100.0 * x, llc, np.full(n, sigma * rng.uniform(0.5, 1.0)), loss, none, none, none)
-        both += bool(offline(curve)), bool(online(curve))
-    assert both.max() <= 3, both
+        flagged += bool(way(curve))
+    assert flagged <= 3
 
 
 def test_a_rise_that_a_fall_hides_is_placed_between_the_channels() -> None:
