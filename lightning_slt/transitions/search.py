@@ -6,7 +6,11 @@ The two channels of a monitored run are the learning coefficient and the loss. A
   (:mod:`~lightning_slt.transitions.evidence`);
 - jointly, where the coefficient rises (ramp against no change at all) AND the loss falls in the same places as a ramp
   between plateaus rather than smoothly: the score is the smaller of the two. The loss has little noise, so this is what
-  tells a stage from a curve that only rises, and what finds small stages.
+  tells a stage from a curve that only rises, and what finds small stages. The rise may begin from a dip within the
+  first half of the ramp, as chains at a saddle show one; then half of it is done later than half of the loss, and the
+  step lies between the two.
+
+Smooth means smooth by point or by training step.
 
 Where the coefficient is negative before a step and lower after it, the chains run downhill from a saddle that is left
 behind: no measure of complexity, hence no step.

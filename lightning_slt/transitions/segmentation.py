@@ -84,8 +84,8 @@ def detect_transitions(
         step = best_step(curve, lo, hi, SIZES, threshold=threshold, min_change=smallest)
         if step is not None:
             found.append(step)
-            first, last = _left(curve, step)
-            stretches += [(lo, max(lo, first) + 1), (min(last, hi), hi)]
+            left, right = _beside(curve, step)
+            stretches += [(lo, max(lo, left) + 1), (min(right, hi), hi)]
     found.sort(key=lambda step: step.centre)
     last = float(x[-1])
     transitions = [
@@ -95,7 +95,7 @@ def detect_transitions(
     return [t for t in transitions if at_boundary == "annotate" or t.boundary is None]
 
 
-def _left(curve: Curve, step: Step) -> tuple[int, int]:
+def _beside(curve: Curve, step: Step) -> tuple[int, int]:
     """Last point before a step and first point after it that the search for others begins with.
 
     One point of the ramp stays with each plateau, and more where a rise pauses within the ramp's tails: a neighbouring
