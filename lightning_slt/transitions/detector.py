@@ -139,6 +139,7 @@ class TransitionDetector:
         # the newest points give the scale: it may change in the course of a run
         sigma = float(rolling_scatter(llcs[-LOCAL:], errors[-LOCAL:])[-1])
         curve = Curve(
+            steps=steps,
             llc=without_spikes(llcs, sigma),
             llc_scatter=np.full(n, sigma),
             loss=losses,
@@ -236,14 +237,19 @@ class TransitionDetector:
 
     @staticmethod
     def _placed(old: Transition, curve: Curve, steps: np.ndarray) -> Transition:
-        """The transition where the points since its flag put it: an early flag saw only the beginning of its ramp."""
+        """The transition where the points since its flag put it: an early flag saw only the beginning of its ramp.
+
+        A step that begins after the flag is another one, or the rest of this one.
+        """
         index = np.arange(steps.size)
         onset, end = (float(np.interp(step, steps, index)) for step in (old.onset, old.end))
         lo = max(0, math.floor(onset) - _BEFORE)
         found = best_step(curve, lo, steps.size, SIZES, threshold=0.0, min_change=0.0)
         if found is None or found.height * old.llc_change < 0 or found.onset > end + _SETTLE:
             return old
-        places = [float(np.interp(place, index, steps)) for place in (found.onset, found.centre, found.end)]
+        places = [float(np.interp(place, index, steps)) for place in found.places]
+        if places[0] >= old.known_at:
+            return old
         change, error = loss_change(curve.loss, curve.loss_scatter, found)
         return replace(
             old, onset=places[0], step=places[1], end=places[2], kind=kind_of(found.height, change, error),

@@ -30,6 +30,7 @@ SIZES = (8, 10, 12, 14, 16, 19, 22, 27, 32, 38, 45, 54, 64, 76, 90, 108, 128, 15
 _WIDTHS = (1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90)
 _MARGIN = 2  # points that a plateau has at the least outside the 10 % to 90 % stretch
 _LOGISTIC = 2 * math.log(9)  # the 10 % to 90 % width of a logistic of scale one
+_RATES = (2.0, 4.0, 8.0, 16.0)  # of the decays, in a window's length
 _SEEN = 0.25  # share of an unfinished ramp that lies in the window, and at least _SEEN_POINTS
 _SEEN_POINTS = 3
 SHAPE_ERROR = 0.03  # share of a change by which a real step departs from a logistic one
@@ -79,7 +80,7 @@ def bank(size: int, unfinished: bool = False) -> Bank:
             widths.append(width)
     unit = x / (size - 1)
     courses = [np.stack([unit, unit**2])]
-    for rate in (2.0, 4.0, 8.0, 16.0):
+    for rate in _RATES:
         courses.append(np.stack([unit, np.exp(-rate * unit)]))
         if not unfinished:
             courses.append(np.stack([unit, np.exp(-rate * (1 - unit))]))
@@ -106,22 +107,61 @@ class Fits:
     evidence: Array  # ramp against the best smooth course
     contrast: Array  # ramp against no change at all
     height: Array  # the fitted step, in the units of the curve
+    floor: Array  # variance that the scatter and the shape of real steps stand for
+    misfit: Array  # variance of what the ramp leaves
 
 
-def fits(windows: Array, sigma: Array, b: Bank) -> Fits:
-    """Fits the whole bank to windows ``[num_windows, size]`` with point scatter ``sigma [num_windows]``."""
+def smooth_in_steps(windows: Array, steps: Array, unfinished: bool = False) -> Array:
+    """Sum of squares ``[num_windows]`` that the best smooth course in training steps explains of each window.
+
+    A course that is smooth in steps looks like a ramp by point where the points are unevenly spaced, evenly in the
+    logarithm of the step above all. The courses are those of :func:`bank`, with the step in place of the index.
+
+    Args:
+        windows: ``[num_windows, size]``.
+        steps: ``[num_windows, size]``, not decreasing.
+        unfinished: leaves out courses that speed up towards the newest point.
+    """
+    span = steps[:, -1:] - steps[:, :1]
+    unit = (steps - steps[:, :1]) / np.where(span > 0, span, 1.0)
+    rates = np.array(_RATES)[:, None, None]
+    bends = [unit[None] ** 2, np.exp(-rates * unit)]
+    if not unfinished:
+        bends.append(np.exp(-rates * (1 - unit)))
+    bend = np.concatenate(bends)
+    bend -= bend.mean(axis=2, keepdims=True)
+    line = unit - unit.mean(axis=1, keepdims=True)
+    line /= np.maximum(np.linalg.norm(line, axis=1, keepdims=True), 1e-150)
+    bend -= (bend * line).sum(axis=2, keepdims=True) * line
+    # a bend that the line explains but for rounding is none
+    length = np.maximum(np.linalg.norm(bend, axis=2), 1e-6)
+    by_bend = ((bend * windows).sum(axis=2) / length) ** 2
+    return (line * windows).sum(axis=1) ** 2 + by_bend.max(axis=0)
+
+
+def fits(windows: Array, sigma: Array, b: Bank, steps: Array | None = None) -> Fits:
+    """Fits the whole bank to windows ``[num_windows, size]`` with point scatter ``sigma [num_windows]``.
+
+    With ``steps [num_windows, size]`` the courses that are smooth in steps compete as well.
+    """
     size = b.size
     centred = windows - windows.mean(axis=1, keepdims=True)
     total = (centred**2).sum(axis=1, keepdims=True)
     coefficient = centred @ b.ramps.T
     rss = np.maximum(total - coefficient**2, 0.0)
-    smooth = np.max([((centred @ q.T) ** 2).sum(axis=1) for q in b.smooth], axis=0)[:, None]
+    smooth = np.max([((centred @ q.T) ** 2).sum(axis=1) for q in b.smooth], axis=0)
+    if steps is not None:
+        smooth = np.maximum(smooth, smooth_in_steps(centred, steps))
+    smooth = smooth[:, None]
     height = coefficient * b.scales
-    variance = np.maximum(np.maximum(sigma[:, None] ** 2, rss / (size - 4)), (SHAPE_ERROR * height) ** 2)
+    floor = np.maximum(sigma[:, None] ** 2, (SHAPE_ERROR * height) ** 2)
     # a constant curve has no scatter at all; what rounding leaves of it must not become evidence
     rounding = 1e-10 * np.abs(windows).max(axis=1, keepdims=True) + 1e-150
-    variance = np.maximum(variance, rounding**2)
-    return Fits((np.maximum(total - smooth, 0.0) - rss) / variance, coefficient**2 / variance, height)
+    floor, misfit = np.maximum(floor, rounding**2), rss / (size - 4)
+    variance = np.maximum(floor, misfit)
+    return Fits(
+        (np.maximum(total - smooth, 0.0) - rss) / variance, coefficient**2 / variance, height, floor, misfit
+    )  # fmt: skip
 
 
 def autocorrelation(window: Array, b: Bank, ramp: int) -> float:

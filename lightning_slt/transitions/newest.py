@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_slt.transitions.evidence import SHAPE_ERROR, SIZES, Array, bank
-from lightning_slt.transitions.search import Curve, Step, rises
+from lightning_slt.transitions.evidence import SHAPE_ERROR, SIZES, Array, bank, smooth_in_steps
+from lightning_slt.transitions.search import HIDDEN, LARGEST, Curve, Step, first_half, largest_between, rises
 
-_ONLINE = 0.72  # of the evidence counts online, where the search is repeated at every point; docs/transitions.md
+_REPEATED = 0.85  # of the evidence counts online, where the search is repeated at every point; docs/transitions.md
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class _Banks:
     means: Array
     seen: Array
     back: Array  # points from the newest one back to the onset, 0 where it is the newest
+    half: Array  # points from the newest one back to the centre, 0 where it is the newest or lies beyond
 
 
 @functools.cache
@@ -36,7 +37,7 @@ def _banks(num_sizes: int) -> _Banks:
     each = [bank(size, True) for size in SIZES[:num_sizes]]
     sizes = np.array(SIZES[:num_sizes])
     which = np.concatenate([np.full(len(b.ramps), i) for i, b in enumerate(each)])
-    onset = np.concatenate([np.maximum(np.floor(b.centres - b.widths / 2), 0).astype(int) for b in each])
+    halves = [first_half(b) for b in each]
     rows = []
     for b in each:
         beside = np.zeros_like(b.ramps)
@@ -54,7 +55,8 @@ def _banks(num_sizes: int) -> _Banks:
         widths=np.concatenate([b.widths for b in each]),
         means=np.concatenate([b.means for b in each]),
         seen=np.concatenate([b.seen for b in each]),
-        back=sizes[which] - 1 - onset,
+        back=sizes[which] - 1 - np.concatenate([onset for onset, _ in halves]),
+        half=np.maximum(sizes[which] - 1 - np.concatenate([centre for _, centre in halves]), 0),
     )
 
 
@@ -87,20 +89,28 @@ def newest_step(curve: Curve, lo: int, hi: int, min_change: float) -> Step | Non
         coefficients.append(fitted[:count])
         beside.append(fitted[count : 2 * count, 0])
         smooth[i] = (fitted[2 * count :] ** 2).reshape(-1, 2, 2).sum(axis=1).max(axis=0)
+    for i, size in enumerate(sizes):
+        window = both[reach - size :].T
+        courses = smooth_in_steps(window - window.mean(axis=1, keepdims=True), curve.steps[None, hi - size : hi], True)
+        smooth[i] = np.maximum(smooth[i], courses)
     coefficient = np.concatenate(coefficients)
     rss = np.maximum(total[b.which] - coefficient**2, 0.0)
     height = coefficient * b.scales[:, None]
-    variance = np.maximum(rss / (sizes[b.which, None] - 4), (SHAPE_ERROR * height) ** 2)
+    misfit = rss / (sizes[b.which, None] - 4)
     # a constant curve has no scatter at all; what rounding leaves of it must not become evidence
     rounding = 1e-10 * largest[b.which] + 1e-150
-    variance = np.maximum(np.maximum(variance, np.array([sigma, loss_sigma]) ** 2), rounding**2)
+    floor = np.maximum((SHAPE_ERROR * height) ** 2, np.maximum(np.array([sigma, loss_sigma]) ** 2, rounding**2))
+    variance = np.maximum(floor, misfit)
     evidence = (np.maximum(total - smooth, 0.0)[b.which] - rss) / variance
-    contrast = coefficient[:, 0] ** 2 / variance[:, 0]
 
+    rho = _autocorrelation(both[:, 0], sums[:, 0], sizes, b, coefficient[:, 0], np.concatenate(beside), rss[:, 0])
     rising = height[:, 0] > 0
-    # what came before the onset may have fallen: a rise since then counts as well
-    since = rises(llc, sigma)[reach - 1 - b.back]
-    contrast = np.maximum(np.where(rising, contrast, 0.0), since)
+    # what the ramp leaves may be far below the floor, of which its autocorrelation says nothing
+    contrast = coefficient[:, 0] ** 2 / np.maximum(floor[:, 0], misfit[:, 0] * (1 + rho) / (1 - rho))
+    # what came before may have fallen, up to the middle of the ramp: a rise since then counts as well
+    since = largest_between(rises(llc, sigma), reach - 1 - b.back, reach - 1 - b.half)
+    since *= (1 - curve.persistence) / (1 + curve.persistence)
+    contrast = np.maximum(np.where(rising, LARGEST * contrast, 0.0), HIDDEN * since)
     joint = np.where((contrast > 0) & (height[:, 1] < 0), np.minimum(contrast, evidence[:, 1]), -math.inf)
     out = np.abs(height[:, 0]) * b.seen < min_change
     # the plateau before a falling step
@@ -112,23 +122,25 @@ def newest_step(curve: Curve, lo: int, hi: int, min_change: float) -> Step | Non
     leaving = (bend < -5 * loss_sigma)[b.which] & (before + height[:, 0] * b.seen < -3 * sigma)
     out |= ~rising & ((before < -3 * sigma) | leaving)
 
-    rho = _autocorrelation(both[:, 0], sums[:, 0], sizes, b, coefficient[:, 0], np.concatenate(beside), rss[:, 0])
     # without a second witness the noise of the whole curve counts too: a window is too short to know it
     alone = np.maximum(rho, curve.persistence)
     alone = evidence[:, 0] * (1 - alone) / (1 + alone)
-    score = _ONLINE * np.maximum(alone, np.minimum(contrast * (1 - rho) / (1 + rho), joint))
+    score = _REPEATED * np.maximum(LARGEST * alone, joint)
     score[out] = -math.inf
     place = int(np.argmax(score))
     if not score[place] > 0:
         return None
     centre, width = float(hi - sizes[b.which[place]] + b.centres[place]), float(b.widths[place])
+    change = float(height[place, 0] * b.seen[place])
+    if change <= 0 and joint[place] > alone[place]:  # a rise that a fall before it hides
+        change = float(llc[-1] - llc[reach - 1 - b.back[place] : reach - b.half[place]].min())
     error = b.scales[place] * sigma * math.sqrt((1 + rho[place]) / (1 - rho[place]))
     return Step(
         score=float(score[place]),
         onset=centre - width / 2,
         centre=centre,
         end=centre + width / 2,
-        height=float(height[place, 0] * b.seen[place]),
+        height=change,
         height_se=float(error * b.seen[place]),
     )
 

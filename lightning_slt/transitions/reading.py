@@ -12,11 +12,12 @@ from lightning_slt.transitions.search import LOCAL, Curve, Step
 from lightning_slt.transitions.transition import State, Transition, kind_of
 
 _FLOOR = 0.5  # of the typical chain error
+_ERRORS = 9  # points whose chain errors make the typical one
 _REACH = 5  # points on each side that the loss before and after is read from
 
 
 def rolling_scatter(values: Array, floor: Array) -> Array:
-    """Scatter around each point from the nearest ``LOCAL`` points, floored by half of the typical chain error.
+    """Scatter around each point from the nearest ``LOCAL`` points, floored by half of the typical chain error there.
 
     So little, because with the same noise at every firing the chain error is mostly an offset that all points share.
     """
@@ -27,8 +28,19 @@ def rolling_scatter(values: Array, floor: Array) -> Array:
         windows = np.lib.stride_tricks.sliding_window_view(np.diff(values, 2), LOCAL - 2)
         each = 1.4826 * np.median(np.abs(windows), axis=1) / math.sqrt(6.0)
         local = each[np.clip(np.arange(n) - LOCAL // 2, 0, each.size - 1)]
-    known = floor[np.isfinite(floor) & (floor >= 0)]
-    return np.maximum(local, _FLOOR * float(np.median(known)) if known.size else 0.0)
+    return np.maximum(local, _FLOOR * _typical(floor)) if floor.size else local
+
+
+def _typical(errors: Array) -> Array:
+    """Median of the known chain errors around each point; 0 where none is known.
+
+    Around each point, because they differ by orders of magnitude within a run: chains that start from a saddle spread.
+    """
+    known = np.where(np.isfinite(errors) & (errors >= 0), errors, np.nan)
+    half = _ERRORS // 2
+    around = np.lib.stride_tricks.sliding_window_view(np.pad(known, half, constant_values=np.nan), _ERRORS)
+    empty = np.isnan(around).all(axis=1, keepdims=True)
+    return np.nanmedian(np.where(empty, 0.0, around), axis=1)
 
 
 def loss_change(loss: Array, loss_scatter: Array, step: Step) -> tuple[float, float]:
@@ -45,7 +57,7 @@ def transition_of(
 ) -> Transition:
     """The Transition that a step in the points is."""
     index = np.arange(steps.size)
-    onset, centre, end = (float(np.interp(place, index, steps)) for place in (step.onset, step.centre, step.end))
+    onset, centre, end = (float(np.interp(place, index, steps)) for place in step.places)
     change, error = loss_change(curve.loss, curve.loss_scatter, step)
     # a flag may come while the transition goes on
     last = max(end, known_at) if state == "provisional" else end

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from lightning_slt.transitions.evidence import SIZES, persistence, without_spikes
 from lightning_slt.transitions.reading import rolling_scatter, transition_of
-from lightning_slt.transitions.search import Curve, Step, best_step
+from lightning_slt.transitions.search import Curve, Step, best_step, pauses
 from lightning_slt.transitions.settings import checked_min_change, threshold_of
 from lightning_slt.transitions.transition import Transition
 
@@ -74,7 +74,9 @@ def detect_transitions(
     if x.size < SIZES[0]:
         return []
     sigma = rolling_scatter(y, se)
-    curve = Curve(without_spikes(y, float(np.median(sigma))), sigma, z, rolling_scatter(z, np.empty(0)), persistence(y))
+    curve = Curve(
+        x, without_spikes(y, float(np.median(sigma))), sigma, z, rolling_scatter(z, np.empty(0)), persistence(y)
+    )
     found: list[Step] = []
     stretches = [(0, x.size)]
     while stretches:
@@ -82,8 +84,8 @@ def detect_transitions(
         step = best_step(curve, lo, hi, SIZES, threshold=threshold, min_change=smallest)
         if step is not None:
             found.append(step)
-            # one point of the ramp stays with each plateau, so that neighbouring steps keep enough of them
-            stretches += [(lo, math.ceil(step.onset) + 1), (math.floor(step.end), hi)]
+            left, right = _beside(curve, step)
+            stretches += [(lo, max(lo, left) + 1), (min(right, hi), hi)]
     found.sort(key=lambda step: step.centre)
     last = float(x[-1])
     transitions = [
@@ -91,3 +93,17 @@ def detect_transitions(
         for number, step in enumerate(found)
     ]
     return [t for t in transitions if at_boundary == "annotate" or t.boundary is None]
+
+
+def _beside(curve: Curve, step: Step) -> tuple[int, int]:
+    """Last point before a step and first point after it that the search for others begins with.
+
+    One point of the ramp stays with each plateau, and more where a rise pauses within the ramp's tails: a neighbouring
+    step begins or ends there, and needs its plateau.
+    """
+    first, last = math.ceil(step.onset), math.floor(step.end)
+    if step.height > 0:
+        width = step.end - step.onset
+        last = min([last, *pauses(curve, step.centre, step.end + width)])
+        first = max([first, *pauses(curve, step.onset - width, step.centre)])
+    return first, last
