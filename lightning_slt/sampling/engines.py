@@ -25,6 +25,8 @@ ACTIVATION_BUDGET = 2**30
 """Bytes of activations that the chains of one chunk may hold together on the CPU."""
 COMPUTE_BOUND = 0.004
 """Seconds of a step on the CPU above which products, not calls, take the time: batching is not tried."""
+GRADIENT_BUDGET = 2**27
+"""Bytes of gradients that the chains of one chunk may hold together on the CPU: one after another holds one chain's."""
 PROBED_AT_MOST = 8
 TIMED_STEPS = 8
 BATCHED_GAIN = 1.25
@@ -332,12 +334,15 @@ def observe(objective: Objective, batch: Any) -> Observed:
 
 
 def chunk_width(objective: Objective, saved_bytes: int, num_chains: int) -> int:
-    """How many chains fit a chunk: activations within the budget (a quarter of what is free, on a GPU)."""
-    budget = ACTIVATION_BUDGET
+    """How many chains fit a chunk: activations and gradients within their budgets (a quarter of what is free, on a
+    GPU, all together)."""
+    budget, own = ACTIVATION_BUDGET, len(objective.anchor) * objective.anchor.element_size()
     if objective.device.type == "cuda":
         budget = torch.cuda.mem_get_info(objective.device)[0] // 4
+    elif objective.device.type == "cpu":
+        num_chains = min(num_chains, GRADIENT_BUDGET // max(own, 1))
     # twice: what autograd saved, and what the backward pass makes from it
-    each = 2 * saved_bytes + 4 * len(objective.anchor) * objective.anchor.element_size()
+    each = 2 * saved_bytes + 4 * own
     return int(max(1, min(num_chains, budget // max(each, 1))))
 
 

@@ -258,7 +258,9 @@ class Objective:
         if self.borrowed:
             raise CopyError("the module cannot be copied")
         with torch.no_grad():
-            twin = shadow_copy(self.module) if stand_ins else copy.deepcopy(self.module)
+            # the weights that move come from the chains at every call: the twin's own may be w* itself, not a copy
+            shared = {id(p): nn.Parameter(p.data, p.requires_grad) for p in self.parameters()}
+            twin = shadow_copy(self.module) if stand_ins else copy.deepcopy(self.module, shared)
         detach_from_training(twin)
         prepare(twin, self._trainer)
         return twin
