@@ -233,13 +233,11 @@ class DatasetSource(MinibatchSource):
     def _stream_batches(self, start: int, count: int) -> list[list[int]]:
         """Batches ``start .. start + count`` of the endless stream of shuffled epochs, cut into batches."""
         n, b = self._count, self.batch_size
-        out: list[list[int]] = []
         first, last = start * b, (start + count) * b
-        orders = {e: _epoch_order(n, self._seed, e) for e in range(first // n, (last - 1) // n + 1)}
-        for k in range(start, start + count):
-            numbers = [orders[i // n][i % n] for i in range(k * b, (k + 1) * b)]
-            out.append([self.indices[j] for j in numbers] if self.indices is not None else numbers)
-        return out
+        epochs = range(first // n, (last - 1) // n + 1)
+        stream = torch.cat([_epoch_order(n, self._seed, e) for e in epochs])[first - epochs[0] * n :][: count * b]
+        out: list[list[int]] = stream.view(count, b).tolist()
+        return out if self.indices is None else [[self.indices[j] for j in numbers] for numbers in out]
 
     def window(self, index: int) -> Window:
         if self._kept is not None and (self.resident or self._next_window == index):
@@ -280,6 +278,8 @@ class DatasetSource(MinibatchSource):
         rows = _plain_rows(self.dataset) if collate is default_collate else None
         if rows is not None:
             # the same batches without a Python call for each sample
+            if len({len(numbers) for numbers in batches}) == 1:
+                return [rows(numbers) for numbers in torch.from_numpy(np.array(batches, dtype=np.int64))]
             return [rows(torch.tensor(numbers)) for numbers in batches]
         loader: DataLoader[Any] = DataLoader(
             self.dataset,
@@ -501,8 +501,8 @@ def _nothing_to_do() -> None:
     pass
 
 
-def _epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    return torch.randperm(n, generator=generator(seed, LOADER, epoch)).tolist()
+def _epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=generator(seed, LOADER, epoch))
 
 
 def _epochs_for_even_use(n: int, batch_size: int) -> int:

@@ -29,7 +29,7 @@ GRADIENT_BUDGET = 2**27
 """Bytes of gradients that the chains of one chunk may hold together on the CPU: one after another holds one chain's."""
 PROBED_AT_MOST = 8
 TIMED_STEPS = 8
-BATCHED_GAIN = 1.25
+BATCHED_GAIN = 1.1
 """How much faster the batched path must be to be kept: near ties go to the path that always works."""
 
 

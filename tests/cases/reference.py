@@ -178,7 +178,9 @@ class _Whitened:
     L'(z) = L_n + (gamma |w - w*|^2 - |z|^2) / (2 nbeta), so that nbeta L' + |z|^2 / 2 is the target's exponent.
     """
 
-    def __init__(self, inner: _LoopPotential | _Potential, nbeta: float, gamma: float, basis: Tensor, precision: Tensor):
+    def __init__(
+        self, inner: _LoopPotential | _Potential, nbeta: float, gamma: float, basis: Tensor, precision: Tensor
+    ) -> None:
         self._inner, self._nbeta, self._gamma = inner, nbeta, gamma
         self.anchor, self._basis = inner.anchor, basis
         self._extra = precision.rsqrt() - gamma**-0.5
@@ -244,9 +246,9 @@ def hmc_reference(
     seldom enters or leaves the arms (w1 w2: effective sample size 7 times smaller at 2/3 of the cost, and the errors
     of short runs too small). Gradients are taken in `dtype`; positions, momenta and the energies of the Metropolis
     test are float64. `sufficient` lets linear cases use their sufficient statistics instead of all rows: the same loss
-    at every w. `loop` takes the chains one after another, without vmap; `whiten` samples in the coordinates in which the
-    Hessian at w* is round (a trajectory is then pi / 2 long). se
-    is the larger of the between-chain error and the one from the effective sample size.
+    at every w. `loop` takes the chains one after another, without vmap; `whiten` samples in the coordinates in which
+    the Hessian at w* is round (a trajectory is then pi / 2 long). se is the larger of the between-chain error and the
+    one from the effective sample size.
     """
     nbeta = case.nbeta if nbeta is None else nbeta
     gamma = case.gamma if gamma is None else gamma
