@@ -461,16 +461,15 @@ class _Probe:
     def difference(self, losses: Tensor, reference: SequentialEngine) -> float:
         """Relative difference in losses and gradients of the last run, chain by chain; infinite where not finite.
 
-        The reference is computed one chain at a time: its gradients never stand beside those of all the chains.
+        The reference's gradients are added to those of the run with the sign turned: they take no memory of their own.
         """
         worst = 0.0
-        row = torch.empty_like(self._grad[:1])
         for k, found in enumerate(losses):
-            reference.bind(self._weights[k : k + 1], row)
-            loss = reference(self._window, self._indices[k : k + 1]).reshape(()).double()
-            scales = loss.abs(), row.norm()
-            row.sub_(self._grad[k])
-            for off, scale in zip(((loss - found).abs(), row.norm()), scales, strict=True):
+            own = self._grad[k : k + 1]
+            size = own.norm()
+            reference.bind(self._weights[k : k + 1], own.neg_())
+            loss = reference(self._window, self._indices[k : k + 1], keep=True).reshape(()).double()
+            for off, scale in zip(((loss - found).abs(), own.norm()), (loss.abs(), size), strict=True):
                 relative = float(off / scale.clamp_min(1e-12))
                 worst = max(worst, relative) if math.isfinite(relative) else math.inf
         return worst
