@@ -6,9 +6,9 @@ and localisation. Every tool runs a small grid of step sizes and lengths over a 
 truth. Reported is the cheapest such setting: the tool at its best, with a step size that its user would have to find
 first. "Staying" asks that the same step size is as good at every greater length that was tried: else a step that heats
 is credited for the moment at which heat and missing burn-in cancel. The tools take turns, setting by setting.
-"ours-calibrated" finds its own and is given only
-the number of draws and the tolerance; "ours-warm" is the firing after such a one on the same weights. Seeds share a
-process, and the time of a setting is the median over its seeds: compilation counts for nothing here.
+"ours-calibrated" finds its own and is given only the number of draws and the tolerance; "ours-warm" is the firing after
+such a one on the same weights. Seeds share a process, and the time of a setting is the median over its seeds:
+compilation counts for nothing here.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 import traceback
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
 from lightning_slt.callbacks.data import BatchTransfer, SeenBatches
@@ -54,7 +56,8 @@ class Bench:
         self._rank = orders.rank
         take_over(orders.torch_flags)
         self._device = WorkerDevice(orders.device, orders.cores).enter(orders.threads)
-        self._kit = cast(Kit, read_pickled(kit_path(self._folder), self._device))
+        kit = cast(Kit, read_pickled(kit_path(self._folder), self._device))
+        self._kit = dataclasses.replace(kit, plugin=plugin_on(kit.plugin, self._device))
         self._course = Course(warm_start=orders.warm_start)
         self._course.load_state_dict(read_pickled(Path(orders.course)))
         self._collective: Collective = Alone()
@@ -141,6 +144,15 @@ class Bench:
         """With the hooks of the private copy there is when it is read."""
         owner = cast(LightningModule, self._owner)
         return BatchTransfer(self._kit.plugin, self._kit.datamodule, owner, self._device)(batch)
+
+
+def plugin_on(plugin: Any, device: torch.device) -> Any:
+    """The precision plugin of training for a worker on another kind of device: autocast is for one kind only, and
+    would be off there."""
+    if isinstance(plugin, MixedPrecision) and plugin.device != device.type:
+        plugin = copy.copy(plugin)
+        plugin.device = device.type
+    return plugin
 
 
 def replayed_on(seen: SeenBatches, device: torch.device) -> MinibatchSource:

@@ -17,7 +17,7 @@ from lightning_slt.record import Estimate
 from lightning_slt.sampling.collective import Collective, RankLostError
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import preserve_rng
-from lightning_slt.sampling.shadow import shadow_copy
+from lightning_slt.sampling.shadow import CopyError, shadow_copy
 
 
 class ComponentFirings(LateFirings):
@@ -52,8 +52,15 @@ class ComponentFirings(LateFirings):
                 assert source is not None
                 transfer = self._transfer(trainer)
                 probes: list[ProbeSet] = []
-                self._hook_owner = shadow_copy(pl_module)
-                self._collective.exchange(lambda: probes.append(self._samples.read(trainer, source, transfer)))
+
+                def read() -> None:
+                    try:
+                        self._hook_owner = shadow_copy(pl_module)
+                    except CopyError:
+                        self._hook_owner = pl_module  # its chains call it in place as well
+                    probes.append(self._samples.read(trainer, source, transfer))
+
+                self._collective.exchange(read)
                 found = measure_beside(
                     self._measures,
                     self._restrict,

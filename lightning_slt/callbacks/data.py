@@ -8,6 +8,7 @@ batch sampler) or cannot be had twice (an iterable dataset), batches that traini
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -68,6 +69,8 @@ class TrainingData:
     def __init__(self, trainer: Trainer, batch_size: Optional[int], num_samples: Optional[int], seed: int) -> None:
         self._seed = seed
         self._batch_size = batch_size
+        # weakly: the workers of loaders that are given up must not wait for this object
+        self._loaded = weakref.ref(trainer.fit_loop._combined_loader)
         self._given = num_samples is not None
         loaders = trainer.train_dataloader
         flat, self._spec = tree_flatten(loaders, is_leaf=lambda x: isinstance(x, DataLoader))
@@ -87,6 +90,26 @@ class TrainingData:
         self._seen_bytes = 0
         self._count = 0
         self._order = random.Random(derive_seed(seed, 1))
+
+    def is_of(self, trainer: Trainer) -> bool:
+        """Whether the trainer still has these loaders: ``reload_dataloaders_every_n_epochs`` gives it others."""
+        return self._loaded() is trainer.fit_loop._combined_loader
+
+    def follow(self, trainer: Trainer) -> None:
+        """Be of the trainer's loaders as they are now."""
+        self._loaded = weakref.ref(trainer.fit_loop._combined_loader)
+
+    def has_the_samples_of(self, other: TrainingData) -> bool:
+        """Whether the chains' minibatches are those that the other's would be."""
+        if self.replays or other.replays or self._spec != other._spec or self.num_samples != other.num_samples:
+            return False
+        return all(
+            ours.loader.dataset is theirs.loader.dataset
+            and ours.num_samples == theirs.num_samples
+            and ours.indices == theirs.indices
+            and ours.loader.batch_size == theirs.loader.batch_size
+            for ours, theirs in zip(self._leaves, other._leaves, strict=True)
+        )
 
     def see(self, batch: Any) -> None:
         """Clone a batch that training is about to use (on its device, hooks applied): a sample of all seen."""

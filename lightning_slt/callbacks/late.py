@@ -34,9 +34,6 @@ class LateFirings(Reporting):
     _source: Optional[MinibatchSource]
     _said_full: bool
 
-    def _account(self, begin: float, size: float = 1.0, failed: bool = False) -> None:
-        raise NotImplementedError
-
     def _transfer(self, trainer: Trainer) -> Callable[[Any], Any]:
         raise NotImplementedError
 
@@ -83,14 +80,17 @@ class LateFirings(Reporting):
         """Have the weights as they are measured beside training; leave it out where the queue is full."""
         beside, data = self._beside, self._data
         assert beside is not None and data is not None
-        begin = time.monotonic()
+        begin, accounted = time.monotonic(), self._seconds
         with FiringProgress(trainer, f"{self._prefix} at step {step}, waiting for the background") as progress:
             for late in beside.make_room(progress):
                 self._take_late(trainer, pl_module, late)
+        begin += self._seconds - accounted  # what was taken up meanwhile is counted already
         if beside.broken is not None:
+            self._account(trainer, begin)
             return
         if beside.full:
             self._skipped += 1
+            self._account(trainer, begin)
             if not self._said_full:
                 self._said_full = True
                 rank_zero_warn(f"SLTMonitor: the firing at step {step} is left out, since {beside.full_text()}")
@@ -120,14 +120,14 @@ class LateFirings(Reporting):
             if self._on_failure == "raise":
                 raise
             warn_of_failure(step, f"{type(error).__name__}: {error}")
-            self._account(begin, failed=True)
+            self._account(trainer, begin, failed=True)
             return
         finally:
             self._hook_owner = None
         self._skipped = 0
         for listener in self._listeners:
             listener.on_snapshot(trainer, pl_module, step)
-        self._account(begin)
+        self._account(trainer, begin, size=1.0)
 
     def _probes_of(self, trainer: Trainer, pl_module: LightningModule) -> ProbeSet:
         """The samples to look at, read at the first firing."""
@@ -151,8 +151,6 @@ class LateFirings(Reporting):
                 self._take_late(trainer, pl_module, late)
 
     def _take_late(self, trainer: Trainer, pl_module: LightningModule, late: Late) -> None:
-        if self._budget is not None and self._earned_until is not None:
-            self._earn()
         begin = time.monotonic()
         result = late.result
         if result.course is not None:
@@ -165,11 +163,7 @@ class LateFirings(Reporting):
         with preserve_rng():
             self._say_how(result.estimate, result.influence)
             self._take_up(trainer, pl_module, result.estimate.replace(**late.notes), result.influence, begin)
-        seconds = time.monotonic() - begin
-        self._seconds += seconds
-        if self._budget is not None and self._earned_until is not None:
-            self._budget.charge(seconds)
-            self._earned_until = begin + seconds
+        self._account(trainer, begin)
 
     def _await_the_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """At the end of fit: what is still out, within the limit."""

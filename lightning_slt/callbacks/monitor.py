@@ -77,7 +77,8 @@ class SLTMonitor(ComponentFirings):
         log_spaced: measure this often over the run, log-spaced. With none of these four given: 20.
         max_overhead: the share of the run's wall-clock that measuring may take, such as 0.05: the steps named above are
             then candidates, and those that the budget does not cover are left out. With none named, every step is one.
-            Firings start small and grow to the size that is asked for (:mod:`lightning_slt.callbacks.sizing`).
+            Firings start small and grow to the size that is asked for (:mod:`lightning_slt.callbacks.sizing`). Of this
+            monitor alone: the budgets of several add.
         sampler: None for SGLD with a calibrated step; ``SGLD(lr=...)`` fixes the step. Also RMSpropSGLD, which starts
             from the second moments of an Adam where there is one, and SGNHT.
         num_chains: chains of a firing, over all ranks together.
@@ -236,6 +237,7 @@ class SLTMonitor(ComponentFirings):
         self._said_overhead = False
         self._said_dropped = False
         self._said_full = False
+        self._said_reload = False
         self._done_fast_run = False
         self._listeners: list[EstimateListener] = []
         self._said_listener = False
@@ -299,11 +301,12 @@ class SLTMonitor(ComponentFirings):
             raise MisconfigurationException(f"SLTMonitor: {error}") from error
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._data = TrainingData(trainer, self._batch_size, self._num_samples, self._settings.seed)
+        self._data = self._data_of(trainer)
         self._source = None
         self._samples.forget()
         try:
             self._samples.check(self._data.indexed)
+            self._measures.check_data(self._data.indexed)
         except ValueError as error:
             raise MisconfigurationException(f"SLTMonitor: {error}") from error
         check_num_samples(self._data.num_samples, self._settings.nbeta)
@@ -345,6 +348,29 @@ class SLTMonitor(ComponentFirings):
             self._budget.forget()
 
     # --- while training -------------------------------------------------------------------------------------------
+
+    def _data_of(self, trainer: Trainer) -> TrainingData:
+        return TrainingData(trainer, self._batch_size, self._num_samples, self._settings.seed)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Chains follow the data where ``reload_dataloaders_every_n_epochs`` has loaded it anew."""
+        before = self._data
+        if before is None or before.is_of(trainer):
+            return
+        data = self._data_of(trainer)
+        if data.replays and before.replays:
+            before.follow(trainer)  # what training has seen stays seen
+            return
+        self._data = data
+        if data.has_the_samples_of(before):
+            return
+        self._source = None
+        if self._beside is not None and not self._said_reload:
+            self._said_reload = True
+            rank_zero_warn(
+                "SLTMonitor(execution='background'): the training data has been loaded anew and is other data. Workers "
+                "go on with that of the beginning; with execution='inline' chains follow the data."
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._data is not None and self._data.replays:
@@ -403,17 +429,6 @@ class SLTMonitor(ComponentFirings):
         else:
             self._skipped += 1
 
-    def _account(self, begin: float, size: float = 1.0, failed: bool = False) -> None:
-        """What a firing of this size that began then has cost, a failed one too."""
-        now = time.monotonic()
-        self._seconds += now - begin
-        if self._budget is not None and self._earned_until is not None:
-            if failed:
-                self._budget.fail(now - begin)
-            else:
-                self._budget.spend(now - begin, size)
-            self._earned_until = now
-
     def _fire(
         self, trainer: Trainer, pl_module: LightningModule, step: int, x: int, decision: Optional[Decision] = None
     ) -> None:
@@ -431,7 +446,7 @@ class SLTMonitor(ComponentFirings):
             if self._on_failure == "raise" or is_smoke_test(trainer) or isinstance(error, RankLostError):
                 raise
             warn_of_failure(step, f"{type(error).__name__}: {error}")
-            self._account(begin, failed=True)
+            self._account(trainer, begin, failed=True)
             return
         size = size_of(settings, self._settings)
         estimate = estimate.replace(seconds=time.monotonic() - begin, step=step, x=x, epoch=trainer.current_epoch)
@@ -447,7 +462,7 @@ class SLTMonitor(ComponentFirings):
         if self._measures.susceptibility:
             self._measure_beside(trainer, pl_module, estimate, settings)
         # drawing and logging count as overhead too, from the next firing's figure on
-        self._account(begin, size)
+        self._account(trainer, begin, size)
         self._warn_if_large()
 
     def _measure(
@@ -545,11 +560,14 @@ class SLTMonitor(ComponentFirings):
         if isinstance(objective, ShardedObjective):
             objective.settle()
             return
-        buffers = list(objective.module.buffers())
-        if self._collective.world_size == 1 or objective.borrowed or not buffers:
+        if self._collective.world_size == 1:
             return
+        buffers = list(objective.module.buffers())
         first = self._collective.rank == 0
+        # asked on every rank: one alone may have a module that cannot be copied
         told = self._collective.exchange(lambda: [b.cpu() for b in buffers] if first else None)[0]
+        if objective.borrowed:
+            return  # these are training's own
         for buffer, value in zip(buffers, told or [], strict=True):
             buffer.copy_(value)
 

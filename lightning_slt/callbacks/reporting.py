@@ -157,6 +157,27 @@ class Reporting(Callback):
         self._budget.earn(seconds)
         return seconds
 
+    def _account(self, trainer: Trainer, begin: float, size: Optional[float] = None, failed: bool = False) -> None:
+        """What measuring has cost since ``begin``, a firing that came to nothing too.
+
+        Args:
+            size: of the firing that it was; None for other work of measuring, which says nothing of the next firing.
+        """
+        seconds = time.monotonic() - begin
+        self._seconds += seconds
+        for monitor in {self, *trainer.callbacks}:  # type: ignore[attr-defined]
+            # measuring is no training, which earns credit: neither for this monitor nor for another one
+            if isinstance(monitor, Reporting) and monitor._earned_until is not None:
+                monitor._earned_until += seconds
+        if self._budget is None or self._earned_until is None:
+            return
+        if failed:
+            self._budget.fail(seconds)
+        elif size is None:
+            self._budget.charge(seconds)
+        else:
+            self._budget.spend(seconds, size)
+
     def _open_publisher(self, trainer: Trainer) -> None:
         """The folder and the loggers of this run; none of either under ``fast_dev_run``."""
         if is_smoke_test(trainer):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Optional, Union
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
@@ -134,12 +135,11 @@ class ProbedSamples:
             return None
         if not isinstance(self._query, (bool, int)):
             return _like(source, self._query, transfer)
-        loaders = trainer.val_dataloaders
-        loader = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders
+        loader = _validation_loader(trainer)
         if not isinstance(loader, DataLoader) or not _is_map_style(loader.dataset):
             rank_zero_warn(
                 f"SLTMonitor(query={self._query}): there is no validation data that can be asked for a sample by "
-                "number (yet), so the probed samples are the queries. Give query=Dataset."
+                "number, so the probed samples are the queries. Give query=Dataset."
             )
             return None
         return _like(source, loader.dataset, transfer, uniform_samples(loader)[1], loader.collate_fn)
@@ -156,6 +156,26 @@ class ProbedSamples:
                         render_sample(sample, tokenizer) if hook is None else rendered_by(hook, sample, tokenizer)
                     )
         return {index: self._shown[index] for index in suspects if index in self._shown}
+
+
+def _validation_loader(trainer: Trainer) -> Any:
+    """The first validation loader; None where there is none.
+
+    Lightning has not asked for it yet where the sanity check is left out (with ``num_sanity_val_steps=0``, and whenever
+    a run is resumed) and the first validation is epochs away. A resumed run would then have other queries than before.
+    """
+    loaders = trainer.val_dataloaders
+    if loaders is None:
+        source = trainer.fit_loop.epoch_loop.val_loop._data_source
+        if source.instance is None or not source.is_defined():
+            return None
+        # asked of the hook itself: trainer's own call would take note of it
+        loaders = source.instance.val_dataloader() if source.is_module() else source.instance  # type: ignore[union-attr]
+    if isinstance(loaders, CombinedLoader):
+        loaders = loaders.iterables
+    while isinstance(loaders, (list, tuple, Mapping)) and loaders:
+        loaders = next(iter(loaders.values() if isinstance(loaders, Mapping) else loaders))
+    return loaders
 
 
 def tokenizer_of(owner: Any) -> Any:

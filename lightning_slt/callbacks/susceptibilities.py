@@ -78,6 +78,19 @@ class Measures:
                     f"measures: component {name!r}: only lower-case letters, digits and underscores (a log key)."
                 )
 
+    def check_data(self, indexed: bool) -> None:
+        """Before training: whether the training data has what is asked of it.
+
+        Raises:
+            ValueError: where samples cannot be asked for by number and that is needed; names the remedy.
+        """
+        if self.susceptibility and not indexed:
+            raise ValueError(
+                "measures: 'susceptibility' reads the loss of the training data sample by sample, and this cannot be "
+                "asked for a sample by number (an iterable dataset, a sampler of its own, or several loaders). Leave "
+                "it out, or train on a map-style Dataset."
+            )
+
     def describe(self) -> Optional[list[Any]]:
         """For the run's settings."""
         return None if self._given is None else [dict(e) if isinstance(e, Mapping) else e for e in self._given]

@@ -145,11 +145,11 @@ def take_snapshot(
 
 
 def flat_weights(module: nn.Module, restrict: Restriction) -> Tensor:
-    """``[d]``, the weights that move, as chains have them: float32 for half precision."""
+    """``[d]``, the weights that move, as chains have them: float64 where all of them are, else float32."""
     parameters = dict(module.named_parameters())
     pieces = [parameters[name].detach().flatten() for name in select_parameters(module, restrict)]
-    whole = torch.cat(pieces)
-    return whole.float() if whole.dtype in (torch.float16, torch.bfloat16) else whole
+    dtype = torch.float64 if all(piece.dtype == torch.float64 for piece in pieces) else torch.float32
+    return torch.cat([piece.to(dtype) for piece in pieces])
 
 
 def freeze(trainer: Trainer) -> dict[str, Any]:

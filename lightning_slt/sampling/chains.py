@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.sampling.batches import MinibatchSource, Window
-from lightning_slt.sampling.collective import Collective, own_chains
+from lightning_slt.sampling.collective import Collective, RankLostError, own_chains
 from lightning_slt.sampling.engines import Choice, Engine, SequentialEngine, choose_engine
 from lightning_slt.sampling.layout import BLOCK
 from lightning_slt.sampling.noise import normal_stream
@@ -185,8 +185,14 @@ class Chains:
         choices = collective.exchange(lambda: self._choose(method))
         self.method, self.reason = choices[0]
         if any(chosen != self.method for chosen, _ in choices):
-            # timings differ between ranks; the first one's choice holds for all
-            collective.exchange(lambda: self._choose(self.method))
+            # timings differ between ranks; the first one's choice holds for all, unless one of them cannot
+            try:
+                collective.exchange(lambda: self._choose(self.method))
+            except Exception as error:
+                if method != "auto" or isinstance(error, RankLostError):
+                    raise
+                self.method = "sequential"
+                self.reason = collective.exchange(lambda: self._choose(self.method))[0][1]
         collective.exchange(self._allocate)
 
     def _choose(self, method: str) -> tuple[str, str]:

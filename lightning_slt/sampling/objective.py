@@ -11,6 +11,7 @@ from typing import Any, Optional
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten
 
 from lightning_slt.sampling import steps
@@ -77,6 +78,7 @@ class Objective:
         weights: Optional[dict[str, Tensor]] = None,
     ) -> None:
         self._live, self._live_names = module, select_parameters(module, restrict)
+        refuse_lazy(module)
         self._may_borrow = device is None and weights is None
         self._mutates = False
         self._weights = weights
@@ -268,7 +270,7 @@ class Objective:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Around every use of the loss: gradients on; a borrowed module is muted inside and restored after."""
-        with torch.enable_grad():
+        with torch.enable_grad(), as_interpreted():
             if not self.borrowed:
                 yield
                 return
@@ -283,7 +285,7 @@ class Objective:
             Exception: whatever the user's step raises.
         """
         if not self.borrowed:
-            with _buffers_kept(self._live):
+            with _buffers_kept(self._live), as_interpreted():
                 copied = self.module
                 self._find_written(batch)
                 self._adapt_copy(batch)
@@ -372,6 +374,26 @@ class Objective:
             log.info(f"chains keep float32 weights and round them at each call: {type(error).__name__}: {error}")
             self.module, self._context, self._upcast = original, context, False
             self._read_anchor()
+
+
+def as_interpreted() -> AbstractContextManager[None]:
+    """TorchScript without its optimiser: that compiles a function anew after its first calls, rounds otherwise from
+    there on, and a copy shares that count with the module that trains."""
+    return torch.jit.optimized_execution(False)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def refuse_lazy(module: nn.Module) -> None:
+    """Weights without a shape cannot be measured.
+
+    Raises:
+        ValueError: naming the first one.
+    """
+    for name, parameter in module.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"{name} has no shape yet: a lazy module gets its weights with its first batch. Measure after the "
+                "first training step, or run a batch through the module before."
+            )
 
 
 def prepare(module: nn.Module, trainer: Any) -> None:

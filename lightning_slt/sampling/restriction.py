@@ -23,7 +23,7 @@ def select_parameters(module: nn.Module, restrict: Restriction = None) -> list[s
     Args:
         module: its parameters with ``requires_grad`` are the candidates: frozen ones never move.
         restrict: None for all of them, or one or several of: a glob over parameter names (``"encoder.*.weight"``), the
-            name of a submodule (``"encoder"``), or a submodule itself.
+            name of a submodule (``"encoder"``), or a submodule itself. A weight that is pruned keeps its name here.
 
     Raises:
         ValueError: where nothing is named, nothing is matched, or all that is matched is frozen.
@@ -48,6 +48,10 @@ def select_parameters(module: nn.Module, restrict: Restriction = None) -> list[s
 
     # a tied weight has several names but is one parameter: match every name, move it once
     aliases = [(without_compile(name), p) for name, p in module.named_parameters(remove_duplicate=False)]
+    masked = {without_compile(name) for name, _ in module.named_buffers() if name.endswith("_mask")}
+    # pruning calls a weight weight_orig from then on, in the middle of a run maybe
+    before = [(name.removesuffix("_orig"), p) for name, p in aliases if name.endswith("_orig")]
+    aliases += [(name, p) for name, p in before if f"{name}_mask" in masked]
     chosen: set[int] = set()
     for entry in entries:
         if isinstance(entry, nn.Module):

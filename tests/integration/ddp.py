@@ -320,6 +320,104 @@ def resume(folder: Path, world: int) -> Result:
     return said(again, before=[e.state_dict() for e in first.estimates])
 
 
+COMPONENTS = {"first": ["net.0.*"], "last": ["net.4.*"]}
+
+
+def _beside(components: Any) -> dict[str, Any]:
+    """Susceptibility as well, towards four queries of the validation data."""
+    measure = {"name": "susceptibility", "components": components}
+    return {"num_draws": 16, "probe": 7, "query": 4, "measures": ["llc", measure]}
+
+
+def susceptible(monitor: SLTMonitor, **more: Any) -> Result:
+    found = [e.state_dict() for e in monitor.susceptibilities]
+    return said(monitor, susceptibilities=found, folder=str(monitor.folder), **more)
+
+
+class HeldNet(Net):
+    """Weights and statistics that stay where they began: the same for any number of ranks."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=0.0)
+        self.net[1].momentum = 0.0
+
+
+def _susceptibility(folder: Path, world: int, **settings: Any) -> Result:
+    monitor = tiny_monitor(every_n_epochs=1, **{"num_chains": 4, **_beside(COMPONENTS), **settings})
+    Scenario(HeldNet, with_validation, ranks_of(world, max_epochs=1)).run(folder, monitor)
+    return susceptible(monitor)
+
+
+def susceptibility(folder: Path, world: int) -> Result:
+    return _susceptibility(folder, world)
+
+
+def susceptibility_of_three_chains(folder: Path, world: int) -> Result:
+    """Two ranks do not divide them, and of four one has none."""
+    return _susceptibility(folder, world, num_chains=3)
+
+
+def susceptibility_undisturbed(folder: Path, world: int) -> Result:
+    """One chain for two ranks: one of them has nothing to read, and joins in all the same."""
+    monitor = tiny_monitor(every_n_train_steps=2, num_chains=1, **_beside(COMPONENTS))
+    trace = Scenario(Net, with_validation, ranks_of(world)).assert_undisturbed(folder, monitor)
+    return susceptible(monitor, num_batches=trace.num_batches)
+
+
+def unreadable_validation() -> dict[str, Any]:
+    """Samples of the validation data, which the chains of the learning coefficient do not ask for."""
+    return {**loaders(), "val_dataloaders": torch.utils.data.DataLoader(Unreadable(), batch_size=4)}
+
+
+def susceptibility_fails_on_one_rank(folder: Path, world: int) -> Result:
+    monitor = tiny_monitor(every_n_train_steps=2, on_failure="warn", **_beside(COMPONENTS))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scenario = Scenario(Net, unreadable_validation, ranks_of(world))
+        trace = scenario.run(folder, Firing(True), monitor, Firing(False))
+    texts = [str(w.message) for w in caught if "only this rank fails" in str(w.message)]
+    return susceptible(monitor, num_batches=trace.num_batches, warnings=texts)
+
+
+class NotCopiedHere(Net):
+    """Something on one rank cannot be copied."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.global_rank == self.rank:
+            self.held = (i for i in range(3))
+
+
+def _not_copied(folder: Path, world: int, rank: int) -> Result:
+    monitor = tiny_monitor(every_n_train_steps=2, method="auto", **_beside(COMPONENTS))
+    scenario = Scenario(lambda: NotCopiedHere(rank), with_validation, ranks_of(world))
+    trace = scenario.assert_undisturbed(folder, monitor)
+    return susceptible(monitor, num_batches=trace.num_batches)
+
+
+def one_rank_cannot_copy(folder: Path, world: int) -> Result:
+    return _not_copied(folder, world, 1)
+
+
+def first_rank_cannot_copy(folder: Path, world: int) -> Result:
+    return _not_copied(folder, world, 0)
+
+
+def susceptibility_resume(folder: Path, world: int) -> Result:
+    """From the checkpoint of step 3: the firing at step 2 is behind it, that at step 4 is measured a second time."""
+    saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=False)
+    settings = {"every_n_train_steps": 2, "dirpath": str(folder / "slt"), **_beside(COMPONENTS)}
+    first, again = tiny_monitor(**settings), tiny_monitor(**settings)
+    saving = ranks_of(world, callbacks=[saver], enable_checkpointing=True, max_steps=4)
+    Scenario(Net, with_validation, saving).run(folder, first)
+    checkpoint = str(folder / "step=3.ckpt")
+    Scenario(Net, with_validation, ranks_of(world)).run(folder, again, ckpt_path=checkpoint)
+    return susceptible(again, before=[e.state_dict() for e in first.susceptibilities])
+
+
 class Clock:
     """Stands in for the module ``time`` in the monitor: a step takes 1 s on the first rank, ever longer on others."""
 
@@ -432,6 +530,13 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
         influence_of_calibrated_chains,
         influence_undisturbed,
         influence_fails_on_one_rank,
+        susceptibility,
+        susceptibility_of_three_chains,
+        susceptibility_undisturbed,
+        susceptibility_fails_on_one_rank,
+        one_rank_cannot_copy,
+        first_rank_cannot_copy,
+        susceptibility_resume,
         transitions,
         transitions_stop,
         fewer_chains_than_ranks,
@@ -457,9 +562,18 @@ ALONE = (
     "influence",
     "influence_of_three_chains",
     "influence_of_calibrated_chains",
+    "susceptibility",
+    "susceptibility_of_three_chains",
 )
 """Also in one process, which the ranks are held against."""
-FOUR = ("fixed_step", "calibrated_step", "five_chains", "two_chains", "influence_of_three_chains")
+FOUR = (
+    "fixed_step",
+    "calibrated_step",
+    "five_chains",
+    "two_chains",
+    "influence_of_three_chains",
+    "susceptibility_of_three_chains",
+)
 SPAWNED: tuple[tuple[str, int], ...] = (("spawn", 0), ("fork", 0))
 RUNS: tuple[tuple[str, int], ...] = (
     *((name, 2) for name in SCENARIOS if (name, 0) not in SPAWNED),

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.functional import cross_entropy
 
 from lightning_slt import RMSpropSGLD, SLTMonitor, TransitionMonitor
 from lightning_slt.callbacks import distribution
@@ -189,6 +190,26 @@ def bf16_true(folder: Path, world: int) -> Result:
 def fp16_true(folder: Path, world: int) -> Result:
     """Not with Adam, whose epsilon is zero in float16."""
     return _precision(folder, world, "16-true", lambda: Split(lr=0.1), Split)
+
+
+class HeldInBfloat16(Held):
+    """Casts, so that in one piece too it is computed in bfloat16, on weights that are rounded from float32 ones."""
+
+    def loss(self, batch: Any) -> Tensor:
+        return cross_entropy(self.net(batch[0].bfloat16()), batch[1])
+
+
+class SplitInFloat16(Split):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return cross_entropy(self.net(batch[0].half()), batch[1])
+
+
+def bf16_masters(folder: Path, world: int) -> Result:
+    return _held(folder, world, HeldInBfloat16, {"precision": "bf16-true"})
+
+
+def fp16_masters(folder: Path, world: int) -> Result:
+    return _held(folder, world, SplitInFloat16, {"precision": "16-true"})
 
 
 class Policy(Plain):
@@ -380,6 +401,8 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
         bf16_mixed,
         bf16_true,
         fp16_true,
+        bf16_masters,
+        fp16_masters,
         policy,
         undisturbed,
         accumulation,
@@ -395,7 +418,7 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
 ALONE = (
     "fixed_step", "restricted", "within_layers", "frozen", "defaults", "preconditioned",
     "tensor_parallel", "one_shard", "bf16_mixed", "bf16_true",
-    "fp16_true", "data_of_its_own", "noise",
+    "fp16_true", "bf16_masters", "fp16_masters", "data_of_its_own", "noise",
 )  # fmt: skip
 """Also in one process without a strategy, which the ranks are held against; ``one_shard`` with it."""
 RUNS: tuple[tuple[str, int], ...] = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any, Optional
@@ -121,6 +122,29 @@ class FrozenNorm(Net):
         self.net[1].eval()
 
 
+class Lazy(Net):
+    """Its first layer has no weights before the first batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0] = nn.LazyLinear(8)
+
+
+class WithBackbone(Plain):
+    """As BackboneFinetuning wants it: the optimiser begins with what is not frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(IN, 8), nn.BatchNorm1d(8), nn.Tanh())
+        self.net = nn.Linear(8, CLASSES)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return cross_entropy(self.net(self.backbone(batch[0])), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
 class FrozenLayer(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -188,6 +212,36 @@ def compiled_in_place() -> Net:
     module = Net()
     module.net.compile(backend="eager")
     return module
+
+
+class CastsToHalf(Net):
+    """Casts in its forward pass, so that it cannot be computed in float32 where its weights are bfloat16."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        x, y = batch
+        return cross_entropy(self.net(x.bfloat16()).float(), y)
+
+
+class Numbered(nn.Module):
+    """A constant that no other instance has, so that TorchScript compiles each one by itself."""
+
+    __constants__ = ("number",)
+    made = itertools.count()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = next(self.made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class ScriptedNet(Plain):
+    """TorchScript compiles it anew after its first calls, and then rounds otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.jit.script(nn.Sequential(nn.Linear(IN, 8), nn.Tanh(), nn.Linear(8, CLASSES), Numbered()))
 
 
 class RaisesInChain(Net):

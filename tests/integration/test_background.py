@@ -16,10 +16,14 @@ from typing import Any, Optional
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_slt import RMSpropSGLD
+from lightning_slt.callbacks.bench import plugin_on
+from lightning_slt.callbacks.travel import flat_weights
 from lightning_slt.record import RunRecord
+from lightning_slt.sampling.objective import Objective
 from tests.integration import models
 from tests.integration.beside import STEPS, data, monitor_of
 from tests.integration.harness import Scenario, SLTMonitor, assert_same, steps_of, tiny_monitor
@@ -99,6 +103,54 @@ def test_results_are_those_of_firings_inside_training(module: Any, changes: dict
     for a, b in zip(background.influences, inline.influences, strict=True):
         assert (a.step, a.x) == (b.step, b.x)
         torch.testing.assert_close(a.self_influence, b.self_influence, rtol=0.0, atol=0.0)
+
+
+def scaled() -> dict[str, Any]:
+    """float16 autocast on the CPU, which Lightning has by a plugin only; the scaler's state moves."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
+
+
+PRECISIONS: dict[str, tuple[Any, Any]] = {
+    "16-mixed": (Net, scaled),
+    **{name: (Net, lambda name=name: {"precision": name}) for name in ("bf16-mixed", "bf16-true", "64-true")},
+    "16-true": (models.Plain, lambda: {"precision": "16-true"}),  # not with Adam, whose epsilon is zero in float16
+    "bf16-true with casts": (models.CastsToHalf, lambda: {"precision": "bf16-true"}),
+}
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_results_are_those_of_firings_inside_training_in_every_precision(name: str, tmp_path: Path) -> None:
+    """Bit for bit: the worker autocasts as training does, has the batches that training has, and the same masters."""
+    module, trainer = PRECISIONS[name]
+    scenario = Scenario(module, loaders, trainer)
+    settings: dict[str, Any] = {"probe": 8, "num_draws": 20, "every_n_train_steps": 6}
+    inline, background = tiny_monitor(**settings), beside(**settings)
+    without = scenario.run(tmp_path / "inline", inline)
+    assert_same(without, scenario.run(tmp_path / "background", background))
+    assert steps_of(inline) == [6, 12] and all(e.trace.abs().max() > 0 for e in inline.estimates)
+    assert_same_estimates(background, inline)
+    for a, b in zip(background.estimates, inline.estimates, strict=True):
+        assert (a.localization, a.num_weights, a.method) == (b.localization, b.num_weights, b.method)
+    for a, b in zip(background.influences, inline.influences, strict=True):
+        torch.testing.assert_close(a.tensors(), b.tensors(), rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def test_a_worker_on_another_kind_of_device_autocasts_there() -> None:
+    """Training on a GPU in bfloat16, and chains on the CPU: autocast of a GPU would be none."""
+    plugin = MixedPrecision("bf16-mixed", "cuda")
+    with plugin_on(plugin, torch.device("cpu")).train_step_context():
+        assert torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    assert plugin.device == "cuda"
+
+
+def test_gamma_of_mixed_weights_is_that_of_the_chains() -> None:
+    """Float32 beside float64: chains move float32 weights, and gamma is that of these."""
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1).double())
+    flat = flat_weights(module, None)
+    assert flat.dtype == torch.float32
+    assert torch.equal(flat, Objective(module, lambda m, b: b, None).anchor)
 
 
 def test_batches_that_training_saw_travel_with_the_snapshot(tmp_path: Path) -> None:

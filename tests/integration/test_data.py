@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
+from lightning_slt.callbacks.data import TrainingData
 from tests.integration import models
-from tests.integration.harness import Scenario, steps_of, tiny_monitor
+from tests.integration.harness import Scenario, quiet_trainer, steps_of, tiny_monitor
 from tests.integration.models import BATCH, Net, Plain, loaders, tensors
 
 
@@ -151,3 +161,86 @@ def test_a_cold_firing_does_not_depend_on_earlier_ones(tmp_path: Path) -> None:
         Scenario(Plain, loaders).run(tmp_path / name, monitor)
     assert len(often.estimates) == 6 and len(seldom.estimates) == 1
     assert torch.equal(often.estimates[-1].trace, seldom.estimates[-1].trace)
+
+
+# ------------------------------------------------------------------------------------------ data that is loaded anew
+
+
+class Reloads(LightningDataModule):
+    """Its loader is made anew for every epoch, over the data that ``make`` gives for it."""
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        super().__init__()
+        self.make, self.num_loads = make, 0
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        self.num_loads += 1
+        data = self.make(self.num_loads)
+        return DataLoader(data, BATCH, shuffle=not isinstance(data, IterableDataset))
+
+
+def reloading(make: Callable[[int], Any]) -> Scenario:
+    trainer = lambda: {"reload_dataloaders_every_n_epochs": 1, "max_epochs": 3}  # noqa: E731
+    return Scenario(models.SeesBatch, lambda: {"datamodule": Reloads(make)}, trainer)
+
+
+def constant(value: int, n: int) -> TensorDataset:
+    return TensorDataset(torch.full((n, models.IN), float(value)), torch.arange(n) % models.CLASSES)
+
+
+def test_chains_follow_data_that_is_loaded_anew(tmp_path: Path) -> None:
+    """A curriculum: 8 samples of 1, then 16 of 2, then 24 of 3; n and the batches are those of the epoch."""
+    monitor = tiny_monitor(every_n_epochs=1)
+    seen: list[set[float]] = []
+    publish = monitor._take_up
+
+    def listens(*arguments: Any) -> None:
+        seen.append({float(batch.unique()) for batch in models.CHAIN_SAW})
+        models.CHAIN_SAW.clear()
+        publish(*arguments)
+
+    monitor._take_up = listens  # type: ignore[method-assign]
+    reloading(lambda number: constant(number, 8 * number)).assert_undisturbed(tmp_path, monitor)
+    assert [e.num_samples for e in monitor.estimates] == [8, 16, 24]
+    assert seen == [{1.0}, {2.0}, {3.0}]
+
+
+def test_the_same_data_loaded_anew_is_not_read_again(tmp_path: Path) -> None:
+    data = tensors()
+    monitor = tiny_monitor(every_n_epochs=1)
+    reads: list[int] = []
+    original = TrainingData.source
+
+    def counted(self: TrainingData, transfer: Any) -> Any:
+        reads.append(1)
+        return original(self, transfer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingData, "source", counted)
+        reloading(lambda _: data).run(tmp_path, monitor)
+    assert len(monitor.estimates) == 3 and len(reads) == 1
+
+
+class ConstantStream(IterableDataset[Any]):
+    def __init__(self, value: int) -> None:
+        self.samples = constant(value, 24)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.samples[i] for i in range(24))
+
+
+def test_a_stream_that_is_loaded_anew_keeps_what_training_has_seen(tmp_path: Path) -> None:
+    monitor = tiny_monitor(at_steps=[18], num_samples=100, num_draws=40)
+    reloading(ConstantStream).assert_undisturbed(tmp_path, monitor)
+    assert steps_of(monitor) == [18]
+    assert {float(batch.unique()) for batch in models.CHAIN_SAW} == {1.0, 2.0, 3.0}
+
+
+def test_workers_beside_training_say_that_they_do_not_follow(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, reload_dataloaders_every_n_epochs=1, max_epochs=1)
+    monitor = tiny_monitor(execution="background")
+    trainer.fit(Plain(), datamodule=Reloads(lambda number: tensors(8 * number)))
+    monitor._data = monitor._data_of(trainer)
+    trainer.fit_loop._combined_loader = CombinedLoader(DataLoader(tensors(16), BATCH, shuffle=True))
+    with pytest.warns(UserWarning, match=r"execution='background'.*loaded anew and is other data"):
+        monitor.on_train_epoch_start(trainer, trainer.lightning_module)

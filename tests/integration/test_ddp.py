@@ -10,6 +10,7 @@ import torch
 
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
 from lightning_slt.record import RECORD_FILE
+from lightning_slt.susceptibility_record import SusceptibilityEstimate, SusceptibilityRecord
 from tests.integration.ddp import RUNS, SPAWNED
 from tests.integration.ranks import Results, assert_ranks_agree, estimates_of, launched_once, place, results_of
 
@@ -241,6 +242,103 @@ def test_samples_that_fail_on_one_rank_leave_influence_out_on_both_and_nothing_e
     assert [e["step"] for e in results[0]["estimates"]] == [2, 4, 6]
     assert [e["mean"] for e in results[0]["estimates"]] == [e["mean"] for e in results[1]["estimates"]]
     assert len(results[0]["warnings"]) == 1 and "rank 1" in results[0]["warnings"][0]
+
+
+def susceptibilities_of(result: Results) -> list[SusceptibilityEstimate]:
+    return [SusceptibilityEstimate.from_state_dict(state) for state in result["susceptibilities"]]
+
+
+def assert_same_susceptibility(a: SusceptibilityEstimate, b: SusceptibilityEstimate) -> None:
+    """To the last bit; a firing's seconds are its rank's own."""
+    ours, theirs = (found.replace(seconds=0.0).state_dict() for found in (a, b))
+    for name, value in ours.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(value, theirs[name], rtol=0, atol=0, equal_nan=True)
+        else:
+            assert value == theirs[name], name
+
+
+def assert_susceptibilities_agree(results: list[Results], steps: list[int]) -> list[SusceptibilityEstimate]:
+    first, *others = (susceptibilities_of(result) for result in results)
+    assert others and [found.step for found in first] == steps
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            assert_same_susceptibility(a, b)
+    return first
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "chains"),
+    [
+        ("susceptibility", 2, 4),
+        ("susceptibility_of_three_chains", 2, 3),
+        ("susceptibility_of_three_chains", 4, 3),
+    ],
+)
+def test_susceptibility_is_the_same_on_all_ranks_and_in_one_process(
+    name: str, world: int, chains: int, folder: Path
+) -> None:
+    """A chain counted twice would halve the spread that the error is made of; one left out is a NaN."""
+    results = results_of(folder, name, world)
+    (both,) = assert_susceptibilities_agree(results, [-(-6 // world)])
+    (alone,) = susceptibilities_of(results_of(folder, name, 1)[0])
+    assert both.components == alone.components == ("first", "last") and both.num_weights == (40, 18)
+    assert both.num_chains == chains and both.num_draws == alone.num_draws == 16
+    assert both.per_chain.shape == (2, chains) and both.per_chain.isfinite().all()
+    assert both.matrix.shape == (2, 4) and torch.equal(both.sample_index, alone.sample_index)
+    assert both.localization == pytest.approx(alone.localization, rel=1e-6)
+    for field in ("per_chain", "chi", "se", "matrix", "matrix_se", "group_chi", "group_se", "llc"):
+        x, y = getattr(both, field), getattr(alone, field)
+        assert float(y.abs().max()) > 0, field
+        assert float((x - y).abs().max()) <= 1e-5 * float(y.abs().max()), field
+    assert_ranks_agree(results, [-(-6 // world)])
+
+
+def test_susceptibility_is_recorded_by_the_first_rank_only(folder: Path) -> None:
+    first = results_of(folder, "susceptibility", 2)[0]
+    (recorded,) = SusceptibilityRecord(first["folder"]).read()
+    (kept,) = susceptibilities_of(first)
+    assert_same_susceptibility(recorded, kept)
+    assert len(list(place(folder, "susceptibility", 2).rglob("susceptibility/*"))) == 1
+
+
+def test_training_with_susceptibility_is_the_same_under_ddp(folder: Path) -> None:
+    """One chain for two ranks."""
+    results = results_of(folder, "susceptibility_undisturbed", 2)
+    found = assert_susceptibilities_agree(results, [2, 4, 6])
+    assert [r["num_batches"] for r in results] == [6, 6]
+    assert all(f.per_chain.shape == (2, 1) and f.per_chain.isfinite().all() for f in found)
+
+
+def test_queries_that_one_rank_cannot_read_leave_susceptibility_out_on_both_and_nothing_else(folder: Path) -> None:
+    results = results_of(folder, "susceptibility_fails_on_one_rank", 2)
+    assert [r["num_batches"] for r in results] == [6, 6]
+    assert [r["susceptibilities"] for r in results] == [[], []]
+    assert_ranks_agree(results, [2, 4, 6])
+    assert len(results[0]["warnings"]) == 3 and "rank 1" in results[0]["warnings"][0]
+
+
+@pytest.mark.parametrize("name", ["one_rank_cannot_copy", "first_rank_cannot_copy"])
+def test_a_module_that_one_rank_alone_cannot_copy_is_measured_in_place_there(name: str, folder: Path) -> None:
+    """Such as a writer that only the first rank opens; the chains of both ranks are in the answer."""
+    results = results_of(folder, name, 2)
+    estimates = assert_ranks_agree(results, [2, 4, 6])
+    assert [r["num_batches"] for r in results] == [6, 6]
+    assert all(e.trace.shape == (2, 16) and e.method == "sequential" for e in estimates)
+    for found in assert_susceptibilities_agree(results, [2, 4, 6]):
+        assert found.per_chain.shape == (2, 2) and found.per_chain.isfinite().all()
+
+
+def test_resume_of_susceptibility_under_ddp(folder: Path) -> None:
+    """The record holds each firing once, as the run that went on has measured it."""
+    results = results_of(folder, "susceptibility_resume", 2)
+    found = assert_susceptibilities_agree(results, [2, 4, 6])
+    before = SusceptibilityEstimate.from_state_dict(results[0]["before"][0])
+    assert_same_susceptibility(found[0], before)
+    assert len({f.localization for f in found}) == 1
+    recorded = list(SusceptibilityRecord(results[0]["folder"]).read())
+    for a, b in zip(recorded, found, strict=True):
+        assert_same_susceptibility(a, b)
 
 
 @pytest.mark.parametrize("name", ["transitions", "transitions_stop"])

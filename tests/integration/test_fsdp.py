@@ -89,6 +89,25 @@ def test_half_precision_shards_follow_float32_masters(name: str, shapes: Shapes,
         assert float((result["displacements"] - expected).abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize(("name", "shapes"), [("bf16_masters", HELD), ("fp16_masters", SPLIT)])
+def test_half_precision_shards_have_the_chains_of_half_precision_in_one_piece(
+    name: str, shapes: Shapes, folder: Path
+) -> None:
+    """The same arithmetic on both sides: every loss of every chain is the same, far below the rounding of a half."""
+    results = results_of(folder, name, 2)
+    (shared,) = assert_ranks_agree(results, [0])
+    (alone,) = estimates_of(results_of(folder, name, 1)[0])
+    scale = float(alone.trace.abs().max())
+    assert scale > 0.1
+    torch.testing.assert_close(shared.trace, alone.trace, rtol=0.0, atol=1e-6 * scale)
+    torch.testing.assert_close(shared.per_chain, alone.per_chain, rtol=0.0, atol=1e-6 * scale)
+    assert shared.init_loss == pytest.approx(alone.init_loss, rel=1e-6)
+    assert shared.mean == pytest.approx(alone.mean, abs=1e-6 * scale)
+    whole = results_of(folder, name, 1)[0]["displacements"]
+    for rank, result in enumerate(results):
+        torch.testing.assert_close(result["displacements"], shards(whole, shapes, rank, 2), rtol=0.0, atol=1e-7)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_metric_of_shards_has_one_scale(world: int, folder: Path) -> None:
     results = results_of(folder, "moments_of_the_optimiser", world)

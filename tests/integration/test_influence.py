@@ -14,6 +14,7 @@ import torch
 from lightning import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -241,17 +242,45 @@ def test_no_validation_data_is_a_warning_and_the_samples_are_their_own_queries(t
     assert [(e.queries_are_train, e.matrix.shape[-1]) for e in monitor.influences] == [(True, 10)] * 3
 
 
-def test_several_validation_loaders(tmp_path: Path) -> None:
-    def data() -> dict[str, Any]:
-        return {**loaders(), "val_dataloaders": [DataLoader(tensors(6)), DataLoader(tensors(8))]}
+class Several(Net):
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        return None
 
-    class Several(Net):
-        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-            return None
+
+@pytest.mark.parametrize("make", [list, lambda two: dict(zip("ab", two, strict=True)), CombinedLoader])
+def test_several_validation_loaders(make: Any, tmp_path: Path) -> None:
+    """The first one has the queries."""
+
+    def data() -> dict[str, Any]:
+        return {**loaders(), "val_dataloaders": make([DataLoader(tensors(6)), DataLoader(tensors(8))])}
 
     monitor = probing(10, query=True, at_steps=[1])
     Scenario(Several, data).run(tmp_path, monitor)
     assert monitor.influences[0].query_index.tolist() == list(range(6))
+
+
+class DrawsItsSplit(LightningDataModule):
+    """Its validation data is drawn when it is asked for."""
+
+    def train_dataloader(self) -> Any:
+        return loaders()["train_dataloaders"]
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(torch.utils.data.random_split(tensors(8), [5, 3])[0], batch_size=BATCH)
+
+
+@pytest.mark.parametrize("owner", ["argument", "datamodule"])
+def test_queries_of_validation_data_that_lightning_has_not_loaded_yet(owner: str, tmp_path: Path) -> None:
+    """Without a sanity check, and with the first validation an epoch away; training is the same."""
+    data = with_validation if owner == "argument" else lambda: {"datamodule": DrawsItsSplit()}
+    trainer = lambda: {"num_sanity_val_steps": 0, "check_val_every_n_epoch": 2}  # noqa: E731
+    monitor = probing(10, query=True, at_steps=[0, 3])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*validation data.*")
+        Scenario(Net, data, trainer).assert_undisturbed(tmp_path, monitor)
+    first, second = monitor.influences
+    assert not first.queries_are_train and len(first.query_index) == (8 if owner == "argument" else 5)
+    assert torch.equal(first.query_index, second.query_index)
 
 
 def two_keys(samples: list[Any]) -> list[Tensor]:

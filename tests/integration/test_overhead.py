@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Optional
 
@@ -14,8 +14,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from lightning_slt.callbacks import late, reporting
 from lightning_slt.callbacks import monitor as monitor_module
-from lightning_slt.callbacks import reporting
+from lightning_slt.callbacks.background import BackgroundFirings, Late
+from lightning_slt.callbacks.overhead import CAP
+from lightning_slt.callbacks.pool import Result
 from tests.integration.harness import RecordingLogger, Scenario, SLTMonitor, steps_of, tiny_monitor
 from tests.integration.models import Plain, loaders
 
@@ -46,7 +49,7 @@ class Timed(Plain):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (monitor_module, reporting):  # one clock decides
+    for module in (monitor_module, reporting, late):  # one clock decides
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(Timed, "clock", clock)
     return clock
@@ -276,6 +279,74 @@ def test_two_monitors_each_keep_their_own_share(clock: Clock, tmp_path: Path) ->
     measured = states[0]["seconds"] + states[1]["seconds"]
     assert states[0]["run_seconds"] == states[1]["run_seconds"] == pytest.approx(trained + measured)
     assert measured / (trained + measured) <= 0.1 + 0.2
+    # the other one's firings are no training that would earn credit
+    assert [state["budget"]["trained"] for state in states] == pytest.approx([trained, trained])
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("other", [{"max_overhead": 0.3}, {"every_n_train_steps": 5}], ids=["a budget", "none"])
+def test_a_monitor_fires_as_it_would_without_another_one(
+    other: dict[str, Any], first: bool, clock: Clock, tmp_path: Path
+) -> None:
+    """Whatever the other takes: firings pay for no firings, in whichever order the callbacks stand."""
+    alone, beside = budgeted(), budgeted()
+    another = tiny_monitor(name="other", **{"every_n_train_steps": None, **other})
+    scenario(300).run(tmp_path / "alone", alone)
+    scenario(300).run(tmp_path / "beside", *((beside, another) if first else (another, beside)))
+    assert len(another.estimates) >= 4 and len(alone.estimates) >= 3
+    assert steps_of(beside) == steps_of(alone)
+    assert [e.credit_seconds for e in beside.estimates] == pytest.approx([e.credit_seconds for e in alone.estimates])
+
+
+class WaitsAlways(BackgroundFirings):
+    """A queue that is full: every firing waits for 50 s, in which one result comes back, and is left out after it."""
+
+    full = True
+    result: Optional[Late] = None
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(["cpu"], when_full="wait")
+        self.clock = clock
+
+    def open(self, *_: Any, **__: Any) -> None:
+        pass
+
+    begin = close = open
+
+    def recover(self, known: Any) -> tuple[list[Late], list[int]]:
+        return [], []
+
+    def make_room(self, progress: Any) -> Iterator[Late]:
+        self.clock.now += 20.0
+        if self.result is not None:
+            yield self.result
+            self.result = None
+        self.clock.now += 30.0
+
+
+def test_waiting_for_room_is_measuring_and_counts_once(clock: Clock, tmp_path: Path) -> None:
+    """50 s, of which taking up the result, 7 s more, is counted by itself; none of it is training."""
+    inline = tiny_monitor(at_steps=[1])
+    scenario(1).run(tmp_path / "inline", inline)
+    monitor = tiny_monitor(every_n_train_steps=None, at_steps=[40], max_overhead=0.5, execution="background")
+    beside = monitor._beside = WaitsAlways(clock)
+    beside.result = Late(Result(40, inline.estimates[0].replace(step=None), None, None, None), {"step": 20, "x": 19})
+
+    class Listens:
+        def on_estimate(self, *_: Any) -> None:
+            clock.now += 7.0
+
+        def on_monitor_end(self, *_: Any) -> list[Any]:
+            return []
+
+    monitor.add_listener(Listens())  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="the firing at step 40 is left out"):
+        scenario(60).run(tmp_path, monitor)
+    state = monitor.state_dict()
+    assert steps_of(monitor) == [20]
+    assert state["seconds"] == 57.0 and state["run_seconds"] == 117.0
+    assert state["budget"]["trained"] == 60.0
+    assert state["budget"]["credit"] == pytest.approx(CAP * 1.0 - 57.0 + 20.0)  # a snapshot is priced at a batch
 
 
 # -------------------------------------------------------------------------------------------------------------- sizes

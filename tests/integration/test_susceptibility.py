@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_slt import SLTMonitor
 from lightning_slt.callbacks import component_firings
 from lightning_slt.config import load
-from lightning_slt.susceptibility_record import SusceptibilityRecord
-from tests.integration.harness import Scenario, tiny_monitor
-from tests.integration.models import Net, Plain, loaders, with_validation
+from lightning_slt.susceptibility_record import SusceptibilityEstimate, SusceptibilityRecord
+from tests.integration.harness import Scenario, steps_of, tiny_monitor
+from tests.integration.models import Holds, Net, Plain, Stream, loaders, tensors, with_validation
 
 BESIDE = ["llc", {"name": "susceptibility", "components": {"all": ["*"]}}]
 
@@ -39,6 +42,74 @@ def test_a_checkpoint_brings_the_history_back() -> None:
     other.load_state_dict(monitor.state_dict())
     assert torch.equal(other.susceptibilities[0].matrix, found.matrix) and other.susceptibilities[0].step == 3
     assert other.susceptibilities[0].components == found.components
+
+
+class Validates(Plain):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        return None
+
+
+def without_order() -> dict[str, Any]:
+    """Six batches an epoch, all alike: Lightning begins an epoch anew when it is resumed in the middle."""
+    x, y = tensors(4).tensors
+    data = TensorDataset(x.repeat(6, 1), y.repeat(6))
+    return {**loaders(dataset=data, shuffle=False), "val_dataloaders": DataLoader(tensors(8), batch_size=4)}
+
+
+def assert_same_measurement(a: SusceptibilityEstimate, b: SusceptibilityEstimate) -> None:
+    """To the last bit, but for the seconds."""
+    ours, theirs = (found.replace(seconds=0.0).state_dict() for found in (a, b))
+    for name, value in ours.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(value, theirs[name], rtol=0, atol=0, equal_nan=True)
+        else:
+            assert value == theirs[name], name
+
+
+COMPONENTS = [{"name": "susceptibility", "components": {"weight": ["*.weight"], "bias": ["*.bias"]}}]
+
+
+@pytest.mark.parametrize("check_val_every_n_epoch", [1, 2])
+@pytest.mark.parametrize(("stopped", "saved"), [(5, 5), (7, 5), (6, 6)], ids=["stopped", "crashed", "between epochs"])
+def test_a_run_that_is_resumed_measures_what_an_uninterrupted_one_does(
+    stopped: int, saved: int, check_val_every_n_epoch: int, tmp_path: Path
+) -> None:
+    """History and record, step by step: what came after the checkpoint is measured again and stands there once. The
+    queries are the same ones too, although Lightning leaves the sanity check out, and with it the validation data,
+    where it resumes."""
+
+    def monitor(name: str) -> Any:
+        settings = {"probe": 7, "query": 5, "measures": ["influence", *COMPONENTS], "num_draws": 16}
+        return tiny_monitor(every_n_train_steps=2, dirpath=str(tmp_path / name), localization=None, **settings)
+
+    def trainer(steps: int, name: str) -> Any:
+        folder = tmp_path / f"checkpoints of {name}"
+        saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=False)
+        settings = {"max_epochs": -1, "max_steps": steps, "check_val_every_n_epoch": check_val_every_n_epoch}
+        return lambda: {**settings, "enable_checkpointing": True, "callbacks": [saver]}
+
+    whole, first, again = monitor("whole"), monitor("cut"), monitor("cut")
+    Scenario(Validates, without_order, trainer(10, "whole")).run(tmp_path, whole)
+    Scenario(Validates, without_order, trainer(stopped, "cut")).run(tmp_path, first)
+    checkpoint = str(tmp_path / "checkpoints of cut" / f"step={saved}.ckpt")
+    Scenario(Validates, without_order, trainer(10, "again")).run(tmp_path, again, ckpt_path=checkpoint)
+    assert steps_of(again) == steps_of(whole) == [2, 4, 6, 8, 10]
+    assert len(again.susceptibilities) == len(whole.susceptibilities) == 5
+    for ours, theirs in zip(again.susceptibilities, whole.susceptibilities, strict=True):
+        assert_same_measurement(ours, theirs)
+    for one, other in zip(again.influences, whole.influences, strict=True):
+        assert torch.equal(one.query_index, other.query_index) and torch.equal(one.init_loss, other.init_loss)
+    recorded = {name: list(SusceptibilityRecord(tmp_path / name).read()) for name in ("whole", "cut")}
+    for ours, theirs, kept in zip(recorded["cut"], recorded["whole"], again.susceptibilities, strict=True):
+        assert_same_measurement(ours, theirs)
+        assert_same_measurement(ours, kept)
+
+
+def test_a_module_that_cannot_be_copied_is_measured_in_place(tmp_path: Path) -> None:
+    monitor = tiny_monitor(probe=7, query=5, measures=BESIDE, num_draws=16)
+    Scenario(lambda: Holds(lambda _: (i for i in range(3))), with_validation).assert_undisturbed(tmp_path, monitor)
+    assert steps_of(monitor) == [4, 8, 12] and len(monitor.susceptibilities) == 3
+    assert all(found.chi.isfinite().all() for found in monitor.susceptibilities)
 
 
 def test_gamma_is_chosen_at_the_first_firing_and_kept(tmp_path: Path) -> None:
@@ -76,6 +147,13 @@ def test_wrong_measures_are_refused_before_training(
     monitor = SLTMonitor(measures=measures, probe=probe)  # type: ignore[arg-type]
     with pytest.raises(MisconfigurationException, match=message):
         Scenario(Net, loaders).run(tmp_path, monitor)
+
+
+def test_data_without_an_index_is_refused_before_training(tmp_path: Path) -> None:
+    monitor = tiny_monitor(measures=BESIDE, probe=tensors(5), num_samples=24)
+    with pytest.raises(MisconfigurationException, match=r"'susceptibility' reads .* train on a map-style Dataset"):
+        Scenario(Plain, lambda: loaders(dataset=Stream())).run(tmp_path, monitor)
+    assert monitor.estimates == []
 
 
 def test_a_mapping_as_from_yaml_builds_it() -> None:

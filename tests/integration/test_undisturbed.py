@@ -9,9 +9,15 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    EMAWeightAveraging,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins import MixedPrecision
 
+from lightning_slt import RMSpropSGLD
 from tests.integration import models
 from tests.integration.harness import SGLD, Scenario, SLTMonitor, assert_same, steps_of, tiny_monitor
 from tests.integration.models import Net, loaders, uneven, with_validation
@@ -99,6 +105,51 @@ def test_whatever_is_asked_of_the_chains(settings: dict[str, Any], steps: list[i
     monitor = tiny_monitor(**settings)
     Scenario(Net, with_validation).assert_undisturbed(tmp_path, monitor)
     assert steps_of(monitor) == steps
+
+
+@pytest.mark.parametrize("changes", [{}, {"probe": 7, "num_draws": 20, "measures": ["influence", "susceptibility"]}])
+def test_torchscript_is_compiled_by_the_calls_of_training_only(changes: dict[str, Any], tmp_path: Path) -> None:
+    """A copy shares the count of calls after which it is optimised: chains before training must not move it on."""
+    monitor = tiny_monitor(at_steps=[0, 1, 2], **changes)
+    Scenario(models.ScriptedNet, loaders).assert_undisturbed(tmp_path, monitor)
+    assert steps_of(monitor) == [0, 1, 2]
+    assert all(e.trace.abs().max() > 0 for e in monitor.estimates)
+    assert torch._C._get_graph_executor_optimize()
+
+
+def finetuned() -> dict[str, Any]:
+    return {"callbacks": [BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_ratio_lr=0.1)]}
+
+
+def test_weights_that_are_unfrozen_midway_move_from_then_on(tmp_path: Path) -> None:
+    """Until then the last layer and BatchNorm train: 18 weights and 16."""
+    monitor = tiny_monitor(every_n_epochs=1, sampler=RMSpropSGLD(lr=1e-4))
+    Scenario(models.WithBackbone, loaders, finetuned).assert_undisturbed(tmp_path, monitor)
+    assert [(e.step, e.num_weights) for e in monitor.estimates] == [(6, 34), (12, 74)]
+    assert all(e.trace.isfinite().all() for e in monitor.estimates)
+
+
+def test_a_lazy_module_is_measured_from_its_first_batch_on(tmp_path: Path) -> None:
+    monitor = tiny_monitor(at_steps=[0, 2], on_failure="warn")
+    with pytest.warns(UserWarning, match=r"step 0 failed .* net\.0\.weight has no shape yet: a lazy module"):
+        Scenario(models.Lazy, loaders).assert_undisturbed(tmp_path, monitor)
+    assert [(e.step, e.num_weights) for e in monitor.estimates] == [(2, 74)]
+
+
+def pruned() -> dict[str, Any]:
+    """From the end of the first epoch on ``weight`` is ``weight_orig`` under a mask."""
+    names = {"parameter_names": ["weight"], "use_lottery_ticket_hypothesis": False}
+    return {"callbacks": [ModelPruning("l1_unstructured", amount=0.3, **names)]}
+
+
+@pytest.mark.parametrize(
+    ("restrict", "weights"), [(None, 74), ("net.0.weight", 32), ("net.[04].weight", 48), ("net.0", 40)]
+)
+def test_weights_that_are_pruned_midway_are_measured_on(restrict: Any, weights: int, tmp_path: Path) -> None:
+    monitor = tiny_monitor(restrict=restrict)
+    trace = Scenario(Net, loaders, pruned).assert_undisturbed(tmp_path, monitor)
+    assert int((trace.module.net[0].weight == 0).sum()) >= 9  # at the end the masks are made permanent
+    assert [(e.step, e.num_weights) for e in monitor.estimates] == [(4, weights), (8, weights), (12, weights)]
 
 
 @pytest.mark.parametrize(

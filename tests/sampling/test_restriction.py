@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.restriction import select_parameters
@@ -120,3 +121,23 @@ def test_tied_weights_move_together() -> None:
     )
     chains.advance(5, 1e-3)
     assert len(shared) >= 20 and all(shared)
+
+
+def test_a_pruned_weight_keeps_its_name() -> None:
+    net = mlp()
+    prune.l1_unstructured(net[0], "weight", 0.5)  # type: ignore[index]
+    assert select_parameters(net, "0.weight") == select_parameters(net, "0.weight_orig") == ["0.weight_orig"]
+    assert select_parameters(net, "*.weight") == ["0.weight_orig", "2.weight"]
+
+
+def test_a_weight_of_such_a_name_without_a_mask_has_no_other() -> None:
+    net = nn.Module()
+    net.register_parameter("scale_orig", nn.Parameter(torch.ones(1)))
+    with pytest.raises(ValueError, match="'scale' matches no parameter"):
+        select_parameters(net, "scale")
+
+
+def test_weights_without_a_shape_are_named() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.LazyLinear(1))
+    with pytest.raises(ValueError, match=r"1\.weight has no shape yet: a lazy module .* first training step"):
+        Objective(net, mean_squared)
