@@ -38,9 +38,6 @@ _NETWORK: dict[str, Any] = {
 # stiffer, and no arms to speak of: fewer of the short steps
 _STIFF: dict[str, Any] = {**_NETWORK, "num_draws": 60, "step_factors": (1.0, 1.0, 0.5)}
 
-# stiffer still: in the coordinates in which the Hessian at w* is round
-_WHITENED: dict[str, Any] = {**_STIFF, "num_chains": 16, "num_draws": 160, "num_warmup": 50, "whiten": True}
-
 #: What is run, with which settings, cheapest and most used first.
 RUNS: dict[str, dict[str, Any]] = {
     "crossing-11": _TOY,
@@ -58,7 +55,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "linear-6-6-6-6-r2-n10000": {"num_chains": 128, "num_draws": 80, "num_warmup": 60},
     "transformer": _NETWORK,
     "lstm": _STIFF,
-    "convnet": _WHITENED,
     "digits-mlp-gamma10": {**_DIGITS, "num_draws": 80, "num_warmup": 50},
 }
 
