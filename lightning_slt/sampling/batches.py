@@ -44,7 +44,10 @@ MAX_RESIDENT_BYTES = 256 * 2**20
 MAX_RESIDENT_BATCHES = 1024
 WINDOW_BATCHES = 128
 MAX_UNEVEN = 0.002
-"""Largest share of the data that may be left out where the batch size does not divide n."""
+"""Share of the data that may be left out in any case where the batch size does not divide n."""
+MAX_SHIFT = 0.0015
+"""A larger share may be left out of many samples: what moves the mean over them by less than this many of the standard
+deviations of a single one, where the LLC is known to some per cent and a sample scatters by a few times its mean."""
 
 
 def num_bytes(batch: Any) -> int:
@@ -115,7 +118,7 @@ class Window:
         if self._stacked is None:
             flat = [tree_flatten(batch)[0] for batch in self.batches]
             spec = tree_flatten(self.batches[0])[1]
-            columns = [torch.stack(c) if isinstance(c[0], Tensor) else c[0] for c in zip(*flat, strict=True)]
+            columns = [_stack(c) if isinstance(c[0], Tensor) else c[0] for c in zip(*flat, strict=True)]
             # the batches become views of the stack: they are not held twice
             self.batches = [
                 tree_unflatten([c[i] if isinstance(c, Tensor) else c for c in columns], spec)
@@ -129,6 +132,20 @@ class Window:
 
 
 _PLAIN = (str, bytes, int, float, bool)
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """As :func:`torch.stack`; where they lie one after another in the same memory already, that memory itself."""
+    first, size = tensors[0], tensors[0].numel()
+    plain = all(type(t) is Tensor and t.layout is torch.strided and not t.requires_grad for t in tensors)
+    if plain and all(
+        t.is_contiguous()
+        and t.storage_offset() == first.storage_offset() + k * size
+        and t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for k, t in enumerate(tensors)
+    ):
+        return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
+    return torch.stack(tuple(tensors))
 
 
 class MinibatchSource:
@@ -278,9 +295,11 @@ class DatasetSource(MinibatchSource):
         rows = _plain_rows(self.dataset) if collate is default_collate else None
         if rows is not None:
             # the same batches without a Python call for each sample
-            if len({len(numbers) for numbers in batches}) == 1:
-                return [rows(numbers) for numbers in torch.from_numpy(np.array(batches, dtype=np.int64))]
-            return [rows(torch.tensor(numbers)) for numbers in batches]
+            if len({len(numbers) for numbers in batches}) != 1:
+                return [rows(torch.tensor(numbers)) for numbers in batches]
+            count, size = len(batches), len(batches[0])
+            columns = [c.view(count, size, *c.shape[1:]) for c in rows(torch.tensor(batches).view(-1))]
+            return [[column[k] for column in columns] for k in range(count)]
         loader: DataLoader[Any] = DataLoader(
             self.dataset,
             batch_sampler=batches,
@@ -506,9 +525,16 @@ def _epoch_order(n: int, seed: int, epoch: int) -> Tensor:
 
 
 def _epochs_for_even_use(n: int, batch_size: int) -> int:
-    """How many shuffled epochs to cut into batches, so that what is left over at the end is a negligible share."""
+    """How many shuffled epochs to cut into batches, so that what is left over at the end is negligible.
+
+    Leaving a share f out of N samples at random moves the mean over them by ``sqrt(f / N)`` standard deviations of a
+    sample. Few batches are worth having: the loss of each at ``w*`` is computed, and all of them are held.
+    """
 
     def left_over(epochs: int) -> float:
         return (n * epochs) % batch_size / (n * epochs)
 
-    return next((e for e in range(1, 129) if left_over(e) <= MAX_UNEVEN), None) or min(range(1, 129), key=left_over)
+    def is_negligible(epochs: int) -> bool:
+        return left_over(epochs) <= max(MAX_UNEVEN, n * epochs * MAX_SHIFT**2)
+
+    return next((e for e in range(1, 129) if is_negligible(e)), None) or min(range(1, 129), key=left_over)
