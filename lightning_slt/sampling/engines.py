@@ -25,8 +25,9 @@ ACTIVATION_BUDGET = 2**30
 """Bytes of activations that the chains of one chunk may hold together on the CPU."""
 COMPUTE_BOUND = 0.004
 """Seconds of a step on the CPU above which products, not calls, take the time: batching is not tried."""
-GRADIENT_BUDGET = 2**27
-"""Bytes of gradients that the chains of one chunk may hold together on the CPU: one after another holds one chain's."""
+GRADIENT_BUDGET = 2**23
+"""Bytes of gradients that the chains of one chunk may hold together on the CPU, where one after another holds those of
+one chain. Above 100,000 weights batching was never faster there (benchmarks/README.md)."""
 PROBED_AT_MOST = 8
 TIMED_STEPS = 8
 BATCHED_GAIN = 1.25
@@ -335,14 +336,18 @@ def observe(objective: Objective, batch: Any) -> Observed:
     return Observed(total, embeddings.padded)
 
 
-def chunk_width(objective: Objective, saved_bytes: int, num_chains: int) -> int:
+def chunk_width(objective: Objective, saved_bytes: int, num_chains: int, least: int = 1) -> int:
     """How many chains fit a chunk: activations and gradients within their budgets (a quarter of what is free, on a
-    GPU, all together)."""
+    GPU, all together).
+
+    Args:
+        least: as many may exceed the budget of the gradients.
+    """
     budget, own = ACTIVATION_BUDGET, len(objective.anchor) * objective.anchor.element_size()
     if objective.device.type == "cuda":
         budget = torch.cuda.mem_get_info(objective.device)[0] // 4
     elif objective.device.type == "cpu":
-        num_chains = min(num_chains, GRADIENT_BUDGET // max(own, 1))
+        num_chains = min(num_chains, max(GRADIENT_BUDGET // max(own, 1), least))
     # twice: what autograd saved, and what the backward pass makes from it
     each = 2 * saved_bytes + 4 * own
     return int(max(1, min(num_chains, budget // max(each, 1))))
@@ -393,7 +398,7 @@ def choose_engine(objective: Objective, window: Window, num_chains: int, method:
         if seconds > COMPUTE_BOUND:
             return Choice(sequential, f"a step is {1000 * seconds:.0f} ms of computing, which batching would not save")
     observed = observe(objective, window[next(iter(window.anchor_loss), 0)])
-    width = chunk_width(objective, observed.saved_bytes, num_chains)
+    width = chunk_width(objective, observed.saved_bytes, num_chains, 2 if method == "batched" else 1)
     if width < 2:
         if method == "batched":
             raise ValueError("method='batched' cannot be used: two chains do not fit the memory budget.")
