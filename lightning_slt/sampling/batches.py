@@ -46,8 +46,8 @@ WINDOW_BATCHES = 128
 MAX_UNEVEN = 0.002
 """Share of the data that may be left out in any case where the batch size does not divide n."""
 MAX_SHIFT = 0.0015
-"""A larger share may be left out of many samples: what moves the mean over them by less than this many of the standard
-deviations of a single one, where the LLC is known to some per cent and a sample scatters by a few times its mean."""
+"""More may be left out of many samples: what moves the mean over them by less than this many standard deviations of a
+single one. The loss difference of a sample scatters by a few times its mean, and the LLC is known to some per cent."""
 
 
 def num_bytes(batch: Any) -> int:
@@ -527,14 +527,14 @@ def _epoch_order(n: int, seed: int, epoch: int) -> Tensor:
 def _epochs_for_even_use(n: int, batch_size: int) -> int:
     """How many shuffled epochs to cut into batches, so that what is left over at the end is negligible.
 
-    Leaving a share f out of N samples at random moves the mean over them by ``sqrt(f / N)`` standard deviations of a
-    sample. Few batches are worth having: the loss of each at ``w*`` is computed, and all of them are held.
+    Leaving a share f of n samples out at random moves the mean over them by ``sqrt(f / n)`` standard deviations of a
+    sample: of many samples one epoch is enough, and few batches are worth having. The loss of each at ``w*`` is
+    computed, and all of them are held.
     """
 
     def left_over(epochs: int) -> float:
         return (n * epochs) % batch_size / (n * epochs)
 
-    def is_negligible(epochs: int) -> bool:
-        return left_over(epochs) <= max(MAX_UNEVEN, n * epochs * MAX_SHIFT**2)
-
-    return next((e for e in range(1, 129) if is_negligible(e)), None) or min(range(1, 129), key=left_over)
+    if left_over(1) <= n * MAX_SHIFT**2:
+        return 1
+    return next((e for e in range(1, 129) if left_over(e) <= MAX_UNEVEN), None) or min(range(1, 129), key=left_over)

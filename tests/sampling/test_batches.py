@@ -56,7 +56,7 @@ def test_every_sample_is_used_alike(n: int, batch: int) -> None:
     most = max(counts.values())
     uses_at_most = n * most
     missing = sum(most - counts[i] for i in range(n))
-    assert missing <= max(MAX_UNEVEN, MAX_SHIFT**2 * uses_at_most) * uses_at_most
+    assert missing <= max(MAX_UNEVEN, MAX_SHIFT**2 * n) * uses_at_most
     assert all(len(b[0]) == min(batch, n) for b in source.window(0).batches)
     assert len({int(i) for i in source.window(0)[0][0]}) == min(batch, n)  # without replacement within an epoch
 
