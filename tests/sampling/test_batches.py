@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import re
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,10 @@ from lightning_slt.sampling.batches import (
     ReplaySource,
     Window,
     is_plain_data,
+    num_bytes,
     source_of,
 )
+from lightning_slt.sampling.common_batches import CommonBatches
 from tests.sampling.batching_models import Pair
 
 CPU = torch.device("cpu")
@@ -429,3 +432,26 @@ def test_the_order_of_the_loaders_generator_is_not_moved() -> None:
     before = own.get_state()
     source_of(DataLoader(numbered(32), batch_size=8, shuffle=True, generator=own), None, CPU, 0).window(0)
     assert torch.equal(own.get_state(), before)
+
+
+class Sending:
+    """Ranks that disagree, and what the first one's message weighs."""
+
+    weight = 0
+
+    def exchange(self, work: Callable[[], Any]) -> list[Any]:
+        message = pickle.dumps(work())
+        self.weight = max(self.weight, len(message))
+        return [pickle.loads(message)]
+
+    def add(self, values: Tensor) -> Tensor:
+        return values + 1
+
+
+def test_batches_are_sent_to_other_ranks_without_the_memory_around_them() -> None:
+    source, ranks = DatasetSource(numbered(6400), 100), Sending()
+    sent = CommonBatches(source, ranks).window(0)  # type: ignore[arg-type]
+    own = source.window(0)
+    assert len(sent) == len(own) == 64
+    assert all(torch.equal(sent[i][k], own[i][k]) for i in range(64) for k in range(2))
+    assert ranks.weight < 4 * 64 * num_bytes(own[0])
