@@ -45,7 +45,10 @@ MAX_RESIDENT_BYTES = 256 * 2**20
 MAX_RESIDENT_BATCHES = 1024
 WINDOW_BATCHES = 128
 MAX_UNEVEN = 0.002
-"""Largest share of the data that may be left out where the batch size does not divide n."""
+"""Share of the data that may be left out in any case where the batch size does not divide n."""
+MAX_SHIFT = 0.0015
+"""More may be left out of many samples: what moves the mean over them by less than this many standard deviations of a
+single one. The loss difference of a sample scatters by a few times its mean, and the LLC is known to some per cent."""
 
 
 def num_bytes(batch: Any) -> int:
@@ -116,7 +119,7 @@ class Window:
         if self._stacked is None:
             flat = [tree_flatten(batch)[0] for batch in self.batches]
             spec = tree_flatten(self.batches[0])[1]
-            columns = [torch.stack(c) if isinstance(c[0], Tensor) else c[0] for c in zip(*flat, strict=True)]
+            columns = [_stack(c) if isinstance(c[0], Tensor) else c[0] for c in zip(*flat, strict=True)]
             # the batches become views of the stack: they are not held twice
             self.batches = [
                 tree_unflatten([c[i] if isinstance(c, Tensor) else c for c in columns], spec)
@@ -130,6 +133,20 @@ class Window:
 
 
 _PLAIN = (str, bytes, int, float, bool)
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """As :func:`torch.stack`; where they lie one after another in the same memory already, that memory itself."""
+    first, size = tensors[0], tensors[0].numel()
+    plain = all(type(t) is Tensor and t.layout is torch.strided and not t.requires_grad for t in tensors)
+    if plain and all(
+        t.is_contiguous()
+        and t.storage_offset() == first.storage_offset() + k * size
+        and t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for k, t in enumerate(tensors)
+    ):
+        return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
+    return torch.stack(tuple(tensors))
 
 
 class MinibatchSource:
@@ -234,13 +251,11 @@ class DatasetSource(MinibatchSource):
     def _stream_batches(self, start: int, count: int) -> list[list[int]]:
         """Batches ``start .. start + count`` of the endless stream of shuffled epochs, cut into batches."""
         n, b = self._count, self.batch_size
-        out: list[list[int]] = []
         first, last = start * b, (start + count) * b
-        orders = {e: _epoch_order(n, self._seed, e) for e in range(first // n, (last - 1) // n + 1)}
-        for k in range(start, start + count):
-            numbers = [orders[i // n][i % n] for i in range(k * b, (k + 1) * b)]
-            out.append([self.indices[j] for j in numbers] if self.indices is not None else numbers)
-        return out
+        epochs = range(first // n, (last - 1) // n + 1)
+        stream = torch.cat([_epoch_order(n, self._seed, e) for e in epochs])[first - epochs[0] * n :][: count * b]
+        out: list[list[int]] = stream.view(count, b).tolist()
+        return out if self.indices is None else [[self.indices[j] for j in numbers] for numbers in out]
 
     def window(self, index: int) -> Window:
         if self._kept is not None and (self.resident or self._next_window == index):
@@ -282,7 +297,11 @@ class DatasetSource(MinibatchSource):
         rows = _plain_rows(self.dataset) if collate is default_collate else None
         if rows is not None:
             # the same batches without a Python call for each sample
-            return [rows(torch.tensor(numbers)) for numbers in batches]
+            if len({len(numbers) for numbers in batches}) != 1:
+                return [rows(torch.tensor(numbers)) for numbers in batches]
+            count, size = len(batches), len(batches[0])
+            columns = [c.view(count, size, *c.shape[1:]) for c in rows(torch.tensor(batches).view(-1))]
+            return [[column[k] for column in columns] for k in range(count)]
         loader: DataLoader[Any] = DataLoader(
             self.dataset,
             batch_sampler=batches,
@@ -522,14 +541,21 @@ def _nothing_to_do() -> None:
     pass
 
 
-def _epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    return torch.randperm(n, generator=generator(seed, LOADER, epoch)).tolist()
+def _epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=generator(seed, LOADER, epoch))
 
 
 def _epochs_for_even_use(n: int, batch_size: int) -> int:
-    """How many shuffled epochs to cut into batches, so that what is left over at the end is a negligible share."""
+    """How many shuffled epochs to cut into batches, so that what is left over at the end is negligible.
+
+    Leaving a share f of n samples out at random moves the mean over them by ``sqrt(f / n)`` standard deviations of a
+    sample: of many samples one epoch is enough, and few batches are worth having. The loss of each at ``w*`` is
+    computed, and all of them are held.
+    """
 
     def left_over(epochs: int) -> float:
         return (n * epochs) % batch_size / (n * epochs)
 
+    if left_over(1) <= n * MAX_SHIFT**2:
+        return 1
     return next((e for e in range(1, 129) if left_over(e) <= MAX_UNEVEN), None) or min(range(1, 129), key=left_over)

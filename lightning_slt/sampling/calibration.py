@@ -35,6 +35,7 @@ is used, which the verdict on the estimate then says.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -161,7 +162,7 @@ def first_step(
     window: Window,
     posterior: LocalPosterior,
     seed: int,
-    buffers: tuple[Tensor, Tensor] | None = None,
+    buffers: Sequence[Tensor] = (),
 ) -> float:
     """A step that is safe along the steepest direction: 0.3 over the largest posterior precision (4 is unstable).
 
@@ -171,12 +172,13 @@ def first_step(
     Args:
         objective, window, posterior: what is sampled.
         seed: of the first direction.
-        buffers: ``[1, d]`` for weights and ``[1, d]`` for gradients, written to; None to allocate them.
+        buffers: ``[1, d]`` each, for gradients, weights and a direction, written to; what is missing is allocated.
     """
     engine = sequential_engine(objective)
     gen = normal_stream(seed, PROBE, device=objective.device, dtype=objective.dtype)
     anchor = objective.anchor
-    weights, grad = buffers if buffers is not None else (torch.empty_like(anchor[None]), torch.empty_like(anchor[None]))
+    missing = [torch.empty_like(anchor[None]) for _ in range(3 - len(buffers))]
+    grad, weights, directions = [*buffers[:3], *missing]
     batches = [window[i] for i in list(window.anchor_loss)[:3]]
 
     def add_gradients(direction: Tensor, radius: float) -> None:
@@ -185,7 +187,7 @@ def first_step(
             engine.step(batch, keep=True)
 
     layout = objective.layout
-    direction = torch.empty_like(anchor)
+    direction = directions[0]
     layout.normal_(direction, gen)
     direction /= layout.norm(direction)
     scale = layout.norm(anchor) + 1.0
@@ -432,7 +434,7 @@ def _agreed_first_step(chains: Chains, seed: int) -> float:
     def probe() -> float:
         # the chains are at w* and have not moved: their memory serves, and they are put back
         try:
-            return first_step(chains.objective, chains.source.window(0), chains.posterior, seed, chains.one_row())
+            return first_step(chains.objective, chains.source.window(0), chains.posterior, seed, chains.scratch())
         finally:
             chains.restart()
 

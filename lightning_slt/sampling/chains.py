@@ -255,7 +255,11 @@ class Chains:
 
     def place(self, displacements: Tensor) -> None:
         """Put every chain of this rank at ``w* + displacement``, ``[own chains, d]``, with no memory of a past."""
-        torch.add(self.objective.anchor, displacements.to(self.weights), out=self.weights)
+        for weights, displacement in zip(self.weights, displacements, strict=True):  # no second copy on the device
+            torch.add(self.objective.anchor, displacement.to(weights), out=weights)
+        self._forget_past()
+
+    def _forget_past(self) -> None:
         for tensor in self._state.tensors.values():
             tensor.zero_()
 
@@ -266,9 +270,10 @@ class Chains:
         draws = [torch.randn(anchor.shape, generator=g, device=device, dtype=anchor.dtype) for g in streams]
         self.place(metric(torch.stack(draws)) if draws else torch.zeros_like(self.weights))
 
-    def one_row(self) -> tuple[Tensor, Tensor] | None:
-        """The weights and the gradients of one chain, to be used while the chains rest; None without a chain here."""
-        return (self.weights[:1], self._grad[:1]) if len(self.weights) else None
+    def scratch(self) -> list[Tensor]:
+        """Memory to be used while the chains rest, which are put back after: ``[1, d]`` each, for gradients, and of as
+        many chains as there are here."""
+        return [self._grad[:1], *self.weights.split(1)] if len(self.weights) else []
 
     def displacements(self) -> Tensor:
         """``[own chains, d]``: where the chains of this rank are, from ``w*``."""
@@ -334,7 +339,8 @@ class Chains:
 
     def restart(self) -> None:
         """Put every chain back to ``w*``; their random numbers go on."""
-        self.place(torch.zeros_like(self.weights[:1]).expand_as(self.weights))
+        self.weights.copy_(self.objective.anchor.expand_as(self.weights))
+        self._forget_past()
 
     def _advance(self, steps: int, lr: float) -> Segment:
         pieces: list[Segment] = []

@@ -15,7 +15,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from lightning_slt.sampling.batches import MinibatchSource, Window
+from lightning_slt.sampling.batches import MinibatchSource, Window, clone
 from lightning_slt.sampling.collective import Together
 
 
@@ -53,7 +53,8 @@ class CommonBatches(MinibatchSource):
         others = self._ranks.add(torch.tensor([float(digest_of(own.batches) != first)], dtype=torch.float64))
         if float(others) > 0:
             device = device_of(own.batches[0])
-            sent = self._ranks.exchange(lambda: [_moved(batch, "cpu") for batch in own.batches])[0]
+            # a part of a larger tensor would be sent with all of it: each batch as a copy of its own
+            sent = self._ranks.exchange(lambda: [clone(_moved(batch, "cpu")) for batch in own.batches])[0]
             own = Window([_moved(batch, device) for batch in sent])
         self._index, self._kept = index, own
         return own

@@ -25,10 +25,15 @@ ACTIVATION_BUDGET = 2**30
 """Bytes of activations that the chains of one chunk may hold together on the CPU."""
 COMPUTE_BOUND = 0.004
 """Seconds of a step on the CPU above which products, not calls, take the time: batching is not tried."""
+GRADIENT_BUDGET = 2**23
+"""Bytes of gradients that the chains of one chunk may hold together on the CPU, where one after another holds those of
+one chain. Above 100,000 weights batching was never faster there (benchmarks/README.md)."""
 PROBED_AT_MOST = 8
 TIMED_STEPS = 8
 BATCHED_GAIN = 1.25
-"""How much faster the batched path must be to be kept: near ties go to the path that always works."""
+"""How much faster the batched path must be to be kept: near ties go to the path that always works, at every run."""
+HOPELESS = 2.0
+"""A batched step that takes this many times what it may is not timed again."""
 
 
 class Engine:
@@ -331,13 +336,20 @@ def observe(objective: Objective, batch: Any) -> Observed:
     return Observed(total, embeddings.padded)
 
 
-def chunk_width(objective: Objective, saved_bytes: int, num_chains: int) -> int:
-    """How many chains fit a chunk: activations within the budget (a quarter of what is free, on a GPU)."""
-    budget = ACTIVATION_BUDGET
+def chunk_width(objective: Objective, saved_bytes: int, num_chains: int, least: int = 1) -> int:
+    """How many chains fit a chunk: activations and gradients within their budgets (a quarter of what is free, on a
+    GPU, all together).
+
+    Args:
+        least: as many may exceed the budget of the gradients.
+    """
+    budget, own = ACTIVATION_BUDGET, len(objective.anchor) * objective.anchor.element_size()
     if objective.device.type == "cuda":
         budget = torch.cuda.mem_get_info(objective.device)[0] // 4
+    elif objective.device.type == "cpu":
+        num_chains = min(num_chains, max(GRADIENT_BUDGET // max(own, 1), least))
     # twice: what autograd saved, and what the backward pass makes from it
-    each = 2 * saved_bytes + 4 * len(objective.anchor) * objective.anchor.element_size()
+    each = 2 * saved_bytes + 4 * own
     return int(max(1, min(num_chains, budget // max(each, 1))))
 
 
@@ -386,7 +398,7 @@ def choose_engine(objective: Objective, window: Window, num_chains: int, method:
         if seconds > COMPUTE_BOUND:
             return Choice(sequential, f"a step is {1000 * seconds:.0f} ms of computing, which batching would not save")
     observed = observe(objective, window[next(iter(window.anchor_loss), 0)])
-    width = chunk_width(objective, observed.saved_bytes, num_chains)
+    width = chunk_width(objective, observed.saved_bytes, num_chains, 2 if method == "batched" else 1)
     if width < 2:
         if method == "batched":
             raise ValueError("method='batched' cannot be used: two chains do not fit the memory budget.")
@@ -402,13 +414,11 @@ def choose_engine(objective: Objective, window: Window, num_chains: int, method:
             engine = BatchedEngine(objective, width, through)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                losses = probe.run(engine)
-                difference = probe.difference(losses, sequential)
-                sequential.release()
+                difference, alone = probe.compare(engine, sequential)
                 if difference > probe.tolerance:
                     reason = reason or f"vmap gives other numbers (relative difference {difference:.1e})"
                     continue
-                best = probe.seconds(engine), engine
+                best = probe.seconds(engine, enough=alone / BATCHED_GAIN), engine
             # the second road is for modules that the first does not take: where both do, they are as fast
             break
         except Exception as error:
@@ -417,8 +427,7 @@ def choose_engine(objective: Objective, window: Window, num_chains: int, method:
         if method == "batched":
             raise ValueError(f"method='batched' cannot be used: {reason}.")
         return Choice(sequential, reason)
-    gain = probe.seconds(sequential) / best[0]
-    sequential.release()
+    gain = alone / best[0]
     best[1].release()  # else it would hold the probe's weights and gradients until the chains bind theirs
     if method == "batched" or gain > BATCHED_GAIN:
         return Choice(best[1], f"{gain:.1f} times the speed of one after another, same numbers")
@@ -437,51 +446,61 @@ class _Probe:
         self._weights.mul_(scale).add_(objective.anchor)
         self._grad = torch.empty_like(self._weights)
         known = list(window.anchor_loss)[:PROBED_AT_MOST] or list(range(min(len(window), PROBED_AT_MOST)))
-        self._indices = torch.tensor([known[k % len(known)] for k in range(chains)])
-        self._window = window
+        # a window of these alone: stacking the whole one takes the memory and the time of all the data
+        least = min(len(window), 2)  # of one batch chains make one large product: not where they will have several
+        self._window = Window([window[known[k % len(known)]] for k in range(max(len(known), least))])
+        self._indices = torch.tensor([k % len(self._window) for k in range(chains)])
         # autocast rounds each product to 8 or 11 bits; float32 sums in another order
         self.tolerance = 1e-8 if objective.dtype == torch.float64 else 1e-3
         if objective.autocast:
             self.tolerance = 2e-2
 
-    def run(self, engine: Engine) -> Tensor:
-        """Losses ``[chains]``; the gradients are left in the probe's own buffer."""
+    def compare(self, engine: Engine, reference: SequentialEngine) -> tuple[float, float]:
+        """How far the engine's numbers are off, and the seconds of a step of the reference.
+
+        The first is the largest relative difference in the losses and gradients of a chain; infinite where not finite.
+        The reference's gradients are added to those of the engine with the sign turned: they take no memory of their
+        own.
+        """
         losses = []
         for start in range(0, len(self._weights), engine.width):
             rows = slice(start, start + engine.width)
             engine.bind(self._weights[rows], self._grad[rows])
             losses.append(engine(self._window, self._indices[rows]).reshape(-1).double())
-        return torch.cat(losses)
+        worst, seconds = 0.0, []
+        try:
+            for k, found in enumerate(torch.cat(losses)):
+                own = self._grad[k : k + 1]
+                size = own.norm()
+                reference.bind(self._weights[k : k + 1], own.neg_())
+                start_time = self._now()
+                loss = reference(self._window, self._indices[k : k + 1], keep=True).reshape(()).double()
+                seconds.append(self._now() - start_time)
+                for off, scale in zip(((loss - found).abs(), own.norm()), (loss.abs(), size), strict=True):
+                    relative = float(off / scale.clamp_min(1e-12))
+                    worst = max(worst, relative) if math.isfinite(relative) else math.inf
+        finally:
+            reference.release()
+        return worst, min(seconds)
 
-    def difference(self, losses: Tensor, reference: SequentialEngine) -> float:
-        """Relative difference in losses and gradients of the last run, chain by chain; infinite where not finite.
-
-        The reference is computed one chain at a time: its gradients never stand beside those of all the chains.
-        """
-        worst = 0.0
-        row = torch.empty_like(self._grad[:1])
-        for k, found in enumerate(losses):
-            reference.bind(self._weights[k : k + 1], row)
-            loss = reference(self._window, self._indices[k : k + 1]).reshape(()).double()
-            scales = loss.abs(), row.norm()
-            row.sub_(self._grad[k])
-            for off, scale in zip(((loss - found).abs(), row.norm()), scales, strict=True):
-                relative = float(off / scale.clamp_min(1e-12))
-                worst = max(worst, relative) if math.isfinite(relative) else math.inf
-        return worst
-
-    def seconds(self, engine: Engine) -> float:
-        """Of a step of one chain: the fastest of a few. Binding is left out: chains are bound once for many steps."""
+    def seconds(self, engine: Engine, enough: float) -> float:
+        """Of a step of one chain: the fastest of a few, and of one where that is nowhere near ``enough``. Binding is
+        left out: chains are bound once for many steps."""
         rows = slice(0, min(engine.width, len(self._weights)))
         engine.bind(self._weights[rows], self._grad[rows])
         best = float("inf")
         for _ in range(max(2, TIMED_STEPS // engine.width)):
-            _synchronise(self._weights.device)
-            start = time.perf_counter()
+            start = self._now()
             engine(self._window, self._indices[rows])
-            _synchronise(self._weights.device)
-            best = min(best, time.perf_counter() - start)
-        return best / (rows.stop - rows.start)
+            best = min(best, (self._now() - start) / (rows.stop - rows.start))
+            if best > HOPELESS * enough:
+                break
+        return best
+
+    def _now(self) -> float:
+        if self._weights.device.type == "cuda":
+            torch.cuda.synchronize(self._weights.device)
+        return time.perf_counter()
 
 
 def _one_step_seconds(objective: Objective, engine: SequentialEngine, window: Window) -> float:
@@ -495,8 +514,3 @@ def _one_step_seconds(objective: Objective, engine: SequentialEngine, window: Wi
         seconds.append(time.perf_counter() - start)
     engine.release()
     return min(seconds)
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -80,7 +80,7 @@ class Layout:
 
     def all_finite(self, values: Tensor) -> bool:
         """Whether every number is finite, on all ranks."""
-        return bool(torch.isfinite(values).all())
+        return _is_finite(values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,4 +180,10 @@ class ShardLayout(Layout):
         return float(self._add(torch.stack(parts).sum().cpu()))
 
     def all_finite(self, values: Tensor) -> bool:
-        return float(self._add((~torch.isfinite(values)).sum().double().cpu())) == 0.0
+        return float(self._add(torch.tensor(0.0 if _is_finite(values) else 1.0, dtype=torch.float64))) == 0.0
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Block by block: ``torch.isfinite`` makes almost two more vectors of the size of what it is given."""
+    blocks = values.reshape(-1).split(BLOCK.get(values.device.type, 2**24))
+    return all(bool(torch.isfinite(block).all()) for block in blocks)

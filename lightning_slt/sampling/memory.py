@@ -53,6 +53,8 @@ class ChainMemory:
         kept = self.displacements
         if kept is None or kept.shape[1] != len(chains.objective.anchor):
             return None
+        if list(self.numbers) == chains.numbers:
+            return kept  # itself: a copy would be as large as the chains
         row = {number: k for k, number in enumerate(self.numbers)}
         if any(number not in row for number in chains.numbers):
             return None
@@ -60,6 +62,7 @@ class ChainMemory:
 
     def keep(self, chains: Chains) -> None:
         """Keep where the chains are now, for the firings to come; those of all ranks where that is little."""
+        self.displacements = None  # not beside the new ones
         own = chains.displacements().cpu()
         p = chains.preconditioner
         self.sharded = chains.layout.sharded

@@ -263,7 +263,11 @@ class Objective:
         if self.borrowed:
             raise CopyError("the module cannot be copied")
         with torch.no_grad():
-            twin = shadow_copy(self.module) if stand_ins else copy.deepcopy(self.module)
+            # the weights that move come from the chains at every call: the twin's own may be w* itself, not a copy.
+            # They are those of the private copy: what training moves is shared with neither
+            moving = self.parameters()  # held, so that the numbers by which deepcopy knows them stay theirs
+            shared = {id(p): nn.Parameter(p.data, p.requires_grad) for p in moving}
+            twin = shadow_copy(self.module) if stand_ins else copy.deepcopy(self.module, shared)
         detach_from_training(twin)
         prepare(twin, self._trainer)
         return twin

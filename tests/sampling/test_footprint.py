@@ -1,0 +1,108 @@
+"""What chains hold at once, in copies of the weights and beside the user's module: the profiler's own record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from lightning_slt import estimate_llc
+from lightning_slt.sampling import engines
+from lightning_slt.sampling.batches import source_of
+from lightning_slt.sampling.engines import GRADIENT_BUDGET, choose_engine, chunk_width, sequential_engine
+from lightning_slt.sampling.layout import BLOCK
+from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.samplers import SGLD
+from tests.sampling.helpers import mean_squared
+
+WIDTH, DEPTH = 256, 8
+DRAWS: dict[str, Any] = {"num_draws": 8, "num_burnin_steps": 4, "num_steps_bw_draws": 1, "batch_size": 2}
+
+
+def module() -> nn.Module:
+    return nn.Sequential(*[layer for _ in range(DEPTH) for layer in (nn.Linear(WIDTH, WIDTH), nn.Tanh())])
+
+
+def peak_copies(chains: int, method: str, sampler: SGLD | None) -> float:
+    """Allocations larger than the activations of a batch, added up as they come and go."""
+    torch.manual_seed(0)
+    net, data = module(), TensorDataset(torch.randn(8, WIDTH), torch.randn(8, WIDTH))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        estimate_llc(
+            net, data, mean_squared, sampler=sampler, num_chains=chains, localization=1.0, method=method, **DRAWS
+        )
+    least = 2 * chains * WIDTH * 4
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes() if abs(event.nbytes()) > least else 0
+        peak = max(peak, now)
+    return peak / sum(p.numel() * p.element_size() for p in net.parameters())
+
+
+def one_layer_and_noise() -> float:
+    """The gradient that backward makes of one parameter before it is added, and the noise of a block of weights."""
+    weights = DEPTH * (WIDTH * WIDTH + WIDTH)
+    return (WIDTH * WIDTH + min(BLOCK["cpu"], weights)) / weights
+
+
+@pytest.mark.parametrize(
+    ("chains", "sampler"), [(2, SGLD(lr=1e-7)), (5, SGLD(lr=1e-7)), (2, None)], ids=["2", "5", "calibrated"]
+)
+def test_chains_one_after_another_hold_two_copies_beside_their_own(chains: int, sampler: SGLD | None) -> None:
+    """``w*`` and one gradient; nothing more while the step is looked for."""
+    assert peak_copies(chains, "sequential", sampler) <= chains + 2 + one_layer_and_noise() + 0.02
+
+
+@pytest.mark.parametrize(("chains", "sampler"), [(4, SGLD(lr=1e-7)), (2, None)], ids=["given", "calibrated"])
+def test_a_batched_chunk_holds_its_gradients_once_and_no_second_copy_of_the_anchor(
+    chains: int, sampler: SGLD | None
+) -> None:
+    width = min(chains, 3)  # of 2.1 MB each
+    assert peak_copies(chains, "batched", sampler) <= chains + width + 1 + width * one_layer_and_noise() + 0.02
+
+
+def test_the_gradients_of_a_chunk_stay_within_their_budget() -> None:
+    def squares(net: nn.Module, batch: Any) -> Tensor:
+        return net(batch[0]).square().mean()
+
+    objective = Objective(nn.Linear(2**9, 2**9, bias=False), squares)  # 1 MiB
+    assert GRADIENT_BUDGET == 2**23
+    assert chunk_width(objective, 0, 32) == 8
+    assert chunk_width(objective, 2**28, 32) == 1
+
+
+def test_a_model_too_large_for_two_gradients_is_batched_where_that_is_asked_for_and_not_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engines, "COMPUTE_BOUND", 10.0)  # never "too slow to try" on a busy machine
+
+    def squares(net: nn.Module, batch: Any) -> Tensor:
+        return net(batch[0]).square().mean()
+
+    objective = Objective(nn.Linear(2**11, 2**11, bias=False), squares)  # 16 MiB
+    assert chunk_width(objective, 0, 8) == 1
+    assert chunk_width(objective, 0, 8, least=2) == 2
+    window = source_of(TensorDataset(torch.randn(4, 2**11), torch.randn(4, 1)), 2, objective.device, 0).window(0)
+    alone = choose_engine(objective, window, 8)
+    assert (alone.engine.method, alone.reason) == ("sequential", "two chains do not fit the memory budget")
+    assert choose_engine(objective, window, 8, "batched").engine.width == 2
+
+
+def test_the_twin_of_the_batched_path_takes_the_anchors_memory_and_none_of_training() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    net[2].weight = net[0].weight  # tied
+    objective = Objective(net, mean_squared, restrict=["0.weight", "0.bias"])
+    sequential_engine(objective)
+    twin = objective.copy_module()
+    live = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    assert all(p.untyped_storage().data_ptr() not in live for p in twin.parameters())
+    anchor = objective.anchor.untyped_storage().data_ptr()
+    shared = {n for n, p in twin.named_parameters() if p.untyped_storage().data_ptr() == anchor}
+    assert shared == {"0.weight", "0.bias"}
+    assert twin[2].weight is twin[0].weight  # type: ignore[index]
+    frozen = dict(objective.module.named_parameters())["2.bias"]
+    assert dict(twin.named_parameters())["2.bias"].data_ptr() != frozen.data_ptr()
