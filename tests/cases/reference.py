@@ -7,6 +7,10 @@ et al. 2011 in infinite dimension). The step is symmetric and volume-preserving,
 target exact, and the error of a trajectory comes only from the few directions the loss constrains: the 26,122 weights
 of an MLP cost no smaller step than 10 would. The default mean trajectory is a quarter period, pi / (2 sqrt(gamma)),
 after which an unconstrained direction is drawn afresh.
+
+With `whiten` the coordinates are z = A^(1/2) (w - w*), A = nbeta |H| + gamma with the Hessian H at w* and its
+eigenvalues made positive: the Gaussian that is integrated exactly is then exp(-|z|^2 / 2), and the kicks are what
+nbeta L_n differs from it by. The same target in other coordinates; steep directions no longer set the step.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,7 +150,7 @@ class _Potential:
         self.anchor = torch.cat([p.detach().double().flatten() for p in case.module.parameters()])
         self._value = vmap(self._loss)
         self._both = vmap(grad_and_value(self._loss))
-        self._traced: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+        self._traced: dict[int, Callable[[Tensor], tuple[Tensor, Tensor]]] = {}  # by the number of chains
 
     def _loss(self, flat: Tensor) -> Tensor:
         pieces = flat.split(self.sizes)
@@ -158,13 +163,58 @@ class _Potential:
 
     def gradient(self, displacement: Tensor) -> tuple[Tensor, Tensor]:
         weights = (self.anchor + displacement).to(self.dtype)
-        if (
-            self._traced is None
-        ):  # flat aten operations, several times faster than functorch's wrappers on small problems
-            self._traced = make_fx(lambda flat: self._both(flat))(weights)
+        chains = len(weights)
+        if chains not in self._traced:
+            # flat aten operations, several times faster than functorch's wrappers on small problems
+            self._traced[chains] = make_fx(lambda flat: self._both(flat))(weights)
         with torch.no_grad():
-            gradient, value = self._traced(weights)
+            gradient, value = self._traced[chains](weights)
         return gradient.double(), value.double()
+
+
+class _Whitened:
+    """A potential in coordinates z with w - w* = A^(-1/2) z, as the sampler sees it at gamma = 1.
+
+    L'(z) = L_n + (gamma |w - w*|^2 - |z|^2) / (2 nbeta), so that nbeta L' + |z|^2 / 2 is the target's exponent.
+    """
+
+    def __init__(
+        self, inner: _LoopPotential | _Potential, nbeta: float, gamma: float, basis: Tensor, precision: Tensor
+    ) -> None:
+        self._inner, self._nbeta, self._gamma = inner, nbeta, gamma
+        self.anchor, self._basis = inner.anchor, basis
+        self._extra = precision.rsqrt() - gamma**-0.5
+
+    def displacement(self, z: Tensor) -> Tensor:
+        return self._gamma**-0.5 * z + (z @ self._basis * self._extra) @ self._basis.T
+
+    def excess(self, z: Tensor, displacement: Tensor) -> Tensor:
+        """What is added to L_n."""
+        return (self._gamma * displacement.square().sum(1) - z.square().sum(1)) / (2 * self._nbeta)
+
+    def value(self, z: Tensor) -> Tensor:
+        displacement = self.displacement(z)
+        return self._inner.value(displacement) + self.excess(z, displacement)
+
+    def gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        displacement = self.displacement(z)
+        gradient, value = self._inner.gradient(displacement)
+        pull = self.displacement(gradient + self._gamma / self._nbeta * displacement)
+        return pull - z / self._nbeta, value + self.excess(z, displacement)
+
+
+def _steep_directions(
+    potential: _LoopPotential | _Potential, nbeta: float, gamma: float, radius: float = 1e-2
+) -> tuple[Tensor, Tensor]:
+    """Eigenvectors and precisions nbeta |h| + gamma of the Hessian at w*, where those are more than 3 gamma."""
+    rows = radius * torch.eye(potential.anchor.numel(), dtype=torch.float64)
+    hessian = torch.cat(
+        [(potential.gradient(part)[0] - potential.gradient(-part)[0]) / (2 * radius) for part in rows.split(64)]
+    )
+    values, vectors = torch.linalg.eigh((hessian + hessian.T) / 2)
+    precision = nbeta * values.abs() + gamma
+    steep = precision > 3 * gamma
+    return vectors[:, steep].contiguous(), precision[steep]
 
 
 def hmc_reference(
@@ -183,6 +233,7 @@ def hmc_reference(
     dtype: torch.dtype = torch.float64,
     sufficient: bool = True,
     loop: bool = False,
+    whiten: bool = False,
     seed: int = 0,
 ) -> Reference:
     """The LLC of `case` under exact sampling, with its standard error.
@@ -195,21 +246,27 @@ def hmc_reference(
     seldom enters or leaves the arms (w1 w2: effective sample size 7 times smaller at 2/3 of the cost, and the errors
     of short runs too small). Gradients are taken in `dtype`; positions, momenta and the energies of the Metropolis
     test are float64. `sufficient` lets linear cases use their sufficient statistics instead of all rows: the same loss
-    at every w. `loop` takes the chains one after another, without vmap. se
-    is the larger of the between-chain error and the one from the effective sample size.
+    at every w. `loop` takes the chains one after another, without vmap; `whiten` samples in the coordinates in which
+    the Hessian at w* is round (a trajectory is then pi / 2 long). se is the larger of the between-chain error and the
+    one from the effective sample size.
     """
     nbeta = case.nbeta if nbeta is None else nbeta
     gamma = case.gamma if gamma is None else gamma
     if gamma <= 0:
         raise ValueError("the reference needs a localisation: the posterior of a singular model is improper without")
-    omega = math.sqrt(gamma)
+    pull = 1.0 if whiten else gamma
+    omega = math.sqrt(pull)
     length = math.pi / (2 * omega) if trajectory is None else trajectory
 
     def potential(dtype: torch.dtype) -> _LoopPotential | _Potential:
         return _LoopPotential(case, dtype) if loop else _Potential(case, dtype, sufficient)
 
-    forces = potential(dtype)
-    energies = forces if dtype == torch.float64 else potential(torch.float64)
+    forces: Any = potential(dtype)
+    energies: Any = forces if dtype == torch.float64 else potential(torch.float64)
+    if whiten:
+        directions = _steep_directions(forces, nbeta, gamma)
+        wrapped = [_Whitened(part, nbeta, gamma, *directions) for part in (forces, energies)]
+        forces, energies = wrapped[0], (wrapped[0] if energies is forces else wrapped[1])
     generator = torch.Generator().manual_seed(seed)
     dim = forces.anchor.numel()
 
@@ -228,7 +285,7 @@ def hmc_reference(
         steps = min(max_leapfrog, max(1, round(target / pace)))
         p = torch.randn(num_chains, dim, dtype=torch.float64, generator=generator)
         cos, sin = math.cos(omega * pace), math.sin(omega * pace)
-        start = nbeta * loss + 0.5 * gamma * q.square().sum(1) + 0.5 * p.square().sum(1)
+        start = nbeta * loss + 0.5 * pull * q.square().sum(1) + 0.5 * p.square().sum(1)
         q_new, gradient_new = q, gradient
         for _ in range(steps):
             p = p - 0.5 * pace * nbeta * gradient_new
@@ -237,7 +294,7 @@ def hmc_reference(
             p = p - 0.5 * pace * nbeta * gradient_new
         if energies is not forces:
             loss_new = energies.value(q_new)
-        end = nbeta * loss_new + 0.5 * gamma * q_new.square().sum(1) + 0.5 * p.square().sum(1)
+        end = nbeta * loss_new + 0.5 * pull * q_new.square().sum(1) + 0.5 * p.square().sum(1)
         probability = (
             torch.nan_to_num(start - end, nan=-math.inf, posinf=-math.inf, neginf=-math.inf).clamp(max=0.0).exp()
         )
@@ -256,7 +313,8 @@ def hmc_reference(
             step = math.exp(log_average if k == adaptive else log_step)
             step = min(step, 1.5 / omega)  # a rotation of pi / 2 at most: beyond it the trajectory would fold back
         elif iteration >= num_warmup:
-            trace[:, iteration - num_warmup] = (nbeta * (loss - loss_anchor)).numpy()
+            own = forces.excess(q, forces.displacement(q)) if whiten else 0.0
+            trace[:, iteration - num_warmup] = (nbeta * (loss - own - loss_anchor)).numpy()
             accepted += acceptance
             leapfrogs += steps
 

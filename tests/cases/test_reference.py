@@ -112,6 +112,24 @@ def test_hmc_matches_quadrature_on_a_normal_crossing(powers: tuple[int, ...], ex
     assert result.mean < 0.9 * case.asymptotic[0]  # the asymptotic value is not the finite-n one
 
 
+@pytest.mark.parametrize("loop", [False, True], ids=["batched", "looped"])
+def test_whitened_coordinates_give_the_closed_form_of_a_steep_regular_model_in_few_steps(loop: bool) -> None:
+    case = regular(eigenvalues=[1000.0, 30.0, 1.0, 0.1], noise=1.0, n=400, nbeta=50.0, gamma=20.0)
+    chains = 16 if loop else 128
+    result = hmc_reference(case, num_chains=chains, num_draws=60, num_warmup=30, whiten=True, loop=loop)
+    assert case.truth == pytest.approx(1.4504, abs=1e-3)
+    assert result.mean == pytest.approx(case.truth, abs=4 * result.se)
+    assert result.se < 0.03 * case.truth * math.sqrt(128 / chains)
+    assert result.mean_leapfrog < 8  # the potential is round there: the steepest weight would ask for dozens
+
+
+def test_whitened_coordinates_leave_a_singular_target_as_it_is() -> None:
+    case, stored = CASES["rrr-5-3-5-r1"](), load_references()["rrr-5-3-5-r1"]
+    result = hmc_reference(case, num_chains=64, num_draws=80, num_warmup=60, whiten=True)
+    assert result.mean == pytest.approx(stored["mean"], abs=3 * math.hypot(result.se, stored["se"]))
+    assert result.se < 0.03 * stored["mean"]
+
+
 def test_float32_gradients_agree_with_float64() -> None:
     case = regular(10)
     result = hmc_reference(case, num_chains=64, num_draws=30, num_warmup=30, dtype=torch.float32)
