@@ -29,12 +29,10 @@ from lightning_slt.sampling.batches import (
     DatasetSource,
     MinibatchSource,
     ReplaySource,
-    Window,
-    clone,
-    num_bytes,
     uniform_samples,
 )
 from lightning_slt.sampling.rng import derive_seed
+from lightning_slt.sampling.window import Window, clone, num_bytes
 
 REPLAYED_BATCHES = MAX_RESIDENT_BATCHES
 Transfer = Callable[[Any], Any]

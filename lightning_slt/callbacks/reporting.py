@@ -25,6 +25,7 @@ from lightning_slt.firing import Course
 from lightning_slt.influence_record import InfluenceEstimate, suspicion_of
 from lightning_slt.publish import RunPublisher
 from lightning_slt.publish.render import Rendered
+from lightning_slt.publish.words import count_of
 from lightning_slt.record import Estimate, RunRecord
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
 from lightning_slt.transitions import Transition
@@ -135,8 +136,7 @@ class Reporting(KeepsHistory):
                 rank_zero_warn(f"{type(listener).__name__} failed at the end: {type(error).__name__}: {error}")
         publisher.finish(self.estimates, status, transitions)  # last: it flushes
         if self.estimates and self.folder is not None:
-            count = len(self.estimates)
-            rank_zero_info(f"SLTMonitor: {count} estimate{'s' * (count > 1)} in {self.folder}")
+            rank_zero_info(f"SLTMonitor: {count_of(len(self.estimates), 'estimate')} in {self.folder}")
 
     def _warn_of_nothing(self, budget: OverheadBudget) -> None:
         """The budget never sufficed: what a firing would have cost, and what can be done."""

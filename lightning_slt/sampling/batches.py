@@ -9,22 +9,15 @@ of its own: the batch is then independent of the chain's weights, and ``L_B(w) -
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import is_dataclass
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from multiprocessing.reduction import ForkingPickler
 from typing import Any, Optional
 
-import numpy as np
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -33,13 +26,13 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
-    Subset,
     SubsetRandomSampler,
-    TensorDataset,
     default_collate,
 )
 
+from lightning_slt.sampling.reading import Reader
 from lightning_slt.sampling.rng import LOADER, generator
+from lightning_slt.sampling.window import Window, num_bytes
 
 MAX_RESIDENT_BYTES = 256 * 2**20
 MAX_RESIDENT_BATCHES = 1024
@@ -49,104 +42,6 @@ MAX_UNEVEN = 0.002
 MAX_SHIFT = 0.0015
 """More may be left out of many samples: what moves the mean over them by less than this many standard deviations of a
 single one. The loss difference of a sample scatters by a few times its mean, and the LLC is known to some per cent."""
-
-
-def num_bytes(batch: Any) -> int:
-    """Bytes of the tensors in a batch of any structure (mappings, dataclasses and named tuples included)."""
-    total = 0
-
-    def count(tensor: Tensor) -> Tensor:
-        nonlocal total
-        total += tensor.numel() * tensor.element_size()
-        return tensor
-
-    apply_to_collection(batch, Tensor, count)
-    return total
-
-
-def clone(batch: Any) -> Any:
-    """The same structure with tensors of its own."""
-    return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
-
-
-class Window:
-    """Some minibatches, addressed by number, alone or several stacked."""
-
-    def __init__(self, batches: Sequence[Any]) -> None:
-        self.batches = list(batches)
-        self._stacked: Any = None
-        self.anchor_loss: dict[int, float] = {}
-        """``L_B(w*)`` of the batches measured so far."""
-        self.without_loss: set[int] = set()
-        """Batches for which the step gives no loss."""
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def forget(self) -> None:
-        """Drop what belongs to the weights under study; the batches stay."""
-        self.anchor_loss.clear()
-        self.without_loss.clear()
-
-    def __getitem__(self, index: int) -> Any:
-        return self.batches[index]
-
-    @property
-    def unlike(self) -> str:
-        """Why the batches cannot be stacked, for several chains to be computed at once; empty where they can."""
-        first, spec = tree_flatten(self.batches[0])
-        closed = [leaf for leaf in first if not isinstance(leaf, Tensor) and num_bytes(leaf)]
-        if closed:
-            name = type(closed[0]).__name__
-            remedy = f"; torch.export.register_dataclass({name}) shows them" if is_dataclass(closed[0]) else ""
-            return f"the batches hold a {name}, whose tensors torch does not find{remedy}"
-        for batch in self.batches[1:]:
-            leaves, other = tree_flatten(batch)
-            if other != spec:
-                return "the batches differ in structure"
-            for a, b in zip(first, leaves, strict=True):
-                if isinstance(a, Tensor) != isinstance(b, Tensor):
-                    return "the batches differ in structure"
-                if isinstance(a, Tensor):
-                    if a.shape != b.shape or a.dtype != b.dtype:
-                        return "the batches differ in shape"
-                elif a is not b and (type(a) is not type(b) or not isinstance(a, _PLAIN) or a != b):
-                    return "the batches hold other values beside their tensors"
-        return "" if any(isinstance(leaf, Tensor) for leaf in first) else "the batches hold no tensor"
-
-    def gather(self, indices: Tensor) -> tuple[Any, Any]:
-        """The batches of ``indices`` stacked along a new first dimension, and the ``in_dims`` of :func:`torch.vmap`."""
-        if self._stacked is None:
-            flat = [tree_flatten(batch)[0] for batch in self.batches]
-            spec = tree_flatten(self.batches[0])[1]
-            columns = [_stack(c) if isinstance(c[0], Tensor) else c[0] for c in zip(*flat, strict=True)]
-            # the batches become views of the stack: they are not held twice
-            self.batches = [
-                tree_unflatten([c[i] if isinstance(c, Tensor) else c for c in columns], spec)
-                for i in range(len(self.batches))
-            ]
-            self._stacked = columns, spec
-        columns, spec = self._stacked
-        stacked = [c.index_select(0, indices.to(c.device)) if isinstance(c, Tensor) else c for c in columns]
-        dims = [0 if isinstance(c, Tensor) else None for c in columns]
-        return tree_unflatten(stacked, spec), tree_unflatten(dims, spec)
-
-
-_PLAIN = (str, bytes, int, float, bool)
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """As :func:`torch.stack`; where they lie one after another in the same memory already, that memory itself."""
-    first, size = tensors[0], tensors[0].numel()
-    plain = all(type(t) is Tensor and t.layout is torch.strided and not t.requires_grad for t in tensors)
-    if plain and all(
-        t.is_contiguous()
-        and t.storage_offset() == first.storage_offset() + k * size
-        and t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        for k, t in enumerate(tensors)
-    ):
-        return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
-    return torch.stack(tuple(tensors))
 
 
 class MinibatchSource:
@@ -193,8 +88,7 @@ class DatasetSource(MinibatchSource):
         indices: the samples to use (None for all).
         transfer: applied to each collated batch (to the device, user's hooks).
         seed: order of the samples.
-        num_workers: processes that read the data; None reads a dataset that is known to be plain tensors here, and any
-            other in one forked process, so that a dataset with random numbers or counters of its own is not moved on.
+        num_workers: processes that read the data, see :class:`~lightning_slt.sampling.reading.Reader`.
         max_bytes: how much of the data may be held at once.
         worker_init_fn: as in a DataLoader, for those processes.
 
@@ -215,7 +109,7 @@ class DatasetSource(MinibatchSource):
         worker_init_fn: Optional[Callable[[int], None]] = None,
     ) -> None:
         self.dataset = dataset
-        self._worker_init_fn = worker_init_fn
+        self._reader = Reader(dataset, seed, num_workers, worker_init_fn)
         self.indices = indices
         n = len(indices) if indices is not None else len(dataset)  # type: ignore[arg-type]
         if n == 0:
@@ -227,7 +121,6 @@ class DatasetSource(MinibatchSource):
         self._collate = collate_fn or default_collate
         self._transfer = transfer
         self._seed = seed
-        self._num_workers = num_workers
         self._max_bytes = max_bytes
         self._next_window = 0
         first = self._read([self._stream_batches(0, 1)[0]])[0]
@@ -275,49 +168,10 @@ class DatasetSource(MinibatchSource):
 
         Read as minibatches are: where reading moves the dataset on, in another process, which runs ``function`` too.
         """
-        return self._workers_or_here([[int(i)] for i in numbers], partial(_of_one, function)) if len(numbers) else []
+        return self._reader([[int(i)] for i in numbers], partial(_of_one, function)) if len(numbers) else []
 
     def _read(self, batches: list[list[int]]) -> list[Any]:
-        return [self._transfer(batch) for batch in self._workers_or_here(batches, self._collate)]
-
-    def _workers_or_here(self, batches: list[list[int]], collate: Callable[[list[Any]], Any]) -> list[Any]:
-        workers = self._num_workers
-        if workers is None:
-            workers = 0 if is_plain_data(self.dataset) or not _can_fork() else 1
-        try:
-            return self._load(batches, workers, collate)
-        except RuntimeError:
-            if workers == 0:
-                raise
-            # data that cannot be read in another process or sent from it (tensors on a GPU, open handles, functions) is
-            # read in this one
-            return self._load(batches, 0, collate)
-
-    def _load(self, batches: list[list[int]], workers: int, collate: Callable[[list[Any]], Any]) -> list[Any]:
-        rows = _plain_rows(self.dataset) if collate is default_collate else None
-        if rows is not None:
-            # the same batches without a Python call for each sample
-            if len({len(numbers) for numbers in batches}) != 1:
-                return [rows(torch.tensor(numbers)) for numbers in batches]
-            count, size = len(batches), len(batches[0])
-            columns = [c.view(count, size, *c.shape[1:]) for c in rows(torch.tensor(batches).view(-1))]
-            return [[column[k] for column in columns] for k in range(count)]
-        loader: DataLoader[Any] = DataLoader(
-            self.dataset,
-            batch_sampler=batches,
-            collate_fn=partial(_sendable, collate) if workers else collate,
-            num_workers=workers,
-            generator=generator(self._seed, LOADER),
-            multiprocessing_context="fork" if workers and _can_fork() else None,
-            worker_init_fn=self._worker_init_fn if workers else None,
-        )
-        with preserve_generators(self.dataset):
-            batches_read = iter(loader)
-            try:
-                return list(batches_read)
-            finally:
-                # a worker that failed would else be waited for when its iterator is collected, while training goes on
-                getattr(batches_read, "_shutdown_workers", _nothing_to_do)()
+        return [self._transfer(batch) for batch in self._reader(batches, self._collate)]
 
 
 class ReplaySource(MinibatchSource):
@@ -465,80 +319,6 @@ def _length(loader: DataLoader[Any]) -> Optional[int]:
 def _refuse_full_batch(full_batch: bool) -> None:
     if full_batch:
         raise ValueError("full_batch=True needs a map-style Dataset, or a DataLoader that is uniform over one.")
-
-
-def is_plain_data(dataset: Any) -> bool:
-    """Whether reading it cannot change it: tensors and lists of numbers, and subsets of those."""
-    if isinstance(dataset, Subset):
-        return is_plain_data(dataset.dataset)
-    return type(dataset) in (TensorDataset, list, tuple) or isinstance(dataset, Tensor)
-
-
-def _plain_rows(dataset: Any) -> Optional[Callable[[Tensor], list[Tensor]]]:
-    """Several rows at once of a dataset whose items are just rows of tensors, or a subset of such; None for others."""
-    if type(dataset) is TensorDataset and len(dataset.tensors) > 1:
-        return lambda numbers: [tensor[numbers] for tensor in dataset.tensors]
-    if type(dataset) is Subset:
-        inner = _plain_rows(dataset.dataset)
-        if inner is not None:
-            indices = torch.as_tensor(dataset.indices)
-            return lambda numbers: inner(indices[numbers])
-    return None
-
-
-def _can_fork() -> bool:
-    return "fork" in multiprocessing.get_all_start_methods()
-
-
-@contextmanager
-def preserve_generators(dataset: Any) -> Iterator[None]:
-    """Put back the random generators that a dataset holds as attributes, its own and those of datasets inside it."""
-    restore: list[Callable[[], object]] = []
-    stack, seen = [dataset], set()
-    while stack:
-        item = stack.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, torch.Generator):
-            restore.append(partial(item.set_state, item.get_state()))
-        elif isinstance(item, random.Random):
-            restore.append(partial(item.setstate, item.getstate()))
-        elif isinstance(item, np.random.Generator):
-            restore.append(partial(setattr, item.bit_generator, "state", item.bit_generator.state))
-        elif isinstance(item, np.random.RandomState):
-            restore.append(partial(item.set_state, item.get_state()))
-        elif isinstance(item, Dataset):
-            stack += list(vars(item).values())
-            stack += list(getattr(item, "datasets", []))
-    try:
-        yield
-    finally:
-        for put_back in restore:
-            put_back()
-
-
-def _sendable(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
-    """A batch that another process can be sent.
-
-    Raises:
-        RuntimeError: where it cannot. The queue between the processes would drop it, and whoever reads wait for ever.
-    """
-    batch = collate(samples)
-    for leaf in tree_flatten(batch)[0]:
-        if leaf is None or isinstance(leaf, _PLAIN):
-            continue
-        try:
-            if isinstance(leaf, Tensor) and leaf.is_leaf and leaf.layout == torch.strided:
-                continue  # it goes by shared memory: pickling it here would be work for nothing
-            ForkingPickler.dumps(leaf)
-        except Exception as error:
-            raise RuntimeError(f"a batch of this data cannot be sent: {type(error).__name__}: {error}") from None
-    return batch
-
-
-def _nothing_to_do() -> None:
-    pass
 
 
 def _epoch_order(n: int, seed: int, epoch: int) -> Tensor:

@@ -44,7 +44,6 @@ from torch import Tensor
 from lightning_slt.functional.convergence import standard_error
 from lightning_slt.functional.learning_coefficient import half_change
 from lightning_slt.functional.posterior import LocalPosterior
-from lightning_slt.sampling.batches import Window
 from lightning_slt.sampling.chains import STATS_EVERY, Chains, Segment
 from lightning_slt.sampling.engines import sequential_engine
 from lightning_slt.sampling.memory import ChainMemory
@@ -52,6 +51,7 @@ from lightning_slt.sampling.noise import normal_stream
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged, heat_of, transient, virial_ratio
 from lightning_slt.sampling.rng import PROBE
+from lightning_slt.sampling.window import Window
 
 HEAT = 0.08
 """Share of the estimate that a finite step may add through its discretisation, which is then taken off."""

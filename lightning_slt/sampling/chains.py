@@ -16,15 +16,17 @@ import torch
 from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
-from lightning_slt.sampling.batches import MinibatchSource, Window
+from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.collective import Collective, RankLostError, own_chains
-from lightning_slt.sampling.engines import Choice, Engine, SequentialEngine, choose_engine
+from lightning_slt.sampling.engines import Engine, SequentialEngine
 from lightning_slt.sampling.layout import BLOCK
 from lightning_slt.sampling.noise import normal_stream
 from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.paths import Choice, choose_engine
 from lightning_slt.sampling.rng import CHOICE, MINIBATCHES, NOISE, START, generator
 from lightning_slt.sampling.samplers import Sampler, SamplerState, empty_state
 from lightning_slt.sampling.steps import NoLossError
+from lightning_slt.sampling.window import Window
 
 STATS_EVERY = 4
 """Steps between readings of |grad|², grad.(w - w*) and |w - w*|²: three passes over the weights each."""

@@ -15,8 +15,9 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from lightning_slt.sampling.batches import MinibatchSource, Window, clone
+from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.collective import Together
+from lightning_slt.sampling.window import Window, clone
 
 
 class CommonBatches(MinibatchSource):

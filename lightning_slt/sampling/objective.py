@@ -15,7 +15,6 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten
 
 from lightning_slt.sampling import steps
-from lightning_slt.sampling.batches import clone
 from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.restriction import Restriction, select_parameters
 from lightning_slt.sampling.shadow import (
@@ -26,6 +25,7 @@ from lightning_slt.sampling.shadow import (
     take_hooks,
     without_compile,
 )
+from lightning_slt.sampling.window import clone
 
 log = logging.getLogger(__name__)
 

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_slt.sampling.batches import DatasetSource, clone, num_bytes
-from lightning_slt.sampling.engines import ACTIVATION_BUDGET, observe
+from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.paths import ACTIVATION_BUDGET, observe
 from lightning_slt.sampling.rng import CHOICE, generator, preserve_rng
 from lightning_slt.sampling.steps import NoLossError
 from lightning_slt.sampling.unreduced import Unreduced
+from lightning_slt.sampling.window import clone, num_bytes
 
 log = logging.getLogger(__name__)
 

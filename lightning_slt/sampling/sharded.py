@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_slt.sampling import steps
-from lightning_slt.sampling.batches import clone
 from lightning_slt.sampling.collective import Collective, Together
 from lightning_slt.sampling.layout import Piece, ShardLayout
 from lightning_slt.sampling.objective import Objective, borrow
 from lightning_slt.sampling.restriction import Restriction
+from lightning_slt.sampling.window import clone
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lightning_slt.transitions.curve import Curve
 from lightning_slt.transitions.evidence import SIZES, persistence, scatter, without_spikes
 from lightning_slt.transitions.newest import newest_step
-from lightning_slt.transitions.reading import loss_change, rolling_scatter, transition_of
-from lightning_slt.transitions.search import LOCAL, Curve, best_step, turn
+from lightning_slt.transitions.reading import LOCAL, loss_change, rolling_scatter, transition_of
+from lightning_slt.transitions.rises import turn
+from lightning_slt.transitions.search import best_step
 from lightning_slt.transitions.settings import checked_min_change, threshold_of
 from lightning_slt.transitions.transition import Transition, kind_of
 

@@ -111,6 +111,11 @@ class Fits:
     misfit: Array  # variance of what the ramp leaves
 
 
+def evenly_spaced(steps: Array) -> bool:
+    """Whether courses that are smooth in steps are those that are smooth by point."""
+    return bool(np.ptp(np.diff(steps)) == 0) if steps.size > 1 else True
+
+
 def smooth_in_steps(windows: Array, steps: Array, unfinished: bool = False) -> Array:
     """Sum of squares ``[num_windows]`` that the best smooth course in training steps explains of each window.
 

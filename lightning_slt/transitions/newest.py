@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_slt.transitions.evidence import SHAPE_ERROR, SIZES, Array, bank, smooth_in_steps
-from lightning_slt.transitions.search import HIDDEN, LARGEST, Curve, Step, first_half, largest_between, rises
+from lightning_slt.transitions.curve import Curve, Step
+from lightning_slt.transitions.evidence import SHAPE_ERROR, SIZES, Array, bank, evenly_spaced, smooth_in_steps
+from lightning_slt.transitions.rises import first_half, largest_between, rises
+from lightning_slt.transitions.search import HIDDEN, LARGEST
 
 _REPEATED = 0.85  # of the evidence counts online, where the search is repeated at every point; docs/transitions.md
 
@@ -89,7 +91,8 @@ def newest_step(curve: Curve, lo: int, hi: int, min_change: float) -> Step | Non
         coefficients.append(fitted[:count])
         beside.append(fitted[count : 2 * count, 0])
         smooth[i] = (fitted[2 * count :] ** 2).reshape(-1, 2, 2).sum(axis=1).max(axis=0)
-    for i, size in enumerate(sizes):
+    uneven = not evenly_spaced(curve.steps[hi - reach : hi])
+    for i, size in enumerate(sizes if uneven else ()):
         window = both[reach - size :].T
         courses = smooth_in_steps(window - window.mean(axis=1, keepdims=True), curve.steps[None, hi - size : hi], True)
         smooth[i] = np.maximum(smooth[i], courses)
@@ -108,11 +111,11 @@ def newest_step(curve: Curve, lo: int, hi: int, min_change: float) -> Step | Non
     # what the ramp leaves may be far below the floor, of which its autocorrelation says nothing
     contrast = coefficient[:, 0] ** 2 / np.maximum(floor[:, 0], misfit[:, 0] * (1 + rho) / (1 - rho))
     # what came before may have fallen, up to the middle of the ramp: a rise since then counts as well
-    since = largest_between(rises(llc, sigma), reach - 1 - b.back, reach - 1 - b.half)
+    first_half_of = reach - 1 - b.back, reach - 1 - b.half
+    since = largest_between(rises(llc, sigma), *first_half_of)
     since *= (1 - curve.persistence) / (1 + curve.persistence)
     contrast = np.maximum(np.where(rising, LARGEST * contrast, 0.0), HIDDEN * since)
     joint = np.where((contrast > 0) & (height[:, 1] < 0), np.minimum(contrast, evidence[:, 1]), -math.inf)
-    out = np.abs(height[:, 0]) * b.seen < min_change
     # the plateau before a falling step
     before = (llc[-1] + sums[:, 0] / sizes)[b.which] - height[:, 0] * b.means
     # a loss that falls faster and faster while the coefficient turns negative: a saddle being left
@@ -120,27 +123,27 @@ def newest_step(curve: Curve, lo: int, hi: int, min_change: float) -> Step | Non
     first = reach - sizes
     bend = threes[-1] - 2 * threes[first + sizes // 2 - 1] + threes[first]
     leaving = (bend < -5 * loss_sigma)[b.which] & (before + height[:, 0] * b.seen < -3 * sigma)
-    out |= ~rising & ((before < -3 * sigma) | leaving)
+    out = ~rising & ((before < -3 * sigma) | leaving)
 
     # without a second witness the noise of the whole curve counts too: a window is too short to know it
     alone = np.maximum(rho, curve.persistence)
     alone = evidence[:, 0] * (1 - alone) / (1 + alone)
     score = _REPEATED * np.maximum(LARGEST * alone, joint)
-    score[out] = -math.inf
+    # a rise that a fall before it hides is one from the lowest point
+    risen = llc[-1] + largest_between(-llc, *first_half_of)
+    change = np.where(~rising & (joint > alone), risen, height[:, 0] * b.seen)
+    score[out | (np.abs(change) < min_change)] = -math.inf
     place = int(np.argmax(score))
     if not score[place] > 0:
         return None
     centre, width = float(hi - sizes[b.which[place]] + b.centres[place]), float(b.widths[place])
-    change = float(height[place, 0] * b.seen[place])
-    if change <= 0 and joint[place] > alone[place]:  # a rise that a fall before it hides
-        change = float(llc[-1] - llc[reach - 1 - b.back[place] : reach - b.half[place]].min())
     error = b.scales[place] * sigma * math.sqrt((1 + rho[place]) / (1 - rho[place]))
     return Step(
         score=float(score[place]),
         onset=centre - width / 2,
         centre=centre,
         end=centre + width / 2,
-        height=change,
+        height=float(change[place]),
         height_se=float(error * b.seen[place]),
     )
 

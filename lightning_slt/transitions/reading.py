@@ -7,10 +7,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from lightning_slt.transitions.curve import Curve, Step
 from lightning_slt.transitions.evidence import Array, scatter
-from lightning_slt.transitions.search import LOCAL, Curve, Step
 from lightning_slt.transitions.transition import State, Transition, kind_of
 
+LOCAL = 64  # points that the scatter at a point is read from
 _FLOOR = 0.5  # of the typical chain error
 _ERRORS = 9  # points whose chain errors make the typical one
 _REACH = 5  # points on each side that the loss before and after is read from

@@ -9,9 +9,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lightning_slt.transitions.curve import Curve, Step
 from lightning_slt.transitions.evidence import SIZES, persistence, without_spikes
+from lightning_slt.transitions.pauses import pauses
 from lightning_slt.transitions.reading import rolling_scatter, transition_of
-from lightning_slt.transitions.search import Curve, Step, best_step, pauses
+from lightning_slt.transitions.search import best_step
 from lightning_slt.transitions.settings import checked_min_change, threshold_of
 from lightning_slt.transitions.transition import Transition
 
@@ -86,7 +88,7 @@ def detect_transitions(
             found.append(step)
             left, right = _beside(curve, step)
             stretches += [(lo, max(lo, left) + 1), (min(right, hi), hi)]
-    found.sort(key=lambda step: step.centre)
+    found.sort(key=lambda step: step.places)
     last = float(x[-1])
     transitions = [
         transition_of(step, curve, x, boundaries, number=number, state="confirmed", known_at=last)

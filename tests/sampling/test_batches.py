@@ -24,12 +24,11 @@ from lightning_slt.sampling.batches import (
     IterableSource,
     MinibatchSource,
     ReplaySource,
-    Window,
-    is_plain_data,
-    num_bytes,
     source_of,
 )
 from lightning_slt.sampling.common_batches import CommonBatches
+from lightning_slt.sampling.reading import is_plain_data
+from lightning_slt.sampling.window import Window, num_bytes
 from tests.sampling.batching_models import Pair
 
 CPU = torch.device("cpu")

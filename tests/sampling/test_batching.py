@@ -14,10 +14,11 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_slt.sampling import engines
-from lightning_slt.sampling.batches import Window
-from lightning_slt.sampling.engines import BatchedEngine, Engine, choose_engine
+from lightning_slt.sampling import paths
+from lightning_slt.sampling.engines import BatchedEngine, Engine
 from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.paths import choose_engine
+from lightning_slt.sampling.window import Window
 from tests.sampling.batching_models import PROBLEMS, Problem
 from tests.sampling.helpers import gen, seeded
 
@@ -170,7 +171,7 @@ def test_batched_with_the_modules_own_numbers(row: Row) -> None:
 
 @by_kind(SEQUENTIAL)
 def test_one_after_another_with_the_modules_own_numbers(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "COMPUTE_BOUND", 10.0)  # never "too slow to try" on a busy machine
+    monkeypatch.setattr(paths, "COMPUTE_BOUND", 10.0)  # never "too slow to try" on a busy machine
     (why,) = re.findall('"(.+?)"', row.reason)
     opened = Opened(row.kind)
     with pytest.raises(ValueError, match="method='batched' cannot be used: .*" + re.escape(why)):

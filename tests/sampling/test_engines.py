@@ -13,13 +13,15 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 from lightning_slt.functional import LocalPosterior
-from lightning_slt.sampling import engines
-from lightning_slt.sampling.batches import DatasetSource, Window
+from lightning_slt.sampling import engines, paths
+from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.chains import Chains, open_window
 from lightning_slt.sampling.collective import Alone
-from lightning_slt.sampling.engines import BatchedEngine, SequentialEngine, choose_engine
+from lightning_slt.sampling.engines import BatchedEngine, SequentialEngine
 from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.paths import choose_engine
 from lightning_slt.sampling.samplers import SGLD
+from lightning_slt.sampling.window import Window
 from tests.sampling import helpers
 from tests.sampling.helpers import cross_entropy, gen, mean_squared, mlp, next_token, regression, seeded, tokens
 
@@ -122,7 +124,7 @@ def test_sequential_engine_gives_the_modules_own_losses_and_gradients(name: str)
 def test_batched_engine_gives_the_modules_own_losses_and_gradients(
     name: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "chunk_width", lambda *_: width)
+    monkeypatch.setattr(paths, "chunk_width", lambda *_: width)
     module, loss_fn, objective, window, weights, indices = opened(name)
     choice = choose_engine(objective, window, CHAINS, "batched")
     assert isinstance(choice.engine, BatchedEngine) and "same numbers" in choice.reason
@@ -168,7 +170,7 @@ def data_dependent(module: nn.Module, batch: Any) -> Tensor:
 
 @pytest.mark.parametrize("loss_fn", [with_item, data_dependent])
 def test_a_step_that_vmap_cannot_take_falls_back_with_the_reason(loss_fn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "COMPUTE_BOUND", 10.0)  # never "too slow to try" on a busy machine
+    monkeypatch.setattr(paths, "COMPUTE_BOUND", 10.0)  # never "too slow to try" on a busy machine
     objective, window = Objective(mlp(), loss_fn), window_of(regression())
     objective.adapt(window[0])
     choice = choose_engine(objective, window, CHAINS)
@@ -187,7 +189,7 @@ def test_other_numbers_under_vmap_are_not_accepted(monkeypatch: pytest.MonkeyPat
             y = self.layer(x)
             return 1.01 * y if torch._C._functorch.maybe_current_level() else y
 
-    monkeypatch.setattr(engines, "COMPUTE_BOUND", 10.0)
+    monkeypatch.setattr(paths, "COMPUTE_BOUND", 10.0)
     objective, window = Objective(seeded(Sly), mean_squared), window_of(regression())
     objective.adapt(window[0])
     choice = choose_engine(objective, window, CHAINS)
@@ -204,10 +206,10 @@ def test_reasons_for_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "differ in shape" in choose_engine(objective, ragged, 4).reason
     with pytest.raises(ValueError, match="the batches differ in shape"):
         choose_engine(objective, ragged, 4, "batched")
-    monkeypatch.setattr(engines, "COMPUTE_BOUND", 0.0)
+    monkeypatch.setattr(paths, "COMPUTE_BOUND", 0.0)
     assert "computing" in choose_engine(objective, window, 4).reason
-    monkeypatch.setattr(engines, "COMPUTE_BOUND", 10.0)
-    monkeypatch.setattr(engines, "ACTIVATION_BUDGET", 1)
+    monkeypatch.setattr(paths, "COMPUTE_BOUND", 10.0)
+    monkeypatch.setattr(paths, "ACTIVATION_BUDGET", 1)
     assert "memory budget" in choose_engine(objective, window, 4).reason
     with pytest.raises(ValueError, match=r"method='fast': must be 'auto', 'sequential' or 'batched'"):
         choose_engine(objective, window, 4, "fast")
@@ -215,12 +217,12 @@ def test_reasons_for_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_chunk_fits_the_memory_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     objective, window = Objective(mlp(), mean_squared), window_of(regression())
-    saved = engines.observe(objective, window[0]).saved_bytes
+    saved = paths.observe(objective, window[0]).saved_bytes
     each = 2 * saved + 16 * len(objective.anchor)
     assert saved >= BATCH * 7 * 4  # tanh's output at least
     for chains in (3, 100):
-        monkeypatch.setattr(engines, "ACTIVATION_BUDGET", 5 * each)
-        assert engines.chunk_width(objective, saved, chains) == min(chains, 5)
+        monkeypatch.setattr(paths, "ACTIVATION_BUDGET", 5 * each)
+        assert paths.chunk_width(objective, saved, chains) == min(chains, 5)
 
 
 class Checkpointed(nn.Module):
@@ -243,8 +245,8 @@ class Checkpointed(nn.Module):
 def test_checkpointing_gives_the_gradients_of_the_plain_twin(
     use_reentrant: bool, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "COMPUTE_BOUND", 10.0)
-    monkeypatch.setattr(engines, "BATCHED_GAIN", 0.0)  # take batching wherever it is thought right
+    monkeypatch.setattr(paths, "COMPUTE_BOUND", 10.0)
+    monkeypatch.setattr(paths, "BATCHED_GAIN", 0.0)  # take batching wherever it is thought right
     module, plain = seeded(lambda: Checkpointed(use_reentrant)), Checkpointed(None)
     plain.load_state_dict(module.state_dict())
     window = window_of(regression())

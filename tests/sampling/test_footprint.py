@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_slt import estimate_llc
-from lightning_slt.sampling import engines
+from lightning_slt.sampling import paths
 from lightning_slt.sampling.batches import source_of
-from lightning_slt.sampling.engines import GRADIENT_BUDGET, choose_engine, chunk_width, sequential_engine
+from lightning_slt.sampling.engines import sequential_engine
 from lightning_slt.sampling.layout import BLOCK
 from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.paths import GRADIENT_BUDGET, choose_engine, chunk_width
 from lightning_slt.sampling.samplers import SGLD
 from tests.sampling.helpers import mean_squared
 
@@ -78,7 +79,7 @@ def test_the_gradients_of_a_chunk_stay_within_their_budget() -> None:
 def test_a_model_too_large_for_two_gradients_is_batched_where_that_is_asked_for_and_not_by_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(engines, "COMPUTE_BOUND", 10.0)  # never "too slow to try" on a busy machine
+    monkeypatch.setattr(paths, "COMPUTE_BOUND", 10.0)  # never "too slow to try" on a busy machine
 
     def squares(net: nn.Module, batch: Any) -> Tensor:
         return net(batch[0]).square().mean()

@@ -186,7 +186,7 @@ def test_kinds_follow_both_channels() -> None:
 
 @pytest.mark.parametrize("way", [offline, pytest.param(online, marks=pytest.mark.slow)])
 def test_a_loss_that_steps_beside_a_level_coefficient_is_no_transition(way: Callable[[Curve], list]) -> None:
-    """As it does where the learning rate drops. Measured: flags on 3 of 60 curves offline, on 2 online."""
+    """As it does where the learning rate drops. Measured: flags on none of 60 curves offline, on 2 online."""
     flagged = 0
     for seed in range(60):
         rng = np.random.default_rng([seed, 77])
@@ -200,21 +200,34 @@ def test_a_loss_that_steps_beside_a_level_coefficient_is_no_transition(way: Call
         none = np.empty(0)
         curve = Curve(100.0 * x, llc, np.full(n, sigma * rng.uniform(0.5, 1.0)), loss, none, none, none)
         flagged += bool(way(curve))
-    assert flagged <= 3
+    assert flagged <= 2
 
 
-def test_a_rise_that_a_fall_hides_is_placed_between_the_channels() -> None:
+def dip(seed: int = 3) -> Curve:
     """A mode of a deep linear network: half of its strength is there when a quarter of its loss is left."""
     x = np.arange(100)
-    blur = np.random.default_rng(3).normal(size=(2, x.size))
+    blur = np.random.default_rng(seed).normal(size=(2, x.size))
     strength = 1 / (1 + np.exp(-(x - 50) / 4))
     # chains that sit at the saddle run downhill until the mode is learned
     llc = 4 + 2 * strength - 12 * strength * (1 - strength) ** 2 + 0.02 * blur[0]
     loss = 0.05 + (1 - strength) ** 2 / 2 + 0.001 * blur[1]
-    [found] = detect_transitions(100.0 * x, llc, np.full(100, 0.04), loss)
+    return Curve(100.0 * x, llc, np.full(100, 0.04), loss, np.array([41]), np.array([59]), np.array([1]))
+
+
+def test_a_rise_that_a_fall_hides_is_placed_between_the_channels() -> None:
+    curve = dip()
+    [found] = detect_transitions(curve.steps, curve.llc, curve.llc_se, curve.loss)
     assert found.kind == "A"
     assert abs(found.step - 5000) <= 200
-    assert found.llc_change == pytest.approx(6 - llc.min(), abs=0.3)
+    assert found.llc_change == pytest.approx(6 - curve.llc.min(), abs=0.3)
+
+
+def test_a_rise_that_a_fall_hides_counts_from_its_lowest_point() -> None:
+    """The plateaus differ by 2; from the dip the coefficient rises by 3.2, which a smallest change is compared with."""
+    curve = dip()
+    points = curve.steps, curve.llc, curve.llc_se, curve.loss
+    assert detect_transitions(*points, min_change=2.9) == detect_transitions(*points)
+    assert detect_transitions(*points, min_change=4.0) == []
 
 
 def test_a_course_that_is_smooth_in_steps_is_none_on_any_grid() -> None:

@@ -1,0 +1,260 @@
+"""Which path the chains take: one after another, or several at once where that is tried, right and faster."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_slt.sampling.engines import BatchedEngine, Engine, SequentialEngine, sequential_engine
+from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.window import Window
+
+ACTIVATION_BUDGET = 2**30
+"""Bytes of activations that the chains of one chunk may hold together on the CPU."""
+COMPUTE_BOUND = 0.004
+"""Seconds of a step on the CPU above which products, not calls, take the time: batching is not tried."""
+GRADIENT_BUDGET = 2**23
+"""Bytes of gradients that the chains of one chunk may hold together on the CPU, where one after another holds those of
+one chain. Above 100,000 weights batching was never faster there (benchmarks/README.md)."""
+PROBED_AT_MOST = 8
+TIMED_STEPS = 8
+BATCHED_GAIN = 1.25
+"""How much faster the batched path must be to be kept: near ties go to the path that always works, at every run."""
+HOPELESS = 2.0
+"""A batched step that takes this many times what it may is not timed again."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What one step showed on its way.
+
+    Attributes:
+        saved_bytes: what autograd keeps for the backward pass of one chain's loss.
+        pads: an embedding is looked up with a padding index. Under vmap the ordinary backward pass masks the gradient
+            of the padding row for the first chain only, which a probe without padding in its batches would not see.
+    """
+
+    saved_bytes: int
+    pads: bool
+
+
+class _Embeddings(TorchFunctionMode):
+    """Sees whether an embedding under it has a padding index, as a module or as a function."""
+
+    padded = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.embedding:
+            index = args[2] if len(args) > 2 else kwargs.get("padding_idx")
+            self.padded |= index is not None
+        return func(*args, **kwargs)
+
+
+def observe(objective: Objective, batch: Any) -> Observed:
+    """Run the loss of one batch at the weights that the copy holds, and look on."""
+    total = 0
+    known = {p.data_ptr() for p in objective.module.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal total
+        if tensor.data_ptr() not in known:
+            total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    embeddings = _Embeddings()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), embeddings:
+            objective.loss(batch)
+    except RuntimeError:  # functorch inside the step refuses the hooks: as much again as was counted, or the weights
+        total = max(2 * total, objective.anchor.numel() * objective.anchor.element_size())
+        with embeddings:
+            objective.loss(batch)
+    return Observed(total, embeddings.padded)
+
+
+def chunk_width(objective: Objective, saved_bytes: int, num_chains: int, least: int = 1) -> int:
+    """How many chains fit a chunk: activations and gradients within their budgets (a quarter of what is free, on a
+    GPU, all together).
+
+    Args:
+        least: as many may exceed the budget of the gradients.
+    """
+    budget, own = ACTIVATION_BUDGET, len(objective.anchor) * objective.anchor.element_size()
+    if objective.device.type == "cuda":
+        budget = torch.cuda.mem_get_info(objective.device)[0] // 4
+    elif objective.device.type == "cpu":
+        num_chains = min(num_chains, max(GRADIENT_BUDGET // max(own, 1), least))
+    # twice: what autograd saved, and what the backward pass makes from it
+    each = 2 * saved_bytes + 4 * own
+    return int(max(1, min(num_chains, budget // max(each, 1))))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which engine was kept and why, for the log."""
+
+    engine: Engine
+    reason: str
+
+
+def choose_engine(objective: Objective, window: Window, num_chains: int, method: str = "auto") -> Choice:
+    """Try the paths on the first batches: equal numbers are demanded, then the faster one is kept.
+
+    Args:
+        method: ``"auto"``, ``"sequential"`` or ``"batched"``.
+
+    Raises:
+        ValueError: for another method, or for ``"batched"`` where the module does not allow it.
+    """
+    if method not in ("auto", "sequential", "batched"):
+        raise ValueError(f"method={method!r}: must be 'auto', 'sequential' or 'batched'.")
+    sequential = sequential_engine(objective)
+    if method == "sequential":
+        return Choice(sequential, "asked for")
+    refusal = ""
+    if num_chains < 2 and not objective.layout.sharded:
+        refusal = "there is one chain"
+    elif objective.layout.sharded:
+        refusal = "the weights are sharded, and all ranks work on one chain"
+    elif objective.borrowed:
+        refusal = "the module cannot be copied"
+    elif objective.rounds:
+        refusal = "half-precision weights are rounded from float32 masters"
+    elif objective.writes:
+        refusal = "the step writes to buffers or frozen weights, which are put back before every call"
+    else:
+        refusal = window.unlike
+    if refusal:
+        if method == "batched":
+            raise ValueError(f"method='batched' cannot be used: {refusal}.")
+        return Choice(sequential, refusal)
+
+    if method == "auto" and objective.device.type == "cpu":
+        seconds = _one_step_seconds(objective, sequential, window)
+        if seconds > COMPUTE_BOUND:
+            return Choice(sequential, f"a step is {1000 * seconds:.0f} ms of computing, which batching would not save")
+    observed = observe(objective, window[next(iter(window.anchor_loss), 0)])
+    width = chunk_width(objective, observed.saved_bytes, num_chains, 2 if method == "batched" else 1)
+    if width < 2:
+        if method == "batched":
+            raise ValueError("method='batched' cannot be used: two chains do not fit the memory budget.")
+        return Choice(sequential, "two chains do not fit the memory budget")
+    probe = _Probe(objective, window, min(width, num_chains))
+    reason = ""
+    best: tuple[float, Engine] | None = None
+    for through in ("backward", "grad"):
+        if observed.pads and through == "backward":
+            reason = "an embedding with padding_idx has other gradients under vmap"
+            continue
+        try:
+            engine = BatchedEngine(objective, width, through)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                difference, alone = probe.compare(engine, sequential)
+                if difference > probe.tolerance:
+                    reason = reason or f"vmap gives other numbers (relative difference {difference:.1e})"
+                    continue
+                best = probe.seconds(engine, enough=alone / BATCHED_GAIN), engine
+            # the second road is for modules that the first does not take: where both do, they are as fast
+            break
+        except Exception as error:
+            reason = reason or f"vmap fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if best is None:
+        if method == "batched":
+            raise ValueError(f"method='batched' cannot be used: {reason}.")
+        return Choice(sequential, reason)
+    gain = alone / best[0]
+    best[1].release()  # else it would hold the probe's weights and gradients until the chains bind theirs
+    if method == "batched" or gain > BATCHED_GAIN:
+        return Choice(best[1], f"{gain:.1f} times the speed of one after another, same numbers")
+    return Choice(sequential, f"batched would be {gain:.2f} times as fast, which is no gain")
+
+
+class _Probe:
+    """A few chains at perturbed weights on a few batches, to compare engines in numbers and speed."""
+
+    def __init__(self, objective: Objective, window: Window, chains: int) -> None:
+        d = len(objective.anchor)
+        gen = torch.Generator(device=objective.device).manual_seed(0)
+        scale = 0.01 * float(objective.anchor.norm()) / max(d, 1) ** 0.5 or 0.01
+        # in place: these are as large as the chains, and so are their gradients
+        self._weights = torch.empty(chains, d, device=objective.device, dtype=objective.dtype).normal_(generator=gen)
+        self._weights.mul_(scale).add_(objective.anchor)
+        self._grad = torch.empty_like(self._weights)
+        known = list(window.anchor_loss)[:PROBED_AT_MOST] or list(range(min(len(window), PROBED_AT_MOST)))
+        # a window of these alone: stacking the whole one takes the memory and the time of all the data
+        least = min(len(window), 2)  # of one batch chains make one large product: not where they will have several
+        self._window = Window([window[known[k % len(known)]] for k in range(max(len(known), least))])
+        self._indices = torch.tensor([k % len(self._window) for k in range(chains)])
+        # autocast rounds each product to 8 or 11 bits; float32 sums in another order
+        self.tolerance = 1e-8 if objective.dtype == torch.float64 else 1e-3
+        if objective.autocast:
+            self.tolerance = 2e-2
+
+    def compare(self, engine: Engine, reference: SequentialEngine) -> tuple[float, float]:
+        """How far the engine's numbers are off, and the seconds of a step of the reference.
+
+        The first is the largest relative difference in the losses and gradients of a chain; infinite where not finite.
+        The reference's gradients are added to those of the engine with the sign turned: they take no memory of their
+        own.
+        """
+        losses = []
+        for start in range(0, len(self._weights), engine.width):
+            rows = slice(start, start + engine.width)
+            engine.bind(self._weights[rows], self._grad[rows])
+            losses.append(engine(self._window, self._indices[rows]).reshape(-1).double())
+        worst, seconds = 0.0, []
+        try:
+            for k, found in enumerate(torch.cat(losses)):
+                own = self._grad[k : k + 1]
+                size = own.norm()
+                reference.bind(self._weights[k : k + 1], own.neg_())
+                start_time = self._now()
+                loss = reference(self._window, self._indices[k : k + 1], keep=True).reshape(()).double()
+                seconds.append(self._now() - start_time)
+                for off, scale in zip(((loss - found).abs(), own.norm()), (loss.abs(), size), strict=True):
+                    relative = float(off / scale.clamp_min(1e-12))
+                    worst = max(worst, relative) if math.isfinite(relative) else math.inf
+        finally:
+            reference.release()
+        return worst, min(seconds)
+
+    def seconds(self, engine: Engine, enough: float) -> float:
+        """Of a step of one chain: the fastest of a few, and of one where that is nowhere near ``enough``. Binding is
+        left out: chains are bound once for many steps."""
+        rows = slice(0, min(engine.width, len(self._weights)))
+        engine.bind(self._weights[rows], self._grad[rows])
+        best = float("inf")
+        for _ in range(max(2, TIMED_STEPS // engine.width)):
+            start = self._now()
+            engine(self._window, self._indices[rows])
+            best = min(best, (self._now() - start) / (rows.stop - rows.start))
+            if best > HOPELESS * enough:
+                break
+        return best
+
+    def _now(self) -> float:
+        if self._weights.device.type == "cuda":
+            torch.cuda.synchronize(self._weights.device)
+        return time.perf_counter()
+
+
+def _one_step_seconds(objective: Objective, engine: SequentialEngine, window: Window) -> float:
+    """The faster of two steps at ``w*``."""
+    engine.bind(objective.anchor.clone().unsqueeze(0), torch.empty_like(objective.anchor).unsqueeze(0))
+    usable = next(iter(window.anchor_loss), 0)
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        engine.step(window[usable])
+        seconds.append(time.perf_counter() - start)
+    engine.release()
+    return min(seconds)

@@ -1,0 +1,153 @@
+"""Samples read as minibatches, in another process where reading could move the dataset on."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
+
+from lightning_slt.sampling.rng import LOADER, generator
+from lightning_slt.sampling.window import PLAIN
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads samples of a map-style dataset.
+
+    Attributes:
+        dataset: map style.
+        seed: of the worker processes.
+        num_workers: processes that read; None reads a dataset that is known to be plain tensors here, and any other in
+            one forked process, so that a dataset with random numbers or counters of its own is not moved on.
+        worker_init_fn: as in a DataLoader, for those processes.
+    """
+
+    dataset: Dataset[Any]
+    seed: int = 0
+    num_workers: Optional[int] = None
+    worker_init_fn: Optional[Callable[[int], None]] = None
+
+    def __call__(self, batches: list[list[int]], collate: Callable[[list[Any]], Any]) -> list[Any]:
+        """The samples of these numbers, batch by batch."""
+        workers = self.num_workers
+        if workers is None:
+            workers = 0 if is_plain_data(self.dataset) or not _can_fork() else 1
+        try:
+            return self._load(batches, workers, collate)
+        except RuntimeError:
+            if workers == 0:
+                raise
+            # data that cannot be read in another process or sent from it (tensors on a GPU, open handles, functions) is
+            # read in this one
+            return self._load(batches, 0, collate)
+
+    def _load(self, batches: list[list[int]], workers: int, collate: Callable[[list[Any]], Any]) -> list[Any]:
+        rows = _plain_rows(self.dataset) if collate is default_collate else None
+        if rows is not None:
+            # the same batches without a Python call for each sample
+            if len({len(numbers) for numbers in batches}) != 1:
+                return [rows(torch.tensor(numbers)) for numbers in batches]
+            count, size = len(batches), len(batches[0])
+            columns = [c.view(count, size, *c.shape[1:]) for c in rows(torch.tensor(batches).view(-1))]
+            return [[column[k] for column in columns] for k in range(count)]
+        loader: DataLoader[Any] = DataLoader(
+            self.dataset,
+            batch_sampler=batches,
+            collate_fn=partial(_sendable, collate) if workers else collate,
+            num_workers=workers,
+            generator=generator(self.seed, LOADER),
+            multiprocessing_context="fork" if workers and _can_fork() else None,
+            worker_init_fn=self.worker_init_fn if workers else None,
+        )
+        with preserve_generators(self.dataset):
+            batches_read = iter(loader)
+            try:
+                return list(batches_read)
+            finally:
+                # a worker that failed would else be waited for when its iterator is collected, while training goes on
+                getattr(batches_read, "_shutdown_workers", _nothing_to_do)()
+
+
+def is_plain_data(dataset: Any) -> bool:
+    """Whether reading it cannot change it: tensors and lists of numbers, and subsets of those."""
+    if isinstance(dataset, Subset):
+        return is_plain_data(dataset.dataset)
+    return type(dataset) in (TensorDataset, list, tuple) or isinstance(dataset, Tensor)
+
+
+def _plain_rows(dataset: Any) -> Optional[Callable[[Tensor], list[Tensor]]]:
+    """Several rows at once of a dataset whose items are just rows of tensors, or a subset of such; None for others."""
+    if type(dataset) is TensorDataset and len(dataset.tensors) > 1:
+        return lambda numbers: [tensor[numbers] for tensor in dataset.tensors]
+    if type(dataset) is Subset:
+        inner = _plain_rows(dataset.dataset)
+        if inner is not None:
+            indices = torch.as_tensor(dataset.indices)
+            return lambda numbers: inner(indices[numbers])
+    return None
+
+
+def _can_fork() -> bool:
+    return "fork" in multiprocessing.get_all_start_methods()
+
+
+@contextmanager
+def preserve_generators(dataset: Any) -> Iterator[None]:
+    """Put back the random generators that a dataset holds as attributes, its own and those of datasets inside it."""
+    restore: list[Callable[[], object]] = []
+    stack, seen = [dataset], set()
+    while stack:
+        item = stack.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Generator):
+            restore.append(partial(item.set_state, item.get_state()))
+        elif isinstance(item, random.Random):
+            restore.append(partial(item.setstate, item.getstate()))
+        elif isinstance(item, np.random.Generator):
+            restore.append(partial(setattr, item.bit_generator, "state", item.bit_generator.state))
+        elif isinstance(item, np.random.RandomState):
+            restore.append(partial(item.set_state, item.get_state()))
+        elif isinstance(item, Dataset):
+            stack += list(vars(item).values())
+            stack += list(getattr(item, "datasets", []))
+    try:
+        yield
+    finally:
+        for put_back in restore:
+            put_back()
+
+
+def _sendable(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
+    """A batch that another process can be sent.
+
+    Raises:
+        RuntimeError: where it cannot. The queue between the processes would drop it, and whoever reads wait for ever.
+    """
+    batch = collate(samples)
+    for leaf in tree_flatten(batch)[0]:
+        if leaf is None or isinstance(leaf, PLAIN):
+            continue
+        try:
+            if isinstance(leaf, Tensor) and leaf.is_leaf and leaf.layout == torch.strided:
+                continue  # it goes by shared memory: pickling it here would be work for nothing
+            ForkingPickler.dumps(leaf)
+        except Exception as error:
+            raise RuntimeError(f"a batch of this data cannot be sent: {type(error).__name__}: {error}") from None
+    return batch
+
+
+def _nothing_to_do() -> None:
+    pass

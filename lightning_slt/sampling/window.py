@@ -1,0 +1,109 @@
+"""A few minibatches on the chains' device, held together, of which each chain picks its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+PLAIN = (str, bytes, int, float, bool)  # what a batch holds beside tensors, compared by value
+
+
+def num_bytes(batch: Any) -> int:
+    """Bytes of the tensors in a batch of any structure (mappings, dataclasses and named tuples included)."""
+    total = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal total
+        total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    apply_to_collection(batch, Tensor, count)
+    return total
+
+
+def clone(batch: Any) -> Any:
+    """The same structure with tensors of its own."""
+    return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
+
+
+class Window:
+    """Some minibatches, addressed by number, alone or several stacked."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self.batches = list(batches)
+        self._stacked: Any = None
+        self.anchor_loss: dict[int, float] = {}
+        """``L_B(w*)`` of the batches measured so far."""
+        self.without_loss: set[int] = set()
+        """Batches for which the step gives no loss."""
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def forget(self) -> None:
+        """Drop what belongs to the weights under study; the batches stay."""
+        self.anchor_loss.clear()
+        self.without_loss.clear()
+
+    def __getitem__(self, index: int) -> Any:
+        return self.batches[index]
+
+    @property
+    def unlike(self) -> str:
+        """Why the batches cannot be stacked, for several chains to be computed at once; empty where they can."""
+        first, spec = tree_flatten(self.batches[0])
+        closed = [leaf for leaf in first if not isinstance(leaf, Tensor) and num_bytes(leaf)]
+        if closed:
+            name = type(closed[0]).__name__
+            remedy = f"; torch.export.register_dataclass({name}) shows them" if is_dataclass(closed[0]) else ""
+            return f"the batches hold a {name}, whose tensors torch does not find{remedy}"
+        for batch in self.batches[1:]:
+            leaves, other = tree_flatten(batch)
+            if other != spec:
+                return "the batches differ in structure"
+            for a, b in zip(first, leaves, strict=True):
+                if isinstance(a, Tensor) != isinstance(b, Tensor):
+                    return "the batches differ in structure"
+                if isinstance(a, Tensor):
+                    if a.shape != b.shape or a.dtype != b.dtype:
+                        return "the batches differ in shape"
+                elif a is not b and (type(a) is not type(b) or not isinstance(a, PLAIN) or a != b):
+                    return "the batches hold other values beside their tensors"
+        return "" if any(isinstance(leaf, Tensor) for leaf in first) else "the batches hold no tensor"
+
+    def gather(self, indices: Tensor) -> tuple[Any, Any]:
+        """The batches of ``indices`` stacked along a new first dimension, and the ``in_dims`` of :func:`torch.vmap`."""
+        if self._stacked is None:
+            flat = [tree_flatten(batch)[0] for batch in self.batches]
+            spec = tree_flatten(self.batches[0])[1]
+            columns = [_stack(c) if isinstance(c[0], Tensor) else c[0] for c in zip(*flat, strict=True)]
+            # the batches become views of the stack: they are not held twice
+            self.batches = [
+                tree_unflatten([c[i] if isinstance(c, Tensor) else c for c in columns], spec)
+                for i in range(len(self.batches))
+            ]
+            self._stacked = columns, spec
+        columns, spec = self._stacked
+        stacked = [c.index_select(0, indices.to(c.device)) if isinstance(c, Tensor) else c for c in columns]
+        dims = [0 if isinstance(c, Tensor) else None for c in columns]
+        return tree_unflatten(stacked, spec), tree_unflatten(dims, spec)
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """As :func:`torch.stack`; where they lie one after another in the same memory already, that memory itself."""
+    first, size = tensors[0], tensors[0].numel()
+    plain = all(type(t) is Tensor and t.layout is torch.strided and not t.requires_grad for t in tensors)
+    if plain and all(
+        t.is_contiguous()
+        and t.storage_offset() == first.storage_offset() + k * size
+        and t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for k, t in enumerate(tensors)
+    ):
+        return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
+    return torch.stack(tuple(tensors))
