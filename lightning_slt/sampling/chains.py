@@ -461,6 +461,8 @@ class Chains:
         decides = self.sampler.full_batch
         alone = isinstance(engine, SequentialEngine)
         numbers = indices[0].tolist() if alone else []
+        if not alone:  # all at once: a copy at every step would make the GPU wait for it
+            indices = indices.to(self.objective.device)
         losses: list[Tensor] = []
         readings: list[Tensor] = []
         waiting: list[tuple[Tensor, Tensor | None]] = []

@@ -23,6 +23,9 @@ COMPUTE_BOUND = 0.004
 GRADIENT_BUDGET = 2**23
 """Bytes of gradients that the chains of one chunk may hold together on the CPU, where one after another holds those of
 one chain. Above 100,000 weights batching was never faster there (benchmarks/README.md)."""
+GPU_BUSY = 1.5
+"""Seconds that a GPU takes for a step, in those that its calls take, above which products, not calls, take the time:
+batching is not tried."""
 PROBED_AT_MOST = 8
 TIMED_STEPS = 8
 BATCHED_GAIN = 1.25
@@ -137,9 +140,9 @@ def choose_engine(objective: Objective, window: Window, num_chains: int, method:
             raise ValueError(f"method='batched' cannot be used: {refusal}.")
         return Choice(sequential, refusal)
 
-    if method == "auto" and objective.device.type == "cpu":
-        seconds = _one_step_seconds(objective, sequential, window)
-        if seconds > COMPUTE_BOUND:
+    if method == "auto" and objective.device.type in ("cpu", "cuda"):
+        seconds, calls = _one_step_seconds(objective, sequential, window)
+        if seconds > (COMPUTE_BOUND if objective.device.type == "cpu" else GPU_BUSY * calls):
             return Choice(sequential, f"a step is {1000 * seconds:.0f} ms of computing, which batching would not save")
     observed = observe(objective, window[next(iter(window.anchor_loss), 0)])
     width = chunk_width(objective, observed.saved_bytes, num_chains, 2 if method == "batched" else 1)
@@ -194,9 +197,9 @@ class _Probe:
         least = min(len(window), 2)  # of one batch chains make one large product: not where they will have several
         self._window = Window([window[known[k % len(known)]] for k in range(max(len(known), least))])
         self._indices = torch.tensor([k % len(self._window) for k in range(chains)])
-        # autocast rounds each product to 8 or 11 bits; float32 sums in another order
+        # autocast and TF32 round each product to 8 or 11 bits; float32 sums in another order
         self.tolerance = 1e-8 if objective.dtype == torch.float64 else 1e-3
-        if objective.autocast:
+        if objective.autocast or (objective.dtype == torch.float32 and _tensor_float(objective.device)):
             self.tolerance = 2e-2
 
     def compare(self, engine: Engine, reference: SequentialEngine) -> tuple[float, float]:
@@ -242,19 +245,35 @@ class _Probe:
         return best
 
     def _now(self) -> float:
-        if self._weights.device.type == "cuda":
-            torch.cuda.synchronize(self._weights.device)
-        return time.perf_counter()
+        return _now(self._weights.device)
 
 
-def _one_step_seconds(objective: Objective, engine: SequentialEngine, window: Window) -> float:
-    """The faster of two steps at ``w*``."""
+def _tensor_float(device: torch.device) -> bool:
+    """Whether products on the device may be TF32: convolutions are by default, matrices where the user allows it."""
+    if device.type != "cuda":
+        return False
+    try:
+        return bool(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+    except RuntimeError:  # set through torch's newer names, of which the older do not speak
+        return True
+
+
+def _now(device: torch.device) -> float:
+    """The clock, once the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _one_step_seconds(objective: Objective, engine: SequentialEngine, window: Window) -> tuple[float, float]:
+    """The fastest of a few steps at ``w*``, and how much of it went by until the last call had returned."""
     engine.bind(objective.anchor.clone().unsqueeze(0), torch.empty_like(objective.anchor).unsqueeze(0))
     usable = next(iter(window.anchor_loss), 0)
     seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
+    for _ in range(2 if objective.device.type == "cpu" else 3):  # the first loads kernels, and chooses among them
+        start = _now(objective.device)
         engine.step(window[usable])
-        seconds.append(time.perf_counter() - start)
+        called = time.perf_counter()
+        seconds.append((_now(objective.device) - start, called - start))
     engine.release()
     return min(seconds)
