@@ -6,7 +6,7 @@ from lightning_slt.influence import estimate_influence
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.measures import Influence, LearningCoefficient, Susceptibility
 from lightning_slt.record import Estimate
-from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, KineticLangevin, RMSpropSGLD
+from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, KineticLangevin, LeimkuhlerMatthews, RMSpropSGLD
 from lightning_slt.susceptibility import estimate_susceptibility
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
 from lightning_slt.transitions import Phase, Transition, TransitionDetector, compare_phases, detect_transitions
@@ -22,6 +22,7 @@ __all__ = [
     "InfluenceEstimate",
     "KineticLangevin",
     "LearningCoefficient",
+    "LeimkuhlerMatthews",
     "Phase",
     "RMSpropSGLD",
     "SLTMonitor",

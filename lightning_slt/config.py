@@ -28,7 +28,7 @@ from lightning_slt.estimate import estimate_llc
 from lightning_slt.influence import estimate_influence
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.record import Estimate
-from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, RMSpropSGLD, sampler_from
+from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, LeimkuhlerMatthews, RMSpropSGLD, sampler_from
 from lightning_slt.transitions import Transition, TransitionDetector, detect_transitions
 
 Source = Union[str, os.PathLike[str], Mapping[str, Any], DictConfig]
@@ -40,6 +40,7 @@ S = TypeVar("S")
 class SamplerName(Enum):
     """The samplers that a monitor may use."""
 
+    LeimkuhlerMatthews = "LeimkuhlerMatthews"
     SGLD = "SGLD"
     RMSpropSGLD = "RMSpropSGLD"
     SGNHT = "SGNHT"
@@ -50,7 +51,7 @@ class SamplerConfig:
     """Which sampler, and its arguments.
 
     Args:
-        name: SGLD, RMSpropSGLD or SGNHT.
+        name: LeimkuhlerMatthews, SGLD, RMSpropSGLD or SGNHT.
         lr: the step size; None has it calibrated.
         kappa: of RMSpropSGLD: how far its metric may go, the smaller the further; None for its default.
         diffusion_factor: of SGNHT: the noise injected in a step, also the friction to begin with; None for its default.
@@ -61,7 +62,7 @@ class SamplerConfig:
     kappa: Optional[float] = None
     diffusion_factor: Optional[float] = None
 
-    def build(self) -> Union[SGLD, RMSpropSGLD, SGNHT]:
+    def build(self) -> Union[LeimkuhlerMatthews, SGLD, RMSpropSGLD, SGNHT]:
         """The sampler.
 
         Raises:
@@ -203,6 +204,7 @@ class RunConfig:
 class EstimateSamplerName(Enum):
     """The samplers of a single call: those of a monitor, and MALA, whose every step sees all the data."""
 
+    LeimkuhlerMatthews = "LeimkuhlerMatthews"
     SGLD = "SGLD"
     RMSpropSGLD = "RMSpropSGLD"
     SGNHT = "SGNHT"
@@ -214,7 +216,7 @@ class EstimateSamplerConfig:
     """As :class:`SamplerConfig`, for one call without a trainer.
 
     Args:
-        name: SGLD, RMSpropSGLD, SGNHT or MALA.
+        name: LeimkuhlerMatthews, SGLD, RMSpropSGLD, SGNHT or MALA.
         lr: the step size; None has it calibrated.
         kappa: of RMSpropSGLD: how far its metric may go, the smaller the further; None for its default.
         diffusion_factor: of SGNHT: the noise injected in a step, also the friction to begin with; None for its default.
@@ -225,7 +227,7 @@ class EstimateSamplerConfig:
     kappa: Optional[float] = None
     diffusion_factor: Optional[float] = None
 
-    def build(self) -> Union[SGLD, RMSpropSGLD, SGNHT, MALA]:
+    def build(self) -> Union[LeimkuhlerMatthews, SGLD, RMSpropSGLD, SGNHT, MALA]:
         """The sampler.
 
         Raises:

@@ -253,10 +253,12 @@ def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     finite = segment.finite
     good = ~diverged(segment, posterior.nbeta, d)
     heats = chains.sampler.calibration == "heat"
-    share = math.nan
+    shared = chains.shares_noise
+    hot = share = math.nan
     correction = 1.0
     if heats and bool(good.any()):
-        found, level = heat_of(segment, lr, posterior, good), float(trace[good].mean())
+        found, level = heat_of(segment, lr, posterior, good, shared), float(trace[good].mean())
+        hot = (found.discretisation + found.noise) / level if level > 0 else math.nan
         share = found.total / level if level > 0 else math.nan
         if 0 < share < 2 * MAX_HEAT:
             correction = 1.0 - share
@@ -268,9 +270,9 @@ def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     trace = trace * correction
     summary = summarise(trace, ~good)
     reasons = summary.reasons
-    if share >= MAX_HEAT and summary.mean > 0:
-        reasons += (f"step size {lr:.2g} is too large: {share:.0%} of the estimate is heat of the step",)
-    virial = virial_ratio(segment.second_half(), lr if heats else 0.0, posterior, d, good)
+    if hot >= MAX_HEAT and summary.mean > 0:
+        reasons += (f"step size {lr:.2g} is too large: {hot:.0%} of the estimate is heat of the step",)
+    virial = virial_ratio(segment.second_half(), lr if heats else 0.0, posterior, d, good, shared)
     if virial < MIN_VIRIAL and summary.mean > 0:
         reasons += (
             f"{NOT_ARRIVED} in {drawn.num_burnin_steps + segment.steps} steps (virial ratio "
@@ -339,8 +341,8 @@ def estimate_llc(
         module: a LightningModule (its ``training_step`` is the loss), or any module with ``loss_fn``.
         data: training data: a map-style Dataset, a DataLoader, or an iterable of batches (then give ``num_samples``).
         loss_fn: ``loss_fn(module, batch)`` -> scalar or ``[batch]``.
-        sampler: None for SGLD with a calibrated step; ``SGLD(lr=...)`` fixes it. Also RMSpropSGLD, SGNHT, and MALA,
-            whose every step sees all the data.
+        sampler: None for SGLD with a calibrated step; ``SGLD(lr=...)`` fixes it. Also LeimkuhlerMatthews, RMSpropSGLD,
+            SGNHT, and MALA, whose every step sees all the data.
         nbeta: None for ``n / log n``.
         localization: gamma; None for ``d / |w*|²`` within [1, 100], see :func:`default_localization`.
         num_chains: independent chains.

@@ -16,14 +16,14 @@ from tests.cases.problems import CASES
 
 REFERENCES = load_references()
 
-#: the stored references of these hold for another localisation than the default, which is 81.8, 18.0, 8.6 and 15.3
-LOCALIZED = {"digits-mlp-gamma100", "linear-6-6-6-6-r2", "transformer", "convnet-gamma100"}
+#: given this localisation, since the default one, 15.3, is not where default estimates are right: docs/choosing.md
+LOCALIZED = {"convnet-gamma100"}
 ARCHITECTURES = [
-    "digits-mlp-gamma100",
-    "transformer",
+    "digits-mlp-default",
+    "transformer-default",
     pytest.param("lstm", marks=pytest.mark.slow),
     "convnet-gamma100",
-    "linear-6-6-6-6-r2",
+    "linear-6-6-6-6-r2-default",
 ]
 
 

@@ -61,7 +61,8 @@ def as_sampler(sampler: Any) -> Any:
     if isinstance(sampler, MALA):
         raise ValueError(
             "sampler=MALA(): needs the loss of all the data at every step, which is no way to measure while training. "
-            "Use SGLD, RMSpropSGLD or SGNHT here, and estimate_llc(..., sampler=MALA()) on a stored checkpoint."
+            "Use LeimkuhlerMatthews, SGLD, RMSpropSGLD or SGNHT here, and estimate_llc(..., sampler=MALA()) on a "
+            "stored checkpoint."
         )
     if sampler is None or callable(getattr(sampler, "update_", None)):
         return sampler

@@ -217,5 +217,5 @@ def check_strategy(trainer: Trainer, elementwise: bool = True, samples: bool = F
     if not elementwise:
         raise MisconfigurationException(
             "SLTMonitor(sampler=...) does not support this sampler under ModelParallelStrategy: its steps need sums "
-            "over all the weights. Use SGLD or RMSpropSGLD."
+            "over all the weights. Use LeimkuhlerMatthews, SGLD or RMSpropSGLD."
         )

@@ -53,7 +53,7 @@ from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.probe import GroupFn
 from lightning_slt.sampling.restriction import select_parameters
 from lightning_slt.sampling.rng import preserve_rng
-from lightning_slt.sampling.samplers import SGLD, SGNHT, RMSpropSGLD
+from lightning_slt.sampling.samplers import SGLD, SGNHT, LeimkuhlerMatthews, RMSpropSGLD
 from lightning_slt.sampling.sharded import ShardedObjective
 from lightning_slt.sampling.steps import LossFn, loss_function
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
@@ -77,8 +77,8 @@ class SLTMonitor(DataFollowing):
             then candidates, and those that the budget does not cover are left out. With none named, every step is one.
             Firings start small and grow to the size that is asked for (:mod:`lightning_slt.callbacks.sizing`). Of this
             monitor alone: the budgets of several add.
-        sampler: None for SGLD with a calibrated step; ``SGLD(lr=...)`` fixes the step. Also RMSpropSGLD, which starts
-            from the second moments of an Adam where there is one, and SGNHT.
+        sampler: None for SGLD with a calibrated step; ``SGLD(lr=...)`` fixes the step. Also LeimkuhlerMatthews,
+            RMSpropSGLD, which starts from the second moments of an Adam where there is one, and SGNHT.
         num_chains: chains of a firing, over all ranks together.
         num_draws: draws of each chain.
         num_burnin_steps: None to burn in until the trace is flat.
@@ -143,7 +143,7 @@ class SLTMonitor(DataFollowing):
         at_steps: Optional[Sequence[int]] = None,
         log_spaced: Optional[int] = None,
         max_overhead: Optional[float] = None,
-        sampler: Optional[Union[SGLD, RMSpropSGLD, SGNHT]] = None,
+        sampler: Optional[Union[LeimkuhlerMatthews, SGLD, RMSpropSGLD, SGNHT]] = None,
         num_chains: int = 4,
         num_draws: int = 100,
         num_burnin_steps: Optional[int] = None,

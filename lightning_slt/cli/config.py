@@ -62,7 +62,7 @@ def commented(schema: type[Any], indent: str = "") -> Iterator[str]:
     Example:
         >>> from lightning_slt.config import SamplerConfig
         >>> print("\\n".join(commented(SamplerConfig)))
-        # SGLD, RMSpropSGLD or SGNHT.
+        # LeimkuhlerMatthews, SGLD, RMSpropSGLD or SGNHT.
         name: SGLD
         # the step size; null has it calibrated.
         lr: null

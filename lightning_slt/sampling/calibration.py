@@ -19,7 +19,9 @@ measured by a second gradient at the same weights every 24 steps, and weighted
 (:func:`~lightning_slt.sampling.readings.heat_of`).
 
 The step is set so that discretisation adds about :data:`HEAT` of the LLC and noise no more than :data:`NOISE_HEAT`, and
-both are taken off. MALA needs no correction, its step is set by the share of proposals accepted; the thermostat of
+both are taken off. A sampler that shares noise between steps (:class:`~lightning_slt.LeimkuhlerMatthews`) has
+no heat of discretisation at first order: its step is set by the same rule, and the minibatches' part alone is taken
+off. MALA needs no correction, its step is set by the share of proposals accepted; the thermostat of
 SGNHT takes the heat off itself, its step is a share of the largest curvature.
 
 **Burn-in and length.** Once the step is found it is frozen, and the chains run in rounds, each half as long as all
@@ -359,11 +361,12 @@ def _until_good(chains: Chains, start: _Start, budget: Budget, generation: int) 
             wanted, settled = _next_step(chains, known if bool(segment.finite.all()) else segment, step, start.ceiling)
             if heats and bool(segment.finite.all()):
                 settled = wanted > TOO_HOT * step and (rounds > 1 or wanted < TOO_COLD * step)
-        arrived = _has_arrived(kept, step if heats else 0.0, posterior, d, budget)
+        shared = chains.shares_noise
+        arrived = _has_arrived(kept, step if heats else 0.0, posterior, d, budget, shared)
         if not arrived and units >= 2:
             # what the trace's own scatter hides is burn-in all the same
             later = kept.last(units // 2 * unit)
-            arrived = _has_arrived(later, step if heats else 0.0, posterior, d, budget)
+            arrived = _has_arrived(later, step if heats else 0.0, posterior, d, budget, shared)
             kept = later if arrived else kept
         enough = units >= 1 and kept.steps >= LEAST_STEPS
         if enough and settled and arrived and _is_good(kept, budget, posterior.nbeta):
@@ -385,14 +388,16 @@ def _until_good(chains: Chains, start: _Start, budget: Budget, generation: int) 
     return Drawn(kept, step, done + joined.steps - kept.steps, kept.steps // budget.num_draws), fits
 
 
-def _has_arrived(segment: Segment, lr: float, posterior: LocalPosterior, d: int, budget: Budget) -> bool:
+def _has_arrived(
+    segment: Segment, lr: float, posterior: LocalPosterior, d: int, budget: Budget, shared: bool = False
+) -> bool:
     """Whether the directions that are reached last owe the LLC no more than the tolerance.
 
     They look flat, and show in the virial ratio alone. On a regular model the LLC lacks the share that the ratio lacks;
     on singular ones less (0.4 to 0.6 of it were measured on networks, nothing on reduced-rank regression).
     """
     finite = segment.finite
-    ratio = virial_ratio(segment, lr, posterior, d)
+    ratio = virial_ratio(segment, lr, posterior, d, shared=shared)
     level = abs(posterior.nbeta * float(segment.difference[finite].mean())) if bool(finite.any()) else 0.0
     allowed = budget.allowed_error(level) / max(level, SMALL_LLC)
     return ratio >= 1.0 - min(allowed, MAX_OWED)

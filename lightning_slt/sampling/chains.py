@@ -252,6 +252,12 @@ class Chains:
         self._noise_streams = [
             normal_stream(self._seed, k, NOISE, part, device=device, dtype=dtype, exact=exact) for k in self.numbers
         ]
+        # the same numbers again, a step later: nothing has to be kept of them
+        self._last_streams = [
+            normal_stream(self._seed, k, NOISE, part, device=device, dtype=dtype, exact=exact)
+            for k in (self.numbers if self.shares_noise else [])
+        ]
+        self._has_last = [False] * len(self.numbers)
         self._batch_streams = [generator(self._seed, k, MINIBATCHES, part) for k in self.numbers]
         self._choice_streams = [generator(self._seed, k, CHOICE, part, device=device) for k in self.numbers]
 
@@ -281,6 +287,11 @@ class Chains:
         """``[own chains, d]``: where the chains of this rank are, from ``w*``."""
         at = self._state.tensors.get("accepted_weights", self.weights)
         return at - self.objective.anchor
+
+    @property
+    def shares_noise(self) -> bool:
+        """Whether half of a step's noise is added at the next one; a sampler of the user's own need not say."""
+        return bool(getattr(self.sampler, "shares_noise", False))
 
     @property
     def preconditioner(self) -> Tensor | None:
@@ -515,6 +526,8 @@ class Chains:
                         for k, stream in enumerate(streams):
                             stream.fill_(random[k])
                     update(moved, fixed, slope, random, lr, posterior, inner)
+                if self.shares_noise:
+                    self._share_noise(blocks, noise, rows, lr)
                 if decides:
                     loss = state.loss  # type: ignore[assignment]
             losses.append(loss)
@@ -534,6 +547,21 @@ class Chains:
             noises[:, : len(noise_squares)] = self.layout.sum(torch.stack(noise_squares, dim=1)).double().cpu()
         self._ask(waiting, seen)
         return table, read, self._pad_read(seen, len(range(0, steps, self.read_every)), weights)
+
+    def _share_noise(self, blocks: Sequence[_Block], noise: Tensor, rows: slice, lr: float) -> None:
+        """The other half of the noise of the step before, where there is one since the numbers began anew."""
+        first = not all(self._has_last[rows])
+        self._has_last[rows] = [True] * (rows.stop - rows.start)
+        if first:
+            return
+        streams, share = self._last_streams[rows], self.sampler.share_  # type: ignore[attr-defined]
+        if self.layout.sharded:
+            self.layout.normal_(noise[0], streams[0])
+        for moved, _, _, random, _, _ in blocks:
+            if not self.layout.sharded:
+                for k, stream in enumerate(streams):
+                    stream.fill_(random[k])
+            share(moved, random, lr)
 
     @staticmethod
     def _square_of(blocks: Sequence[_Block]) -> Tensor:

@@ -253,7 +253,9 @@ def _tensor_float(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     try:
-        return bool(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+        with warnings.catch_warnings():  # that these names are old
+            warnings.simplefilter("ignore")
+            return bool(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
     except RuntimeError:  # set through torch's newer names, of which the older do not speak
         return True
 

@@ -38,6 +38,7 @@ class Heat:
         steepness: ``2 LLC / nbeta E[g.u]``, at most 1, which it is on a quadratic: the further below, the less surely
             the whole of the heat is in the loss (on ``w1 w2²``, where it is 1/3, about half of it is).
         each: ``[chains kept]``, the sum of each chain by itself; its mean is ``total``.
+        shared: the sampler shares noise between steps, and discretisation adds nothing at first order.
     """
 
     discretisation: float
@@ -45,13 +46,16 @@ class Heat:
     weight: float
     steepness: float
     each: Tensor
+    shared: bool = False
 
     @property
     def total(self) -> float:
-        return self.discretisation + self.noise
+        return self.noise if self.shared else self.discretisation + self.noise
 
 
-def heat_of(segment: Segment, lr: float, posterior: LocalPosterior, keep: Tensor | None = None) -> Heat:
+def heat_of(
+    segment: Segment, lr: float, posterior: LocalPosterior, keep: Tensor | None = None, shared: bool = False
+) -> Heat:
     r"""The heat of the step, pooled over the chains that are kept (all finite ones); NaN where there are none.
 
     Noise along a direction that localisation holds, not the loss, warms the pull ``gamma |u|²`` and leaves the loss
@@ -76,8 +80,8 @@ def heat_of(segment: Segment, lr: float, posterior: LocalPosterior, keep: Tensor
     level, half_virial = (nbeta * float(x[rows].mean()) for x in (segment.difference, 0.5 * segment.grad_dot))
     steepness = level / half_virial if half_virial > level > 0 else 1.0
     weight = by_loss * steepness
-    each = total - (1.0 - weight) * noise
-    return Heat(float((total - noise).mean()), weight * float(noise.mean()), weight, steepness, each)
+    each = weight * noise if shared else total - (1.0 - weight) * noise
+    return Heat(float((total - noise).mean()), weight * float(noise.mean()), weight, steepness, each, shared)
 
 
 def force_of(segment: Segment, posterior: LocalPosterior) -> Tensor:
@@ -86,11 +90,19 @@ def force_of(segment: Segment, posterior: LocalPosterior) -> Tensor:
     return posterior.nbeta * segment.grad_square + posterior.localization * pulled
 
 
-def virial_ratio(segment: Segment, lr: float, posterior: LocalPosterior, d: int, keep: Tensor | None = None) -> float:
+def virial_ratio(
+    segment: Segment,
+    lr: float,
+    posterior: LocalPosterior,
+    d: int,
+    keep: Tensor | None = None,
+    shared: bool = False,
+) -> float:
     """``(E[G.u] - eps/4 E[G.P G]) / d``: 1 at stationarity, less where directions have not been reached yet.
 
     Args:
         lr: 0 for a sampler whose step does not heat.
+        shared: of a sampler that shares noise between steps it is the minibatches' part of G alone that heats.
     """
     keep = segment.finite if keep is None else keep
     gu, uu = (float(x[keep].mean()) for x in (segment.grad_dot, segment.square))
@@ -99,6 +111,10 @@ def virial_ratio(segment: Segment, lr: float, posterior: LocalPosterior, d: int,
     nbeta, gamma = posterior.nbeta, posterior.localization
     force = nbeta * float(force_of(segment, posterior)[keep].mean())
     force += gamma * (nbeta * float(pulled_dot[keep].mean()) + gamma * float(pulled_square[keep].mean()))
+    if shared:
+        noise = segment.noise_square
+        known = noise is not None and noise.shape[1] > 0
+        force = min(nbeta**2 * float(noise[keep].mean()), force) if known else 0.0  # type: ignore[index]
     return (nbeta * gu + gamma * uu - 0.25 * lr * force) / d
 
 

@@ -66,6 +66,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "transformer": _NETWORK,
     "lstm": _STIFF,
     "convnet-gamma100": _WHITENED,
+    "linear-6-6-6-6-r2-default": _LINEAR,
+    "transformer-default": _NETWORK,
+    "digits-mlp-default": _DIGITS,
     "digits-mlp-gamma10": {**_DIGITS, "num_draws": 80, "num_warmup": 50},
 }
 

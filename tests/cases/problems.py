@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ __all__ = [
     "DeepLinear",
     "NormalCrossing",
     "deep_linear",
+    "default_gamma",
     "default_nbeta",
     "digits_mlp",
     "normal_crossing",
@@ -41,6 +42,12 @@ LossFn = Callable[[nn.Module, Sequence[Tensor]], Tensor]
 def default_nbeta(n: int) -> float:
     """Watanabe's WBIC temperature, n / log n."""
     return n / math.log(n)
+
+
+def default_gamma(module: nn.Module) -> float:
+    """d / |w*|^2 within [1, 100]: a free direction moves by the weights' own scale."""
+    square = sum(float(p.detach().double().square().sum()) for p in module.parameters())
+    return min(max(sum(p.numel() for p in module.parameters()) / square, 1.0), 100.0)
 
 
 def half_squared_error(module: nn.Module, batch: Sequence[Tensor]) -> Tensor:
@@ -377,8 +384,8 @@ def weights_file(name: str) -> Path:
     return Path(__file__).with_name(f"{name}.npz")
 
 
-def trained(name: str, gamma: float, nbeta: float | None = None) -> Case:
-    """A trained network in eval mode; its truth is in references.json."""
+def trained(name: str, gamma: float | None = None, nbeta: float | None = None) -> Case:
+    """A trained network in eval mode, localised as by default where gamma is None; its truth is in references.json."""
     network = NETWORKS[name]
     module, data = network.build().eval(), network.data()
     with np.load(weights_file(name)) as stored:
@@ -393,7 +400,7 @@ def trained(name: str, gamma: float, nbeta: float | None = None) -> Case:
         truth=None,
         truth_kind="reference",
         nbeta=default_nbeta(n) if nbeta is None else nbeta,
-        gamma=gamma,
+        gamma=default_gamma(module) if gamma is None else gamma,
         tolerance="max(5 %, 2 standard errors) against references.json",
     )
 
@@ -401,6 +408,11 @@ def trained(name: str, gamma: float, nbeta: float | None = None) -> Case:
 def digits_mlp(gamma: float = 100.0, nbeta: float | None = None) -> Case:
     """A trained MLP on the digits."""
     return trained("digits_mlp", gamma, nbeta)
+
+
+def localised_by_default(case: Case) -> Case:
+    """The same at the gamma of :func:`default_gamma`."""
+    return replace(case, gamma=default_gamma(case.module))
 
 
 #: Every case of the tests, by the name under which references.json holds it.
@@ -423,9 +435,12 @@ CASES: dict[str, Callable[[], Case]] = {
     "linear-6-6-6-6-6-r2": lambda: deep_linear((6, 6, 6, 6, 6), 2),
     "digits-mlp-gamma100": lambda: digits_mlp(100.0),
     "digits-mlp-gamma10": lambda: digits_mlp(10.0),
-    # its default localisation is 15.3; the reference converges at a stronger one
     "convnet-gamma100": lambda: trained("convnet", 100.0),
-    # localised as by default, d / |w*|^2, rounded (the transformer's is 8.60)
-    "lstm": lambda: trained("lstm", 3.65),
     "transformer": lambda: trained("transformer", 9.0),
+    # localised as by default: 81.8, 15.3, 3.65, 8.60 and 18.0
+    "digits-mlp-default": lambda: trained("digits_mlp"),
+    "convnet-default": lambda: trained("convnet"),
+    "lstm": lambda: trained("lstm", 3.65),
+    "transformer-default": lambda: trained("transformer"),
+    "linear-6-6-6-6-r2-default": lambda: localised_by_default(deep_linear((6, 6, 6, 6), 2)),
 }

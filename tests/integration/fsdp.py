@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy
 
-from lightning_slt import RMSpropSGLD, SLTMonitor, TransitionMonitor
+from lightning_slt import LeimkuhlerMatthews, RMSpropSGLD, SLTMonitor, TransitionMonitor
 from lightning_slt.callbacks import distribution
 from tests.integration import models
 from tests.integration.ddp import Firing, Unreadable
@@ -132,6 +132,11 @@ def defaults(folder: Path, world: int) -> Result:
 def preconditioned(folder: Path, world: int) -> Result:
     """A metric learnt from the gradients of the chains, each rank's part on that rank."""
     return _held(folder, world, sampler=RMSpropSGLD(lr=1e-4), num_burnin_steps=24)
+
+
+def shared_noise(folder: Path, world: int) -> Result:
+    """Each rank's part of the noise of two steps."""
+    return _held(folder, world, sampler=LeimkuhlerMatthews(lr=1e-4))
 
 
 def moments_of_the_optimiser(folder: Path, world: int) -> Result:
@@ -395,6 +400,7 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
         frozen,
         defaults,
         preconditioned,
+        shared_noise,
         moments_of_the_optimiser,
         tensor_parallel,
         one_shard,
@@ -416,7 +422,7 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
     )
 }
 ALONE = (
-    "fixed_step", "restricted", "within_layers", "frozen", "defaults", "preconditioned",
+    "fixed_step", "restricted", "within_layers", "frozen", "defaults", "preconditioned", "shared_noise",
     "tensor_parallel", "one_shard", "bf16_mixed", "bf16_true",
     "fp16_true", "bf16_masters", "fp16_masters", "data_of_its_own", "noise",
 )  # fmt: skip

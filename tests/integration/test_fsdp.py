@@ -32,7 +32,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "world"),
     [
-        *((name, 2) for name in ("fixed_step", "restricted", "within_layers", "frozen", "preconditioned")),
+        *(
+            (name, 2)
+            for name in ("fixed_step", "restricted", "within_layers", "frozen", "preconditioned", "shared_noise")
+        ),
         *((name, 2) for name in ("defaults", "bf16_mixed")),
         *((name, world) for name in ("tensor_parallel",) for world in (2, 4)),
         ("fixed_step", 4),

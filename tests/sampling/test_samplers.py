@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_slt import estimate_llc
 from lightning_slt.functional import LocalPosterior
-from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, RMSpropSGLD, Sampler, empty_state
+from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, LeimkuhlerMatthews, RMSpropSGLD, Sampler, empty_state
 from tests.cases.problems import regular
 from tests.sampling.helpers import gen, make_chains, mean_squared, mlp, on_ranks, regression
 
@@ -87,7 +87,7 @@ def test_sgld_is_a_sampler() -> None:
 
 # --------------------------------------------------------------------------------- every sampler, known targets
 
-SAMPLERS: list[Sampler] = [SGLD(), RMSpropSGLD(), SGNHT(diffusion_factor=0.1), MALA()]
+SAMPLERS: list[Sampler] = [LeimkuhlerMatthews(), SGLD(), RMSpropSGLD(), SGNHT(diffusion_factor=0.1), MALA()]
 
 
 def simulate(
@@ -108,7 +108,7 @@ def simulate(
     state = empty_state(sampler, w)
     if second_moment is not None:
         state.preconditioner = sampler.preconditioner(second_moment)
-    noise, stream, seen = torch.empty_like(w), gen(7), []
+    noise, last, stream, seen = torch.empty_like(w), torch.empty_like(w), gen(7), []
     for t in range(steps):
         at = w.clone().requires_grad_()
         losses = loss(at)
@@ -117,6 +117,10 @@ def simulate(
         state.uniform = torch.rand(chains, generator=stream, dtype=w.dtype)
         noise.normal_(generator=stream)
         sampler.update_(w, anchor, grad, noise, lr, posterior, state)
+        if sampler.shares_noise:
+            if t:
+                sampler.share_(w, last, lr)
+            last.copy_(noise)
         if t >= burnin and t % every == 0:
             seen.append(state.tensors.get("accepted_weights", w).clone())
     return torch.stack(seen)
@@ -134,7 +138,8 @@ def a_gaussian() -> tuple[Tensor, Tensor, LocalPosterior, Tensor]:
 @pytest.mark.parametrize("share", [0.03, 0.3])
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)
 def test_mean_and_covariance_of_a_gaussian_at_two_step_sizes(sampler: Sampler, share: float) -> None:
-    """Each against its own stationary law: exact for MALA, the discretised Gaussian in the metric for the others.
+    """Each against its own stationary law: exact for MALA and where noise is shared between steps, the discretised
+    Gaussian in the metric for the others.
 
     ``share`` is the step in inverses of the largest precision (of P A where there is a P). At 0.3 the
     discretised law is 8 % wider along the steepest direction, and the tolerance tells it from the exact one.
@@ -164,7 +169,7 @@ def test_mean_and_covariance_of_a_gaussian_at_two_step_sizes(sampler: Sampler, s
     u = (draws - anchor).reshape(-1, 3)
     exact = torch.linalg.inv(precision)
     expected = exact
-    if not isinstance(sampler, MALA):
+    if not isinstance(sampler, (MALA, LeimkuhlerMatthews)):
         inner = torch.eye(3, dtype=torch.float64) - lr / 4 * root @ precision @ root
         expected = root @ torch.linalg.inv(root @ precision @ root @ inner) @ root
     if isinstance(sampler, SGNHT):  # the thermostat holds the mean over the directions

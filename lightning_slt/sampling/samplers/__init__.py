@@ -7,12 +7,14 @@ from typing import Any
 
 from lightning_slt.sampling.samplers.base import MinibatchSampler, Sampler, SamplerState, empty_state
 from lightning_slt.sampling.samplers.kinetic_langevin import KineticLangevin
+from lightning_slt.sampling.samplers.leimkuhler_matthews import LeimkuhlerMatthews
 from lightning_slt.sampling.samplers.mala import MALA
 from lightning_slt.sampling.samplers.rmsprop_sgld import RMSpropSGLD
 from lightning_slt.sampling.samplers.sgld import SGLD
 from lightning_slt.sampling.samplers.sgnht import SGNHT
 
-BY_NAME: dict[str, type[SGLD] | type[RMSpropSGLD] | type[SGNHT]] = {
+BY_NAME: dict[str, type[LeimkuhlerMatthews] | type[SGLD] | type[RMSpropSGLD] | type[SGNHT]] = {
+    "LeimkuhlerMatthews": LeimkuhlerMatthews,
     "SGLD": SGLD,
     "RMSpropSGLD": RMSpropSGLD,
     "SGNHT": SGNHT,
@@ -20,7 +22,7 @@ BY_NAME: dict[str, type[SGLD] | type[RMSpropSGLD] | type[SGNHT]] = {
 """Those that need no loss of all the data: what a configuration may name."""
 
 
-def sampler_from(settings: Mapping[str, Any]) -> SGLD | RMSpropSGLD | SGNHT:
+def sampler_from(settings: Mapping[str, Any]) -> LeimkuhlerMatthews | SGLD | RMSpropSGLD | SGNHT:
     """A sampler from plain settings: its ``name`` (SGLD where none is given), and its arguments.
 
     Raises:
@@ -47,6 +49,7 @@ __all__ = [
     "SGLD",
     "SGNHT",
     "KineticLangevin",
+    "LeimkuhlerMatthews",
     "MinibatchSampler",
     "RMSpropSGLD",
     "Sampler",

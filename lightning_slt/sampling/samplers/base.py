@@ -43,6 +43,8 @@ class Sampler(Protocol):
         elementwise: a step of a weight needs that weight only: the chains may then move them a block at a time.
         full_batch: it needs the loss of all the data at every step.
         preconditioned: it wants :attr:`SamplerState.preconditioner`.
+        shares_noise: half of each step's noise is added again at the next one (``share_``), which makes the step's
+            discretisation an error of second order.
         per_chain: names of its tensors ``[num_chains]``; ``per_weight``: of those ``[num_chains, d]``.
     """
 
@@ -50,6 +52,7 @@ class Sampler(Protocol):
     elementwise: ClassVar[bool]
     full_batch: ClassVar[bool]
     preconditioned: ClassVar[bool]
+    shares_noise: ClassVar[bool]
     per_chain: ClassVar[tuple[str, ...]]
     per_weight: ClassVar[tuple[str, ...]]
 
@@ -78,6 +81,7 @@ class MinibatchSampler:
     elementwise: ClassVar[bool] = True
     full_batch: ClassVar[bool] = False
     preconditioned: ClassVar[bool] = False
+    shares_noise: ClassVar[bool] = False
     per_chain: ClassVar[tuple[str, ...]] = ()
     per_weight: ClassVar[tuple[str, ...]] = ()
 
