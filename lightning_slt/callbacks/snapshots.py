@@ -49,7 +49,7 @@ class SnapshotRing:
     @property
     def steps(self) -> list[int]:
         """Steps of the snapshots in the ring, oldest first."""
-        return [step for step, _ in self._entries]
+        return [step for step, _ in self._entries if self.path(step).exists()]
 
     @property
     def pinned(self) -> dict[int, Path]:
@@ -105,7 +105,7 @@ class SnapshotRing:
         Raises:
             OSError: where a file cannot be moved.
         """
-        known = sorted({*self.steps, *self._pinned})
+        known = sorted({*self.steps, *(step for step, path in self.pinned.items() if path.exists())})
         chosen: dict[int, list[str]] = {}
         for role, wanted in roles.items():
             step = _choose(known, role, wanted)
@@ -120,26 +120,34 @@ class SnapshotRing:
                 pinned.mkdir(parents=True, exist_ok=True)
                 if step in mine:
                     os.replace(pinned / mine[step], pinned / name)
+                    if not self.path(step).exists():  # pinned before a crash, after the checkpoint
+                        self._leave(step)
                 elif stay:
                     temporary = pinned / (name + ".tmp")
                     shutil.copyfile(self.path(step), temporary)
                     os.replace(temporary, pinned / name)
                 else:
                     os.replace(self.path(step), pinned / name)
-                    self._left |= {s: number for s, number in self._entries if s == step}
-                    self._entries = [entry for entry in self._entries if entry[0] != step]
+                    self._leave(step)
                 self._pinned[step] = name
             paths |= {role: str(pinned / self._pinned[step]) for role in names}
         for step in set(mine) - set(chosen):
             self._release(step)
         return paths
 
+    def _leave(self, step: int) -> None:
+        self._left |= {s: number for s, number in self._entries if s == step}
+        self._entries = [entry for entry in self._entries if entry[0] != step]
+
     def _release(self, step: int) -> None:
         """Back to the ring it came from."""
         path = self.folder / "pinned" / self._pinned.pop(step)
         if step in self._left:
-            os.replace(path, self.path(step))
+            if path.exists():
+                os.replace(path, self.path(step))
             self._entries = sorted([*self._entries, (step, self._left.pop(step))])
+        elif path.exists() and step in {s for s, _ in self._entries} and not self.path(step).exists():
+            os.replace(path, self.path(step))  # pinned before a crash, after the checkpoint
         else:
             path.unlink(missing_ok=True)
 
@@ -168,10 +176,11 @@ class SnapshotRing:
         moved = {}
         for path in sorted((self.folder / "pinned").glob("*_step_*.pt")):
             moved[int(path.stem.rsplit("_", 1)[-1])] = path.name
-        entries = [(int(step), int(number)) for step, number in state["entries"]]
-        self._entries = [entry for entry in entries if self.path(entry[0]).exists()]
-        wanted = {int(step) for step in state["pinned"]} | {step for step, _ in entries}
-        self._pinned = {step: name for step, name in moved.items() if step in wanted}
+        # those without a file count until they would have gone: what is thinned out when is then as without the crash
+        self._entries = [(int(step), int(number)) for step, number in state["entries"]]
+        wanted = {int(step) for step in state["pinned"]} | {step for step, _ in self._entries}
+        self._pinned = {int(step): name for step, name in state["pinned"].items()}
+        self._pinned |= {step: name for step, name in moved.items() if step in wanted}
         for path in (self.folder / "snapshots").glob("step_*"):
             match = _NAME.fullmatch(path.name)
             if path.suffix == ".tmp" or (match and int(match[1]) not in self.steps):
