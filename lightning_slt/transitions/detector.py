@@ -13,7 +13,7 @@ from lightning_slt.transitions.curve import Curve
 from lightning_slt.transitions.evidence import SIZES, persistence, scatter, without_spikes
 from lightning_slt.transitions.newest import newest_step
 from lightning_slt.transitions.reading import LOCAL, loss_change, rolling_scatter, transition_of
-from lightning_slt.transitions.rises import turn
+from lightning_slt.transitions.rises import rises, turn
 from lightning_slt.transitions.search import best_step
 from lightning_slt.transitions.settings import checked_min_change, threshold_of
 from lightning_slt.transitions.transition import Transition, kind_of
@@ -183,7 +183,8 @@ class TransitionDetector:
                 "before": float(np.median(curve.llc[max(lo, first - 7) : first + 1])),
                 "loss_before": float(np.median(losses[max(lo, first - 4) : first + 1])),
                 "after": self._dropped + math.ceil(found.end),
-                "judged_at": self._dropped + n + max(_SETTLE, math.ceil(width / 2)),
+                "judged_at": self._dropped
+                + max(n + max(_SETTLE, math.ceil(width / 2)), math.ceil(found.end) + _SETTLE),
             }
         )
         return [new]
@@ -215,11 +216,16 @@ class TransitionDetector:
         for flag in self._open:
             later = [other["after"] for other in self._open if other["id"] > flag["id"]]
             # a second step soon after the first has its own level: judge the first by what lies between
+            number = int(flag["id"])
+            old = self._transitions[number]
+            # an early flag saw the beginning of a ramp: what is left of it has no plateau yet to be judged by
+            newest = math.copysign(1.0, old.llc_change) * curve.llc[-_SETTLE - 1 :]
+            goes_on = float(rises(newest, float(curve.llc_scatter[-1]))[0]) > self.threshold
+            if goes_on:
+                flag["after"], flag["judged_at"] = max(flag["after"], seen - 1), max(flag["judged_at"], seen + _SETTLE)
             if seen < flag["judged_at"] and not later:
                 waiting.append(flag)
                 continue
-            number = int(flag["id"])
-            old = self._transitions[number]
             place = max(0, int(flag["after"]) - self._dropped)
             since = llcs[place:]
             if later or since.size == 0:

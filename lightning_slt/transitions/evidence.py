@@ -87,7 +87,10 @@ def bank(size: int, unfinished: bool = False) -> Bank:
     smooth = []
     for course in courses:
         centred = course - course.mean(axis=1, keepdims=True)
-        smooth.append(np.linalg.qr(centred.T)[0].T)
+        basis = np.linalg.qr(centred.T)[0].T
+        # a positive bend is that of a fall that slows down
+        basis[1] *= np.sign(basis[1, 0] + basis[1, -1] - 2 * basis[1, size // 2])
+        smooth.append(basis)
     return Bank(
         size=size,
         ramps=np.stack(ramps),
@@ -116,7 +119,7 @@ def evenly_spaced(steps: Array) -> bool:
     return bool(np.ptp(np.diff(steps)) == 0) if steps.size > 1 else True
 
 
-def smooth_in_steps(windows: Array, steps: Array, unfinished: bool = False) -> Array:
+def smooth_in_steps(windows: Array, steps: Array, unfinished: bool = False, slowing: Array | None = None) -> Array:
     """Sum of squares ``[num_windows]`` that the best smooth course in training steps explains of each window.
 
     A course that is smooth in steps looks like a ramp by point where the points are unevenly spaced, evenly in the
@@ -140,7 +143,10 @@ def smooth_in_steps(windows: Array, steps: Array, unfinished: bool = False) -> A
     bend -= (bend * line).sum(axis=2, keepdims=True) * line
     # a bend that the line explains but for rounding is none
     length = np.maximum(np.linalg.norm(bend, axis=2), 1e-6)
-    by_bend = ((bend * windows).sum(axis=2) / length) ** 2
+    by_bend = (bend * windows).sum(axis=2) / length
+    if slowing is not None:
+        by_bend = np.where(slowing, np.maximum(by_bend, 0.0), by_bend)
+    by_bend = by_bend**2
     return (line * windows).sum(axis=1) ** 2 + by_bend.max(axis=0)
 
 

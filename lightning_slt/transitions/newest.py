@@ -90,11 +90,18 @@ def newest_step(curve: Curve, lo: int, hi: int, min_change: float) -> Step | Non
         fitted, count = rows @ both[reach - sizes[i] :], b.count[i]
         coefficients.append(fitted[:count])
         beside.append(fitted[count : 2 * count, 0])
-        smooth[i] = (fitted[2 * count :] ** 2).reshape(-1, 2, 2).sum(axis=1).max(axis=0)
+        line, bend = np.moveaxis(fitted[2 * count :].reshape(-1, 2, 2), 1, 0)
+        bend[:, 1] = np.maximum(bend[:, 1], 0.0)
+        smooth[i] = (line**2 + bend**2).max(axis=0)
     uneven = not evenly_spaced(curve.steps[hi - reach : hi])
     for i, size in enumerate(sizes if uneven else ()):
         window = both[reach - size :].T
-        courses = smooth_in_steps(window - window.mean(axis=1, keepdims=True), curve.steps[None, hi - size : hi], True)
+        courses = smooth_in_steps(
+            window - window.mean(axis=1, keepdims=True),
+            curve.steps[None, hi - size : hi],
+            True,
+            np.array([False, True]),
+        )
         smooth[i] = np.maximum(smooth[i], courses)
     coefficient = np.concatenate(coefficients)
     rss = np.maximum(total[b.which] - coefficient**2, 0.0)

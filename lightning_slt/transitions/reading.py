@@ -12,13 +12,13 @@ from lightning_slt.transitions.evidence import Array, scatter
 from lightning_slt.transitions.transition import State, Transition, kind_of
 
 LOCAL = 64  # points that the scatter at a point is read from
-_FLOOR = 0.5  # of the typical chain error
+_FLOOR = 0.3  # of the typical chain error
 _ERRORS = 9  # points whose chain errors make the typical one
 _REACH = 5  # points on each side that the loss before and after is read from
 
 
 def rolling_scatter(values: Array, floor: Array) -> Array:
-    """Scatter around each point from the nearest ``LOCAL`` points, floored by half of the typical chain error there.
+    """Scatter around each point from the nearest ``LOCAL`` points, floored by 0.3 of the typical chain error.
 
     So little, because with the same noise at every firing the chain error is mostly an offset that all points share.
     """

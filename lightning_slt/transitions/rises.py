@@ -15,7 +15,7 @@ _TURN = 0.03  # of the range of a stretch: the least depth of a dip that counts
 def rises(values: Array, sigma: Array | float) -> Array:
     """Evidence ``[..., size]`` for a rise from each place of a window to its end: a line against no change.
 
-    0 for a fall and for less than four points. ``sigma`` is the scatter, one for all or one a window ``[..., 1]``.
+    0 for a fall and for less than three points. ``sigma`` is the scatter, one for all or one a window ``[..., 1]``.
     """
     back = values[..., ::-1] - values[..., -1:]
     x = np.arange(values.shape[-1], dtype=np.float64)
@@ -24,7 +24,7 @@ def rises(values: Array, sigma: Array | float) -> Array:
     sum_y, sum_xy = np.cumsum(back, axis=-1), np.cumsum(x * back, axis=-1)
     covered = np.maximum(sum_xx - sum_x**2 / count, 1e-9)
     slope = (sum_xy - sum_x * sum_y / count) / covered
-    found = np.where((slope < 0) & (count >= 4), slope**2 * covered / np.maximum(sigma, 1e-150) ** 2, 0.0)
+    found = np.where((slope < 0) & (count >= 3), slope**2 * covered / np.maximum(sigma, 1e-150) ** 2, 0.0)
     return found[..., ::-1]
 
 
@@ -51,15 +51,15 @@ def largest_between(values: Array, first: Array, last: Array) -> Array:
 def turn(curve: Curve, lo: int, hi: int) -> Step | None:
     """A negative coefficient that fell and rises again at the newest points while the loss falls: a saddle left.
 
-    The dip is the lowest point after the highest one; its depth and the rise since must stand out of the scatter and
+    The dip is that of which depth and rise since are both largest; both must stand out of the scatter and
     of the range of the stretch.
     """
     llc, sigma = curve.llc[lo:hi], float(curve.llc_scatter[hi - 1])
-    top = int(np.argmax(llc))
-    dip = top + int(np.argmin(llc[top:]))
+    depth, risen = np.maximum.accumulate(llc) - llc, llc[-1] - llc
+    dip = int(np.argmax(np.minimum(depth, risen)))
     least = max(5 * sigma, _TURN * float(np.ptp(llc)))
-    rise, seen = float(llc[-1] - llc[dip]), llc.size - 1 - dip
-    if seen < 3 or llc[dip] > -3 * sigma or llc[top] - llc[dip] < least or rise < least:
+    rise, seen = float(risen[dip]), llc.size - 1 - dip
+    if seen < 2 or llc[dip] > -3 * sigma or depth[dip] < least or rise < least:
         return None
     falls = rises(-curve.loss[lo + dip : hi], float(curve.loss_scatter[hi - 1]))[0]
     score = min(float(rises(llc[dip:], sigma)[0]), float(falls))

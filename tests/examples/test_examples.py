@@ -183,13 +183,16 @@ def test_polygons_of_superposition_beside_what_was_found(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_every_mode_of_a_deep_linear_network_is_found(tmp_path: Path) -> None:
-    """The whole run: within three firings of the known time, and flagged while it runs."""
+    """The whole run: within three firings of the known time, and flagged within the stage itself.
+
+    A flag may come before the middle of its stage, which is then where the confirmed step is.
+    """
     quiet = ("--logger", "none", "trainer.enable_progress_bar=false")
     done = run_example("deep_linear", tmp_path, *quiet, fast=False)
     assert done.returncode == 0, done.stderr
     for (_, _, onset, end, _), found in modes_printed(done.stdout):
         step, state, flagged = re.match(r"(\d+) A (\w+), (\d+)", found).groups()  # type: ignore[union-attr]
-        assert state == "confirmed" and onset <= int(step) <= end and int(step) < int(flagged)
+        assert state == "confirmed" and onset <= int(step) <= end and onset <= int(flagged) <= end
         assert abs(float(found.split("(")[-1].split()[0])) <= 3
     assert done.stdout.count("3 of 3 known boundaries found, 0 others") == 2
 

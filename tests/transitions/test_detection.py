@@ -79,6 +79,21 @@ def test_deep_linear_networks_show_the_modes_that_are_learned(way: str, floor: f
     assert direction >= 0.95
 
 
+def test_a_stage_is_flagged_while_its_loss_still_speeds_up() -> None:
+    """A saddle that is left shows in the loss first, and there as a fall that goes faster and faster.
+
+    The median delay from onset is 5.0 points; 9.9 where such a course of the loss counts as a smooth one.
+    """
+    delays = []
+    for curve in recorded():
+        late = max(6.0, 0.1 * curve.steps.size)
+        flags = [at for at, _ in online(curve)]
+        for onset, end in zip(curve.onset, curve.end, strict=True):
+            delays += [at - onset for at in flags if onset - 1 <= at <= end + late][:1]
+    assert len(delays) >= 25  # of 26
+    assert float(np.median(delays)) < 6.0
+
+
 def test_curves_without_a_transition_are_left_alone_offline() -> None:
     curves = [make(kind, seed) for kind in NULLS for seed in range(100, 108)]
     found = [len(offline(curve)) for curve in curves]
