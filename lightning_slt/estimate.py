@@ -271,7 +271,8 @@ def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     summary = summarise(trace, ~good)
     reasons = summary.reasons
     if hot >= MAX_HEAT and summary.mean > 0:
-        reasons += (f"step size {lr:.2g} is too large: {hot:.0%} of the estimate is heat of the step",)
+        heat = f"SGLD would have {hot:.0%} heat at it" if shared else f"{hot:.0%} of the estimate is heat of the step"
+        reasons += (f"step size {lr:.2g} is too large: {heat}",)
     virial = virial_ratio(segment.second_half(), lr if heats else 0.0, posterior, d, good, shared)
     if virial < MIN_VIRIAL and summary.mean > 0:
         reasons += (

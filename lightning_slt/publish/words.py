@@ -245,7 +245,7 @@ def transition_sentences(report: TransitionReport) -> list[str]:
     """All that is known of a transition, a sentence each."""
     t = report.transition
     known = {"confirmed": "later points confirmed it", "retracted": "later points took it back"}
-    state = known.get(t.state, "it is provisional: fewer than four points have followed")
+    state = known.get(t.state, "it is provisional: too few points have followed to judge it")
     between = f"between steps {t.onset:,.0f} and {t.end:,.0f}"
     text = [f"Kind {t.kind}, {between}; it was known at step {t.known_at:,.0f}, and {state}."]
     before, after = report.before, report.after

@@ -199,7 +199,9 @@ class _Probe:
         self._indices = torch.tensor([k % len(self._window) for k in range(chains)])
         # autocast and TF32 round each product to 8 or 11 bits; float32 sums in another order
         self.tolerance = 1e-8 if objective.dtype == torch.float64 else 1e-3
-        if objective.autocast or (objective.dtype == torch.float32 and _tensor_float(objective.device)):
+        if objective.autocast or (
+            objective.dtype == torch.float32 and _tensor_float(objective.device, objective.module)
+        ):
             self.tolerance = 2e-2
 
     def compare(self, engine: Engine, reference: SequentialEngine) -> tuple[float, float]:
@@ -248,14 +250,15 @@ class _Probe:
         return _now(self._weights.device)
 
 
-def _tensor_float(device: torch.device) -> bool:
-    """Whether products on the device may be TF32: convolutions are by default, matrices where the user allows it."""
+def _tensor_float(device: torch.device, module: nn.Module) -> bool:
+    """Whether products may be TF32: those of cuDNN's layers are by default, of matrices where the user allows it."""
     if device.type != "cuda":
         return False
     try:
         with warnings.catch_warnings():  # that these names are old
             warnings.simplefilter("ignore")
-            return bool(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+            layers = any(isinstance(m, (nn.modules.conv._ConvNd, nn.RNNBase)) for m in module.modules())
+            return bool(torch.backends.cuda.matmul.allow_tf32 or (layers and torch.backends.cudnn.allow_tf32))
     except RuntimeError:  # set through torch's newer names, of which the older do not speak
         return True
 

@@ -114,7 +114,8 @@ def virial_ratio(
     if shared:
         noise = segment.noise_square
         known = noise is not None and noise.shape[1] > 0
-        force = min(nbeta**2 * float(noise[keep].mean()), force) if known else 0.0  # type: ignore[index]
+        # a difference of two readings, which may come out below zero where there is little of it
+        force = min(max(nbeta**2 * float(noise[keep].mean()), 0.0), force) if known else 0.0  # type: ignore[index]
     return (nbeta * gu + gamma * uu - 0.25 * lr * force) / d
 
 

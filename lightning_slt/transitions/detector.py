@@ -32,9 +32,10 @@ class TransitionDetector:
     score above the threshold is a flag; the search then begins anew at the end of the step found, so that each
     transition is flagged once.
 
-    A flag is "provisional". When as many points again as half its width (at least four) have followed, the level since
-    its end is compared with the level before its onset: at least half the change still there makes it "confirmed",
-    otherwise it is "retracted". Such changes of state are in :attr:`changes` (those of the last update) and in
+    A flag is "provisional". It is judged when as many points again as half its width (at least four) have followed,
+    four of them beyond its end, and the newest five no longer move clearly in its direction. The level since its end is
+    then compared with the level before its onset: at least half the change still there makes it "confirmed", otherwise
+    it is "retracted". Such changes of state are in :attr:`changes` (those of the last update) and in
     :attr:`transitions`; :meth:`update` returns only new flags.
 
     Args:
@@ -154,7 +155,7 @@ class TransitionDetector:
         found = newest_step(curve, lo, n, self.min_change)
         if found is None or found.score <= self.threshold:
             back = turn(curve, lo, n)
-            if back is not None and back.height >= self.min_change:
+            if back is not None and back.height >= self.min_change and (found is None or back.score > found.score):
                 found = back
         if found is None:
             return []
@@ -204,7 +205,7 @@ class TransitionDetector:
         for flag in self._open:
             if flag["id"] == old.id:
                 flag["after"] = self._base
-                flag["judged_at"] = self._dropped + steps.size + _SETTLE
+                flag["judged_at"] = max(self._dropped + steps.size, self._base) + _SETTLE
         if old.state == "confirmed":
             self._changes = [t for t in self._changes if t.id != old.id] + [grown]
         return True

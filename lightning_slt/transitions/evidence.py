@@ -55,7 +55,8 @@ def bank(size: int, unfinished: bool = False) -> Bank:
     """The fits of one window size; computed once.
 
     With ``unfinished``, ramps of which only the beginning lies in the window are among them, and the smooth courses
-    that speed up towards the newest point are not: that is what a ramp looks like while it goes on.
+    that speed up towards the newest point are not: that is what a ramp looks like while it goes on. The parabola bends
+    either way; :mod:`lightning_slt.transitions.newest` drops its bend for a loss that speeds up.
     """
     x = np.arange(size, dtype=np.float64)
     stride = max(1.0, size / 32)
@@ -129,6 +130,7 @@ def smooth_in_steps(windows: Array, steps: Array, unfinished: bool = False, slow
         windows: ``[num_windows, size]``.
         steps: ``[num_windows, size]``, not decreasing.
         unfinished: leaves out courses that speed up towards the newest point.
+        slowing: ``[num_windows]`` bool, where a bend counts only if it is that of a fall that slows down.
     """
     span = steps[:, -1:] - steps[:, :1]
     unit = (steps - steps[:, :1]) / np.where(span > 0, span, 1.0)

@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_slt import MALA, SGLD, RMSpropSGLD, estimate_influence, estimate_llc
+from lightning_slt import MALA, SGLD, LeimkuhlerMatthews, RMSpropSGLD, estimate_influence, estimate_llc
 from lightning_slt.sampling.rng import preserve_rng
 from tests.cases.make_references import load_references
 from tests.cases.problems import CASES
@@ -222,7 +222,11 @@ def waits(work: Callable[[], object]) -> list[str]:
 
 
 @pytest.mark.parametrize("method", ["sequential", "batched"])
-@pytest.mark.parametrize("sampler", [SGLD(lr=1e-5), RMSpropSGLD(lr=1e-5)], ids=["SGLD", "RMSpropSGLD"])
+@pytest.mark.parametrize(
+    "sampler",
+    [SGLD(lr=1e-5), RMSpropSGLD(lr=1e-5), LeimkuhlerMatthews(lr=1e-5)],
+    ids=["SGLD", "RMSpropSGLD", "shared noise"],
+)
 def test_no_step_waits_for_the_gpu(method: str, sampler: Any) -> None:
     """Twice the steps, and as many waits."""
     case, module = gpu_case("digits-mlp-gamma100")
