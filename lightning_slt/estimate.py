@@ -17,7 +17,7 @@ from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import MinibatchSource, source_of
 from lightning_slt.sampling.calibration import MAX_STEPS_BW_DRAWS, MIN_VIRIAL, Budget, Drawn, draw
-from lightning_slt.sampling.chains import STATS_EVERY, Chains, Progress, Reader, open_window
+from lightning_slt.sampling.chains import Chains, Progress, Reader, open_window
 from lightning_slt.sampling.collective import Alone, Collective
 from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.memory import ChainMemory
@@ -26,6 +26,7 @@ from lightning_slt.sampling.readings import diverged, heat_of, virial_ratio
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import SGLD, Sampler
+from lightning_slt.sampling.segment import STATS_EVERY
 from lightning_slt.sampling.steps import LossFn, NoLossError
 
 log = logging.getLogger(__name__)
@@ -253,12 +254,12 @@ def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     finite = segment.finite
     good = ~diverged(segment, posterior.nbeta, d)
     heats = chains.sampler.calibration == "heat"
-    shared = chains.shares_noise
+    shared = chains.sampler.shares_noise
     hot = share = math.nan
     correction = 1.0
     if heats and bool(good.any()):
         found, level = heat_of(segment, lr, posterior, good, shared), float(trace[good].mean())
-        hot = (found.discretisation + found.noise) / level if level > 0 else math.nan
+        hot = found.of_sgld / level if level > 0 else math.nan
         share = found.total / level if level > 0 else math.nan
         if 0 < share < 2 * MAX_HEAT:
             correction = 1.0 - share

@@ -181,9 +181,10 @@ class SnapshotRing:
         wanted = {int(step) for step in state["pinned"]} | {step for step, _ in self._entries}
         self._pinned = {int(step): name for step, name in state["pinned"].items()}
         self._pinned |= {step: name for step, name in moved.items() if step in wanted}
+        there = set(self.steps)
         for path in (self.folder / "snapshots").glob("step_*"):
             match = _NAME.fullmatch(path.name)
-            if path.suffix == ".tmp" or (match and int(match[1]) not in self.steps):
+            if path.suffix == ".tmp" or (match and int(match[1]) not in there):
                 path.unlink(missing_ok=True)
 
 

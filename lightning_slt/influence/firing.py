@@ -12,11 +12,12 @@ from lightning_slt.influence.reader import InfluenceReader, least_readings
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import MinibatchSource
-from lightning_slt.sampling.chains import STATS_EVERY, Progress
+from lightning_slt.sampling.chains import Progress
 from lightning_slt.sampling.collective import Collective
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged
+from lightning_slt.sampling.segment import STATS_EVERY
 
 READ_COST = 0.3
 """Cost of reading the samples' losses, in units of that of moving the chains, in a firing of the monitor."""

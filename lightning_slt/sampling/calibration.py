@@ -46,13 +46,14 @@ from torch import Tensor
 from lightning_slt.functional.convergence import standard_error
 from lightning_slt.functional.learning_coefficient import half_change
 from lightning_slt.functional.posterior import LocalPosterior
-from lightning_slt.sampling.chains import STATS_EVERY, Chains, Segment
+from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.engines import sequential_engine
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.noise import normal_stream
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged, heat_of, transient, virial_ratio
 from lightning_slt.sampling.rng import PROBE
+from lightning_slt.sampling.segment import STATS_EVERY, Segment
 from lightning_slt.sampling.window import Window
 
 HEAT = 0.08
@@ -361,7 +362,7 @@ def _until_good(chains: Chains, start: _Start, budget: Budget, generation: int) 
             wanted, settled = _next_step(chains, known if bool(segment.finite.all()) else segment, step, start.ceiling)
             if heats and bool(segment.finite.all()):
                 settled = wanted > TOO_HOT * step and (rounds > 1 or wanted < TOO_COLD * step)
-        shared = chains.shares_noise
+        shared = chains.sampler.shares_noise
         arrived = _has_arrived(kept, step if heats else 0.0, posterior, d, budget, shared)
         if not arrived and units >= 2:
             # what the trace's own scatter hides is burn-in all the same

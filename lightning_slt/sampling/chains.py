@@ -6,11 +6,7 @@ chunks, the engine or the number of ranks that share the work.
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,19 +16,14 @@ from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.collective import Collective, RankLostError, own_chains
 from lightning_slt.sampling.engines import Engine, SequentialEngine
 from lightning_slt.sampling.layout import BLOCK
-from lightning_slt.sampling.noise import normal_stream
+from lightning_slt.sampling.noise import NormalStream, normal_stream
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.paths import Choice, choose_engine
 from lightning_slt.sampling.rng import CHOICE, MINIBATCHES, NOISE, START, generator
 from lightning_slt.sampling.samplers import Sampler, SamplerState, empty_state
+from lightning_slt.sampling.segment import NOISE_EVERY, READINGS, STATS_EVERY, Segment
 from lightning_slt.sampling.steps import NoLossError
 from lightning_slt.sampling.window import Window
-
-STATS_EVERY = 4
-"""Steps between readings of |grad|², grad.(w - w*) and |w - w*|²: three passes over the weights each."""
-
-NOISE_EVERY = 24
-"""Steps between second gradients at the same weights, on another minibatch: what the minibatches' own noise is."""
 
 PROBED_BATCHES = 8
 """Minibatches whose loss is known before anything is tried on them."""
@@ -41,8 +32,6 @@ MAX_WAITING = 16
 MAX_WAITING_NUMBERS = 2**22
 """Rows of weights, and numbers in them, that are kept until a reader is asked about all of them."""
 
-READINGS = ("grad_square", "grad_dot", "square", "pulled_dot", "pulled_square")
-
 Progress = Callable[[int], None]
 """Told how many chain-steps have been done since it was last called."""
 
@@ -50,96 +39,6 @@ Reader = Callable[[Tensor, "Tensor | None"], Tensor]
 """``[chains, d]`` weights, and the gradients of the mean loss of the chains' minibatches there (None where they are
 not known, or the reader has no true ``wants_gradients``), to ``[chains, n]`` numbers that are read off them, such as
 the losses of n samples."""
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """What a stretch of steps showed, chain by chain.
-
-    Attributes:
-        chains: the numbers of the chains, ascending; every tensor has one row for each.
-        difference: ``[chains, steps]`` float64, ``L_B(w_t) - L_B(w*)`` on the minibatch of step t.
-        grad_square, grad_dot, square: ``[chains, steps / STATS_EVERY]`` float64: ``grad.P grad``, ``grad.(w - w*)``,
-            ``|w - w*|²``, with grad that of the minibatch's mean loss and P the sampler's preconditioner (1 if none).
-        anchors: ``L_B(w*)`` of the minibatches used, by (rank where ranks have data of their own, window, number).
-        pulled_dot, pulled_square: ``grad.P (w - w*)`` and ``(w - w*).P (w - w*)``; None where P is 1.
-        acceptance: ``[chains]``, share of the proposals accepted; None for a sampler that does not reject.
-        noise_square: ``[chains, steps / NOISE_EVERY]``, whose mean is that of ``xi.P xi``, xi the part of a gradient
-            that is its minibatch's own; None for a sampler that has no use for it, or where all the data is one batch.
-        read: ``[chains, steps / read_every, n]`` float32, what a :data:`Reader` made of the weights; None without one.
-        read_every: steps between those.
-    """
-
-    chains: list[int]
-    difference: Tensor
-    grad_square: Tensor
-    grad_dot: Tensor
-    square: Tensor
-    anchors: dict[tuple[int, int, int], float]
-    pulled_dot: Tensor | None = None
-    pulled_square: Tensor | None = None
-    acceptance: Tensor | None = None
-    read: Tensor | None = None
-    read_every: int = 1
-    noise_square: Tensor | None = None
-
-    @staticmethod
-    def merge(parts: Sequence[Segment]) -> Segment:
-        """The parts of several ranks as one, in order of the chains' numbers; nothing is counted twice."""
-        chains = [number for part in parts for number in part.chains]
-        order = torch.tensor(sorted(range(len(chains)), key=chains.__getitem__), dtype=torch.long)
-
-        tables = {
-            name: torch.cat([getattr(part, name) for part in parts])[order]
-            for name in ("difference", *READINGS, "acceptance", "read", "noise_square")
-            if getattr(parts[0], name) is not None
-        }
-        return Segment(sorted(chains), anchors=_all_anchors(parts), read_every=parts[0].read_every, **tables)
-
-    @staticmethod
-    def join(pieces: Sequence[Segment]) -> Segment:
-        """Stretches of the same chains, one after another, as one."""
-        tables = {
-            name: torch.cat([getattr(piece, name) for piece in pieces], dim=1)
-            for name in ("difference", *READINGS, "read", "noise_square")
-            if getattr(pieces[0], name) is not None
-        }
-        acceptance = None
-        if pieces[0].acceptance is not None:
-            shares = [piece.acceptance for piece in pieces if piece.acceptance is not None]
-            steps = torch.tensor([piece.steps for piece in pieces], dtype=torch.float64)
-            acceptance = (torch.stack(shares, dim=1) * (steps / steps.sum())).sum(dim=1)
-        every, anchors = pieces[0].read_every, _all_anchors(pieces)
-        return Segment(pieces[0].chains, anchors=anchors, acceptance=acceptance, read_every=every, **tables)
-
-    def last(self, steps: int) -> Segment:
-        """The last ``steps`` of it; a multiple of :data:`STATS_EVERY` keeps every reading with its steps."""
-        tables: dict[str, Any] = {"difference": self.difference[:, self.steps - steps :]}
-        readings = -(-steps // STATS_EVERY)
-        for name in READINGS:
-            value = getattr(self, name)
-            if value is not None:
-                tables[name] = value[:, value.shape[1] - readings :]
-        if self.noise_square is not None:
-            count = self.noise_square.shape[1]
-            tables["noise_square"] = self.noise_square[:, count - math.ceil(count * steps / max(self.steps, 1)) :]
-        if self.read is not None:
-            tables["read"] = self.read[:, max(self.read.shape[1] - (-(-steps // self.read_every)), 0) :]
-        return dataclasses.replace(self, **tables)
-
-    def second_half(self) -> Segment:
-        """Where the chains have arrived, without how they came there."""
-        return self.last(self.steps - self.steps // 2)
-
-    @property
-    def steps(self) -> int:
-        return self.difference.shape[1]
-
-    @property
-    def finite(self) -> Tensor:
-        """``[chains]`` bool: every loss and every reading finite."""
-        readings = torch.isfinite(torch.cat([self.grad_square, self.grad_dot, self.square], dim=1)).all(dim=1)
-        return torch.isfinite(self.difference).all(dim=1) & readings
 
 
 class Chains:
@@ -255,7 +154,7 @@ class Chains:
         # the same numbers again, a step later: nothing has to be kept of them
         self._last_streams = [
             normal_stream(self._seed, k, NOISE, part, device=device, dtype=dtype, exact=exact)
-            for k in (self.numbers if self.shares_noise else [])
+            for k in (self.numbers if self.sampler.shares_noise else [])
         ]
         self._has_last = [False] * len(self.numbers)
         self._batch_streams = [generator(self._seed, k, MINIBATCHES, part) for k in self.numbers]
@@ -287,11 +186,6 @@ class Chains:
         """``[own chains, d]``: where the chains of this rank are, from ``w*``."""
         at = self._state.tensors.get("accepted_weights", self.weights)
         return at - self.objective.anchor
-
-    @property
-    def shares_noise(self) -> bool:
-        """Whether half of a step's noise is added at the next one; a sampler of the user's own need not say."""
-        return bool(getattr(self.sampler, "shares_noise", False))
 
     @property
     def preconditioner(self) -> Tensor | None:
@@ -469,7 +363,7 @@ class Chains:
         engine.bind(weights, grad)
         blocks = [self._block(block, share, rows, weights, grad, noise) for block, share in self._blocks]
         state = blocks[0][4]
-        decides = self.sampler.full_batch
+        decides, shares_noise = self.sampler.full_batch, self.sampler.shares_noise
         alone = isinstance(engine, SequentialEngine)
         numbers = indices[0].tolist() if alone else []
         if not alone:  # all at once: a copy at every step would make the GPU wait for it
@@ -519,14 +413,9 @@ class Chains:
                 if decides:
                     state.loss = loss.reshape(count)
                     state.uniform = torch.stack([torch.rand((), generator=g, device=loss.device) for g in choices])
-                if self.layout.sharded:
-                    self.layout.normal_(noise[0], streams[0])
-                for moved, fixed, slope, random, inner, _ in blocks:
-                    if not self.layout.sharded:
-                        for k, stream in enumerate(streams):
-                            stream.fill_(random[k])
+                for moved, fixed, slope, random, inner, _ in self._draw(blocks, noise, streams):
                     update(moved, fixed, slope, random, lr, posterior, inner)
-                if self.shares_noise:
+                if shares_noise:
                     self._share_noise(blocks, noise, rows, lr)
                 if decides:
                     loss = state.loss  # type: ignore[assignment]
@@ -548,20 +437,25 @@ class Chains:
         self._ask(waiting, seen)
         return table, read, self._pad_read(seen, len(range(0, steps, self.read_every)), weights)
 
+    def _draw(self, blocks: Sequence[_Block], noise: Tensor, streams: Sequence[NormalStream]) -> Iterator[_Block]:
+        """The blocks, each with the next numbers in the memory of its noise, which the one after it may use again."""
+        if self.layout.sharded:
+            self.layout.normal_(noise[0], streams[0])
+            yield from blocks
+            return
+        for block in blocks:
+            for row, stream in zip(block[3], streams, strict=True):
+                stream.fill_(row)
+            yield block
+
     def _share_noise(self, blocks: Sequence[_Block], noise: Tensor, rows: slice, lr: float) -> None:
         """The other half of the noise of the step before, where there is one since the numbers began anew."""
         first = not all(self._has_last[rows])
         self._has_last[rows] = [True] * (rows.stop - rows.start)
         if first:
             return
-        streams, share = self._last_streams[rows], self.sampler.share_  # type: ignore[attr-defined]
-        if self.layout.sharded:
-            self.layout.normal_(noise[0], streams[0])
-        for moved, _, _, random, _, _ in blocks:
-            if not self.layout.sharded:
-                for k, stream in enumerate(streams):
-                    stream.fill_(random[k])
-            share(moved, random, lr)
+        for moved, _, _, random, _, _ in self._draw(blocks, noise, self._last_streams[rows]):
+            self.sampler.share_(moved, random, lr)  # type: ignore[attr-defined]
 
     @staticmethod
     def _square_of(blocks: Sequence[_Block]) -> Tensor:
@@ -652,13 +546,6 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     if len(a) == 1:
         return torch.dot(a[0], b[0]).reshape(1)
     return torch.linalg.vecdot(a, b)
-
-
-def _all_anchors(pieces: Sequence[Segment]) -> dict[tuple[int, int, int], float]:
-    anchors: dict[tuple[int, int, int], float] = {}
-    for piece in pieces:
-        anchors.update(piece.anchors)
-    return anchors
 
 
 def open_window(objective: Objective, source: MinibatchSource) -> float:

@@ -1,6 +1,6 @@
 """What a stretch of steps says about the chains: heat of the step, arrival, transient, and which chains have left.
 
-Pure functions of a :class:`~lightning_slt.sampling.chains.Segment`; the equations are those of
+Pure functions of a :class:`~lightning_slt.sampling.segment.Segment`; the equations are those of
 :mod:`lightning_slt.sampling.calibration`.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
-from lightning_slt.sampling.chains import Segment
+from lightning_slt.sampling.segment import Segment
 
 DIVERGED = 10.0
 """A chain whose mean excess over the anchor is this many times the number of weights has left the posterior."""
@@ -50,7 +50,13 @@ class Heat:
 
     @property
     def total(self) -> float:
-        return self.noise if self.shared else self.discretisation + self.noise
+        """What the estimate has of it."""
+        return self.noise if self.shared else self.of_sgld
+
+    @property
+    def of_sgld(self) -> float:
+        """What it would have of it where no noise is shared."""
+        return self.discretisation + self.noise
 
 
 def heat_of(

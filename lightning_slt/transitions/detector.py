@@ -215,14 +215,13 @@ class TransitionDetector:
         losses = curve.loss
         seen, waiting = self._dropped + llcs.size, []
         for flag in self._open:
-            later = [other["after"] for other in self._open if other["id"] > flag["id"]]
             # a second step soon after the first has its own level: judge the first by what lies between
+            later = [other["after"] for other in self._open if other["id"] > flag["id"]]
             number = int(flag["id"])
             old = self._transitions[number]
             # an early flag saw the beginning of a ramp: what is left of it has no plateau yet to be judged by
             newest = math.copysign(1.0, old.llc_change) * curve.llc[-_SETTLE - 1 :]
-            goes_on = float(rises(newest, float(curve.llc_scatter[-1]))[0]) > self.threshold
-            if goes_on:
+            if float(rises(newest, float(curve.llc_scatter[-1]))[0]) > self.threshold:
                 flag["after"], flag["judged_at"] = max(flag["after"], seen - 1), max(flag["judged_at"], seen + _SETTLE)
             if seen < flag["judged_at"] and not later:
                 waiting.append(flag)

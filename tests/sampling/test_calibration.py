@@ -21,9 +21,10 @@ from lightning_slt.sampling.calibration import (
     draw,
     first_step,
 )
-from lightning_slt.sampling.chains import Chains, Segment
+from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.readings import heat_of, transient, virial_ratio
+from lightning_slt.sampling.segment import Segment
 from tests.cases.problems import reduced_rank, regular
 from tests.sampling.helpers import make_chains, mean_squared, mlp, regression
 

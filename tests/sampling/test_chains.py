@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_slt.estimate import ChainSettings, measure_llc
 from lightning_slt.sampling import chains as chains_room
 from lightning_slt.sampling.batches import DatasetSource, ReplaySource
-from lightning_slt.sampling.chains import Chains, Segment
+from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.collective import Alone, Collective, own_chains
 from lightning_slt.sampling.engines import BatchedEngine
 from lightning_slt.sampling.noise import TableNormal
@@ -19,6 +19,7 @@ from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.paths import Choice
 from lightning_slt.sampling.rng import NOISE
 from lightning_slt.sampling.samplers import SGLD
+from lightning_slt.sampling.segment import Segment
 from lightning_slt.sampling.steps import NoLossError
 from tests.sampling.helpers import make_chains, mean_squared, mlp, on_ranks, regression
 

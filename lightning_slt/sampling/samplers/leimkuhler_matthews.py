@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Optional
+from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_slt.functional.posterior import LocalPosterior
-from lightning_slt.sampling.samplers.base import MinibatchSampler, SamplerState, check_step_size
+from lightning_slt.sampling.samplers.sgld import SGLD
 
 
 @dataclass(frozen=True)
-class LeimkuhlerMatthews(MinibatchSampler):
+class LeimkuhlerMatthews(SGLD):
     r"""SGLD with the noise of Leimkuhler & Matthews 2013 (Applied Mathematics Research eXpress 2013:34; the limit of
     large friction of their BAOAB), of the local posterior of Lau et al. 2023 (arXiv 2308.12108):
 
@@ -32,30 +31,19 @@ class LeimkuhlerMatthews(MinibatchSampler):
 
     Raises:
         ValueError: for a step size that is not positive and finite.
+
+    Example:
+        >>> import torch
+        >>> w, ones = torch.tensor([1.0]), torch.ones(1)
+        >>> LeimkuhlerMatthews().share_(w, ones, lr=0.04)
+        >>> round(w.item(), 6)  # 1 + 0.5 * sqrt(0.04)
+        1.1
     """
 
-    lr: Optional[float] = None
-
     shares_noise: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_step_size(self.lr)
-
-    def update_(
-        self,
-        weights: Tensor,
-        anchor: Tensor,
-        grad: Tensor,
-        noise: Tensor,
-        lr: float,
-        posterior: LocalPosterior,
-        state: Optional[SamplerState] = None,
-    ) -> None:
-        """The drift and half of this step's noise, in place; :meth:`share_` has the other half."""
-        weights.lerp_(anchor.expand_as(weights), 0.5 * lr * posterior.localization)
-        weights.add_(grad, alpha=-0.5 * lr * posterior.nbeta)
-        weights.add_(noise, alpha=0.5 * math.sqrt(lr))
+    _noise_share: ClassVar[float] = 0.5
+    """Of a draw in the step that makes it; the rest comes with the next one."""
 
     def share_(self, weights: Tensor, last_noise: Tensor, lr: float) -> None:
-        """Half of the noise of the step before, in place."""
-        weights.add_(last_noise, alpha=0.5 * math.sqrt(lr))
+        """The half of the draw of the step before that belongs to this one, in place."""
+        weights.add_(last_noise, alpha=self._noise_share * math.sqrt(lr))

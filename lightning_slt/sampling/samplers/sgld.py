@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Optional
+from typing import ClassVar, Optional
 
 from torch import Tensor
 
@@ -36,6 +36,8 @@ class SGLD(MinibatchSampler):
 
     lr: Optional[float] = None
 
+    _noise_share: ClassVar[float] = 1.0
+
     def __post_init__(self) -> None:
         check_step_size(self.lr)
 
@@ -52,4 +54,4 @@ class SGLD(MinibatchSampler):
         """One step, in place; the equation is the class's. ``weights``: ``[d]`` or ``[num_chains, d]``."""
         weights.lerp_(anchor.expand_as(weights), 0.5 * lr * posterior.localization)
         weights.add_(grad, alpha=-0.5 * lr * posterior.nbeta)
-        weights.add_(noise, alpha=math.sqrt(lr))
+        weights.add_(noise, alpha=self._noise_share * math.sqrt(lr))

@@ -1,0 +1,118 @@
+"""What a stretch of steps showed, chain by chain: joined in time, merged over ranks, cut to its end."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STATS_EVERY = 4
+"""Steps between readings of |grad|², grad.(w - w*) and |w - w*|²: three passes over the weights each."""
+
+NOISE_EVERY = 24
+"""Steps between second gradients at the same weights, on another minibatch: what the minibatches' own noise is."""
+
+READINGS = ("grad_square", "grad_dot", "square", "pulled_dot", "pulled_square")
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """What a stretch of steps showed, chain by chain.
+
+    Attributes:
+        chains: the numbers of the chains, ascending; every tensor has one row for each.
+        difference: ``[chains, steps]`` float64, ``L_B(w_t) - L_B(w*)`` on the minibatch of step t.
+        grad_square, grad_dot, square: ``[chains, steps / STATS_EVERY]`` float64: ``grad.P grad``, ``grad.(w - w*)``,
+            ``|w - w*|²``, with grad that of the minibatch's mean loss and P the sampler's preconditioner (1 if none).
+        anchors: ``L_B(w*)`` of the minibatches used, by (rank where ranks have data of their own, window, number).
+        pulled_dot, pulled_square: ``grad.P (w - w*)`` and ``(w - w*).P (w - w*)``; None where P is 1.
+        acceptance: ``[chains]``, share of the proposals accepted; None for a sampler that does not reject.
+        noise_square: ``[chains, steps / NOISE_EVERY]``, whose mean is that of ``xi.P xi``, xi the part of a gradient
+            that is its minibatch's own; None for a sampler that has no use for it, or where all the data is one batch.
+        read: ``[chains, steps / read_every, n]`` float32, what a :data:`~lightning_slt.sampling.chains.Reader` made of
+            the weights; None without one.
+        read_every: steps between those.
+    """
+
+    chains: list[int]
+    difference: Tensor
+    grad_square: Tensor
+    grad_dot: Tensor
+    square: Tensor
+    anchors: dict[tuple[int, int, int], float]
+    pulled_dot: Tensor | None = None
+    pulled_square: Tensor | None = None
+    acceptance: Tensor | None = None
+    read: Tensor | None = None
+    read_every: int = 1
+    noise_square: Tensor | None = None
+
+    @staticmethod
+    def merge(parts: Sequence[Segment]) -> Segment:
+        """The parts of several ranks as one, in order of the chains' numbers; nothing is counted twice."""
+        chains = [number for part in parts for number in part.chains]
+        order = torch.tensor(sorted(range(len(chains)), key=chains.__getitem__), dtype=torch.long)
+
+        tables = {
+            name: torch.cat([getattr(part, name) for part in parts])[order]
+            for name in ("difference", *READINGS, "acceptance", "read", "noise_square")
+            if getattr(parts[0], name) is not None
+        }
+        return Segment(sorted(chains), anchors=_all_anchors(parts), read_every=parts[0].read_every, **tables)
+
+    @staticmethod
+    def join(pieces: Sequence[Segment]) -> Segment:
+        """Stretches of the same chains, one after another, as one."""
+        tables = {
+            name: torch.cat([getattr(piece, name) for piece in pieces], dim=1)
+            for name in ("difference", *READINGS, "read", "noise_square")
+            if getattr(pieces[0], name) is not None
+        }
+        acceptance = None
+        if pieces[0].acceptance is not None:
+            shares = [piece.acceptance for piece in pieces if piece.acceptance is not None]
+            steps = torch.tensor([piece.steps for piece in pieces], dtype=torch.float64)
+            acceptance = (torch.stack(shares, dim=1) * (steps / steps.sum())).sum(dim=1)
+        every, anchors = pieces[0].read_every, _all_anchors(pieces)
+        return Segment(pieces[0].chains, anchors=anchors, acceptance=acceptance, read_every=every, **tables)
+
+    def last(self, steps: int) -> Segment:
+        """The last ``steps`` of it; a multiple of :data:`STATS_EVERY` keeps every reading with its steps."""
+        tables: dict[str, Any] = {"difference": self.difference[:, self.steps - steps :]}
+        readings = -(-steps // STATS_EVERY)
+        for name in READINGS:
+            value = getattr(self, name)
+            if value is not None:
+                tables[name] = value[:, value.shape[1] - readings :]
+        if self.noise_square is not None:
+            count = self.noise_square.shape[1]
+            tables["noise_square"] = self.noise_square[:, count - math.ceil(count * steps / max(self.steps, 1)) :]
+        if self.read is not None:
+            tables["read"] = self.read[:, max(self.read.shape[1] - (-(-steps // self.read_every)), 0) :]
+        return dataclasses.replace(self, **tables)
+
+    def second_half(self) -> Segment:
+        """Where the chains have arrived, without how they came there."""
+        return self.last(self.steps - self.steps // 2)
+
+    @property
+    def steps(self) -> int:
+        return self.difference.shape[1]
+
+    @property
+    def finite(self) -> Tensor:
+        """``[chains]`` bool: every loss and every reading finite."""
+        readings = torch.isfinite(torch.cat([self.grad_square, self.grad_dot, self.square], dim=1)).all(dim=1)
+        return torch.isfinite(self.difference).all(dim=1) & readings
+
+
+def _all_anchors(pieces: Sequence[Segment]) -> dict[tuple[int, int, int], float]:
+    anchors: dict[tuple[int, int, int], float] = {}
+    for piece in pieces:
+        anchors.update(piece.anchors)
+    return anchors
