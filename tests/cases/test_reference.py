@@ -171,8 +171,9 @@ def test_every_required_reference_is_stored() -> None:
 @pytest.mark.parametrize("name", list(STORED))
 def test_stored_references_are_converged_and_belong_to_the_case(name: str) -> None:
     entry, case = STORED[name], CASES[name]()
-    assert (entry["n"], entry["gamma"]) == (case.n, case.gamma)
-    assert entry["nbeta"] == pytest.approx(case.nbeta)
+    assert entry["n"] == case.n
+    # the default localisation is a sum over the trained weights, whose last bits are the machine's
+    assert (entry["gamma"], entry["nbeta"]) == pytest.approx((case.gamma, case.nbeta), rel=1e-6)
     assert entry["loss_at_anchor"] == pytest.approx(case.loss_at_anchor(), rel=1e-3, abs=1e-10)
     assert entry["se"] < (0.02 if name.startswith("crossing") else 0.015) * entry["mean"]
     assert entry["rhat"] < 1.03
