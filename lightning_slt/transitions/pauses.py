@@ -13,30 +13,40 @@ _REACHES = (1, 2, 3, 5, 8, 12, 18, 27, 40)  # points over which rates are read
 _PAUSE = 5.0  # standard errors by which the rate between two falls lies below both
 
 
-def pause(values: Array, sigma: float) -> int | None:
+def pause(values: Array, sigma: float, steps: Array) -> int | None:
     """First point of the slowest stretch between two falls, None where they are one.
 
-    There the rate is less than half of what it is before and after, beyond the scatter. Rates are those over one point
-    to a third of all; no two of those compared overlap.
+    There the rate is less than half of what it is before and after, beyond the scatter, both by point and by training
+    step: points that lie closer together are no pause. Rates are those over one point to a third of all; no two of
+    those compared overlap.
     """
     best, place = _PAUSE, None
     for reach in _REACHES:
         if 3 * reach > values.size - 1:
             break
-        rate = (values[:-reach] - values[reach:]) / reach
-        before, after = np.maximum.accumulate(rate), np.maximum.accumulate(rate[::-1])[::-1]
-        slower = np.minimum(before[: -2 * reach], after[2 * reach :])
-        middle = rate[reach:-reach]
-        errors = np.where(middle < 0.5 * slower, (slower - middle) * reach / (2 * max(sigma, 1e-150)), 0.0)
+        fall, points = values[:-reach] - values[reach:], np.full(values.size - reach, float(reach))
+        span = np.maximum(steps[reach:] - steps[:-reach], 1e-150)
+        missing = np.minimum(_missing(fall, points, reach), _missing(fall, span, reach))
+        errors = missing / (2 * max(sigma, 1e-150))
         first = int(np.argmax(errors))
         if errors[first] > best:
             best, place = float(errors[first]), first + reach
     return place
 
 
+def _missing(fall: Array, length: Array, reach: int) -> Array:
+    """By how much each stretch falls less than at the slower of the fastest rates before and after; 0 above half."""
+    rate = fall / length
+    before, after = np.maximum.accumulate(rate), np.maximum.accumulate(rate[::-1])[::-1]
+    slower = np.minimum(before[: -2 * reach], after[2 * reach :])
+    middle = rate[reach:-reach]
+    return np.where(middle < 0.5 * slower, (slower - middle) * length[reach:-reach], 0.0)
+
+
 def pauses(curve: Curve, first: float, last: float) -> list[int]:
     """Points at which the fall of the loss or the rise of the coefficient pauses between two places."""
     lo, hi = max(0, math.floor(first)), min(curve.loss.size, math.ceil(last) + 1)
     both = ((curve.loss, curve.loss_scatter), (-curve.llc, curve.llc_scatter))
-    found = [pause(values[lo:hi], float(np.max(scatter[lo:hi], initial=0.0))) for values, scatter in both]
+    steps = curve.steps[lo:hi]
+    found = [pause(values[lo:hi], float(np.max(scatter[lo:hi], initial=0.0)), steps) for values, scatter in both]
     return [lo + place for place in found if place is not None]

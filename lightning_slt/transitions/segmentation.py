@@ -11,11 +11,12 @@ from numpy.typing import ArrayLike
 
 from lightning_slt.transitions.curve import Curve, Step
 from lightning_slt.transitions.evidence import SIZES, persistence, without_spikes
+from lightning_slt.transitions.newest import newest_step
 from lightning_slt.transitions.pauses import pauses
 from lightning_slt.transitions.reading import rolling_scatter, transition_of
 from lightning_slt.transitions.search import best_step
 from lightning_slt.transitions.settings import checked_min_change, threshold_of
-from lightning_slt.transitions.transition import Transition
+from lightning_slt.transitions.transition import State, Transition
 
 
 def detect_transitions(
@@ -35,7 +36,8 @@ def detect_transitions(
     Binary segmentation: the step with the highest score over all windows of all lengths is taken, then the points
     before its onset and after its end are searched in the same way, until no score passes the threshold. The score is
     that of :mod:`lightning_slt.transitions.evidence` (a ramp between plateaus against a smooth course), joined with the
-    loss as in :mod:`lightning_slt.transitions.search`.
+    loss as in :mod:`lightning_slt.transitions.search`. Where the curve ends, a step may still be going on: it is looked
+    for once, as :class:`TransitionDetector` would at the last point.
 
     Args:
         steps: ``[n]`` training steps, not decreasing; gaps and uneven spacing do not matter.
@@ -49,7 +51,8 @@ def detect_transitions(
         at_boundary: transitions around a boundary carry it ("annotate") or are left out ("suppress").
 
     Returns:
-        Confirmed transitions; ``known_at`` is the last step, ``id`` their position. Empty below 8 usable points.
+        The transitions; ``known_at`` is the last step, ``id`` their position. They are "confirmed", but for one that
+        still goes on at the last point, which is "provisional". Empty below 8 usable points.
 
     Raises:
         ValueError: lengths differ, steps decrease, or a setting is out of range.
@@ -79,22 +82,31 @@ def detect_transitions(
     curve = Curve(
         x, without_spikes(y, float(np.median(sigma))), sigma, z, rolling_scatter(z, np.empty(0)), persistence(y)
     )
-    found: list[Step] = []
+    found: list[tuple[Step, State]] = []
     stretches = [(0, x.size)]
     while stretches:
         lo, hi = stretches.pop()
         step = best_step(curve, lo, hi, SIZES, threshold=threshold, min_change=smallest)
+        state: State = "confirmed"
+        if step is None and hi == x.size:
+            step, state = _unfinished(curve, lo, threshold, smallest), "provisional"
         if step is not None:
-            found.append(step)
+            found.append((step, state))
             left, right = _beside(curve, step)
             stretches += [(lo, max(lo, left) + 1), (min(right, hi), hi)]
-    found.sort(key=lambda step: step.places)
+    found.sort(key=lambda each: each[0].places)
     last = float(x[-1])
     transitions = [
-        transition_of(step, curve, x, boundaries, number=number, state="confirmed", known_at=last)
-        for number, step in enumerate(found)
+        transition_of(step, curve, x, boundaries, number=number, state=state, known_at=last)
+        for number, (step, state) in enumerate(found)
     ]
     return [t for t in transitions if at_boundary == "annotate" or t.boundary is None]
+
+
+def _unfinished(curve: Curve, lo: int, threshold: float, min_change: float) -> Step | None:
+    """The step that goes on where the curve ends, by what the online detector would say at its last point."""
+    step = newest_step(curve, lo, curve.steps.size, min_change)
+    return step if step is not None and step.score > threshold else None
 
 
 def _beside(curve: Curve, step: Step) -> tuple[int, int]:

@@ -315,3 +315,39 @@ def test_mistakes_are_named() -> None:
         detect_transitions([1, 2], [1, 2], [1, 1], [1])
     with pytest.raises(ValueError, match="version 1"):
         detector.load_state_dict({"version": 7})
+
+
+def uneven_rise(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, LLC and loss of one stage between plateaus; firings come in pairs, so every other point hardly moves."""
+    steps = np.cumsum(np.where(np.arange(70) % 2 == 0, 180.0, 20.0))
+    done = 1.0 / (1.0 + np.exp(-(steps - 3500.0) / 250.0))
+    noise = np.random.default_rng(seed).normal(size=(2, 70))
+    return steps, 5 + 40 * done + 0.4 * noise[0], 3 - 2 * done + 0.002 * noise[1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_points_that_lie_closer_together_are_no_pause_within_a_stage(seed: int) -> None:
+    steps, llc, loss = uneven_rise(seed)
+    [found] = detect_transitions(steps, llc, np.full(70, 0.4), loss)
+    assert abs(found.step - 3500) < 250
+    assert abs(found.llc_change - 40) < 4
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_stage_that_goes_on_where_the_curve_ends_is_provisional(seed: int) -> None:
+    """Cut at 60 % of the second stage: the first is known, the second has no plateau after it."""
+    noise = np.random.default_rng(seed).normal(size=(2, 60))
+    at = np.arange(60)
+    first, second = (1.0 / (1.0 + np.exp(-(at - middle) / 2.0)) for middle in (20, 59.2))
+    llc = 5 + 20 * first + 30 * second + 0.5 * noise[0]
+    loss = 4 - 2 * first - 1.5 * second + 0.004 * noise[1]
+    found = detect_transitions(100.0 * at, llc, np.full(60, 0.5), loss)
+    assert [t.state for t in found] == ["confirmed", "provisional"]
+    assert abs(found[0].step - 2000) < 200
+    assert 5000 <= found[1].onset < 5900
+    assert found[1].onset < found[1].end <= found[1].known_at == 5900
+    # with the rest of it seen it is confirmed, as any other
+    rest = 5 + 20 + 30 / (1.0 + np.exp(-(np.arange(60, 75) - 59.2) / 2.0))
+    lower = 4 - 2 - 1.5 / (1.0 + np.exp(-(np.arange(60, 75) - 59.2) / 2.0))
+    whole = detect_transitions(100.0 * np.arange(75), np.append(llc, rest), np.full(75, 0.5), np.append(loss, lower))
+    assert [t.state for t in whole] == ["confirmed", "confirmed"]
