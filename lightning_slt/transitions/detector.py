@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lightning_slt.transitions.curve import Curve
+from lightning_slt.transitions.curve import Curve, Step
 from lightning_slt.transitions.evidence import SIZES, persistence, scatter, without_spikes
 from lightning_slt.transitions.newest import newest_step
+from lightning_slt.transitions.pauses import goes_on
 from lightning_slt.transitions.reading import LOCAL, loss_change, rolling_scatter, transition_of
 from lightning_slt.transitions.rises import rises, turn
 from lightning_slt.transitions.search import best_step
@@ -22,6 +23,7 @@ _HISTORY = SIZES[-1]
 _SETTLE = 4  # points after a flag, at the least, before it is judged
 _PLATEAU = 2  # points between a flag and the onset of the next in the same direction, or both are one
 _BEFORE = 12  # points before an onset that its place is measured with
+_JUDGED = -1.0  # in place of the point at which a flag is judged: it has been, and may still go on
 
 
 class TransitionDetector:
@@ -80,7 +82,7 @@ class TransitionDetector:
         self._dropped = 0  # usable points that came before those
         self._base = 0  # number of the point at which the search begins
         self._last_step = -math.inf
-        self._open: list[dict[str, float]] = []  # what judging a provisional flag takes
+        self._open: list[dict[str, float]] = []  # what judging a flag takes: the provisional ones, and the last of all
         self._score = 0.0
 
     @property
@@ -174,7 +176,7 @@ class TransitionDetector:
         )
         if new.boundary is not None and self.at_boundary == "suppress":
             return []
-        if self._goes_on(new, found.onset, steps):
+        if self._goes_on(new, found, curve, steps):
             return []
         first, width = max(0, math.floor(found.onset)), found.end - found.onset
         self._transitions.append(new)
@@ -190,22 +192,37 @@ class TransitionDetector:
         )
         return [new]
 
-    def _goes_on(self, new: Transition, onset: float, steps: np.ndarray) -> bool:
+    def _goes_on(self, new: Transition, found: Step, curve: Curve, steps: np.ndarray) -> bool:
         """Whether the last flag saw the beginning of this step only: then it is brought up to date, and none is new."""
         old = self._transitions[-1] if self._transitions else None
         if old is None or old.state == "retracted" or old.known_at < steps[0] or old.llc_change * new.llc_change < 0:
             return False
-        if onset > float(np.interp(old.known_at, steps, np.arange(steps.size))) + _PLATEAU:
+        index = np.arange(steps.size)
+        start, end, known_at = (float(np.interp(step, steps, index)) for step in (old.onset, old.end, old.known_at))
+        rest = (found.onset, min(found.end, steps.size - 1.0))
+        if found.onset > known_at + _PLATEAU and not goes_on(curve, (start, end), rest):
             return False
-        boundary = old.boundary if old.boundary is not None else new.boundary
         grown = replace(
-            new, id=old.id, onset=min(old.onset, new.onset), known_at=old.known_at, state=old.state, boundary=boundary
+            new,
+            id=old.id,
+            onset=min(old.onset, new.onset),
+            known_at=old.known_at,
+            state=old.state,
+            boundary=old.boundary if old.boundary is not None else new.boundary,
         )
-        self._transitions[-1] = grown
         for flag in self._open:
             if flag["id"] == old.id:
+                # both parts of it, from the level before the first
+                at = max(0, round(found.onset) - 1)
+                llc, loss = (float(np.median(values[at : at + 3])) for values in (curve.llc, curve.loss))
+                height = new.llc_change + llc - flag["before"]
+                if height * new.llc_change > 0:
+                    lower = new.loss_change + loss - flag["loss_before"]
+                    kind = kind_of(height, lower, new.loss_change_se)
+                    grown = replace(grown, llc_change=height, loss_change=lower, kind=kind)
                 flag["after"] = self._base
                 flag["judged_at"] = max(self._dropped + steps.size, self._base) + _SETTLE
+        self._transitions[-1] = grown
         if old.state == "confirmed":
             self._changes = [t for t in self._changes if t.id != old.id] + [grown]
         return True
@@ -215,9 +232,12 @@ class TransitionDetector:
         losses = curve.loss
         seen, waiting = self._dropped + llcs.size, []
         for flag in self._open:
+            number = int(flag["id"])
+            if flag["judged_at"] == _JUDGED:
+                waiting += [flag] if number == len(self._transitions) - 1 else []
+                continue
             # a second step soon after the first has its own level: judge the first by what lies between
             later = [other["after"] for other in self._open if other["id"] > flag["id"]]
-            number = int(flag["id"])
             old = self._transitions[number]
             # an early flag saw the beginning of a ramp: what is left of it has no plateau yet to be judged by
             newest = math.copysign(1.0, old.llc_change) * curve.llc[-_SETTLE - 1 :]
@@ -232,7 +252,7 @@ class TransitionDetector:
                 state: Literal["confirmed", "retracted"] = "confirmed"
             else:
                 kept = (float(np.median(since)) - flag["before"]) / old.llc_change
-                state = "confirmed" if kept >= 0.5 else "retracted"
+                state = "confirmed" if kept >= 0.5 or old.state == "confirmed" else "retracted"
                 if state == "confirmed":
                     lower = float(np.median(losses[place:])) - flag["loss_before"]
                     height = float(np.median(since)) - flag["before"]
@@ -241,6 +261,7 @@ class TransitionDetector:
                     old = self._placed(old, curve, steps)
             self._transitions[number] = replace(old, state=state)
             self._changes.append(self._transitions[number])
+            waiting += [{**flag, "judged_at": _JUDGED}] if not later else []
         self._open = waiting
 
     @staticmethod
