@@ -35,9 +35,10 @@ class TransitionDetector:
     transition is flagged once.
 
     A flag is "provisional". It is judged when as many points again as half its width (at least four) have followed,
-    four of them beyond its end, and the newest five no longer move clearly in its direction. The level since its end is
-    then compared with the level before its onset: at least half the change still there makes it "confirmed", otherwise
-    it is "retracted". Such changes of state are in :attr:`changes` (those of the last update) and in
+    four of them beyond its end, and the newest (five, or more for a wide one) no longer move clearly in its direction.
+    The level since its end is then compared with the level before its onset: at least half the change still there
+    makes it "confirmed", otherwise it is "retracted". A step found later, to which the curve went on without a pause,
+    is the rest of it and brings it up to date. Such changes are in :attr:`changes` (those of the last update) and in
     :attr:`transitions`; :meth:`update` returns only new flags.
 
     Args:
@@ -183,6 +184,8 @@ class TransitionDetector:
         self._open.append(
             {
                 "id": new.id,
+                "flagged_at": self._dropped + n,
+                "width": math.ceil(width),
                 "before": float(np.median(curve.llc[max(lo, first - 7) : first + 1])),
                 "loss_before": float(np.median(losses[max(lo, first - 4) : first + 1])),
                 "after": self._dropped + math.ceil(found.end),
@@ -240,7 +243,8 @@ class TransitionDetector:
             later = [other["after"] for other in self._open if other["id"] > flag["id"]]
             old = self._transitions[number]
             # an early flag saw the beginning of a ramp: what is left of it has no plateau yet to be judged by
-            newest = math.copysign(1.0, old.llc_change) * curve.llc[-_SETTLE - 1 :]
+            reach = max(_SETTLE + 1, int(min(flag["width"], (seen - flag["flagged_at"]) / 2)))
+            newest = math.copysign(1.0, old.llc_change) * curve.llc[-reach:]
             if float(rises(newest, float(curve.llc_scatter[-1]))[0]) > self.threshold:
                 flag["after"], flag["judged_at"] = max(flag["after"], seen - 1), max(flag["judged_at"], seen + _SETTLE)
             if seen < flag["judged_at"] and not later:
@@ -313,4 +317,7 @@ class TransitionDetector:
         self._points = [(float(a), float(b), float(c), float(d)) for a, b, c, d in state["points"]]
         self._dropped, self._base = int(state["dropped"]), int(state["base"])
         self._last_step, self._score = float(state["last_step"]), float(state["score"])
-        self._open = [{name: float(value) for name, value in flag.items()} for flag in state["open"]]
+        self._open = [
+            {"flagged_at": 0.0, "width": 0.0, **{name: float(value) for name, value in flag.items()}}
+            for flag in state["open"]
+        ]

@@ -51,15 +51,18 @@ def largest_between(values: Array, first: Array, last: Array) -> Array:
 def turn(curve: Curve, lo: int, hi: int) -> Step | None:
     """A negative coefficient that fell and rises again at the newest points while the loss falls: a saddle left.
 
-    The dip is that of which depth and rise since are both largest; both must stand out of the scatter and
+    The dip is that below zero of which depth and rise since are both largest; both must stand out of the scatter and
     of the range of the stretch.
     """
     llc, sigma = curve.llc[lo:hi], float(curve.llc_scatter[hi - 1])
     depth, risen = np.maximum.accumulate(llc) - llc, llc[-1] - llc
-    dip = int(np.argmax(np.minimum(depth, risen)))
+    negative = llc <= -3 * sigma
+    if not negative.any():
+        return None
+    dip = int(np.argmax(np.where(negative, np.minimum(depth, risen), -math.inf)))
     least = max(5 * sigma, _TURN * float(np.ptp(llc)))
     rise, seen = float(risen[dip]), llc.size - 1 - dip
-    if seen < 2 or llc[dip] > -3 * sigma or depth[dip] < least or rise < least:
+    if seen < 2 or depth[dip] < least or rise < least:
         return None
     falls = rises(-curve.loss[lo + dip : hi], float(curve.loss_scatter[hi - 1]))[0]
     score = min(float(rises(llc[dip:], sigma)[0]), float(falls))

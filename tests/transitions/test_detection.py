@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from lightning_slt import Transition, TransitionDetector, detect_transitions
+from lightning_slt.transitions.curve import Curve as Points
+from lightning_slt.transitions.pauses import goes_on
 from tests.transitions.curves import KINDS, NULLS, Curve, hits, make
 
 DATA = Path(__file__).parent / "data" / "deep_linear.npz"
@@ -351,3 +353,42 @@ def test_a_stage_that_goes_on_where_the_curve_ends_is_provisional(seed: int) -> 
     lower = 4 - 2 - 1.5 / (1.0 + np.exp(-(np.arange(60, 75) - 59.2) / 2.0))
     whole = detect_transitions(100.0 * np.arange(75), np.append(llc, rest), np.full(75, 0.5), np.append(loss, lower))
     assert [t.state for t in whole] == ["confirmed", "confirmed"]
+
+
+@pytest.mark.parametrize("width", [20, 60])
+def test_a_wide_stage_that_is_flagged_at_its_beginning_is_one_transition(width: int) -> None:
+    """Ten of each, noise a hundredth of the height; without a look at what lies between, twice as many flags."""
+    flags, heights = 0, []
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        at = np.arange(60 + 2 * width)
+        centre = 40 + width / 2 + rng.uniform(0, 5)
+        done = 1.0 / (1.0 + np.exp(-(at - centre) * 2 * np.log(9) / width))
+        llc = 10 + 20 * done + 0.2 * rng.normal(size=at.size)
+        loss = 3 - done + 0.005 * rng.normal(size=at.size)
+        detector = TransitionDetector()
+        for i in at:
+            flags += len(detector.update(float(i), llc[i], 0.2, loss[i]))
+        [last] = detector.transitions[-1:]
+        assert last.state == "confirmed"
+        heights.append(last.llc_change)
+    assert flags <= 11
+    assert abs(float(np.median(heights)) - 20) < 2
+
+
+def test_what_lies_between_two_changes_tells_whether_the_second_is_the_rest_of_the_first() -> None:
+    at = np.arange(60.0)
+    ramp = np.interp(at, [10, 50], [0.0, 40.0])
+    slow = np.interp(at, [10, 20, 30, 40], [0.0, 10.0, 13.0, 23.0])
+    parts = (10.0, 20.0), (30.0, 40.0)
+
+    def goes_on_in(llc: np.ndarray, loss: np.ndarray) -> bool:
+        return goes_on(Points(at, llc, np.full(60, 0.1), loss, np.full(60, 0.1)), *parts)
+
+    assert goes_on_in(ramp, -ramp)
+    assert not goes_on_in(slow, -ramp)
+    assert not goes_on_in(ramp, -slow)
+    # a loss that is level says nothing
+    assert goes_on_in(ramp, np.zeros(60))
+    # scatter that hides the pause does not make it a ramp
+    assert not goes_on(Points(at, slow, np.full(60, 50.0), -slow, np.full(60, 50.0)), *parts)
