@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from typing import Any
@@ -80,7 +81,7 @@ class ComponentFirings(LateFirings):
                     source,
                     transfer,
                     probes[0],
-                    settings,
+                    dataclasses.replace(settings, method=self._course.method),
                     self._collective,
                     self._share_buffers,
                     self.susceptibilities,

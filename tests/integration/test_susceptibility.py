@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_slt import SLTMonitor
 from lightning_slt.callbacks import component_firings
 from lightning_slt.config import load
+from lightning_slt.sampling.paths import choose_engine
 from lightning_slt.susceptibility_record import SusceptibilityEstimate, SusceptibilityRecord
 from tests.integration.harness import Scenario, steps_of, tiny_monitor
 from tests.integration.models import Holds, Net, Plain, Stream, loaders, tensors, with_validation
@@ -103,6 +104,26 @@ def test_a_run_that_is_resumed_measures_what_an_uninterrupted_one_does(
     for ours, theirs, kept in zip(recorded["cut"], recorded["whole"], again.susceptibilities, strict=True):
         assert_same_measurement(ours, theirs)
         assert_same_measurement(ours, kept)
+
+
+@pytest.mark.parametrize("method", ["sequential", "auto"])
+def test_chains_of_components_go_one_after_another_where_those_of_the_coefficient_do(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which path is faster is known to the clock only, and they round otherwise: a trial at each firing would make a
+    run that is resumed differ in the last bits."""
+    asked: list[str] = []
+
+    def choose(objective: Any, window: Any, num_chains: int, method: str = "auto") -> Any:
+        asked.append(method)
+        return choose_engine(objective, window, num_chains, "sequential")  # as the clock would have it here
+
+    monkeypatch.setattr("lightning_slt.sampling.chains.choose_engine", choose)
+    monitor = tiny_monitor(probe=7, query=5, measures=BESIDE, num_draws=16, method=method)
+    Scenario(Net, with_validation).run(tmp_path, monitor)
+    assert len(monitor.susceptibilities) == len(monitor.estimates) == 3
+    first, *others = asked
+    assert first == method and others and set(others) == {"sequential"}
 
 
 def test_a_module_that_cannot_be_copied_is_measured_in_place(tmp_path: Path) -> None:
