@@ -257,7 +257,7 @@ class TransitionDetector:
             else:
                 kept = (float(np.median(since)) - flag["before"]) / old.llc_change
                 state = "confirmed" if kept >= 0.5 or old.state == "confirmed" else "retracted"
-                if state == "confirmed":
+                if kept >= 0.5:  # one that was confirmed before and has fallen back since stays as it was measured
                     lower = float(np.median(losses[place:])) - flag["loss_before"]
                     height = float(np.median(since)) - flag["before"]
                     kind = kind_of(height, lower, old.loss_change_se)
