@@ -149,7 +149,7 @@ class Objective:
     def pieces(self, flat: Tensor) -> list[Tensor]:
         """Views of the last dimension of ``flat`` in the shapes of the parameters, leading dimensions kept."""
         lead = flat.shape[:-1]
-        return [p.view(*lead, *shape) for p, shape in zip(flat.split(self.sizes, dim=-1), self.shapes, strict=True)]
+        return [p.view((*lead, *shape)) for p, shape in zip(flat.split(self.sizes, dim=-1), self.shapes, strict=True)]
 
     def loss(self, batch: Any) -> Tensor:
         """The scalar mean loss of ``batch`` at the weights that the copy holds.

@@ -102,6 +102,18 @@ class Tied(nn.Module):
         return self.head(self.body(self.embedding(x)).tanh())
 
 
+class Scaled(nn.Module):
+    """Outputs times a learned temperature: a weight without a dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+        self.temperature = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * self.temperature
+
+
 class Recurrent(nn.Module):
     def __init__(self, inputs: int = 4, classes: int = 4) -> None:
         super().__init__()

@@ -43,6 +43,7 @@ PROBLEMS: dict[str, Problem] = {
     "conv with BatchNorm": (lambda: helpers.Conv(lambda: nn.BatchNorm2d(4)), images, cross_entropy),
     "lstm": (helpers.Recurrent, lambda: helpers.classification((5, 4)), cross_entropy),
     "attention": (helpers.Attention, tokens, next_token),
+    "a temperature": (helpers.Scaled, regression, mean_squared),
     "tied embedding": (helpers.Tied, tokens, next_token),
     "scripted submodule": (helpers.Scripted, regression, mean_squared),
     "torchmetrics in a LightningModule": (helpers.WithMetric, lambda: helpers.classification((5,)), None),
