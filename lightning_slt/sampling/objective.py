@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten
 
 from lightning_slt.sampling import steps
+from lightning_slt.sampling.belongings import contents_kept
 from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.restriction import Restriction, select_parameters
 from lightning_slt.sampling.shadow import (
@@ -434,6 +435,17 @@ def _versions(batch: Any) -> list[tuple[int, bool]]:
 @contextmanager
 def borrow(module: nn.Module, trainer: Any) -> Iterator[None]:
     """The live module in eval mode and muted, put back exactly after: flag by flag, attribute by attribute."""
+    with contents_kept(module), _attributes_kept(module):
+        for m in module.modules():
+            m.training = isinstance(m, nn.RNNBase) and m.dropout == 0.0
+        prepare(module, trainer)
+        steps.stub_metrics(module)
+        yield
+
+
+@contextmanager
+def _attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Put back which attributes a module has, and its buffers and gradients."""
     saved = [(m, dict(m.__dict__)) for m in module.modules()]
     # a metric changes its state in place, which putting the attributes back would not undo: it is not called at all
     buffers = [(m, dict(m._buffers), {k: b.clone() for k, b in m._buffers.items() if b is not None}) for m, _ in saved]
@@ -442,10 +454,6 @@ def borrow(module: nn.Module, trainer: Any) -> Iterator[None]:
     for p, _ in gradients:
         p.grad = None
     try:
-        for m, _ in saved:
-            m.training = isinstance(m, nn.RNNBase) and m.dropout == 0.0
-        prepare(module, trainer)
-        steps.stub_metrics(module)
         yield
     finally:
         for m, attributes in saved:

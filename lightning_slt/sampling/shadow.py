@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import threading
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_slt.sampling.belongings import LiveIterator, connections, is_live_iterator
 
 
 class CopyError(Exception):
@@ -20,7 +23,8 @@ def shadow_copy(module: nn.Module) -> nn.Module:
     """A copy that shares no parameter, buffer or submodule with ``module``, in eval mode, without ``torch.compile``.
 
     ``copy.deepcopy`` does most of it. An attribute that it cannot copy is stood in for: a cached non-leaf tensor by its
-    detached clone, a generator by one in the same state; locks and open files, which hold no weights, are shared.
+    detached clone, a generator by one in the same state, an iterator by one that refuses to be read; locks, pipes and
+    open files, which hold no weights, are shared.
 
     Raises:
         CopyError: where an attribute of another kind blocks the copy, or where the copy still shares a parameter.
@@ -28,7 +32,7 @@ def shadow_copy(module: nn.Module) -> nn.Module:
     module = getattr(module, "_orig_mod", module)
     # gradients are not copied: a tensor's deepcopy takes its .grad along unless the memo already answers for it
     grads = [p.grad for p in module.parameters() if p.grad is not None]
-    memo: dict[int, Any] = {id(g): None for g in grads}
+    memo: dict[int, Any] = {id(g): None for g in grads} | connections(module)
     try:
         shadow = copy.deepcopy(module, dict(memo))
     except Exception as error:
@@ -128,6 +132,9 @@ def _stand_ins(module: nn.Module, error: Exception) -> dict[int, Any]:
         if isinstance(value, _SHARED):
             memo[id(value)] = value
             return
+        if is_live_iterator(value) and not _copies(value, memo):
+            memo[id(value)] = LiveIterator(path)
+            return
         if isinstance(value, dict):
             for key, item in list(value.items()):
                 visit(item, f"{path}[{key!r}]")
@@ -141,11 +148,8 @@ def _stand_ins(module: nn.Module, error: Exception) -> dict[int, Any]:
                 if name in ("_trainer", "_fabric") and isinstance(value, nn.Module):
                     continue
                 visit(item, f"{path}.{name}")
-        if not isinstance(value, nn.Module) and not callable(value):
-            try:
-                copy.deepcopy(value, dict(memo))
-            except Exception:
-                blocking.append(path)
+        if not isinstance(value, nn.Module) and not callable(value) and not _copies(value, memo):
+            blocking.append(path)
 
     visit(module, type(module).__name__)
     try:
@@ -159,7 +163,16 @@ def _stand_ins(module: nn.Module, error: Exception) -> dict[int, Any]:
     return memo
 
 
+def _copies(value: Any, memo: dict[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, dict(memo))
+    except Exception:
+        return False
+    return True
+
+
 _SHARED = (
+    Connection,
     type(threading.Lock()),
     type(threading.RLock()),
     threading.Event,

@@ -92,6 +92,7 @@ UNCOPYABLE: dict[str, Callable[[], Net]] = {
     "file handle": lambda: models.Holds(lambda _: open(__file__)),  # noqa: SIM115
     "legacy weight_norm": models.OldWeightNorm,
     "python generator": lambda: models.Holds(lambda _: (i for i in range(3))),
+    "memory view": lambda: models.Holds(lambda _: memoryview(b"abc")),
 }
 
 
@@ -106,7 +107,7 @@ def test_module_that_cannot_be_copied(module: Callable[[], Net], method: str, tm
 
 def test_attribute_that_blocks_the_copy_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     monitor = tiny_monitor()
-    Scenario(UNCOPYABLE["python generator"], loaders).run(tmp_path, monitor)
+    Scenario(UNCOPYABLE["memory view"], loaders).run(tmp_path, monitor)
     assert steps_of(monitor) == [4, 8, 12]
     assert "Holds.held" in caplog.text
 

@@ -1,0 +1,154 @@
+"""What the attributes of a module hold: iterators that a chain must not read, and contents that a step changes.
+
+A copy has its own. Where a module is called in place, putting its attributes back is not enough: a step that appends
+its loss to a list changes what the list holds, and the list is still the same one.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+MAX_ITEMS = 10_000
+"""Items of a longer list or dict are not looked into; which they are is kept all the same."""
+_OWN = ("_parameters", "_buffers", "_modules", "_trainer", "_fabric")
+_FOREIGN = (
+    "torch", "lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics", "lightning_slt", "wandb", "mlflow",
+    "comet_ml", "tensorboard", "tensorboardX", "logging", "threading", "multiprocessing", "concurrent", "queue",
+    "asyncio", "tqdm", "rich",
+)  # fmt: skip
+"""Packages whose objects may have a life beside the step (threads, connections): these are left alone."""
+
+
+class LiveIterator:
+    """Stands in for an iterator that training reads: what a chain took from it, training would miss.
+
+    Args:
+        path: where it is, for the message.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __iter__(self) -> LiveIterator:
+        return self
+
+    def __next__(self) -> NoReturn:
+        raise ValueError(
+            f"training_step takes from the iterator {self._path}, which chains must not: training would miss what they "
+            "take. Give loss_fn(module, batch) -> loss, or the trainer several loaders (a dict or a CombinedLoader)."
+        )
+
+    def send(self, _: Any) -> NoReturn:
+        """As a generator's."""
+        next(self)
+
+
+def is_live_iterator(value: Any) -> bool:
+    """Whether it gives what it has only once; files, which a step may write to, are none."""
+    return isinstance(value, Iterator) and not isinstance(value, (io.IOBase, nn.Module, LiveIterator))
+
+
+def connections(module: nn.Module) -> dict[int, Any]:
+    """A deepcopy memo for pipes to other processes: a copy would close the module's own when it is given up."""
+    values = [value for part in module.modules() for value in vars(part).values()]
+    return {id(value): value for value in values if isinstance(value, Connection)}
+
+
+@contextmanager
+def contents_kept(module: nn.Module) -> Iterator[None]:
+    """Put back what the attributes of a module hold, in the same objects, and let no iterator among it be read."""
+    with ExitStack() as undo:
+        seen = {id(t) for t in (*module.parameters(), *module.buffers())}
+        for name, part in module.named_modules():
+            where = f"{type(module).__name__}.{name}" if name else type(module).__name__
+            for key, value in list(vars(part).items()):
+                if key not in _OWN:
+                    _keep(value, f"{where}.{key}", _setter(vars(part), key), seen, undo)
+        yield
+
+
+def _setter(holder: Any, key: Any) -> Callable[[Any], None]:
+    return lambda value: holder.__setitem__(key, value)
+
+
+def _keep(value: Any, path: str, put: Callable[[Any], None], seen: set[int], undo: ExitStack) -> None:
+    """Note how ``value`` is put back; ``put`` writes another value to where it is."""
+    if value is None or isinstance(value, (str, bytes, int, float, bool, type, nn.Module)) or id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        if not value.is_inference():  # such a one cannot be changed here
+            undo.callback(_restore_tensor, value, value.detach().clone(), value._version)
+    elif isinstance(value, np.ndarray):
+        if value.flags.writeable:
+            undo.callback(np.copyto, value, value.copy())
+    elif isinstance(value, list):
+        undo.callback(_restore_list, value, list(value))
+        _keep_items(list(enumerate(value)), value, path, seen, undo)
+    elif isinstance(value, dict):
+        undo.callback(_restore_dict, value, dict(value))
+        _keep_items(list(value.items()), value, path, seen, undo)
+    elif isinstance(value, (set, deque)):
+        undo.callback(_restore_members, value, list(value))
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            _keep(item, f"{path}[{index}]", _nowhere, seen, undo)
+    elif is_live_iterator(value) and not _is_users(value):
+        undo.callback(put, value)
+        put(LiveIterator(path))
+    elif _is_users(value):
+        own = vars(value)
+        undo.callback(_restore_dict, own, dict(own))
+        for name, item in list(own.items()):
+            _keep(item, f"{path}.{name}", _setter(own, name), seen, undo)
+
+
+def _keep_items(items: list[tuple[Any, Any]], holder: Any, path: str, seen: set[int], undo: ExitStack) -> None:
+    if len(items) <= MAX_ITEMS:
+        for key, item in items:
+            _keep(item, f"{path}[{key!r}]", _setter(holder, key), seen, undo)
+
+
+@torch.no_grad()
+def _restore_tensor(tensor: Tensor, before: Tensor, version: int) -> None:
+    if tensor._version != version:
+        tensor.copy_(before)
+
+
+def _restore_list(value: list[Any], before: list[Any]) -> None:
+    if len(value) != len(before) or any(a is not b for a, b in zip(value, before, strict=True)):
+        value[:] = before
+
+
+def _restore_dict(value: dict[Any, Any], before: dict[Any, Any]) -> None:
+    # only where it differs: a class derived from dict may not let itself be filled
+    if list(value) != list(before) or any(value[key] is not item for key, item in before.items()):
+        value.clear()
+        value.update(before)
+
+
+def _restore_members(value: Any, before: list[Any]) -> None:
+    value.clear()
+    (value.extend if isinstance(value, deque) else value.update)(before)
+
+
+def _nowhere(_: Any) -> None:
+    """What a tuple holds cannot be exchanged."""
+
+
+def _is_users(value: Any) -> bool:
+    """An object with attributes, of a class of the user's own: no function, and nothing with a life beside the step."""
+    package = type(value).__module__.partition(".")[0]
+    return hasattr(value, "__dict__") and not callable(value) and package not in _FOREIGN
+
+
+__all__ = ["LiveIterator", "connections", "contents_kept", "is_live_iterator"]
