@@ -12,6 +12,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from lightning_slt.sampling.apart import METRICS, ReadThrough, SeenStrategy, loosened
+
 LossFn = Callable[[nn.Module, Any], Tensor]
 """``loss_fn(module, batch)``: a scalar, or one loss a sample ``[batch]`` (their mean is taken)."""
 
@@ -152,16 +154,17 @@ def _nothing(*_: Any, **__: Any) -> None:
     return None
 
 
-class ReadThroughTrainer:
+class ReadThroughTrainer(ReadThrough):
     """What a private copy sees as ``self.trainer``: its attributes to read; writes stay here, loggers are silent.
+
+    So do writes to the metrics, to the settings of optimisers and schedulers, and to the attributes of the DataModule.
 
     Args:
         trainer: the live trainer, or None outside one.
     """
 
     def __init__(self, trainer: Any = None) -> None:
-        self.__dict__["_live"] = trainer
-        self.__dict__["_local"] = {"logger": _SILENT_LOGGER, "loggers": []}
+        super().__init__(trainer, {"logger": _SILENT_LOGGER, "loggers": [], "save_checkpoint": _nothing})
 
     def __getattr__(self, name: str) -> Any:
         local = self.__dict__["_local"]
@@ -174,10 +177,16 @@ class ReadThroughTrainer:
             raise AttributeError(
                 f"training_step reads trainer.{name}, and there is no trainer here: give loss_fn(module, batch)."
             )
-        return getattr(live, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__["_local"][name] = value
+        if name in ("optimizers", "lr_scheduler_configs"):
+            return getattr(self.strategy, name)
+        value = getattr(live, name)
+        if name == "strategy":
+            local[name] = value = SeenStrategy(value)
+        elif name == "datamodule" and value is not None:
+            local[name] = value = loosened(value)
+        elif name in METRICS:
+            local[name] = value = dict(value)
+        return value
 
 
 class _SilentLogger:

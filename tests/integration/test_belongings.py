@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning import LightningDataModule
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -164,3 +166,90 @@ def test_a_pipe_stays_open(tmp_path: Path) -> None:
     monitor = tiny_monitor()
     trace = Scenario(Piped, loaders).run(tmp_path, monitor)
     assert trace.num_batches == 12 and len(monitor.estimates) == 3
+
+
+class Counting(LightningDataModule):
+    """Counts the steps, which weigh the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.seen = 0, [0]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(tensors(), 4)
+
+
+class Reaching(Plain):
+    """Changes something through its trainer at each step."""
+
+    def __init__(self, change: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.change = change
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.change(self)
+        counted = self.trainer.callback_metrics.get("counted", torch.zeros(()))
+        return super().training_step(batch, batch_idx) * (1 + 0.01 * (counted + self.trainer.datamodule.steps))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 100), "interval": "step"}]
+
+
+def slower(optimizer: Any) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.9
+
+
+def count(module: Any) -> None:
+    module.trainer.datamodule.steps += 1
+    module.trainer.datamodule.seen.append(1)
+
+
+def count_in_metrics(module: Any) -> None:
+    metrics = module.trainer.callback_metrics
+    metrics["counted"] = metrics.get("counted", torch.zeros(())) + 1
+
+
+def ask(module: Any) -> None:
+    assert isinstance(module.trainer.strategy, SingleDeviceStrategy)
+    assert isinstance(module.optimizers(), torch.optim.SGD)
+    assert module.optimizers().param_groups[0]["lr"] == module.lr_schedulers().get_last_lr()[0]
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "learning rate": lambda m: slower(m.optimizers()),
+    "learning rate of the optimiser inside": lambda m: slower(m.optimizers().optimizer),
+    "learning rate through the trainer": lambda m: slower(m.trainer.optimizers[0]),
+    "scheduler": lambda m: m.lr_schedulers().step(),
+    "scheduler through the trainer": lambda m: m.trainer.lr_scheduler_configs[0].scheduler.step(),
+    "datamodule": count,
+    "metrics": count_in_metrics,
+    "nothing": ask,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_a_step_writes_through_its_trainer_is_training_s(change: Callable[[Any], Any], tmp_path: Path) -> None:
+    made: list[Counting] = []
+
+    def data() -> dict[str, Any]:
+        made.append(Counting())
+        return {"datamodule": made[-1]}
+
+    monitor = tiny_monitor()
+    Scenario(lambda: Reaching(change), data).assert_undisturbed(tmp_path, monitor)
+    assert len(monitor.estimates) == 3
+    assert made[0].seen == made[1].seen and made[0].steps == made[1].steps
+
+
+def test_chains_write_no_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "inside.ckpt"
+
+    def save(module: Any) -> None:
+        if not module.training:  # the chains' copy
+            module.trainer.save_checkpoint(path)
+
+    monitor = tiny_monitor()
+    Scenario(lambda: Reaching(save), lambda: {"datamodule": Counting()}).run(tmp_path, monitor)
+    assert len(monitor.estimates) == 3 and not path.exists()
