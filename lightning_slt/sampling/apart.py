@@ -40,9 +40,7 @@ class SeenStrategy(ReadThrough):
     """
 
     def __init__(self, strategy: Any) -> None:
-        optimizers = {id(o): _still(o) for o in getattr(strategy, "optimizers", [])}
-        for optimizer in optimizers.values():
-            optimizer.param_groups = [{k: _own(v) for k, v in group.items()} for group in optimizer.param_groups]
+        optimizers = {id(o): _seen_optimizer(o) for o in getattr(strategy, "optimizers", [])}
         wrapped = [_still(o) for o in getattr(strategy, "_lightning_optimizers", [])]
         for wrapper in wrapped:
             wrapper.__dict__["_optimizer"] = optimizers.get(id(wrapper._optimizer), wrapper._optimizer)
@@ -60,6 +58,15 @@ class SeenStrategy(ReadThrough):
         return type(self.__dict__["_live"])
 
 
+def _seen_optimizer(optimizer: Any) -> Any:
+    # one whose groups are those of another that it wraps (DeepSpeed's) would hand what is written on to it
+    if "param_groups" not in vars(optimizer):
+        return optimizer
+    twin = _still(optimizer)
+    twin.__dict__["param_groups"] = [{k: _own(v) for k, v in group.items()} for group in optimizer.param_groups]
+    return twin
+
+
 def _seen_config(config: Any, optimizers: dict[int, Any]) -> Any:
     scheduler = _still(config.scheduler)
     live = getattr(scheduler, "optimizer", None)
@@ -70,6 +77,8 @@ def _seen_config(config: Any, optimizers: dict[int, Any]) -> Any:
 
 def loosened(value: Any) -> Any:
     """The same object a second time, with attributes, lists and dicts of its own, and iterators that are not read."""
+    if not hasattr(value, "__dict__"):
+        return value
     twin = object.__new__(type(value))
     kept = {
         k: LiveIterator(f"{type(value).__name__}.{k}") if is_live_iterator(v) else _own(v)

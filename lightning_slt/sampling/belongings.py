@@ -7,6 +7,7 @@ its loss to a list changes what the list holds, and the list is still the same o
 from __future__ import annotations
 
 import io
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,8 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+log = logging.getLogger(__name__)
+
 MAX_ITEMS = 10_000
 """Items of a longer list or dict are not looked into; which they are is kept all the same."""
+MAX_DEPTH = 8
+"""What lies deeper is left alone."""
+MAX_BYTES = 2**28
+"""Larger tensors and arrays are data: a second copy of them at every firing could cost training its memory."""
 _OWN = ("_parameters", "_buffers", "_modules", "_trainer", "_fabric")
 _FOREIGN = (
     "torch", "lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics", "lightning_slt", "wandb", "mlflow",
@@ -72,7 +79,10 @@ def contents_kept(module: nn.Module) -> Iterator[None]:
             where = f"{type(module).__name__}.{name}" if name else type(module).__name__
             for key, value in list(vars(part).items()):
                 if key not in _OWN:
-                    _keep(value, f"{where}.{key}", _setter(vars(part), key), seen, undo)
+                    try:
+                        _keep(value, f"{where}.{key}", _setter(vars(part), key), seen, undo)
+                    except Exception as error:  # an object that does not let itself be looked at is left as it was
+                        log.debug(f"{where}.{key} is not put back: {type(error).__name__}: {error}")
         yield
 
 
@@ -80,28 +90,32 @@ def _setter(holder: Any, key: Any) -> Callable[[Any], None]:
     return lambda value: holder.__setitem__(key, value)
 
 
-def _keep(value: Any, path: str, put: Callable[[Any], None], seen: set[int], undo: ExitStack) -> None:
+def _keep(
+    value: Any, path: str, put: Callable[[Any], None], seen: set[int], undo: ExitStack, depth: int = MAX_DEPTH
+) -> None:
     """Note how ``value`` is put back; ``put`` writes another value to where it is."""
     if value is None or isinstance(value, (str, bytes, int, float, bool, type, nn.Module)) or id(value) in seen:
         return
+    if depth == 0:
+        return
     seen.add(id(value))
     if isinstance(value, Tensor):
-        if not value.is_inference():  # such a one cannot be changed here
+        if _can_be_kept(value):
             undo.callback(_restore_tensor, value, value.detach().clone(), value._version)
     elif isinstance(value, np.ndarray):
-        if value.flags.writeable:
+        if value.flags.writeable and value.nbytes <= MAX_BYTES:
             undo.callback(np.copyto, value, value.copy())
     elif isinstance(value, list):
         undo.callback(_restore_list, value, list(value))
-        _keep_items(list(enumerate(value)), value, path, seen, undo)
+        _keep_items(list(enumerate(value)), value, path, seen, undo, depth)
     elif isinstance(value, dict):
         undo.callback(_restore_dict, value, dict(value))
-        _keep_items(list(value.items()), value, path, seen, undo)
+        _keep_items(list(value.items()), value, path, seen, undo, depth)
     elif isinstance(value, (set, deque)):
         undo.callback(_restore_members, value, list(value))
     elif isinstance(value, tuple):
         for index, item in enumerate(value):
-            _keep(item, f"{path}[{index}]", _nowhere, seen, undo)
+            _keep(item, f"{path}[{index}]", _nowhere, seen, undo, depth - 1)
     elif is_live_iterator(value) and not _is_users(value):
         undo.callback(put, value)
         put(LiveIterator(path))
@@ -109,13 +123,24 @@ def _keep(value: Any, path: str, put: Callable[[Any], None], seen: set[int], und
         own = vars(value)
         undo.callback(_restore_dict, own, dict(own))
         for name, item in list(own.items()):
-            _keep(item, f"{path}.{name}", _setter(own, name), seen, undo)
+            _keep(item, f"{path}.{name}", _setter(own, name), seen, undo, depth - 1)
 
 
-def _keep_items(items: list[tuple[Any, Any]], holder: Any, path: str, seen: set[int], undo: ExitStack) -> None:
+def _keep_items(
+    items: list[tuple[Any, Any]], holder: Any, path: str, seen: set[int], undo: ExitStack, depth: int
+) -> None:
     if len(items) <= MAX_ITEMS:
         for key, item in items:
-            _keep(item, f"{path}[{key!r}]", _setter(holder, key), seen, undo)
+            _keep(item, f"{path}[{key!r}]", _setter(holder, key), seen, undo, depth - 1)
+
+
+def _can_be_kept(tensor: Tensor) -> bool:
+    """A plain one of memory of its own: an inference tensor cannot be changed here, and what a sharding strategy has
+    put in the place of a weight may have no memory at the moment."""
+    if tensor.is_inference() or tensor.layout != torch.strided or type(tensor) is not Tensor:
+        return False
+    size = tensor.numel() * tensor.element_size()
+    return size <= MAX_BYTES and tensor.untyped_storage().nbytes() > 0
 
 
 @torch.no_grad()
