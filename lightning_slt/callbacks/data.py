@@ -85,6 +85,8 @@ class TrainingData:
             if len(known) == len(sizes):
                 num_samples = min(known) if self._shortest else max(known)
         self.num_samples = num_samples
+        told = [getattr(loader, "batch_size", None) for loader in flat]
+        self._told_size = told[0] if len(told) == 1 and isinstance(told[0], int) else None
         self._seen: list[Any] = []
         self._seen_bytes = 0
         self._count = 0
@@ -150,7 +152,7 @@ class TrainingData:
 
     def seen(self) -> SeenBatches:
         """The batches that there are to be replayed now."""
-        sizes = [_samples(batch) for batch in self._seen]
+        sizes = [_samples(batch, self._told_size) for batch in self._seen]
         # weights are no minimum of a few samples: nbeta must be that of the samples that are held, not of all
         n = self.num_samples if self._given or self.num_samples is None else min(sum(sizes), self.num_samples)
         return SeenBatches(list(self._seen), n, sizes[0] if sizes else 1)
@@ -305,11 +307,17 @@ def _size(loader: Any, leaf: Optional[_Leaf]) -> Optional[int]:
         return None
 
 
-def _samples(batch: Any) -> int:
-    """Samples in a batch: the length of its first tensor."""
+def _samples(batch: Any, told: Optional[int]) -> int:
+    """Samples in a batch: the length of its tensors, or what the loader says of its batches (``told``) where there are
+    none to be seen (in an object of a class of the user's) or they are of many lengths (a list of sequences)."""
     sizes: list[int] = []
     apply_to_collection(batch, Tensor, lambda tensor: sizes.append(len(tensor) if tensor.ndim else 1))
-    return sizes[0] if sizes else 1
+    if not sizes:
+        return told or 1
+    ragged = isinstance(batch, list) and all(isinstance(item, Tensor) for item in batch) and len(set(sizes)) > 1
+    if told is not None and (told in sizes or ragged):
+        return told
+    return sizes[0]
 
 
 def _unchanged(batch: Any) -> Any:

@@ -37,6 +37,8 @@ from lightning_slt.sampling.window import Window, num_bytes
 MAX_RESIDENT_BYTES = 256 * 2**20
 MAX_RESIDENT_BATCHES = 1024
 WINDOW_BATCHES = 128
+MOST_SHUFFLED = 2**24
+"""Of more samples than these no shuffled order is made: of a thousand million it would take 8 GB."""
 MAX_UNEVEN = 0.002
 """Share of the data that may be left out in any case where the batch size does not divide n."""
 MAX_SHIFT = 0.0015
@@ -145,10 +147,15 @@ class DatasetSource(MinibatchSource):
         """Batches ``start .. start + count`` of the endless stream of shuffled epochs, cut into batches."""
         n, b = self._count, self.batch_size
         first, last = start * b, (start + count) * b
+        if n > MOST_SHUFFLED:
+            return self._of_dataset(_some_of(n, count * b, self._seed, start).view(count, b))
         epochs = range(first // n, (last - 1) // n + 1)
         stream = torch.cat([_epoch_order(n, self._seed, e) for e in epochs])[first - epochs[0] * n :][: count * b]
-        out: list[list[int]] = stream.view(count, b).tolist()
-        return out if self.indices is None else [[self.indices[j] for j in numbers] for numbers in out]
+        return self._of_dataset(stream.view(count, b))
+
+    def _of_dataset(self, numbers: Tensor) -> list[list[int]]:
+        out: list[list[int]] = numbers.tolist()
+        return out if self.indices is None else [[self.indices[j] for j in row] for row in out]
 
     def window(self, index: int) -> Window:
         if self._kept is not None and (self.resident or self._next_window == index):
@@ -319,6 +326,11 @@ def _length(loader: DataLoader[Any]) -> Optional[int]:
 def _refuse_full_batch(full_batch: bool) -> None:
     if full_batch:
         raise ValueError("full_batch=True needs a map-style Dataset, or a DataLoader that is uniform over one.")
+
+
+def _some_of(n: int, count: int, seed: int, start: int) -> Tensor:
+    """So many of n samples, with replacement: of more than :data:`MOST_SHUFFLED` hardly any comes twice."""
+    return torch.randint(n, (count,), generator=generator(seed, LOADER, start))
 
 
 def _epoch_order(n: int, seed: int, epoch: int) -> Tensor:

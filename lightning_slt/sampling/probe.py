@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_slt.sampling.batches import DatasetSource
+from lightning_slt.sampling.batches import MOST_SHUFFLED, DatasetSource
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.paths import ACTIVATION_BUDGET, observe
 from lightning_slt.sampling.rng import CHOICE, generator, preserve_rng
@@ -65,7 +65,13 @@ def choose_samples(n: int, limit: Optional[int], seed: int) -> list[int]:
     """
     if limit is None or n <= limit:
         return list(range(n))
-    return sorted(torch.randperm(n, generator=generator(seed, CHOICE))[:limit].tolist())
+    numbers = generator(seed, CHOICE)
+    if n <= max(MOST_SHUFFLED, 2 * limit):
+        return sorted(torch.randperm(n, generator=numbers)[:limit].tolist())
+    chosen: dict[int, None] = {}  # in the order drawn: those that come first are a fair choice
+    while len(chosen) < limit:
+        chosen |= dict.fromkeys(torch.randint(n, (limit,), generator=numbers).tolist())
+    return sorted(list(chosen)[:limit])
 
 
 @dataclass

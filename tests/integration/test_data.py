@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning import LightningDataModule
+from torch import Tensor
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -125,6 +126,49 @@ def test_replayed_batches_have_been_transferred_once(tmp_path: Path) -> None:
     Scenario(models.Augments, stream).assert_undisturbed(tmp_path, monitor)
     assert steps_of(monitor) == [4, 8, 12, 16, 20, 24]
     assert {value for batch in models.CHAIN_SAW for value in batch.flatten().tolist()} == {2.0}
+
+
+class Pair:
+    """A batch of the user's own class: its tensors are attributes."""
+
+    def __init__(self, samples: list[tuple[Tensor, Tensor]]) -> None:
+        self.x, self.y = torch.stack([x for x, _ in samples]), torch.stack([y for _, y in samples])
+
+    def to(self, device: torch.device) -> Pair:
+        self.x, self.y = self.x.to(device), self.y.to(device)
+        return self
+
+
+class TakesPairs(Plain):
+    def training_step(self, batch: Pair, batch_idx: int) -> Tensor:
+        return super().training_step((batch.x, batch.y), batch_idx)
+
+
+class TakesRows(Plain):
+    """A batch is a list of rows of any length; the labels are left out of it."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        rows = torch.stack([row[: models.IN] for row in batch])
+        return super().training_step((rows, torch.zeros(len(rows), dtype=torch.long)), batch_idx)
+
+
+def ragged(samples: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    return [torch.cat([x, x.new_zeros(1 + i)]) for i, (x, _) in enumerate(samples)]
+
+
+@pytest.mark.parametrize(("module", "collate"), [(TakesPairs, Pair), (TakesRows, ragged)])
+def test_replayed_batches_that_are_no_plain_tensors_count_all_their_samples(
+    module: Callable[[], Plain], collate: Callable[[Any], Any], tmp_path: Path
+) -> None:
+    """n had been the number of batches, or the length of a sequence; three batches of 8 are seen before the firing."""
+    monitor = tiny_monitor(every_n_train_steps=3)
+
+    def data() -> dict[str, Any]:
+        sampler = WeightedRandomSampler(torch.arange(24.0) + 1, 24)
+        return loaders(sampler=sampler, shuffle=False, collate_fn=collate, batch_size=8)
+
+    Scenario(module, data).assert_undisturbed(tmp_path, monitor)
+    assert {(e.num_samples, e.batch_size) for e in monitor.estimates} == {(24, 8)}
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

@@ -20,6 +20,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from lightning_slt.sampling.batches import (
     MAX_SHIFT,
     MAX_UNEVEN,
+    WINDOW_BATCHES,
     DatasetSource,
     IterableSource,
     MinibatchSource,
@@ -117,6 +118,29 @@ def test_windows_walk_through_all_the_data() -> None:
     assert source.window(3) is source.window(3)
     again = DatasetSource(numbered(300), 10, max_bytes=5 * 10 * 16)
     assert torch.equal(again.window(3)[2][0], source.window(3)[2][0])
+
+
+class Endless(Dataset[Tensor]):
+    """A thousand million samples, made as they are asked for: no order of all of them may be."""
+
+    def __len__(self) -> int:
+        return 10**9
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor([index])
+
+
+def test_of_a_thousand_million_samples_no_order_is_made() -> None:
+    sources = [DatasetSource(Endless(), 32, seed=seed, num_workers=0) for seed in (0, 0, 1)]
+    first = [torch.cat(list(source.window(0))).flatten() for source in sources]
+    assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
+    second = torch.cat(list(sources[0].window(1))).flatten()
+    both = torch.cat([first[0], second])
+    assert len(both) == 2 * WINDOW_BATCHES * 32
+    # about 0.03 pairs are expected to be the same sample
+    assert len(both.unique()) >= len(both) - 1
+    # uniform: the mean is half of n, with a standard error of n / sqrt(12 * 8192)
+    assert abs(both.double().mean() / 10**9 - 0.5) < 4 / (12 * len(both)) ** 0.5
 
 
 def test_the_same_seed_gives_the_same_windows_and_another_seed_others() -> None:

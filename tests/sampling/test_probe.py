@@ -499,6 +499,13 @@ def test_numbers_are_those_of_the_dataset() -> None:
     assert choose_samples(1000, None, 0) == list(range(1000))
 
 
+def test_a_few_of_a_thousand_million_samples_are_chosen_without_an_order_of_all() -> None:
+    chosen = choose_samples(10**9, 1000, seed=1)
+    assert chosen == sorted(set(chosen)) and len(chosen) == 1000 and chosen[0] >= 0 and chosen[-1] < 10**9
+    assert chosen == choose_samples(10**9, 1000, seed=1) != choose_samples(10**9, 1000, seed=2)
+    assert abs(sum(chosen) / len(chosen) / 10**9 - 0.5) < 4 / (12 * 1000) ** 0.5
+
+
 @pytest.mark.parametrize(
     ("sample", "group"),
     [
