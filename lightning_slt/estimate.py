@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged, heat_of, virial_ratio
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.rng import preserve_rng
-from lightning_slt.sampling.samplers import SGLD, Sampler
+from lightning_slt.sampling.samplers import SGLD, Sampler, sampler_from
 from lightning_slt.sampling.segment import STATS_EVERY
 from lightning_slt.sampling.steps import LossFn, NoLossError
 
@@ -65,6 +66,11 @@ class ChainSettings:
     """The standard error to reach in units of the LLC, in place of ``tolerance``, which is a share of it."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sampler", _sampler(self.sampler))
+        for name in ("num_chains", "num_draws", "num_burnin_steps", "num_steps_bw_draws", "seed"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _whole(name, value))
         for name, least in (("num_chains", 1), ("num_draws", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}.")
@@ -97,6 +103,24 @@ class ChainSettings:
             self.second_moment,
             self.tolerance_llc,
         )
+
+
+def _sampler(given: Any) -> Optional[Sampler]:
+    if isinstance(given, str):
+        return sampler_from({"name": given})
+    if isinstance(given, Mapping):
+        return sampler_from(given)
+    if isinstance(given, type):
+        raise TypeError(f"sampler={given.__name__}: is a class; give one of it, {given.__name__}().")
+    return given  # type: ignore[no-any-return]
+
+
+def _whole(name: str, value: Any) -> int:
+    """A Python int of any kind of whole number, such as NumPy's."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}={value!r}: must be a whole number (an int), not {type(value).__name__}.") from None
 
 
 def tolerance_settings(tolerance: float | str | None) -> dict[str, float]:
@@ -394,11 +418,12 @@ def estimate_llc(
         method=method,
         **tolerance_settings(tolerance),  # type: ignore[arg-type]
     )
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: must be at least 1.")
-    with preserve_rng(seed):
+    check_batch_size(batch_size)
+    seed = settings.seed
+    # a validation hook of Lightning's runs in inference mode, in which there are no gradients
+    with torch.inference_mode(False), preserve_rng(seed):
         objective = Objective(module, loss_fn, restrict, device, weights=state_dict_of(weights))
-        full_batch = full_batch or (sampler is not None and sampler.full_batch)
+        full_batch = full_batch or (settings.sampler is not None and settings.sampler.full_batch)
         source = source_of(data, batch_size, objective.device, seed, num_samples, full_batch)
         if nbeta is None and source.num_samples is not None:
             default_nbeta(source.num_samples)
@@ -408,9 +433,22 @@ def estimate_llc(
             raise ValueError(f"{error} Give loss_fn(module, batch) -> loss.") from error
 
 
+def check_batch_size(batch_size: Optional[int]) -> None:
+    """Raises:
+    ValueError: for less than one; TypeError for what is no whole number.
+    """
+    if batch_size is not None and _whole("batch_size", batch_size) < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1.")
+
+
 def state_dict_of(weights: Optional[Mapping[str, Any]]) -> Optional[dict[str, Tensor]]:
     """The ``state_dict`` in what was given: one itself, or a Lightning checkpoint that holds one."""
     if weights is None:
         return None
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            f"weights={weights!r}: must be a state_dict, or a checkpoint with one, not {type(weights).__name__}; "
+            "a file is read by torch.load(path, weights_only=True)."
+        )
     inner = weights.get("state_dict", weights)
     return dict(inner)

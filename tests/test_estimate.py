@@ -20,7 +20,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from lightning_slt import SGLD, Estimate, estimate_llc
+from lightning_slt import SGLD, Estimate, LeimkuhlerMatthews, estimate_llc
 from lightning_slt.estimate import NonFiniteLossError, default_localization
 from lightning_slt.functional import default_nbeta
 from tests.cases.problems import regular
@@ -289,6 +289,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no loss": ({"loss_fn": None}, r"loss_fn is None.*Sequential.*loss_fn\(module, batch\)"),
     "step without a loss": ({"loss_fn": lambda m, b: None}, r"None for every minibatch.*loss_fn\(module, batch\)"),
     "loss that is no tensor": ({"loss_fn": lambda m, b: 1.0}, r"the loss must be a tensor.*float"),
+    "no samples": ({"num_samples": 0}, r"num_samples=0.*at least 1.*None"),
+    "a sampler without a name": ({"sampler": "ULA"}, r"sampler name='ULA'.*SGLD"),
     "weights of another module": ({"weights": {"x": torch.zeros(1)}}, r"(?s)Missing key.*0\.weight"),
 }
 
@@ -297,11 +299,30 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_refused_with_the_argument_and_the_remedy(changes: dict[str, Any], message: str) -> None:
     arguments = {**TINY, "data": regression(), "loss_fn": mean_squared, **changes}
     data, loss_fn = arguments.pop("data"), arguments.pop("loss_fn")
-    kind = (TypeError,) if "expected" in message or "tensor" in message else (ValueError, RuntimeError)
+    kind: tuple[type[Exception], ...] = (
+        (TypeError,) if "expected" in message or "tensor" in message else (ValueError, RuntimeError)
+    )
     with pytest.raises(kind, match=message) as caught:
         estimate_llc(mlp(), data, loss_fn, **arguments)
     if "Missing key" not in message:
         assert isinstance(caught.value, (ValueError, TypeError))
+
+
+OF_THE_WRONG_TYPE: dict[str, tuple[dict[str, Any], str]] = {
+    "weights that are a path": ({"weights": "epoch=9.ckpt"}, r"weights='epoch=9.ckpt'.*torch\.load"),
+    "columns": ({"data": regression().tensors}, r"data: got tuple.*TensorDataset\(X, Y\)"),
+    "columns by name": ({"data": {"x": torch.ones(9, 5)}}, r"data: got dict.*TensorDataset"),
+    "a name of data": ({"data": "digits"}, r"data: got str.*a Dataset"),
+    "chains in words": ({"num_chains": "two"}, r"num_chains='two'.*whole number"),
+    "a class of samplers": ({"sampler": SGLD}, r"sampler=SGLD: is a class.*SGLD\(\)"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), OF_THE_WRONG_TYPE.values(), ids=OF_THE_WRONG_TYPE)
+def test_a_type_that_is_none_is_refused_with_the_remedy(changes: dict[str, Any], message: str) -> None:
+    arguments = {**TINY, "data": regression(), **changes}
+    with pytest.raises(TypeError, match=message):
+        estimate_llc(mlp(), arguments.pop("data"), mean_squared, **arguments)
 
 
 @pytest.mark.parametrize("lr", [-1e-4, 0.0, math.nan, math.inf])
@@ -339,6 +360,49 @@ def test_num_samples_out_of_range_is_named() -> None:
 
 def test_seeds_that_are_negative_or_large_are_seeds() -> None:
     assert not same(tiny(mlp(), seed=-1), tiny(mlp(), seed=2**40))
+
+
+def test_whole_numbers_of_numpy_are_taken_and_fractions_are_not() -> None:
+    estimate = tiny(mlp(), seed=np.int64(3), num_draws=np.int32(6))
+    assert same(estimate, tiny(mlp(), seed=3, num_draws=6))
+    assert type(estimate.seed) is int and type(estimate.num_draws) is int
+    for name, value in (("seed", 1.5), ("num_draws", 20.0), ("batch_size", "10")):
+        with pytest.raises(TypeError, match=rf"{name}=.*whole number"):
+            tiny(mlp(), **{name: value})
+
+
+def test_a_sampler_by_name_and_settings_is_the_sampler() -> None:
+    expected = tiny(mlp(), sampler=SGLD(lr=2e-3))
+    assert same(tiny(mlp(), sampler={"name": "SGLD", "lr": 2e-3}), expected)
+    assert same(tiny(mlp(), sampler="LeimkuhlerMatthews"), tiny(mlp(), sampler=LeimkuhlerMatthews()))
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_the_answer_is_the_same_without_gradients_around_it(mode: Any) -> None:
+    """A validation hook of Lightning's runs in inference mode."""
+    with mode():
+        inside = tiny(mlp())
+        assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
+    assert same(inside, tiny(mlp()))
+
+
+def test_a_list_of_batches_without_their_number_is_said_to_be_read_as_samples(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    batches = list(DataLoader(regression(64), batch_size=16))
+    tiny(mlp(), list(regression(64)), nbeta=None)
+    assert not caplog.records
+    assert tiny(mlp(), batches, nbeta=None, num_samples=64).num_samples == 64
+    assert not caplog.records
+    tiny(mlp(), batches, nbeta=None)
+    assert "n = 4; its first one looks like a batch. If they are batches, give num_samples" in caplog.text
+
+
+def test_an_estimate_whose_error_is_not_known_is_not_valid() -> None:
+    alone = tiny(mlp(), num_chains=1, num_draws=3)
+    assert math.isnan(alone.se) and not alone.valid
+    assert "error is not known: one chain of 3 draws" in "; ".join(alone.reasons)
+    assert math.isfinite(tiny(mlp(), num_chains=2, num_draws=3).se)
 
 
 # ----------------------------------------------------------------------------------------------------- what is given

@@ -91,6 +91,10 @@ def summarise(trace: Tensor, diverged: Tensor | None = None) -> Summary:
     bad = (~good).nonzero().flatten().tolist()
     if len(bad) >= (1 - MIN_CHAIN_SHARE) * len(good):
         reasons.append(f"{len(bad)} of {len(good)} chains diverged or became non-finite (chains {bad}): left out")
+    if math.isnan(se):
+        reasons.append(
+            f"its error is not known: one chain of {kept.shape[1]} draws (4 draws, or 2 chains, at the least)"
+        )
     tolerance = max(MAX_RELATIVE_ERROR * abs(mean), MAX_RELATIVE_ERROR)
     if r > MAX_RHAT and se > tolerance / 2:
         reasons.append(f"{NOT_MIXED}: R-hat {r:.2f} > {MAX_RHAT}, error {se:.2g}")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_slt.estimate import ChainSettings, run_chains, state_dict_of
+from lightning_slt.estimate import ChainSettings, check_batch_size, run_chains, state_dict_of
 from lightning_slt.functional.influence import (
     shrink,
 )
@@ -150,11 +150,11 @@ def estimate_influence(
         seed=seed,
         method=method,
     )
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: must be at least 1.")
+    check_batch_size(batch_size)
+    seed = settings.seed
     if sampler is None and localization == 0 and nbeta is None:
         raise ValueError(f"localization={localization}: gives no nbeta. Give nbeta= too, or a positive localization.")
-    with preserve_rng(seed):
+    with torch.inference_mode(False), preserve_rng(seed):
         objective = Objective(module, loss_fn, restrict, device, weights=state_dict_of(weights))
         train = _indexed("train_data", train_data, batch_size, objective, seed, num_samples, full_batch)
         query = None

@@ -9,7 +9,8 @@ of its own: the batch is then independent of the chain's weights, and ``L_B(w) -
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Optional
 
@@ -33,6 +34,8 @@ from torch.utils.data import (
 from lightning_slt.sampling.reading import Reader
 from lightning_slt.sampling.rng import LOADER, generator
 from lightning_slt.sampling.window import Window, num_bytes
+
+log = logging.getLogger(__name__)
 
 MAX_RESIDENT_BYTES = 256 * 2**20
 MAX_RESIDENT_BATCHES = 1024
@@ -261,8 +264,16 @@ def source_of(
     """The source for data handed to a one-call estimate: a Dataset, a DataLoader, or an iterable of batches.
 
     Raises:
-        ValueError: for no data; TypeError: for something that is no data.
+        ValueError: for no data, or a ``num_samples`` below 1; TypeError: for something that is no data.
     """
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples={num_samples}: must be at least 1, or None to take it from the data.")
+    columns = (isinstance(data, Mapping) and 0 not in data) or _is_columns(data)
+    if isinstance(data, (str, bytes)) or columns:
+        raise TypeError(
+            f"data: got {type(data).__name__}, which is no set of samples: expected a Dataset, a DataLoader or an "
+            "iterable of batches. Columns X and Y make one as TensorDataset(X, Y)."
+        )
     collate: Optional[Callable[[list[Any]], Any]] = None
     workers: Optional[int] = None
     move = to_device(device)
@@ -285,6 +296,11 @@ def source_of(
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         if len(data) == 0:
             raise ValueError("data: the dataset is empty; chains need samples to compute a loss on.")
+        if isinstance(data, (list, tuple)) and _looks_like_a_batch(data[0]):
+            log.warning(
+                f"data: a {type(data).__name__} is read as samples, n = {len(data)}; its first one looks like a batch. "
+                "If they are batches, give num_samples."
+            )
         if full_batch:
             batch_size = len(data)
         source = DatasetSource(data, batch_size or 64, collate, indices, move, seed, workers)
@@ -294,6 +310,18 @@ def source_of(
         _refuse_full_batch(full_batch)
         return IterableSource(data, num_samples, move)
     raise TypeError(f"data: expected a Dataset, a DataLoader or an iterable of batches, got {type(data).__name__}.")
+
+
+def _is_columns(data: Any) -> bool:
+    """``(X, Y)``: tensors of the same length, which nobody has made a dataset of."""
+    if not isinstance(data, tuple) or len(data) < 2 or not all(isinstance(x, Tensor) for x in data):
+        return False
+    return all(x.ndim > 0 and len(x) == len(data[0]) > 1 for x in data) and len({x.shape for x in data}) > 1
+
+
+def _looks_like_a_batch(item: Any) -> bool:
+    tensors = [x for x in tree_flatten(item)[0] if isinstance(x, Tensor)]
+    return len(tensors) > 1 and all(x.ndim > 0 and len(x) == len(tensors[0]) > 1 for x in tensors)
 
 
 def uniform_samples(loader: Any) -> tuple[bool, Optional[Sequence[int]]]:

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Union
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_slt.sampling.shadow import without_compile
 
-Restriction = Union[str, nn.Module, Sequence[Union[str, nn.Module]], None]
+Restriction = Union[str, nn.Module, nn.Parameter, Sequence[Union[str, nn.Module, nn.Parameter]], None]
 
 
 def select_parameters(module: nn.Module, restrict: Restriction = None) -> list[str]:
@@ -23,7 +23,8 @@ def select_parameters(module: nn.Module, restrict: Restriction = None) -> list[s
     Args:
         module: its parameters with ``requires_grad`` are the candidates: frozen ones never move.
         restrict: None for all of them, or one or several of: a glob over parameter names (``"encoder.*.weight"``), the
-            name of a submodule (``"encoder"``), or a submodule itself. A weight that is pruned keeps its name here.
+            name of a submodule (``"encoder"``), or a submodule or a parameter itself. A weight that is pruned keeps its
+            name here.
 
     Raises:
         ValueError: where nothing is named, nothing is matched, or all that is matched is frozen.
@@ -42,7 +43,7 @@ def select_parameters(module: nn.Module, restrict: Restriction = None) -> list[s
         )
     if restrict is None:
         return trainable
-    entries = [restrict] if isinstance(restrict, (str, nn.Module)) else list(restrict)
+    entries = [restrict] if isinstance(restrict, (str, nn.Module, Tensor)) else list(restrict)
     if not entries:
         raise ValueError("restrict is empty: leave it None to move every weight, or name parameters or submodules.")
 
@@ -57,6 +58,9 @@ def select_parameters(module: nn.Module, restrict: Restriction = None) -> list[s
         if isinstance(entry, nn.Module):
             matched = {id(p) for p in entry.parameters()} & {id(p) for _, p in aliases}
             label = f"the submodule {type(entry).__name__}"
+        elif isinstance(entry, Tensor):
+            matched = {id(entry)} & {id(p) for _, p in aliases}
+            label = f"a tensor of shape {tuple(entry.shape)}"
         else:
             wanted = without_compile(entry)
             matched = {id(p) for name, p in aliases if fnmatchcase(name, wanted) or name.startswith(f"{wanted}.")}
