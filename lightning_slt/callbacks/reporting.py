@@ -216,6 +216,13 @@ class Reporting(KeepsHistory):
         elapsed = time.monotonic() - (self._start if self._start is not None else begin)
         overhead = (self._seconds + seconds) / max(elapsed, 1e-9)
         estimate = estimate.replace(overhead=overhead, component=self._name or "")
+        before = self.estimates[-1].num_weights if self.estimates else estimate.num_weights
+        if estimate.num_weights != before:
+            rank_zero_warn(
+                f"{self._prefix}: from step {estimate.step} on {estimate.num_weights:,} weights move, before it "
+                f"{before:,} did: what is measured is another quantity. Another restrict=, or another model, that goes "
+                "on from a checkpoint wants a name= of its own; where layers were set free, read it in two parts."
+            )
         self.estimates.append(estimate)
         trainer.callback_metrics.update(
             {

@@ -18,6 +18,7 @@ from lightning_slt.publish.run import MonitorRecord, Run
 from lightning_slt.publish.words import (
     KIND_WORDS,
     cost_sentence,
+    count_of,
     diagnosis,
     diagnostics,
     diagnostics_sentence,
@@ -129,7 +130,7 @@ def _marks(monitor: MonitorRecord) -> str:
 
 def _estimates(estimates: Sequence[Estimate], rows: int) -> Table:
     few = list(estimates)
-    title = f"{len(estimates):,} estimates"
+    title = count_of(len(estimates), "estimate")
     if len(few) > rows:
         few = [few[round(k * (len(few) - 1) / max(rows - 1, 1))] for k in range(rows)] if rows > 1 else few[-1:]
         title += f", {rows} of them"

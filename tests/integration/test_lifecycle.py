@@ -72,6 +72,17 @@ def test_resume_mid_epoch_is_the_same_and_goes_on_with_the_history(tmp_path: Pat
         assert torch.equal(before.trace, after.trace) and before.mean == after.mean
 
 
+def test_a_resume_with_another_restriction_is_said_to_measure_something_else(tmp_path: Path) -> None:
+    """Without a name the restriction tells monitors apart, and nothing is gone on with."""
+    checkpoint = stopped_at_5(tmp_path, tiny_monitor(every_n_train_steps=2, name="part", restrict="net.*"))
+    part = tiny_monitor(every_n_train_steps=2, name="part", restrict="net.0.*")
+    with pytest.warns(UserWarning, match=r"from step 6 on \d+ weights move, before it \d+ did.*name=") as caught:
+        resume(tmp_path, checkpoint, part)
+    assert sum("weights move" in str(w.message) for w in caught) == 1
+    assert steps_of(part) == [2, 4, 6, 8, 10, 12]
+    assert part.estimates[1].num_weights > part.estimates[2].num_weights > 0
+
+
 def test_resumed_estimates_are_those_of_an_uninterrupted_run(tmp_path: Path) -> None:
     """Data without an order to lose: the chains after a resume start from the same weights with the same settings."""
     scenario = Scenario(models.Plain, lambda: loaders(dataset=models.zeros(4), shuffle=False), saving(tmp_path))
