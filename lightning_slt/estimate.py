@@ -26,7 +26,7 @@ from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged, heat_of, virial_ratio
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.rng import preserve_rng
-from lightning_slt.sampling.samplers import SGLD, Sampler, sampler_from
+from lightning_slt.sampling.samplers import SGLD, KineticLangevin, Sampler, sampler_from
 from lightning_slt.sampling.segment import STATS_EVERY
 from lightning_slt.sampling.steps import LossFn, NoLossError
 
@@ -368,7 +368,7 @@ def estimate_llc(
         data: training data: a map-style Dataset, a DataLoader, or an iterable of batches (then give ``num_samples``).
         loss_fn: ``loss_fn(module, batch)`` -> scalar or ``[batch]``.
         sampler: None for SGLD with a calibrated step; ``SGLD(lr=...)`` fixes it. Also LeimkuhlerMatthews, RMSpropSGLD,
-            SGNHT, and MALA, whose every step sees all the data.
+            SGNHT, KineticLangevin (with ``full_batch``), and MALA, whose every step sees all the data.
         nbeta: None for ``n / log n``.
         localization: gamma; None for ``d / |w*|²`` within [1, 100], see :func:`default_localization`.
         num_chains: independent chains.
@@ -427,6 +427,11 @@ def estimate_llc(
         source = source_of(data, batch_size, objective.device, seed, num_samples, full_batch)
         if nbeta is None and source.num_samples is not None:
             default_nbeta(source.num_samples)
+        if isinstance(settings.sampler, KineticLangevin) and source.batch_size < (source.num_samples or math.inf):
+            log.warning(
+                f"sampler=KineticLangevin(): minibatches of {source.batch_size} heat its chains, and that stays in. "
+                "Give full_batch=True, or leave the sampler None."
+            )
         try:
             return measure_llc(objective, source, settings)
         except NoLossError as error:

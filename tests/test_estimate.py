@@ -20,7 +20,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from lightning_slt import SGLD, Estimate, LeimkuhlerMatthews, estimate_llc
+from lightning_slt import SGLD, Estimate, KineticLangevin, LeimkuhlerMatthews, estimate_llc
 from lightning_slt.estimate import NonFiniteLossError, default_localization
 from lightning_slt.functional import default_nbeta
 from tests.cases.problems import regular
@@ -396,6 +396,13 @@ def test_a_list_of_batches_without_their_number_is_said_to_be_read_as_samples(
     assert not caplog.records
     tiny(mlp(), batches, nbeta=None)
     assert "n = 4; its first one looks like a batch. If they are batches, give num_samples" in caplog.text
+
+
+def test_kinetic_chains_on_minibatches_are_said_to_be_heated(caplog: pytest.LogCaptureFixture) -> None:
+    tiny(mlp(), sampler=KineticLangevin(), full_batch=True)
+    assert not caplog.records
+    tiny(mlp(), sampler=KineticLangevin())
+    assert "minibatches of 16 heat its chains" in caplog.text and "full_batch=True" in caplog.text
 
 
 def test_an_estimate_whose_error_is_not_known_is_not_valid() -> None:

@@ -10,7 +10,7 @@ import math
 
 import pytest
 
-from lightning_slt import estimate_llc
+from lightning_slt import KineticLangevin, estimate_llc
 from tests.cases.make_references import load_references
 from tests.cases.problems import CASES
 
@@ -44,3 +44,14 @@ def test_a_valid_estimate_within_two_standard_errors_of_the_reference(name: str)
     assert e.valid, what
     # two standard errors are no excuse for an error bar without end
     assert e.se < 0.1 * reference["mean"], what
+
+
+@pytest.mark.slow
+def test_kinetic_chains_on_all_the_data_are_right_where_the_default_is_not() -> None:
+    """The check that docs/choosing.md names, on the convnet at its default localisation."""
+    case, reference = CASES["convnet-default"](), REFERENCES["convnet-default"]
+    e = estimate_llc(case.module, case.dataset, case.loss_fn, sampler=KineticLangevin(), full_batch=True)
+    assert e.localization == pytest.approx(reference["gamma"], rel=1e-3)
+    error = math.hypot(e.se, reference["se"])
+    assert abs(e.mean - reference["mean"]) <= 2 * error, f"{e.mean:.4g} +- {e.se:.2g}"
+    assert e.valid and e.se < 0.03 * reference["mean"], e.reasons
