@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import operator
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_slt.functional.learning_coefficient import NOT_ARRIVED, summarise
 from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 from lightning_slt.record import Estimate
+from lightning_slt.sampling.arguments import check_count, check_data, check_number
 from lightning_slt.sampling.batches import MinibatchSource, source_of
 from lightning_slt.sampling.calibration import MAX_STEPS_BW_DRAWS, MIN_VIRIAL, Budget, Drawn, draw
 from lightning_slt.sampling.chains import Chains, Progress, Reader, open_window
@@ -26,7 +27,7 @@ from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged, heat_of, virial_ratio
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.rng import preserve_rng
-from lightning_slt.sampling.samplers import SGLD, KineticLangevin, Sampler, sampler_from
+from lightning_slt.sampling.samplers import SGLD, KineticLangevin, Sampler, as_sampler
 from lightning_slt.sampling.segment import STATS_EVERY
 from lightning_slt.sampling.steps import LossFn, NoLossError
 
@@ -47,6 +48,7 @@ class ChainSettings:
 
     Raises:
         ValueError: naming the argument, its value and what to do.
+        TypeError: for an argument of another kind, likewise.
     """
 
     sampler: Optional[Sampler] = None
@@ -66,18 +68,16 @@ class ChainSettings:
     """The standard error to reach in units of the LLC, in place of ``tolerance``, which is a share of it."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sampler", _sampler(self.sampler))
-        for name in ("num_chains", "num_draws", "num_burnin_steps", "num_steps_bw_draws", "seed"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, _whole(name, value))
-        for name, least in (("num_chains", 1), ("num_draws", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}.")
+        for name in ("num_chains", "num_draws"):
+            check_count(name, getattr(self, name), optional=False)
+        check_count("seed", self.seed, -(2**64), optional=False)
         for name, least in (("num_burnin_steps", 0), ("num_steps_bw_draws", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value}: must be at least {least}, or None to have it chosen.")
+            check_count(name, getattr(self, name), least, ", or None to have it chosen")
+        for name in ("num_chains", "num_draws", "num_burnin_steps", "num_steps_bw_draws", "seed"):
+            if getattr(self, name) is not None:  # NumPy's whole numbers among them
+                object.__setattr__(self, name, int(getattr(self, name)))
+        for name in ("nbeta", "localization", "tolerance", "tolerance_llc"):
+            check_number(name, getattr(self, name))
         if self.nbeta is not None and not (math.isfinite(self.nbeta) and self.nbeta > 0):
             raise ValueError(f"nbeta={self.nbeta}: must be positive; leave it None for n / log n.")
         if self.localization is not None and not (math.isfinite(self.localization) and self.localization >= 0):
@@ -103,24 +103,6 @@ class ChainSettings:
             self.second_moment,
             self.tolerance_llc,
         )
-
-
-def _sampler(given: Any) -> Optional[Sampler]:
-    if isinstance(given, str):
-        return sampler_from({"name": given})
-    if isinstance(given, Mapping):
-        return sampler_from(given)
-    if isinstance(given, type):
-        raise TypeError(f"sampler={given.__name__}: is a class; give one of it, {given.__name__}().")
-    return given  # type: ignore[no-any-return]
-
-
-def _whole(name: str, value: Any) -> int:
-    """A Python int of any kind of whole number, such as NumPy's."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}={value!r}: must be a whole number (an int), not {type(value).__name__}.") from None
 
 
 def tolerance_settings(tolerance: float | str | None) -> dict[str, float]:
@@ -341,7 +323,7 @@ def estimate_llc(
     data: Any,
     loss_fn: Optional[LossFn] = None,
     *,
-    sampler: Optional[Sampler] = None,
+    sampler: Optional[Union[Sampler, Mapping[str, Any]]] = None,
     nbeta: Optional[float] = None,
     localization: Optional[float] = None,
     num_chains: int = 8,
@@ -368,7 +350,8 @@ def estimate_llc(
         data: training data: a map-style Dataset, a DataLoader, or an iterable of batches (then give ``num_samples``).
         loss_fn: ``loss_fn(module, batch)`` -> scalar or ``[batch]``.
         sampler: None for SGLD with a calibrated step; ``SGLD(lr=...)`` fixes it. Also LeimkuhlerMatthews, RMSpropSGLD,
-            SGNHT, KineticLangevin (with ``full_batch``), and MALA, whose every step sees all the data.
+            SGNHT, KineticLangevin (with ``full_batch``), and MALA, whose every step sees all the data. Any but the
+            last two also as a mapping, such as ``{"name": "SGLD", "lr": 1e-4}``.
         nbeta: None for ``n / log n``.
         localization: gamma; None for ``d / |w*|²`` within [1, 100], see :func:`default_localization`.
         num_chains: independent chains.
@@ -394,7 +377,7 @@ def estimate_llc(
     Raises:
         ValueError: for an argument out of range, no data, n < 2, a restriction that matches nothing, a module without a
             usable loss, a non-finite starting loss. The message names the argument and the remedy.
-        TypeError: where ``data`` is no data or the loss no tensor.
+        TypeError: where ``data`` is no data, the loss no tensor, or another argument of another kind.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -406,6 +389,7 @@ def estimate_llc(
         >>> est.valid, abs(est.mean - 2.0) < 0.3  # d / 2
         (True, True)
     """
+    sampler = as_sampler(sampler)
     settings = ChainSettings(
         sampler=sampler,
         num_chains=num_chains,
@@ -418,7 +402,8 @@ def estimate_llc(
         method=method,
         **tolerance_settings(tolerance),  # type: ignore[arg-type]
     )
-    check_batch_size(batch_size)
+    check_count("batch_size", batch_size)
+    check_data("data", data, num_samples)
     seed = settings.seed
     # a validation hook of Lightning's runs in inference mode, in which there are no gradients
     with torch.inference_mode(False), preserve_rng(seed):
@@ -438,22 +423,21 @@ def estimate_llc(
             raise ValueError(f"{error} Give loss_fn(module, batch) -> loss.") from error
 
 
-def check_batch_size(batch_size: Optional[int]) -> None:
-    """Raises:
-    ValueError: for less than one; TypeError for what is no whole number.
-    """
-    if batch_size is not None and _whole("batch_size", batch_size) < 1:
-        raise ValueError(f"batch_size={batch_size}: must be at least 1.")
-
-
 def state_dict_of(weights: Optional[Mapping[str, Any]]) -> Optional[dict[str, Tensor]]:
-    """The ``state_dict`` in what was given: one itself, or a Lightning checkpoint that holds one."""
+    """The ``state_dict`` in what was given: one itself, or a Lightning checkpoint that holds one.
+
+    Raises:
+        TypeError: for a path, a module, or anything else.
+    """
     if weights is None:
         return None
-    if not isinstance(weights, Mapping):
+    if isinstance(weights, (str, os.PathLike)):
         raise TypeError(
-            f"weights={weights!r}: must be a state_dict, or a checkpoint with one, not {type(weights).__name__}; "
-            "a file is read by torch.load(path, weights_only=True)."
+            f"weights={os.fspath(weights)!r}: expected a state_dict, got a path. Load it: "
+            f"weights=torch.load({os.fspath(weights)!r}, map_location='cpu')."
         )
+    if not isinstance(weights, Mapping):
+        remedy = "Give its state_dict()." if isinstance(weights, nn.Module) else "Give module.state_dict()."
+        raise TypeError(f"weights: expected a state_dict, got {type(weights).__name__}. {remedy}")
     inner = weights.get("state_dict", weights)
     return dict(inner)

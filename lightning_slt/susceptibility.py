@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lightning_slt.estimate import ChainSettings, default_localization, run_chai
 from lightning_slt.functional.influence import group_means
 from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 from lightning_slt.functional.susceptibility import MIXED, Response, susceptibility
+from lightning_slt.sampling.arguments import check_count, check_data
 from lightning_slt.sampling.batches import DatasetSource, source_of
 from lightning_slt.sampling.calibration import Drawn
 from lightning_slt.sampling.chains import Chains
@@ -28,7 +29,7 @@ from lightning_slt.sampling.probe import Probe, Samples, choose_samples
 from lightning_slt.sampling.readings import diverged
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.rng import PROBE, generator, preserve_rng
-from lightning_slt.sampling.samplers import KineticLangevin, Sampler
+from lightning_slt.sampling.samplers import KineticLangevin, Sampler, as_sampler
 from lightning_slt.sampling.steps import LossFn, NoLossError
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
 
@@ -311,7 +312,7 @@ def estimate_susceptibility(
     loss_fn: Optional[LossFn] = None,
     *,
     components: Optional[Mapping[str, Restriction]] = None,
-    sampler: Optional[Sampler] = None,
+    sampler: Optional[Union[Sampler, Mapping[str, Any]]] = None,
     nbeta: Optional[float] = None,
     localization: Optional[float] = None,
     num_chains: int = 16,
@@ -367,6 +368,7 @@ def estimate_susceptibility(
     Raises:
         ValueError: for an argument out of range, ``components`` beside ``restrict``, no data, data without an index, a
             coupled loss, a component that matches no weight. The message names the argument and the remedy.
+        TypeError: for an argument of another kind, likewise.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -384,8 +386,8 @@ def estimate_susceptibility(
     if components is not None and not components:
         raise ValueError("components is empty: leave it None for all weights, or give {name: patterns}.")
     for name, value in (("batch_size", batch_size), ("max_shifted", max_shifted)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value}: must be at least 1.")
+        check_count(name, value)
+    sampler = as_sampler(sampler)
     settings = ChainSettings(
         sampler=sampler,
         num_chains=num_chains,
@@ -441,6 +443,7 @@ def chain_batch(n: int) -> int:
 def _indexed(
     name: str, data: Any, batch_size: Optional[int], device: torch.device, seed: int, full: bool
 ) -> DatasetSource:
+    check_data(name, data)
     dataset = data.dataset if isinstance(data, DataLoader) else data
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise ValueError(f"{name}: {NO_INDEX}")

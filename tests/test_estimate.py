@@ -20,7 +20,14 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from lightning_slt import SGLD, Estimate, KineticLangevin, LeimkuhlerMatthews, estimate_llc
+from lightning_slt import (
+    SGLD,
+    Estimate,
+    KineticLangevin,
+    estimate_influence,
+    estimate_llc,
+    estimate_susceptibility,
+)
 from lightning_slt.estimate import NonFiniteLossError, default_localization
 from lightning_slt.functional import default_nbeta
 from tests.cases.problems import regular
@@ -290,7 +297,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "step without a loss": ({"loss_fn": lambda m, b: None}, r"None for every minibatch.*loss_fn\(module, batch\)"),
     "loss that is no tensor": ({"loss_fn": lambda m, b: 1.0}, r"the loss must be a tensor.*float"),
     "no samples": ({"num_samples": 0}, r"num_samples=0.*at least 1.*None"),
-    "a sampler without a name": ({"sampler": "ULA"}, r"sampler name='ULA'.*SGLD"),
     "weights of another module": ({"weights": {"x": torch.zeros(1)}}, r"(?s)Missing key.*0\.weight"),
 }
 
@@ -308,21 +314,77 @@ def test_refused_with_the_argument_and_the_remedy(changes: dict[str, Any], messa
         assert isinstance(caught.value, (ValueError, TypeError))
 
 
-OF_THE_WRONG_TYPE: dict[str, tuple[dict[str, Any], str]] = {
-    "weights that are a path": ({"weights": "epoch=9.ckpt"}, r"weights='epoch=9.ckpt'.*torch\.load"),
-    "columns": ({"data": regression().tensors}, r"data: got tuple.*TensorDataset\(X, Y\)"),
-    "columns by name": ({"data": {"x": torch.ones(9, 5)}}, r"data: got dict.*TensorDataset"),
-    "a name of data": ({"data": "digits"}, r"data: got str.*a Dataset"),
-    "chains in words": ({"num_chains": "two"}, r"num_chains='two'.*whole number"),
-    "a class of samplers": ({"sampler": SGLD}, r"sampler=SGLD: is a class.*SGLD\(\)"),
+X, Y = regression().tensors
+OF_ANOTHER_KIND: dict[str, tuple[dict[str, Any], str]] = {
+    "a tuple of tensors": ({"data": (X, Y)}, r"data: got a tuple of 2 arrays.*TensorDataset\(X, Y\)"),
+    "a list of other tensors": ({"data": [X, Y[:, 0]]}, r"data: got a list of 2 arrays.*TensorDataset\(X, Y\)"),
+    "a dict of tensors": ({"data": {"x": X, "y": Y}}, r"data: got dict .*'x', 'y'.*TensorDataset\(X, Y\)"),
+    "a path for data": ({"data": "train.pt"}, r"data='train\.pt': got str.*Dataset"),
+    "a path for weights": ({"weights": "x.ckpt"}, r"weights='x\.ckpt': .*a path.*torch\.load\('x\.ckpt'"),
+    "a Path for weights": ({"weights": Path("x.ckpt")}, r"weights='x\.ckpt': .*a path.*torch\.load"),
+    "a module for weights": ({"weights": nn.Linear(1, 1)}, r"weights: .*got Linear.*state_dict\(\)"),
+    "a tensor to restrict": ({"restrict": X}, r"restrict: got a Tensor.*name of the parameter"),
+    "a number to restrict": ({"restrict": 3}, r"restrict=3: got int.*name of a parameter"),
+    "a sampler's name": ({"sampler": "SGLD"}, r"sampler='SGLD': .*SGLD\(\).*'name': 'SGLD'"),
+    "a sampler's class": ({"sampler": SGLD}, r"sampler=SGLD: is a class.*SGLD\(\)"),
+    "text for chains": ({"num_chains": "2"}, r"num_chains='2': expected a whole number, got str"),
+    "a float for draws": ({"num_draws": 20.0}, r"num_draws=20\.0: expected a whole number, got float"),
+    "no number of draws": ({"num_draws": None}, r"num_draws=None: expected a whole number"),
+    "text for a batch": ({"batch_size": "10"}, r"batch_size='10': expected a whole number, got str"),
+    "text for nbeta": ({"nbeta": "10"}, r"nbeta='10': expected a number, got str"),
 }
 
 
-@pytest.mark.parametrize(("changes", "message"), OF_THE_WRONG_TYPE.values(), ids=OF_THE_WRONG_TYPE)
-def test_a_type_that_is_none_is_refused_with_the_remedy(changes: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("changes", "message"), OF_ANOTHER_KIND.values(), ids=OF_ANOTHER_KIND)
+@pytest.mark.parametrize("call", ["llc", "influence", "susceptibility"])
+def test_an_argument_of_another_kind_is_named_with_the_remedy(call: str, changes: dict[str, Any], message: str) -> None:
     arguments = {**TINY, "data": regression(), **changes}
+    data = arguments.pop("data")
+    calls: dict[str, Any] = {
+        "llc": lambda: estimate_llc(mlp(), data, mean_squared, **arguments),
+        "influence": lambda: estimate_influence(mlp(), data, None, mean_squared, **arguments),
+        "susceptibility": lambda: estimate_susceptibility(mlp(), data, regression(), mean_squared, **arguments),
+    }
     with pytest.raises(TypeError, match=message):
-        estimate_llc(mlp(), arguments.pop("data"), mean_squared, **arguments)
+        calls[call]()
+
+
+def test_a_parameter_to_restrict_is_named() -> None:
+    module = mlp()
+    with pytest.raises(TypeError, match=r"restrict: got a Parameter.*restrict='0\.weight'"):
+        tiny(module, restrict=module[0].weight)  # type: ignore[index]
+
+
+def test_few_tensors_may_be_samples() -> None:
+    samples = [torch.randn(6, generator=gen(k)) for k in range(20)]
+    square: Any = lambda m, b: m(b[:, :5]).square().mean()  # noqa: E731
+    assert math.isfinite(tiny(mlp(), samples, square).mean)
+    assert math.isfinite(tiny(mlp(), tuple(samples), square).mean)
+
+
+def test_a_sampler_may_be_a_mapping() -> None:
+    assert same(tiny(mlp(), sampler={"name": "SGLD", "lr": 1e-3}), tiny(mlp()))
+
+
+@pytest.mark.parametrize("method", ["auto", "sequential", "batched"])
+@pytest.mark.parametrize(
+    "loss_fn", [lambda m, b: mean_squared(m, b).detach(), lambda m, b: torch.tensor(1.0)], ids=["detached", "constant"]
+)
+def test_a_loss_without_a_gradient_is_named(loss_fn: Any, method: str) -> None:
+    with pytest.raises(ValueError, match=r"loss does not depend on the weights that move.*detach\(\)"):
+        tiny(mlp(), loss_fn=loss_fn, method=method)
+
+
+def _asserts(module: nn.Module, batch: Any) -> Tensor:
+    assert module.training
+    return mean_squared(module, batch)
+
+
+def test_a_step_for_training_mode_only_is_told_of_eval_mode() -> None:
+    with pytest.raises(AssertionError, match=r"eval mode.*self\.training is False"):
+        tiny(mlp(), loss_fn=_asserts)
+    with pytest.raises(ValueError, match=r"None for every minibatch.*eval mode.*self\.training is False"):
+        tiny(mlp(), loss_fn=lambda m, b: mean_squared(m, b) if m.training else None)
 
 
 @pytest.mark.parametrize("lr", [-1e-4, 0.0, math.nan, math.inf])
@@ -369,12 +431,6 @@ def test_whole_numbers_of_numpy_are_taken_and_fractions_are_not() -> None:
     for name, value in (("seed", 1.5), ("num_draws", 20.0), ("batch_size", "10")):
         with pytest.raises(TypeError, match=rf"{name}=.*whole number"):
             tiny(mlp(), **{name: value})
-
-
-def test_a_sampler_by_name_and_settings_is_the_sampler() -> None:
-    expected = tiny(mlp(), sampler=SGLD(lr=2e-3))
-    assert same(tiny(mlp(), sampler={"name": "SGLD", "lr": 2e-3}), expected)
-    assert same(tiny(mlp(), sampler="LeimkuhlerMatthews"), tiny(mlp(), sampler=LeimkuhlerMatthews()))
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])

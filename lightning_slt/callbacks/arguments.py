@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Optional
 
@@ -12,7 +12,10 @@ from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_slt.sampling.samplers import MALA, sampler_from
+from lightning_slt.sampling import samplers
+from lightning_slt.sampling.arguments import no_restriction
+from lightning_slt.sampling.restriction import restriction_entries
+from lightning_slt.sampling.samplers import MALA
 from lightning_slt.sampling.sharded import local_of
 
 
@@ -64,18 +67,22 @@ def as_sampler(sampler: Any) -> Any:
             "Use LeimkuhlerMatthews, SGLD, RMSpropSGLD or SGNHT here, and estimate_llc(..., sampler=MALA()) on a "
             "stored checkpoint."
         )
-    if sampler is None or callable(getattr(sampler, "update_", None)):
-        return sampler
-    if isinstance(sampler, Mapping):
-        return sampler_from(sampler)
-    raise TypeError(f"sampler: expected a sampler such as SGLD(lr=...), got {type(sampler).__name__}.")
+    return samplers.as_sampler(sampler)
 
 
 def plain(restrict: Any) -> Any:
-    """Lists of a configuration library as plain lists."""
+    """Lists of a configuration library as plain lists.
+
+    Raises:
+        TypeError: for a Parameter, a Tensor, or anything else that is not a name or a submodule.
+    """
     if restrict is None or isinstance(restrict, (str, nn.Module)):
         return restrict
-    return list(restrict)
+    entries = restriction_entries(restrict)
+    for entry in entries:
+        if not isinstance(entry, (str, nn.Module)):
+            raise no_restriction(entry)
+    return entries
 
 
 def listed(restrict: Any) -> list[Any]:

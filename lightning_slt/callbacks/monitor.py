@@ -47,6 +47,7 @@ from lightning_slt.influence import ProbeSet
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish import RunPublisher
 from lightning_slt.record import Estimate
+from lightning_slt.sampling.arguments import check_count
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.collective import Alone, Collective, RankLostError
 from lightning_slt.sampling.objective import Objective
@@ -202,8 +203,7 @@ class SLTMonitor(DataFollowing):
         )
         if on_failure not in ("warn", "raise"):
             raise ValueError(f"on_failure={on_failure!r}: must be 'warn' or 'raise'.")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: must be at least 1, or None for that of the training loader.")
+        check_count("batch_size", batch_size, otherwise=", or None for that of the training loader")
         if num_samples is not None and num_samples < 2:
             raise ValueError(f"num_samples={num_samples}: must be at least 2, or None to take it from the data.")
         if name is not None and not re.fullmatch(r"[a-z0-9_]+", name):

@@ -6,13 +6,13 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_slt.estimate import ChainSettings, check_batch_size, run_chains, state_dict_of
+from lightning_slt.estimate import ChainSettings, run_chains, state_dict_of
 from lightning_slt.functional.influence import (
     shrink,
 )
@@ -22,6 +22,7 @@ from lightning_slt.influence.probes import probe_set
 from lightning_slt.influence.reader import InfluenceReader
 from lightning_slt.influence.wide import COLD_BURNIN, MAX_SHORTENINGS, SHORTENING, with_wide_means
 from lightning_slt.influence_record import InfluenceEstimate
+from lightning_slt.sampling.arguments import check_count, check_data
 from lightning_slt.sampling.batches import DatasetSource, source_of
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.metric import curvature_at
@@ -30,7 +31,7 @@ from lightning_slt.sampling.probe import GroupFn
 from lightning_slt.sampling.readings import diverged
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.rng import PROBE, generator, preserve_rng
-from lightning_slt.sampling.samplers import KineticLangevin, Sampler
+from lightning_slt.sampling.samplers import KineticLangevin, Sampler, as_sampler
 from lightning_slt.sampling.steps import LossFn, NoLossError
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def estimate_influence(
     query_data: Any = None,
     loss_fn: Optional[LossFn] = None,
     *,
-    sampler: Optional[Sampler] = None,
+    sampler: Optional[Union[Sampler, Mapping[str, Any]]] = None,
     nbeta: Optional[float] = None,
     localization: Optional[float] = None,
     num_chains: int = 16,
@@ -126,6 +127,7 @@ def estimate_influence(
     Raises:
         ValueError: for an argument out of range, no data, data without an index, a coupled loss, a module without a
             usable loss, a non-finite starting loss. The message names the argument and the remedy.
+        TypeError: for an argument of another kind, likewise.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -139,6 +141,7 @@ def estimate_influence(
     """
     start = time.perf_counter()
     shrink(torch.zeros(()), torch.zeros(()), 1.0 if shrinkage is None else shrinkage)
+    sampler = as_sampler(sampler)
     settings = ChainSettings(
         sampler=sampler,
         num_chains=num_chains,
@@ -150,7 +153,7 @@ def estimate_influence(
         seed=seed,
         method=method,
     )
-    check_batch_size(batch_size)
+    check_count("batch_size", batch_size)
     seed = settings.seed
     if sampler is None and localization == 0 and nbeta is None:
         raise ValueError(f"localization={localization}: gives no nbeta. Give nbeta= too, or a positive localization.")
@@ -228,6 +231,7 @@ def _indexed(
     Raises:
         ValueError: where they cannot.
     """
+    check_data(name, data)
     dataset = data.dataset if isinstance(data, DataLoader) else data
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise ValueError(f"{name}: {NO_INDEX}")

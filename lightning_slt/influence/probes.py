@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Optional
 
+from lightning_slt.sampling.arguments import check_count
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.probe import GroupFn, Samples, choose_samples, default_group
 from lightning_slt.sampling.rng import preserve_rng
@@ -101,8 +102,7 @@ def probe_set(
         ValueError: for a limit below 1; for ``per_token`` without queries; where ``group_fn`` fails.
     """
     for name, limit in (("max_train", max_train), ("max_query", max_query)):
-        if limit is not None and limit < 1:
-            raise ValueError(f"{name}={limit}: must be at least 1, or None for all samples.")
+        check_count(name, limit, otherwise=", or None for all samples")
     if per_token and query is None:
         raise ValueError("per_token=True: give query_data, whose tokens become the rows.")
     parts: list[tuple[Samples, Optional[list[Optional[str]]]]] = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Optional
 
@@ -268,12 +268,6 @@ def source_of(
     """
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples}: must be at least 1, or None to take it from the data.")
-    columns = (isinstance(data, Mapping) and 0 not in data) or _is_columns(data)
-    if isinstance(data, (str, bytes)) or columns:
-        raise TypeError(
-            f"data: got {type(data).__name__}, which is no set of samples: expected a Dataset, a DataLoader or an "
-            "iterable of batches. Columns X and Y make one as TensorDataset(X, Y)."
-        )
     collate: Optional[Callable[[list[Any]], Any]] = None
     workers: Optional[int] = None
     move = to_device(device)
@@ -310,13 +304,6 @@ def source_of(
         _refuse_full_batch(full_batch)
         return IterableSource(data, num_samples, move)
     raise TypeError(f"data: expected a Dataset, a DataLoader or an iterable of batches, got {type(data).__name__}.")
-
-
-def _is_columns(data: Any) -> bool:
-    """``(X, Y)``: tensors of the same length, which nobody has made a dataset of."""
-    if not isinstance(data, tuple) or len(data) < 2 or not all(isinstance(x, Tensor) for x in data):
-        return False
-    return all(x.ndim > 0 and len(x) == len(data[0]) > 1 for x in data) and len({x.shape for x in data}) > 1
 
 
 def _looks_like_a_batch(item: Any) -> bool:

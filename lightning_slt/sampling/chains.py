@@ -22,7 +22,7 @@ from lightning_slt.sampling.paths import Choice, choose_engine
 from lightning_slt.sampling.rng import CHOICE, MINIBATCHES, NOISE, START, generator
 from lightning_slt.sampling.samplers import Sampler, SamplerState, empty_state
 from lightning_slt.sampling.segment import NOISE_EVERY, READINGS, STATS_EVERY, Segment
-from lightning_slt.sampling.steps import NoLossError
+from lightning_slt.sampling.steps import EVAL_MODE, NO_LOSS, NoLossError
 from lightning_slt.sampling.window import Window
 
 PROBED_BATCHES = 8
@@ -345,7 +345,7 @@ class Chains:
         if window.without_loss:
             usable = torch.tensor([i for i in range(len(window)) if i in window.anchor_loss])
             if not len(usable):
-                raise NoLossError("training_step returned None for every minibatch: there is no loss to sample.")
+                raise NoLossError(NO_LOSS)
             without = torch.isin(indices, torch.tensor(sorted(window.without_loss)))
             indices = torch.where(without, usable[indices % len(usable)], indices)
         return indices
@@ -553,7 +553,19 @@ def open_window(objective: Objective, source: MinibatchSource) -> float:
 
     Raises:
         NoLossError: where no minibatch of the first window has a loss.
+        AssertionError: where the step fails an assertion, with what may be behind it.
     """
+    try:
+        return _opened(objective, source)
+    except AssertionError as error:
+        # of the step most often, and it may say nothing itself
+        if EVAL_MODE in str(error):
+            raise
+        said = f": {error}" if str(error) else ""
+        raise AssertionError(f"an assertion failed while the loss was computed{said}. {EVAL_MODE}") from error
+
+
+def _opened(objective: Objective, source: MinibatchSource) -> float:
     window = source.window(0)
     adapted = False
     for i in range(len(window)):
@@ -569,4 +581,4 @@ def open_window(objective: Objective, source: MinibatchSource) -> float:
             break
     if window.anchor_loss:
         return next(iter(window.anchor_loss.values()))
-    raise NoLossError("training_step returned None for every minibatch: there is no loss to sample.")
+    raise NoLossError(NO_LOSS)

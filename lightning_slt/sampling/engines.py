@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.sharded import ShardedObjective
+from lightning_slt.sampling.steps import check_gradient
 from lightning_slt.sampling.window import Window
 
 
@@ -79,6 +80,7 @@ class SequentialEngine(Engine):
             self._grad.zero_()
         if differentiates:
             self._clear(before)
+        check_gradient(loss)
         loss.backward()
         if self._rounds:
             pairs = [
@@ -174,6 +176,7 @@ class _GradientModule(_LossModule):
 
     def forward(self, batch: Any, leaves: list[Tensor]) -> tuple[Tensor, tuple[Optional[Tensor], ...]]:  # type: ignore[override]
         loss = super().forward(batch)
+        check_gradient(loss)
         return loss, torch.autograd.grad(loss, leaves, allow_unused=True)
 
 
@@ -220,6 +223,7 @@ class BatchedEngine(Engine):
             if not keep:
                 self._grad.zero_()
             losses = torch.vmap(self._loss, in_dims=(0, dims), randomness="different")(named, batch)
+            check_gradient(losses)
             losses.sum().backward()
             return losses.detach()
         function = torch.func.grad_and_value(self._loss)
@@ -250,6 +254,7 @@ class ShardedEngine(SequentialEngine):
         shards.load(self._masters)
         try:
             loss = shards.loss(batch)
+            check_gradient(loss)
             loss.backward()
         except BaseException:
             shards.break_off()

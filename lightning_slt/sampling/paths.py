@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_slt.sampling.engines import BatchedEngine, Engine, SequentialEngine, sequential_engine
 from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.steps import NoGradientError
 from lightning_slt.sampling.window import Window
 
 ACTIVATION_BUDGET = 2**30
@@ -168,6 +169,8 @@ def choose_engine(objective: Objective, window: Window, num_chains: int, method:
                 best = probe.seconds(engine, enough=alone / BATCHED_GAIN), engine
             # the second road is for modules that the first does not take: where both do, they are as fast
             break
+        except NoGradientError:
+            raise  # neither path could
         except Exception as error:
             reason = reason or f"vmap fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if best is None:

@@ -6,15 +6,16 @@ coefficient is that component's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Union
 
 from torch import Tensor, nn
 
+from lightning_slt.sampling.arguments import no_restriction
 from lightning_slt.sampling.shadow import without_compile
 
-Restriction = Union[str, nn.Module, nn.Parameter, Sequence[Union[str, nn.Module, nn.Parameter]], None]
+Restriction = Union[str, nn.Module, Sequence[Union[str, nn.Module]], None]
 
 
 def select_parameters(module: nn.Module, restrict: Restriction = None) -> list[str]:
@@ -23,11 +24,11 @@ def select_parameters(module: nn.Module, restrict: Restriction = None) -> list[s
     Args:
         module: its parameters with ``requires_grad`` are the candidates: frozen ones never move.
         restrict: None for all of them, or one or several of: a glob over parameter names (``"encoder.*.weight"``), the
-            name of a submodule (``"encoder"``), or a submodule or a parameter itself. A weight that is pruned keeps its
-            name here.
+            name of a submodule (``"encoder"``), or a submodule itself. A weight that is pruned keeps its name here.
 
     Raises:
         ValueError: where nothing is named, nothing is matched, or all that is matched is frozen.
+        TypeError: for a Parameter, a Tensor, or anything else that is not a name or a submodule.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
@@ -43,7 +44,7 @@ def select_parameters(module: nn.Module, restrict: Restriction = None) -> list[s
         )
     if restrict is None:
         return trainable
-    entries = [restrict] if isinstance(restrict, (str, nn.Module, Tensor)) else list(restrict)
+    entries = restriction_entries(restrict)
     if not entries:
         raise ValueError("restrict is empty: leave it None to move every weight, or name parameters or submodules.")
 
@@ -58,9 +59,8 @@ def select_parameters(module: nn.Module, restrict: Restriction = None) -> list[s
         if isinstance(entry, nn.Module):
             matched = {id(p) for p in entry.parameters()} & {id(p) for _, p in aliases}
             label = f"the submodule {type(entry).__name__}"
-        elif isinstance(entry, Tensor):
-            matched = {id(entry)} & {id(p) for _, p in aliases}
-            label = f"a tensor of shape {tuple(entry.shape)}"
+        elif not isinstance(entry, str):
+            raise no_restriction(entry, next((name for name, p in aliases if p is entry), None))
         else:
             wanted = without_compile(entry)
             matched = {id(p) for name, p in aliases if fnmatchcase(name, wanted) or name.startswith(f"{wanted}.")}
@@ -73,3 +73,18 @@ def select_parameters(module: nn.Module, restrict: Restriction = None) -> list[s
     if not moving:
         raise ValueError(f"restrict: every parameter matched by {entries} is frozen (requires_grad=False).")
     return moving
+
+
+def restriction_entries(restrict: Restriction) -> list[Union[str, nn.Module]]:
+    """What ``restrict`` names, one by one; a single Parameter or Tensor stays whole.
+
+    Raises:
+        TypeError: for what is neither one entry nor several.
+    """
+    if restrict is None:
+        return []
+    if isinstance(restrict, (str, nn.Module, Tensor)):
+        return [restrict]  # type: ignore[list-item]
+    if not isinstance(restrict, Iterable):
+        raise no_restriction(restrict)
+    return list(restrict)

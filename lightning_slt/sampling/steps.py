@@ -22,6 +22,31 @@ class NoLossError(Exception):
     """The step gave no loss for a batch (it returned None): that batch is left out."""
 
 
+class NoGradientError(ValueError):
+    """The loss does not depend on the weights that move: chains would have nothing to follow."""
+
+
+EVAL_MODE = (
+    "Chains call the module in eval mode, where self.training is False: a step that gives a loss in training mode only "
+    "is none for them."
+)
+NO_LOSS = f"training_step returned None for every minibatch: there is no loss to sample. {EVAL_MODE}"
+
+
+def check_gradient(loss: Tensor) -> None:
+    """Before a gradient is taken.
+
+    Raises:
+        NoGradientError: for a loss that has none.
+    """
+    if not loss.requires_grad:
+        raise NoGradientError(
+            "the loss does not depend on the weights that move: it is a constant, or was computed under no_grad() or "
+            "from detach(), item() or other weights. Return a loss that can be differentiated, or choose the weights "
+            "that it depends on with restrict."
+        )
+
+
 def loss_function(module: nn.Module, loss_fn: Optional[LossFn] = None) -> LossFn:
     """How to get the losses of ``module`` on a batch: ``loss_fn`` where given, else the module's ``training_step``.
 

@@ -39,6 +39,22 @@ def test_argument_out_of_range(arguments: dict[str, Any], message: str) -> None:
         SLTMonitor(**arguments)
 
 
+OF_ANOTHER_KIND: dict[str, tuple[dict[str, Any], str]] = {
+    "text for chains": ({"num_chains": "2"}, r"num_chains='2': expected a whole number, got str"),
+    "a float for draws": ({"num_draws": 20.0}, r"num_draws=20\.0: expected a whole number, got float"),
+    "text for a batch": ({"batch_size": "10"}, r"batch_size='10': expected a whole number, got str"),
+    "a sampler's name": ({"sampler": "SGLD"}, r"sampler='SGLD': .*SGLD\(\)"),
+    "a sampler's class": ({"sampler": SGLD}, r"sampler=SGLD: is a class.*SGLD\(\)"),
+    "a tensor to restrict": ({"restrict": torch.zeros(3, 2)}, r"restrict: got a Tensor.*name of the parameter"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), OF_ANOTHER_KIND.values(), ids=OF_ANOTHER_KIND)
+def test_argument_of_another_kind(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        SLTMonitor(**arguments)
+
+
 @pytest.mark.parametrize("lr", [-1e-4, 0.0, float("nan"), float("inf")])
 def test_step_size_out_of_range(lr: float) -> None:
     with pytest.raises(ValueError, match=r"lr=.*positive"):

@@ -48,14 +48,6 @@ def test_submodules_alone_and_beside_patterns() -> None:
     assert select_parameters(net, net) == ALL
 
 
-def test_parameters_themselves() -> None:
-    net = Net()
-    assert select_parameters(net, net.head.weight) == ["head.weight"]
-    assert select_parameters(net, [net.head.bias, "encoder.0.weight"]) == ["encoder.0.weight", "head.bias"]
-    with pytest.raises(ValueError, match=r"restrict: a tensor of shape \(1, 3\) matches no parameter.*head\.weight"):
-        select_parameters(net, Net().head.weight)
-
-
 @pytest.mark.parametrize("name", ["embedding.weight", "head.weight", "head", "embedding"])
 def test_a_tied_weight_is_found_by_either_name_and_counted_once(name: str) -> None:
     assert select_parameters(Tied(), name) == ["embedding.weight"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Optional
 
 from lightning_slt.sampling.samplers.base import MinibatchSampler, Sampler, SamplerState, empty_state
 from lightning_slt.sampling.samplers.kinetic_langevin import KineticLangevin
@@ -43,6 +43,29 @@ def sampler_from(settings: Mapping[str, Any]) -> LeimkuhlerMatthews | SGLD | RMS
     return BY_NAME[name](**given)
 
 
+def as_sampler(sampler: Any) -> Optional[Sampler]:
+    """A sampler as it is, or built from a mapping (Hydra hands nested arguments over as untyped dicts).
+
+    Raises:
+        ValueError: for an unknown name or key, naming it.
+        TypeError: for a class, text, or anything else.
+
+    Example:
+        >>> as_sampler({"name": "SGLD", "lr": 1e-4})
+        SGLD(lr=0.0001)
+    """
+    if isinstance(sampler, type):
+        raise TypeError(f"sampler={sampler.__name__}: is a class. Give one of its objects, {sampler.__name__}().")
+    if sampler is None or callable(getattr(sampler, "update_", None)):
+        return sampler  # type: ignore[no-any-return]
+    if isinstance(sampler, Mapping):
+        return sampler_from(sampler)
+    raise TypeError(
+        f"sampler={sampler!r}: expected a sampler such as SGLD() or SGLD(lr=...), or a mapping such as "
+        f"{{'name': 'SGLD'}}, got {type(sampler).__name__}."
+    )
+
+
 __all__ = [
     "BY_NAME",
     "MALA",
@@ -54,6 +77,7 @@ __all__ = [
     "RMSpropSGLD",
     "Sampler",
     "SamplerState",
+    "as_sampler",
     "empty_state",
     "sampler_from",
 ]

@@ -1,0 +1,112 @@
+"""Arguments that are of another kind than what is asked for: what they are, and what to give instead."""
+
+from __future__ import annotations
+
+from collections import UserDict
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any, Optional
+
+from torch import Tensor, nn
+
+
+def check_count(name: str, value: Any, least: int = 1, otherwise: str = "", optional: bool = True) -> None:
+    """Refuse what is no whole number, and one that is too small.
+
+    Args:
+        optional: None is let through.
+        otherwise: what else may be given, for the message.
+
+    Raises:
+        TypeError: for text, a float or anything else.
+        ValueError: below ``least``.
+
+    Example:
+        >>> check_count("num_chains", "2")
+        Traceback (most recent call last):
+        TypeError: num_chains='2': expected a whole number, got str. Give an int.
+    """
+    if value is None and optional:
+        return
+    if not isinstance(value, Integral):
+        kind = type(value).__name__
+        raise TypeError(f"{name}={value!r}: expected a whole number, got {kind}. Give an int{otherwise}.")
+    if int(value) < least:
+        raise ValueError(f"{name}={value}: must be at least {least}{otherwise}.")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Refuse what is no number. None is let through.
+
+    Raises:
+        TypeError: for text or anything else that is none.
+    """
+    if value is not None and (isinstance(value, str) or not hasattr(value, "__float__")):
+        raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}. Give a float.")
+
+
+def check_data(name: str, data: Any, num_samples: Optional[int] = None) -> None:
+    """Refuse what has a length and items but no samples: text, a dict of columns, a pair of whole tensors.
+
+    Args:
+        name: of the argument.
+        num_samples: given beside it; a list or a tuple is then one of batches.
+
+    Raises:
+        TypeError: naming what it is and how to make a dataset of it.
+
+    Example:
+        >>> import torch
+        >>> check_data("data", (torch.zeros(20, 3), torch.zeros(20)))
+        Traceback (most recent call last):
+        TypeError: data: got a tuple of 2 arrays, which is no dataset. Wrap them in TensorDataset(X, Y).
+    """
+    if isinstance(data, (str, bytes)):
+        raise TypeError(
+            f"{name}={data!r}: got {type(data).__name__}, which is no data. Load it and give a Dataset, a DataLoader "
+            "or an iterable of batches."
+        )
+    if isinstance(data, (dict, UserDict)) and any(isinstance(key, str) for key in data):
+        raise TypeError(
+            f"{name}: got {type(data).__name__} with the keys {list(data)[:8]}, which is no dataset. Wrap its tensors "
+            "in TensorDataset(X, Y), or choose one of the datasets in it."
+        )
+    if num_samples is None and isinstance(data, (tuple, list)) and _is_columns(data):
+        raise TypeError(
+            f"{name}: got a {type(data).__name__} of {len(data)} arrays, which is no dataset. Wrap them in "
+            "TensorDataset(X, Y)."
+        )
+
+
+_COLUMNS = 8
+"""More arrays than these are samples."""
+
+
+def _is_columns(data: Sequence[Any]) -> bool:
+    """Whether these are the columns of a dataset: few arrays, each with an entry for every sample."""
+    if not 0 < len(data) <= _COLUMNS or not all(len(getattr(x, "shape", ())) > 0 for x in data):
+        return False
+    if len({len(x) for x in data}) != 1 or len(data[0]) <= len(data):
+        return False
+    # a list of a few equal arrays may be a very small dataset; others could not be put into one batch
+    return isinstance(data, tuple) or len({(tuple(x.shape), str(x.dtype)) for x in data}) > 1
+
+
+def no_restriction(entry: Any, name: Optional[str] = None) -> TypeError:
+    """What to say of an entry of ``restrict`` that names no weights.
+
+    Args:
+        entry: what was given.
+        name: of the parameter that it is, where it is one.
+    """
+    if isinstance(entry, Tensor):
+        kind = "a Parameter" if isinstance(entry, nn.Parameter) else "a Tensor"
+        remedy = f"Give its name, restrict={name!r}" if name is not None else "Give the name of the parameter"
+        return TypeError(f"restrict: got {kind} of shape {tuple(entry.shape)}. {remedy}, or the submodule it is in.")
+    return TypeError(
+        f"restrict={entry!r}: got {type(entry).__name__}. Give the name of a parameter or of a submodule, a glob, a "
+        "submodule, or a list of these."
+    )
+
+
+__all__ = ["check_count", "check_data", "check_number", "no_restriction"]
