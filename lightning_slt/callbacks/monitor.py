@@ -578,8 +578,8 @@ class SLTMonitor(DataFollowing):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._keeps(bool(self.estimates)):
-            return
+        if self._keeps(bool(self.estimates)) or not state_dict:
+            return  # an empty state is of no run
         self.estimates = [Estimate.from_state_dict(state) for state in state_dict["estimates"]]
         self.influences = [InfluenceEstimate.from_state_dict(state) for state in state_dict.get("influences", [])]
         self.susceptibilities = [

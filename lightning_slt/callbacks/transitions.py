@@ -415,8 +415,8 @@ class TransitionMonitor(KeepsHistory):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._keeps(self._seen_step > 0):
-            return
+        if self._keeps(self._seen_step > 0) or not state_dict:
+            return  # an empty state is of no run
         self._detector.load_state_dict(state_dict["detector"])
         log = TransitionLog.from_dict(state_dict["log"])
         self.reports, self.boundaries = list(log.reports), list(log.boundaries)

@@ -15,7 +15,7 @@ from lightning_slt.transitions.newest import newest_step
 from lightning_slt.transitions.pauses import pauses
 from lightning_slt.transitions.reading import rolling_scatter, transition_of
 from lightning_slt.transitions.search import best_step
-from lightning_slt.transitions.settings import checked_min_change, threshold_of
+from lightning_slt.transitions.settings import checked_boundaries, checked_min_change, threshold_of
 from lightning_slt.transitions.transition import State, Transition
 
 
@@ -74,6 +74,7 @@ def detect_transitions(
     if at_boundary not in ("annotate", "suppress"):
         raise ValueError(f"at_boundary: expected 'annotate' or 'suppress', got {at_boundary!r}.")
     threshold, smallest = threshold_of(false_alarms), checked_min_change(min_change)
+    boundaries = checked_boundaries(boundaries)
     ok = ok & np.isfinite(y) & np.isfinite(z)
     x, y, se, z = x[ok], y[ok], se[ok], z[ok]
     if x.size < SIZES[0]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any
 
 _BASE_THRESHOLD = 12.0  # evidence at the base rate below
 _BASE_RATE = 0.05  # false alarms in 100 points, on curves without a step; docs/transitions.md has the measurement
@@ -20,7 +23,7 @@ def threshold_of(false_alarms: float) -> float:
         >>> threshold_of(0.05), round(threshold_of(0.5), 1)
         (12.0, 7.4)
     """
-    if not (math.isfinite(false_alarms) and false_alarms > 0):
+    if not (isinstance(false_alarms, Real) and math.isfinite(false_alarms) and false_alarms > 0):
         raise ValueError(f"false_alarms: expected a rate above 0 per 100 points, got {false_alarms!r}; 0.05 is usual.")
     return max(6.0, _BASE_THRESHOLD - 2.0 * math.log(false_alarms / _BASE_RATE))
 
@@ -31,6 +34,30 @@ def checked_min_change(min_change: float) -> float:
     Raises:
         ValueError: negative or not finite.
     """
-    if not (math.isfinite(min_change) and min_change >= 0):
-        raise ValueError(f"min_change: expected a height of the LLC, at least 0, got {min_change!r}.")
+    if not (isinstance(min_change, Real) and math.isfinite(min_change) and min_change >= 0):
+        raise ValueError(
+            f"min_change: expected a height of the LLC, at least 0, got {min_change!r}; 0.0 flags any height."
+        )
     return float(min_change)
+
+
+def checked_boundaries(boundaries: Any) -> list[float]:
+    """``boundaries`` if they are steps.
+
+    Raises:
+        ValueError: a single step, text, None, or a step that is not finite.
+
+    Example:
+        >>> checked_boundaries((20, 35.0))
+        [20.0, 35.0]
+    """
+    remedy = "expected a list of training steps, [] for none"
+    if isinstance(boundaries, Real):
+        raise ValueError(f"boundaries: {remedy}, got {boundaries!r}; give [{boundaries!r}].")
+    if isinstance(boundaries, str) or not isinstance(boundaries, Iterable):
+        raise ValueError(f"boundaries: {remedy}, got {boundaries!r}.")
+    steps = list(boundaries)
+    for step in steps:
+        if isinstance(step, str) or not hasattr(step, "__float__") or not math.isfinite(step):
+            raise ValueError(f"boundaries: {remedy}, got {step!r} in it.")
+    return [float(step) for step in steps]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_slt import TransitionMonitor
+from lightning_slt import SLTMonitor, TransitionMonitor
 from lightning_slt.callbacks.boundaries import LearningRateWatch
 from lightning_slt.callbacks.snapshots import SnapshotRing
 from lightning_slt.callbacks.transitions import refined
@@ -296,3 +296,10 @@ def test_the_sentence_says_what_is_known() -> None:
         "transition 0 (kind A, provisional) around step 300 (280 to 330), known at step 360: LLC rose by 15 ± 0.5, "
         "loss fell by 0.5 ± 0.01; the learning rate or the data changed at step 295"
     )
+
+
+@pytest.mark.parametrize("callback", [SLTMonitor(), TransitionMonitor()], ids=["SLTMonitor", "TransitionMonitor"])
+def test_an_empty_state_changes_nothing(callback: Any) -> None:
+    before = callback.state_dict()
+    callback.load_state_dict({})
+    assert str(callback.state_dict()) == str(before)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_slt import Transition, TransitionDetector, detect_transitions
+from lightning_slt import Transition, TransitionDetector, TransitionMonitor, detect_transitions
 from lightning_slt.transitions.curve import Curve as Points
 from lightning_slt.transitions.pauses import goes_on
 from tests.transitions.curves import KINDS, NULLS, Curve, hits, make
@@ -392,3 +392,24 @@ def test_what_lies_between_two_changes_tells_whether_the_second_is_the_rest_of_t
     assert goes_on_in(ramp, np.zeros(60))
     # scatter that hides the pause does not make it a ramp
     assert not goes_on(Points(at, slow, np.full(60, 50.0), -slow, np.full(60, 50.0)), *parts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"boundaries": 20}, r"boundaries: expected a list of training steps.*got 20; give \[20\]"),
+        ({"boundaries": None}, r"boundaries: expected a list of training steps, \[\] for none, got None"),
+        ({"boundaries": ["20"]}, r"boundaries: expected a list of training steps.*got '20' in it"),
+        ({"false_alarms": None}, r"false_alarms: expected a rate.*got None; 0\.05 is usual"),
+        ({"false_alarms": "5%"}, r"false_alarms: expected a rate.*got '5%'"),
+        ({"min_change": None}, r"min_change: expected a height.*got None; 0\.0"),
+    ],
+)
+def test_settings_of_another_kind_are_named(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        detect_transitions([0, 1], [1, 1], [1, 1], [1, 1], **settings)  # type: ignore[arg-type]
+    if "boundaries" not in settings:
+        with pytest.raises(ValueError, match=message):
+            TransitionDetector(**settings)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=message):
+            TransitionMonitor(**settings)  # type: ignore[arg-type]
