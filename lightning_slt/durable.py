@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 _DIGEST_BYTES = 65
 """A SHA-256 in hexadecimal, and a line feed."""
-
-
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, SafetensorError)
-"""What reading a file raises that is not there, was cut off, or holds something else."""
 
 
 class DamagedFileError(ValueError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,10 +19,6 @@ import torch
 from safetensors.torch import load_file, save
 from scipy import stats
 from torch import Tensor
-
-from lightning_slt.durable import UNREADABLE
-
-log = logging.getLogger(__name__)
 
 INFLUENCE_FOLDER = "influence"
 MIN_Z = 3.0
@@ -394,17 +389,11 @@ class InfluenceRecord:
         )
 
     def read(self) -> Iterator[InfluenceEstimate]:
-        """All of them, in order of steps; a file whose other half is missing, or which cannot be read, is passed
-        over."""
+        """All of them, in order of steps; a file whose other half is missing is passed over."""
         for path in sorted(self.folder.glob("step_*.json")):
             step = int(path.stem.removeprefix("step_"))
             if self.paths(step)[0].exists():
-                try:
-                    estimate = self.load(step)
-                except UNREADABLE as error:
-                    log.warning(f"{path.with_suffix('')}.* cannot be read, and is left out: {error}")
-                    continue
-                yield estimate
+                yield self.load(step)
 
     def drop_after(self, step: int) -> None:
         """Forget what was recorded after ``step``: a resumed run measures those steps again."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -26,10 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_slt.durable import UNREADABLE
 from lightning_slt.functional.learning_coefficient import UNSETTLED
-
-log = logging.getLogger(__name__)
 
 RECORD_FILE = "estimates.jsonl"
 TRACE_FOLDER = "traces"
@@ -257,17 +253,13 @@ class RunRecord:
         os.replace(temporary, self.path)
 
     def read(self, traces: bool = True) -> Iterator[Estimate]:
-        """The estimates in order of writing. A last line that was cut off by a crash is passed over, and chains that
-        cannot be read are left out."""
+        """The estimates in order of writing. A last line that was cut off by a crash is passed over."""
         for line in self._lines():
             estimate = Estimate.from_state_dict(json.loads(line))
             path = self.trace_path(estimate)
             if traces and path.exists():
-                try:
-                    with np.load(path) as arrays:
-                        estimate = estimate.replace(trace=torch.from_numpy(arrays["trace"]))
-                except UNREADABLE as error:
-                    log.warning(f"{path} cannot be read, and is left out: {type(error).__name__}: {error}")
+                with np.load(path) as arrays:
+                    estimate = estimate.replace(trace=torch.from_numpy(arrays["trace"]))
             yield estimate
 
     def _lines(self) -> Iterator[str]:

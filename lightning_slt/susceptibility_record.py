@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,10 +13,6 @@ from typing import Any, Optional, Union
 import numpy as np
 import torch
 from torch import Tensor
-
-from lightning_slt.durable import UNREADABLE
-
-log = logging.getLogger(__name__)
 
 FOLDER = "susceptibility"
 
@@ -133,15 +128,11 @@ class SusceptibilityRecord:
         os.replace(temporary, self.path(estimate.step))
 
     def read(self) -> Iterator[SusceptibilityEstimate]:
-        """In order of steps; a file that cannot be read is passed over."""
+        """In order of steps."""
         for path in sorted(self.folder.glob("step_*.npz")):
-            try:
-                with np.load(path) as arrays:
-                    state = json.loads(str(arrays["plain"]))
-                    state |= {k: torch.from_numpy(arrays[k]) for k in arrays.files if k != "plain"}
-            except UNREADABLE as error:
-                log.warning(f"{path} cannot be read, and is left out: {type(error).__name__}: {error}")
-                continue
+            with np.load(path) as arrays:
+                state = json.loads(str(arrays["plain"]))
+                state |= {k: torch.from_numpy(arrays[k]) for k in arrays.files if k != "plain"}
             yield SusceptibilityEstimate.from_state_dict(state)
 
     def drop_after(self, step: int) -> None:

@@ -10,7 +10,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_slt.callbacks.worker import FOLDER
-from lightning_slt.durable import UNREADABLE
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
 from lightning_slt.record import Estimate, RunRecord
 
@@ -81,7 +80,7 @@ def recorded(folder: Path, steps: Collection[int]) -> dict[int, tuple[Estimate, 
             for step in sorted(steps)
             if step in found
         }
-    except UNREADABLE as error:
+    except OSError as error:
         rank_zero_warn(f"lightning_slt could not read its record in {folder}: {error}")
         return {}
 

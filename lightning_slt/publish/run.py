@@ -6,7 +6,6 @@ What the report and the terminal are made from. Nothing here needs the process, 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -14,12 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from lightning_slt.durable import UNREADABLE
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
 from lightning_slt.record import RECORD_FILE, Estimate, RunRecord
-from lightning_slt.transition_record import TRANSITIONS_FILE, TransitionLog
-
-log = logging.getLogger(__name__)
+from lightning_slt.transition_record import TransitionLog
 
 _OTHER_RUN = re.compile(r"_run\d+$")
 """How the folder of a later run with the same settings ends: it is no monitor of this one."""
@@ -148,9 +144,6 @@ def _transitions(folder: Path) -> Optional[TransitionLog]:
     try:
         return TransitionLog.read(folder)
     except FileNotFoundError:
-        return None
-    except UNREADABLE as error:
-        log.warning(f"{folder / TRANSITIONS_FILE} cannot be read, and is left out: {type(error).__name__}: {error}")
         return None
 
 

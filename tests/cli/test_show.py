@@ -54,23 +54,3 @@ def test_a_long_run_is_thinned_to_the_rows_asked_for(tmp_path: Path, capsys: pyt
     assert "5 estimates, 2 of them" in out
     assert main(["show", str(tmp_path), "--rows", "0"]) == 1
     assert "--rows=0: must be at least 1" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("contents", [b"", b"PK\x03\x04 no zip", b"{"], ids=["empty", "garbage", "cut off"])
-def test_a_file_that_cannot_be_read_is_named_and_the_rest_is_told(
-    contents: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    main_folder = write_run(tmp_path)
-    trace = sorted((main_folder / "traces").iterdir())[0]
-    influence = sorted((main_folder / "influence").glob("*.safetensors"))[0]
-    broken = [trace, influence, main_folder / "transitions.json"]
-    assert all(path.exists() for path in broken)
-    for path in broken:
-        path.write_bytes(contents)
-    assert main(["show", str(main_folder), "--no-color"]) == 0
-    assert "4 of 5 estimates are valid" in capsys.readouterr().out
-    assert main(["report", str(main_folder), "-o", str(tmp_path / "report.html")]) == 0
-    assert (tmp_path / "report.html").stat().st_size > 10_000
-    assert f"{influence.with_suffix('')}.* cannot be read" in caplog.text
-    assert "transitions.json cannot be read" in caplog.text
-    assert f"{trace} cannot be read" in caplog.text
