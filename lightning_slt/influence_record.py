@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +17,12 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from scipy import stats
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 INFLUENCE_FOLDER = "influence"
 MIN_Z = 3.0
@@ -382,18 +386,32 @@ class InfluenceRecord:
 
         Raises:
             FileNotFoundError: where nothing was.
+            ValueError: where a file is broken, naming it.
         """
         tensors, text = self.paths(step)
-        return InfluenceEstimate.from_state_dict(
-            {"tensors": load_file(tensors), "scalars": json.loads(text.read_text(encoding="utf-8"))}
-        )
+        path = text
+        try:
+            scalars = json.loads(text.read_text(encoding="utf-8"))
+            path = tensors
+            return InfluenceEstimate.from_state_dict({"tensors": load_file(tensors), "scalars": scalars})
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}: cannot be read ({type(error).__name__}: {error}). Restore the file from a copy, or delete it."
+            ) from error
 
     def read(self) -> Iterator[InfluenceEstimate]:
-        """All of them, in order of steps; a file whose other half is missing is passed over."""
+        """All of them, in order of steps. A file whose other half is missing is passed over, and so is one that cannot
+        be read; the log names that."""
         for path in sorted(self.folder.glob("step_*.json")):
             step = int(path.stem.removeprefix("step_"))
-            if self.paths(step)[0].exists():
-                yield self.load(step)
+            if not self.paths(step)[0].exists():
+                continue
+            try:
+                estimate = self.load(step)
+            except (OSError, ValueError) as error:
+                log.warning(f"the influence at step {step} is left out: {error}")
+                continue
+            yield estimate
 
     def drop_after(self, step: int) -> None:
         """Forget what was recorded after ``step``: a resumed run measures those steps again."""

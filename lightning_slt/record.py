@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +29,11 @@ import torch
 from torch import Tensor
 
 from lightning_slt.functional.learning_coefficient import UNSETTLED
+
+log = logging.getLogger(__name__)
+
+UNREADABLE = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error)
+"""What an empty, cut or overwritten ``.npz`` file may raise."""
 
 RECORD_FILE = "estimates.jsonl"
 TRACE_FOLDER = "traces"
@@ -253,23 +261,32 @@ class RunRecord:
         os.replace(temporary, self.path)
 
     def read(self, traces: bool = True) -> Iterator[Estimate]:
-        """The estimates in order of writing. A last line that was cut off by a crash is passed over."""
+        """The estimates in order of writing. A line that was cut off by a crash is passed over, and so is a file of
+        traces that cannot be read; the log names that file."""
         for line in self._lines():
             estimate = Estimate.from_state_dict(json.loads(line))
             path = self.trace_path(estimate)
             if traces and path.exists():
-                with np.load(path) as arrays:
-                    estimate = estimate.replace(trace=torch.from_numpy(arrays["trace"]))
+                try:
+                    with np.load(path) as arrays:
+                        estimate = estimate.replace(trace=torch.from_numpy(arrays["trace"]))
+                except UNREADABLE as error:
+                    log.warning(
+                        f"{path}: cannot be read ({type(error).__name__}: {error}), so the chains of step "
+                        f"{estimate.step} are left out. Restore the file from a copy, or delete it."
+                    )
             yield estimate
 
     def _lines(self) -> Iterator[str]:
         if not self.path.exists():
             return
-        with open(self.path, encoding="utf-8") as file:
+        # what is no text is no line of ours
+        with open(self.path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 line = line.rstrip("\n")
                 try:
-                    json.loads(line)
+                    found = json.loads(line)
                 except json.JSONDecodeError:
                     continue
-                yield line
+                if isinstance(found, dict):
+                    yield line

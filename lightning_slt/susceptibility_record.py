@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,10 @@ from typing import Any, Optional, Union
 import numpy as np
 import torch
 from torch import Tensor
+
+from lightning_slt.record import UNREADABLE
+
+log = logging.getLogger(__name__)
 
 FOLDER = "susceptibility"
 
@@ -128,12 +133,20 @@ class SusceptibilityRecord:
         os.replace(temporary, self.path(estimate.step))
 
     def read(self) -> Iterator[SusceptibilityEstimate]:
-        """In order of steps."""
+        """In order of steps. A file that cannot be read is passed over; the log names it."""
         for path in sorted(self.folder.glob("step_*.npz")):
-            with np.load(path) as arrays:
-                state = json.loads(str(arrays["plain"]))
-                state |= {k: torch.from_numpy(arrays[k]) for k in arrays.files if k != "plain"}
-            yield SusceptibilityEstimate.from_state_dict(state)
+            try:
+                with np.load(path) as arrays:
+                    state = json.loads(str(arrays["plain"]))
+                    state |= {k: torch.from_numpy(arrays[k]) for k in arrays.files if k != "plain"}
+                estimate = SusceptibilityEstimate.from_state_dict(state)
+            except (*UNREADABLE, TypeError) as error:
+                log.warning(
+                    f"{path}: cannot be read ({type(error).__name__}: {error}), and is left out. Restore the file from "
+                    "a copy, or delete it."
+                )
+                continue
+            yield estimate
 
     def drop_after(self, step: int) -> None:
         """Forget what was measured after ``step``: a resumed run measures those steps again."""

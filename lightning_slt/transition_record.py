@@ -238,8 +238,15 @@ class TransitionLog:
 
         Raises:
             FileNotFoundError: where no transitions were monitored.
+            ValueError: where the file is broken, naming it.
         """
-        return cls.from_dict(json.loads((Path(folder) / TRANSITIONS_FILE).read_text(encoding="utf-8")))
+        path = Path(folder) / TRANSITIONS_FILE
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}: cannot be read ({type(error).__name__}: {error}). Restore the file from a copy, or delete it."
+            ) from error
 
 
 def _plain(value: Any) -> Any:

@@ -74,15 +74,21 @@ def recorded(folder: Path, steps: Collection[int]) -> dict[int, tuple[Estimate, 
         return {}
     try:
         found = {e.step: e for e in RunRecord(folder).read() if e.step in steps}
-        samples = InfluenceRecord(folder)
-        return {
-            step: (found[step], samples.load(step) if all(path.exists() for path in samples.paths(step)) else None)
-            for step in sorted(steps)
-            if step in found
-        }
-    except OSError as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         rank_zero_warn(f"lightning_slt could not read its record in {folder}: {error}")
         return {}
+    return {step: (found[step], _influence(folder, step)) for step in sorted(steps) if step in found}
+
+
+def _influence(folder: Path, step: int) -> Optional[InfluenceEstimate]:
+    samples = InfluenceRecord(folder)
+    if not all(path.exists() for path in samples.paths(step)):
+        return None
+    try:
+        return samples.load(step)
+    except (OSError, ValueError) as error:
+        rank_zero_warn(f"lightning_slt could not read the influence at step {step}, and goes on without it: {error}")
+        return None
 
 
 __all__ = ["fresh", "recorded", "restore_record", "run_folder"]

@@ -6,6 +6,7 @@ What the report and the terminal are made from. Nothing here needs the process, 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,8 @@ from typing import Any, Optional, Union
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
 from lightning_slt.record import RECORD_FILE, Estimate, RunRecord
 from lightning_slt.transition_record import TransitionLog
+
+log = logging.getLogger(__name__)
 
 _OTHER_RUN = re.compile(r"_run\d+$")
 """How the folder of a later run with the same settings ends: it is no monitor of this one."""
@@ -119,7 +122,7 @@ def _is_named(folder: Path) -> bool:
 
 
 def monitor_record(folder: Path, traces: bool = True) -> MonitorRecord:
-    """What is in one record folder; a file that cannot be read is as one that is not there."""
+    """What is in one record folder; a file that cannot be read is as one that is not there, and the log names it."""
     by_step: dict[Any, Estimate] = {}
     for number, estimate in enumerate(RunRecord(folder).read(traces)):
         by_step[estimate.step if estimate.step is not None else f"number {number}"] = estimate
@@ -144,6 +147,9 @@ def _transitions(folder: Path) -> Optional[TransitionLog]:
     try:
         return TransitionLog.read(folder)
     except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        log.warning(f"the transitions are left out: {error}")
         return None
 
 

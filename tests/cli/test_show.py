@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_slt.callbacks.folder import recorded
 from lightning_slt.cli import main
 from tests.publish.recorded import HOSTILE, write_run
 
@@ -54,3 +55,56 @@ def test_a_long_run_is_thinned_to_the_rows_asked_for(tmp_path: Path, capsys: pyt
     assert "5 estimates, 2 of them" in out
     assert main(["show", str(tmp_path), "--rows", "0"]) == 1
     assert "--rows=0: must be at least 1" in capsys.readouterr().err
+
+
+BROKEN: dict[str, tuple[str, bytes]] = {
+    "empty traces": ("traces/step_000000200.npz", b""),
+    "traces that are none": ("traces/step_000000200.npz", b"garbage" * 20),
+    "cut traces": ("traces/step_000000200.npz", b"PK\x03\x04"),
+    "empty influence": ("influence/step_000000200.safetensors", b""),
+    "influence that is none": ("influence/step_000000200.safetensors", b"garbage" * 20),
+    "broken text of influence": ("influence/step_000000200.json", b"{"),
+    "broken transitions": ("transitions.json", b"{broken"),
+    "transitions of something else": ("transitions.json", b"[]"),
+}
+
+
+@pytest.mark.parametrize("command", ["show", "report"])
+@pytest.mark.parametrize(("name", "content"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_file_is_named_and_the_rest_is_shown(
+    command: str,
+    name: str,
+    content: bytes,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = write_run(tmp_path) / name
+    assert path.exists()
+    path.write_bytes(content)
+    assert main([command, str(tmp_path)]) == 0
+    assert f"{path}: cannot be read (" in caplog.text
+    assert "Restore the file from a copy, or delete it" in caplog.text
+    if command == "show":
+        out = capsys.readouterr().out
+        assert "5 estimates" in out
+        assert ("structure was built (confirmed)" in out) == (name != "transitions.json")
+
+
+def test_a_line_that_is_no_estimate_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path)
+    with open(folder / "estimates.jsonl", "ab") as file:
+        file.write(b"\xff\xfe\x00garbage\n7\n")
+    assert main(["show", str(tmp_path)]) == 0
+    assert "5 estimates" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 20], ids=["empty", "garbage"])
+def test_what_a_resumed_run_finds_broken_is_left_out(content: bytes, tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    (folder / "traces" / "step_000000200.npz").write_bytes(content)
+    (folder / "influence" / "step_000000200.safetensors").write_bytes(content)
+    with pytest.warns(UserWarning, match=r"influence at step 200.*step_000000200\.safetensors"):
+        found = recorded(folder, [100, 200])
+    assert list(found) == [100, 200]
+    assert found[100][1] is not None and found[200][1] is None
