@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image  # a dependency of matplotlib
 
+from lightning_slt.publish.words import count_of
 from lightning_slt.record import Estimate
 from lightning_slt.transitions import Transition
 
@@ -180,7 +181,7 @@ def history_figure(estimates: Sequence[Estimate], transitions: Sequence[Transiti
     for axes in (top, bottom):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="best", fontsize=8.5, frameon=False)
-    title = f"Local learning coefficient: {len(points)} estimates"
+    title = f"Local learning coefficient: {count_of(len(points), 'estimate')}"
     standing = sum(t.state != "retracted" for t in transitions)
     if standing:
         title += f", {standing} transition{'s' if standing > 1 else ''}"

@@ -72,9 +72,13 @@ def number(value: Optional[float], digits: int = 3) -> str:
         return "0"
     size = math.floor(math.log10(abs(value)))
     if size < -4 or size > 8:
-        return f"{value:.{digits - 1}e}"
+        return _scientific(value, digits)
     rounded = round(value, digits - 1 - size)
     return f"{rounded:,.{max(0, digits - 1 - size)}f}".replace("-", "−")
+
+
+def _scientific(value: float, digits: int = 3) -> str:
+    return f"{'−' if value < 0 else ''}{abs(value):.{digits - 1}e}"
 
 
 def signed(value: float) -> str:
@@ -87,12 +91,18 @@ def signed(value: float) -> str:
     return f"{'+' if value > 0 else ''}{number(value)}"
 
 
+_LARGE = 1e7
+"""From here on a number and its error together are too wide for a column."""
+
+
 def with_error(value: float, error: float) -> str:
     """A number with its standard error, both to the digits that the error leaves.
 
     Example:
         >>> with_error(11.8234, 0.512), with_error(3.5, float("nan")), with_error(1234.5, 56.0)
         ('11.8 ± 0.5', '3.50', '1,230 ± 60')
+        >>> with_error(-1.0612e13, 4.7e11)
+        '−1.06e+13 ± 5e+11'
     """
     if not math.isfinite(value):
         return "n/a"
@@ -102,6 +112,8 @@ def with_error(value: float, error: float) -> str:
     # rounding may carry over to the next power of ten
     size = math.floor(math.log10(round(error, -size)))
     places = max(0, -size)
+    if max(abs(value), error) >= _LARGE:
+        return f"{_scientific(value) if abs(value) >= _LARGE else number(value)} ± {error:.0e}"
     if places > 6:
         return f"{number(value)} ± {error:.0e}"
     return f"{round(value, -size):,.{places}f}".replace("-", "−") + f" ± {round(error, -size):,.{places}f}"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from lightning_slt.callbacks.folder import recorded
 from lightning_slt.cli import main
+from lightning_slt.record import RunRecord
+from tests.publish.helpers import make_estimate
 from tests.publish.recorded import HOSTILE, write_run
 
 
@@ -108,3 +111,24 @@ def test_what_a_resumed_run_finds_broken_is_left_out(content: bytes, tmp_path: P
         found = recorded(folder, [100, 200])
     assert list(found) == [100, 200]
     assert found[100][1] is not None and found[200][1] is None
+
+
+def test_huge_numbers_leave_room_for_the_other_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    record = RunRecord(tmp_path / "slt")
+    for step, mean in ((100, -1.06e13), (200, 3.2e7)):
+        record.append(make_estimate(mean=mean, se=5e-2 * abs(mean), step=step, init_loss=2.5e13, seconds=0.123))
+    assert main(["show", str(tmp_path), "--no-color"]) == 0
+    out = capsys.readouterr().out
+    assert "−1.06e+13 ± 5e+11" in out and "3.20e+07 ± 2e+06" in out
+    assert "…" not in out and "0.123" in out
+
+
+def test_one_estimate_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    RunRecord(tmp_path / "slt").append(make_estimate(step=100))
+    assert main(["show", str(tmp_path)]) == 0
+    assert "\n1 estimate \n" in re.sub(" +\n", " \n", capsys.readouterr().out)
+    assert main(["report", str(tmp_path)]) == 0
+    assert "The table of 1 estimate<" in (tmp_path / "slt" / "report.html").read_text(encoding="utf-8")

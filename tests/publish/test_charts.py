@@ -107,3 +107,9 @@ def test_the_users_pyplot_is_left_alone():
         "import matplotlib; import matplotlib.pyplot as plt; assert plt.get_fignums() == []"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_one_estimate_is_one_in_the_title_of_the_history():
+    assert history_figure([make_estimate(step=1)]).get_suptitle() == "Local learning coefficient: 1 estimate"
+    two = [make_estimate(step=k) for k in (1, 2)]
+    assert history_figure(two).get_suptitle() == "Local learning coefficient: 2 estimates"

@@ -14,6 +14,7 @@ from lightning_slt.publish.influence_tables import pair_rows
 from lightning_slt.publish.run import MonitorRecord, Run
 from lightning_slt.publish.words import (
     cost_sentence,
+    count_of,
     diagnosis,
     diagnostics,
     diagnostics_sentence,
@@ -321,7 +322,7 @@ def _numbers(monitor: MonitorRecord) -> Section:
         "All numbers",
         "All numbers",
         _hint(f"The last {MAX_TABLE_ROWS:,}; all of them are in history.csv.") if more > 0 else "",
-        f"<details><summary>The table of {len(monitor.estimates):,} estimates</summary>"
+        f"<details><summary>The table of {count_of(len(monitor.estimates), 'estimate')}</summary>"
         f'<div class="scroll"><table><thead><tr>{head}<th>remarks</th></tr></thead><tbody>{rows}</tbody></table></div>'
         "</details>",
     )
