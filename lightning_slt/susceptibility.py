@@ -387,6 +387,7 @@ def estimate_susceptibility(
         raise ValueError("components is empty: leave it None for all weights, or give {name: patterns}.")
     for name, value in (("batch_size", batch_size), ("max_shifted", max_shifted)):
         check_count(name, value)
+    check_count("num_samples", num_samples, otherwise=", or None to take it from the data")
     sampler = as_sampler(sampler)
     settings = ChainSettings(
         sampler=sampler,
@@ -399,6 +400,7 @@ def estimate_susceptibility(
         seed=seed,
         method=method,
     )
+    seed = settings.seed
     state = state_dict_of(weights)
     wanted: Mapping[str, Restriction] = components if components is not None else {"all": restrict}
 

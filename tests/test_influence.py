@@ -398,6 +398,7 @@ class Stream(IterableDataset[Any]):
         ({"nbeta": 0.0}, r"nbeta=0\.0: must be positive"),
         ({"shrinkage": 0.9}, r"shrinkage=0\.9: must be at least 1"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"num_samples": 0}, "num_samples=0: must be at least 1, or None"),
         ({"max_train": 0}, "max_train=0: must be at least 1"),
         ({"max_query": 0, "query_data": regression(4)}, "max_query=0: must be at least 1"),
         ({"method": "fast"}, "method='fast'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -222,11 +223,18 @@ def test_the_module_and_the_global_random_state_stay_as_they_were() -> None:
         ({"max_shifted": 0}, "max_shifted=0: must be at least 1"),
         ({"groups": ["a"]}, f"groups: 1 of them for {M} samples"),
         ({"num_chains": 0}, "num_chains=0: must be at least 1"),
+        ({"num_samples": 0}, "num_samples=0: must be at least 1, or None"),
     ],
 )
 def test_a_wrong_argument_is_named_with_its_remedy(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         measured(**settings)
+
+
+def test_a_whole_number_of_numpy_is_a_seed() -> None:
+    assert torch.equal(
+        measured(seed=np.int64(3), num_draws=8, nbeta=50.0).chi, measured(seed=3, num_draws=8, nbeta=50.0).chi
+    )
 
 
 def test_mean_of_the_integrand_is_the_learning_coefficient() -> None:

@@ -154,6 +154,7 @@ def estimate_influence(
         method=method,
     )
     check_count("batch_size", batch_size)
+    check_count("num_samples", num_samples, otherwise=", or None to take it from the data")
     seed = settings.seed
     if sampler is None and localization == 0 and nbeta is None:
         raise ValueError(f"localization={localization}: gives no nbeta. Give nbeta= too, or a positive localization.")
