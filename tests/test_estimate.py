@@ -442,6 +442,17 @@ def test_the_answer_is_the_same_without_gradients_around_it(mode: Any) -> None:
     assert same(inside, tiny(mlp()))
 
 
+def test_batches_that_were_made_in_inference_mode_are_taken() -> None:
+    """What a validation hook is handed is such a batch."""
+    inputs, targets = regression(64).tensors
+    outside = tiny(mlp(), [(inputs, targets)], num_samples=64)
+    with torch.inference_mode():
+        batch = (inputs.clone(), targets.clone())
+        assert same(tiny(mlp(), [batch], num_samples=64), outside)
+    assert same(tiny(mlp(), [batch], num_samples=64), outside)
+    assert batch[0].is_inference()
+
+
 def test_a_list_of_batches_without_their_number_is_said_to_be_read_as_samples(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

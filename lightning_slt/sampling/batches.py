@@ -17,6 +17,7 @@ from typing import Any, Optional
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import (
@@ -250,7 +251,13 @@ class IterableSource(MinibatchSource):
 def to_device(device: torch.device) -> Callable[[Any], Any]:
     """A transfer that moves the tensors of a batch (and what has a ``.to``) to ``device``."""
 
-    return partial(move_data_to_device, device=device)
+    return partial(_moved, device=device)
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    batch = move_data_to_device(batch, device)
+    # gradients cannot go through a tensor that was made in inference mode
+    return apply_to_collection(batch, Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
 
 def source_of(
