@@ -403,16 +403,17 @@ def estimate_llc(
         **tolerance_settings(tolerance),  # type: ignore[arg-type]
     )
     check_count("batch_size", batch_size)
+    check_count("num_samples", num_samples, otherwise=", or None to take it from the data")
     check_data("data", data, num_samples)
     seed = settings.seed
     # a validation hook of Lightning's runs in inference mode, in which there are no gradients
     with torch.inference_mode(False), preserve_rng(seed):
         objective = Objective(module, loss_fn, restrict, device, weights=state_dict_of(weights))
-        full_batch = full_batch or (settings.sampler is not None and settings.sampler.full_batch)
+        full_batch = full_batch or (sampler is not None and sampler.full_batch)
         source = source_of(data, batch_size, objective.device, seed, num_samples, full_batch)
         if nbeta is None and source.num_samples is not None:
             default_nbeta(source.num_samples)
-        if isinstance(settings.sampler, KineticLangevin) and source.batch_size < (source.num_samples or math.inf):
+        if isinstance(sampler, KineticLangevin) and source.batch_size < (source.num_samples or math.inf):
             log.warning(
                 f"sampler=KineticLangevin(): minibatches of {source.batch_size} heat its chains, and that stays in. "
                 "Give full_batch=True, or leave the sampler None."

@@ -411,7 +411,7 @@ def estimate_susceptibility(
         # all of them once, so that a name that matches nothing is not found after an hour of chains
         objectives = {name: made(restriction)() for name, restriction in wanted.items()}
         target = next(iter(objectives.values())).device
-        full = full_batch or (settings.sampler is not None and settings.sampler.full_batch)
+        full = full_batch or (sampler is not None and sampler.full_batch)
         source = _indexed("data", data, batch_size, target, seed, full)
         source.num_samples = num_samples or source.num_samples
         other = _indexed("shifted_data", shifted_data, 1, target, seed, False)

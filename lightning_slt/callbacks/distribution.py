@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
+from lightning_slt.callbacks.apart import SeenTrainer
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.collective import Alone, Collective, RankLostError, Together
 from lightning_slt.sampling.common_batches import CommonBatches
@@ -150,8 +151,8 @@ def make_objective(trainer: Trainer, module: LightningModule, collective: Collec
             :class:`~lightning_slt.sampling.objective.Objective`.
     """
     if is_sharded(trainer):
-        return ShardedObjective(module, collective, trainer.world_size, trainer=trainer, **settings)
-    return Objective(module, trainer=trainer, **settings)
+        return ShardedObjective(module, collective, trainer.world_size, trainer=SeenTrainer(trainer), **settings)
+    return Objective(module, trainer=SeenTrainer(trainer), **settings)
 
 
 def share_batches(source: MinibatchSource, collective: Collective) -> MinibatchSource:

@@ -92,16 +92,16 @@ def summarise(trace: Tensor, diverged: Tensor | None = None) -> Summary:
     if len(bad) >= (1 - MIN_CHAIN_SHARE) * len(good):
         reasons.append(f"{len(bad)} of {len(good)} chains diverged or became non-finite (chains {bad}): left out")
     if math.isnan(se):
-        reasons.append(
-            f"its error is not known: one chain of {kept.shape[1]} draws (4 draws, or 2 chains, at the least)"
-        )
+        reasons.append(f"its error is not known: one chain of {kept.shape[1]} draws (4 at the least)")
+    elif math.isnan(r):
+        reasons.append(f"{kept.shape[1]} draws of a chain do not show whether the chains have mixed (4 at the least)")
     tolerance = max(MAX_RELATIVE_ERROR * abs(mean), MAX_RELATIVE_ERROR)
     if r > MAX_RHAT and se > tolerance / 2:
         reasons.append(f"{NOT_MIXED}: R-hat {r:.2f} > {MAX_RHAT}, error {se:.2g}")
     drift, drift_se = half_change(kept)
     if abs(drift) > 3 * drift_se and abs(drift) > tolerance:
         reasons.append(f"{DRIFTING}: second half minus first half is {drift:+.2g} ± {drift_se:.1g}")
-    if mean + 2 * (se if math.isfinite(se) else 0.0) < 0:
+    if mean + 2 * se < 0:
         reasons.append(f"{NEGATIVE}: the weights are not at a minimum (chains run downhill)")
     return Summary(mean, se, per_chain, r, ess, good, tuple(reasons))
 

@@ -17,9 +17,8 @@ from typing import Any, Optional
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -151,7 +150,7 @@ class DatasetSource(MinibatchSource):
         """Batches ``start .. start + count`` of the endless stream of shuffled epochs, cut into batches."""
         n, b = self._count, self.batch_size
         first, last = start * b, (start + count) * b
-        if n > MOST_SHUFFLED:
+        if n > MOST_SHUFFLED and b < n:  # all of it at once is every sample once
             return self._of_dataset(_some_of(n, count * b, self._seed, start).view(count, b))
         epochs = range(first // n, (last - 1) // n + 1)
         stream = torch.cat([_epoch_order(n, self._seed, e) for e in epochs])[first - epochs[0] * n :][: count * b]
@@ -257,7 +256,7 @@ def to_device(device: torch.device) -> Callable[[Any], Any]:
 def _moved(batch: Any, device: torch.device) -> Any:
     batch = move_data_to_device(batch, device)
     # gradients cannot go through a tensor that was made in inference mode
-    return apply_to_collection(batch, Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+    return tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, batch)
 
 
 def source_of(
@@ -271,10 +270,8 @@ def source_of(
     """The source for data handed to a one-call estimate: a Dataset, a DataLoader, or an iterable of batches.
 
     Raises:
-        ValueError: for no data, or a ``num_samples`` below 1; TypeError: for something that is no data.
+        ValueError: for no data; TypeError: for something that is no data.
     """
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}: must be at least 1, or None to take it from the data.")
     collate: Optional[Callable[[list[Any]], Any]] = None
     workers: Optional[int] = None
     move = to_device(device)

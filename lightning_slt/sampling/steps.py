@@ -12,8 +12,6 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_slt.sampling.apart import METRICS, ReadThrough, SeenStrategy, loosened
-
 LossFn = Callable[[nn.Module, Any], Tensor]
 """``loss_fn(module, batch)``: a scalar, or one loss a sample ``[batch]`` (their mean is taken)."""
 
@@ -179,39 +177,44 @@ def _nothing(*_: Any, **__: Any) -> None:
     return None
 
 
-class ReadThroughTrainer(ReadThrough):
-    """What a private copy sees as ``self.trainer``: its attributes to read; writes stay here, loggers are silent.
-
-    So do writes to the metrics, to the settings of optimisers and schedulers, and to the attributes of the DataModule.
+class ReadThrough:
+    """An object's attributes to read; writes stay here.
 
     Args:
-        trainer: the live trainer, or None outside one.
+        live: the object.
+        local: what is answered in its place.
     """
 
-    def __init__(self, trainer: Any = None) -> None:
-        super().__init__(trainer, {"logger": _SILENT_LOGGER, "loggers": [], "save_checkpoint": _nothing})
+    def __init__(self, live: Any, local: dict[str, Any]) -> None:
+        self.__dict__["_live"] = live
+        self.__dict__["_local"] = local
 
     def __getattr__(self, name: str) -> Any:
         local = self.__dict__["_local"]
-        if name in local:
-            return local[name]
-        live = self.__dict__["_live"]
-        if live is None:
-            if name in _OUTSIDE:
-                return _OUTSIDE[name]
-            raise AttributeError(
-                f"training_step reads trainer.{name}, and there is no trainer here: give loss_fn(module, batch)."
-            )
-        if name in ("optimizers", "lr_scheduler_configs"):
-            return getattr(self.strategy, name)
-        value = getattr(live, name)
-        if name == "strategy":
-            local[name] = value = SeenStrategy(value)
-        elif name == "datamodule" and value is not None:
-            local[name] = value = loosened(value)
-        elif name in METRICS:
-            local[name] = value = dict(value)
-        return value
+        return local[name] if name in local else getattr(self.__dict__["_live"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__["_local"][name] = value
+
+
+class ReadThroughTrainer(ReadThrough):
+    """What a private copy sees as ``self.trainer``: its attributes to read; writes stay here, loggers are silent.
+
+    Args:
+        trainer: what the copy may see of a trainer, or None outside one.
+    """
+
+    def __init__(self, trainer: Any = None) -> None:
+        super().__init__(trainer, {"logger": _SILENT_LOGGER, "loggers": []})
+
+    def __getattr__(self, name: str) -> Any:
+        if self.__dict__["_live"] is not None or name in self.__dict__["_local"]:
+            return super().__getattr__(name)
+        if name in _OUTSIDE:
+            return _OUTSIDE[name]
+        raise AttributeError(
+            f"training_step reads trainer.{name}, and there is no trainer here: give loss_fn(module, batch)."
+        )
 
 
 class _SilentLogger:

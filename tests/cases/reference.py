@@ -318,30 +318,16 @@ def hmc_reference(
             accepted += acceptance
             leapfrogs += steps
 
-    per_chain = trace.mean(axis=1)
-    ess = effective_sample_size(trace)
-    between = float(per_chain.std(ddof=1) / math.sqrt(num_chains)) if num_chains > 1 else math.nan
-    within = float(trace.std(ddof=1) / math.sqrt(ess))
-    return Reference(
-        name=case.name,
-        n=case.n,
-        nbeta=nbeta,
-        gamma=gamma,
-        mean=float(per_chain.mean()),
-        se=float(np.nanmax([between, within])),
-        se_between=between,
-        se_within=within,
-        rhat=split_rhat(trace),
-        ess=ess,
+    return _summary(
+        case,
+        nbeta,
+        gamma,
+        trace,
         acceptance=accepted / num_draws,
         step_size=step,
         mean_leapfrog=leapfrogs / num_draws,
-        num_chains=num_chains,
-        num_draws=num_draws,
         num_warmup=num_warmup,
         seed=seed,
-        per_chain=per_chain,
-        trace=trace,
     )
 
 
@@ -388,9 +374,25 @@ def kinetic_reference(
             q = q + 0.5 * step * p
         if draw >= 0:
             trace[:, draw] = (total / steps_a_draw).numpy()
+    return _summary(
+        case,
+        nbeta,
+        gamma,
+        trace,
+        acceptance=1.0,
+        step_size=step,
+        mean_leapfrog=float(steps_a_draw),
+        num_warmup=num_warmup,
+        seed=seed,
+    )
+
+
+def _summary(case: Case, nbeta: float, gamma: float, trace: np.ndarray, **run: Any) -> Reference:
+    """Mean and errors of a trace, and how it was run."""
+    num_chains, num_draws = trace.shape
     per_chain = trace.mean(axis=1)
     ess = effective_sample_size(trace)
-    between = float(per_chain.std(ddof=1) / math.sqrt(num_chains))
+    between = float(per_chain.std(ddof=1) / math.sqrt(num_chains)) if num_chains > 1 else math.nan
     within = float(trace.std(ddof=1) / math.sqrt(ess))
     return Reference(
         name=case.name,
@@ -398,18 +400,14 @@ def kinetic_reference(
         nbeta=nbeta,
         gamma=gamma,
         mean=float(per_chain.mean()),
-        se=max(between, within),
+        se=float(np.nanmax([between, within])),
         se_between=between,
         se_within=within,
         rhat=split_rhat(trace),
         ess=ess,
-        acceptance=1.0,
-        step_size=step,
-        mean_leapfrog=float(steps_a_draw),
         num_chains=num_chains,
         num_draws=num_draws,
-        num_warmup=num_warmup,
-        seed=seed,
         per_chain=per_chain,
         trace=trace,
+        **run,
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_slt.functional import learning_coefficient, standard_error, summarise
-from lightning_slt.functional.learning_coefficient import half_change
+from lightning_slt.functional.learning_coefficient import NEGATIVE, half_change
 
 
 def trace_of(level: float = 10.0, spread: float = 1.0, chains: int = 8, draws: int = 200, seed: int = 0) -> Tensor:
@@ -126,3 +126,15 @@ def test_a_short_trace_has_a_mean_and_does_not_raise() -> None:
     assert s.mean == 2.0 and s.se == pytest.approx(1.0)
     one = summarise(torch.tensor([[1.0]]))
     assert one.mean == 1.0 and math.isnan(one.se)
+
+
+@pytest.mark.parametrize("draws", [1, 2, 3])
+def test_draws_too_few_to_show_mixing_are_not_valid(draws: int) -> None:
+    s = summarise(trace_of()[:, :draws])
+    assert math.isfinite(s.se) and not s.valid
+    assert f"{draws} draws of a chain do not show whether the chains have mixed" in "; ".join(s.reasons)
+    assert "do not show" not in "; ".join(summarise(trace_of()[:, :4]).reasons)
+
+
+def test_without_an_error_nothing_is_beyond_it() -> None:
+    assert not any(NEGATIVE in reason for reason in summarise(torch.tensor([[-1.0]])).reasons)

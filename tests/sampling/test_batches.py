@@ -26,6 +26,7 @@ from lightning_slt.sampling.batches import (
     MinibatchSource,
     ReplaySource,
     source_of,
+    to_device,
 )
 from lightning_slt.sampling.common_batches import CommonBatches
 from lightning_slt.sampling.reading import is_plain_data
@@ -141,6 +142,28 @@ def test_of_a_thousand_million_samples_no_order_is_made() -> None:
     assert len(both.unique()) >= len(both) - 1
     # uniform: the mean is half of n, with a standard error of n / sqrt(12 * 8192)
     assert abs(both.double().mean() / 10**9 - 0.5) < 4 / (12 * len(both)) ** 0.5
+
+
+def test_all_the_data_at_once_is_every_sample_once_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_slt.sampling.batches.MOST_SHUFFLED", 100)
+    whole = DatasetSource(TensorDataset(torch.arange(1000)), 1000, num_workers=0).window(0)
+    assert len(whole) == 1 and sorted(whole[0][0].tolist()) == list(range(1000))
+
+
+class Labelled(dict[str, Tensor]):
+    """A batch that cannot be built from its items alone."""
+
+    def __init__(self, items: dict[str, Tensor], label: str) -> None:
+        super().__init__(items)
+        self.label = label
+
+    def to(self, device: torch.device) -> Labelled:
+        return Labelled({name: x.to(device) for name, x in self.items()}, self.label)
+
+
+def test_a_batch_that_moves_itself_keeps_its_class() -> None:
+    moved = to_device(torch.device("cpu"))(Labelled({"x": torch.ones(3)}, "kept"))
+    assert type(moved) is Labelled and moved.label == "kept"
 
 
 def test_the_same_seed_gives_the_same_windows_and_another_seed_others() -> None:

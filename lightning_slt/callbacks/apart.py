@@ -5,31 +5,39 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_slt.sampling.belongings import LiveIterator, is_live_iterator
+from lightning_slt.sampling.steps import ReadThrough
 
 METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
 
 
-class ReadThrough:
-    """An object's attributes to read; writes stay here.
+class SeenTrainer(ReadThrough):
+    """The live trainer as the chains may see it: what a step writes to its metrics, to the settings of its optimisers
+    and schedulers, and to the attributes of its DataModule stays here, and no checkpoint is saved.
 
     Args:
-        live: the object.
-        local: what is answered in its place.
+        trainer: the live one.
     """
 
-    def __init__(self, live: Any, local: dict[str, Any]) -> None:
-        self.__dict__["_live"] = live
-        self.__dict__["_local"] = local
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer, {"save_checkpoint": _nothing})
 
     def __getattr__(self, name: str) -> Any:
-        local = self.__dict__["_local"]
-        return local[name] if name in local else getattr(self.__dict__["_live"], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__["_local"][name] = value
+        if name in ("optimizers", "lr_scheduler_configs"):
+            return getattr(self.strategy, name)
+        value, local = super().__getattr__(name), self.__dict__["_local"]
+        if name in local:
+            return value
+        if name == "strategy":
+            local[name] = value = SeenStrategy(value)
+        elif name == "datamodule" and value is not None:
+            local[name] = value = _loosened(value)
+        elif name in METRICS:
+            local[name] = value = dict(value)
+        return value
 
 
 class SeenStrategy(ReadThrough):
@@ -75,7 +83,7 @@ def _seen_config(config: Any, optimizers: dict[int, Any]) -> Any:
     return dataclasses.replace(config, scheduler=scheduler)
 
 
-def loosened(value: Any) -> Any:
+def _loosened(value: Any) -> Any:
     """The same object a second time, with attributes, lists and dicts of its own, and iterators that are not read."""
     if not hasattr(value, "__dict__"):
         return value
@@ -106,4 +114,4 @@ def _nothing(*_: Any, **__: Any) -> None:
     return None
 
 
-__all__ = ["METRICS", "ReadThrough", "SeenStrategy", "loosened"]
+__all__ = ["SeenStrategy", "SeenTrainer"]

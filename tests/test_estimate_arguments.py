@@ -1,0 +1,227 @@
+"""One call for a module: which arguments are taken, which are refused, and with what remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_slt import SGLD, KineticLangevin, estimate_influence, estimate_llc, estimate_susceptibility
+from lightning_slt.estimate import NonFiniteLossError
+from lightning_slt.functional import default_nbeta
+from tests.sampling.helpers import gen, mean_squared, mlp, regression
+from tests.test_estimate import TINY, same, tiny
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        x, y = regression().tensors
+        return iter(zip(x, y, strict=True))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no data": ({"data": TensorDataset(torch.empty(0, 5))}, r"data: .*empty"),
+    "data that is none": ({"data": 7}, r"data: expected a Dataset.*got int"),
+    "one sample": ({"data": regression(1), "nbeta": None}, r"num_samples=1: .*at least 2.*nbeta"),
+    "empty restriction": ({"restrict": []}, r"restrict is empty.*None"),
+    "restriction without a match": ({"restrict": "head.*"}, r"restrict: 'head\.\*' matches no.*0\.weight"),
+    "stream without length": ({"data": Stream(), "nbeta": None}, r"nbeta=None.*num_samples= or nbeta="),
+    "no draws": ({"num_draws": 0}, r"num_draws=0.*at least 1"),
+    "no chains": ({"num_chains": 0}, r"num_chains=0.*at least 1"),
+    "negative burn-in": ({"num_burnin_steps": -1}, r"num_burnin_steps=-1.*at least 0.*None"),
+    "no steps a draw": ({"num_steps_bw_draws": 0}, r"num_steps_bw_draws=0.*at least 1.*None"),
+    "negative nbeta": ({"nbeta": -1.0}, r"nbeta=-1\.0.*positive.*None"),
+    "negative localization": ({"localization": -1.0}, r"localization=-1\.0.*negative.*None"),
+    "wrong method": ({"method": "fast"}, r"method='fast'.*'auto', 'sequential' or 'batched'"),
+    "no batch": ({"batch_size": 0}, r"batch_size=0.*at least 1"),
+    "no loss": ({"loss_fn": None}, r"loss_fn is None.*Sequential.*loss_fn\(module, batch\)"),
+    "step without a loss": ({"loss_fn": lambda m, b: None}, r"None for every minibatch.*loss_fn\(module, batch\)"),
+    "loss that is no tensor": ({"loss_fn": lambda m, b: 1.0}, r"the loss must be a tensor.*float"),
+    "no samples": ({"num_samples": 0}, r"num_samples=0.*at least 1.*None"),
+    "weights of another module": ({"weights": {"x": torch.zeros(1)}}, r"(?s)Missing key.*0\.weight"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_with_the_argument_and_the_remedy(changes: dict[str, Any], message: str) -> None:
+    arguments = {**TINY, "data": regression(), "loss_fn": mean_squared, **changes}
+    data, loss_fn = arguments.pop("data"), arguments.pop("loss_fn")
+    kind: tuple[type[Exception], ...] = (
+        (TypeError,) if "expected" in message or "tensor" in message else (ValueError, RuntimeError)
+    )
+    with pytest.raises(kind, match=message) as caught:
+        estimate_llc(mlp(), data, loss_fn, **arguments)
+    if "Missing key" not in message:
+        assert isinstance(caught.value, (ValueError, TypeError))
+
+
+X, Y = regression().tensors
+OF_ANOTHER_KIND: dict[str, tuple[dict[str, Any], str]] = {
+    "a tuple of tensors": ({"data": (X, Y)}, r"data: got a tuple of 2 arrays.*TensorDataset\(X, Y\)"),
+    "a list of other tensors": ({"data": [X, Y[:, 0]]}, r"data: got a list of 2 arrays.*TensorDataset\(X, Y\)"),
+    "a dict of tensors": ({"data": {"x": X, "y": Y}}, r"data: got dict .*'x', 'y'.*TensorDataset\(X, Y\)"),
+    "a path for data": ({"data": "train.pt"}, r"data='train\.pt': got str.*Dataset"),
+    "a path for weights": ({"weights": "x.ckpt"}, r"weights='x\.ckpt': .*a path.*torch\.load\('x\.ckpt'"),
+    "a Path for weights": ({"weights": Path("x.ckpt")}, r"weights='x\.ckpt': .*a path.*torch\.load"),
+    "a module for weights": ({"weights": nn.Linear(1, 1)}, r"weights: .*got Linear.*state_dict\(\)"),
+    "a tensor to restrict": ({"restrict": X}, r"restrict: got a Tensor.*name of the parameter"),
+    "a number to restrict": ({"restrict": 3}, r"restrict=3: got int.*name of a parameter"),
+    "a sampler's name": ({"sampler": "SGLD"}, r"sampler='SGLD': .*SGLD\(\).*'name': 'SGLD'"),
+    "a sampler's class": ({"sampler": SGLD}, r"sampler=SGLD: is a class.*SGLD\(\)"),
+    "text for chains": ({"num_chains": "2"}, r"num_chains='2': expected a whole number, got str"),
+    "a float for draws": ({"num_draws": 20.0}, r"num_draws=20\.0: expected a whole number, got float"),
+    "no number of draws": ({"num_draws": None}, r"num_draws=None: expected a whole number"),
+    "text for a batch": ({"batch_size": "10"}, r"batch_size='10': expected a whole number, got str"),
+    "text for nbeta": ({"nbeta": "10"}, r"nbeta='10': expected a number, got str"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), OF_ANOTHER_KIND.values(), ids=OF_ANOTHER_KIND)
+@pytest.mark.parametrize("call", ["llc", "influence", "susceptibility"])
+def test_an_argument_of_another_kind_is_named_with_the_remedy(call: str, changes: dict[str, Any], message: str) -> None:
+    arguments = {**TINY, "data": regression(), **changes}
+    data = arguments.pop("data")
+    calls: dict[str, Any] = {
+        "llc": lambda: estimate_llc(mlp(), data, mean_squared, **arguments),
+        "influence": lambda: estimate_influence(mlp(), data, None, mean_squared, **arguments),
+        "susceptibility": lambda: estimate_susceptibility(mlp(), data, regression(), mean_squared, **arguments),
+    }
+    with pytest.raises(TypeError, match=message):
+        calls[call]()
+
+
+def test_a_parameter_to_restrict_is_named() -> None:
+    module = mlp()
+    with pytest.raises(TypeError, match=r"restrict: got a Parameter.*restrict='0\.weight'"):
+        tiny(module, restrict=module[0].weight)  # type: ignore[index]
+
+
+def test_few_tensors_may_be_samples() -> None:
+    samples = [torch.randn(6, generator=gen(k)) for k in range(20)]
+    square: Any = lambda m, b: m(b[:, :5]).square().mean()  # noqa: E731
+    assert math.isfinite(tiny(mlp(), samples, square).mean)
+    assert math.isfinite(tiny(mlp(), tuple(samples), square).mean)
+
+
+def test_a_sampler_may_be_a_mapping() -> None:
+    assert same(tiny(mlp(), sampler={"name": "SGLD", "lr": 1e-3}), tiny(mlp()))
+
+
+@pytest.mark.parametrize("method", ["auto", "sequential", "batched"])
+@pytest.mark.parametrize(
+    "loss_fn", [lambda m, b: mean_squared(m, b).detach(), lambda m, b: torch.tensor(1.0)], ids=["detached", "constant"]
+)
+def test_a_loss_without_a_gradient_is_named(loss_fn: Any, method: str) -> None:
+    with pytest.raises(ValueError, match=r"loss does not depend on the weights that move.*detach\(\)"):
+        tiny(mlp(), loss_fn=loss_fn, method=method)
+
+
+def _asserts(module: nn.Module, batch: Any) -> Tensor:
+    assert module.training
+    return mean_squared(module, batch)
+
+
+def test_a_step_for_training_mode_only_is_told_of_eval_mode() -> None:
+    with pytest.raises(AssertionError, match=r"eval mode.*self\.training is False"):
+        tiny(mlp(), loss_fn=_asserts)
+    with pytest.raises(ValueError, match=r"None for every minibatch.*eval mode.*self\.training is False"):
+        tiny(mlp(), loss_fn=lambda m, b: mean_squared(m, b) if m.training else None)
+
+
+@pytest.mark.parametrize("lr", [-1e-4, 0.0, math.nan, math.inf])
+def test_step_out_of_range(lr: float) -> None:
+    with pytest.raises(ValueError, match=r"lr=.*positive.*None"):
+        SGLD(lr=lr)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_start(value: float) -> None:
+    module = mlp()
+    with torch.no_grad():
+        module[0].weight[0, 0] = value  # type: ignore[index]
+    with pytest.raises(NonFiniteLossError, match=r"loss at the current weights is (nan|inf)|weights.* not finite"):
+        tiny(module)
+
+
+def test_a_stream_with_its_length_given() -> None:
+    estimate = tiny(mlp(), Stream(), nbeta=None, num_samples=96)
+    assert estimate.num_samples == 96 and estimate.nbeta == pytest.approx(default_nbeta(96))
+    assert bool(torch.isfinite(estimate.trace).all())
+    assert tiny(mlp(), Stream()).num_samples is None  # with nbeta
+
+
+def test_num_samples_is_n_where_the_data_has_another_length() -> None:
+    """A sample of the training data stands for all of it."""
+    estimate = tiny(mlp(), regression(), nbeta=None, num_samples=5000)
+    assert estimate.num_samples == 5000 and estimate.nbeta == pytest.approx(default_nbeta(5000))
+
+
+def test_num_samples_out_of_range_is_named() -> None:
+    with pytest.raises(ValueError, match=r"num_samples=1\b"):
+        tiny(mlp(), Stream(), nbeta=None, num_samples=1)
+
+
+def test_seeds_that_are_negative_or_large_are_seeds() -> None:
+    assert not same(tiny(mlp(), seed=-1), tiny(mlp(), seed=2**40))
+
+
+def test_whole_numbers_of_numpy_are_taken_and_fractions_are_not() -> None:
+    estimate = tiny(mlp(), seed=np.int64(3), num_draws=np.int32(6))
+    assert same(estimate, tiny(mlp(), seed=3, num_draws=6))
+    assert type(estimate.seed) is int and type(estimate.num_draws) is int
+    for name, value in (("seed", 1.5), ("num_draws", 20.0), ("batch_size", "10")):
+        with pytest.raises(TypeError, match=rf"{name}=.*whole number"):
+            tiny(mlp(), **{name: value})
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_the_answer_is_the_same_without_gradients_around_it(mode: Any) -> None:
+    """A validation hook of Lightning's runs in inference mode."""
+    with mode():
+        inside = tiny(mlp())
+        assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
+    assert same(inside, tiny(mlp()))
+
+
+def test_batches_that_were_made_in_inference_mode_are_taken() -> None:
+    """What a validation hook is handed is such a batch."""
+    inputs, targets = regression(64).tensors
+    outside = tiny(mlp(), [(inputs, targets)], num_samples=64)
+    with torch.inference_mode():
+        batch = (inputs.clone(), targets.clone())
+        assert same(tiny(mlp(), [batch], num_samples=64), outside)
+    assert same(tiny(mlp(), [batch], num_samples=64), outside)
+    assert batch[0].is_inference()
+
+
+def test_a_list_of_batches_without_their_number_is_said_to_be_read_as_samples(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    batches = list(DataLoader(regression(64), batch_size=16))
+    tiny(mlp(), list(regression(64)), nbeta=None)
+    assert not caplog.records
+    assert tiny(mlp(), batches, nbeta=None, num_samples=64).num_samples == 64
+    assert not caplog.records
+    tiny(mlp(), batches, nbeta=None)
+    assert "n = 4; its first one looks like a batch. If they are batches, give num_samples" in caplog.text
+
+
+def test_kinetic_chains_on_minibatches_are_said_to_be_heated(caplog: pytest.LogCaptureFixture) -> None:
+    tiny(mlp(), sampler=KineticLangevin(), full_batch=True)
+    assert not caplog.records
+    tiny(mlp(), sampler=KineticLangevin())
+    assert "minibatches of 16 heat its chains" in caplog.text and "full_batch=True" in caplog.text
+
+
+def test_an_estimate_whose_error_is_not_known_is_not_valid() -> None:
+    alone = tiny(mlp(), num_chains=1, num_draws=3)
+    assert math.isnan(alone.se) and not alone.valid
+    assert "error is not known: one chain of 3 draws" in "; ".join(alone.reasons)
+    assert math.isfinite(tiny(mlp(), num_chains=2, num_draws=3).se)
