@@ -232,9 +232,9 @@ def test_a_wrong_argument_is_named_with_its_remedy(settings: dict[str, Any], mes
 
 
 def test_a_whole_number_of_numpy_is_a_seed() -> None:
-    assert torch.equal(
-        measured(seed=np.int64(3), num_draws=8, nbeta=50.0).chi, measured(seed=3, num_draws=8, nbeta=50.0).chi
-    )
+    # one path: the faster of the two is found by the clock, and they differ in the last bits
+    fixed: dict[str, Any] = {"num_draws": 8, "nbeta": 50.0, "method": "sequential"}
+    assert torch.equal(measured(seed=np.int64(3), **fixed).chi, measured(seed=3, **fixed).chi)
 
 
 def test_mean_of_the_integrand_is_the_learning_coefficient() -> None:
