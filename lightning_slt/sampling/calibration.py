@@ -476,12 +476,13 @@ def _scale(trace: Tensor) -> float:
     """What the heat is held against: |LLC|, or the variance of its integrand, the same number on a regular model.
 
     The LLC itself goes through zero between a saddle (where chains run downhill) and a minimum; the variance does not.
-    Neighbouring steps see independent minibatches, so that their covariance is free of the minibatches' own noise.
+    It counts as far as the integrand lies below zero: a step too large throws the chains up, and the scatter that
+    makes must not buy it a larger one. Neighbouring steps see independent minibatches, so that their covariance is
+    free of the minibatches' own noise.
     """
-    # bursts of a heavy-tailed chain must not buy it a larger step, which would make more of them
     low, high = torch.quantile(trace, torch.tensor([0.05, 0.95], dtype=trace.dtype))
     centred = trace.clamp(low, high)
     centred = centred - centred.mean()
     products = centred[:, 1:] * centred[:, :-1]
     variance = float(products.mean() - 2 * products.std() / math.sqrt(products.numel()))
-    return max(abs(float(trace.mean())), variance, LEAST_SCALE)
+    return max(abs(float(trace.mean())), min(variance, float(low.clamp(max=0.0)) ** 2), LEAST_SCALE)

@@ -18,6 +18,7 @@ from lightning_slt.sampling.calibration import (
     NOISE_HEAT,
     Budget,
     _has_arrived,
+    _scale,
     draw,
     first_step,
 )
@@ -148,6 +149,30 @@ def test_heat_is_taken_off_a_singular_model(lr: float) -> None:
     )
     assert estimate.mean + estimate.step_bias > 1.08 * 19.0
     assert estimate.mean == pytest.approx(19.0, rel=0.03)
+
+
+def _correlated(sd: float, steps: int = 4000) -> Tensor:
+    """``[4, steps]`` of an autoregressive chain of mean 0 and the standard deviation given, with memory 0.95."""
+    noise = torch.randn(4, steps, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = [noise[:, 0]]
+    for k in range(1, steps):
+        rows.append(0.95 * rows[-1] + math.sqrt(1 - 0.95**2) * noise[:, k])
+    return sd * torch.stack(rows, dim=1)
+
+
+def test_heat_is_held_against_the_variance_where_the_integrand_goes_through_zero() -> None:
+    """Between a saddle and a minimum: the LLC is 0, its integrand has a variance of 16 (clamped at 5 and 95 %: 12.7)."""
+    assert 10.0 < _scale(_correlated(4.0)) < 16.0
+    assert _scale(_correlated(4.0) - 30.0) == pytest.approx(30.0, rel=0.02)
+
+
+def test_scatter_of_chains_that_a_step_throws_up_does_not_count() -> None:
+    """All above zero, with a variance of 2500: held against the mean, or the step would only grow."""
+    bursts = 200.0 + _correlated(50.0).clamp(-150, 150)
+    assert _scale(bursts) == pytest.approx(float(bursts.mean()), rel=1e-12)
+    # near zero noise of the minibatches lies below it, and lets through no more than its own size, 2² here
+    noisy = _correlated(50.0).clamp(min=-2.0)
+    assert _scale(noisy) == pytest.approx(float(noisy.mean()), rel=1e-12)
 
 
 def test_arrival_is_asked_for_as_far_as_the_tolerance_goes() -> None:
