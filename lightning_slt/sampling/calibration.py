@@ -369,7 +369,8 @@ def _until_good(chains: Chains, start: _Start, budget: Budget, generation: int) 
             later = kept.last(units // 2 * unit)
             arrived = _has_arrived(later, step if heats else 0.0, posterior, d, budget, shared)
             kept = later if arrived else kept
-        enough = units >= 1 and kept.steps >= LEAST_STEPS
+        # draws shorter than what went before them would be the end of a rise that they are too short to show
+        enough = units >= 1 and kept.steps >= max(LEAST_STEPS, done + joined.steps - kept.steps)
         if enough and settled and arrived and _is_good(kept, budget, posterior.nbeta):
             break
         if rounds > 1 and _is_downhill(kept, posterior.nbeta):
