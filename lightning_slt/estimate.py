@@ -38,9 +38,10 @@ log = logging.getLogger(__name__)
 MAX_HEAT = 0.25
 """Share of the estimate that may be step-size heat before it is called invalid."""
 MIN_LOCALIZATION, MAX_LOCALIZATION = 1.0, 100.0
-SMALL_SAMPLES, SMALL_WEIGHTS, SMALL_BYTES = 512, 2**15, 2**24
-"""A problem up to this size is sampled with momenta on all its data where nothing else is said: its posterior is wide,
-its curvature changes across it, and chains without momenta stand up to a third too high on it (docs/choosing.md)."""
+SMALL_SAMPLES, SMALL_WEIGHTS, SMALL_BYTES = 320, 2**15, 2**24
+"""A problem up to this size (of all the data: five minibatches of 64) is sampled with momenta on all its data where
+nothing else is said. Its posterior is wide, the curvature of a network changes across it, and chains without momenta
+have stood a quarter too high there, with nothing to show it (docs/choosing.md)."""
 
 
 class NonFiniteLossError(ValueError):
@@ -357,7 +358,7 @@ def estimate_llc(
         sampler: None for SGLD with a calibrated step; ``SGLD(lr=...)`` fixes it. Also LeimkuhlerMatthews, RMSpropSGLD,
             SGNHT, KineticLangevin (with ``full_batch``), and MALA, whose every step sees all the data. Any but the
             last two also as a mapping, such as ``{"name": "SGLD", "lr": 1e-4}``. None stands for KineticLangevin on
-            all the data where the problem is small, a Dataset of up to 512 samples and up to 32,768 weights, and
+            all the data where the problem is small, a Dataset of up to 320 samples and up to 32,768 weights, and
             neither ``batch_size`` nor ``num_burnin_steps`` nor ``num_steps_bw_draws`` is given.
         nbeta: None for ``n / log n``.
         localization: gamma; None for ``d / |w*|²`` within [1, 100], see :func:`default_localization`.
@@ -419,6 +420,7 @@ def estimate_llc(
         unsaid = all(x is None for x in (sampler, batch_size, num_burnin_steps, num_steps_bw_draws, num_samples))
         if unsaid and is_small(data, objective.layout.num_weights) and _is_one_fixed_batch(objective, data, seed):
             sampler, full_batch = KineticLangevin(), True
+            log.info(f"{len(data)} samples, {objective.layout.num_weights} weights: KineticLangevin on all the data")
             settings = replace(settings, sampler=sampler)
         full_batch = full_batch or (sampler is not None and sampler.full_batch)
         source = source_of(data, batch_size, objective.device, seed, num_samples, full_batch)

@@ -72,8 +72,6 @@ WARM_SHARE = 0.25
 """Steps of warm chains before their draws, as a share of the draws: the stiff directions settle in them."""
 LATE = 0.25
 """Share of the trace that may be cut off as burn-in while the kept displacements are still said to fit."""
-CURVATURE_SHARE = 0.1
-"""Squared time step of a sampler with momenta, in inverses of the largest posterior precision (4 is unstable)."""
 ACCEPTANCE = 0.57
 """Share of MALA's proposals to be accepted."""
 TOO_HOT, TOO_COLD = 0.5, 2.5
@@ -302,7 +300,8 @@ def _cold_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) 
     ceiling = math.inf
     if given is None:
         safe = _agreed_first_step(chains, seed)
-        ceiling = {"heat": CEILING, "curvature": CURVATURE_SHARE / 0.3, "acceptance": 40.0}[kind] * safe
+        share = chains.sampler.curvature_share
+        ceiling = {"heat": CEILING, "curvature": share / 0.3, "acceptance": 40.0}[kind] * safe
         step = min(known if known is not None else BEGINNING * safe, ceiling)
     else:
         step = given

@@ -161,7 +161,7 @@ def _correlated(sd: float, steps: int = 4000) -> Tensor:
 
 
 def test_heat_is_held_against_the_variance_where_the_integrand_goes_through_zero() -> None:
-    """Between a saddle and a minimum: the LLC is 0, its integrand has a variance of 16 (clamped at 5 and 95 %: 12.7)."""
+    """Between a saddle and a minimum: the LLC is 0, its integrand varies by 16 (cut at 5 and 95 %: 12.7)."""
     assert 10.0 < _scale(_correlated(4.0)) < 16.0
     assert _scale(_correlated(4.0) - 30.0) == pytest.approx(30.0, rel=0.02)
 

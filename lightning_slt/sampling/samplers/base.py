@@ -40,6 +40,8 @@ class Sampler(Protocol):
 
     Attributes:
         calibration: how its step size is found.
+        curvature_share: the squared time step of one with momenta, in inverses of the largest posterior precision at
+            ``w*`` (4 is unstable).
         elementwise: a step of a weight needs that weight only: the chains may then move them a block at a time.
         full_batch: it needs the loss of all the data at every step.
         preconditioned: it wants :attr:`SamplerState.preconditioner`.
@@ -49,6 +51,7 @@ class Sampler(Protocol):
     """
 
     calibration: ClassVar[Calibration]
+    curvature_share: ClassVar[float]
     elementwise: ClassVar[bool]
     full_batch: ClassVar[bool]
     preconditioned: ClassVar[bool]
@@ -78,6 +81,7 @@ class MinibatchSampler:
     """What holds of a sampler that says nothing else; one of the user's own derives from it too."""
 
     calibration: ClassVar[Calibration] = "heat"
+    curvature_share: ClassVar[float] = 0.1
     elementwise: ClassVar[bool] = True
     full_batch: ClassVar[bool] = False
     preconditioned: ClassVar[bool] = False

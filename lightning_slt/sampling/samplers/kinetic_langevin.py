@@ -31,7 +31,8 @@ class KineticLangevin(MinibatchSampler):
     coordinates, the half kicks on either side of a gradient put together).
 
     Args:
-        lr: the squared time step, h²; None takes a tenth of the inverse of the largest posterior precision.
+        lr: the squared time step, h²; None takes a twentieth of the inverse of the largest posterior precision:
+            twice that added 3 % to the LLC of an MLP with BatchNorm, this 1.5 %.
         friction: zeta, in units of the inverse time.
         metric: P; None for the identity.
 
@@ -44,6 +45,7 @@ class KineticLangevin(MinibatchSampler):
     metric: Optional[LowRankMetric] = field(default=None, compare=False)
 
     calibration: ClassVar[Calibration] = "curvature"
+    curvature_share: ClassVar[float] = 0.05
     elementwise: ClassVar[bool] = False
     per_chain: ClassVar[tuple[str, ...]] = ("started",)
     per_weight: ClassVar[tuple[str, ...]] = ("momentum",)
