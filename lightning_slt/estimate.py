@@ -7,12 +7,11 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_slt.functional.learning_coefficient import NOT_ARRIVED, summarise
 from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
@@ -31,17 +30,12 @@ from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import SGLD, KineticLangevin, Sampler, as_sampler
 from lightning_slt.sampling.segment import STATS_EVERY
 from lightning_slt.sampling.steps import LossFn, NoLossError
-from lightning_slt.sampling.window import num_bytes
 
 log = logging.getLogger(__name__)
 
 MAX_HEAT = 0.25
 """Share of the estimate that may be step-size heat before it is called invalid."""
 MIN_LOCALIZATION, MAX_LOCALIZATION = 1.0, 100.0
-SMALL_SAMPLES, SMALL_WEIGHTS, SMALL_BYTES = 320, 2**15, 2**24
-"""A problem up to this size (of all the data: five minibatches of 64) is sampled with momenta on all its data where
-nothing else is said. Its posterior is wide, the curvature of a network changes across it, and chains without momenta
-have stood a quarter too high there, with nothing to show it (docs/choosing.md)."""
 
 
 class NonFiniteLossError(ValueError):
@@ -357,9 +351,7 @@ def estimate_llc(
         loss_fn: ``loss_fn(module, batch)`` -> scalar or ``[batch]``.
         sampler: None for SGLD with a calibrated step; ``SGLD(lr=...)`` fixes it. Also LeimkuhlerMatthews, RMSpropSGLD,
             SGNHT, KineticLangevin (with ``full_batch``), and MALA, whose every step sees all the data. Any but the
-            last two also as a mapping, such as ``{"name": "SGLD", "lr": 1e-4}``. None stands for KineticLangevin on
-            all the data where the problem is small, a Dataset of up to 320 samples and up to 32,768 weights, and
-            neither ``batch_size`` nor ``num_burnin_steps`` nor ``num_steps_bw_draws`` is given.
+            last two also as a mapping, such as ``{"name": "SGLD", "lr": 1e-4}``.
         nbeta: None for ``n / log n``.
         localization: gamma; None for ``d / |w*|²`` within [1, 100], see :func:`default_localization`.
         num_chains: independent chains.
@@ -417,11 +409,6 @@ def estimate_llc(
     # a validation hook of Lightning's runs in inference mode, in which there are no gradients
     with torch.inference_mode(False), preserve_rng(seed):
         objective = Objective(module, loss_fn, restrict, device, weights=state_dict_of(weights))
-        unsaid = all(x is None for x in (sampler, batch_size, num_burnin_steps, num_steps_bw_draws, num_samples))
-        if unsaid and is_small(data, objective.layout.num_weights) and _is_one_fixed_batch(objective, data, seed):
-            sampler, full_batch = KineticLangevin(), True
-            log.info(f"{len(data)} samples, {objective.layout.num_weights} weights: KineticLangevin on all the data")
-            settings = replace(settings, sampler=sampler)
         full_batch = full_batch or (sampler is not None and sampler.full_batch)
         source = source_of(data, batch_size, objective.device, seed, num_samples, full_batch)
         if nbeta is None and source.num_samples is not None:
@@ -435,41 +422,6 @@ def estimate_llc(
             return measure_llc(objective, source, settings)
         except NoLossError as error:
             raise ValueError(f"{error} Give loss_fn(module, batch) -> loss.") from error
-
-
-def is_small(data: Any, num_weights: int) -> bool:
-    """Whether data are samples that make one affordable batch, which nobody has cut into others yet.
-
-    A DataLoader's batches are taken as they are: a loss may compare the samples of one.
-
-    Example:
-        >>> is_small(range(300), 2_500), is_small(range(300), 100_000), is_small(iter(range(300)), 2_500)
-        (True, False, False)
-    """
-    samples = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    if not samples or isinstance(data, (DataLoader, IterableDataset)):
-        return False
-    return len(data) <= SMALL_SAMPLES and num_weights <= SMALL_WEIGHTS
-
-
-def _is_one_fixed_batch(objective: Objective, data: Any, seed: int) -> bool:
-    """Whether all the data are one batch of moderate size whose loss is the same number twice.
-
-    Where the samples or the step draw random numbers their noise would heat momenta. What fails here fails again where
-    its error is told.
-    """
-    losses = []
-    try:
-        for other in (seed, seed + 1):
-            with preserve_rng(other):
-                source = source_of(data, None, objective.device, other, full_batch=True)
-                if num_bytes(source.window(0)[0]) > SMALL_BYTES:
-                    return False
-                losses.append(open_window(objective, source))
-    except Exception as error:
-        log.debug(f"the loss of all the data at once: {type(error).__name__}: {error}")
-        return False
-    return math.isclose(*losses, rel_tol=1e-4)
 
 
 def state_dict_of(weights: Optional[Mapping[str, Any]]) -> Optional[dict[str, Tensor]]:

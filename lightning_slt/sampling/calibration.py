@@ -300,8 +300,10 @@ def _cold_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) 
     ceiling = math.inf
     if given is None:
         safe = _agreed_first_step(chains, seed)
-        share = chains.sampler.curvature_share
-        ceiling = {"heat": CEILING, "curvature": share / 0.3, "acceptance": 40.0}[kind] * safe
+        most = {"heat": CEILING, "acceptance": 40.0}
+        if kind == "curvature":
+            most[kind] = chains.sampler.curvature_share / 0.3
+        ceiling = most[kind] * safe
         step = min(known if known is not None else BEGINNING * safe, ceiling)
     else:
         step = given
