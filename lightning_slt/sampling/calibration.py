@@ -82,6 +82,9 @@ GROWTH = 0.5
 """Steps of a round, as a share of all before it at the same step size."""
 LEAST_STEPS = 50
 """Steps of a chain in an estimate: the error of shorter ones is not known (84-90 % coverage for 95 %)."""
+LEAST_MEMORIES = 6
+"""The same of chains with momenta, in :meth:`~lightning_slt.sampling.samplers.Sampler.energy_memory`: over fewer the
+error of the mean is not known either, and what is left of the start's swing is a part of it."""
 CEILING = 8.0
 """Largest step, in those of :func:`first_step`: 0.6 of what is stable along the steepest direction at ``w*``."""
 BEGINNING = 2.0
@@ -371,7 +374,8 @@ def _until_good(chains: Chains, start: _Start, budget: Budget, generation: int) 
             arrived = _has_arrived(later, step if heats else 0.0, posterior, d, budget, shared)
             kept = later if arrived else kept
         # draws shorter than what went before them would be the end of a rise that they are too short to show
-        enough = units >= 1 and kept.steps >= max(LEAST_STEPS, done + joined.steps - kept.steps)
+        least = max(LEAST_STEPS, LEAST_MEMORIES * chains.sampler.energy_memory(step))
+        enough = units >= 1 and kept.steps >= max(least, done + joined.steps - kept.steps)
         if enough and settled and arrived and _is_good(kept, budget, posterior.nbeta):
             break
         if rounds > 1 and _is_downhill(kept, posterior.nbeta):

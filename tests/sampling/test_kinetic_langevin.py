@@ -59,6 +59,30 @@ def test_the_covariance_is_exact_at_two_step_sizes(lr_share: float, with_metric:
     assert float((draws.mean(dim=0).abs() / found.diagonal().sqrt()).max()) < 0.07
 
 
+@pytest.mark.parametrize("at_anchor", [True, False])
+def test_the_energy_is_that_of_the_posterior_from_the_first_step_on(at_anchor: bool) -> None:
+    """Potential energy, mean of the first 300 steps, 2,000 chains: d / 2 = 2.5 of a square, whose standard deviation
+    over the chains is at most sqrt(d / 2), so 0.14 is 4 standard errors. Momenta of N(0, I) at w* would leave 0.8 of
+    it: their energy is half, and friction takes 1 / (0.7 h) = 158 steps to make up for it. Chains that are placed at
+    a draw of the posterior have theirs already, and N(0, 2 I) would heat them to 1.2 of it."""
+    anchor, h, g = torch.ones(5, dtype=torch.float64), hessian(), torch.Generator().manual_seed(0)
+    precision = POSTERIOR.nbeta * h + POSTERIOR.localization * torch.eye(5).double()
+    weights, lr = anchor.repeat(2000, 1), 0.01 / float(torch.linalg.eigvalsh(precision)[-1])
+    if not at_anchor:
+        root = torch.linalg.cholesky(torch.linalg.inv(precision))
+        weights += torch.randn(weights.shape, generator=g, dtype=torch.float64) @ root.T
+    sampler = KineticLangevin()
+    assert sampler.energy_memory(lr) == pytest.approx(158.0, abs=0.5)
+    state, energy = empty_state(sampler, weights), []
+    for _ in range(300):
+        u = weights - anchor
+        noise = torch.randn(weights.shape, generator=g, dtype=torch.float64)
+        sampler.update_(weights, anchor, u @ h, noise, lr, POSTERIOR, state)
+        u = weights - anchor
+        energy.append(0.5 * float(torch.linalg.vecdot(u, u @ precision).mean()))
+    assert sum(energy) / len(energy) == pytest.approx(2.5, abs=0.14)
+
+
 def test_curvature_finds_the_eigenvalues_and_the_metric_makes_the_posterior_round() -> None:
     h = torch.zeros(40, 40, dtype=torch.float64)
     h.diagonal()[:10] = torch.linspace(50, 5, 10, dtype=torch.float64)

@@ -63,6 +63,10 @@ class Sampler(Protocol):
     def lr(self) -> Optional[float]:
         """The step size; None where it is to be calibrated."""
 
+    def energy_memory(self, lr: float) -> float:
+        """Steps of size ``lr`` after which a chain has forgotten its energy, by a factor e; 0 where it has no momentum.
+        Draws that are few of these long are one or two readings of the loss, however often it swings in them."""
+
     def update_(
         self,
         weights: Tensor,
@@ -88,6 +92,9 @@ class MinibatchSampler:
     shares_noise: ClassVar[bool] = False
     per_chain: ClassVar[tuple[str, ...]] = ()
     per_weight: ClassVar[tuple[str, ...]] = ()
+
+    def energy_memory(self, lr: float) -> float:
+        return 0.0
 
 
 def empty_state(sampler: Sampler, weights: Tensor) -> SamplerState:

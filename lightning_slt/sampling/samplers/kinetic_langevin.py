@@ -26,7 +26,8 @@ class KineticLangevin(MinibatchSampler):
 
     The momentum carries a chain across the posterior in a number of steps that grows with the square root of its
     condition number, where Langevin steps without one grow with the number itself: several times more independent
-    draws for as many gradients. It does not take the heat of minibatches off, so it wants large ones or all the data.
+    draws for as many gradients. It starts from N(0, I), at w* itself from N(0, 2 I): that is the energy of the
+    posterior of a square from the first step on. It does not take the heat of minibatches off, so it wants large ones or all the data.
     On a quadratic the variance of w is exact at every stable step (h < 2 over the root of the steepest precision in P's
     coordinates, the half kicks on either side of a gradient put together).
 
@@ -55,6 +56,10 @@ class KineticLangevin(MinibatchSampler):
         if not (math.isfinite(self.friction) and self.friction > 0):
             raise ValueError(f"friction={self.friction}: must be positive; 0.7 is usual.")
 
+    def energy_memory(self, lr: float) -> float:
+        """``1 / (zeta h)``."""
+        return 1.0 / (self.friction * math.sqrt(lr))
+
     def update_(
         self,
         weights: Tensor,
@@ -79,7 +84,10 @@ class KineticLangevin(MinibatchSampler):
         fresh = started == 0
         share = 1.0
         if bool(fresh.any()):
-            # the noise of a chain's first step is its momentum, and half of a kick its first
+            # the noise of a chain's first step is its momentum, and half of a kick its first; at the bottom of a square
+            # the momentum is all the energy that a chain has, and friction would be long in making up for the rest
+            at_anchor = (weights == anchor).all(dim=1)
+            noise[fresh & at_anchor] *= math.sqrt(2.0)
             momentum[fresh] = noise[fresh]
             noise[fresh] *= (1.0 - a) / b  # which the renewal leaves as it is
             started.fill_(1.0)

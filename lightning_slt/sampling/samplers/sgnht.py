@@ -54,6 +54,10 @@ class SGNHT(MinibatchSampler):
         if not (math.isfinite(self.diffusion_factor) and 0 < self.diffusion_factor < 1):
             raise ValueError(f"diffusion_factor={self.diffusion_factor}: must be between 0 and 1; 0.01 is usual.")
 
+    def energy_memory(self, lr: float) -> float:
+        """``1 / a``."""
+        return 1.0 / self.diffusion_factor
+
     def update_(
         self,
         weights: Tensor,
