@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 MAX_HEAT = 0.25
 """Share of the estimate that may be step-size heat before it is called invalid."""
+MAX_NOISE_HEAT = 0.08
+"""The same of the minibatches' heat of a sampler with momenta: 0.4 to 1.0 of what is taken off was there."""
 MIN_LOCALIZATION, MAX_LOCALIZATION = 1.0, 100.0
 
 
@@ -259,13 +261,14 @@ def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     trace = raw.reshape(len(raw), settings.num_draws, between).mean(dim=2)
     finite = segment.finite
     good = ~diverged(segment, posterior.nbeta, d)
-    heats = chains.sampler.calibration == "heat"
-    shared = chains.sampler.shares_noise
+    heat_step, shared, thermostat = chains.sampler.heating(lr)
     hot = share = math.nan
     correction = 1.0
-    if heats and bool(good.any()):
-        found, level = heat_of(segment, lr, posterior, good, shared), float(trace[good].mean())
-        hot = found.of_sgld / level if level > 0 else math.nan
+    momenta = chains.sampler.calibration == "curvature"
+    if heat_step > 0 and bool(good.any()):
+        found = heat_of(segment, heat_step, posterior, good, shared, d if thermostat else 0)
+        level = float(trace[good].mean())
+        hot = (found.total if momenta else found.of_sgld) / level if level > 0 else math.nan
         share = found.total / level if level > 0 else math.nan
         if 0 < share < 2 * MAX_HEAT:
             correction = 1.0 - share
@@ -277,10 +280,14 @@ def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     trace = trace * correction
     summary = summarise(trace, ~good)
     reasons = summary.reasons
-    if hot >= MAX_HEAT and summary.mean > 0:
+    if hot >= (MAX_NOISE_HEAT if momenta else MAX_HEAT) and summary.mean > 0:
         heat = f"SGLD would have {hot:.0%} heat at it" if shared else f"{hot:.0%} of the estimate is heat of the step"
-        reasons += (f"step size {lr:.2g} is too large: {heat}",)
-    virial = virial_ratio(segment.second_half(), lr if heats else 0.0, posterior, d, good, shared)
+        reasons += (
+            f"{hot:.0%} of the estimate is heat of the minibatches: full_batch=True, or a larger batch_size"
+            if momenta
+            else f"step size {lr:.2g} is too large: {heat}",
+        )
+    virial = virial_ratio(segment.second_half(), 0.0 if thermostat else heat_step, posterior, d, good, shared)
     if virial < MIN_VIRIAL and summary.mean > 0:
         reasons += (
             f"{NOT_ARRIVED} in {drawn.num_burnin_steps + segment.steps} steps (virial ratio "

@@ -53,6 +53,7 @@ from lightning_slt.sampling.noise import normal_stream
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged, heat_of, transient, virial_ratio
 from lightning_slt.sampling.rng import PROBE
+from lightning_slt.sampling.samplers.base import Heating
 from lightning_slt.sampling.segment import STATS_EVERY, Segment
 from lightning_slt.sampling.window import Window
 
@@ -366,12 +367,12 @@ def _until_good(chains: Chains, start: _Start, budget: Budget, generation: int) 
             wanted, settled = _next_step(chains, known if bool(segment.finite.all()) else segment, step, start.ceiling)
             if heats and bool(segment.finite.all()):
                 settled = wanted > TOO_HOT * step and (rounds > 1 or wanted < TOO_COLD * step)
-        shared = chains.sampler.shares_noise
-        arrived = _has_arrived(kept, step if heats else 0.0, posterior, d, budget, shared)
+        heating = chains.sampler.heating(step)
+        arrived = _has_arrived(kept, heating, posterior, d, budget)
         if not arrived and units >= 2:
             # what the trace's own scatter hides is burn-in all the same
             later = kept.last(units // 2 * unit)
-            arrived = _has_arrived(later, step if heats else 0.0, posterior, d, budget, shared)
+            arrived = _has_arrived(later, heating, posterior, d, budget)
             kept = later if arrived else kept
         # draws shorter than what went before them would be the end of a rise that they are too short to show
         least = max(LEAST_STEPS, LEAST_MEMORIES * chains.sampler.energy_memory(step))
@@ -395,16 +396,14 @@ def _until_good(chains: Chains, start: _Start, budget: Budget, generation: int) 
     return Drawn(kept, step, done + joined.steps - kept.steps, kept.steps // budget.num_draws), fits
 
 
-def _has_arrived(
-    segment: Segment, lr: float, posterior: LocalPosterior, d: int, budget: Budget, shared: bool = False
-) -> bool:
+def _has_arrived(segment: Segment, heating: Heating, posterior: LocalPosterior, d: int, budget: Budget) -> bool:
     """Whether the directions that are reached last owe the LLC no more than the tolerance.
 
     They look flat, and show in the virial ratio alone. On a regular model the LLC lacks the share that the ratio lacks;
     on singular ones less (0.4 to 0.6 of it were measured on networks, nothing on reduced-rank regression).
     """
     finite = segment.finite
-    ratio = virial_ratio(segment, lr, posterior, d, shared=shared)
+    ratio = virial_ratio(segment, 0.0 if heating.thermostat else heating.step, posterior, d, shared=heating.noise_alone)
     level = abs(posterior.nbeta * float(segment.difference[finite].mean())) if bool(finite.any()) else 0.0
     allowed = budget.allowed_error(level) / max(level, SMALL_LLC)
     return ratio >= 1.0 - min(allowed, MAX_OWED)

@@ -276,7 +276,7 @@ class Chains:
         )
         read: list[Tensor] = []
         noise: Tensor | None = None
-        if self.sampler.calibration == "heat" and not self.sampler.full_batch and len(window) > 1:
+        if self.sampler.heating(lr).step > 0 and not self.sampler.full_batch and len(window) > 1:
             noise = torch.full((chains, len(_noise_steps(steps))), torch.nan, dtype=torch.float64)
         tallies = [self._state.tensors.get(name) for name in ("accepted", "proposed")]
         before = [tally.clone() for tally in tallies if tally is not None]
@@ -391,18 +391,19 @@ class Chains:
                             self._moments.addcmul_(row, row)
                         self._moments_count += count
             if noises is not None and t % NOISE_EVERY == NOISE_EVERY // 2:
-                # a step with two gradients costs no memory and wastes none; the other batch has been used before, so
-                # that none is met by a chain that has moved towards it already
+                # xi.xi of one is (g' - g).(g' - g) / 2, on average. There is memory for one of the two alone: g is made
+                # anew for the step. The other batch has been used before, so that none is met by a chain that has moved
+                # towards it already
+                with torch.no_grad():
+                    grad.neg_()
                 try:
                     engine(window, indices[:, t - NOISE_EVERY // 2], keep=True)
                 except (ValueError, RuntimeError):
                     if self.layout.all_finite(weights):
                         raise
                 with torch.no_grad():
-                    # xi.xi of one is 2 g.g - (g + g').(g + g')/2, on average: g and g' share their mean alone
-                    alone_square = readings[-5 if state.preconditioner is not None else -3]
-                    noise_squares.append(2 * alone_square - self._square_of(blocks) / 2)
-                    grad.mul_(0.5)
+                    noise_squares.append(self._square_of(blocks) / 2)
+                engine(window, indices[:, t])
             with torch.no_grad():
                 if self.reader is not None and t % self.read_every == 0:
                     here = self._at(weights, state)
@@ -533,7 +534,7 @@ class Chains:
 
 
 def _noise_steps(steps: int) -> range:
-    """Steps of a stretch at which a second gradient is taken; all of them are read at as well."""
+    """Steps of a stretch at which the gradient of a second minibatch is taken as well."""
     return range(NOISE_EVERY // 2, steps, NOISE_EVERY)
 
 

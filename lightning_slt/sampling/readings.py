@@ -60,7 +60,12 @@ class Heat:
 
 
 def heat_of(
-    segment: Segment, lr: float, posterior: LocalPosterior, keep: Tensor | None = None, shared: bool = False
+    segment: Segment,
+    lr: float,
+    posterior: LocalPosterior,
+    keep: Tensor | None = None,
+    shared: bool = False,
+    thermostat_of: int = 0,
 ) -> Heat:
     r"""The heat of the step, pooled over the chains that are kept (all finite ones); NaN where there are none.
 
@@ -68,6 +73,11 @@ def heat_of(
     alone. With noise in proportion to curvature the share that reaches the loss is
     ``g.P nbeta g / (g.P nbeta g + gamma g.P u)``. And a loss that rises faster than a square,
     ``nbeta E[g.u] > 2 LLC``, rises by ``2 LLC / nbeta E[g.u]`` of what ``g.u / 2`` does. Their product is ``weight``.
+
+    Args:
+        thermostat_of: d, where a thermostat holds the mean temperature of so many directions: friction is then larger
+            by ``1 + t``, t the mean of the noise's heat over them, and of the loss ``E`` in it ``E t`` is taken off
+            already (:class:`~lightning_slt.SGNHT`).
     """
     keep = segment.finite if keep is None else keep
     rows = keep.nonzero().flatten()
@@ -87,7 +97,11 @@ def heat_of(
     steepness = level / half_virial if half_virial > level > 0 else 1.0
     weight = by_loss * steepness
     each = weight * noise if shared else total - (1.0 - weight) * noise
-    return Heat(float((total - noise).mean()), weight * float(noise.mean()), weight, steepness, each, shared)
+    reaches = weight * float(noise.mean())
+    if thermostat_of:
+        each = each - 2.0 * noise / thermostat_of * nbeta * segment.difference[rows].mean(dim=1)
+        reaches -= 2.0 * float(noise.mean()) / thermostat_of * level
+    return Heat(float((total - noise).mean()), reaches, weight, steepness, each, shared)
 
 
 def force_of(segment: Segment, posterior: LocalPosterior) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 STATS_EVERY = 4
 """Steps between readings of |grad|², grad.(w - w*) and |w - w*|²: three passes over the weights each."""
 
-NOISE_EVERY = 24
+NOISE_EVERY = 48
 """Steps between second gradients at the same weights, on another minibatch: what the minibatches' own noise is."""
 
 READINGS = ("grad_square", "grad_dot", "square", "pulled_dot", "pulled_square")

@@ -25,6 +25,7 @@ from lightning_slt.sampling.calibration import (
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.readings import heat_of, transient, virial_ratio
+from lightning_slt.sampling.samplers.base import Heating
 from lightning_slt.sampling.segment import Segment
 from tests.cases.problems import reduced_rank, regular
 from tests.sampling.helpers import make_chains, mean_squared, mlp, regression
@@ -87,6 +88,15 @@ def test_noise_heats_the_loss_as_far_as_the_loss_holds_its_direction(gamma: floa
     assert heat.discretisation == pytest.approx(lr / 8 * nbeta * (nbeta * 3.0 + gamma * grad_dot))
 
 
+def test_a_thermostat_leaves_what_the_loss_has_more_of_than_the_mean() -> None:
+    """H = 0.01 / 8 * 100 * 2 = 0.25 at the friction a; over 10 directions t = 0.05, and the loss of E = 20 is at
+    (LLC + H) / (1 + t): E t = 1 of 20 too little, 0.25 too much."""
+    s = segment(5.0, 4.0, 1.0, difference=2.0, noise_square=2.0)
+    heat = heat_of(s, 0.01, LocalPosterior(10.0, 0.0), shared=True, thermostat_of=10)
+    assert heat.total == pytest.approx(0.25 - 20 * 0.05)
+    assert heat.each.tolist() == pytest.approx([heat.total] * 2)
+
+
 def noisy_chains(method: str) -> Chains:
     case = regular(n=400, eigenvalues=SPECTRUM, noise=1.0)
     source = DatasetSource(case.dataset, 16, seed=0)
@@ -98,22 +108,49 @@ def noisy_chains(method: str) -> Chains:
 def test_noise_of_the_minibatches_is_that_of_their_gradients() -> None:
     """Chains that hardly move, against the variance of the gradients of all the minibatches at ``w*``.
 
-    8 chains x 100 pairs. With 8 x 30 the ratio was 1.02 with a spread of 0.086 over 20 seeds: here 0.047, so that about
-    1 seed in 500 would fail.
+    8 chains x 100 pairs, each with a spread of 0.9 of its mean: 0.03 for their mean, and 0.15 is five of it.
     """
     chains = noisy_chains("batched")
     window = chains.source.window(0)
     gradients = torch.cat([chains.gradients(chains.objective.anchor[None], [i]) for i in range(len(window))])
     expected = float(gradients.double().var(dim=0, correction=0).sum())
-    found = chains.advance(24 * 100, 1e-12)
+    found = chains.advance(48 * 100, 1e-12)
     assert found.noise_square is not None and found.noise_square.shape == (8, 100)
     assert float(found.noise_square.mean()) == pytest.approx(expected, rel=0.15)
-    later = found.last(24 * 50).noise_square
+    later = found.last(48 * 50).noise_square
     assert later is not None and torch.equal(later, found.noise_square[:, 50:])
 
 
+def test_noise_is_told_from_the_gradient_of_all_the_data_by_a_few_pairs() -> None:
+    """Away from w* a mean gradient of twice the noise's square is in every gradient, and cancels in each pair: the spread
+    of a reading is 0.55 of its mean, where it would be 2.3, some of them below zero, if it cancelled on average alone.
+    The batches and their pairs are given by the seed."""
+    chains = noisy_chains("batched")
+    chains.place(torch.full_like(chains.weights, 3.0))
+    found = chains.advance(48 * 10, 1e-12)
+    assert found.noise_square is not None
+    mean = float(found.noise_square.mean())
+    assert float(found.grad_square.mean()) > 2.5 * mean
+    assert float(found.noise_square.min()) >= 0 and float(found.noise_square.std()) < 0.8 * mean
+
+
+@pytest.mark.parametrize("method", ["sequential", "batched"])
+def test_a_chain_goes_where_it_would_without_its_noise_being_read(method: str) -> None:
+    class Unread(SGLD):
+        def heating(self, lr: float) -> Heating:
+            return Heating(0.0, noise_alone=False)
+
+    ends = []
+    for sampler in (SGLD(), Unread()):
+        chains = noisy_chains(method)
+        chains.sample(chains.posterior, sampler)
+        assert (chains.advance(100, 1e-3).noise_square is None) == isinstance(sampler, Unread)
+        ends.append(chains.displacements().clone())
+    assert torch.equal(*ends) and float(ends[0].abs().max()) > 0.01
+
+
 def test_noise_of_the_minibatches_is_the_same_by_every_engine() -> None:
-    one, other = (noisy_chains(method).advance(24 * 4, 1e-4) for method in ("sequential", "batched"))
+    one, other = (noisy_chains(method).advance(48 * 4, 1e-4) for method in ("sequential", "batched"))
     assert one.noise_square is not None and other.noise_square is not None
     assert torch.allclose(one.noise_square, other.noise_square, rtol=1e-3, atol=1e-3)
     assert torch.allclose(one.difference, other.difference, rtol=1e-3, atol=1e-5)
@@ -181,7 +218,7 @@ def test_arrival_is_asked_for_as_far_as_the_tolerance_goes() -> None:
 
     def arrived(ratio: float, budget: Budget) -> bool:
         s = segment(1e-9, ratio * d / 20.0, 1.0, difference=1.0)
-        return _has_arrived(s, 0.0, posterior, d, budget)
+        return _has_arrived(s, Heating(0.0, noise_alone=True), posterior, d, budget)
 
     assert arrived(0.96, Budget(100, tolerance=0.05)) and not arrived(0.96, Budget(100, tolerance=0.03))
     assert arrived(0.96, Budget(100, tolerance_llc=1.0)) and not arrived(0.96, Budget(100, tolerance_llc=0.5))
@@ -249,11 +286,13 @@ def opened(noise: float = 0.0, seed: int = 0, gamma: float = 1.0) -> Chains:
 @pytest.mark.parametrize("noise", [0.0, 1.0])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_calibrated_step_heats_by_what_is_wanted(seed: int, noise: float) -> None:
+    """The virial ratio of 400 to 1,400 steps: 1.014 over 16 seeds with noise, with a spread of 0.033; 0.13 is 3.5 of it
+    beyond that, 1 seed in 2,000."""
     chains = opened(noise, seed)
     drawn = draw(chains, seed, Budget(num_draws=200, max_steps_bw_draws=4))
     heat, llc = heat_of(drawn.segment, drawn.lr, chains.posterior), 5.0
     assert 0.2 < max(heat.discretisation / HEAT, heat.noise / NOISE_HEAT) / llc < 2.5
-    assert virial_ratio(drawn.segment, drawn.lr, chains.posterior, 10) == pytest.approx(1.0, abs=0.1)
+    assert virial_ratio(drawn.segment, drawn.lr, chains.posterior, 10) == pytest.approx(1.0, abs=0.13)
 
 
 def test_first_step_is_safe_along_the_steepest_direction() -> None:

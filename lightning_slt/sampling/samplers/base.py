@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Optional, Protocol, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple, Optional, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,6 +14,21 @@ from lightning_slt.functional.posterior import LocalPosterior
 Calibration = Literal["heat", "curvature", "acceptance"]
 """How a step size that is not given is found: by the heat of the step that the chains show, as a share of the largest
 posterior precision, or by the share of proposals that are accepted."""
+
+
+class Heating(NamedTuple):
+    """How a step heats the chains.
+
+    Attributes:
+        step: the step of SGLD whose minibatches would heat as much; 0 where nothing does that stays in.
+        noise_alone: it is the minibatches alone, and discretisation adds nothing at first order.
+        thermostat: the mean over all directions is taken off by the sampler itself, and stays only as far as the
+            directions that the loss holds have more of it.
+    """
+
+    step: float
+    noise_alone: bool
+    thermostat: bool = False
 
 
 @dataclass(slots=True)
@@ -63,6 +78,9 @@ class Sampler(Protocol):
     def lr(self) -> Optional[float]:
         """The step size; None where it is to be calibrated."""
 
+    def heating(self, lr: float) -> Heating:
+        """What steps of size ``lr`` add to the energy, which is measured and taken off."""
+
     def energy_memory(self, lr: float) -> float:
         """Steps of size ``lr`` after which a chain has forgotten its energy, by a factor e; 0 where it has no momentum.
         Draws that are few of these long are one or two readings of the loss, however often it swings in them."""
@@ -92,6 +110,9 @@ class MinibatchSampler:
     shares_noise: ClassVar[bool] = False
     per_chain: ClassVar[tuple[str, ...]] = ()
     per_weight: ClassVar[tuple[str, ...]] = ()
+
+    def heating(self, lr: float) -> Heating:
+        return Heating(lr if self.calibration == "heat" else 0.0, self.calibration != "heat" or self.shares_noise)
 
     def energy_memory(self, lr: float) -> float:
         return 0.0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.sampling.metric import LowRankMetric
-from lightning_slt.sampling.samplers.base import Calibration, MinibatchSampler, SamplerState, check_step_size
+from lightning_slt.sampling.samplers.base import Calibration, Heating, MinibatchSampler, SamplerState, check_step_size
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class KineticLangevin(MinibatchSampler):
     The momentum carries a chain across the posterior in a number of steps that grows with the square root of its
     condition number, where Langevin steps without one grow with the number itself: several times more independent
     draws for as many gradients. It starts from N(0, I), at w* itself from N(0, 2 I): that is the energy of the
-    posterior of a square from the first step on. It does not take the heat of minibatches off, so it wants large ones or all the data.
-    On a quadratic the variance of w is exact at every stable step (h < 2 over the root of the steepest precision in P's
-    coordinates, the half kicks on either side of a gradient put together).
+    posterior of a square from the first step on. Minibatches heat it far more than SGLD, so it wants large ones or all
+    the data. On a quadratic the variance of w is exact at every stable step (h < 2 over the root of the steepest
+    precision in P's coordinates, the half kicks on either side of a gradient put together).
 
     Args:
         lr: the squared time step, h²; None takes a twentieth of the inverse of the largest posterior precision:
@@ -55,6 +55,12 @@ class KineticLangevin(MinibatchSampler):
         check_step_size(self.lr)
         if not (math.isfinite(self.friction) and self.friction > 0):
             raise ValueError(f"friction={self.friction}: must be positive; 0.7 is usual.")
+
+    def heating(self, lr: float) -> Heating:
+        """A kick ``h nbeta xi`` in every step is a random force that friction holds at the temperature
+        ``1 + h nbeta² xi² / (2 zeta)``; SGLD's ``1 + eps nbeta² xi² / 4`` is that at ``eps = 2 h / zeta``. In a metric it
+        is not measured: 0."""
+        return Heating(2.0 * math.sqrt(lr) / self.friction if self.metric is None else 0.0, noise_alone=True)
 
     def energy_memory(self, lr: float) -> float:
         """``1 / (zeta h)``."""
