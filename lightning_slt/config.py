@@ -28,7 +28,16 @@ from lightning_slt.estimate import estimate_llc
 from lightning_slt.influence import estimate_influence
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.record import Estimate
-from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, LeimkuhlerMatthews, RMSpropSGLD, sampler_from
+from lightning_slt.sampling.samplers import (
+    BY_NAME,
+    MALA,
+    SGLD,
+    SGNHT,
+    KineticLangevin,
+    LeimkuhlerMatthews,
+    RMSpropSGLD,
+    sampler_from,
+)
 from lightning_slt.transitions import Transition, TransitionDetector, detect_transitions
 
 Source = Union[str, os.PathLike[str], Mapping[str, Any], DictConfig]
@@ -68,7 +77,7 @@ class SamplerConfig:
         Raises:
             ValueError: for an argument out of range, or that this sampler does not have.
         """
-        return sampler_from({"name": self.name.value, "lr": self.lr, **_given(self)})
+        return sampler_from({"name": self.name.value, "lr": self.lr, **_given(self)}, BY_NAME)  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -202,12 +211,13 @@ class RunConfig:
 
 
 class EstimateSamplerName(Enum):
-    """The samplers of a single call: those of a monitor, and MALA, whose every step sees all the data."""
+    """The samplers of a single call: those of a monitor, and two that want all the data at every step."""
 
     LeimkuhlerMatthews = "LeimkuhlerMatthews"
     SGLD = "SGLD"
     RMSpropSGLD = "RMSpropSGLD"
     SGNHT = "SGNHT"
+    KineticLangevin = "KineticLangevin"
     MALA = "MALA"
 
 
@@ -216,29 +226,26 @@ class EstimateSamplerConfig:
     """As :class:`SamplerConfig`, for one call without a trainer.
 
     Args:
-        name: LeimkuhlerMatthews, SGLD, RMSpropSGLD, SGNHT or MALA.
+        name: LeimkuhlerMatthews, SGLD, RMSpropSGLD, SGNHT, KineticLangevin (which wants ``full_batch``) or MALA.
         lr: the step size; None has it calibrated.
         kappa: of RMSpropSGLD: how far its metric may go, the smaller the further; None for its default.
         diffusion_factor: of SGNHT: the noise injected in a step, also the friction to begin with; None for its default.
+        friction: of KineticLangevin, in units of the inverse time; None for its default.
     """
 
     name: EstimateSamplerName = EstimateSamplerName.SGLD
     lr: Optional[float] = None
     kappa: Optional[float] = None
     diffusion_factor: Optional[float] = None
+    friction: Optional[float] = None
 
-    def build(self) -> Union[LeimkuhlerMatthews, SGLD, RMSpropSGLD, SGNHT, MALA]:
+    def build(self) -> Union[LeimkuhlerMatthews, SGLD, RMSpropSGLD, SGNHT, KineticLangevin, MALA]:
         """The sampler.
 
         Raises:
             ValueError: for an argument out of range, or that this sampler does not have.
         """
-        finer = _given(self)
-        if self.name is not EstimateSamplerName.MALA:
-            return sampler_from({"name": self.name.value, "lr": self.lr, **finer})
-        if finer:
-            raise ValueError(f"sampler: unknown key {sorted(finer)}; MALA has ['lr'].")
-        return MALA(lr=self.lr)
+        return sampler_from({"name": self.name.value, "lr": self.lr, **_given(self)})  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -341,7 +348,8 @@ class DetectorConfig:
 
 def _given(sampler: Any) -> dict[str, float]:
     """The arguments that not every sampler has, of those that were given."""
-    return {k: getattr(sampler, k) for k in ("kappa", "diffusion_factor") if getattr(sampler, k) is not None}
+    finer = [f.name for f in dataclasses.fields(sampler) if f.name not in ("name", "lr")]
+    return {k: getattr(sampler, k) for k in finer if getattr(sampler, k) is not None}
 
 
 def _arguments(config: Any) -> dict[str, Any]:

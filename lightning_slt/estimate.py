@@ -357,8 +357,8 @@ def estimate_llc(
         data: training data: a map-style Dataset, a DataLoader, or an iterable of batches (then give ``num_samples``).
         loss_fn: ``loss_fn(module, batch)`` -> scalar or ``[batch]``.
         sampler: None for SGLD with a calibrated step; ``SGLD(lr=...)`` fixes it. Also LeimkuhlerMatthews, RMSpropSGLD,
-            SGNHT, KineticLangevin (with ``full_batch``), and MALA, whose every step sees all the data. Any but the
-            last two also as a mapping, such as ``{"name": "SGLD", "lr": 1e-4}``.
+            SGNHT, KineticLangevin (with ``full_batch``), and MALA, whose every step sees all the data. Any also as
+            a mapping, such as ``{"name": "SGLD", "lr": 1e-4}``.
         nbeta: None for ``n / log n``.
         localization: gamma; None for ``d / |w*|²`` within [1, 100], see :func:`default_localization`.
         num_chains: independent chains.
@@ -422,7 +422,8 @@ def estimate_llc(
             default_nbeta(source.num_samples)
         if isinstance(sampler, KineticLangevin) and source.batch_size < (source.num_samples or math.inf):
             log.warning(
-                f"sampler=KineticLangevin(): minibatches of {source.batch_size} heat its chains, and that stays in. "
+                f"sampler=KineticLangevin(): minibatches of {source.batch_size} heat its chains, and little of that "
+                "can be taken off. "
                 "Give full_batch=True, or leave the sampler None."
             )
         try:

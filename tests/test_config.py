@@ -15,6 +15,7 @@ from lightning_slt import (
     MALA,
     SGLD,
     SGNHT,
+    KineticLangevin,
     RMSpropSGLD,
     SLTMonitor,
     TransitionDetector,
@@ -84,8 +85,12 @@ def test_a_transition_monitor_from_a_mapping() -> None:
 
 
 def test_names_and_defaults_are_those_of_the_sampler() -> None:
-    arguments = {name for kind in (SGLD, RMSpropSGLD, SGNHT) for name in inspect.signature(kind).parameters}
-    for schema, first in ((SamplerConfig, SamplerName.SGLD), (EstimateSamplerConfig, EstimateSamplerName.SGLD)):
+    monitors = (SGLD, RMSpropSGLD, SGNHT)
+    for schema, first, kinds in (
+        (SamplerConfig, SamplerName.SGLD, monitors),
+        (EstimateSamplerConfig, EstimateSamplerName.SGLD, (*monitors, KineticLangevin)),
+    ):
+        arguments = {name for kind in kinds for name in inspect.signature(kind).parameters} - {"metric"}
         fields = {f.name: f.default for f in dataclasses.fields(schema)}
         assert fields.pop("name") is first
         assert fields == dict.fromkeys(arguments)
@@ -380,6 +385,8 @@ def test_every_sampler_of_a_call(name: EstimateSamplerName) -> None:
 def test_what_only_one_sampler_has(schema: type) -> None:
     assert load({"name": "RMSpropSGLD", "kappa": 0.2}, schema=schema).build() == RMSpropSGLD(kappa=0.2)
     assert load({"name": "SGNHT", "diffusion_factor": 0.1}, schema=schema).build() == SGNHT(diffusion_factor=0.1)
+    if schema is EstimateSamplerConfig:
+        assert load({"name": "KineticLangevin", "friction": 2}, schema=schema).build() == KineticLangevin(friction=2.0)
     with pytest.raises(ValueError, match=r"kappa=-1.0: must be positive"):
         load({"name": "RMSpropSGLD", "kappa": -1}, schema=schema).build()
     for name in ("SGLD", "SGNHT", "MALA")[: 3 if schema is EstimateSamplerConfig else 2]:

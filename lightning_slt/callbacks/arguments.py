@@ -61,13 +61,14 @@ def as_sampler(sampler: Any) -> Any:
         ValueError: for an unknown key, naming it; for a sampler of full batches.
         TypeError: for anything else.
     """
-    if isinstance(sampler, MALA):
+    built = samplers.as_sampler(sampler)
+    if isinstance(built, MALA):
         raise ValueError(
             "sampler=MALA(): needs the loss of all the data at every step, which is no way to measure while training. "
             "Use LeimkuhlerMatthews, SGLD, RMSpropSGLD or SGNHT here, and estimate_llc(..., sampler=MALA()) on a "
             "stored checkpoint."
         )
-    return samplers.as_sampler(sampler)
+    return built
 
 
 def plain(restrict: Any) -> Any:

@@ -15,14 +15,15 @@ It costs three dot products every few steps and needs no Hessian. On a regular m
 closed form ``1/(1 - eps A/4)`` of the discretised Gaussian. On reduced-rank regression, a deep linear network and a
 small transformer, taking it off gave the LLC to within 2 % for heats up to a third of it (``docs/choosing.md``).
 Minibatch noise is a part of it, ``(eps/8) nbeta² E[xi . P xi]``, and not all of that reaches the loss: it is
-measured by a second gradient at the same weights every 24 steps, and weighted
-(:func:`~lightning_slt.sampling.readings.heat_of`).
+measured every 48 steps by the difference of two minibatches' gradients at the same weights, in which the gradient of
+all the data cancels, and weighted (:func:`~lightning_slt.sampling.readings.heat_of`).
 
 The step is set so that discretisation adds about :data:`HEAT` of the LLC and noise no more than :data:`NOISE_HEAT`, and
 both are taken off. A sampler that shares noise between steps (:class:`~lightning_slt.LeimkuhlerMatthews`) has
 no heat of discretisation at first order: its step is set by the same rule, and the minibatches' part alone is taken
-off. MALA needs no correction, its step is set by the share of proposals accepted; the thermostat of
-SGNHT takes the heat off itself, its step is a share of the largest curvature.
+off. MALA needs no correction, its step is set by the share of proposals accepted. The step of samplers with momenta is
+a share of the largest curvature; minibatches heat them far more than SGLD (a random force is held by their friction
+alone, :meth:`~lightning_slt.sampling.samplers.Sampler.heating`), which is taken off where it is little, and said.
 
 **Burn-in and length.** Once the step is found it is frozen, and the chains run in rounds, each half as long as all
 before. What is burn-in is then read off the trace: the cut that makes the standard error of the rest smallest (the MSER

@@ -122,9 +122,9 @@ def test_noise_of_the_minibatches_is_that_of_their_gradients() -> None:
 
 
 def test_noise_is_told_from_the_gradient_of_all_the_data_by_a_few_pairs() -> None:
-    """Away from w* a mean gradient of twice the noise's square is in every gradient, and cancels in each pair: the spread
-    of a reading is 0.55 of its mean, where it would be 2.3, some of them below zero, if it cancelled on average alone.
-    The batches and their pairs are given by the seed."""
+    """Away from w* a mean gradient of twice the noise's square is in every gradient, and cancels in each pair: the
+    spread of a reading is 0.55 of its mean, where it would be 2.3, some of them below zero, if it cancelled on average
+    alone. The batches and their pairs are given by the seed."""
     chains = noisy_chains("batched")
     chains.place(torch.full_like(chains.weights, 3.0))
     found = chains.advance(48 * 10, 1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, Optional
 
 from lightning_slt.sampling.samplers.base import MinibatchSampler, Sampler, SamplerState, empty_state
@@ -19,11 +20,18 @@ BY_NAME: dict[str, type[LeimkuhlerMatthews] | type[SGLD] | type[RMSpropSGLD] | t
     "RMSpropSGLD": RMSpropSGLD,
     "SGNHT": SGNHT,
 }
-"""Those that need no loss of all the data: what a configuration may name."""
+"""Those that are at home on minibatches: what the configuration of a monitor may name."""
+
+OF_A_CALL: dict[str, type[Any]] = {**BY_NAME, "KineticLangevin": KineticLangevin, "MALA": MALA}
+"""Those that a call without a trainer may name: some want all the data at every step."""
 
 
-def sampler_from(settings: Mapping[str, Any]) -> LeimkuhlerMatthews | SGLD | RMSpropSGLD | SGNHT:
+def sampler_from(settings: Mapping[str, Any], among: Mapping[str, type[Any]] = OF_A_CALL) -> Any:
     """A sampler from plain settings: its ``name`` (SGLD where none is given), and its arguments.
+
+    Args:
+        settings: the name, and arguments that are numbers.
+        among: the samplers that may be named.
 
     Raises:
         ValueError: for a name or an argument that is not there, naming it and those that are.
@@ -34,13 +42,13 @@ def sampler_from(settings: Mapping[str, Any]) -> LeimkuhlerMatthews | SGLD | RMS
     """
     given = {str(key): value for key, value in settings.items()}
     name = given.pop("name", "SGLD")
-    if name not in BY_NAME:
-        raise ValueError(f"sampler name={name!r}: must be one of {', '.join(BY_NAME)}.")
-    known = list(BY_NAME[name].__dataclass_fields__)
+    if name not in among:
+        raise ValueError(f"sampler name={name!r}: must be one of {', '.join(among)}.")
+    known = [field.name for field in fields(among[name]) if field.compare]  # a metric is no plain data
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ValueError(f"sampler: unknown key {unknown}; {name} has {known}.")
-    return BY_NAME[name](**given)
+    return among[name](**given)
 
 
 def as_sampler(sampler: Any) -> Optional[Sampler]:
@@ -69,6 +77,7 @@ def as_sampler(sampler: Any) -> Optional[Sampler]:
 __all__ = [
     "BY_NAME",
     "MALA",
+    "OF_A_CALL",
     "SGLD",
     "SGNHT",
     "KineticLangevin",

@@ -58,8 +58,8 @@ class KineticLangevin(MinibatchSampler):
 
     def heating(self, lr: float) -> Heating:
         """A kick ``h nbeta xi`` in every step is a random force that friction holds at the temperature
-        ``1 + h nbeta² xi² / (2 zeta)``; SGLD's ``1 + eps nbeta² xi² / 4`` is that at ``eps = 2 h / zeta``. In a metric it
-        is not measured: 0."""
+        ``1 + h nbeta² xi² / (2 zeta)``; SGLD's ``1 + eps nbeta² xi² / 4`` is that at ``eps = 2 h / zeta``. In a metric
+        it is not measured: 0."""
         return Heating(2.0 * math.sqrt(lr) / self.friction if self.metric is None else 0.0, noise_alone=True)
 
     def energy_memory(self, lr: float) -> float:
