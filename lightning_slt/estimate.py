@@ -261,12 +261,13 @@ def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     trace = raw.reshape(len(raw), settings.num_draws, between).mean(dim=2)
     finite = segment.finite
     good = ~diverged(segment, posterior.nbeta, d)
-    heat_step, shared, thermostat = chains.sampler.heating(lr)
+    heating = chains.sampler.heating(lr)
+    shared = heating.noise_alone
     hot = share = math.nan
     correction = 1.0
     momenta = chains.sampler.calibration == "curvature"
-    if heat_step > 0 and bool(good.any()):
-        found = heat_of(segment, heat_step, posterior, good, shared, d if thermostat else 0)
+    if heating.step > 0 and bool(good.any()):
+        found = heat_of(segment, heating.step, posterior, good, shared, d if heating.thermostat else 0)
         level = float(trace[good].mean())
         hot = (found.total if momenta else found.of_sgld) / level if level > 0 else math.nan
         share = found.total / level if level > 0 else math.nan
@@ -280,14 +281,12 @@ def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     trace = trace * correction
     summary = summarise(trace, ~good)
     reasons = summary.reasons
-    if hot >= (MAX_NOISE_HEAT if momenta else MAX_HEAT) and summary.mean > 0:
+    if momenta and hot >= MAX_NOISE_HEAT and summary.mean > 0:
+        reasons += (f"{hot:.0%} of the estimate is heat of the minibatches: full_batch=True, or a larger batch_size",)
+    elif not momenta and hot >= MAX_HEAT and summary.mean > 0:
         heat = f"SGLD would have {hot:.0%} heat at it" if shared else f"{hot:.0%} of the estimate is heat of the step"
-        reasons += (
-            f"{hot:.0%} of the estimate is heat of the minibatches: full_batch=True, or a larger batch_size"
-            if momenta
-            else f"step size {lr:.2g} is too large: {heat}",
-        )
-    virial = virial_ratio(segment.second_half(), 0.0 if thermostat else heat_step, posterior, d, good, shared)
+        reasons += (f"step size {lr:.2g} is too large: {heat}",)
+    virial = virial_ratio(segment.second_half(), heating.virial_step, posterior, d, good, shared)
     if virial < MIN_VIRIAL and summary.mean > 0:
         reasons += (
             f"{NOT_ARRIVED} in {drawn.num_burnin_steps + segment.steps} steps (virial ratio "
@@ -423,8 +422,7 @@ def estimate_llc(
         if isinstance(sampler, KineticLangevin) and source.batch_size < (source.num_samples or math.inf):
             log.warning(
                 f"sampler=KineticLangevin(): minibatches of {source.batch_size} heat its chains, and little of that "
-                "can be taken off. "
-                "Give full_batch=True, or leave the sampler None."
+                "can be taken off. Give full_batch=True, or leave the sampler None."
             )
         try:
             return measure_llc(objective, source, settings)

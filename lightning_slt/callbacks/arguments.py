@@ -61,14 +61,13 @@ def as_sampler(sampler: Any) -> Any:
         ValueError: for an unknown key, naming it; for a sampler of full batches.
         TypeError: for anything else.
     """
-    built = samplers.as_sampler(sampler)
-    if isinstance(built, MALA):
+    if isinstance(sampler, MALA):
         raise ValueError(
             "sampler=MALA(): needs the loss of all the data at every step, which is no way to measure while training. "
             "Use LeimkuhlerMatthews, SGLD, RMSpropSGLD or SGNHT here, and estimate_llc(..., sampler=MALA()) on a "
             "stored checkpoint."
         )
-    return built
+    return samplers.as_sampler(sampler, samplers.BY_NAME)
 
 
 def plain(restrict: Any) -> Any:

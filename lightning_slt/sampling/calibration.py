@@ -404,7 +404,7 @@ def _has_arrived(segment: Segment, heating: Heating, posterior: LocalPosterior, 
     on singular ones less (0.4 to 0.6 of it were measured on networks, nothing on reduced-rank regression).
     """
     finite = segment.finite
-    ratio = virial_ratio(segment, 0.0 if heating.thermostat else heating.step, posterior, d, shared=heating.noise_alone)
+    ratio = virial_ratio(segment, heating.virial_step, posterior, d, shared=heating.noise_alone)
     level = abs(posterior.nbeta * float(segment.difference[finite].mean())) if bool(finite.any()) else 0.0
     allowed = budget.allowed_error(level) / max(level, SMALL_LLC)
     return ratio >= 1.0 - min(allowed, MAX_OWED)

@@ -47,7 +47,7 @@ MISTAKES = {
     ],
     "hydra_target": [
         ("+callbacks.slt.num_chain=3", "num_chain"),
-        ("callbacks.slt.sampler.name=MALA", "Use LeimkuhlerMatthews, SGLD, RMSpropSGLD or SGNHT"),
+        ("callbacks.slt.sampler.name=MALA", "one of LeimkuhlerMatthews, SGLD, RMSpropSGLD, SGNHT"),
     ],
 }
 

@@ -154,7 +154,7 @@ def test_a_nested_dict_names_any_sampler(kind: type) -> None:
     [
         ({"num_chain": 2}, "num_chain"),
         ({"sampler": {"learning_rate": 1e-4}}, "learning_rate"),
-        ({"sampler": {"name": "MALA"}}, "Use LeimkuhlerMatthews, SGLD, RMSpropSGLD or SGNHT"),
+        ({"sampler": {"name": "MALA"}}, "one of LeimkuhlerMatthews, SGLD, RMSpropSGLD, SGNHT"),
     ],
 )
 def test_hydra_refuses_a_typo(wrong: dict[str, Any], name: str, tmp_path: Path) -> None:

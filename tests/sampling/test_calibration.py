@@ -286,13 +286,13 @@ def opened(noise: float = 0.0, seed: int = 0, gamma: float = 1.0) -> Chains:
 @pytest.mark.parametrize("noise", [0.0, 1.0])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_calibrated_step_heats_by_what_is_wanted(seed: int, noise: float) -> None:
-    """The virial ratio of 400 to 1,400 steps: 1.014 over 16 seeds with noise, with a spread of 0.033; 0.13 is 3.5 of it
-    beyond that, 1 seed in 2,000."""
+    """The virial ratio of 400 draws: 1.01 over 12 seeds with noise, with a spread of 0.022: 0.1 is four of it beyond
+    that. With 200 draws the spread is 0.033, and 1 seed in 200 fell outside."""
     chains = opened(noise, seed)
-    drawn = draw(chains, seed, Budget(num_draws=200, max_steps_bw_draws=4))
+    drawn = draw(chains, seed, Budget(num_draws=400, max_steps_bw_draws=4))
     heat, llc = heat_of(drawn.segment, drawn.lr, chains.posterior), 5.0
     assert 0.2 < max(heat.discretisation / HEAT, heat.noise / NOISE_HEAT) / llc < 2.5
-    assert virial_ratio(drawn.segment, drawn.lr, chains.posterior, 10) == pytest.approx(1.0, abs=0.13)
+    assert virial_ratio(drawn.segment, drawn.lr, chains.posterior, 10) == pytest.approx(1.0, abs=0.1)
 
 
 def test_first_step_is_safe_along_the_steepest_direction() -> None:

@@ -51,8 +51,12 @@ def sampler_from(settings: Mapping[str, Any], among: Mapping[str, type[Any]] = O
     return among[name](**given)
 
 
-def as_sampler(sampler: Any) -> Optional[Sampler]:
+def as_sampler(sampler: Any, among: Mapping[str, type[Any]] = OF_A_CALL) -> Optional[Sampler]:
     """A sampler as it is, or built from a mapping (Hydra hands nested arguments over as untyped dicts).
+
+    Args:
+        sampler: one, or a mapping.
+        among: the samplers that a mapping may name.
 
     Raises:
         ValueError: for an unknown name or key, naming it.
@@ -67,7 +71,7 @@ def as_sampler(sampler: Any) -> Optional[Sampler]:
     if sampler is None or callable(getattr(sampler, "update_", None)):
         return sampler  # type: ignore[no-any-return]
     if isinstance(sampler, Mapping):
-        return sampler_from(sampler)
+        return sampler_from(sampler, among)  # type: ignore[no-any-return]
     raise TypeError(
         f"sampler={sampler!r}: expected a sampler such as SGLD() or SGLD(lr=...), or a mapping such as "
         f"{{'name': 'SGLD'}}, got {type(sampler).__name__}."

@@ -30,6 +30,11 @@ class Heating(NamedTuple):
     noise_alone: bool
     thermostat: bool = False
 
+    @property
+    def virial_step(self) -> float:
+        """The step whose heat is in the virial ratio: a thermostat holds that ratio at 1 itself."""
+        return 0.0 if self.thermostat else self.step
+
 
 @dataclass(slots=True)
 class SamplerState:
