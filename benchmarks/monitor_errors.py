@@ -17,12 +17,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_slt import SGLD, Estimate, SLTMonitor, estimate_llc
+from tests.cases.networks import mlp
+from tests.cases.problems import digits_data
 
 EPOCHS, EVERY = 40, 10
 GAMMA = 100.0
@@ -34,7 +35,7 @@ class Module(L.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+        self.net = mlp()
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """The loss."""
@@ -59,10 +60,9 @@ class Keep(L.Callback):
 
 def data() -> TensorDataset:
     """Four fifths of the digits, a tenth of their labels wrong."""
-    digits, g = load_digits(), torch.Generator().manual_seed(0)
-    chosen = torch.randperm(len(digits.data), generator=g)[: int(0.8 * len(digits.data))]
-    x = torch.tensor(digits.data / 16.0, dtype=torch.float32)[chosen]
-    y = torch.tensor(digits.target)[chosen]
+    (x, y), g = digits_data(), torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(x), generator=g)[: int(0.8 * len(x))]
+    x, y = x[chosen], y[chosen]
     wrong = torch.randperm(len(y), generator=g)[: len(y) // 10]
     y[wrong] = (y[wrong] + torch.randint(1, 10, (len(wrong),), generator=g)) % 10
     return TensorDataset(x, y)
