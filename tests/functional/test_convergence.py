@@ -113,3 +113,28 @@ def test_nominal_95_percent_interval_covers(chains: int, draws: int, phi: float)
         x = ar1(chains, draws, phi, seed=1000 + seed)
         truth_within += abs(float(x.mean())) < 1.96 * standard_error(x)
     assert 0.90 <= truth_within / 400 <= 0.99
+
+
+@pytest.mark.parametrize(("chains", "draws", "phi"), [(2, 100, 0.9), (2, 200, 0.98), (3, 200, 0.98), (4, 200, 0.98)])
+def test_the_interval_of_few_and_slow_chains_covers_and_is_not_wasteful(chains: int, draws: int, phi: float) -> None:
+    """1,000 experiments, white noise of three times the slow part's width on top: a coverage has a spread of 0.01.
+
+    0.90 to 0.98 is asked (0.82 to 0.88 at phi = 0.98 without batch means), by errors of at most 1.3 times the true one.
+    """
+    means, errors = [], []
+    for seed in range(1000):
+        x = ar1(chains, draws, phi, seed=5000 + seed) + 3 * white(chains, draws, seed=50_000 + seed)
+        means.append(float(x.mean()))
+        errors.append(standard_error(x))
+    covered = sum(abs(mean) < 2 * error for mean, error in zip(means, errors, strict=True)) / 1000
+    true = math.sqrt(sum(mean**2 for mean in means) / 1000)
+    assert 0.90 <= covered <= 0.98
+    assert 1.0 < sum(errors) / 1000 / true < 1.3
+
+
+def test_the_error_from_batches_is_that_of_the_formula() -> None:
+    # two batches of each of four chains, all of whose thirds are alike; the chains' means agree
+    levels = torch.tensor([[1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, 1.0]], dtype=torch.float64)
+    of_halves, of_thirds = 8 / 7 / 8, 24 / 23 / 24
+    expected = math.sqrt(2 * of_halves - of_thirds) * 2.364624 / 1.959964  # Student's t of 7 degrees of freedom
+    assert standard_error(levels.repeat_interleave(48, dim=1)) == pytest.approx(expected, rel=1e-5)
