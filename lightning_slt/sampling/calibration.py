@@ -1,29 +1,6 @@
 """Step size, burn-in and length, chosen from the chains themselves: no user has to guess them.
 
-**Step size.** An unadjusted chain is heated by its own step. At stationarity ``E[u.P^-1 u]`` does not change, with
-``u = w - w*`` and P the preconditioner (1 for SGLD), so for any potential, any minibatch noise and any step ``eps``,
-with ``G = nbeta grad + gamma u`` the stochastic gradient,
-
-    ``E[G . u] = d + eps/4 E[G . P G]``
-
-The second term is the heat. Where the loss is homogeneous along the directions it holds, each of them carries half of
-its heat in the loss, so that the LLC comes out too large by
-
-    ``heat = (eps/8) E[nbeta grad . P G]``
-
-It costs three dot products every few steps and needs no Hessian. On a regular model and the full batch it is exact: the
-closed form ``1/(1 - eps A/4)`` of the discretised Gaussian. On reduced-rank regression, a deep linear network and a
-small transformer, taking it off gave the LLC to within 2 % for heats up to a third of it (``docs/choosing.md``).
-Minibatch noise is a part of it, ``(eps/8) nbeta² E[xi . P xi]``, and not all of that reaches the loss: it is
-measured every 48 steps by the difference of two minibatches' gradients at the same weights, in which the gradient of
-all the data cancels, and weighted (:func:`~lightning_slt.sampling.readings.heat_of`).
-
-The step is set so that discretisation adds about :data:`HEAT` of the LLC and noise no more than :data:`NOISE_HEAT`, and
-both are taken off. A sampler that shares noise between steps (:class:`~lightning_slt.LeimkuhlerMatthews`) has
-no heat of discretisation at first order: its step is set by the same rule, and the minibatches' part alone is taken
-off. MALA needs no correction, its step is set by the share of proposals accepted. The step of samplers with momenta is
-a share of the largest curvature; minibatches heat them far more than SGLD (a random force is held by their friction
-alone, :meth:`~lightning_slt.sampling.samplers.Sampler.heating`), which is taken off where it is little, and said.
+**Step size.** By trial, in a few rounds: :mod:`lightning_slt.sampling.step_size`.
 
 **Burn-in and length.** Once the step is found it is frozen, and the chains run in rounds, each half as long as all
 before. What is burn-in is then read off the trace: the cut that makes the standard error of the rest smallest (the MSER
@@ -38,30 +15,20 @@ is used, which the verdict on the estimate then says.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lightning_slt.functional.convergence import standard_error
 from lightning_slt.functional.learning_coefficient import half_change
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.sampling.chains import Chains
-from lightning_slt.sampling.engines import sequential_engine
 from lightning_slt.sampling.memory import ChainMemory
-from lightning_slt.sampling.noise import normal_stream
-from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.readings import diverged, heat_of, transient, virial_ratio
-from lightning_slt.sampling.rng import PROBE
+from lightning_slt.sampling.readings import diverged, transient, virial_ratio
 from lightning_slt.sampling.samplers.base import Heating
 from lightning_slt.sampling.segment import STATS_EVERY, Segment
-from lightning_slt.sampling.window import Window
+from lightning_slt.sampling.step_size import agreed_first_step, largest_step, next_step
 
-HEAT = 0.08
-"""Share of the estimate that a finite step may add through its discretisation, which is then taken off."""
-NOISE_HEAT = 0.04
-"""The same of the minibatches' noise: less, since how much of it reaches the loss is known less well."""
 MAX_OWED = 0.07
 """Shortfall of the virial ratio above which more rounds are run while there is budget, whatever the tolerance."""
 MIN_VIRIAL = 0.7
@@ -74,8 +41,6 @@ WARM_SHARE = 0.25
 """Steps of warm chains before their draws, as a share of the draws: the stiff directions settle in them."""
 LATE = 0.25
 """Share of the trace that may be cut off as burn-in while the kept displacements are still said to fit."""
-ACCEPTANCE = 0.57
-"""Share of MALA's proposals to be accepted."""
 TOO_HOT, TOO_COLD = 0.5, 2.5
 """A step wanted in the rounds, in those of the step there is, beyond which the draws are made anew. Heat is measured
 and taken off, so that it may be twice what is aimed at; a step too small costs time alone: it is changed at once or
@@ -87,16 +52,10 @@ LEAST_STEPS = 50
 LEAST_MEMORIES = 6
 """The same of chains with momenta, in :meth:`~lightning_slt.sampling.samplers.Sampler.energy_memory`: over fewer the
 error of the mean is not known either, and what is left of the start's swing is a part of it."""
-CEILING = 8.0
-"""Largest step, in those of :func:`first_step`: 0.6 of what is stable along the steepest direction at ``w*``."""
 BEGINNING = 2.0
-"""The step that the search begins with, in the same units."""
+"""The step that the search begins with, in those of :func:`~lightning_slt.sampling.step_size.first_step`."""
 SMALL_LLC = 0.4
 """An LLC below this is as good as this one where errors and drifts are compared with it."""
-LEAST_SCALE = 0.2
-"""Below this the heat is held against a constant: an LLC near zero would ask for a step of nothing."""
-UNSURE_HEAT = 0.03
-"""The same of discretisation on a potential far from any square, as far as it is (one minus ``Heat.steepness``)."""
 FIRST_ROUNDS = (25, 25, 50)
 """Steps of the rounds in which the step size is found."""
 METRIC_ROUNDS = (25, 25, 50, 50)
@@ -161,66 +120,6 @@ class Budget:
             return 2 * self.num_draws * (self.num_steps_bw_draws or self.max_steps_bw_draws)
         search = sum(METRIC_ROUNDS) if self.lr is None else 0
         return search + self.num_burnin_steps + self.num_draws * (self.num_steps_bw_draws or 1)
-
-
-def first_step(
-    objective: Objective,
-    window: Window,
-    posterior: LocalPosterior,
-    seed: int,
-    buffers: Sequence[Tensor] = (),
-) -> float:
-    """A step that is safe along the steepest direction: 0.3 over the largest posterior precision (4 is unstable).
-
-    Power iteration with gradient differences at the posterior's own scale ``1/sqrt(nbeta h + gamma)`` along the
-    direction: a degenerate minimum, whose Hessian vanishes at ``w*``, still shows its curvature there.
-
-    Args:
-        objective, window, posterior: what is sampled.
-        seed: of the first direction.
-        buffers: ``[1, d]`` each, for gradients, weights and a direction, written to; what is missing is allocated.
-    """
-    engine = sequential_engine(objective)
-    gen = normal_stream(seed, PROBE, device=objective.device, dtype=objective.dtype)
-    anchor = objective.anchor
-    missing = [torch.empty_like(anchor[None]) for _ in range(3 - len(buffers))]
-    grad, weights, directions = [*buffers[:3], *missing]
-    batches = [window[i] for i in list(window.anchor_loss)[:3]]
-
-    def add_gradients(direction: Tensor, radius: float) -> None:
-        torch.add(anchor, direction, alpha=radius, out=weights[0])
-        for batch in batches:
-            engine.step(batch, keep=True)
-
-    layout = objective.layout
-    direction = directions[0]
-    layout.normal_(direction, gen)
-    direction /= layout.norm(direction)
-    scale = layout.norm(anchor) + 1.0
-    curvature = 0.0
-    engine.bind(weights, grad)
-    try:
-        for _ in range(8):
-            radius = min(1.0 / math.sqrt(posterior.nbeta * curvature + posterior.localization + 1e-12), scale)
-            grad.zero_()
-            add_gradients(direction, -radius)
-            grad.neg_()
-            add_gradients(direction, radius)
-            grad.div_(2 * radius * len(batches))
-            norm = layout.norm(grad[0])
-            if not math.isfinite(norm):
-                direction *= 0.1  # outside the region where the loss is finite: look closer to w*
-                continue
-            curvature = max(curvature * 0.5, norm)
-            if norm == 0.0:
-                layout.normal_(direction, gen)
-                direction /= layout.norm(direction)
-            else:
-                torch.div(grad[0], norm, out=direction)
-    finally:
-        engine.release()
-        grad.zero_()
-    return 0.3 / (posterior.nbeta * curvature + posterior.localization + 1e-12)
 
 
 def draw(chains: Chains, seed: int, budget: Budget, memory: ChainMemory | None = None) -> Drawn:
@@ -289,7 +188,7 @@ def _warm_start(chains: Chains, budget: Budget, memory: ChainMemory) -> _Start |
         return None
     settled = True
     if budget.lr is None and budget.num_burnin_steps is None:
-        wanted, settled = _next_step(chains, segment, step, math.inf)
+        wanted, settled = next_step(chains, segment, step, math.inf)
         if chains.sampler.calibration == "heat" and bool(segment.finite.all()):
             settled = TOO_HOT * step < wanted < TOO_COLD * step
         step = step if settled else wanted
@@ -298,17 +197,13 @@ def _warm_start(chains: Chains, budget: Budget, memory: ChainMemory) -> _Start |
 
 def _cold_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) -> _Start:
     """From ``w*``: the step size, and the preconditioner where the sampler wants one."""
-    kind = chains.sampler.calibration
     given, known = budget.lr, memory.lr
     if given is not None and not chains.sampler.preconditioned:
         return _Start(given, math.inf, 0, [])
     ceiling = math.inf
     if given is None:
-        safe = _agreed_first_step(chains, seed)
-        most = {"heat": CEILING, "acceptance": 40.0}
-        if kind == "curvature":
-            most[kind] = chains.sampler.curvature_share / 0.3
-        ceiling = most[kind] * safe
+        safe = agreed_first_step(chains, seed)
+        ceiling = largest_step(chains.sampler, safe)
         step = min(known if known is not None else BEGINNING * safe, ceiling)
     else:
         step = given
@@ -322,7 +217,7 @@ def _cold_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) 
         # only the last of these rounds may become draws: what the others would read is thrown away
         segment = chains.advance(length, step, read=last)
         done += length
-        wanted, settled = _next_step(chains, segment, step, ceiling) if given is None else (step, True)
+        wanted, settled = next_step(chains, segment, step, ceiling) if given is None else (step, True)
         head = [segment] if settled and last else []
         step = step if head else wanted
     return _Start(step, ceiling, done, head)
@@ -365,7 +260,7 @@ def _until_good(chains: Chains, start: _Start, budget: Budget, generation: int) 
         if budget.lr is None:
             # heat is a mean over few numbers with long tails: of all there is, but the start
             known = joined if joined.steps < 2 * LEAST_STEPS else joined.second_half()
-            wanted, settled = _next_step(chains, known if bool(segment.finite.all()) else segment, step, start.ceiling)
+            wanted, settled = next_step(chains, known if bool(segment.finite.all()) else segment, step, start.ceiling)
             if heats and bool(segment.finite.all()):
                 settled = wanted > TOO_HOT * step and (rounds > 1 or wanted < TOO_COLD * step)
         heating = chains.sampler.heating(step)
@@ -438,57 +333,3 @@ def _is_good(segment: Segment, budget: Budget, nbeta: float) -> bool:
         return False
     trace = _draws(segment, budget, nbeta)
     return standard_error(trace) <= budget.allowed_error(float(trace.mean()))
-
-
-def _agreed_first_step(chains: Chains, seed: int) -> float:
-    """Every rank probes, the first one's answer holds: sums on a GPU are not the same everywhere to the last bit."""
-
-    def probe() -> float:
-        # the chains are at w* and have not moved: their memory serves, and they are put back
-        try:
-            return first_step(chains.objective, chains.source.window(0), chains.posterior, seed, chains.scratch())
-        finally:
-            chains.restart()
-
-    return chains.collective.exchange(probe)[0]
-
-
-def _next_step(chains: Chains, segment: Segment, step: float, ceiling: float) -> tuple[float, bool]:
-    """The step for the next round, and whether the last one was about right."""
-    if not bool(segment.finite.all()):
-        chains.restart()
-        return step / 8, False
-    if chains.sampler.calibration == "curvature":
-        return step, True
-    if segment.acceptance is not None:
-        share = float(segment.acceptance.mean())
-        factor = min(max(math.exp(3 * (share - ACCEPTANCE)), 0.3), 2.0)
-        return min(step * factor, ceiling), abs(share - ACCEPTANCE) < 0.2
-    posterior = chains.posterior
-    trace = posterior.nbeta * segment.difference
-    heat = heat_of(segment, step, posterior)
-    unsure = (1.0 - heat.steepness) * heat.discretisation
-    wanted = _scale(trace) / max(heat.discretisation / HEAT, heat.noise / NOISE_HEAT, unsure / UNSURE_HEAT, 1e-12)
-    drift, drift_error = half_change(trace)
-    least = 0.3
-    if wanted > 0.1 and (abs(drift) > 2 * drift_error or segment.steps < 50):
-        # still on the way up from w*: an LLC that is small today is no reason to creep from here on
-        least = 0.7
-    new = min(step * min(max(wanted, least), 3.0), ceiling)
-    return new, 0.6 < new / step < 1.7
-
-
-def _scale(trace: Tensor) -> float:
-    """What the heat is held against: |LLC|, or the variance of its integrand, the same number on a regular model.
-
-    The LLC itself goes through zero between a saddle (where chains run downhill) and a minimum; the variance does not.
-    It counts as far as the integrand lies below zero: a step too large throws the chains up, and the scatter that
-    makes must not buy it a larger one. Neighbouring steps see independent minibatches, so that their covariance is
-    free of the minibatches' own noise.
-    """
-    low, high = torch.quantile(trace, torch.tensor([0.05, 0.95], dtype=trace.dtype))
-    centred = trace.clamp(low, high)
-    centred = centred - centred.mean()
-    products = centred[:, 1:] * centred[:, :-1]
-    variance = float(products.mean() - 2 * products.std() / math.sqrt(products.numel()))
-    return max(abs(float(trace.mean())), min(variance, float(low.clamp(max=0.0)) ** 2), LEAST_SCALE)

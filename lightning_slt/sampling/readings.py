@@ -1,7 +1,7 @@
 """What a stretch of steps says about the chains: heat of the step, arrival, transient, and which chains have left.
 
 Pure functions of a :class:`~lightning_slt.sampling.segment.Segment`; the equations are those of
-:mod:`lightning_slt.sampling.calibration`.
+:mod:`lightning_slt.sampling.step_size`.
 """
 
 from __future__ import annotations

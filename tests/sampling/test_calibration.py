@@ -11,22 +11,13 @@ from torch import Tensor
 from lightning_slt import SGLD, estimate_llc
 from lightning_slt.functional import LocalPosterior
 from lightning_slt.sampling.batches import DatasetSource
-from lightning_slt.sampling.calibration import (
-    FIRST_ROUNDS,
-    HEAT,
-    MAX_STEPS_BW_DRAWS,
-    NOISE_HEAT,
-    Budget,
-    _has_arrived,
-    _scale,
-    draw,
-    first_step,
-)
+from lightning_slt.sampling.calibration import FIRST_ROUNDS, MAX_STEPS_BW_DRAWS, Budget, _has_arrived, draw
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.readings import heat_of, transient, virial_ratio
 from lightning_slt.sampling.samplers.base import Heating
 from lightning_slt.sampling.segment import Segment
+from lightning_slt.sampling.step_size import HEAT, NOISE_HEAT, first_step, scale_of
 from tests.cases.problems import reduced_rank, regular
 from tests.sampling.helpers import make_chains, mean_squared, mlp, regression
 
@@ -199,17 +190,17 @@ def _correlated(sd: float, steps: int = 4000) -> Tensor:
 
 def test_heat_is_held_against_the_variance_where_the_integrand_goes_through_zero() -> None:
     """Between a saddle and a minimum: the LLC is 0, its integrand varies by 16 (cut at 5 and 95 %: 12.7)."""
-    assert 10.0 < _scale(_correlated(4.0)) < 16.0
-    assert _scale(_correlated(4.0) - 30.0) == pytest.approx(30.0, rel=0.02)
+    assert 10.0 < scale_of(_correlated(4.0)) < 16.0
+    assert scale_of(_correlated(4.0) - 30.0) == pytest.approx(30.0, rel=0.02)
 
 
 def test_scatter_of_chains_that_a_step_throws_up_does_not_count() -> None:
     """All above zero, with a variance of 2500: held against the mean, or the step would only grow."""
     bursts = 200.0 + _correlated(50.0).clamp(-150, 150)
-    assert _scale(bursts) == pytest.approx(float(bursts.mean()), rel=1e-12)
+    assert scale_of(bursts) == pytest.approx(float(bursts.mean()), rel=1e-12)
     # near zero noise of the minibatches lies below it, and lets through no more than its own size, 2² here
     noisy = _correlated(50.0).clamp(min=-2.0)
-    assert _scale(noisy) == pytest.approx(float(noisy.mean()), rel=1e-12)
+    assert scale_of(noisy) == pytest.approx(float(noisy.mean()), rel=1e-12)
 
 
 def test_arrival_is_asked_for_as_far_as_the_tolerance_goes() -> None:

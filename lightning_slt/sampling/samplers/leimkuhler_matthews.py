@@ -27,7 +27,7 @@ class LeimkuhlerMatthews(SGLD):
     12 % of the LLC of a convnet). Here neither is there at first order. Minibatches heat the one as the other.
 
     Args:
-        lr: the step size epsilon; None has it calibrated, see :mod:`lightning_slt.sampling.calibration`.
+        lr: the step size epsilon; None has it calibrated, see :mod:`lightning_slt.sampling.step_size`.
 
     Raises:
         ValueError: for a step size that is not positive and finite.

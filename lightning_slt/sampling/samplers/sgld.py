@@ -20,7 +20,7 @@ class SGLD(MinibatchSampler):
         w \leftarrow w - \tfrac{\epsilon}{2} [ n\beta \nabla L_B(w) + \gamma (w - w^*) ] + \sqrt{\epsilon}\, N(0, I)
 
     Args:
-        lr: the step size epsilon; None has it calibrated, see :mod:`lightning_slt.sampling.calibration`.
+        lr: the step size epsilon; None has it calibrated, see :mod:`lightning_slt.sampling.step_size`.
 
     Raises:
         ValueError: for a step size that is not positive and finite.

@@ -1,0 +1,185 @@
+"""The step size, from the chains themselves.
+
+An unadjusted chain is heated by its own step. At stationarity ``E[u.P^-1 u]`` does not change, with
+``u = w - w*`` and P the preconditioner (1 for SGLD), so for any potential, any minibatch noise and any step ``eps``,
+with ``G = nbeta grad + gamma u`` the stochastic gradient,
+
+    ``E[G . u] = d + eps/4 E[G . P G]``
+
+The second term is the heat. Where the loss is homogeneous along the directions it holds, each of them carries half of
+its heat in the loss, so that the LLC comes out too large by
+
+    ``heat = (eps/8) E[nbeta grad . P G]``
+
+It costs three dot products every few steps and needs no Hessian. On a regular model and the full batch it is exact: the
+closed form ``1/(1 - eps A/4)`` of the discretised Gaussian. On reduced-rank regression, a deep linear network and a
+small transformer, taking it off gave the LLC to within 2 % for heats up to a third of it (``docs/choosing.md``).
+Minibatch noise is a part of it, ``(eps/8) nbeta² E[xi . P xi]``, and not all of that reaches the loss: it is
+measured every 48 steps by the difference of two minibatches' gradients at the same weights, in which the gradient of
+all the data cancels, and weighted (:func:`~lightning_slt.sampling.readings.heat_of`).
+
+The step is set so that discretisation adds about :data:`HEAT` of the LLC and noise no more than :data:`NOISE_HEAT`, and
+both are taken off. A sampler that shares noise between steps (:class:`~lightning_slt.LeimkuhlerMatthews`) has
+no heat of discretisation at first order: its step is set by the same rule, and the minibatches' part alone is taken
+off. MALA needs no correction, its step is set by the share of proposals accepted. The step of samplers with momenta is
+a share of the largest curvature; minibatches heat them far more than SGLD (a random force is held by their friction
+alone, :meth:`~lightning_slt.sampling.samplers.Sampler.heating`), which is taken off where it is little, and said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_slt.functional.learning_coefficient import half_change
+from lightning_slt.functional.posterior import LocalPosterior
+from lightning_slt.sampling.chains import Chains
+from lightning_slt.sampling.engines import sequential_engine
+from lightning_slt.sampling.noise import normal_stream
+from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.readings import heat_of
+from lightning_slt.sampling.rng import PROBE
+from lightning_slt.sampling.samplers.base import Sampler
+from lightning_slt.sampling.segment import Segment
+from lightning_slt.sampling.window import Window
+
+HEAT = 0.08
+"""Share of the estimate that a finite step may add through its discretisation, which is then taken off."""
+NOISE_HEAT = 0.04
+"""The same of the minibatches' noise: less, since how much of it reaches the loss is known less well."""
+UNSURE_HEAT = 0.03
+"""Of discretisation on a potential far from any square, as far as it is (one minus ``Heat.steepness``)."""
+LEAST_SCALE = 0.2
+"""Below this the heat is held against a constant: an LLC near zero would ask for a step of nothing."""
+ACCEPTANCE = 0.57
+"""Share of MALA's proposals to be accepted."""
+SAFE = 0.3
+"""The first step, over the largest posterior precision."""
+CEILING = 8.0
+"""Largest step, in those of :func:`first_step`: 0.6 of what is stable along the steepest direction at ``w*``."""
+MOST_PROPOSED = 40.0
+"""The same for MALA, which refuses what is too large."""
+
+
+def first_step(
+    objective: Objective,
+    window: Window,
+    posterior: LocalPosterior,
+    seed: int,
+    buffers: Sequence[Tensor] = (),
+) -> float:
+    """A step that is safe along the steepest direction: 0.3 over the largest posterior precision (4 is unstable).
+
+    Power iteration with gradient differences at the posterior's own scale ``1/sqrt(nbeta h + gamma)`` along the
+    direction: a degenerate minimum, whose Hessian vanishes at ``w*``, still shows its curvature there.
+
+    Args:
+        objective, window, posterior: what is sampled.
+        seed: of the first direction.
+        buffers: ``[1, d]`` each, for gradients, weights and a direction, written to; what is missing is allocated.
+    """
+    engine = sequential_engine(objective)
+    gen = normal_stream(seed, PROBE, device=objective.device, dtype=objective.dtype)
+    anchor = objective.anchor
+    missing = [torch.empty_like(anchor[None]) for _ in range(3 - len(buffers))]
+    grad, weights, directions = [*buffers[:3], *missing]
+    batches = [window[i] for i in list(window.anchor_loss)[:3]]
+
+    def add_gradients(direction: Tensor, radius: float) -> None:
+        torch.add(anchor, direction, alpha=radius, out=weights[0])
+        for batch in batches:
+            engine.step(batch, keep=True)
+
+    layout = objective.layout
+    direction = directions[0]
+    layout.normal_(direction, gen)
+    direction /= layout.norm(direction)
+    scale = layout.norm(anchor) + 1.0
+    curvature = 0.0
+    engine.bind(weights, grad)
+    try:
+        for _ in range(8):
+            radius = min(1.0 / math.sqrt(posterior.nbeta * curvature + posterior.localization + 1e-12), scale)
+            grad.zero_()
+            add_gradients(direction, -radius)
+            grad.neg_()
+            add_gradients(direction, radius)
+            grad.div_(2 * radius * len(batches))
+            norm = layout.norm(grad[0])
+            if not math.isfinite(norm):
+                direction *= 0.1  # outside the region where the loss is finite: look closer to w*
+                continue
+            curvature = max(curvature * 0.5, norm)
+            if norm == 0.0:
+                layout.normal_(direction, gen)
+                direction /= layout.norm(direction)
+            else:
+                torch.div(grad[0], norm, out=direction)
+    finally:
+        engine.release()
+        grad.zero_()
+    return SAFE / (posterior.nbeta * curvature + posterior.localization + 1e-12)
+
+
+def agreed_first_step(chains: Chains, seed: int) -> float:
+    """Every rank probes, the first one's answer holds: sums on a GPU are not the same everywhere to the last bit."""
+
+    def probe() -> float:
+        # the chains are at w* and have not moved: their memory serves, and they are put back
+        try:
+            return first_step(chains.objective, chains.source.window(0), chains.posterior, seed, chains.scratch())
+        finally:
+            chains.restart()
+
+    return chains.collective.exchange(probe)[0]
+
+
+def largest_step(sampler: Sampler, safe: float) -> float:
+    """The largest step that the search may take, where :func:`first_step` gave this one."""
+    if sampler.calibration == "curvature":
+        return sampler.curvature_share / SAFE * safe
+    return (MOST_PROPOSED if sampler.calibration == "acceptance" else CEILING) * safe
+
+
+def next_step(chains: Chains, segment: Segment, step: float, ceiling: float) -> tuple[float, bool]:
+    """The step for the next round, and whether the last one was about right."""
+    if not bool(segment.finite.all()):
+        chains.restart()
+        return step / 8, False
+    if chains.sampler.calibration == "curvature":
+        return step, True
+    if segment.acceptance is not None:
+        share = float(segment.acceptance.mean())
+        factor = min(max(math.exp(3 * (share - ACCEPTANCE)), 0.3), 2.0)
+        return min(step * factor, ceiling), abs(share - ACCEPTANCE) < 0.2
+    posterior = chains.posterior
+    trace = posterior.nbeta * segment.difference
+    heat = heat_of(segment, step, posterior)
+    unsure = (1.0 - heat.steepness) * heat.discretisation
+    wanted = scale_of(trace) / max(heat.discretisation / HEAT, heat.noise / NOISE_HEAT, unsure / UNSURE_HEAT, 1e-12)
+    drift, drift_error = half_change(trace)
+    least = 0.3
+    if wanted > 0.1 and (abs(drift) > 2 * drift_error or segment.steps < 50):
+        # still on the way up from w*: an LLC that is small today is no reason to creep from here on
+        least = 0.7
+    new = min(step * min(max(wanted, least), 3.0), ceiling)
+    return new, 0.6 < new / step < 1.7
+
+
+def scale_of(trace: Tensor) -> float:
+    """What the heat is held against: |LLC|, or the variance of its integrand, the same number on a regular model.
+
+    The LLC itself goes through zero between a saddle (where chains run downhill) and a minimum; the variance does not.
+    It counts as far as the integrand lies below zero: a step too large throws the chains up, and the scatter that
+    makes must not buy it a larger one. Neighbouring steps see independent minibatches, so that their covariance is
+    free of the minibatches' own noise.
+    """
+    low, high = torch.quantile(trace, torch.tensor([0.05, 0.95], dtype=trace.dtype))
+    centred = trace.clamp(low, high)
+    centred = centred - centred.mean()
+    products = centred[:, 1:] * centred[:, :-1]
+    variance = float(products.mean() - 2 * products.std() / math.sqrt(products.numel()))
+    return max(abs(float(trace.mean())), min(variance, float(low.clamp(max=0.0)) ** 2), LEAST_SCALE)
