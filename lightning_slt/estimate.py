@@ -19,7 +19,7 @@ from lightning_slt.record import Estimate
 from lightning_slt.sampling.arguments import check_count, check_data, check_number
 from lightning_slt.sampling.batches import MinibatchSource, source_of
 from lightning_slt.sampling.calibration import MAX_STEPS_BW_DRAWS, MIN_VIRIAL, Budget, Drawn, draw
-from lightning_slt.sampling.chains import Chains, Progress, Reader, open_window
+from lightning_slt.sampling.chains import Chains, Progress, open_window
 from lightning_slt.sampling.collective import Alone, Collective
 from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.memory import ChainMemory
@@ -30,6 +30,7 @@ from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import SGLD, KineticLangevin, Sampler, as_sampler
 from lightning_slt.sampling.segment import STATS_EVERY
 from lightning_slt.sampling.steps import LossFn, NoLossError
+from lightning_slt.sampling.weight_reader import WeightReader
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ def run_chains(
     collective: Optional[Collective] = None,
     progress: Optional[Progress] = None,
     memory: Optional[ChainMemory] = None,
-    make_reader: Optional[Callable[[], Reader]] = None,
+    make_reader: Optional[Callable[[], WeightReader]] = None,
     read_every: Union[int, Callable[[], int]] = STATS_EVERY,
     make_sampler: Optional[Callable[[Chains], tuple[LocalPosterior, Sampler]]] = None,
     spread: bool = False,
@@ -236,7 +237,7 @@ def run_chains(
                 if spread and metric is not None:
                     chains.spread(metric)
             if make_reader is not None:
-                readers: list[Reader] = []
+                readers: list[WeightReader] = []
                 collective.exchange(lambda: readers.append(make_reader()))
                 chains.reader = readers[0]
                 chains.read_every = read_every() if callable(read_every) else read_every

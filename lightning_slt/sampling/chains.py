@@ -23,22 +23,14 @@ from lightning_slt.sampling.rng import CHOICE, MINIBATCHES, NOISE, START, genera
 from lightning_slt.sampling.samplers import Sampler, SamplerState, empty_state
 from lightning_slt.sampling.segment import NOISE_EVERY, READINGS, STATS_EVERY, Segment
 from lightning_slt.sampling.steps import EVAL_MODE, NO_LOSS, NoLossError
+from lightning_slt.sampling.weight_reader import Readout, WeightReader, join_reads, num_reads
 from lightning_slt.sampling.window import Window
 
 PROBED_BATCHES = 8
 """Minibatches whose loss is known before anything is tried on them."""
 
-MAX_WAITING = 16
-MAX_WAITING_NUMBERS = 2**22
-"""Rows of weights, and numbers in them, that are kept until a reader is asked about all of them."""
-
 Progress = Callable[[int], None]
 """Told how many chain-steps have been done since it was last called."""
-
-Reader = Callable[[Tensor, "Tensor | None"], Tensor]
-"""``[chains, d]`` weights, and the gradients of the mean loss of the chains' minibatches there (None where they are
-not known, or the reader has no true ``wants_gradients``), to ``[chains, n]`` numbers that are read off them, such as
-the losses of n samples."""
 
 
 class Chains:
@@ -59,7 +51,7 @@ class Chains:
         reader: reads numbers off the weights at every ``read_every``-th step; None for no such readings.
     """
 
-    reader: Reader | None = None
+    reader: WeightReader | None = None
     read_every: int = STATS_EVERY
 
     def __init__(
@@ -303,19 +295,11 @@ class Chains:
             losses - anchor.reshape(chains, steps),
             anchors=used,
             acceptance=acceptance,
-            read=self._join_read(read, len(range(0, steps, self.read_every))),
+            read=join_reads(self.reader, read, num_reads(steps, self.read_every), self.weights),
             read_every=self.read_every,
             noise_square=noise,
             **dict(zip(READINGS, readings, strict=False)),
         )
-
-    def _join_read(self, parts: list[Tensor], count: int) -> Tensor | None:
-        if self.reader is None:
-            return None
-        # a rank without chains has none to read, and its part is joined with those of the others all the same
-        if parts:
-            return torch.cat(parts)
-        return self.reader(self.weights, self.weights).float().cpu().unsqueeze(1).repeat(1, count, 1)
 
     def _pick(self, window: Window, steps: int) -> Tensor:
         """Which minibatch each chain sees at each step, ``[chains, steps]``.
@@ -370,8 +354,7 @@ class Chains:
             indices = indices.to(self.objective.device)
         losses: list[Tensor] = []
         readings: list[Tensor] = []
-        waiting: list[tuple[Tensor, Tensor | None]] = []
-        seen: list[Tensor] = []
+        readout = Readout(self.reader, self.read_every)
         steps = indices.shape[1]
         noise_squares: list[Tensor] = []
         for t in range(steps):
@@ -405,12 +388,7 @@ class Chains:
                     noise_squares.append(self._square_of(blocks) / 2)
                 engine(window, indices[:, t])
             with torch.no_grad():
-                if self.reader is not None and t % self.read_every == 0:
-                    here = self._at(weights, state)
-                    wanted = here is weights and getattr(self.reader, "wants_gradients", False)
-                    waiting.append((here.clone(), grad.clone() if wanted else None))
-                    if len(waiting) * count >= MAX_WAITING or here.numel() * len(waiting) > MAX_WAITING_NUMBERS:
-                        self._ask(waiting, seen)
+                readout.offer(t, weights, grad, state)
                 if decides:
                     state.loss = loss.reshape(count)
                     state.uniform = torch.stack([torch.rand((), generator=g, device=loss.device) for g in choices])
@@ -435,8 +413,7 @@ class Chains:
             read[:, :, : got.shape[2]] = got
         if noises is not None and noise_squares:
             noises[:, : len(noise_squares)] = self.layout.sum(torch.stack(noise_squares, dim=1)).double().cpu()
-        self._ask(waiting, seen)
-        return table, read, self._pad_read(seen, len(range(0, steps, self.read_every)), weights)
+        return table, read, readout.table(steps, weights)
 
     def _draw(self, blocks: Sequence[_Block], noise: Tensor, streams: Sequence[NormalStream]) -> Iterator[_Block]:
         """The blocks, each with the next numbers in the memory of its noise, which the one after it may use again."""
@@ -468,34 +445,6 @@ class Chains:
             total = square if total is None else total + square
         assert total is not None
         return total
-
-    def _ask(self, waiting: list[tuple[Tensor, Tensor | None]], seen: list[Tensor]) -> None:
-        """Read off the weights that wait, several draws at once: a call costs more than the losses of a small model."""
-        if waiting:
-            assert self.reader is not None
-            with torch.no_grad():
-                slopes = [slope for _, slope in waiting if slope is not None]
-                read = self.reader(
-                    torch.cat([weights for weights, _ in waiting]),
-                    torch.cat(slopes) if len(slopes) == len(waiting) else None,
-                )
-                seen += list(read.float().cpu().split(len(waiting[0][0])))
-            waiting.clear()
-
-    @staticmethod
-    def _at(weights: Tensor, state: SamplerState) -> Tensor:
-        """Where the chains of a chunk are: not at a proposal that may be rejected."""
-        if "accepted_weights" in state.tensors and bool(state.tensors["started"].all()):
-            return state.tensors["accepted_weights"]
-        return weights
-
-    def _pad_read(self, seen: list[Tensor], count: int, weights: Tensor) -> Tensor | None:
-        """``[chains, count, n]``; NaN from where the chains have diverged."""
-        if self.reader is None:
-            return None
-        if not seen:
-            seen = [torch.full_like(self.reader(weights, weights).float().cpu(), torch.nan)]
-        return torch.stack(seen + [torch.full_like(seen[0], torch.nan)] * (count - len(seen)), dim=1)
 
     def _block(self, block: slice, share: float, rows: slice, weights: Tensor, grad: Tensor, noise: Tensor) -> _Block:
         """Views of one block of the weights of a chunk of chains; rows of the sampler's own tensors with it."""

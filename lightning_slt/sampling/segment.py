@@ -34,8 +34,8 @@ class Segment:
         acceptance: ``[chains]``, share of the proposals accepted; None for a sampler that does not reject.
         noise_square: ``[chains, steps / NOISE_EVERY]``, whose mean is that of ``xi.P xi``, xi the part of a gradient
             that is its minibatch's own; None for a sampler that has no use for it, or where all the data is one batch.
-        read: ``[chains, steps / read_every, n]`` float32, what a :data:`~lightning_slt.sampling.chains.Reader` made of
-            the weights; None without one.
+        read: ``[chains, steps / read_every, n]`` float32, what a
+            :data:`~lightning_slt.sampling.weight_reader.WeightReader` made of the weights; None without one.
         read_every: steps between those.
     """
 
