@@ -33,8 +33,7 @@ class Response:
 
     Attributes:
         chi: ``[m]`` float64, in units of the loss.
-        se: ``[m]``, Monte-Carlo standard errors: the larger of that between chains and that of the draws, whose
-            autocorrelation counts.
+        se: ``[m]``, Monte-Carlo standard errors, each as :func:`~lightning_slt.functional.standard_error` has it.
         per_chain: ``[num_chains, m]``.
         share: of the integrand's variance that lies between the chains' means; NaN with one chain.
     """
