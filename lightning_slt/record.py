@@ -48,8 +48,8 @@ class Estimate:
 
     Attributes:
         mean: The estimate: the mean over the good chains (NaN where there is none).
-        se: Monte-Carlo standard error of ``mean``; counts the autocorrelation within chains, the spread between, and how
-            few they are (:func:`lightning_slt.functional.standard_error`).
+        se: Monte-Carlo standard error of ``mean``; counts the autocorrelation within chains, the spread between them,
+            and how few they are (:func:`lightning_slt.functional.standard_error`).
         per_chain: ``[num_chains]`` float64, the mean of each chain; NaN for a chain that was left out.
         trace: ``[num_chains, num_draws]`` float32; entry ``[c, t]`` is the mean over the ``num_steps_bw_draws`` steps
             of draw ``t`` of ``nbeta * (L_B(w) - L_B(w*))``, both losses on the same minibatch, corrected for step size.

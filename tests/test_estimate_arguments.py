@@ -79,6 +79,9 @@ OF_ANOTHER_KIND: dict[str, tuple[dict[str, Any], str]] = {
     "a float for draws": ({"num_draws": 20.0}, r"num_draws=20\.0: expected a whole number, got float"),
     "no number of draws": ({"num_draws": None}, r"num_draws=None: expected a whole number"),
     "text for a batch": ({"batch_size": "10"}, r"batch_size='10': expected a whole number, got str"),
+    "True for a seed": ({"seed": True}, r"seed=True: expected a whole number, got bool"),
+    "True for chains": ({"num_chains": True}, r"num_chains=True: expected a whole number, got bool"),
+    "True for nbeta": ({"nbeta": True}, r"nbeta=True: expected a number, got bool"),
     "text for nbeta": ({"nbeta": "10"}, r"nbeta='10': expected a number, got str"),
 }
 
@@ -108,6 +111,17 @@ def test_few_tensors_may_be_samples() -> None:
     square: Any = lambda m, b: m(b[:, :5]).square().mean()  # noqa: E731
     assert math.isfinite(tiny(mlp(), samples, square).mean)
     assert math.isfinite(tiny(mlp(), tuple(samples), square).mean)
+
+
+@pytest.mark.parametrize(("count", "warned"), [(2, True), (20, False)])
+def test_a_short_list_of_equal_tensors_is_read_as_samples_and_said_to_be(
+    count: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = [torch.randn(40, 6, generator=gen(k)) for k in range(count)]
+    square: Any = lambda m, b: m(b[..., :5]).square().mean()  # noqa: E731
+    assert tiny(mlp(), samples, square).num_samples == count
+    said = "a list of 2 arrays of shape (40, 6) is read as 2 samples. If they are columns, wrap them in TensorDataset"
+    assert (said in caplog.text) == warned
 
 
 def test_a_sampler_may_be_a_mapping() -> None:

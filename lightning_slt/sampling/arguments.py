@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections import UserDict
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, Optional
 
 from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 
 def check_count(name: str, value: Any, least: int = 1, otherwise: str = "", optional: bool = True) -> None:
@@ -18,7 +21,7 @@ def check_count(name: str, value: Any, least: int = 1, otherwise: str = "", opti
         otherwise: what else may be given, for the message.
 
     Raises:
-        TypeError: for text, a float or anything else.
+        TypeError: for text, a float, a bool or anything else.
         ValueError: below ``least``.
 
     Example:
@@ -28,7 +31,7 @@ def check_count(name: str, value: Any, least: int = 1, otherwise: str = "", opti
     """
     if value is None and optional:
         return
-    if not isinstance(value, Integral):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         kind = type(value).__name__
         raise TypeError(f"{name}={value!r}: expected a whole number, got {kind}. Give an int{otherwise}.")
     if int(value) < least:
@@ -39,14 +42,16 @@ def check_number(name: str, value: Any) -> None:
     """Refuse what is no number. None is let through.
 
     Raises:
-        TypeError: for text or anything else that is none.
+        TypeError: for text, a bool or anything else that is none.
     """
-    if value is not None and (isinstance(value, str) or not hasattr(value, "__float__")):
+    if value is not None and (isinstance(value, (str, bool)) or not hasattr(value, "__float__")):
         raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}. Give a float.")
 
 
 def check_data(name: str, data: Any, num_samples: Optional[int] = None) -> None:
     """Refuse what has a length and items but no samples: text, a dict of columns, a pair of whole tensors.
+
+    A short list of equal arrays may be either: it is read as samples, with a warning.
 
     Args:
         name: of the argument.
@@ -71,25 +76,30 @@ def check_data(name: str, data: Any, num_samples: Optional[int] = None) -> None:
             f"{name}: got {type(data).__name__} with the keys {list(data)[:8]}, which is no dataset. Wrap its tensors "
             "in TensorDataset(X, Y), or choose one of the datasets in it."
         )
-    if num_samples is None and isinstance(data, (tuple, list)) and _is_columns(data):
-        raise TypeError(
-            f"{name}: got a {type(data).__name__} of {len(data)} arrays, which is no dataset. Wrap them in "
-            "TensorDataset(X, Y)."
+    if num_samples is not None or not isinstance(data, (tuple, list)) or not _may_be_columns(data):
+        return
+    alike = len({(tuple(x.shape), str(x.dtype)) for x in data}) == 1
+    if isinstance(data, list) and alike:
+        log.warning(
+            f"{name}: a list of {len(data)} arrays of shape {tuple(data[0].shape)} is read as {len(data)} samples. If "
+            "they are columns, wrap them in TensorDataset(X, Y)."
         )
+        return
+    raise TypeError(
+        f"{name}: got a {type(data).__name__} of {len(data)} arrays, which is no dataset. Wrap them in "
+        "TensorDataset(X, Y)."
+    )
 
 
 _COLUMNS = 8
 """More arrays than these are samples."""
 
 
-def _is_columns(data: Sequence[Any]) -> bool:
-    """Whether these are the columns of a dataset: few arrays, each with an entry for every sample."""
+def _may_be_columns(data: Sequence[Any]) -> bool:
+    """Whether these may be the columns of a dataset: few arrays, each with an entry for every sample."""
     if not 0 < len(data) <= _COLUMNS or not all(len(getattr(x, "shape", ())) > 0 for x in data):
         return False
-    if len({len(x) for x in data}) != 1 or len(data[0]) <= len(data):
-        return False
-    # a list of a few equal arrays may be a very small dataset; others could not be put into one batch
-    return isinstance(data, tuple) or len({(tuple(x.shape), str(x.dtype)) for x in data}) > 1
+    return len({len(x) for x in data}) == 1 and len(data[0]) > len(data)
 
 
 def no_restriction(entry: Any, name: Optional[str] = None) -> TypeError:
