@@ -137,6 +137,24 @@ def test_a_loss_without_a_gradient_is_named(loss_fn: Any, method: str) -> None:
         tiny(mlp(), loss_fn=loss_fn, method=method)
 
 
+@pytest.mark.parametrize(
+    ("criterion", "name", "called"),
+    [(nn.CrossEntropyLoss(), "CrossEntropyLoss", "criterion"), (nn.functional.mse_loss, "mse_loss", "mse_loss")],
+)
+def test_a_loss_of_outputs_and_targets_is_told_how_to_be_wrapped(criterion: Any, name: str, called: str) -> None:
+    wrapped = rf"lambda module, batch: {called}\(module\(batch\[0\]\), batch\[1\]\)"
+    with pytest.raises(TypeError, match=rf"loss_fn={name}: .*{wrapped}"):
+        tiny(mlp(), loss_fn=criterion)
+
+
+def test_a_criterion_of_the_user_s_own_that_takes_module_and_batch_is_called() -> None:
+    class Own(nn.Module):
+        def forward(self, module: nn.Module, batch: Any) -> Tensor:
+            return mean_squared(module, batch)
+
+    assert same(tiny(mlp(), loss_fn=Own()), tiny(mlp()))
+
+
 def _asserts(module: nn.Module, batch: Any) -> Tensor:
     assert module.training
     return mean_squared(module, batch)

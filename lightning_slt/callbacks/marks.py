@@ -2,7 +2,8 @@
 
 A DataModule may relabel, filter or extend its training set in place. What a dataset holds is looked at, and what the
 datasets inside it hold: tensors by identity and version, arrays by identity and, where they are small, by content,
-lists of all samples by identity. Counters, caches and random states are not data.
+lists of all samples by identity, transforms and other callables by identity, switches, names and shares (bool, text,
+float) by value. Counters, caches and random states are not data.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import weakref
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -81,6 +83,11 @@ def _marks(value: Any, where: str, depth: int, size: int) -> Iterator[Mark]:
         if len(value) <= FEW:
             for number, part in enumerate(value):
                 yield from _marks(part, f"{where}/{number}", depth - 1, size)
+    elif isinstance(value, (bool, str, float)):
+        yield Mark(where, None, (hash(value),))
+    elif callable(value) and not isinstance(value, Dataset):
+        with suppress(TypeError):  # what cannot be referred to weakly is no transform
+            yield Mark(where, weakref.ref(value), ())
     elif isinstance(value, Dataset) and depth > 0:
         for name, part in getattr(value, "__dict__", {}).items():
             yield from _marks(part, f"{where}/{name}", depth - 1, _size(value))

@@ -12,6 +12,7 @@ from typing import Any, Optional, Union
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -52,7 +53,7 @@ from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.collective import Alone, Collective, RankLostError
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.probe import GroupFn
-from lightning_slt.sampling.restriction import select_parameters
+from lightning_slt.sampling.restriction import AllFrozenError, select_parameters
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import SGLD, SGNHT, LeimkuhlerMatthews, RMSpropSGLD
 from lightning_slt.sampling.sharded import ShardedObjective
@@ -296,6 +297,9 @@ class SLTMonitor(DataFollowing):
         # not in setup: a module may build its layers in its own setup or configure_model, which come after
         try:
             select_parameters(pl_module, self._restrict)
+        except AllFrozenError as error:
+            if not any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+                raise MisconfigurationException(f"SLTMonitor: {error}") from error
         except ValueError as error:
             raise MisconfigurationException(f"SLTMonitor: {error}") from error
 

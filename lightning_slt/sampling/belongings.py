@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,6 +27,8 @@ MAX_DEPTH = 8
 """What lies deeper is left alone."""
 MAX_BYTES = 2**28
 """Larger tensors and arrays are data: a second copy of them at every firing could cost training its memory."""
+RANDOM = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+"""Sources of random numbers."""
 _OWN = ("_parameters", "_buffers", "_modules", "_trainer", "_fabric")
 _FOREIGN = (
     "torch", "lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics", "lightning_slt", "wandb", "mlflow",
@@ -105,6 +108,8 @@ def _keep(
     elif isinstance(value, np.ndarray):
         if value.flags.writeable and value.nbytes <= MAX_BYTES:
             undo.callback(np.copyto, value, value.copy())
+    elif isinstance(value, RANDOM):
+        undo.callback(set_random_state, value, random_state(value))
     elif isinstance(value, list):
         undo.callback(_restore_list, value, list(value))
         _keep_items(list(enumerate(value)), value, path, seen, undo, depth)
@@ -116,10 +121,10 @@ def _keep(
     elif isinstance(value, tuple):
         for index, item in enumerate(value):
             _keep(item, f"{path}[{index}]", _nowhere, seen, undo, depth - 1)
-    elif is_live_iterator(value) and not _is_users(value):
+    elif is_live_iterator(value) and not is_users(value):
         undo.callback(put, value)
         put(LiveIterator(path))
-    elif _is_users(value):
+    elif is_users(value):
         own = vars(value)
         undo.callback(_restore_dict, own, dict(own))
         for name, item in list(own.items()):
@@ -166,14 +171,42 @@ def _restore_members(value: Any, before: list[Any]) -> None:
     (value.extend if isinstance(value, deque) else value.update)(before)
 
 
+def random_state(source: Any) -> Any:
+    """Where one of :data:`RANDOM` stands."""
+    if isinstance(source, np.random.Generator):
+        return source.bit_generator.state
+    if isinstance(source, random.Random):
+        return source.getstate()
+    return source.get_state()
+
+
+def set_random_state(source: Any, state: Any) -> None:
+    """Put one of :data:`RANDOM` back to where it stood."""
+    if isinstance(source, np.random.Generator):
+        source.bit_generator.state = state
+    elif isinstance(source, random.Random):
+        source.setstate(state)
+    else:
+        source.set_state(state)
+
+
 def _nowhere(_: Any) -> None:
     """What a tuple holds cannot be exchanged."""
 
 
-def _is_users(value: Any) -> bool:
+def is_users(value: Any) -> bool:
     """An object with attributes, of a class of the user's own: no function, and nothing with a life beside the step."""
     package = type(value).__module__.partition(".")[0]
     return hasattr(value, "__dict__") and not callable(value) and package not in _FOREIGN
 
 
-__all__ = ["LiveIterator", "connections", "contents_kept", "is_live_iterator"]
+__all__ = [
+    "RANDOM",
+    "LiveIterator",
+    "connections",
+    "contents_kept",
+    "is_live_iterator",
+    "is_users",
+    "random_state",
+    "set_random_state",
+]

@@ -360,10 +360,11 @@ class Chains:
         for t in range(steps):
             try:
                 loss = engine.step(window[numbers[t]]) if alone else engine(window, indices[:, t])  # type: ignore[attr-defined]
-            except (ValueError, RuntimeError):
-                if self.layout.all_finite(weights):
+            except (ValueError, RuntimeError, NoLossError) as error:
+                if self.layout.all_finite(weights) and not isinstance(error, NoLossError):
                     raise
-                # some losses raise on non-finite input: the chain has diverged, which is not the module's fault
+                # some losses raise on non-finite input, and some steps give none where theirs is not finite: the chain
+                # has diverged, which is not the module's fault
                 losses += [torch.full_like(loss, torch.nan) for _ in range(t, steps)] if t else []
                 break
             with torch.no_grad():
@@ -379,13 +380,17 @@ class Chains:
                 # towards it already
                 with torch.no_grad():
                     grad.neg_()
+                known = True
                 try:
                     engine(window, indices[:, t - NOISE_EVERY // 2], keep=True)
-                except (ValueError, RuntimeError):
-                    if self.layout.all_finite(weights):
+                except (ValueError, RuntimeError, NoLossError) as error:
+                    if self.layout.all_finite(weights) and not isinstance(error, NoLossError):
                         raise
+                    known = False
                 with torch.no_grad():
-                    noise_squares.append(self._square_of(blocks) / 2)
+                    noise_squares.append(
+                        self._square_of(blocks) / 2 if known else torch.full_like(grad[:, 0], torch.nan)
+                    )
                 engine(window, indices[:, t])
             with torch.no_grad():
                 readout.offer(t, weights, grad, state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Optional
@@ -26,7 +27,8 @@ from lightning_slt.sampling.shadow import (
     take_hooks,
     without_compile,
 )
-from lightning_slt.sampling.window import clone
+from lightning_slt.sampling.step_state import StepState, changed_by
+from lightning_slt.sampling.window import clone, tensors_in
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +89,7 @@ class Objective:
         self._mutates = False
         self._weights = weights
         self._written: list[tuple[nn.Module, str, Tensor]] = []
+        self._state: Optional[StepState] = None
         self.names = self._live_names
         self._loss_fn = steps.loss_function(module, loss_fn)
         self._trainer = trainer
@@ -176,6 +179,8 @@ class Objective:
             batch = _to_float32(batch)
         if self._written:
             self._rewind(module)
+        if self._state is not None:
+            self._state.put_back(module)
         with self._context():
             if torch.is_grad_enabled():
                 return self._loss_fn(module, batch)
@@ -212,7 +217,7 @@ class Objective:
         return next(value for key, value in source.items() if without_compile(key) == name).detach().clone()
 
     def _find_written(self, batch: Any) -> None:
-        """Which buffers and frozen weights one call of the step changes."""
+        """Which buffers and frozen weights one call of the step changes, and which attributes each call does."""
         moving = {id(p) for p in self.parameters()}
         buffers = [
             (owner, name, buffer, buffer._version, buffer.detach().clone())
@@ -220,12 +225,17 @@ class Objective:
             for name, buffer in owner._buffers.items()
             if buffer is not None
         ]
-        frozen = [(name, p, p._version) for name, p in self.module.named_parameters() if id(p) not in moving]
+        frozen = [(name, p, _fingerprint(p)) for name, p in self.module.named_parameters() if id(p) not in moving]
         # a user's hook is called once a firing, and not here; those of a live module keep their order
         taken = take_hooks(self.module) if not self.borrowed else []
+        changed: dict[tuple[str, str], bool] = {}
+        self._state = None
         try:
             with torch.no_grad():
-                self._loss_on(self.module, clone(batch))
+                if self.module is self._live:  # put back when the chains have ended, with all that it holds
+                    self._loss_on(self.module, clone(batch))
+                else:
+                    changed = changed_by(self.module, lambda: self._loss_on(self.module, clone(batch)))
         except steps.NoLossError:
             raise
         except Exception as error:
@@ -238,10 +248,16 @@ class Objective:
             if owner._buffers.get(name) is not buffer or buffer._version != version
         ]
         # no copies of these beforehand: they may be most of the model, and are hardly ever written to
-        for name, parameter, version in frozen:
-            if parameter._version != version:
+        for name, parameter, before in frozen:
+            if _fingerprint(parameter) != before:
                 path, _, last = name.rpartition(".")
                 self._written.append((self.module.get_submodule(path), last, self._given(name).to(parameter)))
+        if changed:
+            state = StepState(getattr(self._live, "_orig_mod", self._live), self.module, changed)
+            if state:
+                state.put_back(self.module)
+                self._state = state
+                log.info(f"the step changes {', '.join(state.names)}: put back before every call of the chains")
         if self._written:
             self._rewind(self.module)
             log.info(
@@ -276,7 +292,7 @@ class Objective:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Around every use of the loss: gradients on; a borrowed module is muted inside and restored after."""
-        with torch.enable_grad(), as_interpreted():
+        with torch.enable_grad(), as_interpreted(), apart():
             if not self.borrowed:
                 yield
                 return
@@ -291,12 +307,12 @@ class Objective:
             Exception: whatever the user's step raises.
         """
         if not self.borrowed:
-            with _buffers_kept(self._live), as_interpreted():
+            with _buffers_kept(self._live), as_interpreted(), apart():
                 copied = self.module
                 self._find_written(batch)
                 self._adapt_copy(batch)
             if self.borrowed:
-                self._written = []
+                self._written, self._state = [], None
             elif self.module is not copied:
                 self._find_written(batch)
         with self.active():
@@ -388,6 +404,16 @@ def as_interpreted() -> AbstractContextManager[None]:
     return torch.jit.optimized_execution(False)  # type: ignore[no-untyped-call, no-any-return]
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """What watches the training is not told of chains: no run of wandb, nor the detection of anomalies.
+
+    A chain that is thrown up while its step is looked for is no anomaly of the user's model.
+    """
+    with torch.autograd.set_detect_anomaly(False), steps.runs_muted():
+        yield
+
+
 def refuse_lazy(module: nn.Module) -> None:
     """Weights without a shape cannot be measured.
 
@@ -425,11 +451,20 @@ def _to_float32(batch: Any) -> Any:
     return apply_to_collection(batch, Tensor, lambda x: x.float() if x.dtype in _LOW_PRECISION else x)
 
 
-def _versions(batch: Any) -> list[tuple[int, bool]]:
-    """How often each tensor has been changed in place, and whether it gathers gradients."""
-    found: list[tuple[int, bool]] = []
-    apply_to_collection(batch, Tensor, lambda tensor: found.append((tensor._version, tensor.requires_grad)))
-    return found
+def _fingerprint(parameter: Tensor) -> tuple[Any, ...]:
+    """What changes where a weight is written to, through ``.data`` too, which leaves its version as it was."""
+    try:
+        # of a shard what is here
+        local = getattr(parameter, "_local_tensor", parameter).detach()
+        total = float(local.sum(dtype=torch.float64))
+    except (RuntimeError, TypeError):  # a dtype that cannot be added up
+        return parameter._version, 0, 0.0
+    return parameter._version, local.data_ptr(), total if total == total else math.inf
+
+
+def _versions(batch: Any) -> list[tuple[int, int, bool]]:
+    """Which tensors there are, how often each has been changed in place, and whether it gathers gradients."""
+    return [(id(tensor), tensor._version, tensor.requires_grad) for tensor in tensors_in(batch)]
 
 
 @contextmanager

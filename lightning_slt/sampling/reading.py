@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
+from types import FunctionType
 from typing import Any, Optional
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
+from lightning_slt.sampling.belongings import RANDOM, random_state, set_random_state
 from lightning_slt.sampling.rng import LOADER, generator
 from lightning_slt.sampling.window import PLAIN
 
@@ -28,8 +28,9 @@ class Reader:
     Attributes:
         dataset: map style.
         seed: of the worker processes.
-        num_workers: processes that read; None reads a dataset that is known to be plain tensors here, and any other in
-            one forked process, so that a dataset with random numbers or counters of its own is not moved on.
+        num_workers: processes that read; None reads a dataset that is known to be plain tensors here, and any other, or
+            one whose samples an object collates, in one forked process, so that random numbers or counters of its own
+            are not moved on.
         worker_init_fn: as in a DataLoader, for those processes.
     """
 
@@ -42,7 +43,8 @@ class Reader:
         """The samples of these numbers, batch by batch."""
         workers = self.num_workers
         if workers is None:
-            workers = 0 if is_plain_data(self.dataset) or not _can_fork() else 1
+            plain = is_plain_data(self.dataset) and _holds_nothing(collate)
+            workers = 0 if plain or not _can_fork() else 1
         try:
             return self._load(batches, workers, collate)
         except RuntimeError:
@@ -81,9 +83,14 @@ class Reader:
 
 def is_plain_data(dataset: Any) -> bool:
     """Whether reading it cannot change it: tensors and lists of numbers, and subsets of those."""
-    if isinstance(dataset, Subset):
+    if type(dataset) is Subset:
         return is_plain_data(dataset.dataset)
     return type(dataset) in (TensorDataset, list, tuple) or isinstance(dataset, Tensor)
+
+
+def _holds_nothing(function: Any) -> bool:
+    """Whether it is a plain function, which has no state to move on."""
+    return isinstance(function, FunctionType) and not function.__closure__
 
 
 def _plain_rows(dataset: Any) -> Optional[Callable[[Tensor], list[Tensor]]]:
@@ -112,14 +119,8 @@ def preserve_generators(dataset: Any) -> Iterator[None]:
         if id(item) in seen:
             continue
         seen.add(id(item))
-        if isinstance(item, torch.Generator):
-            restore.append(partial(item.set_state, item.get_state()))
-        elif isinstance(item, random.Random):
-            restore.append(partial(item.setstate, item.getstate()))
-        elif isinstance(item, np.random.Generator):
-            restore.append(partial(setattr, item.bit_generator, "state", item.bit_generator.state))
-        elif isinstance(item, np.random.RandomState):
-            restore.append(partial(item.set_state, item.get_state()))
+        if isinstance(item, RANDOM):
+            restore.append(partial(set_random_state, item, random_state(item)))
         elif isinstance(item, Dataset):
             stack += list(vars(item).values())
             stack += list(getattr(item, "datasets", []))

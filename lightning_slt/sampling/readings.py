@@ -87,7 +87,7 @@ def heat_of(
     total = 0.125 * lr * nbeta * force_of(segment, posterior)[rows].mean(dim=1)
     noise = torch.zeros_like(total)
     if segment.noise_square is not None and segment.noise_square.shape[1]:
-        noise = 0.125 * lr * nbeta**2 * segment.noise_square[rows].mean(dim=1)
+        noise = 0.125 * lr * nbeta**2 * _known(segment.noise_square[rows]).mean(dim=1)
     noise = noise * (min(max(float(noise.mean()), 0.0), float(total.mean())) / (float(noise.mean()) or 1.0))
     pulled = segment.pulled_dot if segment.pulled_dot is not None else segment.grad_dot
     pull = 0.125 * lr * nbeta * gamma * float(pulled[rows].mean())
@@ -135,8 +135,15 @@ def virial_ratio(
         noise = segment.noise_square
         known = noise is not None and noise.shape[1] > 0
         # a difference of two readings, which may come out below zero where there is little of it
-        force = min(max(nbeta**2 * float(noise[keep].mean()), 0.0), force) if known else 0.0  # type: ignore[index]
+        force = min(max(nbeta**2 * float(_known(noise[keep]).mean()), 0.0), force) if known else 0.0  # type: ignore[index]
     return (nbeta * gu + gamma * uu - 0.25 * lr * force) / d
+
+
+def _known(noise: Tensor) -> Tensor:
+    """Readings, those that a minibatch without a loss left open at the mean of their chain's others."""
+    if not bool(noise.isnan().any()):
+        return noise
+    return noise.where(~noise.isnan(), noise.nanmean(dim=1, keepdim=True)).nan_to_num(nan=0.0)
 
 
 def transient(trace: Tensor) -> int:

@@ -18,6 +18,10 @@ from lightning_slt.sampling.shadow import without_compile
 Restriction = Union[str, nn.Module, Sequence[Union[str, nn.Module]], None]
 
 
+class AllFrozenError(ValueError):
+    """What is to move exists, and is frozen; a callback may thaw it later."""
+
+
 def select_parameters(module: nn.Module, restrict: Restriction = None) -> list[str]:
     """Names of the parameters that chains move, in the module's order.
 
@@ -27,7 +31,8 @@ def select_parameters(module: nn.Module, restrict: Restriction = None) -> list[s
             name of a submodule (``"encoder"``), or a submodule itself. A weight that is pruned keeps its name here.
 
     Raises:
-        ValueError: where nothing is named, nothing is matched, or all that is matched is frozen.
+        ValueError: where nothing is named, or nothing is matched.
+        AllFrozenError: where all that is matched is frozen, at the moment.
         TypeError: for a Parameter, a Tensor, or anything else that is not a name or a submodule.
 
     Example:
@@ -71,7 +76,7 @@ def select_parameters(module: nn.Module, restrict: Restriction = None) -> list[s
         chosen |= matched
     moving = [name for name, p in module.named_parameters() if p.requires_grad and id(p) in chosen]
     if not moving:
-        raise ValueError(f"restrict: every parameter matched by {entries} is frozen (requires_grad=False).")
+        raise AllFrozenError(f"restrict: every parameter matched by {entries} is frozen (requires_grad=False).")
     return moving
 
 

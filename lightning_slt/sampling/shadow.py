@@ -67,7 +67,9 @@ def detach_from_training(shadow: nn.Module) -> None:
 
 
 def take_hooks(module: nn.Module) -> list[tuple[dict[int, Any], dict[int, Any]]]:
-    """Take the user's own forward hooks off a copy: a hook is a plain function, and what it writes to is not copied.
+    """Take the user's own hooks off a copy, those of the forward and of the backward pass.
+
+    A hook is a plain function, and what it writes to is not copied.
 
     Hooks of torch itself (weight norm, pruning, parametrisations) are a part of the model and stay.
 
@@ -76,7 +78,12 @@ def take_hooks(module: nn.Module) -> list[tuple[dict[int, Any], dict[int, Any]]]
     """
     taken = []
     for submodule in module.modules():
-        for hooks in (submodule._forward_hooks, submodule._forward_pre_hooks):
+        for hooks in (
+            submodule._forward_hooks,
+            submodule._forward_pre_hooks,
+            submodule._backward_hooks,
+            submodule._backward_pre_hooks,
+        ):
             own = {k: h for k, h in hooks.items() if not str(getattr(h, "__module__", "")).startswith("torch.")}
             for key in own:
                 del hooks[key]

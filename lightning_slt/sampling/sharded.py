@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lightning_slt.sampling import steps
 from lightning_slt.sampling.collective import Collective, Together
 from lightning_slt.sampling.layout import Piece, ShardLayout
-from lightning_slt.sampling.objective import Objective, borrow
+from lightning_slt.sampling.objective import Objective, apart, borrow
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.window import clone
 
@@ -232,7 +232,7 @@ class ShardedObjective(Objective):
         every = list(self.module.parameters())
         flags, grads = [p.requires_grad for p in every], [p.grad for p in every]
         moving = {id(p) for p in self._moving}
-        with torch.enable_grad():
+        with torch.enable_grad(), apart():
             try:
                 with borrow(self.module, self._trainer):
                     for p in every:

@@ -44,6 +44,7 @@ from lightning_slt.sampling.readings import heat_of
 from lightning_slt.sampling.rng import PROBE
 from lightning_slt.sampling.samplers.base import Sampler
 from lightning_slt.sampling.segment import Segment
+from lightning_slt.sampling.steps import NoLossError
 from lightning_slt.sampling.window import Window
 
 HEAT = 0.08
@@ -104,9 +105,13 @@ def first_step(
         for _ in range(8):
             radius = min(1.0 / math.sqrt(posterior.nbeta * curvature + posterior.localization + 1e-12), scale)
             grad.zero_()
-            add_gradients(direction, -radius)
-            grad.neg_()
-            add_gradients(direction, radius)
+            try:
+                add_gradients(direction, -radius)
+                grad.neg_()
+                add_gradients(direction, radius)
+            except NoLossError:
+                direction *= 0.1  # as below
+                continue
             grad.div_(2 * radius * len(batches))
             norm = layout.norm(grad[0])
             if not math.isfinite(norm):

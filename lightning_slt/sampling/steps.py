@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any, Optional
 
@@ -56,11 +58,17 @@ def loss_function(module: nn.Module, loss_fn: Optional[LossFn] = None) -> LossFn
             moves the optimisers), or a step that takes ``dataloader_iter``.
     """
     if loss_fn is not None:
+        _refuse_criterion(loss_fn)
         return _user_loss(loss_fn)
+    module = getattr(module, "_orig_mod", module)  # of torch.compile(module)
     if not isinstance(module, LightningModule):
-        raise ValueError(
-            f"loss_fn is None, and {type(module).__name__} is not a LightningModule: give loss_fn(module, batch)."
-        )
+        kind = type(module).__name__
+        if any(base.__module__.startswith("pytorch_lightning.") for base in type(module).__mro__):
+            raise ValueError(
+                f"loss_fn is None, and {kind} is a module of pytorch_lightning, not of lightning.pytorch: import "
+                "LightningModule and Trainer from lightning.pytorch, or give loss_fn(module, batch)."
+            )
+        raise ValueError(f"loss_fn is None, and {kind} is not a LightningModule: give loss_fn(module, batch).")
     if not module.automatic_optimization:
         raise ValueError(
             f"{type(module).__name__} uses manual optimisation: its training_step moves the optimisers, so "
@@ -72,6 +80,22 @@ def loss_function(module: nn.Module, loss_fn: Optional[LossFn] = None) -> LossFn
         return mean_loss(read_losses(copy.training_step(batch, *positional)))  # type: ignore[operator]
 
     return step_loss
+
+
+def _refuse_criterion(loss_fn: Any) -> None:
+    """A loss of outputs and targets knows nothing of a module and a batch.
+
+    Raises:
+        TypeError: with how it is wrapped.
+    """
+    is_module = isinstance(loss_fn, nn.Module) and type(loss_fn).__module__.startswith("torch.nn.")
+    if not is_module and getattr(loss_fn, "__module__", None) != "torch.nn.functional":
+        return
+    name = type(loss_fn).__name__ if is_module else loss_fn.__name__
+    raise TypeError(
+        f"loss_fn={name}: is a loss of outputs and targets, and loss_fn is called with the module and a batch. Give "
+        f"lambda module, batch: {'criterion' if is_module else name}(module(batch[0]), batch[1])."
+    )
 
 
 def _step_arguments(module: LightningModule) -> tuple[int, ...]:
@@ -127,6 +151,33 @@ def mute(shadow: nn.Module) -> None:
             for name in ("log", "log_dict", "print", "toggle_optimizer", "untoggle_optimizer"):
                 module.__dict__[name] = _nothing
             module.__dict__["all_gather"] = _refuse_gather
+
+
+@contextmanager
+def runs_muted() -> Iterator[None]:
+    """What a step sends to the wandb run by itself (``wandb.log``, ``wandb.run.log``) is not sent inside."""
+    wandb = sys.modules.get("wandb")
+    run = getattr(wandb, "run", None)
+    with ExitStack() as undo:
+        for holder in (wandb, run) if run is not None else ():
+            for name in ("log", "log_artifact", "alert"):
+                if callable(getattr(holder, name, None)):
+                    undo.enter_context(_replaced(holder, name))
+        yield
+
+
+@contextmanager
+def _replaced(holder: Any, name: str) -> Iterator[None]:
+    own = vars(holder)
+    had, before = name in own, own.get(name)
+    setattr(holder, name, _nothing)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(holder, name, before)
+        else:
+            delattr(holder, name)
 
 
 def stub_metrics(shadow: nn.Module) -> bool:

@@ -2,34 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+log = logging.getLogger(__name__)
 
 PLAIN = (str, bytes, int, float, bool)  # what a batch holds beside tensors, compared by value
 
 
+MAX_DEPTH = 8
+"""Collections and objects inside each other that are looked into for tensors."""
+
+
 def num_bytes(batch: Any) -> int:
-    """Bytes of the tensors in a batch of any structure (mappings, dataclasses and named tuples included)."""
-    total = 0
+    """Bytes of the tensors in a batch of any structure (mappings, dataclasses, named tuples and objects included)."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(batch))
 
-    def count(tensor: Tensor) -> Tensor:
-        nonlocal total
-        total += tensor.numel() * tensor.element_size()
-        return tensor
 
-    apply_to_collection(batch, Tensor, count)
-    return total
+def tensors_in(batch: Any) -> list[Tensor]:
+    """The tensors of a batch of any structure, those that an object of it holds as attributes included."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+
+    def visit(value: Any, depth: int) -> None:
+        if value is None or isinstance(value, PLAIN) or id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif depth and isinstance(value, Mapping):
+            for item in list(value.values()):
+                visit(item, depth - 1)
+        elif depth and isinstance(value, (list, tuple)):
+            for item in value:
+                visit(item, depth - 1)
+        elif depth and _is_object(value):
+            for item in list(vars(value).values()):
+                visit(item, depth - 1)
+
+    visit(batch, MAX_DEPTH)
+    return found
 
 
 def clone(batch: Any) -> Any:
-    """The same structure with tensors of its own."""
+    """The same structure with tensors of its own; what holds tensors as attributes is copied with them."""
+    if _holds_objects(batch):
+        try:
+            return copy.deepcopy(batch)
+        except Exception as error:  # an object that cannot be copied is shared
+            log.debug(f"the batch is copied in part: {type(error).__name__}: {error}")
     return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
+
+
+def _holds_objects(batch: Any) -> bool:
+    """Whether something in a batch is no collection, such as a graph: its tensors would not be found otherwise."""
+    leaves = tree_flatten(batch)[0]
+    return any(_is_object(leaf) and not isinstance(leaf, Mapping) and not is_dataclass(leaf) for leaf in leaves)
+
+
+def _is_object(value: Any) -> bool:
+    # a graph may be callable
+    return hasattr(value, "__dict__") and not isinstance(
+        value, (Tensor, nn.Module, type, FunctionType, MethodType, ModuleType)
+    )
 
 
 class Window:

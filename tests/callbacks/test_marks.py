@@ -19,6 +19,7 @@ class Samples(Dataset[Any]):
         self.large = np.zeros(MAX_SUMMED_BYTES // 8 + 1)
         self.seen: list[int] = []
         self.rng, self.num_reads = torch.Generator(), 0
+        self.transform, self.mosaic, self.noise, self.split = torch.abs, True, 0.5, "train"
 
     def __len__(self) -> int:
         return len(self.x)
@@ -50,6 +51,11 @@ CHANGES: dict[str, tuple[Callable[[Samples], Any], bool]] = {
     "another list": (lambda data: set_all(names=list(data.names))(data), True),
     "a list that grows": (lambda data: data.names.append("new"), True),
     "another large array": (lambda data: set_all(large=data.large.copy())(data), True),
+    "another transform": (set_all(transform=torch.neg), True),
+    "no transform": (set_all(transform=None), True),
+    "a switch": (set_all(mosaic=False), True),
+    "a share": (set_all(noise=0.25), True),
+    "a name": (set_all(split="extra"), True),
     "what reading moves on": (lambda data: data.read(3), False),
     "nothing": (lambda data: None, False),
 }

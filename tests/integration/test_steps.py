@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_slt import SGNHT, SLTMonitor
+from lightning_slt import SGNHT, SLTMonitor, estimate_llc
 from tests.integration import models
 from tests.integration.harness import Scenario, quiet_trainer, steps_of, tiny_monitor
 from tests.integration.models import Net, loaders
@@ -198,3 +198,5 @@ def test_a_trainer_of_the_other_package_is_told_which_to_import(tmp_path: Path) 
     data = torch.utils.data.TensorDataset(torch.zeros(4, 2), torch.zeros(4, 1))
     with pytest.raises(MisconfigurationException, match=r"lightning\.pytorch"):
         trainer.fit(Other(), torch.utils.data.DataLoader(data, 2))
+    with pytest.raises(ValueError, match=r"Other is a module of pytorch_lightning.*lightning\.pytorch.*loss_fn"):
+        estimate_llc(Other(), data)

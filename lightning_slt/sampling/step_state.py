@@ -1,0 +1,150 @@
+"""Python state that a step changes: counters, running means, lists that it appends to.
+
+A loss that depends on how often it was asked for is no function of the weights. What the attributes of the private copy
+show to change from one call to the next is found once a firing, and put back before every call.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from lightning_slt.sampling.belongings import MAX_DEPTH, MAX_ITEMS, RANDOM, is_users, random_state
+from lightning_slt.sampling.shadow import without_compile
+
+log = logging.getLogger(__name__)
+
+MAX_COMPARED_BYTES = 2**20
+"""Arrays up to this size are compared by what they hold, larger ones by identity."""
+_OWN = {*vars(nn.Module()), "_trainer", "_fabric"}
+_ABSENT = object()
+_Place = tuple[str, str]
+"""A module's name and an attribute's."""
+
+
+class StepState:
+    """The attributes that a step changes, as they were.
+
+    Args:
+        live: the module that trains; what it holds is what the copy had.
+        shadow: its private copy.
+        changed: where the step changes something, and whether a shallow copy of what is there will do.
+    """
+
+    def __init__(self, live: nn.Module, shadow: nn.Module, changed: dict[_Place, bool]) -> None:
+        originals = {without_compile(name): module for name, module in live.named_modules()}
+        # what an attribute says of the module itself is said of the copy
+        memo = {id(original): module for name, module in shadow.named_modules() if (original := originals.get(name))}
+        for name, parameter in _tensors(live).items():
+            if name in (own := _tensors(shadow)):
+                memo[id(parameter)] = own[name]  # type: ignore[assignment]
+        self._values: dict[_Place, Any] = {}
+        self._owners: WeakKeyDictionary[nn.Module, tuple[dict[_Place, nn.Module], dict[int, Any]]] = WeakKeyDictionary()
+        self._shallow = {place for place, shallow in changed.items() if shallow}
+        for place in changed:
+            owner = originals.get(place[0])
+            if owner is None:
+                continue
+            try:
+                self._values[place] = copy.deepcopy(vars(owner).get(place[1], _ABSENT), {**memo, id(_ABSENT): _ABSENT})
+            except Exception as error:
+                log.debug(f"{'.'.join(place)} is not put back: {type(error).__name__}: {error}")
+
+    def __bool__(self) -> bool:
+        return bool(self._values)
+
+    @property
+    def names(self) -> list[str]:
+        """What is put back."""
+        return sorted(".".join(filter(None, place)) for place in self._values)
+
+    def put_back(self, module: nn.Module) -> None:
+        """Make the attributes of ``module``, a private copy, what they were."""
+        if module not in self._owners:
+            parts = dict(module.named_modules())
+            found = {place: parts[place[0]] for place in self._values if place[0] in parts}
+            shared = {id(part): part for part in (*parts.values(), *_tensors(module).values())}
+            self._owners[module] = found, shared
+        owners, memo = self._owners[module]
+        for (name, key), value in self._values.items():
+            attributes = vars(owners[name, key]) if (name, key) in owners else {}
+            if value is _ABSENT:
+                attributes.pop(key, None)
+            elif value is None or isinstance(value, (bool, int, float, str)):
+                attributes[key] = value
+            elif isinstance(value, Tensor):
+                attributes[key] = value.clone()
+            elif (name, key) in self._shallow:
+                attributes[key] = copy.copy(value)
+            else:
+                attributes[key] = copy.deepcopy(value, dict(memo))
+
+
+def changed_by(module: nn.Module, call: Callable[[], object]) -> dict[_Place, bool]:
+    """What ``call`` changes each time, and not the first time only, as a cache is filled; it is called twice.
+
+    Returns:
+        For each attribute whether it is a collection whose members stayed what they were.
+    """
+    call()
+    before = _look(module)
+    call()
+    after = _look(module)
+    return {
+        place: _same_members(before.get(place), after.get(place))
+        for place in {**before, **after}
+        if before.get(place) != after.get(place)
+    }
+
+
+def _look(module: nn.Module) -> dict[_Place, Any]:
+    return {
+        (name, key): _print_of(value, MAX_DEPTH)
+        for name, part in module.named_modules()
+        if not isinstance(part, (Metric, MetricCollection))
+        for key, value in list(vars(part).items())
+        if key not in _OWN
+    }
+
+
+def _print_of(value: Any, depth: int) -> Any:
+    """What tells ``value`` from another, or from itself at another time; collections are tuples that end in their
+    members."""
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return repr(value)  # NaN is NaN
+    if isinstance(value, Tensor):
+        return id(value), 0 if value.is_inference() else value._version
+    if isinstance(value, np.ndarray):
+        return id(value), value.tobytes() if value.nbytes <= MAX_COMPARED_BYTES and not value.dtype.hasobject else None
+    if isinstance(value, RANDOM):
+        return id(value), repr(random_state(value))
+    members: list[Any] | None = None
+    if depth and isinstance(value, dict):
+        members = [*value, *value.values()]
+    elif depth and isinstance(value, (list, tuple, set, deque)):
+        members = list(value)
+    elif depth and is_users(value):
+        members = list(vars(value).values())
+    if members is None or isinstance(value, nn.Module):
+        return id(value)
+    return id(value), len(members), tuple(_print_of(member, depth - 1) for member in members[:MAX_ITEMS])
+
+
+def _same_members(before: Any, after: Any) -> bool:
+    """Whether a collection holds what it held, beside what was added or taken away."""
+    if not (isinstance(before, tuple) and isinstance(after, tuple) and len(before) == len(after) == 3):
+        return False
+    kept = set(before[2]) & set(after[2])
+    return len(kept) == min(len(set(before[2])), len(set(after[2])))
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {without_compile(name): t for name, t in (*module.named_parameters(), *module.named_buffers())}
