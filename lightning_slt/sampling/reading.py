@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from types import FunctionType
@@ -20,8 +20,11 @@ from lightning_slt.sampling.belongings import RANDOM, random_state, set_random_s
 from lightning_slt.sampling.rng import LOADER, generator
 from lightning_slt.sampling.window import PLAIN
 
+TIMEOUT = 300.0
+"""Seconds for which a batch is waited for: a process that was forked beside a thread which held a lock never ends."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class Reader:
     """Reads samples of a map-style dataset.
 
@@ -38,10 +41,11 @@ class Reader:
     seed: int = 0
     num_workers: Optional[int] = None
     worker_init_fn: Optional[Callable[[int], None]] = None
+    _here: bool = field(default=False, init=False)
 
     def __call__(self, batches: list[list[int]], collate: Callable[[list[Any]], Any]) -> list[Any]:
         """The samples of these numbers, batch by batch."""
-        workers = self.num_workers
+        workers = 0 if self._here else self.num_workers
         if workers is None:
             plain = is_plain_data(self.dataset) and _holds_nothing(collate)
             workers = 0 if plain or not _can_fork() else 1
@@ -50,9 +54,11 @@ class Reader:
         except RuntimeError:
             if workers == 0:
                 raise
-            # data that cannot be read in another process or sent from it (tensors on a GPU, open handles, functions) is
-            # read in this one
-            return self._load(batches, 0, collate)
+            # data that cannot be read in another process or sent from it (tensors on a GPU, open handles, functions,
+            # locks) is read in this one, from then on
+            read = self._load(batches, 0, collate)
+            self._here = True
+            return read
 
     def _load(self, batches: list[list[int]], workers: int, collate: Callable[[list[Any]], Any]) -> list[Any]:
         rows = _plain_rows(self.dataset) if collate is default_collate else None
@@ -70,6 +76,7 @@ class Reader:
             num_workers=workers,
             generator=generator(self.seed, LOADER),
             multiprocessing_context="fork" if workers and _can_fork() else None,
+            timeout=TIMEOUT if workers else 0,
             worker_init_fn=self.worker_init_fn if workers else None,
         )
         with preserve_generators(self.dataset):

@@ -295,6 +295,10 @@ def _first_in(when: str, a: Snapshot, b: Snapshot) -> Optional[Difference]:
         if name not in a or name not in b:
             return Difference(when, name, "is there in one run only")
         x, y = a[name], b[name]
+        if isinstance(x, Tensor) and isinstance(y, Tensor) and (x.is_nested or x.layout != torch.strided):
+            if not _same_parts(x, y):
+                return Difference(when, name, f"differs: {_short(x)} against {_short(y)}")
+            continue
         if isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape and x.dtype == y.dtype:
             if not _same_bits(x, y):
                 change = (x.double() - y.double()).abs().max().item()
@@ -308,6 +312,18 @@ def _first_in(when: str, a: Snapshot, b: Snapshot) -> Optional[Difference]:
 
 def _short(value: Any) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _same_parts(a: Tensor, b: Tensor) -> bool:
+    """Equality of nested and sparse tensors, of what they are made of."""
+    if (a.is_nested, a.layout, a.dtype) != (b.is_nested, b.layout, b.dtype):
+        return False
+    if not a.is_nested:
+        return a.shape == b.shape and _same_bits(a.to_dense(), b.to_dense())
+    parts, others = a.unbind(), b.unbind()
+    return len(parts) == len(others) and all(
+        x.shape == y.shape and _same_bits(x, y) for x, y in zip(parts, others, strict=True)
+    )
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

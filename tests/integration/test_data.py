@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,9 @@ from torch.utils.data import (
 )
 
 from lightning_slt.callbacks.data import TrainingData
+from lightning_slt.sampling import reading
 from tests.integration import models
-from tests.integration.harness import Scenario, steps_of, tiny_monitor
+from tests.integration.harness import Scenario, quiet_trainer, steps_of, tiny_monitor
 from tests.integration.models import BATCH, Net, Plain, loaders, tensors
 
 
@@ -387,3 +390,35 @@ def test_a_stream_that_is_loaded_anew_keeps_what_training_has_seen(tmp_path: Pat
     reloading(ConstantStream).assert_undisturbed(tmp_path, monitor)
     assert steps_of(monitor) == [18]
     assert {float(batch.unique()) for batch in models.CHAIN_SAW} == {1.0, 2.0, 3.0}
+
+
+class Locked(Dataset[Any]):
+    """Guarded by a lock that another thread holds when a process is forked."""
+
+    def __init__(self) -> None:
+        self.rows, self.lock, self.here = tensors(), threading.Lock(), multiprocessing.current_process().pid
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        if multiprocessing.current_process().pid != self.here:
+            self.lock.acquire()  # nobody gives it back in that process
+        with self.lock:
+            return self.rows[index]
+
+
+def test_data_that_a_forked_process_never_gives_is_read_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    load = reading.Reader._load
+
+    def watched(self: reading.Reader, batches: Any, workers: int, collate: Any) -> Any:
+        waits.append(workers)
+        return load(self, batches, workers, collate)
+
+    monkeypatch.setattr(reading, "TIMEOUT", 1.0)
+    monkeypatch.setattr(reading.Reader, "_load", watched)
+    monitor = tiny_monitor(every_n_train_steps=2)
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(Plain(), **loaders(dataset=Locked()))
+    assert len(monitor.estimates) == 3
+    assert waits.count(1) == 1 and 0 in waits  # one process is waited for, and none after it

@@ -9,12 +9,13 @@ from typing import Any, Optional
 
 import pytest
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_slt import SGLD, SLTMonitor, TransitionMonitor
-from lightning_slt.testing import TrainingDisturbed, assert_training_undisturbed
-from tests.integration.models import BATCH, Net, loaders, tensors, with_validation
+from lightning_slt.testing import TrainingDisturbed, assert_training_undisturbed, trace
+from tests.integration.models import BATCH, CLASSES, Net, loaders, tensors, with_validation
 
 
 def trainer_with(*callbacks: Callable[[], Callback], **kwargs: Any) -> Callable[[], Trainer]:
@@ -156,3 +157,39 @@ class Monitored(Net):
 def test_a_monitor_of_the_modules_own_cannot_be_taken_off() -> None:
     with pytest.raises(ValueError, match=r"configure_callbacks.*SLTMonitor"):
         assert_training_undisturbed(trainer_with(), Monitored, loaders)
+
+
+class Looks(LightningModule):
+    """Gradients of its embedding are sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.net = nn.Embedding(10, 4, sparse=True), nn.Linear(4, CLASSES)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        rows = batch[0].values() if batch[0].is_nested else batch[0]
+        places = (3 * rows[:, 0]).long().clamp(-4, 4) + 5
+        return self.net(self.table(places)).logsumexp(dim=1).mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def to_ragged(samples: list[Any]) -> Any:
+    rows = [x.repeat(1 + i % 2, 1) for i, (x, _) in enumerate(samples)]
+    return torch.nested.nested_tensor(rows, layout=torch.jagged), torch.stack([y for _, y in samples])
+
+
+@pytest.mark.parametrize("collate", [None, to_ragged], ids=["dense", "ragged"])
+def test_sparse_gradients_and_ragged_batches_are_compared(collate: Optional[Callable[[Any], Any]]) -> None:
+    data = lambda: loaders(collate_fn=collate)["train_dataloaders"]  # noqa: E731
+    assert assert_training_undisturbed(trainer_with(small), Looks, data).num_batches == 6
+
+
+def test_a_sparse_or_ragged_difference_is_found() -> None:
+    dense = torch.eye(3)
+    assert trace._same_parts(dense.to_sparse(), dense.to_sparse())
+    assert not trace._same_parts(dense.to_sparse(), (2 * dense).to_sparse())
+    ragged = to_ragged([(torch.ones(1, 2), torch.zeros(())), (torch.ones(1, 2), torch.zeros(()))])[0]
+    assert trace._same_parts(ragged, ragged.detach().clone())
+    assert not trace._same_parts(ragged, 2 * ragged)
