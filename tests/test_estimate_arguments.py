@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -66,6 +67,10 @@ X, Y = regression().tensors
 OF_ANOTHER_KIND: dict[str, tuple[dict[str, Any], str]] = {
     "a tuple of tensors": ({"data": (X, Y)}, r"data: got a tuple of 2 arrays.*TensorDataset\(X, Y\)"),
     "a list of other tensors": ({"data": [X, Y[:, 0]]}, r"data: got a list of 2 arrays.*TensorDataset\(X, Y\)"),
+    "several loaders": (
+        {"data": [DataLoader(regression()), DataLoader(regression())]},
+        r"data: got 2 DataLoaders.*ConcatDataset",
+    ),
     "a dict of tensors": ({"data": {"x": X, "y": Y}}, r"data: got dict .*'x', 'y'.*TensorDataset\(X, Y\)"),
     "a path for data": ({"data": "train.pt"}, r"data='train\.pt': got str.*Dataset"),
     "a path for weights": ({"weights": "x.ckpt"}, r"weights='x\.ckpt': .*a path.*torch\.load\('x\.ckpt'"),
@@ -153,6 +158,21 @@ def test_a_criterion_of_the_user_s_own_that_takes_module_and_batch_is_called() -
             return mean_squared(module, batch)
 
     assert same(tiny(mlp(), loss_fn=Own()), tiny(mlp()))
+
+
+class ReadsItsRate(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.log("rate", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        return mean_squared(self.net, batch)
+
+
+def test_a_step_that_asks_for_its_optimiser_is_told_that_there_is_no_trainer() -> None:
+    with pytest.raises(AttributeError, match=r"training_step reads trainer\.strategy\.\w+, .*no trainer.*loss_fn"):
+        estimate_llc(ReadsItsRate(), regression(), num_chains=1, num_draws=4)
 
 
 def _asserts(module: nn.Module, batch: Any) -> Tensor:

@@ -154,6 +154,13 @@ def freeze(trainer: Trainer) -> dict[str, Any]:
     return values
 
 
+class StillOptimizer(torch.optim.Optimizer):
+    """The rates of an optimiser as they were: ``param_groups`` to read, and no weights."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        self.param_groups = groups
+
+
 class StillTrainer:
     """A trainer as it was: plain values to read, and nothing else.
 
@@ -167,8 +174,9 @@ class StillTrainer:
         groups = [[{"lr": rate} for rate in rates] for rates in values.get("rates", [])]
         self.__dict__.update({k: v for k, v in values.items() if k != "rates"})
         self.datamodule = datamodule
-        self.strategy = SimpleNamespace(root_device=device)
-        self.optimizers = [SimpleNamespace(param_groups=group) for group in groups]
+        self.optimizers = [StillOptimizer(group) for group in groups]
+        # self.optimizers() of a module asks the strategy
+        self.strategy = SimpleNamespace(root_device=device, _lightning_optimizers=self.optimizers)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -9,6 +9,7 @@ from numbers import Integral
 from typing import Any, Optional
 
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,11 @@ def check_data(name: str, data: Any, num_samples: Optional[int] = None) -> None:
         raise TypeError(
             f"{name}: got {type(data).__name__} with the keys {list(data)[:8]}, which is no dataset. Wrap its tensors "
             "in TensorDataset(X, Y), or choose one of the datasets in it."
+        )
+    if isinstance(data, (tuple, list)) and data and all(isinstance(part, DataLoader) for part in data):
+        raise TypeError(
+            f"{name}: got {len(data)} DataLoaders. Give one of a ConcatDataset of their datasets, or an iterable of "
+            "their batches with num_samples."
         )
     if num_samples is not None or not isinstance(data, (tuple, list)) or not _may_be_columns(data):
         return

@@ -6,7 +6,6 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
@@ -263,9 +262,22 @@ class ReadThroughTrainer(ReadThrough):
             return super().__getattr__(name)
         if name in _OUTSIDE:
             return _OUTSIDE[name]
-        raise AttributeError(
-            f"training_step reads trainer.{name}, and there is no trainer here: give loss_fn(module, batch)."
-        )
+        raise _no_trainer(name)
+
+
+def _no_trainer(name: str) -> AttributeError:
+    return AttributeError(
+        f"training_step reads trainer.{name}, and there is no trainer here: give loss_fn(module, batch)."
+    )
+
+
+class _NoStrategy:
+    """Where there is no trainer; ``self.optimizers()`` and much else asks its strategy."""
+
+    root_device = torch.device("cpu")
+
+    def __getattr__(self, name: str) -> Any:
+        raise _no_trainer(f"strategy.{name}")
 
 
 class _SilentLogger:
@@ -303,7 +315,7 @@ _OUTSIDE: dict[str, Any] = {
     "callback_metrics": {},
     "logged_metrics": {},
     "optimizers": [],
-    "strategy": SimpleNamespace(root_device=torch.device("cpu")),
+    "strategy": _NoStrategy(),
 }
 
 

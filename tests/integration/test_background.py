@@ -23,13 +23,13 @@ from torch.utils.data import TensorDataset
 
 from lightning_slt import RMSpropSGLD
 from lightning_slt.callbacks.bench import plugin_on
-from lightning_slt.callbacks.travel import CannotTravelError, flat_weights, main_script
+from lightning_slt.callbacks.travel import CannotTravelError, StillTrainer, flat_weights, main_script
 from lightning_slt.record import RunRecord
 from lightning_slt.sampling.objective import Objective
 from tests.integration import models
 from tests.integration.beside import STEPS, data, monitor_of
 from tests.integration.harness import Scenario, SLTMonitor, assert_same, steps_of, tiny_monitor
-from tests.integration.models import Net, loaders, tensors
+from tests.integration.models import Net, Plain, loaders, tensors
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -490,3 +490,9 @@ def test_no_worker_outlives_training(how: signal.Signals, tmp_path: Path) -> Non
         process.send_signal(how)
     process.wait()
     wait_for_the_end_of(workers)
+
+
+def test_a_step_in_a_worker_may_ask_for_the_rate_of_its_optimiser() -> None:
+    module = Plain()
+    module._trainer = StillTrainer({"rates": [[0.25]]}, None, torch.device("cpu"))  # type: ignore[assignment]
+    assert module.optimizers().param_groups[0]["lr"] == 0.25  # type: ignore[union-attr]
