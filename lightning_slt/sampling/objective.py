@@ -27,7 +27,7 @@ from lightning_slt.sampling.shadow import (
     take_hooks,
     without_compile,
 )
-from lightning_slt.sampling.step_state import StepState, changed_by
+from lightning_slt.sampling.step_state import StepState, changed_between, look
 from lightning_slt.sampling.window import clone, tensors_in
 
 log = logging.getLogger(__name__)
@@ -217,7 +217,7 @@ class Objective:
         return next(value for key, value in source.items() if without_compile(key) == name).detach().clone()
 
     def _find_written(self, batch: Any) -> None:
-        """Which buffers and frozen weights one call of the step changes, and which attributes each call does."""
+        """Which buffers and frozen weights one call of the step changes."""
         moving = {id(p) for p in self.parameters()}
         buffers = [
             (owner, name, buffer, buffer._version, buffer.detach().clone())
@@ -228,14 +228,9 @@ class Objective:
         frozen = [(name, p, _fingerprint(p)) for name, p in self.module.named_parameters() if id(p) not in moving]
         # a user's hook is called once a firing, and not here; those of a live module keep their order
         taken = take_hooks(self.module) if not self.borrowed else []
-        changed: dict[tuple[str, str], bool] = {}
-        self._state = None
         try:
             with torch.no_grad():
-                if self.module is self._live:  # put back when the chains have ended, with all that it holds
-                    self._loss_on(self.module, clone(batch))
-                else:
-                    changed = changed_by(self.module, lambda: self._loss_on(self.module, clone(batch)))
+                self._loss_on(self.module, clone(batch))
         except steps.NoLossError:
             raise
         except Exception as error:
@@ -252,12 +247,6 @@ class Objective:
             if _fingerprint(parameter) != before:
                 path, _, last = name.rpartition(".")
                 self._written.append((self.module.get_submodule(path), last, self._given(name).to(parameter)))
-        if changed:
-            state = StepState(getattr(self._live, "_orig_mod", self._live), self.module, changed)
-            if state:
-                state.put_back(self.module)
-                self._state = state
-                log.info(f"the step changes {', '.join(state.names)}: put back before every call of the chains")
         if self._written:
             self._rewind(self.module)
             log.info(
@@ -319,9 +308,11 @@ class Objective:
             self._mutates = self._changes(batch)
 
     def _adapt_copy(self, batch: Any) -> None:
+        before = look(self.module)
         self._check_own_weights(clone(batch))
-        if self.borrowed:
+        if self.borrowed:  # what it holds is put back when the chains have ended
             return
+        self._keep_state(changed_between(before, look(self.module)))
         with torch.no_grad():
             reference = self._loss_on(self.module, clone(batch))
         taken = take_hooks(self.module)
@@ -331,6 +322,14 @@ class Objective:
             steps.unstub_metrics(self.module)
         if self.rounds and any(p.dtype in _LOW_PRECISION for p in self.parameters()):
             self._try_float32(clone(batch))
+
+    def _keep_state(self, changed: dict[tuple[str, str], bool]) -> None:
+        """Attributes that each call of the step changes: put back from here on."""
+        state = StepState(getattr(self._live, "_orig_mod", self._live), self.module, changed) if changed else None
+        if state:
+            state.put_back(self.module)
+            self._state = state
+            log.info(f"the step changes {', '.join(state.names)}: put back before every call of the chains")
 
     def _same_loss(self, batch: Any, reference: Tensor) -> bool:
         try:

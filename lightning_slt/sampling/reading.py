@@ -47,7 +47,7 @@ class Reader:
         """The samples of these numbers, batch by batch."""
         workers = 0 if self._here else self.num_workers
         if workers is None:
-            plain = is_plain_data(self.dataset) and _holds_nothing(collate)
+            plain = is_plain_data(self.dataset) and isinstance(collate, FunctionType)
             workers = 0 if plain or not _can_fork() else 1
         try:
             return self._load(batches, workers, collate)
@@ -93,11 +93,6 @@ def is_plain_data(dataset: Any) -> bool:
     if type(dataset) is Subset:
         return is_plain_data(dataset.dataset)
     return type(dataset) in (TensorDataset, list, tuple) or isinstance(dataset, Tensor)
-
-
-def _holds_nothing(function: Any) -> bool:
-    """Whether it is a plain function, which has no state to move on."""
-    return isinstance(function, FunctionType) and not function.__closure__
 
 
 def _plain_rows(dataset: Any) -> Optional[Callable[[Tensor], list[Tensor]]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -42,7 +41,7 @@ class StepState:
     def __init__(self, live: nn.Module, shadow: nn.Module, changed: dict[_Place, bool]) -> None:
         originals = {without_compile(name): module for name, module in live.named_modules()}
         # what an attribute says of the module itself is said of the copy
-        memo = {id(original): module for name, module in shadow.named_modules() if (original := originals.get(name))}
+        memo = {id(originals[name]): module for name, module in shadow.named_modules() if name in originals}
         for name, parameter in _tensors(live).items():
             if name in (own := _tensors(shadow)):
                 memo[id(parameter)] = own[name]  # type: ignore[assignment]
@@ -88,30 +87,26 @@ class StepState:
                 attributes[key] = copy.deepcopy(value, dict(memo))
 
 
-def changed_by(module: nn.Module, call: Callable[[], object]) -> dict[_Place, bool]:
-    """What ``call`` changes each time, and not the first time only, as a cache is filled; it is called twice.
-
-    Returns:
-        For each attribute whether it is a collection whose members stayed what they were.
-    """
-    call()
-    before = _look(module)
-    call()
-    after = _look(module)
-    return {
-        place: _same_members(before.get(place), after.get(place))
-        for place in {**before, **after}
-        if before.get(place) != after.get(place)
-    }
-
-
-def _look(module: nn.Module) -> dict[_Place, Any]:
+def look(module: nn.Module) -> dict[_Place, Any]:
+    """What tells each attribute from what it is at another time."""
     return {
         (name, key): _print_of(value, MAX_DEPTH)
         for name, part in module.named_modules()
         if not isinstance(part, (Metric, MetricCollection))
         for key, value in list(vars(part).items())
         if key not in _OWN
+    }
+
+
+def changed_between(before: dict[_Place, Any], after: dict[_Place, Any]) -> dict[_Place, bool]:
+    """The attributes that differ between two looks, and for each whether it is a collection whose members did not.
+
+    Between two calls of a step, and not before the first: a cache that is filled once is no state.
+    """
+    return {
+        place: _same_members(before.get(place), after.get(place))
+        for place in {**before, **after}
+        if before.get(place) != after.get(place)
     }
 
 

@@ -32,24 +32,20 @@ def tensors_in(batch: Any) -> list[Tensor]:
     """The tensors of a batch of any structure, those that an object of it holds as attributes included."""
     found: list[Tensor] = []
     seen: set[int] = set()
-
-    def visit(value: Any, depth: int) -> None:
+    waiting: list[tuple[Any, int]] = [(batch, MAX_DEPTH)]
+    while waiting:
+        value, depth = waiting.pop()
         if value is None or isinstance(value, PLAIN) or id(value) in seen:
-            return
+            continue
         seen.add(id(value))
         if isinstance(value, Tensor):
             found.append(value)
         elif depth and isinstance(value, Mapping):
-            for item in list(value.values()):
-                visit(item, depth - 1)
+            waiting += [(item, depth - 1) for item in value.values()]
         elif depth and isinstance(value, (list, tuple)):
-            for item in value:
-                visit(item, depth - 1)
+            waiting += [(item, depth - 1) for item in value]
         elif depth and _is_object(value):
-            for item in list(vars(value).values()):
-                visit(item, depth - 1)
-
-    visit(batch, MAX_DEPTH)
+            waiting += [(item, depth - 1) for item in vars(value).values()]
     return found
 
 
