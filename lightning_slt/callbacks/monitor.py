@@ -297,11 +297,10 @@ class SLTMonitor(DataFollowing):
         # not in setup: a module may build its layers in its own setup or configure_model, which come after
         try:
             select_parameters(pl_module, self._restrict)
-        except AllFrozenError as error:
-            if not any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-                raise MisconfigurationException(f"SLTMonitor: {error}") from error
         except ValueError as error:
-            raise MisconfigurationException(f"SLTMonitor: {error}") from error
+            finetuning = any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+            if not (isinstance(error, AllFrozenError) and finetuning):  # what is frozen now may thaw
+                raise MisconfigurationException(f"SLTMonitor: {error}") from error
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._data = self._data_of(trainer)

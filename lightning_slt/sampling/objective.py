@@ -391,6 +391,8 @@ class Objective:
                 self.loss(batch)
             self._enable(self.names)
             self._read_anchor()
+            if self._state is not None:
+                self._state.forget(original)
         except Exception as error:
             log.info(f"chains keep float32 weights and round them at each call: {type(error).__name__}: {error}")
             self.module, self._context, self._upcast = original, context, False

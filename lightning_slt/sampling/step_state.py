@@ -10,7 +10,6 @@ import copy
 import logging
 from collections import deque
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from torch import Tensor, nn
@@ -41,12 +40,11 @@ class StepState:
     def __init__(self, live: nn.Module, shadow: nn.Module, changed: dict[_Place, bool]) -> None:
         originals = {without_compile(name): module for name, module in live.named_modules()}
         # what an attribute says of the module itself is said of the copy
-        memo = {id(originals[name]): module for name, module in shadow.named_modules() if name in originals}
-        for name, parameter in _tensors(live).items():
-            if name in (own := _tensors(shadow)):
-                memo[id(parameter)] = own[name]  # type: ignore[assignment]
+        parts, own = dict(shadow.named_modules()), _tensors(shadow)
+        memo: dict[int, Any] = {id(module): parts[name] for name, module in originals.items() if name in parts}
+        memo |= {id(tensor): own[name] for name, tensor in _tensors(live).items() if name in own}
         self._values: dict[_Place, Any] = {}
-        self._owners: WeakKeyDictionary[nn.Module, tuple[dict[_Place, nn.Module], dict[int, Any]]] = WeakKeyDictionary()
+        self._owners: dict[nn.Module, tuple[list[tuple[nn.Module, _Place]], dict[int, Any]]] = {}
         self._shallow = {place for place, shallow in changed.items() if shallow}
         for place in changed:
             owner = originals.get(place[0])
@@ -69,22 +67,26 @@ class StepState:
         """Make the attributes of ``module``, a private copy, what they were."""
         if module not in self._owners:
             parts = dict(module.named_modules())
-            found = {place: parts[place[0]] for place in self._values if place[0] in parts}
+            places = [place for place in self._values if place[0] in parts]
             shared = {id(part): part for part in (*parts.values(), *_tensors(module).values())}
-            self._owners[module] = found, shared
+            self._owners[module] = [(parts[place[0]], place) for place in places], shared
         owners, memo = self._owners[module]
-        for (name, key), value in self._values.items():
-            attributes = vars(owners[name, key]) if (name, key) in owners else {}
+        for owner, place in owners:
+            attributes, key, value = owner.__dict__, place[1], self._values[place]
             if value is _ABSENT:
                 attributes.pop(key, None)
             elif value is None or isinstance(value, (bool, int, float, str)):
                 attributes[key] = value
             elif isinstance(value, Tensor):
                 attributes[key] = value.clone()
-            elif (name, key) in self._shallow:
+            elif place in self._shallow:
                 attributes[key] = copy.copy(value)
             else:
                 attributes[key] = copy.deepcopy(value, dict(memo))
+
+    def forget(self, module: nn.Module) -> None:
+        """A private copy that is given up."""
+        self._owners.pop(module, None)
 
 
 def look(module: nn.Module) -> dict[_Place, Any]:
