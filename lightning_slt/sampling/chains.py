@@ -26,6 +26,8 @@ from lightning_slt.sampling.steps import EVAL_MODE, NO_LOSS, NoLossError
 from lightning_slt.sampling.weight_reader import Readout, WeightReader, join_reads, num_reads
 from lightning_slt.sampling.window import Window
 
+KEPT_GRADIENT = 2**20
+"""Bytes of gradients that are kept while those of another minibatch are taken; larger ones are computed once more."""
 PROBED_BATCHES = 8
 """Minibatches whose loss is known before anything is tried on them."""
 
@@ -374,25 +376,8 @@ class Chains:
                         for row in grad:
                             self._moments.addcmul_(row, row)
                         self._moments_count += count
-            if noises is not None and t % NOISE_EVERY == NOISE_EVERY // 2:
-                # xi.xi of one is (g' - g).(g' - g) / 2, on average. There is memory for one of the two alone: g is made
-                # anew for the step. The other batch has been used before, so that none is met by a chain that has moved
-                # towards it already
-                with torch.no_grad():
-                    grad.neg_()
-                known = True
-                try:
-                    engine(window, indices[:, t - NOISE_EVERY // 2], keep=True)
-                except (ValueError, RuntimeError, NoLossError) as error:
-                    if self.layout.all_finite(weights) and not isinstance(error, NoLossError):
-                        raise
-                    known = False
-                with torch.no_grad():
-                    noise_squares.append(
-                        self._square_of(blocks) / 2 if known else torch.full_like(grad[:, 0], torch.nan)
-                    )
-                engine(window, indices[:, t])
-            with torch.no_grad():
+                if noises is not None and t % NOISE_EVERY == NOISE_EVERY // 2:
+                    noise_squares.append(self._noise_square(window, indices, t, blocks, weights, grad))
                 readout.offer(t, weights, grad, state)
                 if decides:
                     state.loss = loss.reshape(count)
@@ -419,6 +404,36 @@ class Chains:
         if noises is not None and noise_squares:
             noises[:, : len(noise_squares)] = self.layout.sum(torch.stack(noise_squares, dim=1)).double().cpu()
         return table, read, readout.table(steps, weights)
+
+    def _noise_square(
+        self, window: Window, indices: Tensor, t: int, blocks: Sequence[_Block], weights: Tensor, grad: Tensor
+    ) -> Tensor:
+        """``[chains]``, a draw of ``xi.P xi``, xi the part of a gradient that is its minibatch's own: on average it is
+        half of the square of the difference of two minibatches' gradients. ``grad`` is left as it was.
+
+        The other batch is one that has been used before, so that none is met by a chain that has moved towards it
+        already.
+        """
+        engine = self._engine
+        # larger ones would be a copy of the weights more: they are made anew for the step. Of all the weights and not
+        # of this rank's, since ranks with shards of unequal size call the engine together
+        size = len(grad) * self.layout.num_weights * grad.element_size()
+        kept = grad.clone() if size <= KEPT_GRADIENT else None
+        grad.neg_()
+        try:
+            with torch.enable_grad():
+                engine(window, indices[:, t - NOISE_EVERY // 2], keep=True)
+            square = self._square_of(blocks) / 2
+        except (ValueError, RuntimeError, NoLossError) as error:
+            if self.layout.all_finite(weights) and not isinstance(error, NoLossError):
+                raise
+            square = torch.full_like(grad[:, 0], torch.nan)
+        if kept is not None:
+            grad.copy_(kept)
+        else:
+            with torch.enable_grad():
+                engine(window, indices[:, t])
+        return square
 
     def _draw(self, blocks: Sequence[_Block], noise: Tensor, streams: Sequence[NormalStream]) -> Iterator[_Block]:
         """The blocks, each with the next numbers in the memory of its noise, which the one after it may use again."""
