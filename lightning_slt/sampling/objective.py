@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten
 
 from lightning_slt.sampling import steps
-from lightning_slt.sampling.belongings import contents_kept
+from lightning_slt.sampling.borrowing import borrow, buffers_kept, prepare
 from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.restriction import Restriction, select_parameters
 from lightning_slt.sampling.shadow import (
@@ -296,7 +296,7 @@ class Objective:
             Exception: whatever the user's step raises.
         """
         if not self.borrowed:
-            with _buffers_kept(self._live), as_interpreted(), apart():
+            with buffers_kept(self._live), as_interpreted(), apart():
                 copied = self.module
                 self._find_written(batch)
                 self._adapt_copy(batch)
@@ -429,25 +429,6 @@ def refuse_lazy(module: nn.Module) -> None:
             )
 
 
-def prepare(module: nn.Module, trainer: Any) -> None:
-    """Silence a private copy and let it read, but not touch, its trainer."""
-    steps.mute(module)
-    steps.attach_trainer(module, trainer)
-
-
-@contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Put back what a copy that still reaches the live module might have moved there: running statistics."""
-    saved = [(b, b.detach().clone()) for b in module.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for live, value in saved:
-                if not torch.equal(live, value):
-                    live.copy_(value)
-
-
 def _to_float32(batch: Any) -> Any:
     return apply_to_collection(batch, Tensor, lambda x: x.float() if x.dtype in _LOW_PRECISION else x)
 
@@ -466,39 +447,3 @@ def _fingerprint(parameter: Tensor) -> tuple[Any, ...]:
 def _versions(batch: Any) -> list[tuple[int, int, bool]]:
     """Which tensors there are, how often each has been changed in place, and whether it gathers gradients."""
     return [(id(tensor), tensor._version, tensor.requires_grad) for tensor in tensors_in(batch)]
-
-
-@contextmanager
-def borrow(module: nn.Module, trainer: Any) -> Iterator[None]:
-    """The live module in eval mode and muted, put back exactly after: flag by flag, attribute by attribute."""
-    with contents_kept(module), _attributes_kept(module):
-        for m in module.modules():
-            m.training = isinstance(m, nn.RNNBase) and m.dropout == 0.0
-        prepare(module, trainer)
-        steps.stub_metrics(module)
-        yield
-
-
-@contextmanager
-def _attributes_kept(module: nn.Module) -> Iterator[None]:
-    """Put back which attributes a module has, and its buffers and gradients."""
-    saved = [(m, dict(m.__dict__)) for m in module.modules()]
-    # a metric changes its state in place, which putting the attributes back would not undo: it is not called at all
-    buffers = [(m, dict(m._buffers), {k: b.clone() for k, b in m._buffers.items() if b is not None}) for m, _ in saved]
-    # a step that calls backward() itself would add to those that training accumulates
-    gradients = [(p, p.grad) for p in module.parameters()]
-    for p, _ in gradients:
-        p.grad = None
-    try:
-        yield
-    finally:
-        for m, attributes in saved:
-            m.__dict__.clear()
-            m.__dict__.update(attributes)
-        for p, gradient in gradients:
-            p.grad = gradient
-        for m, live, values in buffers:
-            m._buffers.update(live)
-            with torch.no_grad():
-                for name, value in values.items():
-                    live[name].copy_(value)  # type: ignore[union-attr]

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_slt.sampling import steps
+from lightning_slt.sampling.borrowing import borrow
 from lightning_slt.sampling.collective import Collective, Together
 from lightning_slt.sampling.layout import Piece, ShardLayout
-from lightning_slt.sampling.objective import Objective, apart, borrow
+from lightning_slt.sampling.objective import Objective, apart
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.window import clone
 
