@@ -27,7 +27,8 @@ from lightning_slt.sampling.weight_reader import Readout, WeightReader, join_rea
 from lightning_slt.sampling.window import Window
 
 KEPT_GRADIENT = 2**20
-"""Bytes of gradients that are kept while those of another minibatch are taken; larger ones are computed once more."""
+"""Bytes of gradients, of the chains that move together, that are kept while those of another minibatch are taken;
+larger ones are computed once more."""
 PROBED_BATCHES = 8
 """Minibatches whose loss is known before anything is tried on them."""
 
