@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from lightning_slt.functional.learning_coefficient import NOT_ARRIVED, summarise
 from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 from lightning_slt.record import Estimate
+from lightning_slt.sampling.anchor import open_window
 from lightning_slt.sampling.arguments import check_count, check_data, check_number
 from lightning_slt.sampling.batches import MinibatchSource, source_of
 from lightning_slt.sampling.calibration import MAX_STEPS_BW_DRAWS, MIN_VIRIAL, Budget, Drawn, draw
-from lightning_slt.sampling.chains import Chains, Progress, open_window
+from lightning_slt.sampling.chains import Chains, Progress
 from lightning_slt.sampling.collective import Alone, Collective
 from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.memory import ChainMemory

@@ -15,8 +15,9 @@ from torch.utils.data import TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_slt.functional import LocalPosterior
+from lightning_slt.sampling.anchor import open_window
 from lightning_slt.sampling.batches import DatasetSource, MinibatchSource
-from lightning_slt.sampling.chains import Chains, open_window
+from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.collective import Alone, Collective
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.samplers import SGLD

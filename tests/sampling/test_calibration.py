@@ -12,7 +12,8 @@ from lightning_slt import SGLD, estimate_llc
 from lightning_slt.functional import LocalPosterior
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.calibration import FIRST_ROUNDS, MAX_STEPS_BW_DRAWS, Budget, _has_arrived, draw
-from lightning_slt.sampling.chains import KEPT_GRADIENT, Chains
+from lightning_slt.sampling.chains import Chains
+from lightning_slt.sampling.chunk import KEPT_GRADIENT
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.readings import heat_of, transient, virial_ratio
 from lightning_slt.sampling.samplers.base import Heating
@@ -130,7 +131,7 @@ def test_noise_is_told_from_the_gradient_of_all_the_data_by_a_few_pairs() -> Non
 def test_a_chain_goes_where_it_would_without_its_noise_being_read(
     monkeypatch: pytest.MonkeyPatch, method: str, kept: int
 ) -> None:
-    monkeypatch.setattr("lightning_slt.sampling.chains.KEPT_GRADIENT", kept)
+    monkeypatch.setattr("lightning_slt.sampling.chunk.KEPT_GRADIENT", kept)
 
     class Unread(SGLD):
         def heating(self, lr: float) -> Heating:

@@ -14,8 +14,9 @@ from torch.utils.data import TensorDataset
 
 from lightning_slt.functional import LocalPosterior
 from lightning_slt.sampling import engines, paths
+from lightning_slt.sampling.anchor import open_window
 from lightning_slt.sampling.batches import DatasetSource
-from lightning_slt.sampling.chains import Chains, open_window
+from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.collective import Alone
 from lightning_slt.sampling.engines import BatchedEngine, SequentialEngine
 from lightning_slt.sampling.objective import Objective

@@ -14,8 +14,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+from lightning_slt.sampling.anchor import open_window
 from lightning_slt.sampling.batches import DatasetSource
-from lightning_slt.sampling.chains import open_window
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.probe import CoupledLossError, Probe, Samples, choose_samples, default_group
 from tests.sampling.batching_models import on_adversaries, with_flatness, with_penalty

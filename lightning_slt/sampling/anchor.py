@@ -1,0 +1,81 @@
+"""Losses of minibatches at ``w*``, the weights that the chains start from, and which minibatches have none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_slt.sampling.batches import MinibatchSource
+from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.steps import EVAL_MODE, NO_LOSS, NoLossError
+from lightning_slt.sampling.window import Window
+
+PROBED_BATCHES = 8
+"""Minibatches whose loss is known before anything is tried on them."""
+
+
+def open_window(objective: Objective, source: MinibatchSource) -> float:
+    """Adapt ``objective`` to the first minibatch that has a loss, and return that loss; measure a few more for probes.
+
+    Raises:
+        NoLossError: where no minibatch of the first window has a loss.
+        AssertionError: where the step fails an assertion, with what may be behind it.
+    """
+    try:
+        return _opened(objective, source)
+    except AssertionError as error:
+        # of the step most often, and it may say nothing itself
+        if EVAL_MODE in str(error):
+            raise
+        said = f": {error}" if str(error) else ""
+        raise AssertionError(f"an assertion failed while the loss was computed{said}. {EVAL_MODE}") from error
+
+
+def _opened(objective: Objective, source: MinibatchSource) -> float:
+    window = source.window(0)
+    adapted = False
+    for i in range(len(window)):
+        try:
+            if not adapted:
+                objective.adapt(window[i])
+                adapted = True
+            with objective.active(), torch.no_grad():
+                window.anchor_loss[i] = float(objective.loss(window[i]))
+        except NoLossError:
+            window.without_loss.add(i)
+        if len(window.anchor_loss) >= PROBED_BATCHES:
+            break
+    if window.anchor_loss:
+        return next(iter(window.anchor_loss.values()))
+    raise NoLossError(NO_LOSS)
+
+
+def measure_anchor(objective: Objective, window: Window, indices: Tensor) -> Tensor:
+    """Measure the losses at ``w*`` of the minibatches that are about to be used, each once in a window's life.
+
+    Args:
+        objective: the loss, active, with ``w*`` in its weights.
+        window: keeps what is measured.
+        indices: ``[chains, steps]``, which minibatch each chain is about to see.
+
+    Returns:
+        ``indices``, with other minibatches in the place of those without a loss.
+
+    Raises:
+        NoLossError: where no minibatch of those measured has a loss.
+    """
+    for i in indices.unique().tolist():
+        if i in window.anchor_loss:
+            continue
+        try:
+            with torch.no_grad():
+                window.anchor_loss[i] = float(objective.loss(window[i]))
+        except NoLossError:
+            window.without_loss.add(i)
+    if window.without_loss:
+        usable = torch.tensor([i for i in range(len(window)) if i in window.anchor_loss])
+        if not len(usable):
+            raise NoLossError(NO_LOSS)
+        without = torch.isin(indices, torch.tensor(sorted(window.without_loss)))
+        indices = torch.where(without, usable[indices % len(usable)], indices)
+    return indices

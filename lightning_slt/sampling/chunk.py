@@ -1,0 +1,296 @@
+"""The chains that move together: the loop over their steps, and what is read off them on the way.
+
+The losses and gradients are the engine's, the update is the sampler's; here they are put together, block by block of
+the weights so that what a step touches stays in the cache, with no work for each parameter and no waiting for a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_slt.functional.posterior import LocalPosterior
+from lightning_slt.sampling.engines import Engine, SequentialEngine
+from lightning_slt.sampling.layout import Layout
+from lightning_slt.sampling.noise import NormalStream
+from lightning_slt.sampling.randomness import Randomness
+from lightning_slt.sampling.samplers import Sampler, SamplerState
+from lightning_slt.sampling.segment import NOISE_EVERY, STATS_EVERY
+from lightning_slt.sampling.steps import NoLossError
+from lightning_slt.sampling.weight_reader import Readout, num_reads
+from lightning_slt.sampling.window import Window
+
+KEPT_GRADIENT = 2**20
+"""Bytes of gradients, of the chains that move together, that are kept while those of another minibatch are taken;
+larger ones are computed once more."""
+
+
+class GradientMoments:
+    """The sum of squared gradients ``[d]`` of every chain that adds its own, and how many there are of them."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.total = torch.zeros_like(like)
+        self.count = 0
+
+    def add(self, grad: Tensor) -> None:
+        """Those of some chains, ``[k, d]``."""
+        for row in grad:
+            self.total.addcmul_(row, row)
+        self.count += len(grad)
+
+
+@dataclass(frozen=True, eq=False)
+class Moved:
+    """What the steps of a chunk of k chains showed; NaN from where a loss could not be computed any more.
+
+    Attributes:
+        losses: ``[k, steps]`` float64, on the minibatch of each step.
+        readings: ``[3 or 5, k, readings]`` float64, in the order of :data:`~lightning_slt.sampling.segment.READINGS`.
+        noise_square: ``[k, readings of the noise]`` float64, ``Segment.noise_square``; None where it is not taken.
+        read: ``[k, reads, n]``, what the reader made of the weights; None without one.
+    """
+
+    losses: Tensor
+    readings: Tensor
+    noise_square: Tensor | None
+    read: Tensor | None
+
+
+@dataclass(eq=False)
+class _Block:
+    """Views of one block of the weights of all the chains: ``[k, block]`` each, ``anchor`` ``[block]``."""
+
+    weights: Tensor
+    anchor: Tensor
+    grad: Tensor
+    scratch: Tensor
+    state: SamplerState
+    share: float
+
+
+class Chunk:
+    """k chains that move together; their weights, and all else that is given, are changed in place.
+
+    Args:
+        engine: their losses and gradients.
+        sampler: how they move.
+        posterior: what is sampled.
+        layout: which of the weights are on this rank.
+        anchor: ``[d]``, ``w*``.
+        weights: ``[k, d]``.
+        grad: ``[k, d]``, memory for their gradients.
+        noise: ``[k, block]``, memory for the noise of a block of the weights (of all of them where they are shards).
+        blocks: of the weights, each with its share in sums over ranks.
+        state: the sampler's, of these chains.
+        randomness: of each chain.
+        moments: what their gradients are added to; None where nobody wants them.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        sampler: Sampler,
+        posterior: LocalPosterior,
+        layout: Layout,
+        anchor: Tensor,
+        weights: Tensor,
+        grad: Tensor,
+        noise: Tensor,
+        blocks: Sequence[tuple[slice, float]],
+        state: SamplerState,
+        randomness: Sequence[Randomness],
+        moments: GradientMoments | None,
+    ) -> None:
+        self._engine, self._sampler, self._posterior, self._layout = engine, sampler, posterior, layout
+        self._weights, self._grad, self._noise = weights, grad, noise
+        self._randomness, self._moments = randomness, moments
+        self._noise_streams = [own.noise for own in randomness]
+        self._blocks = []
+        for block, share in blocks:
+            p = state.preconditioner
+            inner = SamplerState(
+                {name: x[:, block] if x.dim() > 1 else x for name, x in state.tensors.items()},
+                p[block] if p is not None else None,
+            )
+            own = block if layout.sharded else slice(block.stop - block.start)
+            views = weights[:, block], anchor[block], grad[:, block], noise[:, own]
+            self._blocks.append(_Block(*views, inner, share))
+        self._state = self._blocks[0].state
+
+    def move(self, window: Window, indices: Tensor, lr: float, readout: Readout, reads_noise: bool) -> Moved:
+        """Move every chain one step for each column.
+
+        Args:
+            window: the minibatches.
+            indices: ``[k, steps]``, which of them each chain sees at each step.
+            lr: the step size.
+            readout: offered the weights that each step begins with.
+            reads_noise: whether a second gradient is taken now and then (``Segment.noise_square``).
+
+        Raises:
+            NoLossError: where a minibatch has no loss.
+            Exception: what the user's step raised at finite weights.
+        """
+        self._engine.bind(self._weights, self._grad)
+        loss_at = self._losses(window, indices)
+        steps = indices.shape[1]
+        losses: list[Tensor] = []
+        readings: list[Tensor] = []
+        squares: list[Tensor] = []
+        for t in range(steps):
+            try:
+                loss = loss_at(t)
+            except (ValueError, RuntimeError, NoLossError) as error:
+                if not self._diverged(error):
+                    raise
+                break
+            with torch.no_grad():
+                if t % STATS_EVERY == 0:
+                    readings += self._read()
+                    if self._moments is not None and self._layout.all_finite(self._grad):
+                        self._moments.add(self._grad)
+                if reads_noise and t % NOISE_EVERY == NOISE_EVERY // 2:
+                    squares.append(self._noise_square(window, indices, t))
+                readout.offer(t, self._weights, self._grad, self._state)
+                loss = self._update(loss, lr)
+            losses.append(loss)
+        k, kinds = len(self._weights), 3 if self._state.preconditioner is None else 5
+        read = self._layout.sum(torch.stack(readings)).reshape(-1, kinds, k).permute(1, 2, 0) if readings else None
+        noise = self._layout.sum(torch.stack(squares, dim=1)) if squares else None
+        return Moved(
+            _padded(torch.stack([loss.reshape(k) for loss in losses], dim=1) if losses else None, (k, steps)),
+            _padded(read, (kinds, k, num_reads(steps, STATS_EVERY))),
+            _padded(noise, (k, num_noise_squares(steps))) if reads_noise else None,
+            readout.table(steps, self._weights),
+        )
+
+    def _losses(self, window: Window, indices: Tensor) -> Callable[[int], Tensor]:
+        """The loss of each chain at a step, its gradient left in the memory for it."""
+        engine = self._engine
+        if isinstance(engine, SequentialEngine):
+            numbers = indices[0].tolist()
+            return lambda t: engine.step(window[numbers[t]])
+        indices = indices.to(self._weights.device)  # all at once: a copy at every step would make the GPU wait for it
+        return lambda t: engine(window, indices[:, t])
+
+    def _diverged(self, error: Exception) -> bool:
+        """Whether that the loss could not be computed is for the weights' sake, and not the fault of the module: some
+        losses raise on non-finite input, and some steps give none where theirs is not finite."""
+        return isinstance(error, NoLossError) or not self._layout.all_finite(self._weights)
+
+    def _update(self, loss: Tensor, lr: float) -> Tensor:
+        """Move the chains by a step, and return the losses of where they are: a proposal may have been rejected."""
+        sampler, posterior, state = self._sampler, self._posterior, self._state
+        if sampler.full_batch:
+            state.loss = loss.reshape(len(self._weights))
+            draws = [torch.rand((), generator=own.choice, device=loss.device) for own in self._randomness]
+            state.uniform = torch.stack(draws)
+        for block in self._drawn(self._noise_streams):
+            sampler.update_(block.weights, block.anchor, block.grad, block.scratch, lr, posterior, block.state)
+        if sampler.shares_noise:
+            self._share_noise(lr)
+        return state.loss if sampler.full_batch and state.loss is not None else loss
+
+    def _drawn(self, streams: Sequence[NormalStream]) -> Iterator[_Block]:
+        """The blocks, each with the next numbers in the memory of its noise, which the one after it may use again."""
+        if self._layout.sharded:
+            self._layout.normal_(self._noise[0], streams[0])
+            yield from self._blocks
+            return
+        for block in self._blocks:
+            for row, stream in zip(block.scratch, streams, strict=True):
+                stream.fill_(row)
+            yield block
+
+    def _share_noise(self, lr: float) -> None:
+        """The other half of the noise of the step before, where there is one since the numbers began anew."""
+        first = not all(own.has_last for own in self._randomness)
+        for own in self._randomness:
+            own.has_last = True
+        if first:
+            return
+        for block in self._drawn([own.last_noise for own in self._randomness if own.last_noise is not None]):
+            self._sampler.share_(block.weights, block.scratch, lr)  # type: ignore[attr-defined]
+
+    def _noise_square(self, window: Window, indices: Tensor, t: int) -> Tensor:
+        """``[k]``, a draw of ``xi.P xi``, xi the part of a gradient that is its minibatch's own: on average it is half
+        of the square of the difference of two minibatches' gradients. The gradients are left as they were.
+
+        The other batch is one that has been used before, so that none is met by a chain that has moved towards it
+        already.
+        """
+        engine, grad = self._engine, self._grad
+        # larger ones would be a copy of the weights more: they are made anew for the step. Of all the weights and not
+        # of this rank's, since ranks with shards of unequal size call the engine together
+        size = len(grad) * self._layout.num_weights * grad.element_size()
+        kept = grad.clone() if size <= KEPT_GRADIENT else None
+        grad.neg_()
+        try:
+            with torch.enable_grad():
+                engine(window, indices[:, t - NOISE_EVERY // 2], keep=True)
+            square = self._grad_square() / 2
+        except (ValueError, RuntimeError, NoLossError) as error:
+            if not self._diverged(error):
+                raise
+            square = torch.full_like(grad[:, 0], torch.nan)
+        if kept is not None:
+            grad.copy_(kept)
+        else:
+            with torch.enable_grad():
+                engine(window, indices[:, t])
+        return square
+
+    def _grad_square(self) -> Tensor:
+        """``[k]``, ``grad.P grad``; the noise's memory is used on the way."""
+        total: Tensor | None = None
+        for block in self._blocks:
+            p, grad = block.state.preconditioner, block.grad
+            square = _dot(grad, torch.mul(grad, p, out=block.scratch) if p is not None else grad)
+            if block.share != 1.0:
+                square = block.share * square
+            total = square if total is None else total + square
+        assert total is not None
+        return total
+
+    def _read(self) -> list[Tensor]:
+        """The three readings (five with a preconditioner), each ``[k]``; the noise's memory is used on the way."""
+        totals: list[Tensor] = []
+        for block in self._blocks:
+            at, slope, scratch, tensors = block.weights, block.grad, block.scratch, block.state.tensors
+            # the weights are a proposal that may be rejected
+            if "accepted_weights" in tensors and bool(tensors["started"].all()):
+                at, slope = tensors["accepted_weights"], tensors["accepted_grad"]
+            torch.sub(at, block.anchor, out=scratch)
+            p = block.state.preconditioner
+            if p is None:
+                got = [_dot(slope, slope), _dot(slope, scratch), _dot(scratch, scratch)]
+            else:
+                pulled = scratch * p
+                got = [_dot(slope, slope * p), _dot(slope, scratch), _dot(scratch, scratch)]
+                got += [_dot(slope, pulled), _dot(scratch, pulled)]
+            if block.share != 1.0:
+                got = [block.share * value for value in got]
+            totals = got if not totals else [total + more for total, more in zip(totals, got, strict=True)]
+        return totals
+
+
+def num_noise_squares(steps: int) -> int:
+    """At how many steps of so many the gradient of a second minibatch is taken as well."""
+    return len(range(NOISE_EVERY // 2, steps, NOISE_EVERY))
+
+
+def _padded(table: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """The table as float64 on the CPU, with NaN where it ends before ``shape`` does."""
+    whole = torch.full(shape, torch.nan, dtype=torch.float64)
+    if table is not None:
+        whole[..., : table.shape[-1]] = table.double().cpu()
+    return whole
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    if len(a) == 1:
+        return torch.dot(a[0], b[0]).reshape(1)
+    return torch.linalg.vecdot(a, b)
