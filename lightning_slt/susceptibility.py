@@ -25,11 +25,12 @@ from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.collective import Alone, Collective
 from lightning_slt.sampling.metric import Curvature, LowRankMetric, curvature_at
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.probe import Probe, Samples, choose_samples
+from lightning_slt.sampling.probe import Probe
 from lightning_slt.sampling.readings import diverged
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.rng import PROBE, generator, preserve_rng
 from lightning_slt.sampling.samplers import KineticLangevin, Sampler, as_sampler
+from lightning_slt.sampling.samples import Samples, choose_samples
 from lightning_slt.sampling.steps import LossFn, NoLossError
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
 

@@ -15,7 +15,7 @@ from lightning_slt import SGLD, SusceptibilityEstimate, estimate_llc, estimate_s
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.probe import Samples, choose_samples
+from lightning_slt.sampling.samples import Samples, choose_samples
 from lightning_slt.susceptibility import Shift, measure_susceptibility
 
 N, M, D = 60, 12, 4

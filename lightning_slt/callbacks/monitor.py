@@ -52,10 +52,10 @@ from lightning_slt.sampling.arguments import check_count
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.collective import Alone, Collective, RankLostError
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.probe import GroupFn
 from lightning_slt.sampling.restriction import AllFrozenError, select_parameters
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import SGLD, SGNHT, LeimkuhlerMatthews, RMSpropSGLD
+from lightning_slt.sampling.samples import GroupFn
 from lightning_slt.sampling.sharded import ShardedObjective
 from lightning_slt.sampling.steps import LossFn, loss_function
 from lightning_slt.susceptibility_record import SusceptibilityEstimate

@@ -15,8 +15,8 @@ from lightning_slt.influence import ProbeSet, probe_set
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish.render import Rendered, render_sample, rendered_by
 from lightning_slt.sampling.batches import DatasetSource, MinibatchSource, uniform_samples
-from lightning_slt.sampling.probe import MAX_SAMPLES, GroupFn
 from lightning_slt.sampling.rng import preserve_rng
+from lightning_slt.sampling.samples import MAX_SAMPLES, GroupFn
 
 Probed = Union[None, bool, int, "Dataset[Any]"]
 """No samples; True or a number of them from the data at hand; or a dataset of their own."""

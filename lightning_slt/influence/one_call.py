@@ -27,11 +27,11 @@ from lightning_slt.sampling.batches import DatasetSource, source_of
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.metric import curvature_at
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.probe import GroupFn
 from lightning_slt.sampling.readings import diverged
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.rng import PROBE, generator, preserve_rng
 from lightning_slt.sampling.samplers import KineticLangevin, Sampler, as_sampler
+from lightning_slt.sampling.samples import GroupFn
 from lightning_slt.sampling.steps import LossFn, NoLossError
 
 log = logging.getLogger(__name__)

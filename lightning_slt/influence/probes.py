@@ -9,8 +9,8 @@ from typing import Any, Optional
 
 from lightning_slt.sampling.arguments import check_count
 from lightning_slt.sampling.batches import DatasetSource
-from lightning_slt.sampling.probe import GroupFn, Samples, choose_samples, default_group
 from lightning_slt.sampling.rng import preserve_rng
+from lightning_slt.sampling.samples import GroupFn, Samples, choose_samples, default_group
 
 
 @dataclass(frozen=True)

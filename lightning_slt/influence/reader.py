@@ -23,7 +23,8 @@ from lightning_slt.influence.sides import Sides, by_group
 from lightning_slt.influence_record import Dropped, InfluenceEstimate
 from lightning_slt.sampling.control import SteinControl
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.probe import MAX_GRADIENTS, Probe, Samples
+from lightning_slt.sampling.probe import MAX_GRADIENTS, Probe
+from lightning_slt.sampling.samples import Samples
 
 log = logging.getLogger(__name__)
 

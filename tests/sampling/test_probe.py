@@ -17,7 +17,8 @@ from torch.utils.data import Dataset, TensorDataset
 from lightning_slt.sampling.anchor import open_window
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.probe import CoupledLossError, Probe, Samples, choose_samples, default_group
+from lightning_slt.sampling.probe import CoupledLossError, Probe
+from lightning_slt.sampling.samples import Samples, choose_samples, default_group
 from tests.sampling.batching_models import on_adversaries, with_flatness, with_penalty
 from tests.sampling.helpers import Attention, Conv, WithMetric, classification, gen, mlp, regression, seeded, tokens
 
