@@ -6,8 +6,9 @@
 before. What is burn-in is then read off the trace: the cut that makes the standard error of the rest smallest (the MSER
 rule of White 1997), of half the steps at the most; or half of it, where that is what it takes to have arrived. It is
 enough when the rest is flat (no drift between its halves beyond the error), its error is within the tolerance, what
-directions that are reached last still owe is within it too (virial ratio), and the step was right; or when the budget
-is used, which the verdict on the estimate then says.
+directions that are reached last still owe is within it too (virial ratio), the step was right, and it is as long as all
+that went before (half as long, where the rise has been seen: arrived in their later half, or after another step); or
+when the budget is used, which the verdict on the estimate then says.
 
 **Warm chains** skip the search and most of the burn-in: see :mod:`lightning_slt.sampling.memory`.
 """
@@ -264,15 +265,17 @@ def _until_good(chains: Chains, start: _Start, budget: Budget, generation: int) 
             if heats and bool(segment.finite.all()):
                 settled = wanted > TOO_HOT * step and (rounds > 1 or wanted < TOO_COLD * step)
         heating = chains.sampler.heating(step)
-        arrived = _has_arrived(kept, heating, posterior, d, budget)
+        arrived, halved = _has_arrived(kept, heating, posterior, d, budget), False
         if not arrived and units >= 2:
             # what the trace's own scatter hides is burn-in all the same
             later = kept.last(units // 2 * unit)
             arrived = _has_arrived(later, heating, posterior, d, budget)
-            kept = later if arrived else kept
-        # draws shorter than what went before them would be the end of a rise that they are too short to show
+            kept, halved = (later, True) if arrived else (kept, False)
+        # draws shorter than what went before them would be the end of a rise that they are too short to show; half of
+        # it will do where the rise has been seen: they are its later half, or it was under another step
         least = max(LEAST_STEPS, LEAST_MEMORIES * chains.sampler.energy_memory(step))
-        enough = units >= 1 and kept.steps >= max(least, done + joined.steps - kept.steps)
+        before = (done + joined.steps - kept.steps) * (0.5 if halved or not steady else 1.0)
+        enough = units >= 1 and kept.steps >= max(least, before)
         if enough and settled and arrived and _is_good(kept, budget, posterior.nbeta):
             break
         if rounds > 1 and _is_downhill(kept, posterior.nbeta):
