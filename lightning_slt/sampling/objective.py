@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -21,6 +21,7 @@ from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.restriction import Restriction, select_parameters
 from lightning_slt.sampling.shadow import (
     CopyError,
+    copy_with_hooks,
     detach_from_training,
     put_hooks_back,
     shadow_copy,
@@ -32,6 +33,7 @@ from lightning_slt.sampling.window import clone, tensors_in
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _NO_GRAPH = "does not require grad"
 """How torch's error reads where a derivative is asked for of something that has none."""
@@ -226,17 +228,13 @@ class Objective:
             if buffer is not None
         ]
         frozen = [(name, p, _fingerprint(p)) for name, p in self.module.named_parameters() if id(p) not in moving]
-        # a user's hook is called once a firing, and not here; those of a live module keep their order
-        taken = take_hooks(self.module) if not self.borrowed else []
         try:
             with torch.no_grad():
-                self._loss_on(self.module, clone(batch))
+                self._without_hooks(lambda: self._loss_on(self.module, clone(batch)))
         except steps.NoLossError:
             raise
         except Exception as error:
-            log.debug(f"could not see what the step writes to without its hooks: {error}")
-        finally:
-            put_hooks_back(taken)
+            log.debug(f"could not see what the step writes to: {error}")
         self._written = [
             (owner, name, value)
             for owner, name, buffer, version, value in buffers
@@ -273,7 +271,7 @@ class Objective:
             # They are those of the private copy: what training moves is shared with neither
             moving = self.parameters()  # held, so that the numbers by which deepcopy knows them stay theirs
             shared = {id(p): nn.Parameter(p.data, p.requires_grad) for p in moving}
-            twin = shadow_copy(self.module) if stand_ins else copy.deepcopy(self.module, shared)
+            twin = shadow_copy(self.module) if stand_ins else copy_with_hooks(self.module, shared)
         detach_from_training(twin)
         prepare(twin, self._trainer)
         return twin
@@ -313,13 +311,16 @@ class Objective:
         if self.borrowed:  # what it holds is put back when the chains have ended
             return
         self._keep_state(changed_between(before, look(self.module)))
-        with torch.no_grad():
-            reference = self._loss_on(self.module, clone(batch))
-        taken = take_hooks(self.module)
-        if taken and not self._same_loss(batch, reference):
+        with self._moved():  # what a hook or a metric has kept of an earlier call would be right at w* itself
+            taken = take_hooks(self.module)
+            without = self._loss_or_none(batch) if taken else None
             put_hooks_back(taken)
-        if steps.stub_metrics(self.module) and not self._same_loss(batch, reference):
-            steps.unstub_metrics(self.module)
+            with torch.no_grad():
+                reference = self._loss_on(self.module, clone(batch))
+            if taken and _same(without, reference):
+                take_hooks(self.module)
+            if steps.stub_metrics(self.module) and not _same(self._loss_or_none(batch), reference):
+                steps.unstub_metrics(self.module)
         if self.rounds and any(p.dtype in _LOW_PRECISION for p in self.parameters()):
             self._try_float32(clone(batch))
 
@@ -331,12 +332,47 @@ class Objective:
             self._state = state
             log.info(f"the step changes {', '.join(state.names)}: put back before every call of the chains")
 
-    def _same_loss(self, batch: Any, reference: Tensor) -> bool:
+    def _loss_or_none(self, batch: Any) -> Optional[Tensor]:
+        """The loss of a copy of the batch; None where the step fails."""
         try:
             with torch.no_grad():
-                return torch.allclose(self._loss_on(self.module, clone(batch)), reference, rtol=1e-5, equal_nan=True)
+                return self._loss_on(self.module, clone(batch))
         except Exception:
-            return False
+            return None
+
+    @contextmanager
+    def _moved(self) -> Iterator[None]:
+        """The copy's weights elsewhere, and put back."""
+        home = [(p, p.detach().clone()) for p in self.parameters()]
+        try:
+            with torch.no_grad():
+                for parameter, _ in home:
+                    parameter.mul_(1.05).add_(1e-3)
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in home:
+                    parameter.copy_(value)
+
+    def _without_hooks(self, call: Callable[[], _T]) -> _T:
+        """Call it without the user's hooks on the copy (they write to what is not copied), unless it fails for that.
+
+        Those of a borrowed module keep their order: they stay.
+        """
+        taken = take_hooks(self.module) if not self.borrowed else []
+        try:
+            return call()
+        except (steps.NoLossError, RuntimeError):
+            raise
+        except Exception as error:
+            if not taken:
+                raise
+            put_hooks_back(taken)
+            taken = []
+            log.debug(f"the step needs its hooks: {type(error).__name__}: {error}")
+            return call()
+        finally:
+            put_hooks_back(taken)
 
     def _changes(self, batch: Any) -> bool:
         """Whether the step changes the batch that it is given: a chain then hands it a copy each time."""
@@ -356,16 +392,15 @@ class Objective:
         """
         own = self.parameters()
         live = [p for p in self._live.parameters() if p.requires_grad]
-        taken = take_hooks(self.module)  # they write to what is not copied, and change nothing of what is asked here
         try:
             with torch.enable_grad():
-                grads = torch.autograd.grad(self.loss(batch), [*own, *live], allow_unused=True)
+                grads = self._without_hooks(
+                    lambda: torch.autograd.grad(self.loss(clone(batch)), [*own, *live], allow_unused=True)
+                )
         except RuntimeError as error:
             # re-entrant checkpointing knows only backward(); a loss without any gradient shows in the chains
             log.debug(f"could not check which weights the loss depends on: {error}")
             return
-        finally:
-            put_hooks_back(taken)
         if all(g is None for g in grads[len(own) :]):
             return
         message = (
@@ -397,6 +432,11 @@ class Objective:
             log.info(f"chains keep float32 weights and round them at each call: {type(error).__name__}: {error}")
             self.module, self._context, self._upcast = original, context, False
             self._read_anchor()
+
+
+def _same(loss: Optional[Tensor], reference: Tensor) -> bool:
+    """Not where there is no number: two of those say nothing."""
+    return loss is not None and bool(torch.isfinite(reference)) and torch.allclose(loss, reference, rtol=1e-5)
 
 
 def as_interpreted() -> AbstractContextManager[None]:

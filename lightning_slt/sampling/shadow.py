@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import threading
+import types
+from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -34,11 +36,11 @@ def shadow_copy(module: nn.Module) -> nn.Module:
     grads = [p.grad for p in module.parameters() if p.grad is not None]
     memo: dict[int, Any] = {id(g): None for g in grads} | connections(module)
     try:
-        shadow = copy.deepcopy(module, dict(memo))
+        shadow = copy_with_hooks(module, memo)
     except Exception as error:
         stand_ins = _stand_ins(module, error)
         try:
-            shadow = copy.deepcopy(module, {**memo, **stand_ins})
+            shadow = copy_with_hooks(module, {**memo, **stand_ins})
         except Exception as again:
             raise CopyError(
                 f"{type(module).__name__} cannot be copied: {type(again).__name__}: {again}. Give loss_fn=, or define "
@@ -52,6 +54,59 @@ def shadow_copy(module: nn.Module) -> nn.Module:
         )
     detach_from_training(shadow)
     return shadow
+
+
+def copy_with_hooks(module: nn.Module, memo: Mapping[int, Any]) -> nn.Module:
+    """``copy.deepcopy``, with hooks that work on the copy.
+
+    A hook that is a function is shared by a deepcopy: it would keep an activation of the copy in an attribute of the
+    original. What its closure holds of the original is the copy's here.
+
+    Args:
+        memo: answers for what is not to be copied.
+    """
+    made = dict(memo)
+    copied = copy.deepcopy(module, made)
+    for hooks in _hooks_of(copied):
+        for key, hook in list(hooks.items()):
+            hooks[key] = _rebound(hook, made)
+    return copied
+
+
+def _rebound(hook: Any, made: dict[int, Any]) -> Any:
+    """The same function over what ``made`` has in place of the objects of its closure, and of its default values."""
+    if not isinstance(hook, types.FunctionType) or id(hook) in made:
+        return made.get(id(hook), hook)  # of a method, or an object, deepcopy has made another
+    made[id(hook)] = hook  # it may be in its own closure
+    cells, defaults, named = hook.__closure__ or (), hook.__defaults__ or (), hook.__kwdefaults__ or {}
+    before = [*(cell.cell_contents if _holds(cell) else None for cell in cells), *defaults, *named.values()]
+    after = [_rebound(value, made) for value in before]
+    if all(a is b for a, b in zip(after, before, strict=True)):
+        return hook
+    closure = tuple(types.CellType(x) if _holds(cell) else cell for x, cell in zip(after, cells, strict=False))
+    new = types.FunctionType(hook.__code__, hook.__globals__, hook.__name__, closure=closure or None)
+    new.__defaults__ = tuple(after[len(cells) : len(cells) + len(defaults)]) or None
+    new.__kwdefaults__ = dict(zip(named, after[len(cells) + len(defaults) :], strict=True)) or None  # type: ignore[assignment]
+    new.__dict__.update(hook.__dict__)
+    new.__module__ = hook.__module__
+    made[id(hook)] = new
+    return new
+
+
+def _holds(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 - an empty cell raises
+    except ValueError:
+        return False
+    return True
+
+
+def _hooks_of(module: nn.Module) -> Iterator[dict[int, Any]]:
+    for submodule in module.modules():
+        yield submodule._forward_hooks
+        yield submodule._forward_pre_hooks
+        yield submodule._backward_hooks
+        yield submodule._backward_pre_hooks
 
 
 def detach_from_training(shadow: nn.Module) -> None:
@@ -69,7 +124,7 @@ def detach_from_training(shadow: nn.Module) -> None:
 def take_hooks(module: nn.Module) -> list[tuple[dict[int, Any], dict[int, Any]]]:
     """Take the user's own hooks off a copy, those of the forward and of the backward pass.
 
-    A hook is a plain function, and what it writes to is not copied.
+    What a hook writes to may not be the copy's: a list that nothing of the module holds.
 
     Hooks of torch itself (weight norm, pruning, parametrisations) are a part of the model and stay.
 
@@ -77,19 +132,13 @@ def take_hooks(module: nn.Module) -> list[tuple[dict[int, Any], dict[int, Any]]]
         What :func:`put_hooks_back` needs.
     """
     taken = []
-    for submodule in module.modules():
-        for hooks in (
-            submodule._forward_hooks,
-            submodule._forward_pre_hooks,
-            submodule._backward_hooks,
-            submodule._backward_pre_hooks,
-        ):
-            own = {k: h for k, h in hooks.items() if not str(getattr(h, "__module__", "")).startswith("torch.")}
-            for key in own:
-                del hooks[key]
-            if own:
-                taken.append((hooks, own))
-    return taken  # type: ignore[return-value]
+    for hooks in _hooks_of(module):
+        own = {k: h for k, h in hooks.items() if not str(getattr(h, "__module__", "")).startswith("torch.")}
+        for key in own:
+            del hooks[key]
+        if own:
+            taken.append((hooks, own))
+    return taken
 
 
 def put_hooks_back(taken: list[tuple[dict[int, Any], dict[int, Any]]]) -> None:

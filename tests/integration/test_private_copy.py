@@ -47,6 +47,88 @@ class Hooked(Base):
         self.net.register_forward_hook(lambda module, args, output: calls.append(1))
 
 
+class Penalised(Base):
+    """The loss has a penalty on an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))  # type: ignore[assignment]
+        self.kept: dict[str, Any] = {}
+
+    def penalty(self, x: Tensor) -> Tensor:
+        return self.kept["h"].square().mean()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss + self.penalty(batch[0])
+
+
+class Direct(Penalised):
+    def penalty(self, x: Tensor) -> Tensor:
+        return self.net[0](x).square().mean()
+
+
+class ByClosure(Penalised):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].register_forward_hook(lambda module, args, output: self.kept.update(h=output))
+
+
+class ByDefault(Penalised):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].register_forward_hook(lambda module, args, output, kept=self.kept: kept.update(h=output))
+
+
+class ByInnerFunction(Penalised):
+    def __init__(self) -> None:
+        super().__init__()
+
+        def keep(output: Tensor) -> None:
+            self.kept["h"] = output
+
+        self.net[0].register_forward_hook(lambda module, args, output: keep(output))
+
+
+class ByMethod(Penalised):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].register_forward_hook(self.keep)
+
+    def keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.kept["h"] = output
+
+
+class Cleared(ByMethod):
+    """What is kept is there within a step alone."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.kept.clear()
+        return loss
+
+
+class Extractor:
+    """An object of its own that keeps the output of a layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.output = torch.zeros(())
+        layer.register_forward_hook(self.keep)
+
+    def keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.output = output
+
+
+class ByObject(Penalised):
+    def __init__(self) -> None:
+        super().__init__()
+        self.extractor = Extractor(self.net[0])
+
+    def penalty(self, x: Tensor) -> Tensor:
+        return self.extractor.output.square().mean()
+
+
 class Pops(Base):
     """The step takes its batch apart, and changes it in place."""
 
@@ -163,6 +245,26 @@ def test_a_hook_is_called_once_a_firing_not_once_a_step(tmp_path: Path) -> None:
     monitor = fit(Hooked(calls), data(), tmp_path, on_failure="raise")
     assert len(monitor.estimates) == 2
     assert len(calls) == 6 + 2  # the six steps of training, and one look for each of two firings
+
+
+@pytest.mark.parametrize("method", ["sequential", "auto"])
+@pytest.mark.parametrize("kept", [ByClosure, ByDefault, ByInnerFunction, ByMethod, ByObject, Cleared])
+@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
+def test_an_activation_that_a_hook_keeps_is_that_of_the_chains_weights(
+    kept: type[Penalised], method: str, trained: bool, tmp_path: Path
+) -> None:
+    """Bit for bit the chains of the module that computes it in the step, whatever an earlier step has left behind."""
+    traces = []
+    for kind in (Direct, kept):
+        module = kind()
+        if trained:
+            quiet_trainer(tmp_path, max_epochs=1).fit(module, DataLoader(data(), 8))
+        before = {name: value.clone() for name, value in module.state_dict().items()}
+        settings: dict[str, Any] = {"sampler": SGLD(lr=1e-3), "num_burnin_steps": 4, "method": method}
+        traces.append(estimate_llc(module, data(), num_chains=3, num_draws=8, batch_size=8, **settings).trace)
+        assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert torch.allclose(*traces, rtol=1e-4, atol=1e-5)
+    assert float(traces[0].std()) > 0
 
 
 def test_a_step_that_changes_its_batch_gets_a_copy_each_time(tmp_path: Path) -> None:
