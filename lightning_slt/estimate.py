@@ -13,23 +13,24 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from lightning_slt.functional.learning_coefficient import NOT_ARRIVED, summarise
+from lightning_slt.functional.learning_coefficient import NEGATIVE, NOT_ARRIVED, TOO_WIDE, summarise
 from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.anchor import open_window
 from lightning_slt.sampling.arguments import check_count, check_data, check_number
 from lightning_slt.sampling.batches import MinibatchSource, source_of
-from lightning_slt.sampling.calibration import MAX_STEPS_BW_DRAWS, MIN_VIRIAL, Budget, Drawn, draw
+from lightning_slt.sampling.calibration import MAX_STEPS_BW_DRAWS, MAX_VIRIAL, MIN_VIRIAL, Budget, Drawn, draw
 from lightning_slt.sampling.chains import Chains, Progress
 from lightning_slt.sampling.collective import Alone, Collective
 from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.readings import diverged, heat_of, virial_ratio
+from lightning_slt.sampling.readings import diverged, heat_of, virial_of_chains
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import SGLD, KineticLangevin, Sampler, as_sampler
 from lightning_slt.sampling.segment import STATS_EVERY
+from lightning_slt.sampling.step_size import HEAT, NOISE_HEAT
 from lightning_slt.sampling.steps import LossFn, NoLossError
 from lightning_slt.sampling.weight_reader import WeightReader
 
@@ -266,10 +267,12 @@ def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     heating = chains.sampler.heating(lr)
     shared = heating.noise_alone
     hot = share = math.nan
+    noisy = False
     correction = 1.0
     momenta = chains.sampler.calibration == "curvature"
     if heating.step > 0 and bool(good.any()):
         found = heat_of(segment, heating.step, posterior, good, shared, d if heating.thermostat else 0)
+        noisy = found.noise / NOISE_HEAT > 2 * found.discretisation / HEAT
         level = float(trace[good].mean())
         hot = (found.total if momenta else found.of_sgld) / level if level > 0 else math.nan
         share = found.total / level if level > 0 else math.nan
@@ -288,12 +291,17 @@ def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     elif not momenta and hot >= MAX_HEAT and summary.mean > 0:
         heat = f"SGLD would have {hot:.0%} heat at it" if shared else f"{hot:.0%} of the estimate is heat of the step"
         reasons += (f"step size {lr:.2g} is too large: {heat}",)
-    virial = virial_ratio(segment.second_half(), heating.virial_step, posterior, d, good, shared)
-    if virial < MIN_VIRIAL and summary.mean > 0:
-        reasons += (
-            f"{NOT_ARRIVED} in {drawn.num_burnin_steps + segment.steps} steps (virial ratio "
-            f"{virial:.2f}): more draws, or a stronger localization",
-        )
+    ratios = virial_of_chains(segment.second_half(), heating.virial_step, posterior, d, good, shared)
+    virial = float(ratios.mean())
+    error = float(ratios.std()) / math.sqrt(len(ratios)) if len(ratios) > 1 else virial - 1.0
+    at = f"(virial ratio {virial:.2f})"
+    downhill = any(reason.startswith(NEGATIVE) for reason in reasons)
+    if virial < MIN_VIRIAL and not downhill:
+        batch = ", a larger batch_size (the minibatches' noise keeps the step small)" if noisy else ""
+        steps = drawn.num_burnin_steps + segment.steps
+        reasons += (f"{NOT_ARRIVED} in {steps} steps {at}: more draws{batch}, or a stronger localization",)
+    elif virial > MAX_VIRIAL and virial - 1.0 > error and not downhill:
+        reasons += (f"{TOO_WIDE} {at}: a larger batch_size, or more draws",)
     init_loss = sum(segment.anchors.values()) / len(segment.anchors)
     return Estimate(
         mean=summary.mean,

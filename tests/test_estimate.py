@@ -188,6 +188,41 @@ def test_a_tiny_step_never_gives_an_answer_that_claims_to_be_valid() -> None:
     assert not estimate.valid and any("not reached" in reason or "drift" in reason for reason in estimate.reasons)
 
 
+def noisy_labels(noise: float) -> tuple[nn.Module, TensorDataset]:
+    """Five regular directions, at the exact minimum: an LLC of 2.5 at the most, whatever the noise of the labels."""
+    generator = gen(0)
+    x = torch.randn(400, 5, generator=generator, dtype=torch.float64)
+    y = x.sum(dim=1, keepdim=True) + noise * torch.randn(400, 1, generator=generator, dtype=torch.float64)
+    module = nn.Linear(5, 1, bias=False)
+    module.weight.data = torch.linalg.lstsq(x, y).solution.T.float()
+    return module, TensorDataset(x.float(), y.float())
+
+
+def half_squared(module: nn.Module, batch: Any) -> Tensor:
+    return 0.5 * (module(batch[0]) - batch[1]).square().mean()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("noise", [10.0, 30.0])
+def test_minibatches_of_noise_never_give_an_answer_that_claims_to_be_valid(noise: float, seed: int) -> None:
+    """Their step is too small to arrive with; the estimate had been 8 to 59, of chains that the first steps had thrown
+    wide and that were not put back."""
+    module, data = noisy_labels(noise)
+    estimate = estimate_llc(module, data, half_squared, batch_size=4, num_draws=40, seed=seed, method="batched")
+    assert estimate.mean < 2.5
+    assert not estimate.valid and "a larger batch_size" in " ".join(estimate.reasons)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_chains_wider_than_the_posterior_are_not_valid(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are left where a large step has thrown them."""
+    monkeypatch.setattr("lightning_slt.sampling.step_size.SCORCHED", 0.0)
+    module, data = noisy_labels(10.0)
+    estimate = estimate_llc(module, data, half_squared, batch_size=4, num_draws=40, seed=seed, method="batched")
+    assert estimate.mean > 5 and estimate.virial > 1.4
+    assert not estimate.valid and any("wider than the posterior" in reason for reason in estimate.reasons)
+
+
 def test_bfloat16_weights_do_not_round_the_noise_away() -> None:
     """True value 4.9; a chain in bfloat16 gives 11.3 at this step."""
     gamma, nbeta, h = 1.0, 100.0, 0.5

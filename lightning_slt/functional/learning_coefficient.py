@@ -12,6 +12,7 @@ from lightning_slt.functional.convergence import effective_sample_size, rhat, st
 
 NOT_MIXED, DRIFTING, NEGATIVE = "chains have not mixed", "chains drift", "negative beyond its error"
 NOT_ARRIVED = "the chains have not reached their width"
+TOO_WIDE = "the chains are wider than the posterior"
 UNSETTLED = (NOT_MIXED, DRIFTING, NEGATIVE, NOT_ARRIVED)
 """How the reasons begin that are a state of the weights: away from a minimum chains have nowhere to settle."""
 MAX_RHAT = 1.1

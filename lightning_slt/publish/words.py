@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Optional
 
-from lightning_slt.functional.learning_coefficient import DRIFTING, NEGATIVE, NOT_ARRIVED, NOT_MIXED
+from lightning_slt.functional.learning_coefficient import DRIFTING, NEGATIVE, NOT_ARRIVED, NOT_MIXED, TOO_WIDE
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish.run import MonitorRecord, Run
 from lightning_slt.record import Estimate
@@ -34,6 +34,7 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     (DRIFTING, "chains were still moving at their end", "More draws (num_draws) give them time."),
     (NOT_MIXED, "chains disagree with each other", "More draws (num_draws) or chains (num_chains) help."),
     (NOT_ARRIVED, "chains had not spread to their full width", "More burn-in (num_burnin_steps) or draws help."),
+    (TOO_WIDE, "chains had been thrown wide and not come back", "A larger batch_size makes their steps less noisy."),
     (
         "step size",
         "the chains' step size did not suit the weights",

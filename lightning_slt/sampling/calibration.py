@@ -35,6 +35,9 @@ MAX_OWED = 0.07
 MIN_VIRIAL = 0.7
 """Virial ratio below which chains that have used their budget have not reached their width: the number is not valid.
 Between the two lie singular models, whose free directions take longest and matter least."""
+MAX_VIRIAL = 1.4
+"""Virial ratio above which, beyond its error, chains are wider than the posterior: minibatches or a step of the search
+have thrown them there, and the step that is right since is too small to bring them back."""
 WARM, DRAWS, _GENERATION = 500, 1000, 10_000
 """Streams of random numbers: below 500 those of the search for the step, then those of the first steps of warm chains,
 then those of the draws; and anew for each generation of kept displacements."""

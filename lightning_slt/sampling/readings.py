@@ -118,24 +118,44 @@ def virial_ratio(
     keep: Tensor | None = None,
     shared: bool = False,
 ) -> float:
-    """``(E[G.u] - eps/4 E[G.P G]) / d``: 1 at stationarity, less where directions have not been reached yet.
+    """``(E[G.u] - eps/4 E[G.P G]) / d``: 1 at stationarity, less where directions have not been reached yet, more where
+    chains are hotter than the posterior.
 
     Args:
         lr: 0 for a sampler whose step does not heat.
         shared: of a sampler that shares noise between steps it is the minibatches' part of G alone that heats.
     """
-    keep = segment.finite if keep is None else keep
-    gu, uu = (float(x[keep].mean()) for x in (segment.grad_dot, segment.square))
+    return float(virial_of_chains(segment, lr, posterior, d, keep, shared).mean())
+
+
+def virial_of_chains(
+    segment: Segment,
+    lr: float,
+    posterior: LocalPosterior,
+    d: int,
+    keep: Tensor | None = None,
+    shared: bool = False,
+) -> Tensor:
+    """``[chains kept]``, the ratio of each, whose mean is :func:`virial_ratio`."""
+    rows = (segment.finite if keep is None else keep).nonzero().flatten()
+
+    def mean(reading: Tensor) -> Tensor:
+        return reading[rows].mean(dim=1)
+
+    gu, uu = mean(segment.grad_dot), mean(segment.square)
     pulled_dot = segment.pulled_dot if segment.pulled_dot is not None else segment.grad_dot
     pulled_square = segment.pulled_square if segment.pulled_square is not None else segment.square
     nbeta, gamma = posterior.nbeta, posterior.localization
-    force = nbeta * float(force_of(segment, posterior)[keep].mean())
-    force += gamma * (nbeta * float(pulled_dot[keep].mean()) + gamma * float(pulled_square[keep].mean()))
+    force = nbeta * mean(force_of(segment, posterior))
+    force = force + gamma * (nbeta * mean(pulled_dot) + gamma * mean(pulled_square))
     if shared:
         noise = segment.noise_square
-        known = noise is not None and noise.shape[1] > 0
-        # a difference of two readings, which may come out below zero where there is little of it
-        force = min(max(nbeta**2 * float(_known(noise[keep]).mean()), 0.0), force) if known else 0.0  # type: ignore[index]
+        if noise is None or noise.shape[1] == 0:
+            force = torch.zeros_like(force)
+        else:
+            # a difference of two readings, which may come out below zero where there is little of it
+            own, whole = nbeta**2 * _known(noise[rows]).mean(dim=1), float(force.mean())
+            force = own + min(max(float(own.mean()), 0.0), whole) - own.mean()
     return (nbeta * gu + gamma * uu - 0.25 * lr * force) / d
 
 

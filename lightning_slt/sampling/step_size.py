@@ -53,6 +53,9 @@ NOISE_HEAT = 0.04
 """The same of the minibatches' noise: less, since how much of it reaches the loss is known less well."""
 UNSURE_HEAT = 0.03
 """Of discretisation on a potential far from any square, as far as it is (one minus ``Heat.steepness``)."""
+SCORCHED = 0.1
+"""A step wanted, in those of the step there is, below which the heat is as much as the estimate: chains at a smaller
+step would be longer on their way down from it than they are on the way up from ``w*``."""
 LEAST_SCALE = 0.2
 """Below this the heat is held against a constant: an LLC near zero would ask for a step of nothing."""
 ACCEPTANCE = 0.57
@@ -165,6 +168,8 @@ def next_step(chains: Chains, segment: Segment, step: float, ceiling: float) -> 
     heat = heat_of(segment, step, posterior)
     unsure = (1.0 - heat.steepness) * heat.discretisation
     wanted = scale_of(trace) / max(heat.discretisation / HEAT, heat.noise / NOISE_HEAT, unsure / UNSURE_HEAT, 1e-12)
+    if wanted < SCORCHED:
+        chains.restart()
     drift, drift_error = half_change(trace)
     least = 0.3
     if wanted > 0.1 and (abs(drift) > 2 * drift_error or segment.steps < 50):

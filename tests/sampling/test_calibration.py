@@ -15,7 +15,7 @@ from lightning_slt.sampling.calibration import FIRST_ROUNDS, MAX_STEPS_BW_DRAWS,
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.chunk import KEPT_GRADIENT
 from lightning_slt.sampling.memory import ChainMemory
-from lightning_slt.sampling.readings import heat_of, transient, virial_ratio
+from lightning_slt.sampling.readings import heat_of, transient, virial_of_chains, virial_ratio
 from lightning_slt.sampling.samplers.base import Heating
 from lightning_slt.sampling.segment import Segment
 from lightning_slt.sampling.step_size import HEAT, NOISE_HEAT, first_step, scale_of
@@ -58,6 +58,7 @@ def test_heat_and_virial_ratio_of_a_discretised_gaussian() -> None:
     assert heat.noise == 0.0
     assert heat.each.tolist() == pytest.approx([heat.total] * len(heat.each), rel=1e-12)
     assert virial_ratio(s, lr, LocalPosterior(nbeta, gamma), d) == pytest.approx(1.0, rel=1e-12)
+    assert virial_of_chains(s, lr, LocalPosterior(nbeta, gamma), d).tolist() == pytest.approx([1.0] * len(s.chains))
 
 
 def test_heat_leaves_chains_out_that_are_not_kept_and_has_no_answer_without_any() -> None:
