@@ -230,7 +230,8 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 class ReadThroughTrainer(ReadThrough):
-    """What a private copy sees as ``self.trainer``: its attributes to read; writes stay here, loggers are silent.
+    """What a private copy sees as ``self.trainer``: its attributes to read; writes stay here, loggers and the profiler
+    are silent.
 
     Args:
         trainer: what the copy may see of a trainer, or None outside one.
@@ -248,13 +249,14 @@ class ReadThroughTrainer(ReadThrough):
 
 
 def _silent_parts(trainer: Any) -> dict[str, Any]:
-    """The loggers of a trainer, silenced; where nothing is known of them, one that takes every call."""
-    if trainer is None:
-        return {"logger": SILENT, "loggers": [SILENT]}
-    if not hasattr(trainer, "loggers"):
-        return {"logger": SILENT, "loggers": []}
-    loggers = [Silenced(logger) for logger in trainer.loggers]
-    return {"logger": loggers[0] if loggers else None, "loggers": loggers}
+    """The loggers and the profiler of a trainer, silenced; where nothing is known of them, what takes every call."""
+    parts: dict[str, Any] = {"logger": SILENT, "loggers": [SILENT] if trainer is None else [], "profiler": SILENT}
+    if getattr(trainer, "profiler", None) is not None:
+        parts["profiler"] = Silenced(trainer.profiler)
+    if hasattr(trainer, "loggers"):
+        parts["loggers"] = loggers = [Silenced(logger) for logger in trainer.loggers]
+        parts["logger"] = loggers[0] if loggers else None
+    return parts
 
 
 def _no_trainer(name: str) -> AttributeError:
