@@ -29,6 +29,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown policy": ({"on_failure": "ignore"}, r"on_failure='ignore'.*'warn' or 'raise'"),
     "unknown method": ({"method": "fast"}, r"method='fast'.*'sequential' or 'batched'"),
     "name that is no key": ({"name": "My Run"}, r"name='My Run'.*lower-case"),
+    "an address for a folder": ({"dirpath": "s3://bucket/slt"}, r"dirpath='s3://bucket/slt'.*path of a folder"),
     "sampler of another kind": ({"sampler": {"step": 1e-4}}, r"sampler.*step.*lr"),
 }
 

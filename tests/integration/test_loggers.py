@@ -161,6 +161,21 @@ def test_no_logger_at_all_leaves_the_record(tmp_path: Path) -> None:
     assert [(e.x, e.mean) for e in RunRecord(monitor.folder).read()] == llc_of(monitor)
 
 
+@pytest.mark.parametrize("root", ["here", "memory://root"])
+def test_with_a_logger_on_a_remote_filesystem_the_record_is_local(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monitor, logger = tiny_monitor(), CSVLogger(f"memory://logs-{tmp_path.name}", "run", "0")
+    settings = {"logger": logger, "default_root_dir": str(tmp_path / root) if root == "here" else root}
+    Scenario(Net, loaders, lambda: dict(settings)).run(tmp_path, monitor)
+    assert monitor.folder == (tmp_path / "here/run/0/slt" if root == "here" else tmp_path / "run/0/slt")
+    assert [e.step for e in RunRecord(monitor.folder).read()] == [4, 8, 12]
+    assert [p.name for p in tmp_path.iterdir()] == ["here" if root == "here" else "run"]
+    said = [str(w.message) for w in recwarn if "dirpath=" in str(w.message)]
+    assert len(said) == 1 and f"not in memory://logs-{tmp_path.name}" in said[0]
+
+
 # ---------------------------------------------------------------------------------------------------- loggers that fail
 
 
