@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +185,63 @@ def test_a_step_for_training_mode_only_is_told_of_eval_mode() -> None:
         tiny(mlp(), loss_fn=_asserts)
     with pytest.raises(ValueError, match=r"None for every minibatch.*eval mode.*self\.training is False"):
         tiny(mlp(), loss_fn=lambda m, b: mean_squared(m, b) if m.training else None)
+
+
+CALLS: list[bool] = []
+
+
+class TwoWords(Exception):
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} {second}")
+
+
+class SecondHead(LightningModule):
+    """Its step asks for an output that there is in training mode, and notes in what mode it is called."""
+
+    def __init__(self, error: Callable[[], Exception], training: bool = True) -> None:
+        super().__init__()
+        self.net, self.norm, self.rnn = mlp(), nn.BatchNorm1d(5), nn.LSTM(5, 5, dropout=0.5, num_layers=2)
+        self.error, self.works = error, training
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        CALLS.append(self.training)
+        x = self.rnn(self.norm(batch[0]))[0]
+        if not (self.training and self.works):
+            raise self.error()
+        return mean_squared(self.net, (nn.functional.dropout(x), batch[1]))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (lambda: ValueError("too many values to unpack"), ValueError, "too many values to unpack"),
+        (lambda: KeyError("aux"), KeyError, "'aux'"),
+        (RuntimeError, RuntimeError, "RuntimeError"),
+        (lambda: TwoWords("no", "output"), RuntimeError, "no output"),
+    ],
+    ids=["ValueError", "KeyError", "no message", "two arguments"],
+)
+def test_a_step_that_fails_in_eval_mode_only_is_told_so(
+    error: Callable[[], Exception], kind: type[Exception], said: str
+) -> None:
+    CALLS.clear()
+    module = SecondHead(error)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    state = torch.get_rng_state()
+    message = rf"{said}\. In training mode the step gives a loss\. .*eval mode.*loss_fn\(module, batch\)"
+    with pytest.raises(kind, match=message) as caught:
+        estimate_llc(module, regression(), num_chains=1, num_draws=4)
+    assert caught.value.__cause__ is not None and str(caught.value.__cause__) == str(error())
+    assert CALLS.count(True) == 1 and CALLS[-1]
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state) and all(m.training for m in module.modules())
+
+
+def test_a_step_that_fails_in_both_modes_has_its_own_error() -> None:
+    CALLS.clear()
+    with pytest.raises(ValueError, match=r"^broken$") as caught:
+        estimate_llc(SecondHead(lambda: ValueError("broken"), training=False), regression(), num_chains=1, num_draws=4)
+    assert caught.value.__cause__ is None and CALLS.count(True) == 1
 
 
 @pytest.mark.parametrize("lr", [-1e-4, 0.0, math.nan, math.inf])

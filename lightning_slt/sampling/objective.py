@@ -307,6 +307,24 @@ class Objective:
         with self.active():
             self._mutates = self._changes(batch)
 
+    def has_loss_in_training(self, batch: Any) -> bool:
+        """Whether the step, which has failed, gives a loss in training mode; tried once, on another copy.
+
+        It is not tried with a module that is called in place, nor where there are several ranks: in training mode some
+        layers ask the others.
+        """
+        if self.borrowed or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return False
+        try:
+            with buffers_kept(self._live), as_interpreted(), apart(), torch.no_grad():
+                twin = self.copy_module(stand_ins=True).train()
+                take_hooks(twin)
+                self._loss_on(twin, clone(batch))
+        except Exception as error:
+            log.debug(f"nor does the step give a loss in training mode: {error}")
+            return False
+        return True
+
     def _adapt_copy(self, batch: Any) -> None:
         before = look(self.module)
         self._check_own_weights(clone(batch))

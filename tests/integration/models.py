@@ -101,6 +101,18 @@ class Plain(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
+class SecondHead(Net):
+    """Gives a second output in training mode, which its step takes apart: as Inception and GoogLeNet do."""
+
+    def forward(self, x: Tensor) -> Any:
+        out = self.net(x)
+        return (out, out * 2) if self.training else out
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        first, second = self(batch[0])
+        return cross_entropy(first, batch[1]) + cross_entropy(second, batch[1])
+
+
 class AsksItsLoggers(Plain):
     """Its loss doubles with a CSVLogger, and grows with the length of its folder's name; it logs by hand."""
 
