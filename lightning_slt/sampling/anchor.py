@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Optional
+
 import torch
 from torch import Tensor
 
@@ -51,14 +53,31 @@ def _opened(objective: Objective, source: MinibatchSource) -> float:
         except (AssertionError, CopyError):
             raise
         except Exception as error:
-            if not objective.has_loss_in_training(window[i]):
+            remedy = _remedy(error, objective, window[i])
+            if remedy is None:
                 raise
-            raise _as(error, f"{str(error) or type(error).__name__}. {ONLY_IN_TRAINING}") from error
+            raise _as(error, f"{str(error).rstrip('.') or type(error).__name__}. {remedy}") from error
         if len(window.anchor_loss) >= PROBED_BATCHES:
             break
     if window.anchor_loss:
         return next(iter(window.anchor_loss.values()))
     raise NoLossError(NO_LOSS)
+
+
+def _remedy(error: Exception, objective: Objective, batch: Any) -> Optional[str]:
+    """What may be behind an error of the step, or of ``loss_fn``; None where that is not known."""
+    if objective.has_loss_in_training(batch):
+        return ONLY_IN_TRAINING
+    if objective.given_loss is None or not isinstance(error, (TypeError, AttributeError)):
+        return None
+    kind = type(objective.module).__name__
+    if kind not in str(error) and "positional argument" not in str(error):
+        return None
+    name = getattr(objective.given_loss, "__name__", type(objective.given_loss).__name__)
+    return (
+        f"loss_fn={name}: is called as loss_fn(module, batch), here with a {kind} and a {type(batch).__name__}. If it "
+        "is a loss of outputs and targets, give lambda module, batch: criterion(module(batch[0]), batch[1])."
+    )
 
 
 def _as(error: Exception, message: str) -> Exception:
@@ -67,7 +86,7 @@ def _as(error: Exception, message: str) -> Exception:
         told = type(error)(message)
     except Exception:
         return RuntimeError(message)
-    return told if EVAL_MODE in str(told) else RuntimeError(message)
+    return told if "loss_fn" in str(told) else RuntimeError(message)
 
 
 def measure_anchor(objective: Objective, window: Window, indices: Tensor) -> Tensor:
