@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "loss that is no tensor": ({"loss_fn": lambda m, b: 1.0}, r"the loss must be a tensor.*float"),
     "no samples": ({"num_samples": 0}, r"num_samples=0.*at least 1.*None"),
     "weights of another module": ({"weights": {"x": torch.zeros(1)}}, r"(?s)Missing key.*0\.weight"),
+    "weights that do not fit": (
+        {"weights": {"0.weight": torch.zeros(1)}},
+        r"(?s)^weights: do not fit the module\. Give the state_dict\(\) of another Sequential.*Missing key",
+    ),
+    "device that is none": ({"device": "tpu9"}, r"^device='tpu9': cannot be used here: .*tpu.*None"),
+    "device that is not there": ({"device": "cuda:99"}, r"^device='cuda:99': cannot be used here: .*None"),
 }
 
 
@@ -65,6 +71,7 @@ def test_refused_with_the_argument_and_the_remedy(changes: dict[str, Any], messa
 
 X, Y = regression().tensors
 OF_ANOTHER_KIND: dict[str, tuple[dict[str, Any], str]] = {
+    "a module for data": ({"data": mlp()}, r"data: got Sequential, .*module first"),
     "a tuple of tensors": ({"data": (X, Y)}, r"data: got a tuple of 2 arrays.*TensorDataset\(X, Y\)"),
     "a list of other tensors": ({"data": [X, Y[:, 0]]}, r"data: got a list of 2 arrays.*TensorDataset\(X, Y\)"),
     "several loaders": (
@@ -129,6 +136,54 @@ def test_a_short_list_of_equal_tensors_is_read_as_samples_and_said_to_be(
     assert (said in caplog.text) == warned
 
 
+@pytest.mark.parametrize(
+    ("module", "named"),
+    [(regression(), "TensorDataset"), (nn.Linear, "the class Linear"), (mlp().state_dict(), "OrderedDict")],
+    ids=["a dataset", "a class", "weights"],
+)
+def test_what_is_no_module_is_named(module: Any, named: str) -> None:
+    message = rf"^module: got {named}, which is no nn\.Module\. Give the module first, then its data"
+    with pytest.raises(TypeError, match=message):
+        estimate_llc(module, regression(), mean_squared, **TINY)
+    with pytest.raises(TypeError, match=message):
+        estimate_influence(module, regression(), None, mean_squared, num_chains=1, num_draws=4)
+    with pytest.raises(TypeError, match=message):
+        estimate_susceptibility(module, regression(), regression(), mean_squared, num_chains=1, num_draws=4)
+
+
+def _subtracts(outputs: Any, targets: Any) -> Tensor:
+    return (outputs - targets).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "kind", "name", "said"),
+    [
+        (_subtracts, TypeError, "_subtracts", r"unsupported operand"),
+        (lambda out, y: nn.functional.cross_entropy(out, y), TypeError, "<lambda>", r"must be Tensor, not Sequential"),
+        (lambda out, y: out.square().mean(), AttributeError, "<lambda>", r"'Sequential' object has no attribute"),
+        (lambda out, y, w: out, TypeError, "<lambda>", r"missing 1 required positional argument: 'w'"),
+    ],
+)
+def test_a_function_of_outputs_and_targets_is_told_how_it_is_called(
+    loss_fn: Any, kind: type[Exception], name: str, said: str
+) -> None:
+    message = rf"{said}.*\. loss_fn={name}: is called as loss_fn\(module, batch\), here with a Sequential and a list\."
+    with pytest.raises(kind, match=message) as caught:
+        tiny(mlp(), loss_fn=loss_fn)
+    assert type(caught.value.__cause__) is kind and "loss_fn" not in str(caught.value.__cause__)
+
+
+def _breaks(module: nn.Module, batch: Any) -> Tensor:
+    raise TypeError("of its own")
+
+
+def test_another_error_of_a_loss_function_is_as_it_was() -> None:
+    with pytest.raises(TypeError, match=r"^of its own$"):
+        tiny(mlp(), loss_fn=_breaks)
+    with pytest.raises(TypeError, match=r"^the loss must be a tensor .*got float\.$"):
+        tiny(mlp(), loss_fn=lambda m, b: 1.0)
+
+
 def test_a_sampler_may_be_a_mapping() -> None:
     assert same(tiny(mlp(), sampler={"name": "SGLD", "lr": 1e-3}), tiny(mlp()))
 
@@ -185,6 +240,63 @@ def test_a_step_for_training_mode_only_is_told_of_eval_mode() -> None:
         tiny(mlp(), loss_fn=_asserts)
     with pytest.raises(ValueError, match=r"None for every minibatch.*eval mode.*self\.training is False"):
         tiny(mlp(), loss_fn=lambda m, b: mean_squared(m, b) if m.training else None)
+
+
+CALLS: list[bool] = []
+
+
+class TwoWords(Exception):
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} {second}")
+
+
+class SecondHead(LightningModule):
+    """Its step asks for an output that there is in training mode, and notes in what mode it is called."""
+
+    def __init__(self, error: Callable[[], Exception], training: bool = True) -> None:
+        super().__init__()
+        self.net, self.norm, self.rnn = mlp(), nn.BatchNorm1d(5), nn.LSTM(5, 5, dropout=0.5, num_layers=2)
+        self.error, self.works = error, training
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        CALLS.append(self.training)
+        x = self.rnn(self.norm(batch[0]))[0]
+        if not (self.training and self.works):
+            raise self.error()
+        return mean_squared(self.net, (nn.functional.dropout(x), batch[1]))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (lambda: ValueError("too many values to unpack"), ValueError, "too many values to unpack"),
+        (lambda: KeyError("aux"), KeyError, "'aux'"),
+        (RuntimeError, RuntimeError, "RuntimeError"),
+        (lambda: TwoWords("no", "output"), RuntimeError, "no output"),
+    ],
+    ids=["ValueError", "KeyError", "no message", "two arguments"],
+)
+def test_a_step_that_fails_in_eval_mode_only_is_told_so(
+    error: Callable[[], Exception], kind: type[Exception], said: str
+) -> None:
+    CALLS.clear()
+    module = SecondHead(error)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    state = torch.get_rng_state()
+    message = rf"{said}\. In training mode the step gives a loss\. .*eval mode.*loss_fn\(module, batch\)"
+    with pytest.raises(kind, match=message) as caught:
+        estimate_llc(module, regression(), num_chains=1, num_draws=4)
+    assert caught.value.__cause__ is not None and str(caught.value.__cause__) == str(error())
+    assert CALLS.count(True) == 1 and CALLS[-1]
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state) and all(m.training for m in module.modules())
+
+
+def test_a_step_that_fails_in_both_modes_has_its_own_error() -> None:
+    CALLS.clear()
+    with pytest.raises(ValueError, match=r"^broken$") as caught:
+        estimate_llc(SecondHead(lambda: ValueError("broken"), training=False), regression(), num_chains=1, num_draws=4)
+    assert caught.value.__cause__ is None and CALLS.count(True) == 1
 
 
 @pytest.mark.parametrize("lr", [-1e-4, 0.0, math.nan, math.inf])
@@ -270,6 +382,12 @@ def test_kinetic_chains_on_minibatches_are_said_to_be_heated(caplog: pytest.LogC
     assert not caplog.records
     tiny(mlp(), sampler=KineticLangevin())
     assert "minibatches of 16 heat its chains" in caplog.text and "full_batch=True" in caplog.text
+
+
+@pytest.mark.parametrize("num_draws", [1, 2])
+def test_the_shortest_of_chains_do_not_warn_of_a_scatter(num_draws: int, recwarn: pytest.WarningsRecorder) -> None:
+    estimate = estimate_llc(mlp(), regression(), mean_squared, num_chains=1, num_draws=num_draws)
+    assert math.isfinite(estimate.mean) and not estimate.valid and not list(recwarn)
 
 
 def test_an_estimate_whose_error_is_not_known_is_not_valid() -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_slt.sampling.belongings import LiveIterator, is_live_iterator
-from lightning_slt.sampling.steps import ReadThrough
+from lightning_slt.sampling.stand_ins import ReadThrough
 
 METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -25,6 +27,22 @@ def warn_of_failure(step: int, reason: str) -> None:
 
 def is_smoke_test(trainer: Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def local_folder(folder: str | os.PathLike[str]) -> Optional[Path]:
+    """A folder in the file system of this machine; None for the address of one elsewhere, such as ``s3://bucket``."""
+    path = os.fspath(folder).removeprefix("file://")
+    return None if "://" in path else Path(path)
+
+
+def check_dirpath(dirpath: Optional[str]) -> None:
+    """Refuse an address.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if dirpath is not None and "://" in os.fspath(dirpath):
+        raise ValueError(f"dirpath={dirpath!r}: is an address, and files are kept locally. Give the path of a folder.")
 
 
 def loss_context(trainer: Trainer) -> Optional[Callable[[], AbstractContextManager[Any]]]:
@@ -93,8 +111,10 @@ def listed(restrict: Any) -> list[Any]:
 
 __all__ = [
     "as_sampler",
+    "check_dirpath",
     "is_smoke_test",
     "listed",
+    "local_folder",
     "loss_context",
     "plain",
     "second_moments",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Optional
@@ -9,6 +10,7 @@ from typing import Optional
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_slt.callbacks.arguments import local_folder
 from lightning_slt.callbacks.worker import FOLDER
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
 from lightning_slt.record import Estimate, RunRecord
@@ -20,7 +22,7 @@ def run_folder(trainer: Trainer, resumed: Optional[Path], dirpath: Optional[str]
     Args:
         trainer: whose first logger has a folder for the run.
         resumed: the folder of the run that is resumed, where one is.
-        dirpath: the folder that was asked for.
+        dirpath: the folder that was asked for; without it, and with a logger on a remote filesystem, it is a local one.
         prefix: of the monitor: each has a folder of its own.
     """
     if resumed is not None and (RunRecord(resumed).path.exists() or (resumed / FOLDER).exists()):
@@ -29,10 +31,22 @@ def run_folder(trainer: Trainer, resumed: Optional[Path], dirpath: Optional[str]
         return Path(dirpath) if prefix == "slt" else Path(dirpath) / prefix
     logger = trainer.loggers[0] if trainer.loggers else None
     if logger is None or logger.version is None:
-        return Path(trainer.default_root_dir) / prefix
-    root = Path(logger.save_dir or trainer.default_root_dir)
+        return _local_root(trainer, trainer.default_root_dir) / prefix
+    root = _local_root(trainer, logger.save_dir or trainer.default_root_dir)
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     return root / str(logger.name or "") / version / prefix
+
+
+def _local_root(trainer: Trainer, wanted: str | os.PathLike[str]) -> Path:
+    """``wanted`` where it is a folder of this machine, else the trainer's root or the current directory, and said."""
+    found = local_folder(wanted)
+    if found is None:
+        found = local_folder(trainer.default_root_dir) or Path.cwd()
+        rank_zero_warn(
+            f"lightning_slt keeps its record in local files: it is below {found}, and not in {wanted}. Name a local "
+            "folder with dirpath=."
+        )
+    return found
 
 
 def fresh(folder: Path) -> Path:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_slt.callbacks.arguments import (
     as_sampler,
+    check_dirpath,
     is_smoke_test,
     listed,
     plain,
@@ -96,7 +97,8 @@ class SLTMonitor(DataFollowing):
             burn-in away, see :mod:`lightning_slt.sampling.memory`; False: every firing starts at the weights.
         num_samples: n, where the data cannot tell.
         name: key prefix and folder of this monitor (``slt_<name>``); several monitors are numbered without it.
-        dirpath: folder of the local record; None for ``<logger's run folder>/slt``.
+        dirpath: folder of the local record; None for ``<logger's run folder>/slt``, below ``default_root_dir`` or the
+            current directory where the logger's is on a remote filesystem.
         method: ``"auto"``, ``"sequential"`` or ``"batched"``, see :func:`~lightning_slt.estimate_llc`.
         probe: measure the influence of training samples as well, from the same chains: True for the training set up
             to 1,000 samples, a number for another limit, or a Dataset of samples to look at, such as training has (of
@@ -209,6 +211,7 @@ class SLTMonitor(DataFollowing):
             raise ValueError(f"num_samples={num_samples}: must be at least 2, or None to take it from the data.")
         if name is not None and not re.fullmatch(r"[a-z0-9_]+", name):
             raise ValueError(f"name={name!r}: only lower-case letters, digits and underscores (it becomes a log key).")
+        check_dirpath(dirpath)
         self._loss_fn = loss_fn
         self._restrict = plain(restrict)
         self._batch_size = batch_size

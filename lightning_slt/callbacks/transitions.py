@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_slt.callbacks.arguments import check_dirpath
 from lightning_slt.callbacks.boundaries import LearningRateWatch
 from lightning_slt.callbacks.distribution import weights_to_keep
 from lightning_slt.callbacks.evaluation import KeepsHistory
@@ -103,6 +104,7 @@ class TransitionMonitor(KeepsHistory):
             raise TypeError(
                 f"on_transition: expected a callable of (transition, trainer, module), got {on_transition!r}."
             )
+        check_dirpath(dirpath)
         self._key = monitor
         self._prefix = match[1]
         self._settings: dict[str, Any] = {

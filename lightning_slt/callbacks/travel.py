@@ -8,6 +8,7 @@ process. What cannot be pickled is named before training.
 from __future__ import annotations
 
 import ast
+import copy
 import io
 import pickle
 import sys
@@ -26,6 +27,7 @@ from lightning_slt.durable import write_durably
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.sampling.restriction import Restriction, select_parameters
 from lightning_slt.sampling.shadow import shadow_copy, without_compile
+from lightning_slt.sampling.stand_ins import SILENT, Silenced
 from lightning_slt.sampling.steps import LossFn
 
 INLINE = "or measure inside training: execution='inline'."
@@ -140,7 +142,7 @@ def flat_weights(module: nn.Module, restrict: Restriction) -> Tensor:
 
 
 def freeze(trainer: Trainer) -> dict[str, Any]:
-    """The plain values of a trainer that a step may read in a worker, tensors among them on the CPU."""
+    """The plain values of a trainer that a step may read in a worker, tensors among them on the CPU; silent loggers."""
     values: dict[str, Any] = {}
     for name in TRAVELLING:
         try:
@@ -150,6 +152,8 @@ def freeze(trainer: Trainer) -> dict[str, Any]:
         if isinstance(value, Mapping):
             value = {k: v.detach().cpu().clone() if isinstance(v, Tensor) else v for k, v in value.items()}
         values[name] = value
+    # a copy of a silenced logger has its values and not the logger
+    values["loggers"] = [copy.copy(Silenced(logger)) for logger in trainer.loggers]
     values["rates"] = [[float(g["lr"]) for g in o.param_groups if "lr" in g] for o in trainer.optimizers]
     return values
 
@@ -173,6 +177,7 @@ class StillTrainer:
     def __init__(self, values: Mapping[str, Any], datamodule: Any, device: torch.device) -> None:
         groups = [[{"lr": rate} for rate in rates] for rates in values.get("rates", [])]
         self.__dict__.update({k: v for k, v in values.items() if k != "rates"})
+        self.__dict__.setdefault("loggers", [SILENT])
         self.datamodule = datamodule
         self.optimizers = [StillOptimizer(group) for group in groups]
         # self.optimizers() of a module asks the strategy

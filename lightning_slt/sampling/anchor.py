@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any, Optional
+
 import torch
 from torch import Tensor
 
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.shadow import CopyError
 from lightning_slt.sampling.steps import EVAL_MODE, NO_LOSS, NoLossError
 from lightning_slt.sampling.window import Window
 
 PROBED_BATCHES = 8
 """Minibatches whose loss is known before anything is tried on them."""
+ONLY_IN_TRAINING = (
+    f"In training mode the step gives a loss. {EVAL_MODE} Give a loss_fn(module, batch) that has one in eval mode too."
+)
 
 
 def open_window(objective: Objective, source: MinibatchSource) -> float:
@@ -20,6 +26,7 @@ def open_window(objective: Objective, source: MinibatchSource) -> float:
     Raises:
         NoLossError: where no minibatch of the first window has a loss.
         AssertionError: where the step fails an assertion, with what may be behind it.
+        Exception: whatever else the user's step raises; where it does not fail in training mode, it says so.
     """
     try:
         return _opened(objective, source)
@@ -43,11 +50,43 @@ def _opened(objective: Objective, source: MinibatchSource) -> float:
                 window.anchor_loss[i] = float(objective.loss(window[i]))
         except NoLossError:
             window.without_loss.add(i)
+        except (AssertionError, CopyError):
+            raise
+        except Exception as error:
+            remedy = _remedy(error, objective, window[i])
+            if remedy is None:
+                raise
+            raise _as(error, f"{str(error).rstrip('.') or type(error).__name__}. {remedy}") from error
         if len(window.anchor_loss) >= PROBED_BATCHES:
             break
     if window.anchor_loss:
         return next(iter(window.anchor_loss.values()))
     raise NoLossError(NO_LOSS)
+
+
+def _remedy(error: Exception, objective: Objective, batch: Any) -> Optional[str]:
+    """What may be behind an error of the step, or of ``loss_fn``; None where that is not known."""
+    if objective.has_loss_in_training(batch):
+        return ONLY_IN_TRAINING
+    if objective.given_loss is None or not isinstance(error, (TypeError, AttributeError)):
+        return None
+    kind = type(objective.module).__name__
+    if kind not in str(error) and "positional argument" not in str(error):
+        return None
+    name = getattr(objective.given_loss, "__name__", type(objective.given_loss).__name__)
+    return (
+        f"loss_fn={name}: is called as loss_fn(module, batch), here with a {kind} and a {type(batch).__name__}. If it "
+        "is a loss of outputs and targets, give lambda module, batch: criterion(module(batch[0]), batch[1])."
+    )
+
+
+def _as(error: Exception, message: str) -> Exception:
+    """An error of the same type with another message, where the type takes one."""
+    try:
+        told = type(error)(message)
+    except Exception:
+        return RuntimeError(message)
+    return told if "loss_fn" in str(told) else RuntimeError(message)
 
 
 def measure_anchor(objective: Objective, window: Window, indices: Tensor) -> Tensor:

@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, Optional
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 log = logging.getLogger(__name__)
+
+_ORDER = "Give the module first, then its data."
 
 
 def check_count(name: str, value: Any, least: int = 1, otherwise: str = "", optional: bool = True) -> None:
@@ -49,6 +52,34 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}. Give a float.")
 
 
+def check_module(name: str, module: Any) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        TypeError: naming what it is.
+    """
+    if not isinstance(module, nn.Module):
+        kind = f"the class {module.__name__}" if isinstance(module, type) else type(module).__name__
+        raise TypeError(f"{name}: got {kind}, which is no nn.Module. {_ORDER}")
+
+
+def check_device(name: str, device: Any) -> None:
+    """Refuse a device that is not there. None is let through.
+
+    Raises:
+        ValueError: with what torch says of it.
+    """
+    if device is None:
+        return
+    try:
+        torch.empty(1, device=device)
+    except Exception as error:  # each kind of device has its own
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{name}={str(device)!r}: cannot be used here: {said}. Give another device, or None for that of the module."
+        ) from error
+
+
 def check_data(name: str, data: Any, num_samples: Optional[int] = None) -> None:
     """Refuse what has a length and items but no samples: text, a dict of columns, a pair of whole tensors.
 
@@ -67,6 +98,8 @@ def check_data(name: str, data: Any, num_samples: Optional[int] = None) -> None:
         Traceback (most recent call last):
         TypeError: data: got a tuple of 2 arrays, which is no dataset. Wrap them in TensorDataset(X, Y).
     """
+    if isinstance(data, nn.Module):
+        raise TypeError(f"{name}: got {type(data).__name__}, which is a module and no data. {_ORDER}")
     if isinstance(data, (str, bytes)):
         raise TypeError(
             f"{name}={data!r}: got {type(data).__name__}, which is no data. Load it and give a Dataset, a DataLoader "
@@ -125,4 +158,4 @@ def no_restriction(entry: Any, name: Optional[str] = None) -> TypeError:
     )
 
 
-__all__ = ["check_count", "check_data", "check_number", "no_restriction"]
+__all__ = ["check_count", "check_data", "check_device", "check_module", "check_number", "no_restriction"]

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten
 
 from lightning_slt.sampling import steps
+from lightning_slt.sampling.arguments import check_device, check_module
 from lightning_slt.sampling.borrowing import borrow, buffers_kept, prepare
 from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.restriction import Restriction, select_parameters
@@ -57,7 +58,9 @@ class Objective:
         say: told why the module is called in place, where it could not be copied; None for the log.
 
     Raises:
-        ValueError: for a module without a usable loss, or a restriction that names nothing.
+        TypeError: for a module that is none.
+        ValueError: for a module without a usable loss, a restriction that names nothing, or a device that is not there.
+        RuntimeError: for weights of another module.
         CopyError: where the module cannot be copied and cannot be borrowed either.
 
     Attributes:
@@ -67,6 +70,7 @@ class Objective:
         layout: which of the weights ``anchor`` has.
         borrowed: the module could not be copied: it is called in place with other weights, and put back after.
         rounds: the module computes in half precision from float32 masters.
+        given_loss: ``loss_fn`` as it was given.
         differentiates: the step itself asks for derivatives (a gradient penalty, an adversarial input): it is called
             with gradients on, also where only its value is wanted.
     """
@@ -84,6 +88,8 @@ class Objective:
         weights: Optional[dict[str, Tensor]] = None,
         say: Optional[Callable[[str], None]] = None,
     ) -> None:
+        check_module("module", module)
+        check_device("device", device)
         self._say = say or log.warning
         self._live, self._live_names = module, select_parameters(module, restrict)
         refuse_lazy(module)
@@ -93,7 +99,7 @@ class Objective:
         self._written: list[tuple[nn.Module, str, Tensor]] = []
         self._state: Optional[StepState] = None
         self.names = self._live_names
-        self._loss_fn = steps.loss_function(module, loss_fn)
+        self._loss_fn, self.given_loss = steps.loss_function(module, loss_fn), loss_fn
         self._trainer = trainer
         self._context = context or nullcontext
         self.borrowed = False
@@ -115,11 +121,18 @@ class Objective:
         if not self.borrowed:
             self.names = [without_compile(name) for name in self.names]
         if self._weights is not None:
-            self.module.load_state_dict({without_compile(name): w for name, w in self._weights.items()})
+            self._load(self._weights)
         if not self.borrowed:
             if device is not None:
                 self.module.to(device)
             prepare(self.module, self._trainer)
+
+    def _load(self, weights: dict[str, Tensor]) -> None:
+        try:
+            self.module.load_state_dict({without_compile(name): w for name, w in weights.items()})
+        except RuntimeError as error:
+            remedy = f"Give the state_dict() of another {type(self.module).__name__} like it."
+            raise RuntimeError(f"weights: do not fit the module. {remedy} {error}") from error
 
     def _enable(self, names: list[str]) -> None:
         if self.borrowed:
@@ -304,6 +317,24 @@ class Objective:
                 self._find_written(batch)
         with self.active():
             self._mutates = self._changes(batch)
+
+    def has_loss_in_training(self, batch: Any) -> bool:
+        """Whether the step, which has failed, gives a loss in training mode; tried once, on another copy.
+
+        It is not tried with a module that is called in place, nor where there are several ranks: in training mode some
+        layers ask the others.
+        """
+        if self.borrowed or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return False
+        try:
+            with buffers_kept(self._live), as_interpreted(), apart(), torch.no_grad():
+                twin = self.copy_module(stand_ins=True).train()
+                take_hooks(twin)
+                self._loss_on(twin, clone(batch))
+        except Exception as error:
+            log.debug(f"nor does the step give a loss in training mode: {error}")
+            return False
+        return True
 
     def _adapt_copy(self, batch: Any) -> None:
         before = look(self.module)

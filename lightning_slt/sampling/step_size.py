@@ -191,5 +191,7 @@ def scale_of(trace: Tensor) -> float:
     centred = trace.clamp(low, high)
     centred = centred - centred.mean()
     products = centred[:, 1:] * centred[:, :-1]
-    variance = float(products.mean() - 2 * products.std() / math.sqrt(products.numel()))
+    variance = 0.0
+    if products.numel() > 1:
+        variance = float(products.mean() - 2 * products.std() / math.sqrt(products.numel()))
     return max(abs(float(trace.mean())), min(variance, float(low.clamp(max=0.0)) ** 2), LEAST_SCALE)

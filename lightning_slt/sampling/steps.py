@@ -13,6 +13,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from lightning_slt.sampling.stand_ins import SILENT, ReadThrough, Silenced
+
 LossFn = Callable[[nn.Module, Any], Tensor]
 """``loss_fn(module, batch)``: a scalar, or one loss a sample ``[batch]`` (their mean is taken)."""
 
@@ -227,35 +229,16 @@ def _nothing(*_: Any, **__: Any) -> None:
     return None
 
 
-class ReadThrough:
-    """An object's attributes to read; writes stay here.
-
-    Args:
-        live: the object.
-        local: what is answered in its place.
-    """
-
-    def __init__(self, live: Any, local: dict[str, Any]) -> None:
-        self.__dict__["_live"] = live
-        self.__dict__["_local"] = local
-
-    def __getattr__(self, name: str) -> Any:
-        local = self.__dict__["_local"]
-        return local[name] if name in local else getattr(self.__dict__["_live"], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__["_local"][name] = value
-
-
 class ReadThroughTrainer(ReadThrough):
-    """What a private copy sees as ``self.trainer``: its attributes to read; writes stay here, loggers are silent.
+    """What a private copy sees as ``self.trainer``: its attributes to read; writes stay here, loggers and the profiler
+    are silent.
 
     Args:
         trainer: what the copy may see of a trainer, or None outside one.
     """
 
     def __init__(self, trainer: Any = None) -> None:
-        super().__init__(trainer, {"logger": _SILENT_LOGGER, "loggers": []})
+        super().__init__(trainer, _silent_parts(trainer))
 
     def __getattr__(self, name: str) -> Any:
         if self.__dict__["_live"] is not None or name in self.__dict__["_local"]:
@@ -263,6 +246,17 @@ class ReadThroughTrainer(ReadThrough):
         if name in _OUTSIDE:
             return _OUTSIDE[name]
         raise _no_trainer(name)
+
+
+def _silent_parts(trainer: Any) -> dict[str, Any]:
+    """The loggers and the profiler of a trainer, silenced; where nothing is known of them, what takes every call."""
+    parts: dict[str, Any] = {"logger": SILENT, "loggers": [SILENT] if trainer is None else [], "profiler": SILENT}
+    if getattr(trainer, "profiler", None) is not None:
+        parts["profiler"] = Silenced(trainer.profiler)
+    if hasattr(trainer, "loggers"):
+        parts["loggers"] = loggers = [Silenced(logger) for logger in trainer.loggers]
+        parts["logger"] = loggers[0] if loggers else None
+    return parts
 
 
 def _no_trainer(name: str) -> AttributeError:
@@ -280,25 +274,6 @@ class _NoStrategy:
         raise _no_trainer(f"strategy.{name}")
 
 
-class _SilentLogger:
-    """Takes every call and attribute, like Lightning's DummyLogger, and does nothing."""
-
-    def __getattr__(self, name: str) -> _SilentLogger:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __call__(self, *_: Any, **__: Any) -> _SilentLogger:
-        return self
-
-    def __getitem__(self, _: Any) -> _SilentLogger:
-        return self
-
-    def __setitem__(self, *_: Any) -> None:
-        pass
-
-
-_SILENT_LOGGER = _SilentLogger()
 _OUTSIDE: dict[str, Any] = {
     "global_step": 0,
     "current_epoch": 0,

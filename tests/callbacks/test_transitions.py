@@ -25,12 +25,13 @@ from tests.publish.helpers import make_estimate, make_influence, make_report, ma
     [
         ({"monitor": "val_loss"}, "monitor='val_loss': expected the key of an SLTMonitor's curve, 'slt/llc/mean'"),
         ({"monitor": "slt/llc/se"}, "monitor='slt/llc/se'"),
+        ({"dirpath": "s3://bucket/ring"}, "dirpath=.s3://bucket/ring.: is an address"),
         ({"max_snapshots": 3}, "max_snapshots=3: must be at least 4; pin_checkpoints=False keeps none"),
         ({"false_alarms": 0.0}, "false_alarms: expected a rate above 0"),
         ({"min_change": -1.0}, "min_change: expected a height of the LLC, at least 0, got -1.0"),
         ({"at_boundary": "ignore"}, "at_boundary: expected 'annotate' or 'suppress', got 'ignore'"),
     ],
-    ids=["no curve", "no mean", "snapshots", "false alarms", "change", "boundary"],
+    ids=["no curve", "no mean", "address", "snapshots", "false alarms", "change", "boundary"],
 )
 def test_an_argument_out_of_range_is_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="^" + message.replace("(", r"\(").replace("|", r"\|")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from collections.abc import Callable, Iterator
 from typing import Any, Optional
@@ -10,6 +11,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -97,6 +99,31 @@ class Plain(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class SecondHead(Net):
+    """Gives a second output in training mode, which its step takes apart: as Inception and GoogLeNet do."""
+
+    def forward(self, x: Tensor) -> Any:
+        out = self.net(x)
+        return (out, out * 2) if self.training else out
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        first, second = self(batch[0])
+        return cross_entropy(first, batch[1]) + cross_entropy(second, batch[1])
+
+
+class AsksItsLoggers(Plain):
+    """Its loss doubles with a CSVLogger, and grows with the length of its folder's name; it logs by hand."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        first, second = self.loggers
+        assert os.path.join(first.log_dir, "samples").endswith("version_3/samples")
+        for logger in (first, self.trainer.loggers[0], second):
+            logger.log_metrics({"by hand": 1.0}, step=self.global_step)
+        first.experiment.log_metrics({"by hand": 1.0}, step=self.global_step)
+        return loss * (2.0 if isinstance(self.logger, CSVLogger) else 1.0) * len(str(self.logger.name))
 
 
 class WithMetric(Net):

@@ -29,6 +29,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown policy": ({"on_failure": "ignore"}, r"on_failure='ignore'.*'warn' or 'raise'"),
     "unknown method": ({"method": "fast"}, r"method='fast'.*'sequential' or 'batched'"),
     "name that is no key": ({"name": "My Run"}, r"name='My Run'.*lower-case"),
+    "an address for a folder": ({"dirpath": "s3://bucket/slt"}, r"dirpath='s3://bucket/slt'.*path of a folder"),
     "sampler of another kind": ({"sampler": {"step": 1e-4}}, r"sampler.*step.*lr"),
 }
 
@@ -103,6 +104,11 @@ def test_no_data_leaves_the_run_to_lightning(tmp_path: Path) -> None:
 
 GOES_ON: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]], str]] = {
     "non-finite starting loss": (models.NaNInChain, loaders, r"step 4 failed.*loss at the current weights is nan"),
+    "step for training mode": (
+        models.SecondHead,
+        loaders,
+        r"step 4 failed.*ValueError: too many values to unpack.*In training mode the step gives a loss.*loss_fn",
+    ),
     "step that always returns None": (models.AlwaysNone, loaders, r"step \d+ failed.*returned None"),
 }
 

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from lightning_slt import SLTMonitor, TransitionMonitor
 from lightning_slt.record import RunRecord
 from tests.integration.harness import RecordingLogger, Scenario, TrainingTrace, assert_same, steps_of, tiny_monitor
-from tests.integration.models import Net, with_validation
+from tests.integration.models import AsksItsLoggers, Net, Plain, loaders, with_validation
 
 PROBED = 8
 EXPECTED_X = [3, 7, 11]
@@ -67,6 +67,30 @@ def test_tensorboard_csv_and_mlflow_in_one_run(
     assert {"slt/media/history.png", "slt/media/chains_step_000000011.png"} <= media
     tables = {artifact.path for artifact in client.list_artifacts(flow.run_id, "slt/tables")}
     assert {"slt/tables/history.csv", "slt/tables/influence_top_step_000000011.csv"} <= tables
+
+
+@pytest.mark.parametrize("execution", ["inline", "background"])
+def test_a_step_that_uses_its_loggers_logs_its_training_alone(execution: str, tmp_path: Path) -> None:
+    def train(name: str, *callbacks: Any) -> tuple[TrainingTrace, RecordingLogger, CSVLogger]:
+        rows, table = RecordingLogger(), CSVLogger(tmp_path / name, "four", 3)
+        scenario = Scenario(lambda: AsksItsLoggers(lr=0.0), loaders, lambda: {"logger": [table, rows]})
+        trace = scenario.run(tmp_path / name, *callbacks)
+        trace.rows = rows.of_training()
+        return trace, rows, table
+
+    beside = {"devices": ["cpu"], "max_pending": 3} if execution == "background" else {}
+    monitor, plain = tiny_monitor(execution=execution, **beside), tiny_monitor()
+    without, _, table = train("without")
+    measured, rows, measured_table = train("with", monitor)
+    assert_same(without, measured)
+    assert len([row for row, _ in rows.rows if "by hand" in row]) == 12
+    by_hand = [(Path(t.log_dir) / "metrics.csv").read_text().count("1.0") for t in (table, measured_table)]
+    assert by_hand[0] == by_hand[1] >= 12
+    Scenario(lambda: Plain(lr=0.0), loaders).run(tmp_path / "plain", plain)
+    assert steps_of(monitor) == steps_of(plain) == [4, 8, 12]
+    for ours, theirs in zip(monitor.estimates, plain.estimates, strict=True):
+        # twice for a CSVLogger, times the four letters of its name
+        assert ours.init_loss == pytest.approx(8 * theirs.init_loss, rel=1e-5)
 
 
 class CometExperiment:
@@ -135,6 +159,21 @@ def test_no_logger_at_all_leaves_the_record(tmp_path: Path) -> None:
     monitor, _ = train(tmp_path)
     assert monitor.folder is not None
     assert [(e.x, e.mean) for e in RunRecord(monitor.folder).read()] == llc_of(monitor)
+
+
+@pytest.mark.parametrize("root", ["here", "memory://root"])
+def test_with_a_logger_on_a_remote_filesystem_the_record_is_local(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monitor, logger = tiny_monitor(), CSVLogger(f"memory://logs-{tmp_path.name}", "run", "0")
+    settings = {"logger": logger, "default_root_dir": str(tmp_path / root) if root == "here" else root}
+    Scenario(Net, loaders, lambda: dict(settings)).run(tmp_path, monitor)
+    assert monitor.folder == (tmp_path / "here/run/0/slt" if root == "here" else tmp_path / "run/0/slt")
+    assert [e.step for e in RunRecord(monitor.folder).read()] == [4, 8, 12]
+    assert [p.name for p in tmp_path.iterdir()] == ["here" if root == "here" else "run"]
+    said = [str(w.message) for w in recwarn if "dirpath=" in str(w.message)]
+    assert len(said) == 1 and f"not in memory://logs-{tmp_path.name}" in said[0]
 
 
 # ---------------------------------------------------------------------------------------------------- loggers that fail

@@ -12,6 +12,7 @@ import pytest
 import torch
 import wandb
 from lightning.pytorch.callbacks import BackboneFinetuning
+from lightning.pytorch.profilers import SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -299,6 +300,24 @@ def test_anomalies_are_looked_for_in_training_alone(tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, max_epochs=1, detect_anomaly=True, callbacks=[monitor])
     trainer.fit(Watched(), **loaders(6 * BATCH))
     assert sum(WATCHED) == 6 and len(WATCHED) > 30
+
+
+class Profiled(Plain):
+    """Times a part of its step; it costs twice where the profiler is another one."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with self.trainer.profiler.profile("mine"):  # type: ignore[attr-defined]
+            loss = super().training_step(batch, batch_idx)
+        return loss * (1.0 if isinstance(self.trainer.profiler, SimpleProfiler) else 2.0)  # type: ignore[attr-defined]
+
+
+def test_what_a_step_profiles_is_of_training_alone(tmp_path: Path) -> None:
+    profiler, monitor = SimpleProfiler(tmp_path, "profile"), tiny_monitor(every_n_train_steps=3)
+    seed_everything()
+    trainer = quiet_trainer(tmp_path, max_epochs=1, profiler=profiler, callbacks=[monitor])
+    trainer.fit(Profiled(), **loaders(6 * BATCH))
+    assert len(profiler.recorded_durations["mine"]) == 6
+    assert [e.init_loss for e in monitor.estimates] == [e.init_loss for e in estimates(Plain, tmp_path)]
 
 
 class LogsToWandb(Plain):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import pickle
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor, nn
 
 from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.stand_ins import Silenced
 from lightning_slt.sampling.steps import NoLossError, ReadThroughTrainer, loss_function, mean_loss, read_losses
 from tests.sampling.helpers import WithMetric, mean_squared, mlp
 
@@ -149,6 +155,72 @@ def test_the_trainer_is_read_through_and_never_written() -> None:
     view.logger.experiment.add_scalar("x", 1.0)  # silent
     with pytest.raises(AttributeError):
         view.missing  # noqa: B018
+
+
+class OwnLogger(CSVLogger):
+    """Counts its experiments; another process cannot find the class by its name."""
+
+    opened = 0
+
+    @property
+    def experiment(self) -> Any:
+        self.opened += 1
+        return super().experiment
+
+
+OwnLogger.__qualname__ = "somewhere.OwnLogger"
+
+
+def test_loggers_have_their_class_and_their_plain_values_and_log_nothing(tmp_path: Path) -> None:
+    table = OwnLogger(tmp_path, "table", 7)
+    others = WandbLogger(save_dir=str(tmp_path), offline=True, project="p"), TensorBoardLogger(tmp_path / "tb", "net")
+    view = ReadThroughTrainer(SimpleNamespace(loggers=[table, *others]))
+    first, second, third = view.loggers
+    assert view.logger is first
+    assert [next(x for x in view.loggers if isinstance(x, kind)) for kind in (WandbLogger, TensorBoardLogger)] == [
+        second,
+        third,
+    ]
+    assert isinstance(first, CSVLogger) and isinstance(first, Logger) and not isinstance(first, WandbLogger)
+    assert (first.log_dir, first.root_dir, first.save_dir) == (table.log_dir, table.root_dir, str(tmp_path))
+    assert (first.name, f"{first.version:03d}", second.name, third.name) == ("table", "007", "p", "net")
+    assert os.path.join(third.log_dir, "samples") == str(tmp_path / "tb/net/version_0/samples")
+    assert hasattr(first, "log_metrics") and not hasattr(first, "log_image") and hasattr(second, "log_image")
+    for logger in view.loggers:
+        logger.log_metrics({"x": 1.0}, step=3)
+        logger.experiment.config["x"] = logger.experiment.add_scalar("x", 1.0)[0]
+        with logger.experiment.train() as run:
+            assert list(run.rows) == []
+        logger.mine = 3
+        assert logger.mine == 3
+    assert not hasattr(table, "mine")
+    assert table.opened == 0 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_of_a_silent_logger_has_what_it_had_and_not_the_logger(copied: Any, tmp_path: Path) -> None:
+    table = OwnLogger(tmp_path, "table", 7)
+    silenced = Silenced(table)
+    silenced.mine = 3
+    again = Silenced(copied(silenced))
+    folder, table._version = table.log_dir, 8
+    assert (again.log_dir, again.name, again.version, again.mine) == (folder, "table", 7, 3)
+    assert isinstance(again, CSVLogger) and hasattr(again, "log_metrics") and not hasattr(again, "log_image")
+    again.experiment.log_metrics({"x": 1.0})
+    again.log_metrics({"x": 1.0})
+    assert table.opened == 0 and list(tmp_path.iterdir()) == []
+
+
+def test_a_trainer_without_loggers_has_none_for_chains_either() -> None:
+    view = ReadThroughTrainer(SimpleNamespace(loggers=[]))
+    assert view.logger is None and view.loggers == []
+
+
+def test_outside_a_trainer_there_is_one_silent_logger() -> None:
+    view = ReadThroughTrainer(None)
+    (only,) = view.loggers
+    only.experiment.add_scalar("x", 1.0)
+    assert view.logger is only and copy.deepcopy(only) is only and pickle.loads(pickle.dumps(only)) is only
 
 
 def test_outside_a_trainer_the_usual_attributes_are_there_and_others_say_what_to_do() -> None:
