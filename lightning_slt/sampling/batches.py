@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Optional
 
@@ -47,6 +47,9 @@ MAX_UNEVEN = 0.002
 MAX_SHIFT = 0.0015
 """More may be left out of many samples: what moves the mean over them by less than this many standard deviations of a
 single one. The loss difference of a sample scatters by a few times its mean, and the LLC is known to some per cent."""
+TOKEN_KEYS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+"""What a tokeniser gives of a text, one number a token: of a batch of texts these have two dimensions. ``labels`` are
+not among them: of a batch of pictures they have one dimension too."""
 
 
 class MinibatchSource:
@@ -285,7 +288,9 @@ def source_of(
         if batch_size is None and data.batch_size is not None:
             batch_size = data.batch_size
         data = data.dataset
-    if isinstance(data, (list, tuple)) and num_samples is not None:
+    # of a DataLoader's list the collate function says what a sample is
+    listed = collate is None and isinstance(data, (list, tuple))
+    if listed and num_samples is not None:
         _refuse_full_batch(full_batch)
         return IterableSource(data, num_samples, move)
     if isinstance(data, IterableDataset):
@@ -294,7 +299,7 @@ def source_of(
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         if len(data) == 0:
             raise ValueError("data: the dataset is empty; chains need samples to compute a loss on.")
-        if isinstance(data, (list, tuple)) and _looks_like_a_batch(data[0]):
+        if listed and _looks_like_a_batch(data[0]):
             log.warning(
                 f"data: a {type(data).__name__} is read as samples, n = {len(data)}; its first one looks like a batch. "
                 "If they are batches, give num_samples."
@@ -311,8 +316,16 @@ def source_of(
 
 
 def _looks_like_a_batch(item: Any) -> bool:
+    if _is_one_text(item):
+        return False
     tensors = [x for x in tree_flatten(item)[0] if isinstance(x, Tensor)]
     return len(tensors) > 1 and all(x.ndim > 0 and len(x) == len(tensors[0]) > 1 for x in tensors)
+
+
+def _is_one_text(item: Any) -> bool:
+    """Whether this is one tokenised text: whole numbers in one dimension under a name of :data:`TOKEN_KEYS`."""
+    found = [item[key] for key in TOKEN_KEYS if key in item] if isinstance(item, Mapping) else []
+    return any(isinstance(x, Tensor) and x.ndim == 1 and not x.is_floating_point() for x in found)
 
 
 def uniform_samples(loader: Any) -> tuple[bool, Optional[Sequence[int]]]:

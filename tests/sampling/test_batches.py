@@ -474,6 +474,37 @@ def test_kinds_of_data() -> None:
     assert source_of(DataLoader(Stream(), batch_size=5), None, CPU, 0, 77).num_samples == 77
 
 
+def text(*shape: int) -> dict[str, Tensor]:
+    """What a tokeniser gives, of this shape."""
+    return {"input_ids": torch.ones(shape).long(), "attention_mask": torch.ones(shape), "labels": torch.ones(shape)}
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        (text(9), False),
+        (text(4, 9), True),
+        ({"pixels": torch.zeros(4, 9), "labels": torch.zeros(4).long()}, True),
+        ({"x": torch.zeros(4), "labels": torch.zeros(4).long()}, True),
+    ],
+    ids=["a text", "texts", "pictures", "numbers"],
+)
+def test_a_tokenised_text_is_a_sample_and_not_a_batch(
+    item: dict[str, Tensor], said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert source_of([item] * 6, 3, CPU, 0).num_samples == 6
+    assert ("looks like a batch" in caplog.text) is said
+
+
+def test_what_a_sample_of_a_listed_loader_is_says_its_collate_function(caplog: pytest.LogCaptureFixture) -> None:
+    """Pairs of two equal lengths may be batches in a list alone; n that is given makes no batches of them either."""
+    loader = DataLoader([(torch.ones(9), torch.ones(9))] * 6, batch_size=3)
+    for n in (None, 60):
+        source = source_of(loader, None, CPU, 0, n)
+        assert (source.num_samples, source.batch_size, source.window(0)[0][0].shape) == (n or 6, 3, (3, 9))
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("data", [TensorDataset(torch.empty(0, 2)), [], DataLoader(TensorDataset(torch.empty(0, 2)))])
 def test_no_data(data: Any) -> None:
     with pytest.raises(ValueError, match=r"data: the dataset is empty"):
