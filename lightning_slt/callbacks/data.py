@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -29,6 +30,7 @@ from lightning_slt.sampling.batches import (
     DatasetSource,
     MinibatchSource,
     ReplaySource,
+    batch_size_of,
     uniform_samples,
 )
 from lightning_slt.sampling.rng import derive_seed
@@ -85,11 +87,11 @@ class TrainingData:
             if len(known) == len(sizes):
                 num_samples = min(known) if self._shortest else max(known)
         self.num_samples = num_samples
-        told = [getattr(loader, "batch_size", None) for loader in flat]
-        self._told_size = told[0] if len(told) == 1 and isinstance(told[0], int) else None
+        self._told_size = batch_size_of(flat[0]) if len(flat) == 1 else None
         self._seen: list[Any] = []
         self._seen_bytes = 0
         self._count = 0
+        self._told_of_growth = False
         self._order = random.Random(derive_seed(seed, 1))
         self._marks = [marks_of(leaf.loader.dataset) for leaf in self._leaves]
 
@@ -120,7 +122,7 @@ class TrainingData:
             ours.loader.dataset is theirs.loader.dataset
             and ours.num_samples == theirs.num_samples
             and ours.indices == theirs.indices
-            and ours.loader.batch_size == theirs.loader.batch_size
+            and batch_size_of(ours.loader) == batch_size_of(theirs.loader)
             for ours, theirs in zip(self._leaves, other._leaves, strict=True)
         )
 
@@ -155,14 +157,25 @@ class TrainingData:
         sizes = [_samples(batch, self._told_size) for batch in self._seen]
         # weights are no minimum of a few samples: nbeta must be that of the samples that are held, not of all
         n = self.num_samples if self._given or self.num_samples is None else min(sum(sizes), self.num_samples)
+        if sizes and n is not None and n != self.num_samples:
+            self._tell_of_growth(n)
         return SeenBatches(list(self._seen), n, sizes[0] if sizes else 1)
+
+    def _tell_of_growth(self, n: int) -> None:
+        if not self._told_of_growth:
+            self._told_of_growth = True
+            rank_zero_warn(
+                f"SLTMonitor(num_samples=None): batches that training has seen are replayed, so n = {n} of "
+                f"{self.num_samples} is the number of samples seen so far. It grows along the curve, and nbeta with it "
+                "unless that is given. Give num_samples= to hold n fixed."
+            )
 
     def plan(self) -> SourcePlan:
         """How the data is read where it is not replayed."""
         parts = tuple(
             LoaderPart(
                 leaf.loader.dataset,
-                self._batch_size or leaf.loader.batch_size or 1,
+                self._batch_size or batch_size_of(leaf.loader) or 1,
                 leaf.loader.collate_fn,
                 leaf.indices,
                 derive_seed(self._seed, number),
@@ -283,7 +296,7 @@ def _rebuildable(loader: Any, trainer: Trainer) -> Optional[_Leaf]:
         return None
     if indices is not None:
         return _Leaf(loader, indices)
-    sampler = loader.sampler
+    sampler = loader.batch_sampler.sampler
     distributed = isinstance(sampler, DistributedSampler)
     in_order = isinstance(sampler, SequentialSampler) or (distributed and not sampler.shuffle)
     total = len(loader.dataset)
@@ -291,7 +304,7 @@ def _rebuildable(loader: Any, trainer: Trainer) -> Optional[_Leaf]:
     # fast_dev_run cuts the run short, which says nothing of the data
     if in_order and batches != float("inf") and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         # overfit_batches and limit_train_batches without shuffling: only the front of the data is ever trained on
-        across = loader.batch_size * (sampler.num_replicas if distributed else 1)
+        across = (batch_size_of(loader) or 1) * (sampler.num_replicas if distributed else 1)
         used = int(batches) * across
         if used < total - across or (trainer.overfit_batches and used < total):  # type: ignore[attr-defined]
             return _Leaf(loader, range(used))

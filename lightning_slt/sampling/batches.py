@@ -285,8 +285,7 @@ def source_of(
             _refuse_full_batch(full_batch)
             return IterableSource(data, num_samples or _length(data), move)
         collate, workers = data.collate_fn, data.num_workers or None
-        if batch_size is None and data.batch_size is not None:
-            batch_size = data.batch_size
+        batch_size = batch_size or batch_size_of(data)
         data = data.dataset
     # of a DataLoader's list the collate function says what a sample is
     listed = collate is None and isinstance(data, (list, tuple))
@@ -332,20 +331,33 @@ def uniform_samples(loader: Any) -> tuple[bool, Optional[Sequence[int]]]:
     """Whether a loader's batches are uniform over its dataset or over some indices, so that they can be drawn anew.
 
     Returns:
-        ``(False, None)`` for an iterable dataset, a batch sampler or a sampler that gives the order a meaning; else
-        True and the indices (None for the whole dataset).
+        ``(False, None)`` for an iterable dataset, a dataset that makes the batches itself, a batch sampler of another
+        class than torch's own or a sampler that gives the order a meaning; else True and the indices (None for the
+        whole dataset).
     """
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return False, None
     if type(loader.batch_sampler) is not BatchSampler or not hasattr(loader.dataset, "__len__"):
         return False, None
-    sampler: Any = loader.sampler
+    sampler: Any = loader.batch_sampler.sampler  # a loader that is given a batch sampler has none of its own
     if isinstance(sampler, DistributedSamplerWrapper):
         sampler = getattr(sampler.dataset, "_sampler", None)  # what the user's own sampler was before DDP
     if type(sampler) is SubsetRandomSampler:
         return True, list(sampler.indices)
     # exactly these: a class derived from one may do anything
-    return type(sampler) in (RandomSampler, SequentialSampler, DistributedSampler), None
+    if type(sampler) not in (RandomSampler, SequentialSampler, DistributedSampler):
+        return False, None
+    over: Any = sampler.dataset if type(sampler) is DistributedSampler else sampler.data_source
+    count = len(over)
+    return True, None if count == len(loader.dataset) else range(count)
+
+
+def batch_size_of(loader: Any) -> Optional[int]:
+    """Samples in a batch, as the loader or its batch sampler says; None where neither does."""
+    size = getattr(loader, "batch_size", None)
+    if size is None:
+        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    return size if isinstance(size, int) else None
 
 
 def _length(loader: DataLoader[Any]) -> Optional[int]:

@@ -30,6 +30,7 @@ from lightning_slt.sampling.batches import (
     MAX_RESIDENT_BYTES,
     DatasetSource,
     MinibatchSource,
+    batch_size_of,
     source_of,
     uniform_samples,
 )
@@ -220,7 +221,7 @@ def make_source(data: Any, config: SweepConfig, transfer: BatchTransfer) -> Mini
         if uniform:
             part = LoaderPart(
                 loader.dataset,
-                config.batch_size or loader.batch_size or 1,
+                config.batch_size or batch_size_of(loader) or 1,
                 loader.collate_fn,
                 indices,
                 derive_seed(config.seed, 0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -45,6 +47,11 @@ def subset() -> dict[str, Any]:
     return loaders(sampler=SubsetRandomSampler(range(0, 24, 2)), shuffle=False)
 
 
+def batch_sampled() -> dict[str, Any]:
+    data = tensors()
+    return {"train_dataloaders": DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), BATCH, False))}
+
+
 def several(make: Callable[[list[Any]], Any]) -> Callable[[], dict[str, Any]]:
     """Two loaders, of 24 and of 12 samples, in a container."""
     return lambda: {"train_dataloaders": make([loaders(n)["train_dataloaders"] for n in (24, 12)])}
@@ -56,6 +63,7 @@ DATA: dict[str, tuple[Callable[[], dict[str, Any]], dict[str, Any], int]] = {
     "user generator": (generated, {}, 24),
     "weighted sampler": (weighted, {}, 24),
     "subset sampler": (subset, {}, 12),
+    "batch sampler": (batch_sampled, {}, 24),
     "stateful iterable dataset": (lambda: loaders(dataset=models.Stream()), {"num_samples": 24}, 24),
     "iterable dataset in a worker": (lambda: loaders(dataset=models.Stream(), num_workers=1), {"num_samples": 24}, 24),
     "dataset with random numbers of its own": (lambda: loaders(dataset=models.OwnsGenerator()), {}, 24),
@@ -172,6 +180,29 @@ def test_replayed_batches_that_are_no_plain_tensors_count_all_their_samples(
 
     Scenario(module, data).assert_undisturbed(tmp_path, monitor)
     assert {(e.num_samples, e.batch_size) for e in monitor.estimates} == {(24, 8)}
+
+
+@pytest.mark.parametrize(
+    ("data", "settings", "sizes"),
+    [
+        (batch_sampled, {}, [24, 24, 24, 24]),
+        (weighted, {}, [12, 24, 24, 24]),
+        (weighted, {"num_samples": 24}, [24, 24, 24, 24]),
+    ],
+    ids=["batch sampler", "weighted", "weighted, n given"],
+)
+def test_n_is_one_number_or_its_growth_is_said(
+    data: Callable[[], dict[str, Any]], settings: dict[str, Any], sizes: list[int], tmp_path: Path
+) -> None:
+    """Batches of 4, a firing every 3 of them."""
+    monitor = tiny_monitor(every_n_train_steps=3, **settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Scenario(Plain, data).run(tmp_path, monitor)
+    assert [e.num_samples for e in monitor.estimates] == sizes
+    said = [str(w.message) for w in caught if "hold n fixed" in str(w.message)]
+    assert len(said) == (sizes[0] == 12)
+    assert all("n = 12 of 24 is the number of samples seen so far" in text for text in said)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

@@ -15,7 +15,20 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from lightning_slt.sampling.batches import (
     MAX_SHIFT,
@@ -27,6 +40,7 @@ from lightning_slt.sampling.batches import (
     ReplaySource,
     source_of,
     to_device,
+    uniform_samples,
 )
 from lightning_slt.sampling.common_batches import CommonBatches
 from lightning_slt.sampling.reading import is_plain_data
@@ -503,6 +517,37 @@ def test_what_a_sample_of_a_listed_loader_is_says_its_collate_function(caplog: p
         source = source_of(loader, None, CPU, 0, n)
         assert (source.num_samples, source.batch_size, source.window(0)[0][0].shape) == (n or 6, 3, (3, 9))
     assert not caplog.records
+
+
+class Own(BatchSampler):
+    """A class of its own, which may do anything."""
+
+
+@pytest.mark.parametrize(
+    ("sampler", "expected"),
+    [
+        (BatchSampler(RandomSampler(range(20)), 4, False), (True, None)),
+        (BatchSampler(SequentialSampler(range(20)), 4, True), (True, None)),
+        (BatchSampler(DistributedSampler(range(20), 2, 0), 4, False), (True, None)),
+        (BatchSampler(SubsetRandomSampler([3, 5]), 2, False), (True, [3, 5])),
+        (BatchSampler(RandomSampler(range(8)), 4, False), (True, range(8))),
+        (BatchSampler(WeightedRandomSampler([1.0] * 20, 20), 4, False), (False, None)),
+        (BatchSampler(range(20), 4, False), (False, None)),
+        (Own(RandomSampler(range(20)), 4, False), (False, None)),
+        ([[0, 1], [2, 3]], (False, None)),
+    ],
+    ids=["random", "in order", "of a rank", "subset", "front", "weighted", "a range", "another class", "a list"],
+)
+def test_torchs_own_batch_sampler_is_as_uniform_as_the_sampler_in_it(sampler: Any, expected: Any) -> None:
+    loader = DataLoader(numbered(20), batch_sampler=sampler)
+    assert uniform_samples(loader) == expected
+    uniform, indices = expected
+    source = source_of(loader, None, CPU, 0)
+    assert isinstance(source, DatasetSource) is uniform
+    if uniform:
+        n = 20 if indices is None else len(indices)
+        assert (source.num_samples, source.batch_size) == (n, sampler.batch_size)
+        assert set(uses(source)) == set(range(20) if indices is None else indices)
 
 
 @pytest.mark.parametrize("data", [TensorDataset(torch.empty(0, 2)), [], DataLoader(TensorDataset(torch.empty(0, 2)))])
