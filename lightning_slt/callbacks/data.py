@@ -30,9 +30,9 @@ from lightning_slt.sampling.batches import (
     DatasetSource,
     MinibatchSource,
     ReplaySource,
-    batch_size_of,
     uniform_samples,
 )
+from lightning_slt.sampling.counting import batch_length, batch_size_of, length_of, makes_batches, samples_of_batches
 from lightning_slt.sampling.rng import derive_seed
 from lightning_slt.sampling.window import Window, clone, num_bytes
 
@@ -64,6 +64,7 @@ class TrainingData:
     Attributes:
         num_samples: n, or None where it is not known.
         replays: batches that training sees must be handed to :meth:`see`.
+        counts_batches: n is not known before batches have been seen: a dataset makes them, and has so many of them.
         indexed: samples can be asked for by number: there is one loader, which can be rebuilt.
     """
 
@@ -81,12 +82,12 @@ class TrainingData:
         self._leaves = [leaf for leaf in leaves if leaf is not None]
         self.replays = not flat or len(self._leaves) < len(flat)
         self.indexed = not self.replays and isinstance(loaders, DataLoader)
+        self._sizes = [leaf.num_samples if leaf else length_of(x) for x, leaf in zip(flat, leaves, strict=True)]
+        self._makes_batches = [makes_batches(loader) for loader in flat]
         if num_samples is None and flat:
-            sizes = [_size(loader, leaf) for loader, leaf in zip(flat, leaves, strict=True)]
-            known = [size for size in sizes if size is not None]
-            if len(known) == len(sizes):
-                num_samples = min(known) if self._shortest else max(known)
-        self.num_samples = num_samples
+            num_samples = self._of_all(self._sizes)
+        self.counts_batches = not self._given and num_samples is not None and any(self._makes_batches)
+        self.num_samples = None if self.counts_batches else num_samples
         self._told_size = batch_size_of(flat[0]) if len(flat) == 1 else None
         self._seen: list[Any] = []
         self._seen_bytes = 0
@@ -154,20 +155,47 @@ class TrainingData:
 
     def seen(self) -> SeenBatches:
         """The batches that there are to be replayed now."""
-        sizes = [_samples(batch, self._told_size) for batch in self._seen]
+        sizes = [self._samples_in(batch) for batch in self._seen]
+        n = self._counted() if self.counts_batches else self.num_samples
         # weights are no minimum of a few samples: nbeta must be that of the samples that are held, not of all
-        n = self.num_samples if self._given or self.num_samples is None else min(sum(sizes), self.num_samples)
-        if sizes and n is not None and n != self.num_samples:
-            self._tell_of_growth(n)
+        if sizes and n is not None and not self._given and sum(sizes) < n:
+            self._tell_of_growth(sum(sizes), n)
+            n = sum(sizes)
         return SeenBatches(list(self._seen), n, sizes[0] if sizes else 1)
 
-    def _tell_of_growth(self, n: int) -> None:
+    def _samples_in(self, batch: Any) -> int:
+        own = batch_length(batch) if self._makes_batches == [True] else None
+        return own if own is not None else _samples(batch, self._told_size)
+
+    def _counted(self) -> Optional[int]:
+        """n by the batches that have been seen; None where they do not tell it."""
+        try:
+            parts = [self._spec.flatten_up_to(batch) for batch in self._seen]
+        except ValueError:  # a hook has changed how the batches of several loaders are put together
+            return None
+        return self._of_all(
+            [
+                samples_of_batches(size, [part[k] for part in parts if part[k] is not None])
+                if size is not None and self._makes_batches[k]
+                else size
+                for k, size in enumerate(self._sizes)
+            ]
+        )
+
+    def _of_all(self, sizes: Sequence[Optional[int]]) -> Optional[int]:
+        """n by that of each loader; None where one of them is not known."""
+        known = [size for size in sizes if size is not None]
+        if len(known) < len(sizes):
+            return None
+        return min(known) if self._shortest else max(known)
+
+    def _tell_of_growth(self, n: int, total: int) -> None:
         if not self._told_of_growth:
             self._told_of_growth = True
             rank_zero_warn(
-                f"SLTMonitor(num_samples=None): batches that training has seen are replayed, so n = {n} of "
-                f"{self.num_samples} is the number of samples seen so far. It grows along the curve, and nbeta with it "
-                "unless that is given. Give num_samples= to hold n fixed."
+                f"SLTMonitor(num_samples=None): batches that training has seen are replayed, so n = {n} of {total} is "
+                "the number of samples seen so far. It grows along the curve, and nbeta with it unless that is given. "
+                "Give num_samples= to hold n fixed."
             )
 
     def plan(self) -> SourcePlan:
@@ -311,15 +339,6 @@ def _rebuildable(loader: Any, trainer: Trainer) -> Optional[_Leaf]:
     return _Leaf(loader, None)
 
 
-def _size(loader: Any, leaf: Optional[_Leaf]) -> Optional[int]:
-    if leaf is not None:
-        return leaf.num_samples
-    try:
-        return len(loader.dataset)
-    except (AttributeError, TypeError, NotImplementedError):
-        return None
-
-
 def _samples(batch: Any, told: Optional[int]) -> int:
     """Samples in a batch: the length of its tensors, or what the loader says of its batches (``told``) where there are
     none to be seen (in an object of a class of the user's) or they are of many lengths (a list of sequences)."""
@@ -389,8 +408,9 @@ def check_num_samples(num_samples: Optional[int], nbeta: Optional[float]) -> Non
         return
     if num_samples is None:
         raise MisconfigurationException(
-            "SLTMonitor: the training data has no length (an IterableDataset without __len__?), so n is not known and "
-            "nbeta = n / log n cannot be derived. Give SLTMonitor(num_samples=...) or SLTMonitor(nbeta=...)."
+            "SLTMonitor: the training data has no length (an IterableDataset without __len__?), or does not show how "
+            "many samples a batch has (batch_size=None), so n is not known and nbeta = n / log n cannot be derived. "
+            "Give SLTMonitor(num_samples=...) or SLTMonitor(nbeta=...)."
         )
     if num_samples < 2:
         raise MisconfigurationException(

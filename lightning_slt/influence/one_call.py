@@ -23,8 +23,9 @@ from lightning_slt.influence.reader import InfluenceReader
 from lightning_slt.influence.wide import COLD_BURNIN, MAX_SHORTENINGS, SHORTENING, with_wide_means
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.sampling.arguments import check_count, check_data
-from lightning_slt.sampling.batches import DatasetSource, batch_size_of, source_of
+from lightning_slt.sampling.batches import DatasetSource, source_of
 from lightning_slt.sampling.chains import Chains
+from lightning_slt.sampling.counting import batch_size_of
 from lightning_slt.sampling.metric import curvature_at
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Optional
 
@@ -31,6 +31,14 @@ from torch.utils.data import (
     default_collate,
 )
 
+from lightning_slt.sampling.counting import (
+    batch_length,
+    batch_size_of,
+    length_of,
+    looks_like_a_batch,
+    makes_batches,
+    samples_of_batches,
+)
 from lightning_slt.sampling.reading import Reader
 from lightning_slt.sampling.rng import LOADER, generator
 from lightning_slt.sampling.window import Window, num_bytes
@@ -47,9 +55,6 @@ MAX_UNEVEN = 0.002
 MAX_SHIFT = 0.0015
 """More may be left out of many samples: what moves the mean over them by less than this many standard deviations of a
 single one. The loss difference of a sample scatters by a few times its mean, and the LLC is known to some per cent."""
-TOKEN_KEYS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-"""What a tokeniser gives of a text, one number a token: of a batch of texts these have two dimensions. ``labels`` are
-not among them: of a batch of pictures they have one dimension too."""
 
 
 class MinibatchSource:
@@ -283,7 +288,8 @@ def source_of(
         uniform, indices = uniform_samples(data)
         if not uniform:
             _refuse_full_batch(full_batch)
-            return IterableSource(data, num_samples or _length(data), move)
+            source = IterableSource(data, num_samples or length_of(data), move)
+            return _of_batches(source, length_of(data), num_samples) if makes_batches(data) else source
         collate, workers = data.collate_fn, data.num_workers or None
         batch_size = batch_size or batch_size_of(data)
         data = data.dataset
@@ -298,33 +304,20 @@ def source_of(
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         if len(data) == 0:
             raise ValueError("data: the dataset is empty; chains need samples to compute a loss on.")
-        if listed and _looks_like_a_batch(data[0]):
+        if listed and looks_like_a_batch(data[0]):
             log.warning(
                 f"data: a {type(data).__name__} is read as samples, n = {len(data)}; its first one looks like a batch. "
                 "If they are batches, give num_samples."
             )
         if full_batch:
             batch_size = len(data)
-        source = DatasetSource(data, batch_size or 64, collate, indices, move, seed, workers)
-        source.num_samples = num_samples or source.num_samples
-        return source
+        samples = DatasetSource(data, batch_size or 64, collate, indices, move, seed, workers)
+        samples.num_samples = num_samples or samples.num_samples
+        return samples
     if isinstance(data, Iterable):
         _refuse_full_batch(full_batch)
         return IterableSource(data, num_samples, move)
     raise TypeError(f"data: expected a Dataset, a DataLoader or an iterable of batches, got {type(data).__name__}.")
-
-
-def _looks_like_a_batch(item: Any) -> bool:
-    if _is_one_text(item):
-        return False
-    tensors = [x for x in tree_flatten(item)[0] if isinstance(x, Tensor)]
-    return len(tensors) > 1 and all(x.ndim > 0 and len(x) == len(tensors[0]) > 1 for x in tensors)
-
-
-def _is_one_text(item: Any) -> bool:
-    """Whether this is one tokenised text: whole numbers in one dimension under a name of :data:`TOKEN_KEYS`."""
-    found = [item[key] for key in TOKEN_KEYS if key in item] if isinstance(item, Mapping) else []
-    return any(isinstance(x, Tensor) and x.ndim == 1 and not x.is_floating_point() for x in found)
 
 
 def uniform_samples(loader: Any) -> tuple[bool, Optional[Sequence[int]]]:
@@ -352,19 +345,13 @@ def uniform_samples(loader: Any) -> tuple[bool, Optional[Sequence[int]]]:
     return True, None if count == len(loader.dataset) else range(count)
 
 
-def batch_size_of(loader: Any) -> Optional[int]:
-    """Samples in a batch, as the loader or its batch sampler says; None where neither does."""
-    size = getattr(loader, "batch_size", None)
-    if size is None:
-        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-    return size if isinstance(size, int) else None
-
-
-def _length(loader: DataLoader[Any]) -> Optional[int]:
-    try:
-        return len(loader.dataset)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError, AttributeError):
-        return None
+def _of_batches(source: IterableSource, count: Optional[int], num_samples: Optional[int]) -> IterableSource:
+    """The source of a dataset that makes its batches itself, ``count`` of them, with n and the batch size by those
+    that the first window holds."""
+    first = source.window(0).batches[:count]
+    source.batch_size = batch_length(first[0]) or source.batch_size
+    source.num_samples = num_samples or (samples_of_batches(count, first) if count is not None else None)
+    return source
 
 
 def _refuse_full_batch(full_batch: bool) -> None:

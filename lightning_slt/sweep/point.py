@@ -30,10 +30,10 @@ from lightning_slt.sampling.batches import (
     MAX_RESIDENT_BYTES,
     DatasetSource,
     MinibatchSource,
-    batch_size_of,
     source_of,
     uniform_samples,
 )
+from lightning_slt.sampling.counting import batch_size_of
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import derive_seed, preserve_rng
 from lightning_slt.sweep.checkpoint import Checkpoint, read_state, weights_in

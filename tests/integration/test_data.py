@@ -205,6 +205,72 @@ def test_n_is_one_number_or_its_growth_is_said(
     assert all("n = 12 of 24 is the number of samples seen so far" in text for text in said)
 
 
+class Batches(Dataset[Any]):
+    """Gives a whole batch for each number, or a single sample."""
+
+    def __init__(self, size: int | None = BATCH) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return 24 // (self.size or 1)
+
+    def __getitem__(self, index: int) -> Any:
+        return tensors()[index if self.size is None else slice(index * self.size, (index + 1) * self.size)]
+
+
+class OneTensor(Batches):
+    """Its batches do not show whether they are batches: they are one tensor."""
+
+    def __getitem__(self, index: int) -> Any:
+        return super().__getitem__(index)[0]
+
+
+class TakesOneTensor(Plain):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return super().training_step((batch, (batch[:, 0] > 0).long()), batch_idx)
+
+
+@pytest.mark.parametrize("settings", [{}, {"nbeta": 3.0}], ids=["nbeta of n", "nbeta given"])
+@pytest.mark.parametrize(("size", "batch"), [(BATCH, 4), (None, 1)], ids=["batches", "samples"])
+def test_n_counts_samples_where_the_dataset_makes_the_batches(
+    size: int | None, batch: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """24 samples, in six batches or one by one; n had been the number of batches, or the length of a sample."""
+    monitor = tiny_monitor(every_n_epochs=1, **settings)
+    data = lambda: {"train_dataloaders": DataLoader(Batches(size), batch_size=None, shuffle=True)}  # noqa: E731
+    Scenario(Plain, data).assert_undisturbed(tmp_path, monitor)
+    assert [(e.num_samples, e.batch_size) for e in monitor.estimates] == [(24, batch)] * 2
+
+
+def test_n_counts_samples_where_one_of_several_datasets_makes_its_batches(tmp_path: Path) -> None:
+    """The first loader has 12 samples, the second six batches of 4: the longer one says n."""
+
+    def data() -> dict[str, Any]:
+        other = DataLoader(Batches(), batch_size=None)
+        return {"train_dataloaders": {"a": loaders(12)["train_dataloaders"], "b": other}}
+
+    monitor = tiny_monitor(every_n_epochs=1)
+    Scenario(models.TwoStreams, data).run(tmp_path, monitor)
+    assert [e.num_samples for e in monitor.estimates] == [24, 24]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"), [({}, []), ({"num_samples": 24}, [24, 24]), ({"nbeta": 3.0}, [None, None])]
+)
+def test_n_is_asked_for_where_batches_do_not_show_how_many_samples_they_have(
+    settings: dict[str, Any], sizes: list[int | None], tmp_path: Path
+) -> None:
+    monitor = tiny_monitor(every_n_epochs=1, on_failure="warn", **settings)
+    data = lambda: {"train_dataloaders": DataLoader(OneTensor(), batch_size=None)}  # noqa: E731
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Scenario(TakesOneTensor, data).run(tmp_path, monitor)
+    assert [e.num_samples for e in monitor.estimates] == sizes
+    said = [str(w.message) for w in caught if "does not show how many samples" in str(w.message)]
+    assert bool(said) is (not sizes)
+    assert all("Give num_samples= or nbeta=" in text for text in said)
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_overfit_batches_restricts_n(shuffle: bool, tmp_path: Path) -> None:
     """Two batches of 4 are all that is trained on: n = 8, and chains see no other sample."""

@@ -550,6 +550,53 @@ def test_torchs_own_batch_sampler_is_as_uniform_as_the_sampler_in_it(sampler: An
         assert set(uses(source)) == set(range(20) if indices is None else indices)
 
 
+class Made(IterableDataset[Any]):
+    """Gives what it was given, in order."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+
+def pairs(*lengths: int) -> list[Any]:
+    return [(torch.zeros(n, 6), torch.zeros(n).long()) for n in lengths]
+
+
+@pytest.mark.parametrize(
+    ("items", "n", "batch"),
+    [
+        (pairs(8, 8, 8, 3), 27, 8),
+        (pairs(8) * 300, 2400, 8),
+        (pairs(1, 1, 1), 3, 1),
+        ([(torch.zeros(6), torch.tensor(1))] * 5, 5, 1),
+        ([(torch.zeros(6), 1)] * 5, 5, 1),
+        ([text(9)] * 5, 5, 1),
+        ([text(4, 9)] * 5, 20, 4),
+        ([torch.zeros(4, 9)] * 5, None, 4),
+        ([(torch.zeros(4, 9), torch.zeros(3))] * 5, None, 4),
+    ],
+    ids=["last one smaller", "many", "of one", "samples", "numbers", "texts", "batched texts", "one tensor", "unlike"],
+)
+@pytest.mark.parametrize("kind", [list, Made])
+def test_where_the_dataset_makes_the_batches_n_counts_their_samples(
+    kind: Callable[[list[Any]], Any], items: list[Any], n: int | None, batch: int
+) -> None:
+    loader = DataLoader(kind(items), batch_size=None)
+    source = source_of(loader, None, CPU, 0)
+    assert (source.num_samples, source.batch_size) == (n, batch)
+    assert source_of(loader, None, CPU, 0, 77).num_samples == 77
+
+
+def test_of_a_subset_of_batches_n_is_that_of_the_subset() -> None:
+    loader = DataLoader(pairs(8) * 5, batch_size=None, sampler=SubsetRandomSampler([1, 3]))  # type: ignore[arg-type]
+    assert source_of(loader, None, CPU, 0).num_samples == 16
+
+
 @pytest.mark.parametrize("data", [TensorDataset(torch.empty(0, 2)), [], DataLoader(TensorDataset(torch.empty(0, 2)))])
 def test_no_data(data: Any) -> None:
     with pytest.raises(ValueError, match=r"data: the dataset is empty"):
