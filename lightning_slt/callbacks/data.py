@@ -20,9 +20,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
+from lightning_slt.callbacks.combined import Combined, Transfer, batches_of_epoch
 from lightning_slt.callbacks.marks import marks_of, same_marks
 from lightning_slt.sampling.batches import (
     MAX_RESIDENT_BATCHES,
@@ -34,10 +35,9 @@ from lightning_slt.sampling.batches import (
 )
 from lightning_slt.sampling.counting import batch_length, batch_size_of, length_of, makes_batches, samples_of_batches
 from lightning_slt.sampling.rng import derive_seed
-from lightning_slt.sampling.window import Window, clone, num_bytes
+from lightning_slt.sampling.window import clone, num_bytes
 
 REPLAYED_BATCHES = MAX_RESIDENT_BATCHES
-Transfer = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ class TrainingData:
         self._leaves = [leaf for leaf in leaves if leaf is not None]
         self.replays = not flat or len(self._leaves) < len(flat)
         self.indexed = not self.replays and isinstance(loaders, DataLoader)
+        ending = combined is not None and combined._mode == "max_size" and not self.replays
+        self._ends = batches_of_epoch(flat, trainer) if ending else None
         self._sizes = [leaf.num_samples if leaf else length_of(x) for x, leaf in zip(flat, leaves, strict=True)]
         self._makes_batches = [makes_batches(loader) for loader in flat]
         if num_samples is None and flat:
@@ -118,6 +120,8 @@ class TrainingData:
     def has_the_samples_of(self, other: TrainingData) -> bool:
         """Whether the chains' minibatches are those that the other's would be."""
         if self.replays or other.replays or self._spec != other._spec or self.num_samples != other.num_samples:
+            return False
+        if self._ends != other._ends:
             return False
         return all(
             ours.loader.dataset is theirs.loader.dataset
@@ -213,7 +217,7 @@ class TrainingData:
             )
             for number, leaf in enumerate(self._leaves)
         )
-        return SourcePlan(parts, None if self.indexed else self._spec, self.num_samples, self._shortest)
+        return SourcePlan(parts, None if self.indexed else self._spec, self.num_samples, self._shortest, self._ends)
 
 
 @dataclass(frozen=True)
@@ -257,12 +261,14 @@ class SourcePlan:
         spec: how their batches are put together; None for a single loader.
         num_samples: n.
         shortest: the shortest loader ends the epoch.
+        ends: batches of each loader in an epoch, after which it gives None; None where no loader ends before the epoch.
     """
 
     parts: tuple[LoaderPart, ...]
     spec: Any
     num_samples: Optional[int]
     shortest: bool
+    ends: Optional[tuple[int, ...]] = None
 
     def build(self, transfer: Transfer) -> MinibatchSource:
         """The source.
@@ -291,30 +297,7 @@ class SourcePlan:
         if single:
             sources[0].num_samples = self.num_samples
             return sources[0]
-        return _Combined(sources, self.spec, self.num_samples, self.shortest, transfer)
-
-
-class _Combined(MinibatchSource):
-    """Several loaders side by side, the structure of the batch kept (a dict of loaders gives a dict of batches)."""
-
-    def __init__(
-        self, parts: list[DatasetSource], spec: Any, num_samples: Optional[int], shortest: bool, transfer: Transfer
-    ) -> None:
-        self._parts, self._spec, self._shortest, self._transfer = parts, spec, shortest, transfer
-        self.num_samples = num_samples
-        self.batch_size = sum(part.batch_size for part in parts)
-        self.resident = all(part.resident for part in parts)
-        self._index = -1
-
-    def window(self, index: int) -> Window:
-        if self._kept is not None and (self.resident or self._index == index):
-            return self._kept
-        self._kept = None
-        windows = [part.window(index) for part in self._parts]
-        count = (min if self._shortest else max)(len(w) for w in windows)
-        batches = [self._transfer(tree_unflatten([w[i % len(w)] for w in windows], self._spec)) for i in range(count)]
-        self._index, self._kept = index, Window(batches)
-        return self._kept
+        return Combined(sources, self.spec, self.num_samples, self.shortest, transfer, self.ends)
 
 
 def _rebuildable(loader: Any, trainer: Trainer) -> Optional[_Leaf]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -111,6 +112,38 @@ def test_several_loaders_keep_their_structure(containers: Callable[[list[Any]], 
     assert steps_of(monitor) == [4, 8, 12]
     assert models.CHAIN_SAW
     assert all(saw == (["a", "b"] if containers is not list else 2) for saw in models.CHAIN_SAW)
+
+
+class MayMiss(Plain):
+    """The batch of a loader that has ended is None."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        models.chain_saw(self, batch["b"] is not None)
+        parts = [Plain.training_step(self, part, batch_idx) for part in batch.values() if part is not None]
+        return torch.stack([scale * part for scale, part in zip((1.0, 3.0), parts, strict=False)]).sum()
+
+
+@pytest.mark.parametrize("mode", ["max_size", "max_size_cycle", "min_size"])
+@pytest.mark.parametrize("limit", [None, 3, 2])
+def test_several_loaders_end_as_they_do_in_training(mode: str, limit: int | None, tmp_path: Path) -> None:
+    """Of 24 and of 8 samples in batches of 4; weights stand still, so that losses of training and chains compare."""
+
+    def made() -> CombinedLoader:
+        parts = {name: loaders(n)["train_dataloaders"] for name, n in (("a", 24), ("b", 8))}
+        return CombinedLoader(parts, mode)  # type: ignore[arg-type]
+
+    share = 2 / min(6, limit or 6) if mode == "max_size" else 1.0
+    monitor = tiny_monitor(every_n_epochs=1, num_draws=100)
+    scenario = Scenario(
+        lambda: MayMiss(lr=0), lambda: {"train_dataloaders": made()}, lambda: {"limit_train_batches": limit}
+    )
+    module = scenario.run(tmp_path, monitor).module
+    assert len(monitor.estimates) == 2
+    assert set(models.CHAIN_SAW) == ({True} if share == 1 else {True, False})
+    if mode != "min_size":  # which ends with the shorter one, so that chains have not all samples of the other
+        with torch.no_grad():
+            long, short = (float(Plain.training_step(module, tensors(n).tensors, 0)) for n in (24, 8))
+        assert [e.init_loss for e in monitor.estimates] == pytest.approx([long + 3 * share * short] * 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("owner", ["module", "datamodule"])
