@@ -206,8 +206,9 @@ def run_chains(
     if nbeta is None:
         if source.num_samples is None:
             raise ValueError(
-                "nbeta=None: the data has no length, so n is not known and nbeta = n / log n cannot be derived. "
-                "Give num_samples= or nbeta=."
+                "nbeta=None: the data has no length, or makes its own batches (batch_size=None) and does not show how "
+                "many samples one has, so n is not known and nbeta = n / log n cannot be derived. Give num_samples= or "
+                "nbeta=."
             )
         nbeta = default_nbeta(source.num_samples)
     gamma = settings.localization

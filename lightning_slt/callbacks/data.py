@@ -17,11 +17,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
+from lightning_slt.callbacks.combined import Combined, Transfer, batches_of_epoch
 from lightning_slt.callbacks.marks import marks_of, same_marks
 from lightning_slt.sampling.batches import (
     MAX_RESIDENT_BATCHES,
@@ -31,11 +33,11 @@ from lightning_slt.sampling.batches import (
     ReplaySource,
     uniform_samples,
 )
+from lightning_slt.sampling.counting import batch_length, batch_size_of, length_of, makes_batches, samples_of_batches
 from lightning_slt.sampling.rng import derive_seed
-from lightning_slt.sampling.window import Window, clone, num_bytes
+from lightning_slt.sampling.window import clone, num_bytes
 
 REPLAYED_BATCHES = MAX_RESIDENT_BATCHES
-Transfer = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class TrainingData:
     Attributes:
         num_samples: n, or None where it is not known.
         replays: batches that training sees must be handed to :meth:`see`.
+        counts_batches: n is not known before batches have been seen: a dataset makes them, and has so many of them.
         indexed: samples can be asked for by number: there is one loader, which can be rebuilt.
     """
 
@@ -79,17 +82,19 @@ class TrainingData:
         self._leaves = [leaf for leaf in leaves if leaf is not None]
         self.replays = not flat or len(self._leaves) < len(flat)
         self.indexed = not self.replays and isinstance(loaders, DataLoader)
+        ending = combined is not None and combined._mode == "max_size" and not self.replays
+        self._ends = batches_of_epoch(flat, trainer) if ending else None
+        self._sizes = [leaf.num_samples if leaf else length_of(x) for x, leaf in zip(flat, leaves, strict=True)]
+        self._makes_batches = [makes_batches(loader) for loader in flat]
         if num_samples is None and flat:
-            sizes = [_size(loader, leaf) for loader, leaf in zip(flat, leaves, strict=True)]
-            known = [size for size in sizes if size is not None]
-            if len(known) == len(sizes):
-                num_samples = min(known) if self._shortest else max(known)
-        self.num_samples = num_samples
-        told = [getattr(loader, "batch_size", None) for loader in flat]
-        self._told_size = told[0] if len(told) == 1 and isinstance(told[0], int) else None
+            num_samples = self._of_all(self._sizes)
+        self.counts_batches = not self._given and num_samples is not None and any(self._makes_batches)
+        self.num_samples = None if self.counts_batches else num_samples
+        self._told_size = batch_size_of(flat[0]) if len(flat) == 1 else None
         self._seen: list[Any] = []
         self._seen_bytes = 0
         self._count = 0
+        self._told_of_growth = False
         self._order = random.Random(derive_seed(seed, 1))
         self._marks = [marks_of(leaf.loader.dataset) for leaf in self._leaves]
 
@@ -116,11 +121,13 @@ class TrainingData:
         """Whether the chains' minibatches are those that the other's would be."""
         if self.replays or other.replays or self._spec != other._spec or self.num_samples != other.num_samples:
             return False
+        if self._ends != other._ends:
+            return False
         return all(
             ours.loader.dataset is theirs.loader.dataset
             and ours.num_samples == theirs.num_samples
             and ours.indices == theirs.indices
-            and ours.loader.batch_size == theirs.loader.batch_size
+            and batch_size_of(ours.loader) == batch_size_of(theirs.loader)
             for ours, theirs in zip(self._leaves, other._leaves, strict=True)
         )
 
@@ -152,17 +159,55 @@ class TrainingData:
 
     def seen(self) -> SeenBatches:
         """The batches that there are to be replayed now."""
-        sizes = [_samples(batch, self._told_size) for batch in self._seen]
+        sizes = [self._samples_in(batch) for batch in self._seen]
+        n = self._counted() if self.counts_batches else self.num_samples
         # weights are no minimum of a few samples: nbeta must be that of the samples that are held, not of all
-        n = self.num_samples if self._given or self.num_samples is None else min(sum(sizes), self.num_samples)
+        if sizes and n is not None and not self._given and sum(sizes) < n:
+            self._tell_of_growth(sum(sizes), n)
+            n = sum(sizes)
         return SeenBatches(list(self._seen), n, sizes[0] if sizes else 1)
+
+    def _samples_in(self, batch: Any) -> int:
+        own = batch_length(batch) if self._makes_batches == [True] else None
+        return own if own is not None else _samples(batch, self._told_size)
+
+    def _counted(self) -> Optional[int]:
+        """n by the batches that have been seen; None where they do not tell it."""
+        try:
+            parts = [self._spec.flatten_up_to(batch) for batch in self._seen]
+        except ValueError:  # a hook has changed how the batches of several loaders are put together
+            return None
+        return self._of_all(
+            [
+                samples_of_batches(size, [part[k] for part in parts if part[k] is not None])
+                if size is not None and self._makes_batches[k]
+                else size
+                for k, size in enumerate(self._sizes)
+            ]
+        )
+
+    def _of_all(self, sizes: Sequence[Optional[int]]) -> Optional[int]:
+        """n by that of each loader; None where one of them is not known."""
+        known = [size for size in sizes if size is not None]
+        if len(known) < len(sizes):
+            return None
+        return min(known) if self._shortest else max(known)
+
+    def _tell_of_growth(self, n: int, total: int) -> None:
+        if not self._told_of_growth:
+            self._told_of_growth = True
+            rank_zero_warn(
+                f"SLTMonitor(num_samples=None): batches that training has seen are replayed, so n = {n} of {total} is "
+                "the number of samples seen so far. It grows along the curve, and nbeta with it unless that is given. "
+                "Give num_samples= to hold n fixed."
+            )
 
     def plan(self) -> SourcePlan:
         """How the data is read where it is not replayed."""
         parts = tuple(
             LoaderPart(
                 leaf.loader.dataset,
-                self._batch_size or leaf.loader.batch_size or 1,
+                self._batch_size or batch_size_of(leaf.loader) or 1,
                 leaf.loader.collate_fn,
                 leaf.indices,
                 derive_seed(self._seed, number),
@@ -172,7 +217,7 @@ class TrainingData:
             )
             for number, leaf in enumerate(self._leaves)
         )
-        return SourcePlan(parts, None if self.indexed else self._spec, self.num_samples, self._shortest)
+        return SourcePlan(parts, None if self.indexed else self._spec, self.num_samples, self._shortest, self._ends)
 
 
 @dataclass(frozen=True)
@@ -216,12 +261,14 @@ class SourcePlan:
         spec: how their batches are put together; None for a single loader.
         num_samples: n.
         shortest: the shortest loader ends the epoch.
+        ends: batches of each loader in an epoch, after which it gives None; None where no loader ends before the epoch.
     """
 
     parts: tuple[LoaderPart, ...]
     spec: Any
     num_samples: Optional[int]
     shortest: bool
+    ends: Optional[tuple[int, ...]] = None
 
     def build(self, transfer: Transfer) -> MinibatchSource:
         """The source.
@@ -250,30 +297,7 @@ class SourcePlan:
         if single:
             sources[0].num_samples = self.num_samples
             return sources[0]
-        return _Combined(sources, self.spec, self.num_samples, self.shortest, transfer)
-
-
-class _Combined(MinibatchSource):
-    """Several loaders side by side, the structure of the batch kept (a dict of loaders gives a dict of batches)."""
-
-    def __init__(
-        self, parts: list[DatasetSource], spec: Any, num_samples: Optional[int], shortest: bool, transfer: Transfer
-    ) -> None:
-        self._parts, self._spec, self._shortest, self._transfer = parts, spec, shortest, transfer
-        self.num_samples = num_samples
-        self.batch_size = sum(part.batch_size for part in parts)
-        self.resident = all(part.resident for part in parts)
-        self._index = -1
-
-    def window(self, index: int) -> Window:
-        if self._kept is not None and (self.resident or self._index == index):
-            return self._kept
-        self._kept = None
-        windows = [part.window(index) for part in self._parts]
-        count = (min if self._shortest else max)(len(w) for w in windows)
-        batches = [self._transfer(tree_unflatten([w[i % len(w)] for w in windows], self._spec)) for i in range(count)]
-        self._index, self._kept = index, Window(batches)
-        return self._kept
+        return Combined(sources, self.spec, self.num_samples, self.shortest, transfer, self.ends)
 
 
 def _rebuildable(loader: Any, trainer: Trainer) -> Optional[_Leaf]:
@@ -283,7 +307,7 @@ def _rebuildable(loader: Any, trainer: Trainer) -> Optional[_Leaf]:
         return None
     if indices is not None:
         return _Leaf(loader, indices)
-    sampler = loader.sampler
+    sampler = loader.batch_sampler.sampler
     distributed = isinstance(sampler, DistributedSampler)
     in_order = isinstance(sampler, SequentialSampler) or (distributed and not sampler.shuffle)
     total = len(loader.dataset)
@@ -291,20 +315,11 @@ def _rebuildable(loader: Any, trainer: Trainer) -> Optional[_Leaf]:
     # fast_dev_run cuts the run short, which says nothing of the data
     if in_order and batches != float("inf") and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         # overfit_batches and limit_train_batches without shuffling: only the front of the data is ever trained on
-        across = loader.batch_size * (sampler.num_replicas if distributed else 1)
+        across = (batch_size_of(loader) or 1) * (sampler.num_replicas if distributed else 1)
         used = int(batches) * across
         if used < total - across or (trainer.overfit_batches and used < total):  # type: ignore[attr-defined]
             return _Leaf(loader, range(used))
     return _Leaf(loader, None)
-
-
-def _size(loader: Any, leaf: Optional[_Leaf]) -> Optional[int]:
-    if leaf is not None:
-        return leaf.num_samples
-    try:
-        return len(loader.dataset)
-    except (AttributeError, TypeError, NotImplementedError):
-        return None
 
 
 def _samples(batch: Any, told: Optional[int]) -> int:
@@ -376,8 +391,9 @@ def check_num_samples(num_samples: Optional[int], nbeta: Optional[float]) -> Non
         return
     if num_samples is None:
         raise MisconfigurationException(
-            "SLTMonitor: the training data has no length (an IterableDataset without __len__?), so n is not known and "
-            "nbeta = n / log n cannot be derived. Give SLTMonitor(num_samples=...) or SLTMonitor(nbeta=...)."
+            "SLTMonitor: the training data has no length (an IterableDataset without __len__?), or does not show how "
+            "many samples a batch has (batch_size=None), so n is not known and nbeta = n / log n cannot be derived. "
+            "Give SLTMonitor(num_samples=...) or SLTMonitor(nbeta=...)."
         )
     if num_samples < 2:
         raise MisconfigurationException(

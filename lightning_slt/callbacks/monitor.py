@@ -314,7 +314,8 @@ class SLTMonitor(DataFollowing):
             self._measures.check_data(self._data.indexed)
         except ValueError as error:
             raise MisconfigurationException(f"SLTMonitor: {error}") from error
-        check_num_samples(self._data.num_samples, self._settings.nbeta)
+        if not self._data.counts_batches:
+            check_num_samples(self._data.num_samples, self._settings.nbeta)
         total = trainer.estimated_stepping_batches
         self._explicit = self._schedule.explicit_steps(None if total in (-1, float("inf")) else int(total))
         before = trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -25,6 +25,7 @@ from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.sampling.arguments import check_count, check_data
 from lightning_slt.sampling.batches import DatasetSource, source_of
 from lightning_slt.sampling.chains import Chains
+from lightning_slt.sampling.counting import batch_size_of
 from lightning_slt.sampling.metric import curvature_at
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged
@@ -242,7 +243,7 @@ def _indexed(
     if full_batch or (full_batch is None and batch_size is None and n <= FULL_BATCH):
         batch_size, full_batch = max(n, 1), True
     elif batch_size is None:
-        batch_size = max(getattr(data, "batch_size", None) or 1, LARGE_BATCH)
+        batch_size = max(batch_size_of(data) or 1, LARGE_BATCH)
     source = source_of(data, batch_size, objective.device, seed)
     if not isinstance(source, DatasetSource):
         raise ValueError(f"{name}: {NO_INDEX}")

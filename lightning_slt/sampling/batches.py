@@ -31,6 +31,14 @@ from torch.utils.data import (
     default_collate,
 )
 
+from lightning_slt.sampling.counting import (
+    batch_length,
+    batch_size_of,
+    length_of,
+    looks_like_a_batch,
+    makes_batches,
+    samples_of_batches,
+)
 from lightning_slt.sampling.reading import Reader
 from lightning_slt.sampling.rng import LOADER, generator
 from lightning_slt.sampling.window import Window, num_bytes
@@ -280,12 +288,14 @@ def source_of(
         uniform, indices = uniform_samples(data)
         if not uniform:
             _refuse_full_batch(full_batch)
-            return IterableSource(data, num_samples or _length(data), move)
+            source = IterableSource(data, num_samples or length_of(data), move)
+            return _of_batches(source, length_of(data), num_samples) if makes_batches(data) else source
         collate, workers = data.collate_fn, data.num_workers or None
-        if batch_size is None and data.batch_size is not None:
-            batch_size = data.batch_size
+        batch_size = batch_size or batch_size_of(data)
         data = data.dataset
-    if isinstance(data, (list, tuple)) and num_samples is not None:
+    # of a DataLoader's list the collate function says what a sample is
+    listed = collate is None and isinstance(data, (list, tuple))
+    if listed and num_samples is not None:
         _refuse_full_batch(full_batch)
         return IterableSource(data, num_samples, move)
     if isinstance(data, IterableDataset):
@@ -294,52 +304,54 @@ def source_of(
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         if len(data) == 0:
             raise ValueError("data: the dataset is empty; chains need samples to compute a loss on.")
-        if isinstance(data, (list, tuple)) and _looks_like_a_batch(data[0]):
+        if listed and looks_like_a_batch(data[0]):
             log.warning(
                 f"data: a {type(data).__name__} is read as samples, n = {len(data)}; its first one looks like a batch. "
                 "If they are batches, give num_samples."
             )
         if full_batch:
             batch_size = len(data)
-        source = DatasetSource(data, batch_size or 64, collate, indices, move, seed, workers)
-        source.num_samples = num_samples or source.num_samples
-        return source
+        samples = DatasetSource(data, batch_size or 64, collate, indices, move, seed, workers)
+        samples.num_samples = num_samples or samples.num_samples
+        return samples
     if isinstance(data, Iterable):
         _refuse_full_batch(full_batch)
         return IterableSource(data, num_samples, move)
     raise TypeError(f"data: expected a Dataset, a DataLoader or an iterable of batches, got {type(data).__name__}.")
 
 
-def _looks_like_a_batch(item: Any) -> bool:
-    tensors = [x for x in tree_flatten(item)[0] if isinstance(x, Tensor)]
-    return len(tensors) > 1 and all(x.ndim > 0 and len(x) == len(tensors[0]) > 1 for x in tensors)
-
-
 def uniform_samples(loader: Any) -> tuple[bool, Optional[Sequence[int]]]:
     """Whether a loader's batches are uniform over its dataset or over some indices, so that they can be drawn anew.
 
     Returns:
-        ``(False, None)`` for an iterable dataset, a batch sampler or a sampler that gives the order a meaning; else
-        True and the indices (None for the whole dataset).
+        ``(False, None)`` for an iterable dataset, a dataset that makes the batches itself, a batch sampler of another
+        class than torch's own or a sampler that gives the order a meaning; else True and the indices (None for the
+        whole dataset).
     """
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return False, None
     if type(loader.batch_sampler) is not BatchSampler or not hasattr(loader.dataset, "__len__"):
         return False, None
-    sampler: Any = loader.sampler
+    sampler: Any = loader.batch_sampler.sampler  # a loader that is given a batch sampler has none of its own
     if isinstance(sampler, DistributedSamplerWrapper):
         sampler = getattr(sampler.dataset, "_sampler", None)  # what the user's own sampler was before DDP
     if type(sampler) is SubsetRandomSampler:
         return True, list(sampler.indices)
     # exactly these: a class derived from one may do anything
-    return type(sampler) in (RandomSampler, SequentialSampler, DistributedSampler), None
+    if type(sampler) not in (RandomSampler, SequentialSampler, DistributedSampler):
+        return False, None
+    over: Any = sampler.dataset if type(sampler) is DistributedSampler else sampler.data_source
+    count = len(over)
+    return True, None if count == len(loader.dataset) else range(count)
 
 
-def _length(loader: DataLoader[Any]) -> Optional[int]:
-    try:
-        return len(loader.dataset)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError, AttributeError):
-        return None
+def _of_batches(source: IterableSource, count: Optional[int], num_samples: Optional[int]) -> IterableSource:
+    """The source of a dataset that makes its batches itself, ``count`` of them, with n and the batch size by those
+    that the first window holds."""
+    first = source.window(0).batches[:count]
+    source.batch_size = batch_length(first[0]) or source.batch_size
+    source.num_samples = num_samples or (samples_of_batches(count, first) if count is not None else None)
+    return source
 
 
 def _refuse_full_batch(full_batch: bool) -> None:

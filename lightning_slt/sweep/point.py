@@ -33,6 +33,7 @@ from lightning_slt.sampling.batches import (
     source_of,
     uniform_samples,
 )
+from lightning_slt.sampling.counting import batch_size_of
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import derive_seed, preserve_rng
 from lightning_slt.sweep.checkpoint import Checkpoint, read_state, weights_in
@@ -220,7 +221,7 @@ def make_source(data: Any, config: SweepConfig, transfer: BatchTransfer) -> Mini
         if uniform:
             part = LoaderPart(
                 loader.dataset,
-                config.batch_size or loader.batch_size or 1,
+                config.batch_size or batch_size_of(loader) or 1,
                 loader.collate_fn,
                 indices,
                 derive_seed(config.seed, 0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -45,6 +48,11 @@ def subset() -> dict[str, Any]:
     return loaders(sampler=SubsetRandomSampler(range(0, 24, 2)), shuffle=False)
 
 
+def batch_sampled() -> dict[str, Any]:
+    data = tensors()
+    return {"train_dataloaders": DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), BATCH, False))}
+
+
 def several(make: Callable[[list[Any]], Any]) -> Callable[[], dict[str, Any]]:
     """Two loaders, of 24 and of 12 samples, in a container."""
     return lambda: {"train_dataloaders": make([loaders(n)["train_dataloaders"] for n in (24, 12)])}
@@ -56,6 +64,7 @@ DATA: dict[str, tuple[Callable[[], dict[str, Any]], dict[str, Any], int]] = {
     "user generator": (generated, {}, 24),
     "weighted sampler": (weighted, {}, 24),
     "subset sampler": (subset, {}, 12),
+    "batch sampler": (batch_sampled, {}, 24),
     "stateful iterable dataset": (lambda: loaders(dataset=models.Stream()), {"num_samples": 24}, 24),
     "iterable dataset in a worker": (lambda: loaders(dataset=models.Stream(), num_workers=1), {"num_samples": 24}, 24),
     "dataset with random numbers of its own": (lambda: loaders(dataset=models.OwnsGenerator()), {}, 24),
@@ -103,6 +112,38 @@ def test_several_loaders_keep_their_structure(containers: Callable[[list[Any]], 
     assert steps_of(monitor) == [4, 8, 12]
     assert models.CHAIN_SAW
     assert all(saw == (["a", "b"] if containers is not list else 2) for saw in models.CHAIN_SAW)
+
+
+class MayMiss(Plain):
+    """The batch of a loader that has ended is None."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        models.chain_saw(self, batch["b"] is not None)
+        parts = [Plain.training_step(self, part, batch_idx) for part in batch.values() if part is not None]
+        return torch.stack([scale * part for scale, part in zip((1.0, 3.0), parts, strict=False)]).sum()
+
+
+@pytest.mark.parametrize("mode", ["max_size", "max_size_cycle", "min_size"])
+@pytest.mark.parametrize("limit", [None, 3, 2])
+def test_several_loaders_end_as_they_do_in_training(mode: str, limit: int | None, tmp_path: Path) -> None:
+    """Of 24 and of 8 samples in batches of 4; weights stand still, so that losses of training and chains compare."""
+
+    def made() -> CombinedLoader:
+        parts = {name: loaders(n)["train_dataloaders"] for name, n in (("a", 24), ("b", 8))}
+        return CombinedLoader(parts, mode)  # type: ignore[arg-type]
+
+    share = 2 / min(6, limit or 6) if mode == "max_size" else 1.0
+    monitor = tiny_monitor(every_n_epochs=1, num_draws=100)
+    scenario = Scenario(
+        lambda: MayMiss(lr=0), lambda: {"train_dataloaders": made()}, lambda: {"limit_train_batches": limit}
+    )
+    module = scenario.run(tmp_path, monitor).module
+    assert len(monitor.estimates) == 2
+    assert set(models.CHAIN_SAW) == ({True} if share == 1 else {True, False})
+    if mode != "min_size":  # which ends with the shorter one, so that chains have not all samples of the other
+        with torch.no_grad():
+            long, short = (float(Plain.training_step(module, tensors(n).tensors, 0)) for n in (24, 8))
+        assert [e.init_loss for e in monitor.estimates] == pytest.approx([long + 3 * share * short] * 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("owner", ["module", "datamodule"])
@@ -172,6 +213,95 @@ def test_replayed_batches_that_are_no_plain_tensors_count_all_their_samples(
 
     Scenario(module, data).assert_undisturbed(tmp_path, monitor)
     assert {(e.num_samples, e.batch_size) for e in monitor.estimates} == {(24, 8)}
+
+
+@pytest.mark.parametrize(
+    ("data", "settings", "sizes"),
+    [
+        (batch_sampled, {}, [24, 24, 24, 24]),
+        (weighted, {}, [12, 24, 24, 24]),
+        (weighted, {"num_samples": 24}, [24, 24, 24, 24]),
+    ],
+    ids=["batch sampler", "weighted", "weighted, n given"],
+)
+def test_n_is_one_number_or_its_growth_is_said(
+    data: Callable[[], dict[str, Any]], settings: dict[str, Any], sizes: list[int], tmp_path: Path
+) -> None:
+    """Batches of 4, a firing every 3 of them."""
+    monitor = tiny_monitor(every_n_train_steps=3, **settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Scenario(Plain, data).run(tmp_path, monitor)
+    assert [e.num_samples for e in monitor.estimates] == sizes
+    said = [str(w.message) for w in caught if "hold n fixed" in str(w.message)]
+    assert len(said) == (sizes[0] == 12)
+    assert all("n = 12 of 24 is the number of samples seen so far" in text for text in said)
+
+
+class Batches(Dataset[Any]):
+    """Gives a whole batch for each number, or a single sample."""
+
+    def __init__(self, size: int | None = BATCH) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return 24 // (self.size or 1)
+
+    def __getitem__(self, index: int) -> Any:
+        return tensors()[index if self.size is None else slice(index * self.size, (index + 1) * self.size)]
+
+
+class OneTensor(Batches):
+    """Its batches do not show whether they are batches: they are one tensor."""
+
+    def __getitem__(self, index: int) -> Any:
+        return super().__getitem__(index)[0]
+
+
+class TakesOneTensor(Plain):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return super().training_step((batch, (batch[:, 0] > 0).long()), batch_idx)
+
+
+@pytest.mark.parametrize("settings", [{}, {"nbeta": 3.0}], ids=["nbeta of n", "nbeta given"])
+@pytest.mark.parametrize(("size", "batch"), [(BATCH, 4), (None, 1)], ids=["batches", "samples"])
+def test_n_counts_samples_where_the_dataset_makes_the_batches(
+    size: int | None, batch: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """24 samples, in six batches or one by one; n had been the number of batches, or the length of a sample."""
+    monitor = tiny_monitor(every_n_epochs=1, **settings)
+    data = lambda: {"train_dataloaders": DataLoader(Batches(size), batch_size=None, shuffle=True)}  # noqa: E731
+    Scenario(Plain, data).assert_undisturbed(tmp_path, monitor)
+    assert [(e.num_samples, e.batch_size) for e in monitor.estimates] == [(24, batch)] * 2
+
+
+def test_n_counts_samples_where_one_of_several_datasets_makes_its_batches(tmp_path: Path) -> None:
+    """The first loader has 12 samples, the second six batches of 4: the longer one says n."""
+
+    def data() -> dict[str, Any]:
+        other = DataLoader(Batches(), batch_size=None)
+        return {"train_dataloaders": {"a": loaders(12)["train_dataloaders"], "b": other}}
+
+    monitor = tiny_monitor(every_n_epochs=1)
+    Scenario(models.TwoStreams, data).run(tmp_path, monitor)
+    assert [e.num_samples for e in monitor.estimates] == [24, 24]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"), [({}, []), ({"num_samples": 24}, [24, 24]), ({"nbeta": 3.0}, [None, None])]
+)
+def test_n_is_asked_for_where_batches_do_not_show_how_many_samples_they_have(
+    settings: dict[str, Any], sizes: list[int | None], tmp_path: Path
+) -> None:
+    monitor = tiny_monitor(every_n_epochs=1, on_failure="warn", **settings)
+    data = lambda: {"train_dataloaders": DataLoader(OneTensor(), batch_size=None)}  # noqa: E731
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Scenario(TakesOneTensor, data).run(tmp_path, monitor)
+    assert [e.num_samples for e in monitor.estimates] == sizes
+    said = [str(w.message) for w in caught if "does not show how many samples" in str(w.message)]
+    assert bool(said) is (not sizes)
+    assert all("Give num_samples= or nbeta=" in text for text in said)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

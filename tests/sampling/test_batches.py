@@ -15,7 +15,20 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from lightning_slt.sampling.batches import (
     MAX_SHIFT,
@@ -27,6 +40,7 @@ from lightning_slt.sampling.batches import (
     ReplaySource,
     source_of,
     to_device,
+    uniform_samples,
 )
 from lightning_slt.sampling.common_batches import CommonBatches
 from lightning_slt.sampling.reading import is_plain_data
@@ -472,6 +486,115 @@ def test_kinds_of_data() -> None:
     assert source_of([torch.zeros(2)] * 6, 3, CPU, 0).num_samples == 6
     assert source_of(Stream(), 5, CPU, 0).num_samples is None
     assert source_of(DataLoader(Stream(), batch_size=5), None, CPU, 0, 77).num_samples == 77
+
+
+def text(*shape: int) -> dict[str, Tensor]:
+    """What a tokeniser gives, of this shape."""
+    return {"input_ids": torch.ones(shape).long(), "attention_mask": torch.ones(shape), "labels": torch.ones(shape)}
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        (text(9), False),
+        (text(4, 9), True),
+        ({"pixels": torch.zeros(4, 9), "labels": torch.zeros(4).long()}, True),
+        ({"x": torch.zeros(4), "labels": torch.zeros(4).long()}, True),
+    ],
+    ids=["a text", "texts", "pictures", "numbers"],
+)
+def test_a_tokenised_text_is_a_sample_and_not_a_batch(
+    item: dict[str, Tensor], said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert source_of([item] * 6, 3, CPU, 0).num_samples == 6
+    assert ("looks like a batch" in caplog.text) is said
+
+
+def test_what_a_sample_of_a_listed_loader_is_says_its_collate_function(caplog: pytest.LogCaptureFixture) -> None:
+    """Pairs of two equal lengths may be batches in a list alone; n that is given makes no batches of them either."""
+    loader = DataLoader([(torch.ones(9), torch.ones(9))] * 6, batch_size=3)
+    for n in (None, 60):
+        source = source_of(loader, None, CPU, 0, n)
+        assert (source.num_samples, source.batch_size, source.window(0)[0][0].shape) == (n or 6, 3, (3, 9))
+    assert not caplog.records
+
+
+class Own(BatchSampler):
+    """A class of its own, which may do anything."""
+
+
+@pytest.mark.parametrize(
+    ("sampler", "expected"),
+    [
+        (BatchSampler(RandomSampler(range(20)), 4, False), (True, None)),
+        (BatchSampler(SequentialSampler(range(20)), 4, True), (True, None)),
+        (BatchSampler(DistributedSampler(range(20), 2, 0), 4, False), (True, None)),
+        (BatchSampler(SubsetRandomSampler([3, 5]), 2, False), (True, [3, 5])),
+        (BatchSampler(RandomSampler(range(8)), 4, False), (True, range(8))),
+        (BatchSampler(WeightedRandomSampler([1.0] * 20, 20), 4, False), (False, None)),
+        (BatchSampler(range(20), 4, False), (False, None)),
+        (Own(RandomSampler(range(20)), 4, False), (False, None)),
+        ([[0, 1], [2, 3]], (False, None)),
+    ],
+    ids=["random", "in order", "of a rank", "subset", "front", "weighted", "a range", "another class", "a list"],
+)
+def test_torchs_own_batch_sampler_is_as_uniform_as_the_sampler_in_it(sampler: Any, expected: Any) -> None:
+    loader = DataLoader(numbered(20), batch_sampler=sampler)
+    assert uniform_samples(loader) == expected
+    uniform, indices = expected
+    source = source_of(loader, None, CPU, 0)
+    assert isinstance(source, DatasetSource) is uniform
+    if uniform:
+        n = 20 if indices is None else len(indices)
+        assert (source.num_samples, source.batch_size) == (n, sampler.batch_size)
+        assert set(uses(source)) == set(range(20) if indices is None else indices)
+
+
+class Made(IterableDataset[Any]):
+    """Gives what it was given, in order."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+
+def pairs(*lengths: int) -> list[Any]:
+    return [(torch.zeros(n, 6), torch.zeros(n).long()) for n in lengths]
+
+
+@pytest.mark.parametrize(
+    ("items", "n", "batch"),
+    [
+        (pairs(8, 8, 8, 3), 27, 8),
+        (pairs(8) * 300, 2400, 8),
+        (pairs(1, 1, 1), 3, 1),
+        ([(torch.zeros(6), torch.tensor(1))] * 5, 5, 1),
+        ([(torch.zeros(6), 1)] * 5, 5, 1),
+        ([text(9)] * 5, 5, 1),
+        ([text(4, 9)] * 5, 20, 4),
+        ([torch.zeros(4, 9)] * 5, None, 4),
+        ([(torch.zeros(4, 9), torch.zeros(3))] * 5, None, 4),
+    ],
+    ids=["last one smaller", "many", "of one", "samples", "numbers", "texts", "batched texts", "one tensor", "unlike"],
+)
+@pytest.mark.parametrize("kind", [list, Made])
+def test_where_the_dataset_makes_the_batches_n_counts_their_samples(
+    kind: Callable[[list[Any]], Any], items: list[Any], n: int | None, batch: int
+) -> None:
+    loader = DataLoader(kind(items), batch_size=None)
+    source = source_of(loader, None, CPU, 0)
+    assert (source.num_samples, source.batch_size) == (n, batch)
+    assert source_of(loader, None, CPU, 0, 77).num_samples == 77
+
+
+def test_of_a_subset_of_batches_n_is_that_of_the_subset() -> None:
+    loader = DataLoader(pairs(8) * 5, batch_size=None, sampler=SubsetRandomSampler([1, 3]))  # type: ignore[arg-type]
+    assert source_of(loader, None, CPU, 0).num_samples == 16
 
 
 @pytest.mark.parametrize("data", [TensorDataset(torch.empty(0, 2)), [], DataLoader(TensorDataset(torch.empty(0, 2)))])

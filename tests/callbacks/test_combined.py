@@ -1,0 +1,89 @@
+"""Rows of batches of several loaders: a loader that has ended gives None for its share of the epoch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Optional
+
+import pytest
+import torch
+from torch.utils._pytree import tree_flatten
+from torch.utils.data import TensorDataset
+
+from lightning_slt.callbacks.combined import Combined
+from lightning_slt.callbacks.data import LoaderPart, SourcePlan
+
+LARGE = 2**20
+
+
+def combined(
+    sizes: tuple[int, int],
+    ends: Optional[tuple[int, int]],
+    batch_size: int = 4,
+    max_bytes: tuple[int, int] = (LARGE,) * 2,
+) -> Combined:
+    """Loaders ``a`` and ``b`` over the numbers below ``sizes``, whose epoch has ``ends`` batches of each."""
+    parts = tuple(
+        LoaderPart(TensorDataset(torch.arange(n)), batch_size, None, None, 1, None, most, None)
+        for n, most in zip(sizes, max_bytes, strict=True)
+    )
+    source = SourcePlan(parts, tree_flatten({"a": 0, "b": 0})[1], max(sizes), False, ends).build(lambda batch: batch)
+    assert isinstance(source, Combined)
+    return source
+
+
+def present(source: Combined, index: int = 0) -> list[bool]:
+    return [row["b"] is not None for row in source.window(index).batches]
+
+
+def uses(source: Combined, name: str, windows: int = 1) -> Counter[int]:
+    rows: list[Any] = [row for index in range(windows) for row in source.window(index).batches]
+    return Counter(i for row in rows if row[name] is not None for i in row[name][0].tolist())
+
+
+def test_a_window_of_one_epoch_is_the_epoch() -> None:
+    source = combined((24, 8), (6, 2))
+    assert present(source) == [True, True, False, False, False, False]
+    assert uses(source, "a") == Counter(range(24)) and uses(source, "b") == Counter(range(8))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ends", "batch_size"),
+    [
+        ((26, 10), (7, 3), 4),
+        ((24, 8), (6, 2), 5),
+        ((24, 8), (6, 2), 24),
+        ((24, 24), (4, 2), 4),
+        ((400, 4), (100, 1), 100),
+    ],
+    ids=["a smaller last batch", "chains of other batches", "all at once", "an epoch cut short", "a small share"],
+)
+def test_the_share_without_a_batch_is_that_of_training(
+    sizes: tuple[int, int], ends: tuple[int, int], batch_size: int
+) -> None:
+    source = combined(sizes, ends, batch_size)
+    there = present(source)
+    assert source.resident and len(there) % ends[0] == 0
+    assert sum(there) * ends[0] == ends[1] * len(there)
+    assert set(uses(source, "a")) == set(range(sizes[0])) and set(uses(source, "b")) == set(range(sizes[1]))
+    # there is one window only, whichever is asked for first
+    assert [present(combined(sizes, ends, batch_size), 3)] == [there]
+
+
+@pytest.mark.parametrize("held", [(10 * 32, LARGE), (10 * 32, 32)], ids=["the short one is held", "none is held"])
+def test_windows_of_less_than_an_epoch_keep_the_share(held: tuple[int, int]) -> None:
+    """Windows of 10 of an epoch's 100 batches, of which 25 have the second loader: 2 or 3 in each."""
+    source = combined((400, 100), (100, 25), max_bytes=held)
+    there = [present(source, index) for index in range(40)]
+    assert not source.resident and {len(rows) for rows in there} == {10}
+    assert {sum(rows) for rows in there} == {2, 3}
+    assert sum(sum(rows) for rows in there) == pytest.approx(100, abs=2)
+    assert set(uses(source, "a", 40).values()) == {4}
+    if held[1] == LARGE:
+        assert max(uses(source, "b", 40).values()) <= 6 and len(uses(source, "b", 40)) == 100
+
+
+def test_a_loader_that_starts_again_is_always_there() -> None:
+    source = combined((24, 8), None)
+    assert present(source) == [True] * 6
+    assert set(uses(source, "b").values()) == {3}
