@@ -264,7 +264,8 @@ def _until_good(chains: Chains, start: _Start, budget: Budget, generation: int) 
         if budget.lr is None:
             # heat is a mean over few numbers with long tails: of all there is, but the start
             known = joined if joined.steps < 2 * LEAST_STEPS else joined.second_half()
-            wanted, settled = next_step(chains, known if bool(segment.finite.all()) else segment, step, start.ceiling)
+            known = known if bool(segment.finite.all()) else segment
+            wanted, settled = next_step(chains, known, step, start.ceiling, put_back=spent < longest)
             if heats and bool(segment.finite.all()):
                 settled = wanted > TOO_HOT * step and (rounds > 1 or wanted < TOO_COLD * step)
         heating = chains.sampler.heating(step)

@@ -152,8 +152,16 @@ def largest_step(sampler: Sampler, safe: float) -> float:
     return (MOST_PROPOSED if sampler.calibration == "acceptance" else CEILING) * safe
 
 
-def next_step(chains: Chains, segment: Segment, step: float, ceiling: float) -> tuple[float, bool]:
-    """The step for the next round, and whether the last one was about right."""
+def next_step(
+    chains: Chains, segment: Segment, step: float, ceiling: float, put_back: bool = True
+) -> tuple[float, bool]:
+    """The step for the next round, and whether the last one was about right.
+
+    Chains that are not finite go back to ``w*``, and so do those that are scorched.
+
+    Args:
+        put_back: False where what there is will be draws all the same: scorched chains then stay where they are.
+    """
     if not bool(segment.finite.all()):
         chains.restart()
         return step / 8, False
@@ -168,7 +176,7 @@ def next_step(chains: Chains, segment: Segment, step: float, ceiling: float) -> 
     heat = heat_of(segment, step, posterior)
     unsure = (1.0 - heat.steepness) * heat.discretisation
     wanted = scale_of(trace) / max(heat.discretisation / HEAT, heat.noise / NOISE_HEAT, unsure / UNSURE_HEAT, 1e-12)
-    if wanted < SCORCHED:
+    if wanted < SCORCHED and put_back:
         chains.restart()
     drift, drift_error = half_change(trace)
     least = 0.3

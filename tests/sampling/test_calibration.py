@@ -18,7 +18,7 @@ from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.readings import heat_of, transient, virial_of_chains, virial_ratio
 from lightning_slt.sampling.samplers.base import Heating
 from lightning_slt.sampling.segment import Segment
-from lightning_slt.sampling.step_size import HEAT, NOISE_HEAT, first_step, scale_of
+from lightning_slt.sampling.step_size import HEAT, NOISE_HEAT, first_step, next_step, scale_of
 from tests.cases.problems import reduced_rank, regular
 from tests.sampling.helpers import make_chains, mean_squared, mlp, regression
 
@@ -221,6 +221,22 @@ def test_arrival_is_asked_for_as_far_as_the_tolerance_goes() -> None:
     assert arrived(0.96, Budget(100, tolerance=0.05)) and not arrived(0.96, Budget(100, tolerance=0.03))
     assert arrived(0.96, Budget(100, tolerance_llc=1.0)) and not arrived(0.96, Budget(100, tolerance_llc=0.5))
     assert not arrived(0.92, Budget(100, tolerance=0.5)) and arrived(0.94, Budget(100, tolerance=0.5))
+
+
+@pytest.mark.parametrize(
+    ("grad_square", "put_back", "stay"), [(1.0, True, False), (1.0, False, True), (0.1, True, True)]
+)
+def test_scorched_chains_go_back_unless_what_there_is_will_be_draws(
+    grad_square: float, put_back: bool, stay: bool
+) -> None:
+    """Heat of 50 or of 5 where the trace is at 20: 3 % or 32 % of the step is wanted."""
+    chains = make_chains(mlp(), regression(), mean_squared, num_chains=2)
+    chains.place(torch.ones_like(chains.weights))
+    hot = segment(grad_square, 0.0, 1.0)
+    step, settled = next_step(chains, hot, 1.0, math.inf, put_back=put_back)
+    # short of 50 steps a trace may be on its way up yet: then no less than 0.7 at once
+    assert (step, settled) == ((0.3, False) if grad_square == 1.0 else (0.7, True))
+    assert torch.allclose(chains.displacements(), torch.full_like(chains.weights, float(stay)), atol=1e-6)
 
 
 def test_virial_ratio_below_one_before_the_width_is_reached() -> None:
