@@ -181,6 +181,11 @@ def _replaced(holder: Any, name: str) -> Iterator[None]:
             delattr(holder, name)
 
 
+def has_metrics(module: nn.Module) -> bool:
+    """Whether the module holds torchmetrics."""
+    return any(isinstance(submodule, (Metric, MetricCollection)) for submodule in module.modules())
+
+
 def stub_metrics(shadow: nn.Module) -> bool:
     """Replace the torchmetrics of a private copy by constants: their state would grow with every step of a chain.
 
