@@ -294,7 +294,7 @@ def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
         reasons += (f"step size {lr:.2g} is too large: {heat}",)
     ratios = virial_of_chains(segment.second_half(), heating.virial_step, posterior, d, good, shared)
     virial = float(ratios.mean())
-    error = float(ratios.std()) / math.sqrt(len(ratios)) if len(ratios) > 1 else virial - 1.0
+    error = float(ratios.std()) / math.sqrt(len(ratios)) if len(ratios) > 1 else 0.0
     at = f"(virial ratio {virial:.2f})"
     downhill = any(reason.startswith(NEGATIVE) for reason in reasons)
     if virial < MIN_VIRIAL and not downhill:

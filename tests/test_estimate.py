@@ -213,12 +213,14 @@ def test_minibatches_of_noise_never_give_an_answer_that_claims_to_be_valid(noise
     assert not estimate.valid and "a larger batch_size" in " ".join(estimate.reasons)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_chains_wider_than_the_posterior_are_not_valid(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("num_chains", "seed"), [(8, 0), (8, 1), (8, 2), (1, 1)])
+def test_chains_wider_than_the_posterior_are_not_valid(
+    num_chains: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They are left where a large step has thrown them."""
     monkeypatch.setattr("lightning_slt.sampling.step_size.SCORCHED", 0.0)
     module, data = noisy_labels(10.0)
-    estimate = estimate_llc(module, data, half_squared, batch_size=4, num_draws=40, seed=seed, method="batched")
+    estimate = estimate_llc(module, data, half_squared, batch_size=4, num_draws=40, num_chains=num_chains, seed=seed)
     assert estimate.mean > 5 and estimate.virial > 1.4
     assert not estimate.valid and any("wider than the posterior" in reason for reason in estimate.reasons)
 

@@ -344,7 +344,7 @@ class Objective:
         self._keep_state(changed_between(before, look(self.module)))
         taken = take_hooks(self.module)
         # what a hook or a metric has kept of an earlier call would be right at w* itself
-        with self._moved() if taken or steps.has_metrics(self.module) else nullcontext():
+        with self._moved() if taken or steps.metrics_of(self.module) else nullcontext():
             without = self._loss_or_none(batch) if taken else None
             put_hooks_back(taken)
             with torch.no_grad():

@@ -110,24 +110,6 @@ def force_of(segment: Segment, posterior: LocalPosterior) -> Tensor:
     return posterior.nbeta * segment.grad_square + posterior.localization * pulled
 
 
-def virial_ratio(
-    segment: Segment,
-    lr: float,
-    posterior: LocalPosterior,
-    d: int,
-    keep: Tensor | None = None,
-    shared: bool = False,
-) -> float:
-    """``(E[G.u] - eps/4 E[G.P G]) / d``: 1 at stationarity, less where directions have not been reached yet, more where
-    chains are hotter than the posterior.
-
-    Args:
-        lr: 0 for a sampler whose step does not heat.
-        shared: of a sampler that shares noise between steps it is the minibatches' part of G alone that heats.
-    """
-    return float(virial_of_chains(segment, lr, posterior, d, keep, shared).mean())
-
-
 def virial_of_chains(
     segment: Segment,
     lr: float,
@@ -136,7 +118,14 @@ def virial_of_chains(
     keep: Tensor | None = None,
     shared: bool = False,
 ) -> Tensor:
-    """``[chains kept]``, the ratio of each, whose mean is :func:`virial_ratio`."""
+    """``[chains kept]``, the virial ratio ``(E[G.u] - eps/4 E[G.P G]) / d`` of each: 1 at stationarity, less where
+    directions have not been reached yet, more where chains are hotter than the posterior.
+
+    Args:
+        lr: 0 for a sampler whose step does not heat.
+        keep: ``[chains]`` bool; None for those that are finite.
+        shared: of a sampler that shares noise between steps it is the minibatches' part of G alone that heats.
+    """
     rows = (segment.finite if keep is None else keep).nonzero().flatten()
 
     def mean(reading: Tensor) -> Tensor:

@@ -181,9 +181,9 @@ def _replaced(holder: Any, name: str) -> Iterator[None]:
             delattr(holder, name)
 
 
-def has_metrics(module: nn.Module) -> bool:
-    """Whether the module holds torchmetrics."""
-    return any(isinstance(submodule, (Metric, MetricCollection)) for submodule in module.modules())
+def metrics_of(module: nn.Module) -> list[nn.Module]:
+    """The torchmetrics that a module holds."""
+    return [submodule for submodule in module.modules() if isinstance(submodule, (Metric, MetricCollection))]
 
 
 def stub_metrics(shadow: nn.Module) -> bool:
@@ -192,28 +192,25 @@ def stub_metrics(shadow: nn.Module) -> bool:
     Returns:
         Whether there was any metric to replace.
     """
-    found = False
-    for module in shadow.modules():
-        if isinstance(module, (Metric, MetricCollection)):
-            found = True
-            value: Any = _zeros(module)
-            module.__dict__["forward"] = lambda *_, _value=value, **__: _value
-            module.__dict__["compute"] = lambda *_, _value=value, **__: _value
-            module.__dict__["update"] = _nothing
-            module.__dict__["reset"] = _nothing
-    return found
+    found = metrics_of(shadow)
+    for module in found:
+        value: Any = _zeros(module)
+        module.__dict__["forward"] = lambda *_, _value=value, **__: _value
+        module.__dict__["compute"] = lambda *_, _value=value, **__: _value
+        module.__dict__["update"] = _nothing
+        module.__dict__["reset"] = _nothing
+    return bool(found)
 
 
 def unstub_metrics(shadow: nn.Module) -> None:
     """Undo :func:`stub_metrics`, for a module whose loss is itself a metric."""
-    for module in shadow.modules():
-        if isinstance(module, (Metric, MetricCollection)):
-            for name in ("forward", "compute", "update", "reset"):
-                module.__dict__.pop(name, None)
-            if isinstance(module, Metric):
-                cls = type(module)
-                module.__dict__["update"] = module._wrap_update(cls.update.__get__(module))
-                module.__dict__["compute"] = module._wrap_compute(cls.compute.__get__(module))
+    for module in metrics_of(shadow):
+        for name in ("forward", "compute", "update", "reset"):
+            module.__dict__.pop(name, None)
+        if isinstance(module, Metric):
+            cls = type(module)
+            module.__dict__["update"] = module._wrap_update(cls.update.__get__(module))
+            module.__dict__["compute"] = module._wrap_compute(cls.compute.__get__(module))
 
 
 def _zeros(metric: nn.Module) -> Any:
