@@ -135,6 +135,8 @@ class Chunk:
             Exception: what the user's step raised at finite weights.
         """
         self._engine.bind(self._weights, self._grad)
+        if not isinstance(self._engine, SequentialEngine):
+            indices = indices.to(self._weights.device)  # all at once: a copy at a step would make the GPU wait for it
         loss_at = self._losses(window, indices)
         steps = indices.shape[1]
         losses: list[Tensor] = []
@@ -173,7 +175,6 @@ class Chunk:
         if isinstance(engine, SequentialEngine):
             numbers = indices[0].tolist()
             return lambda t: engine.step(window[numbers[t]])
-        indices = indices.to(self._weights.device)  # all at once: a copy at every step would make the GPU wait for it
         return lambda t: engine(window, indices[:, t])
 
     def _diverged(self, error: Exception) -> bool:

@@ -27,6 +27,10 @@ one chain. Above 100,000 weights batching was never faster there (benchmarks/REA
 GPU_BUSY = 1.5
 """Seconds that a GPU takes for a step, in those that its calls take, above which products, not calls, take the time:
 batching is not tried."""
+FEW = 2
+FEW_FIRST = ("cuda",)
+"""Where so few chains are tried before as many as fit, which hold the memory of all: a GPU whose calls take as long as
+its products gains nothing, and the clock of one chain does not tell which of the two it waits for."""
 PROBED_AT_MOST = 8
 TIMED_STEPS = 8
 BATCHED_GAIN = 1.25
@@ -151,37 +155,84 @@ def choose_engine(objective: Objective, window: Window, num_chains: int, method:
         if method == "batched":
             raise ValueError("method='batched' cannot be used: two chains do not fit the memory budget.")
         return Choice(sequential, "two chains do not fit the memory budget")
-    probe = _Probe(objective, window, min(width, num_chains))
+    if method == "auto" and width > FEW and objective.device.type in FEW_FIRST:
+        few = _try(objective, window, sequential, FEW, observed.pads, forecast=True)
+        if few.engine is None or few.gain_of(width) <= BATCHED_GAIN:
+            return Choice(sequential, few.reason or f"batched would be {few.gain_of(width):.2f} times as fast, no gain")
+    trial = _try(objective, window, sequential, width, observed.pads)
+    if trial.engine is None:
+        if method == "batched":
+            raise ValueError(f"method='batched' cannot be used: {trial.reason}.")
+        return Choice(sequential, trial.reason)
+    if method == "batched" or trial.gain > BATCHED_GAIN:
+        return Choice(trial.engine, f"{trial.gain:.1f} times the speed of one after another, same numbers")
+    return Choice(sequential, f"batched would be {trial.gain:.2f} times as fast, which is no gain")
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """How several chains at once did.
+
+    Attributes:
+        engine: computes them; None where none gives the right numbers.
+        reason: why none does.
+        chains: how many were tried.
+        alone: seconds of a step of a chain by itself.
+        together: seconds of a step of all of them.
+        single: seconds of a step of one of them in the same engine, where a forecast was asked for.
+    """
+
+    engine: Engine | None
+    reason: str
+    chains: int
+    alone: float = math.inf
+    together: float = math.inf
+    single: float = math.inf
+
+    @property
+    def gain(self) -> float:
+        return self.chains * self.alone / self.together
+
+    def gain_of(self, chains: int) -> float:
+        """What more chains would gain, if a step of k of them takes a + b k seconds."""
+        each = max((self.together - self.single) / (self.chains - 1), 0.0)
+        return chains * self.alone / (self.together + (chains - self.chains) * each)
+
+
+def _try(
+    objective: Objective, window: Window, sequential: SequentialEngine, chains: int, pads: bool, forecast: bool = False
+) -> _Trial:
+    """Have so many chains computed at once: equal numbers are demanded, then they are timed.
+
+    Args:
+        pads: the first road is not to be taken (:class:`Observed`).
+        forecast: they are timed with a view to more of them.
+    """
+    probe = _Probe(objective, window, chains)
     reason = ""
-    best: tuple[float, Engine] | None = None
     for through in ("backward", "grad"):
-        if observed.pads and through == "backward":
+        if pads and through == "backward":
             reason = "an embedding with padding_idx has other gradients under vmap"
             continue
         try:
-            engine = BatchedEngine(objective, width, through)
+            engine = BatchedEngine(objective, chains, through)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 difference, alone = probe.compare(engine, sequential)
                 if difference > probe.tolerance:
                     reason = reason or f"vmap gives other numbers (relative difference {difference:.1e})"
                     continue
-                best = probe.seconds(engine, enough=alone / BATCHED_GAIN), engine
-            # the second road is for modules that the first does not take: where both do, they are as fast
-            break
+                together = probe.seconds(engine, chains, math.inf if forecast else chains * alone / BATCHED_GAIN)
+                single = probe.seconds(engine, 1) if forecast else math.inf
         except NoGradientError:
             raise  # neither path could
         except Exception as error:
             reason = reason or f"vmap fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    if best is None:
-        if method == "batched":
-            raise ValueError(f"method='batched' cannot be used: {reason}.")
-        return Choice(sequential, reason)
-    gain = alone / best[0]
-    best[1].release()  # else it would hold the probe's weights and gradients until the chains bind theirs
-    if method == "batched" or gain > BATCHED_GAIN:
-        return Choice(best[1], f"{gain:.1f} times the speed of one after another, same numbers")
-    return Choice(sequential, f"batched would be {gain:.2f} times as fast, which is no gain")
+        else:
+            engine.release()  # else it would hold the probe's weights and gradients until the chains bind theirs
+            # the second road is for modules that the first does not take: where both do, they are as fast
+            return _Trial(engine, "", chains, alone, together, single)
+    return _Trial(None, reason, chains)
 
 
 class _Probe:
@@ -235,16 +286,15 @@ class _Probe:
             reference.release()
         return worst, min(seconds)
 
-    def seconds(self, engine: Engine, enough: float) -> float:
-        """Of a step of one chain: the fastest of a few, and of one where that is nowhere near ``enough``. Binding is
-        left out: chains are bound once for many steps."""
-        rows = slice(0, min(engine.width, len(self._weights)))
-        engine.bind(self._weights[rows], self._grad[rows])
+    def seconds(self, engine: Engine, chains: int, enough: float = math.inf) -> float:
+        """Of a step of so many of the chains: the fastest of a few, and of one where that is nowhere near ``enough``.
+        Binding is left out: chains are bound once for many steps."""
+        engine.bind(self._weights[:chains], self._grad[:chains])
         best = float("inf")
-        for _ in range(max(2, TIMED_STEPS // engine.width)):
+        for _ in range(max(2, TIMED_STEPS // chains)):
             start = self._now()
-            engine(self._window, self._indices[rows])
-            best = min(best, (self._now() - start) / (rows.stop - rows.start))
+            engine(self._window, self._indices[:chains])
+            best = min(best, self._now() - start)
             if best > HOPELESS * enough:
                 break
         return best

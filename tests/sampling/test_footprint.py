@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from lightning_slt import estimate_llc
 from lightning_slt.sampling import paths
 from lightning_slt.sampling.batches import source_of
-from lightning_slt.sampling.engines import sequential_engine
+from lightning_slt.sampling.engines import BatchedEngine, SequentialEngine, sequential_engine
 from lightning_slt.sampling.layout import BLOCK
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.paths import GRADIENT_BUDGET, choose_engine, chunk_width
@@ -107,3 +107,47 @@ def test_the_twin_of_the_batched_path_takes_the_anchors_memory_and_none_of_train
     assert twin[2].weight is twin[0].weight  # type: ignore[index]
     frozen = dict(objective.module.named_parameters())["2.bias"]
     assert dict(twin.named_parameters())["2.bias"].data_ptr() != frozen.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("fixed", "each", "method", "tried"),
+    [
+        pytest.param(1.0, 0.05, "batched", [2, 8], id="calls are what takes the time"),
+        pytest.param(0.0, 1.0, "sequential", [2], id="products are"),
+        pytest.param(0.3, 0.9, "sequential", [2], id="two are faster by little, and more by no more"),
+        pytest.param(1.9, 0.05, "batched", [2, 8], id="two are no faster, eight are"),
+    ],
+)
+def test_two_chains_are_tried_before_as_many_as_fit_where_those_would_fill_a_gpu(
+    fixed: float, each: float, method: str, tried: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of k chains at once takes fixed + each k on this clock, one alone takes 1: 8 gain 8 / (fixed + 8 each)."""
+    clock = 0.0
+    step, batched = SequentialEngine.step, BatchedEngine.__call__
+
+    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal clock
+        clock += 1.0
+        return step(self, *args, **kwargs)
+
+    def together(self: Any, window: Any, indices: torch.Tensor, **kwargs: Any) -> Any:
+        nonlocal clock
+        clock += fixed + each * len(indices)
+        sizes.append(len(indices))
+        return batched(self, window, indices, **kwargs)
+
+    sizes: list[int] = []
+    monkeypatch.setattr(SequentialEngine, "step", alone)
+    monkeypatch.setattr(BatchedEngine, "__call__", together)
+    monkeypatch.setattr(paths, "_now", lambda device: clock)
+    monkeypatch.setattr(paths, "COMPUTE_BOUND", 10.0)
+    monkeypatch.setattr(paths, "FEW_FIRST", ("cpu",))
+    objective = Objective(nn.Linear(4, 4), mean_squared)
+    window = source_of(TensorDataset(torch.randn(8, 4), torch.randn(8, 4)), 2, objective.device, 0).window(0)
+    choice = choose_engine(objective, window, 8)
+    assert choice.engine.method == method
+    assert sorted(set(sizes) - {1}) == tried
+    if method == "batched":
+        assert choice.reason.startswith(f"{8 / (fixed + 8 * each):.1f} times the speed")
+    else:
+        assert choice.reason == f"batched would be {8 / (fixed + 8 * each):.2f} times as fast, no gain"
