@@ -1,14 +1,19 @@
 """Standard normal numbers for the chains, a stream for each.
 
 The noise of a step is most of what a chain costs beyond its gradient on a small model, and on the CPU it is the
-logarithm and the cosine of torch's generator that take the time. :class:`TableNormal` looks the numbers up: 16 random
-bits choose one of 65,536 values, the means of the normal distribution over as many intervals of equal probability.
+logarithm and the cosine of torch's generator that take the time. :class:`TableNormal` looks the numbers up, four at
+once: 16 random bits choose one of 65,536 rows. Each column of the rows holds the means of the normal distribution over
+as many intervals of equal probability, in an order of its own, so that the rows lie in four dimensions as the points of
+a lattice (a rank-1 lattice of Korobov's kind; Niederreiter, Random Number Generation and Quasi-Monte Carlo Methods,
+1992, chapter 5).
 
 Why that is enough: the error of a Langevin step of size epsilon is of order epsilon whatever the distribution of its
-noise, as long as its first three moments are those of the normal one and the fourth is finite (Kloeden and Platen,
-Numerical Solution of Stochastic Differential Equations, 1992, section 14.1: even two values would do). Here the odd
-moments are exactly 0, the second is 1, and the fourth and sixth are 2.9998 and 14.99 in place of 3 and 15; no number
-is beyond 4.39. A sampler that accepts and rejects needs the normal density itself, and gets it.
+noise, as long as its moments up to the third, those of several weights together included, are those of the normal one
+and the fourth are finite (Kloeden and Platen, Numerical Solution of Stochastic Differential Equations, 1992, section
+14.1: even two values for each weight would do). Here a row turned in sign is a row, so that every odd moment is exactly
+0; the covariance of the columns is the identity; each fourth moment is within 0.005 and each sixth of one column within
+0.02 of the normal one; no number is beyond 4.4. Rows are independent of each other. A sampler that accepts and rejects
+needs the normal density itself, and gets it.
 """
 
 from __future__ import annotations
@@ -23,6 +28,11 @@ from torch import Tensor
 from lightning_slt.sampling.rng import derive_seed, generator
 
 INTERVALS = 2**16
+TOGETHER = 4
+"""Numbers that are looked up at once."""
+MULTIPLIER = 40485
+"""Of the lattice: of 1,500 tried, two have fourth moments within 0.005 of the normal ones; this one's covariances are
+the smaller."""
 
 
 class NormalStream:
@@ -42,7 +52,7 @@ class NormalStream:
 
 
 class TableNormal(NormalStream):
-    """Numbers looked up with the bits of NumPy's SFC64: about half of the time of torch's on a CPU core.
+    """Numbers looked up with the bits of NumPy's SFC64: about a fifth of the time of torch's on a CPU core.
 
     Example:
         >>> stream = TableNormal(0, 1)
@@ -53,14 +63,18 @@ class TableNormal(NormalStream):
 
     def __init__(self, *key: int) -> None:
         self._bits = np.random.SFC64(derive_seed(*key))
-        self._table = normal_table()
+        self._rows = normal_rows()
 
     def fill_(self, out: Tensor) -> Tensor:
         """As of the parent; ``out`` is contiguous float32 on the CPU."""
         flat = out.detach().view(-1).numpy()
-        chosen = self._bits.random_raw(-(-len(flat) // 4)).astype("<u8", copy=False).view("<u2")[: len(flat)]
+        whole, rest = divmod(len(flat), TOGETHER)
+        count = whole + (rest > 0)
+        chosen = self._bits.random_raw(-(-count // 4)).astype("<u8", copy=False).view("<u2")[:count]
         # not the default mode, which fills a buffer first
-        np.take(self._table, chosen, out=flat, mode="wrap")
+        np.take(self._rows, chosen[:whole], axis=0, out=flat[: whole * TOGETHER].reshape(whole, TOGETHER), mode="wrap")
+        if rest:
+            flat[whole * TOGETHER :] = self._rows[chosen[whole], :rest]
         return out
 
 
@@ -76,8 +90,26 @@ def normal_stream(*key: int, device: torch.device, dtype: torch.dtype, exact: bo
 
 
 @lru_cache(maxsize=1)
+def normal_rows() -> np.ndarray:
+    """``[INTERVALS, TOGETHER]`` float32: the rows that are chosen from, of mean 0 and the identity as covariance.
+
+    Column j of row i is the mean number of the interval ``a^j (i + 1/2) mod N``, a the multiplier; what covariance is
+    left between columns (below 3e-4) is taken off.
+    """
+    table = normal_table()
+    odd = 2 * np.arange(INTERVALS) + 1
+    columns = []
+    for j in range(TOGETHER):
+        place = pow(MULTIPLIER, j, 2 * INTERVALS) * odd % (2 * INTERVALS)  # odd again, and -place of the row turned
+        columns.append(table[(place - 1) // 2])
+    rows = np.stack(columns, axis=1)
+    values, axes = np.linalg.eigh(rows.T @ rows / INTERVALS)
+    rows = rows @ (axes * values**-0.5) @ axes.T
+    return np.ascontiguousarray((rows - rows[::-1]) / 2, dtype=np.float32)  # odd to the last bit
+
+
 def normal_table() -> np.ndarray:
-    """``[INTERVALS]`` float32, ascending: the mean of z over each interval of equal probability, of variance 1.
+    """``[INTERVALS]`` float64, ascending: the mean of z over each interval of equal probability, of variance 1.
 
     The mean over the interval (a, b) of probability 1/N is N (phi(a) - phi(b)), phi the normal density.
     """
@@ -85,4 +117,4 @@ def normal_table() -> np.ndarray:
     density = np.exp(-(edges**2) / 2) / np.sqrt(2 * np.pi)
     means = INTERVALS * (density[:-1] - density[1:])
     means = (means - means[::-1]) / 2  # odd to the last bit
-    return (means / np.sqrt(np.mean(means**2))).astype(np.float32)
+    return means / np.sqrt(np.mean(means**2))
