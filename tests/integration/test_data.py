@@ -172,6 +172,34 @@ def test_replayed_batches_have_been_transferred_once(tmp_path: Path) -> None:
     assert {value for batch in models.CHAIN_SAW for value in batch.flatten().tolist()} == {2.0}
 
 
+class Shifting(DataLoader[Any]):
+    """A loader that changes its batches while it is iterated."""
+
+    def __iter__(self) -> Any:
+        return ([x + 2, y] for x, y in super().__iter__())
+
+
+class Filtering(DataLoader[Any]):
+    """The same by the iterator that it makes, as loaders of graphs do."""
+
+    def _get_iterator(self) -> Any:
+        return ([x + 2, y] for x, y in super()._get_iterator())
+
+
+@pytest.mark.parametrize("kind", [Shifting, Filtering])
+def test_chains_have_the_batches_of_a_loader_that_iterates_in_its_own_way(
+    kind: type[DataLoader[Any]], tmp_path: Path
+) -> None:
+    """They had those that its dataset and its collate function give: zeros."""
+    monitor = tiny_monitor()
+    scenario = Scenario(
+        models.SeesBatch, lambda: {"train_dataloaders": kind(models.zeros(), batch_size=BATCH, shuffle=True)}
+    )
+    scenario.assert_undisturbed(tmp_path, monitor)
+    assert steps_of(monitor) == [4, 8, 12]
+    assert {value for batch in models.CHAIN_SAW for value in batch.flatten().tolist()} == {2.0}
+
+
 class Pair:
     """A batch of the user's own class: its tensors are attributes."""
 
