@@ -159,6 +159,19 @@ def test_transfer_hooks_are_applied_exactly_once(owner: str, tmp_path: Path) -> 
     assert {value for batch in models.CHAIN_SAW for value in batch.flatten().tolist()} == {2.0}
 
 
+def test_hooks_of_the_data_of_an_earlier_fit_are_not_applied(tmp_path: Path) -> None:
+    """The trainer keeps the DataModule, and calls its hooks no more."""
+    monitor = tiny_monitor(every_n_epochs=1)
+    scenario = Scenario(models.SeesBatch, lambda: {"datamodule": models.AugmentingData()}, lambda: {"max_epochs": 1})
+    trace = scenario.run(tmp_path, monitor)
+    assert {value for batch in models.CHAIN_SAW for value in batch.flatten().tolist()} == {2.0}
+    models.CHAIN_SAW.clear()
+    trace.trainer.fit_loop.max_epochs = 2
+    trace.trainer.fit(trace.module, **loaders(dataset=models.zeros()))
+    assert len(monitor.estimates) == 2
+    assert {value for batch in models.CHAIN_SAW for value in batch.flatten().tolist()} == {0.0}
+
+
 def test_replayed_batches_have_been_transferred_once(tmp_path: Path) -> None:
     """The same where batches come from training itself."""
 
