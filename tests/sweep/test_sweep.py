@@ -265,9 +265,10 @@ def test_files_that_are_no_checkpoints(config: SweepConfig, tmp_path: Path) -> N
         sweep([], config, here([]))
 
 
-def test_pinned_snapshots_are_checkpoints_too(config: SweepConfig, tmp_path: Path) -> None:
-    """Of a module that a function gives; the step is in the file or in its name."""
-    config.module, config.module_args = "tests.sweep.runs:plain", {"lr": 0.1}
+@pytest.mark.parametrize("module", ["plain", "Model"])
+def test_pinned_snapshots_are_checkpoints_too(module: str, config: SweepConfig, tmp_path: Path) -> None:
+    """Of a module that a function gives or a class; the step is in the file or in its name."""
+    config.module, config.module_args = f"tests.sweep.runs:{module}", {"lr": 0.1}
     config.data = "tests.sweep.runs:dataset"
     torch.save({"state_dict": runs.plain().state_dict(), "step": 5, "epoch": 0}, tmp_path / "a.pt")
     torch.save({"state_dict": runs.plain().state_dict()}, tmp_path / "step=7.ckpt")
