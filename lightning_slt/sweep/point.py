@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
 from collections.abc import Mapping
@@ -165,6 +166,10 @@ def make_module(config: SweepConfig, path: Path, state: Mapping[str, Any]) -> nn
     by_lightning = "pytorch-lightning_version" in state
     if by_lightning and isinstance(made, type) and issubclass(made, LightningModule):
         return made.load_from_checkpoint(path, map_location="cpu", strict=False, weights_only=False, **arguments)
+    try:
+        inspect.signature(made).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"module_args={arguments}: do not fit module={config.module!r}: {error}") from error
     module = made(**arguments)
     if not isinstance(module, nn.Module):
         raise ValueError(f"module={config.module!r}: gave a {type(module).__name__}, and no torch module.")

@@ -233,6 +233,7 @@ def _descendants(pid: int) -> list[int]:
         ),
         ({"module": "nowhere.py:Net"}, r"module='nowhere\.py:Net': cannot be imported: FileNotFoundError"),
         ({"module": "tests.sweep.runs:dataset"}, r"gave a TensorDataset, and no torch module"),
+        ({"module": "tests.sweep.runs:Model"}, r"module_args={}: do not fit .*missing a required argument: 'lr'"),
         ({"probe": 0}, r"probe=0: must be at least 1"),
         ({"query": 3}, r"given without probe"),
         ({"num_draws": 0}, r"num_draws=0: must be at least 1"),
