@@ -383,7 +383,8 @@ def training_transfer(trainer: Trainer, module: LightningModule) -> Transfer:
 def datamodule_of(trainer: Trainer) -> Any:
     """The DataModule of this fit; ``trainer.datamodule`` may still be that of an earlier one, whose hooks are not
     called any more."""
-    return trainer._data_connector._datahook_selector.datamodule  # type: ignore[union-attr]
+    selector = getattr(getattr(trainer, "_data_connector", None), "_datahook_selector", None)
+    return selector.datamodule if selector is not None else getattr(trainer, "datamodule", None)
 
 
 def check_num_samples(num_samples: Optional[int], nbeta: Optional[float]) -> None:
