@@ -262,8 +262,8 @@ class RunRecord:
         os.replace(temporary, self.path)
 
     def read(self, traces: bool = True) -> Iterator[Estimate]:
-        """The estimates in order of writing. A line that was cut off by a crash is passed over, and so is a file of
-        traces that cannot be read; the log names that file."""
+        """The estimates in order of writing. A line that was cut off by a crash is passed over, and so are one that
+        is no estimate and a file of traces that cannot be read; the log names these."""
         for line in self._lines():
             estimate = Estimate.from_state_dict(json.loads(line))
             path = self.trace_path(estimate)
@@ -289,5 +289,12 @@ class RunRecord:
                     found = json.loads(line)
                 except json.JSONDecodeError:
                     continue
-                if isinstance(found, dict):
-                    yield line
+                if not isinstance(found, dict):
+                    continue
+                try:
+                    Estimate.from_state_dict(found)
+                except (KeyError, TypeError, ValueError) as error:
+                    said = f"{type(error).__name__}: {error}"
+                    log.warning(f"{self.path}: a line is no estimate and is passed over ({said}).")
+                    continue
+                yield line

@@ -120,6 +120,19 @@ def test_a_last_line_cut_off_by_a_crash_is_passed_over_and_does_not_swallow_the_
     assert [e.step for e in record.read()] == [10, 30]
 
 
+@pytest.mark.parametrize("line", ["{}", '{"step": 3, "mean": 1.0}', '{"per_chain": 3}', "[1]", "3"])
+def test_a_line_that_is_no_estimate_is_passed_over(line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    record = RunRecord(tmp_path)
+    record.append(estimate(10))
+    with open(record.path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    record.append(estimate(20))
+    assert [e.step for e in record.read()] == [10, 20]
+    assert ("no estimate" in caplog.text) is line.startswith("{")
+    record.drop_after(20)
+    assert len(record.path.read_text().splitlines()) == 2
+
+
 def test_a_line_without_its_line_end_is_whole_and_stays_so(tmp_path: Path) -> None:
     record = RunRecord(tmp_path)
     record.append(estimate(10))

@@ -377,8 +377,14 @@ def training_transfer(trainer: Trainer, module: LightningModule) -> Transfer:
         trainer: gives the precision plugin, the device, and the DataModule whose hooks go before the module's.
         module: the private copy.
     """
-    datamodule = getattr(trainer, "datamodule", None)
-    return BatchTransfer(trainer.precision_plugin, datamodule, module, trainer.strategy.root_device)
+    return BatchTransfer(trainer.precision_plugin, datamodule_of(trainer), module, trainer.strategy.root_device)
+
+
+def datamodule_of(trainer: Trainer) -> Any:
+    """The DataModule of this fit; ``trainer.datamodule`` may still be that of an earlier one, whose hooks are not
+    called any more."""
+    selector = getattr(getattr(trainer, "_data_connector", None), "_datahook_selector", None)
+    return selector.datamodule if selector is not None else getattr(trainer, "datamodule", None)
 
 
 def check_num_samples(num_samples: Optional[int], nbeta: Optional[float]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Optional
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_slt.callbacks.data import BATCH_HOOKS, SourcePlan, TrainingData
+from lightning_slt.callbacks.data import BATCH_HOOKS, SourcePlan, TrainingData, datamodule_of
 from lightning_slt.callbacks.travel import CannotTravelError, main_script, pickles, write_pickled
 from lightning_slt.callbacks.worker import data_path
 
@@ -122,7 +122,7 @@ class DataFiles:
 
 
 def _run_data(trainer: Trainer, data: TrainingData) -> RunData:
-    datamodule = getattr(trainer, "datamodule", None)
+    datamodule = datamodule_of(trainer)
     if datamodule is not None:
         datamodule = copy.copy(datamodule)
         datamodule.trainer = None

@@ -47,6 +47,8 @@ class DataFollowing(ComponentFirings):
             self._beside.data_is_other()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # where a run is resumed Lightning's count is one behind until here
+        self._last_step = max(self._last_step, trainer.fit_loop.epoch_loop._batches_that_stepped)
         if self._data is not None and self._data.replays:
             self._data.see(batch)
 

@@ -319,7 +319,7 @@ class SLTMonitor(DataFollowing):
         total = trainer.estimated_stepping_batches
         self._explicit = self._schedule.explicit_steps(None if total in (-1, float("inf")) else int(total))
         before = trainer.fit_loop.epoch_loop._batches_that_stepped
-        if before == 0 and trainer.ckpt_path is None:
+        if self._begins(trainer):
             self._forget()
         now = time.monotonic()
         self._start = now - self._run_seconds
@@ -340,7 +340,7 @@ class SLTMonitor(DataFollowing):
             self._consider(trainer, pl_module, step=0, x=0)
 
     def _forget(self) -> None:
-        """A run that starts at its first step has no history, whatever this object has measured before."""
+        """Another run has no history, whatever this object has measured before."""
         self.estimates, self.influences, self.susceptibilities = [], [], []
         settings = self._settings
         self._course = Course(settings.localization, settings.method, self._course.warm_start)
@@ -587,6 +587,7 @@ class SLTMonitor(DataFollowing):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._keeps(bool(self.estimates)) or not state_dict:
             return  # an empty state is of no run
+        self._given = True
         self.estimates = [Estimate.from_state_dict(state) for state in state_dict["estimates"]]
         self.influences = [InfluenceEstimate.from_state_dict(state) for state in state_dict.get("influences", [])]
         self.susceptibilities = [
@@ -612,7 +613,7 @@ class SLTMonitor(DataFollowing):
         """For strategies that spawn: what belongs to a running process stays behind."""
         state = dict(self.__dict__)
         state.update(_collective=Alone(), _publisher=None, _data=None, _source=None, _hook_owner=None, _start=None)
-        state["_earned_until"] = None
+        state["_earned_until"] = state["_trained_by"] = None
         state["_listeners"] = []  # they come again in their own setup
         return state
 

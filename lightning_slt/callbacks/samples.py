@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_slt.callbacks.data import datamodule_of
 from lightning_slt.callbacks.structure import collate_of
 from lightning_slt.influence import ProbeSet, probe_set
 from lightning_slt.influence_record import InfluenceEstimate
@@ -119,7 +120,7 @@ class ProbedSamples:
         most = MAX_SAMPLES if self._query is True else most
         self._set = probe_set(train, query, limit, most, self._seed, self._group_fn)
         self._train_source = train
-        owners = (getattr(trainer, "datamodule", None), trainer.lightning_module, train.dataset)
+        owners = (datamodule_of(trainer), trainer.lightning_module, train.dataset)
         self._tokenizer = next((t for t in map(tokenizer_of, owners) if t is not None), None)
         return self._set
 

@@ -162,7 +162,7 @@ class TransitionMonitor(KeepsHistory):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # here and not in on_train_start: the SLTMonitor may measure in its own, which may come first
-        if trainer.ckpt_path is None and trainer.fit_loop.epoch_loop._batches_that_stepped == 0:
+        if self._begins(trainer):
             self._forget()
         self._ring, self._said_snapshots = None, False
         self._loader = None
@@ -172,7 +172,7 @@ class TransitionMonitor(KeepsHistory):
         self._show(trainer, flag=False)
 
     def _forget(self) -> None:
-        """A run that starts at its first step has no history, whatever this object has seen before."""
+        """Another run has no history, whatever this object has seen before."""
         self._detector = TransitionDetector(**self._settings)
         self.reports, self.boundaries = [], []
         self._watch = LearningRateWatch()
@@ -419,6 +419,7 @@ class TransitionMonitor(KeepsHistory):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._keeps(self._seen_step > 0) or not state_dict:
             return  # an empty state is of no run
+        self._given = True
         self._detector.load_state_dict(state_dict["detector"])
         log = TransitionLog.from_dict(state_dict["log"])
         self.reports, self.boundaries = list(log.reports), list(log.boundaries)
@@ -429,7 +430,7 @@ class TransitionMonitor(KeepsHistory):
 
     def __getstate__(self) -> dict[str, Any]:
         """For strategies that spawn: what belongs to a running process stays behind."""
-        return {**self.__dict__, "_monitor": None, "_ring": None, "_loader": None}
+        return {**self.__dict__, "_monitor": None, "_ring": None, "_loader": None, "_trained_by": None}
 
 
 def refined(reports: Sequence[TransitionReport], offline: Sequence[Transition]) -> list[TransitionReport]:

@@ -324,11 +324,13 @@ def uniform_samples(loader: Any) -> tuple[bool, Optional[Sequence[int]]]:
     """Whether a loader's batches are uniform over its dataset or over some indices, so that they can be drawn anew.
 
     Returns:
-        ``(False, None)`` for an iterable dataset, a dataset that makes the batches itself, a batch sampler of another
-        class than torch's own or a sampler that gives the order a meaning; else True and the indices (None for the
-        whole dataset).
+        ``(False, None)`` for an iterable dataset, a dataset that makes the batches itself, a loader that iterates in a
+        way of its own (it may change them), a batch sampler of another class than torch's own or a sampler that gives
+        the order a meaning; else True and the indices (None for the whole dataset).
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False, None
+    if _iterates_its_own_way(loader):
         return False, None
     if type(loader.batch_sampler) is not BatchSampler or not hasattr(loader.dataset, "__len__"):
         return False, None
@@ -343,6 +345,13 @@ def uniform_samples(loader: Any) -> tuple[bool, Optional[Sequence[int]]]:
     over: Any = sampler.dataset if type(sampler) is DistributedSampler else sampler.data_source
     count = len(over)
     return True, None if count == len(loader.dataset) else range(count)
+
+
+def _iterates_its_own_way(loader: DataLoader[Any]) -> bool:
+    kinds = type(loader).__mro__
+    makers = [next(kind for kind in kinds if name in vars(kind)) for name in ("__iter__", "_get_iterator")]
+    # that of torchdata can be stopped and resumed, and gives what torch's gives
+    return any(maker.__module__.partition(".")[0] not in ("torch", "torchdata") for maker in makers)
 
 
 def _of_batches(source: IterableSource, count: Optional[int], num_samples: Optional[int]) -> IterableSource:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_slt.sampling import steps
 from lightning_slt.sampling.belongings import contents_kept
@@ -64,5 +64,10 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for live, value in saved:
-                if not torch.equal(live, value):
+                if not all(torch.equal(a, b) for a, b in zip(_dense(live), _dense(value), strict=True)):
                     live.copy_(value)
+
+
+def _dense(tensor: Tensor) -> list[Tensor]:
+    """What a tensor holds; of a sparse one (a graph's adjacency) torch compares only its parts."""
+    return [tensor._indices(), tensor._values()] if tensor.layout is torch.sparse_coo else [tensor]

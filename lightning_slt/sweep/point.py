@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
 from collections.abc import Mapping
@@ -145,7 +146,7 @@ def make_objective(
     Raises:
         ValueError: where the module cannot be made, or the weights do not fit it.
     """
-    module = make_module(config, path)
+    module = make_module(config, path, state)
     data = _data(json.dumps(config.decides(), sort_keys=True))
     datamodule = data if isinstance(data, LightningDataModule) else None
     view = StillTrainer(_as_stored(state, step), datamodule, device)
@@ -157,12 +158,18 @@ def make_objective(
         raise ValueError(f"{path}: its weights do not fit module={config.module!r}: {error}") from error
 
 
-def make_module(config: SweepConfig, path: Path) -> nn.Module:
+def make_module(config: SweepConfig, path: Path, state: Mapping[str, Any]) -> nn.Module:
     """The module, with whatever weights."""
     made = find(config.module, "module")
     arguments = dict(config.module_args)
-    if isinstance(made, type) and issubclass(made, LightningModule):
+    # a pinned snapshot, or a file of the user's own, has no hyperparameters: then the arguments are all there is
+    by_lightning = "pytorch-lightning_version" in state
+    if by_lightning and isinstance(made, type) and issubclass(made, LightningModule):
         return made.load_from_checkpoint(path, map_location="cpu", strict=False, weights_only=False, **arguments)
+    try:
+        inspect.signature(made).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"module_args={arguments}: do not fit module={config.module!r}: {error}") from error
     module = made(**arguments)
     if not isinstance(module, nn.Module):
         raise ValueError(f"module={config.module!r}: gave a {type(module).__name__}, and no torch module.")

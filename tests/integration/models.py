@@ -263,6 +263,17 @@ class Numbered(nn.Module):
         return x
 
 
+class Graph(Plain):
+    """Mixes its inputs along a graph, whose adjacency is a sparse buffer."""
+
+    def __init__(self, lr: float = 0.1) -> None:
+        super().__init__(lr)
+        self.register_buffer("adjacency", (torch.eye(IN) + torch.eye(IN).roll(1, 0)).to_sparse())
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return super().training_step((torch.sparse.mm(self.adjacency, batch[0].T).T, batch[1]), batch_idx)
+
+
 class ScriptedNet(Plain):
     """TorchScript compiles it anew after its first calls, and then rounds otherwise."""
 

@@ -159,6 +159,19 @@ def test_transfer_hooks_are_applied_exactly_once(owner: str, tmp_path: Path) -> 
     assert {value for batch in models.CHAIN_SAW for value in batch.flatten().tolist()} == {2.0}
 
 
+def test_hooks_of_the_data_of_an_earlier_fit_are_not_applied(tmp_path: Path) -> None:
+    """The trainer keeps the DataModule, and calls its hooks no more."""
+    monitor = tiny_monitor(every_n_epochs=1)
+    scenario = Scenario(models.SeesBatch, lambda: {"datamodule": models.AugmentingData()}, lambda: {"max_epochs": 1})
+    trace = scenario.run(tmp_path, monitor)
+    assert {value for batch in models.CHAIN_SAW for value in batch.flatten().tolist()} == {2.0}
+    models.CHAIN_SAW.clear()
+    trace.trainer.fit_loop.max_epochs = 2
+    trace.trainer.fit(trace.module, **loaders(dataset=models.zeros()))
+    assert len(monitor.estimates) == 2
+    assert {value for batch in models.CHAIN_SAW for value in batch.flatten().tolist()} == {0.0}
+
+
 def test_replayed_batches_have_been_transferred_once(tmp_path: Path) -> None:
     """The same where batches come from training itself."""
 
@@ -169,6 +182,34 @@ def test_replayed_batches_have_been_transferred_once(tmp_path: Path) -> None:
     monitor = tiny_monitor()
     Scenario(models.Augments, stream).assert_undisturbed(tmp_path, monitor)
     assert steps_of(monitor) == [4, 8, 12, 16, 20, 24]
+    assert {value for batch in models.CHAIN_SAW for value in batch.flatten().tolist()} == {2.0}
+
+
+class Shifting(DataLoader[Any]):
+    """A loader that changes its batches while it is iterated."""
+
+    def __iter__(self) -> Any:
+        return ([x + 2, y] for x, y in super().__iter__())
+
+
+class Filtering(DataLoader[Any]):
+    """The same by the iterator that it makes, as loaders of graphs do."""
+
+    def _get_iterator(self) -> Any:
+        return ([x + 2, y] for x, y in super()._get_iterator())
+
+
+@pytest.mark.parametrize("kind", [Shifting, Filtering])
+def test_chains_have_the_batches_of_a_loader_that_iterates_in_its_own_way(
+    kind: type[DataLoader[Any]], tmp_path: Path
+) -> None:
+    """They had those that its dataset and its collate function give: zeros."""
+    monitor = tiny_monitor()
+    scenario = Scenario(
+        models.SeesBatch, lambda: {"train_dataloaders": kind(models.zeros(), batch_size=BATCH, shuffle=True)}
+    )
+    scenario.assert_undisturbed(tmp_path, monitor)
+    assert steps_of(monitor) == [4, 8, 12]
     assert {value for batch in models.CHAIN_SAW for value in batch.flatten().tolist()} == {2.0}
 
 

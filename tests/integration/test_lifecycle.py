@@ -14,6 +14,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from lightning_slt import TransitionMonitor
+from lightning_slt.record import RunRecord
 from tests.integration import models
 from tests.integration.harness import Scenario, SLTMonitor, assert_same, flatten, rng_state, steps_of, tiny_monitor
 from tests.integration.models import Net, loaders, with_validation
@@ -127,6 +129,14 @@ def test_callback_added_on_resume(tmp_path: Path) -> None:
     assert steps_of(monitor) == [6, 8, 10, 12]
 
 
+def test_a_callback_added_on_resume_keeps_its_cadence(tmp_path: Path) -> None:
+    """Also where the checkpoint is of a step of it: the step after had been measured."""
+    Scenario(Net, loaders, saving(tmp_path)).run(tmp_path)
+    monitor = tiny_monitor(every_n_train_steps=4)
+    resume(tmp_path, str(tmp_path / "step=4.ckpt"), monitor)
+    assert steps_of(monitor) == [8, 12]
+
+
 @pytest.mark.parametrize("restrict", [None, ["net.4.*"], ["net.0.*"]])
 def test_checkpoint_loads_with_weights_only(restrict: Optional[list[str]], tmp_path: Path) -> None:
     monitor = tiny_monitor(every_n_train_steps=2, restrict=restrict)
@@ -170,6 +180,20 @@ def test_second_fit_with_the_same_monitor(tmp_path: Path) -> None:
     Scenario(Net, loaders).run(tmp_path / "first", monitor)
     Scenario(models.Plain, loaders).run(tmp_path / "second", monitor)
     assert [(e.step, e.num_weights) for e in monitor.estimates[-2:]] == [(6, 10), (12, 10)]
+
+
+def test_a_run_from_a_checkpoint_that_knows_nothing_of_the_monitor_is_another_run(tmp_path: Path) -> None:
+    """In another trainer: it had gone on with the curve of the run before, in its folder, from its last step on."""
+    saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=6)
+    Scenario(Net, loaders, lambda: {"callbacks": [saver], "enable_checkpointing": True}).run(tmp_path / "bare")
+    monitor, watch = tiny_monitor(every_n_train_steps=3), TransitionMonitor()
+    Scenario(Net, loaders).run(tmp_path / "first", monitor, watch)
+    folder = monitor.folder
+    Scenario(Net, loaders).run(tmp_path / "second", monitor, watch, ckpt_path=str(tmp_path / "step=6.ckpt"))
+    assert steps_of(monitor) == [9, 12] and watch.state_dict()["fed"] == 12
+    assert folder is not None and monitor.folder is not None and monitor.folder != folder
+    recorded = [[e.step for e in RunRecord(place).read()] for place in (folder, monitor.folder)]
+    assert recorded == [[3, 6, 9, 12], [9, 12]]
 
 
 def test_fit_that_goes_on(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ MODULES: dict[str, Scenario] = {
     "plateau scheduler": Scenario(models.Plateau, with_validation),
     "recurrent net": Scenario(models.Recurrent, loaders),
     "forward hooks": Scenario(models.Hooked, loaders),
+    "sparse buffer": Scenario(models.Graph, loaders),
     "compiled module": Scenario(models.compiled_module, loaders),
     "compiled submodule": Scenario(models.compiled_submodule, loaders),
     "module compiled in place": Scenario(models.compiled_in_place, loaders),

@@ -614,12 +614,27 @@ def test_no_kind_of_data(data: Any) -> None:
         source_of(data, None, CPU, 0)
 
 
-def test_the_loader_itself_is_never_iterated() -> None:
-    class Loader(DataLoader[Any]):
-        def __iter__(self) -> Any:
-            raise AssertionError("this is the iterator that training reads")
+def test_the_loader_itself_is_never_iterated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read() -> Any:
+        raise AssertionError("this is the iterator that training reads")
 
-    assert len(source_of(Loader(numbered(32), batch_size=8), None, CPU, 0).window(0)) == 4
+    loader = DataLoader(numbered(32), batch_size=8)
+    monkeypatch.setattr(loader, "_get_iterator", read)
+    assert len(source_of(loader, None, CPU, 0).window(0)) == 4
+
+
+class Doubling(DataLoader[Any]):
+    """Its batches are others than those that its dataset and its collate function give."""
+
+    def __iter__(self) -> Any:
+        return ([2 * column for column in batch] for batch in super().__iter__())
+
+
+def test_a_loader_that_iterates_in_its_own_way_is_read_as_it_is() -> None:
+    plain, doubled = (source_of(kind(numbered(32), batch_size=8), None, CPU, 0) for kind in (DataLoader, Doubling))
+    assert (doubled.num_samples, doubled.batch_size) == (plain.num_samples, plain.batch_size) == (32, 8)
+    totals = [sum(float(batch[0].sum()) for batch in source.window(0).batches[:4]) for source in (plain, doubled)]
+    assert totals == [sum(range(32)), 2 * sum(range(32))]
 
 
 def test_the_order_of_the_loaders_generator_is_not_moved() -> None:

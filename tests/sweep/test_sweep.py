@@ -233,6 +233,7 @@ def _descendants(pid: int) -> list[int]:
         ),
         ({"module": "nowhere.py:Net"}, r"module='nowhere\.py:Net': cannot be imported: FileNotFoundError"),
         ({"module": "tests.sweep.runs:dataset"}, r"gave a TensorDataset, and no torch module"),
+        ({"module": "tests.sweep.runs:Model"}, r"module_args={}: do not fit .*missing a required argument: 'lr'"),
         ({"probe": 0}, r"probe=0: must be at least 1"),
         ({"query": 3}, r"given without probe"),
         ({"num_draws": 0}, r"num_draws=0: must be at least 1"),
@@ -265,9 +266,10 @@ def test_files_that_are_no_checkpoints(config: SweepConfig, tmp_path: Path) -> N
         sweep([], config, here([]))
 
 
-def test_pinned_snapshots_are_checkpoints_too(config: SweepConfig, tmp_path: Path) -> None:
-    """Of a module that a function gives; the step is in the file or in its name."""
-    config.module, config.module_args = "tests.sweep.runs:plain", {"lr": 0.1}
+@pytest.mark.parametrize("module", ["plain", "Model"])
+def test_pinned_snapshots_are_checkpoints_too(module: str, config: SweepConfig, tmp_path: Path) -> None:
+    """Of a module that a function gives or a class; the step is in the file or in its name."""
+    config.module, config.module_args = f"tests.sweep.runs:{module}", {"lr": 0.1}
     config.data = "tests.sweep.runs:dataset"
     torch.save({"state_dict": runs.plain().state_dict(), "step": 5, "epoch": 0}, tmp_path / "a.pt")
     torch.save({"state_dict": runs.plain().state_dict()}, tmp_path / "step=7.ckpt")
