@@ -30,7 +30,7 @@ from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import SGLD, KineticLangevin, Sampler, as_sampler
 from lightning_slt.sampling.segment import STATS_EVERY
-from lightning_slt.sampling.step_size import HEAT, NOISE_HEAT
+from lightning_slt.sampling.step_size import HEAT, LEAST_SCALE, NOISE_HEAT
 from lightning_slt.sampling.steps import LossFn, NoLossError
 from lightning_slt.sampling.weight_reader import WeightReader
 
@@ -275,7 +275,8 @@ def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
         found = heat_of(segment, heating.step, posterior, good, shared, d if heating.thermostat else 0)
         noisy = found.noise / NOISE_HEAT > 2 * found.discretisation / HEAT
         level = float(trace[good].mean())
-        hot = (found.total if momenta else found.of_sgld) / level if level > 0 else math.nan
+        # held against what the step was chosen by
+        hot = (found.total if momenta else found.of_sgld) / max(level, LEAST_SCALE) if level > 0 else math.nan
         share = found.total / level if level > 0 else math.nan
         if 0 < share < 2 * MAX_HEAT:
             correction = 1.0 - share

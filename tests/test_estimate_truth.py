@@ -16,7 +16,7 @@ import torch
 
 from lightning_slt import Estimate, estimate_llc
 from tests.cases.make_references import load_references
-from tests.cases.problems import CASES, normal_crossing
+from tests.cases.problems import CASES, normal_crossing, regular
 
 REFERENCES = load_references()
 
@@ -85,6 +85,19 @@ def test_closed_form_at_a_thousand_samples(name: str) -> None:
     assert abs(e.mean - case.asymptotic[0]) <= max(0.10 * case.asymptotic[0], 2 * e.se), what_came_out(
         e, case.asymptotic[0]
     )
+
+
+@pytest.mark.parametrize("sampler", ["SGLD", "LeimkuhlerMatthews", "RMSpropSGLD"])
+@pytest.mark.parametrize("gamma", [1e4, 1e5])
+def test_a_pull_far_above_the_curvature_leaves_a_small_number_right(gamma: float, sampler: str) -> None:
+    """LLCs of 0.057 and 0.0059: no step was too large, none had been given, and none of the number is heat."""
+    case = regular(gamma=gamma, noise=0.1)
+    assert case.truth is not None
+    e = estimate_llc(
+        case.module, case.dataset, case.loss_fn, nbeta=case.nbeta, localization=gamma, sampler={"name": sampler}
+    )
+    assert e.valid, what_came_out(e, case.truth)
+    assert abs(e.mean - case.truth) < 3 * e.se < 0.5 * case.truth, what_came_out(e, case.truth)
 
 
 @pytest.mark.parametrize("family", ["rrr-8-4-8-r2", "linear-6-6-6-6-r2"])
