@@ -30,12 +30,15 @@ from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import SGLD, KineticLangevin, Sampler, as_sampler
 from lightning_slt.sampling.segment import STATS_EVERY
-from lightning_slt.sampling.step_size import HEAT, NOISE_HEAT
+from lightning_slt.sampling.step_size import HEAT, LEAST_SCALE, NOISE_HEAT
 from lightning_slt.sampling.steps import LossFn, NoLossError
 from lightning_slt.sampling.weight_reader import WeightReader
 
 log = logging.getLogger(__name__)
 
+MAX_ROUNDING = 0.1
+"""Share of the LLC that the last digit of a loss may be, where it is not within the error: losses at ``w*`` may all be
+rounded to the same side."""
 MAX_HEAT = 0.25
 """Share of the estimate that may be step-size heat before it is called invalid."""
 MAX_NOISE_HEAT = 0.08
@@ -275,9 +278,12 @@ def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
         found = heat_of(segment, heating.step, posterior, good, shared, d if heating.thermostat else 0)
         noisy = found.noise / NOISE_HEAT > 2 * found.discretisation / HEAT
         level = float(trace[good].mean())
-        hot = (found.total if momenta else found.of_sgld) / level if level > 0 else math.nan
         share = found.total / level if level > 0 else math.nan
-        if 0 < share < 2 * MAX_HEAT:
+        corrected = 0 < share < 2 * MAX_HEAT
+        # held against what the step was chosen by, where what there is of it is taken off
+        scale = max(level, LEAST_SCALE) if corrected else level
+        hot = (found.total if momenta else found.of_sgld) / scale if level > 0 else math.nan
+        if corrected:
             correction = 1.0 - share
             # what a chain has beyond that share is taken off it too: the mean stays as it is, and the error of the heat
             # is counted together with that of the loss it goes along with
@@ -304,6 +310,11 @@ def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     elif virial > MAX_VIRIAL and virial - 1.0 > error and not downhill:
         reasons += (f"{TOO_WIDE} {at}: a larger batch_size, or more draws",)
     init_loss = sum(segment.anchors.values()) / len(segment.anchors)
+    rounding = posterior.nbeta * torch.finfo(chains.objective.dtype).eps * abs(init_loss)
+    if rounding / math.sqrt(12.0) > max(summary.se, MAX_ROUNDING * abs(summary.mean)):
+        kind = str(chains.objective.dtype).removeprefix("torch.")
+        digit = f"their last digit is {rounding:.2g} of the LLC"
+        reasons += (f"losses of {init_loss:.2g} are too coarse in {kind}: {digit}",)
     return Estimate(
         mean=summary.mean,
         se=summary.se,

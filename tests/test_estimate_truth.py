@@ -16,7 +16,7 @@ import torch
 
 from lightning_slt import Estimate, estimate_llc
 from tests.cases.make_references import load_references
-from tests.cases.problems import CASES, normal_crossing
+from tests.cases.problems import CASES, normal_crossing, regular
 
 REFERENCES = load_references()
 
@@ -87,6 +87,19 @@ def test_closed_form_at_a_thousand_samples(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("sampler", ["SGLD", "LeimkuhlerMatthews", "RMSpropSGLD"])
+@pytest.mark.parametrize("gamma", [1e4, 1e5])
+def test_a_pull_far_above_the_curvature_leaves_a_small_number_right(gamma: float, sampler: str) -> None:
+    """LLCs of 0.057 and 0.0059: no step was too large, none had been given, and none of the number is heat."""
+    case = regular(gamma=gamma, noise=0.1)
+    assert case.truth is not None
+    e = estimate_llc(
+        case.module, case.dataset, case.loss_fn, nbeta=case.nbeta, localization=gamma, sampler={"name": sampler}
+    )
+    assert e.valid, what_came_out(e, case.truth)
+    assert abs(e.mean - case.truth) < 3 * e.se < 0.5 * case.truth, what_came_out(e, case.truth)
+
+
 @pytest.mark.parametrize("family", ["rrr-8-4-8-r2", "linear-6-6-6-6-r2"])
 def test_gap_to_the_closed_form_shrinks_over_three_n(family: str) -> None:
     """Of the exact references, which the estimates above meet one by one: by more than their errors."""
@@ -136,3 +149,19 @@ def test_standard_error_is_the_spread_over_seeds(name: str) -> None:
     assert 1 / 1.5 < ratio < 1.5, f"spread {float(means.std()):.3g}, reported {reported:.3g}: ratio {ratio:.2f}"
     # and their mean is right to within what 20 runs can tell, or 3 %
     assert abs(float(means.mean()) - truth) < max(0.03 * truth, 3 * float(means.std()) / math.sqrt(20))
+
+
+def test_a_constant_that_takes_the_digits_of_the_loss_is_named_and_one_that_does_not_is_not() -> None:
+    """In float32 numbers near a million are 0.06 apart, which is 9 of this LLC of 2.9; those near a thousand 0.009."""
+    case = regular(gamma=1.0, noise=0.1)
+    assert case.truth is not None
+
+    def estimate(constant: float) -> Estimate:
+        return estimate_llc(
+            case.module, case.dataset, lambda m, b: constant + case.loss_fn(m, b), nbeta=case.nbeta, localization=1.0
+        )
+
+    coarse, fine = estimate(1e6), estimate(1e3)
+    assert not coarse.valid and any("too coarse in float32" in reason for reason in coarse.reasons)
+    assert fine.valid, what_came_out(fine, case.truth)
+    assert abs(fine.mean - case.truth) < 3 * fine.se, what_came_out(fine, case.truth)

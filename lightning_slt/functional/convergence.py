@@ -19,7 +19,7 @@ _Array = np.ndarray
 
 
 def _as_array(draws: Tensor) -> _Array:
-    array = np.asarray(draws.detach().cpu().numpy(), dtype=np.float64)
+    array = np.asarray(draws.detach().cpu().double().numpy())  # NumPy has no bfloat16
     if array.ndim != 2:
         raise ValueError(f"draws: expected [num_chains, num_draws], got shape {tuple(array.shape)}.")
     return array

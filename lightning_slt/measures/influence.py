@@ -40,6 +40,8 @@ class Influence(Metric):
     is_differentiable = False
     train_trace: list[Tensor]
     query_trace: list[Tensor]
+    init_train: Tensor
+    init_query: Tensor
 
     def __init__(self, shrinkage: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -48,6 +50,7 @@ class Influence(Metric):
         self.add_state("train_trace", default=[], dist_reduce_fx="cat")
         self.add_state("query_trace", default=[], dist_reduce_fx="cat")
         self.add_state("init_train", default=torch.empty(0), dist_reduce_fx=None)
+        self.add_state("init_query", default=torch.empty(0), dist_reduce_fx=None)
 
     def update(
         self,
@@ -61,11 +64,12 @@ class Influence(Metric):
         Args:
             train_losses: ``[num_chains, draws, n_train]``.
             query_losses: ``[num_chains, draws, n_query]``; None where the training samples are the queries.
-            init_train: ``[n_train]``, losses at ``w*``, taken off before they are stored; None for zeros.
+            init_train: ``[n_train]``, losses at ``w*``, taken off before they are stored; None for zeros. The same at
+                every update.
             init_query: ``[n_query]``, the same of the queries.
 
         Raises:
-            ValueError: where the shapes do not fit each other.
+            ValueError: where the shapes do not fit each other, or the losses at ``w*`` are others than before.
         """
         queries = train_losses if query_losses is None else query_losses
         if train_losses.ndim != 3 or queries.ndim != 3 or train_losses.shape[:2] != queries.shape[:2]:
@@ -75,7 +79,13 @@ class Influence(Metric):
             )
         start = torch.zeros(train_losses.shape[2]) if init_train is None else init_train
         offset = start if query_losses is None else init_query
-        self.init_train = start.detach().double().to(self.device)
+        other = torch.zeros(queries.shape[2]) if offset is None else offset
+        inits = {"init_train": start, "init_query": other}
+        for name, value in inits.items():
+            new, known = value.detach().double().to(self.device), getattr(self, name)
+            if len(self.train_trace) and not torch.allclose(new, known, rtol=1e-4, atol=1e-6, equal_nan=True):
+                raise ValueError(f"{name}: not that of the update before. Give the same at every update, or reset().")
+            setattr(self, name, new)
         self.train_trace = [torch.cat([*self.train_trace, _above(train_losses, start).to(self.device)], dim=1)]
         self.query_trace = [torch.cat([*self.query_trace, _above(queries, offset).to(self.device)], dim=1)]
 

@@ -53,7 +53,12 @@ class LearningCoefficient(Metric):
         Args:
             loss: ``[num_chains, draws]`` losses along the chains.
             init_loss: the same shape, losses of the same minibatches at ``w*``.
+
+        Raises:
+            ValueError: where the shapes do not fit.
         """
+        if loss.ndim != 2:
+            raise ValueError(f"loss {tuple(loss.shape)}: expected [num_chains, draws].")
         new = learning_coefficient(loss, init_loss, self.nbeta).to(self.device)
         self.trace = [torch.cat([*self.trace, new], dim=1)]
 

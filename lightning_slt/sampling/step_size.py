@@ -184,7 +184,18 @@ def next_step(
         # still on the way up from w*: an LLC that is small today is no reason to creep from here on
         least = 0.7
     new = min(step * min(max(wanted, least), 3.0), ceiling)
+    if abs(float(trace.mean())) < LEAST_SCALE:
+        new = min(new, _held_by_pull(segment, posterior))
     return new, 0.6 < new / step < 1.7
+
+
+def _held_by_pull(segment: Segment, posterior: LocalPosterior) -> float:
+    """The step that adds :data:`HEAT` along directions that localisation alone holds. With a larger one an LLC far
+    below :data:`LEAST_SCALE` would be heat for the most part."""
+    precision = posterior.localization
+    if segment.pulled_square is not None:
+        precision *= float(segment.pulled_square.mean() / segment.square.mean().clamp(min=1e-300))
+    return 4.0 * HEAT / precision if precision > 0 else math.inf
 
 
 def scale_of(trace: Tensor) -> float:

@@ -120,13 +120,8 @@ class PhaseComparison:
         return Preference("undecided" if abs(odds) <= 2 * error else phase, odds, error)
 
 
-def _critical_size(loss: float, llc: float, multiplicity: float, constant: float) -> float | None:
-    """The larger N = n beta at which ``N loss = llc log N - multiplicity log log N + constant``, or None.
-
-    ``loss`` is what the simpler phase loses more, ``llc`` and ``multiplicity`` what the other has more of.
-    """
-    if llc <= 0 or loss <= 0:
-        return None
+def _without_multiplicity(loss: float, llc: float, constant: float) -> float | None:
+    """The larger N at which ``N loss = llc log N + constant``, or None."""
     # r N = log N + c is r' N' = log N' for N' = N e^c, r' = r e^-c
     exponent = constant / llc
     rate = loss / llc * math.exp(min(max(-exponent, -700.0), 700.0))
@@ -135,15 +130,29 @@ def _critical_size(loss: float, llc: float, multiplicity: float, constant: float
     if rate == 0.0:
         return math.inf
     size = float(-special.lambertw(-rate, -1).real / (loss / llc)) if rate > 1e-300 else math.inf
-    if multiplicity == 0 or not math.isfinite(size):
-        return size if size > math.e else None
+    return size if size > math.e else None
+
+
+def _critical_size(loss: float, llc: float, multiplicity: float, constant: float) -> float | None:
+    """The larger N = n beta at which ``N loss = llc log N - multiplicity log log N + constant``, or None.
+
+    ``loss`` is what the simpler phase loses more, ``llc`` and ``multiplicity`` what the other has more of.
+    """
+    if llc <= 0 or loss <= 0:
+        return None
+    if multiplicity == 0:
+        return _without_multiplicity(loss, llc, constant)
+    # log log N is between 0 and log N: beyond this the richer phase is preferred in any case
+    size = _without_multiplicity(loss, llc + max(-multiplicity, 0.0), constant)
+    if size is None or not math.isfinite(size):
+        return size
 
     def gap(log_size: float) -> float:
         return math.exp(log_size) * loss - llc * log_size + multiplicity * math.log(log_size) - constant
 
-    # log log N only bends the answer of m = 1: look from far beyond it downwards for the last change of sign
-    grid = np.linspace(math.log(size) + 3 + abs(multiplicity), 1.0 + 1e-6, 400)
-    values = np.array([gap(float(point)) for point in grid])
+    # from there downwards for the last change of sign
+    grid = np.linspace(math.log(size) + 1e-6, 1.0 + 1e-6, 400)
+    values = np.exp(grid) * loss - llc * grid + multiplicity * np.log(grid) - constant
     below = np.flatnonzero(values < 0)
     if below.size == 0 or below[0] == 0:
         return None

@@ -6,6 +6,7 @@ Seeds are fixed, so that a test passes or fails for good; the rates in comments 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -81,6 +82,12 @@ def test_constant_chains_at_different_values_have_not_mixed() -> None:
     draws = torch.tensor([[1.0], [2.0], [3.0]]).repeat(1, 100)
     assert rhat(draws) > 1e6  # no spread within, up to rounding
     assert standard_error(draws) >= 1.0 / math.sqrt(3)
+
+
+@pytest.mark.parametrize("function", [rhat, effective_sample_size, standard_error])
+def test_bfloat16_draws_are_read_as_what_they_are(function: Callable[[Tensor], float]) -> None:
+    draws = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert function(draws) == function(draws.double())
 
 
 def test_too_few_draws_to_split_give_nan() -> None:

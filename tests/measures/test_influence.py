@@ -125,3 +125,16 @@ def test_errors() -> None:
         Influence(shrinkage=0.5)
     with pytest.warns(UserWarning, match="compute"), pytest.raises(ValueError, match="no draws"):
         Influence().compute()
+
+
+@pytest.mark.parametrize("changed", ["init_train", "init_query"])
+def test_losses_at_the_start_that_change_between_updates_are_refused(changed: str) -> None:
+    """They had moved half of the draws: an influence of 2.6 between losses that had none."""
+    draws = torch.randn(2, 10, 3, generator=torch.Generator().manual_seed(0)) + 3.0
+    start = {"init_train": torch.full((3,), 3.0), "init_query": torch.full((3,), 3.0)}
+    metric = Influence()
+    metric.update(draws, draws, **start)
+    with pytest.raises(ValueError, match=f"{changed}: not that of the update before"):
+        metric.update(draws, draws, **{name: value for name, value in start.items() if name != changed})
+    metric.reset()
+    metric.update(draws, draws)

@@ -82,6 +82,12 @@ def test_losses_of_different_shapes_are_refused() -> None:
         LearningCoefficient(nbeta=1.0).update(torch.zeros(2, 3), torch.zeros(2, 2))
 
 
+@pytest.mark.parametrize("shape", [(8,), (1, 2, 8)])
+def test_losses_without_chains_and_draws_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="expected \\[num_chains, draws\\]"):
+        LearningCoefficient(1.0).update(torch.zeros(shape), torch.zeros(shape))
+
+
 def test_plot_shows_the_running_mean_of_each_chain() -> None:
     metric = LearningCoefficient(nbeta=50.0)
     metric.update(*losses())

@@ -56,6 +56,18 @@ def test_the_odds_are_even_at_the_critical_n_and_turn_there() -> None:
     assert (compared.preferred(0.5 * n).phase, compared.preferred(2 * n).phase) == ("first", "second")
 
 
+@pytest.mark.parametrize("gap", [0.06, 0.08, 0.1])
+def test_a_simple_phase_that_only_its_multiplicity_puts_ahead_has_a_critical_n(gap: float) -> None:
+    """At multiplicity 1 the loss of the simple phase is too high for it ever to be preferred."""
+    simple, rich = Phase(0.1 + gap, 0.0, 0.5, 0.0, 2.0), Phase(0.1, 0.0, 0.6, 0.0)
+    assert compare_phases(Phase(0.1 + gap, 0.0, 0.5, 0.0), rich).critical_n is None
+    compared = compare_phases(simple, rich, constant_se=0.0)
+    exact = optimize.brentq(lambda n: n * gap - 0.1 * math.log(n) - math.log(math.log(n)), 6.0, 1e3)
+    assert compared.critical_n == pytest.approx(exact)
+    assert compared.critical_n_interval == pytest.approx((exact, exact))
+    assert (compared.preferred(0.9 * exact).log_odds > 0, compared.preferred(1.1 * exact).log_odds > 0) == (True, False)
+
+
 def test_the_critical_n_scales_with_the_temperature() -> None:
     a, b = Phase(0.12, 0.0, 2.0, 0.0), Phase(0.10, 0.0, 4.0, 0.0)
     assert compare_phases(a, b, beta=0.25).critical_n == pytest.approx(4 * compare_phases(a, b).critical_n)
