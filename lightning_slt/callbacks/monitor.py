@@ -96,7 +96,9 @@ class SLTMonitor(DataFollowing):
         warm_start: chains start from the displacements of an earlier firing while these fit, which takes most of the
             burn-in away, see :mod:`lightning_slt.sampling.memory`; False: every firing starts at the weights.
         num_samples: n, where the data cannot tell.
-        name: key prefix and folder of this monitor (``slt_<name>``); several monitors are numbered without it.
+        name: key prefix and folder of this monitor (``slt_<name>``); several monitors are numbered without it. Those
+            that differ only in their sampler, or in submodules of one class, need names: a checkpoint could not tell
+            them apart, and Lightning refuses them ("more than one stateful callback").
         dirpath: folder of the local record; None for ``<logger's run folder>/slt``, below ``default_root_dir`` or the
             current directory where the logger's is on a remote filesystem.
         method: ``"auto"``, ``"sequential"`` or ``"batched"``, see :func:`~lightning_slt.estimate_llc`.
@@ -251,7 +253,7 @@ class SLTMonitor(DataFollowing):
     def state_key(self) -> str:
         """That of the name, where there is one; else it differs between monitors with other settings.
 
-        Two monitors of the same settings on different submodules need names.
+        Two monitors of the same settings on different submodules, or with different samplers, need names.
         """
         restrict = self._restrict
         if restrict is not None and not isinstance(restrict, str):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Optional, TypeVar
@@ -30,6 +29,7 @@ from lightning_slt.sampling.shadow import (
     without_compile,
 )
 from lightning_slt.sampling.step_state import StepState, changed_between, look
+from lightning_slt.sampling.step_tensors import StepTensors, TensorLook
 from lightning_slt.sampling.window import clone, tensors_in
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Objective:
         self._may_borrow = device is None and weights is None
         self._mutates = False
         self._weights = weights
-        self._written: list[tuple[nn.Module, str, Tensor]] = []
+        self._written = StepTensors()
         self._state: Optional[StepState] = None
         self.names = self._live_names
         self._loss_fn, self.given_loss = steps.loss_function(module, loss_fn), loss_fn
@@ -192,8 +192,8 @@ class Objective:
     def _losses_on(self, module: nn.Module, batch: Any) -> Tensor:
         if self._upcast:
             batch = _to_float32(batch)
-        if self._written:
-            self._rewind(module)
+        if self._written and module is self.module:
+            self._written.put_back()  # the loss must not depend on how often it was asked for
         if self._state is not None:
             self._state.put_back(module)
         with self._context():
@@ -215,17 +215,6 @@ class Objective:
         """Whether the step writes to buffers or to weights that do not move: they are put back before every call."""
         return bool(self._written)
 
-    def _rewind(self, module: nn.Module) -> None:
-        """Buffers and frozen weights as they were: the loss must not depend on how often it was asked for."""
-        if module is not self.module:
-            return
-        with torch.no_grad():
-            for owner, name, value in self._written:
-                if name in owner._buffers:
-                    owner._buffers[name] = value.clone()
-                else:
-                    owner._parameters[name].copy_(value)  # type: ignore[union-attr]
-
     def _given(self, name: str) -> Tensor:
         """A weight of the copy as it came: from the weights that were handed over, or from the live module."""
         source = self._weights if self._weights is not None else dict(self._live.named_parameters())
@@ -233,14 +222,7 @@ class Objective:
 
     def _find_written(self, batch: Any) -> None:
         """Which buffers and frozen weights one call of the step changes."""
-        moving = {id(p) for p in self.parameters()}
-        buffers = [
-            (owner, name, buffer, buffer._version, buffer.detach().clone())
-            for owner in self.module.modules()
-            for name, buffer in owner._buffers.items()
-            if buffer is not None
-        ]
-        frozen = [(name, p, _fingerprint(p)) for name, p in self.module.named_parameters() if id(p) not in moving]
+        before = TensorLook(self.module, self.parameters())
         try:
             with torch.no_grad():
                 self._without_hooks(lambda: self._loss_on(self.module, clone(batch)))
@@ -248,22 +230,10 @@ class Objective:
             raise
         except Exception as error:
             log.debug(f"could not see what the step writes to: {error}")
-        self._written = [
-            (owner, name, value)
-            for owner, name, buffer, version, value in buffers
-            if owner._buffers.get(name) is not buffer or buffer._version != version
-        ]
-        # no copies of these beforehand: they may be most of the model, and are hardly ever written to
-        for name, parameter, before in frozen:
-            if _fingerprint(parameter) != before:
-                path, _, last = name.rpartition(".")
-                self._written.append((self.module.get_submodule(path), last, self._given(name).to(parameter)))
+        self._written = before.written(self._given)
         if self._written:
-            self._rewind(self.module)
-            log.info(
-                f"the step writes to {', '.join(sorted({name for _, name, _ in self._written}))}: put back before "
-                "every call of the chains"
-            )
+            self._written.put_back()
+            log.info(f"the step writes to {', '.join(self._written.names)}: put back before every call of the chains")
 
     @property
     def autocast(self) -> bool:
@@ -312,7 +282,7 @@ class Objective:
                 self._find_written(batch)
                 self._adapt_copy(batch)
             if self.borrowed:
-                self._written, self._state = [], None
+                self._written, self._state = StepTensors(), None
             elif self.module is not copied:
                 self._find_written(batch)
         with self.active():
@@ -503,17 +473,6 @@ def refuse_lazy(module: nn.Module) -> None:
 
 def _to_float32(batch: Any) -> Any:
     return apply_to_collection(batch, Tensor, lambda x: x.float() if x.dtype in _LOW_PRECISION else x)
-
-
-def _fingerprint(parameter: Tensor) -> tuple[Any, ...]:
-    """What changes where a weight is written to, through ``.data`` too, which leaves its version as it was."""
-    try:
-        # of a shard what is here
-        local = getattr(parameter, "_local_tensor", parameter).detach()
-        total = float(local.sum(dtype=torch.float64))
-    except (RuntimeError, TypeError):  # a dtype that cannot be added up
-        return parameter._version, 0, 0.0
-    return parameter._version, local.data_ptr(), total if total == total else math.inf
 
 
 def _versions(batch: Any) -> list[tuple[int, int, bool]]:
