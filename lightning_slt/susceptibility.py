@@ -41,6 +41,8 @@ MAX_BASE = 2048
 LARGE_BATCH = 512
 MAX_SHIFTED = 1000
 MIN_READS = 8
+NAMED = 5
+"""Samples that a note names."""
 STEP = 0.7
 """Time step in the coordinates in which the posterior is round; shortened where chains leave it."""
 MAX_SHORTENINGS = 6
@@ -105,6 +107,7 @@ class _Component:
     num_weights: int
     num_draws: int
     reasons: tuple[str, ...]
+    notes: tuple[str, ...]
     index: Tensor
 
 
@@ -147,7 +150,7 @@ def measure_susceptibility(
     group = _known(shift, first.index)
     names = _names(group)
     nothing = torch.zeros(len(parts), 0, dtype=torch.float64)
-    notes = []
+    notes = [note for part in parts for note in part.notes]
     if shift.base is not None:
         notes.append(
             f"the loss of the original data is that of two random subsets of {len(shift.observed.index)}: their own "
@@ -209,25 +212,37 @@ def _measure(
     read = drawn.segment.read
     assert read is not None
     posterior = chains.posterior
-    good = ~diverged(drawn.segment, posterior.nbeta, len(objective.anchor)) & torch.isfinite(read).all(2).all(1)
+    good = ~diverged(drawn.segment, posterior.nbeta, len(objective.anchor)) & torch.isfinite(read[:, :, :2]).all(2).all(
+        1
+    )
     reasons: list[str] = []
+    notes: list[str] = []
     if not bool(good.all()):
         reasons.append(f"{name}: {int((~good).sum())} of {len(good)} chains have diverged")
     draws, m = read.shape[1], read.shape[2] - 2
     if draws < MIN_READS:
         reasons.append(f"{name}: {draws} readings of a chain are too few")
     per_chain = torch.full((settings.num_chains,), math.nan, dtype=torch.float64)
-    group = _known(shift, readers[-1].shifted.index)
+    index = readers[-1].shifted.index
+    group = _known(shift, index)
     names = _names(group)
-    if not bool(good.any()) or draws < 2:
-        whole, single, grouped = (_nothing(k) for k in (1, m, len(names)))
-        llc = math.nan
-    else:
+    # a sample without a number is no fault of the chains
+    usable = torch.isfinite(read[good][:, :, 2:]).all(1).all(0)
+    if bool(good.any()) and not bool(usable.all()):
+        left_out = index[~usable].tolist()
+        some = ", ".join(map(str, left_out[:NAMED])) + (", ..." if len(left_out) > NAMED else "")
+        said = f"{name}: the loss of {len(left_out)} of {m} shifted samples is not finite: left out ({some})"
+        (notes if bool(usable.any()) else reasons).append(said)
+    whole, single, grouped = (_nothing(k) for k in (1, m, len(names)))
+    llc = math.nan
+    if bool(good.any()) and bool(usable.any()) and draws >= 2:
         kept = read[good].double()
-        phi, base, losses = posterior.nbeta * kept[:, :, 0], kept[:, :, 1:2], kept[:, :, 2:]
+        phi, base, losses = posterior.nbeta * kept[:, :, 0], kept[:, :, 1:2], kept[:, :, 2:][:, :, usable]
         whole = susceptibility(phi, losses.mean(dim=2, keepdim=True) - base)
-        single = susceptibility(phi, losses - base)
-        grouped = susceptibility(phi, group_means(losses, group, names) - base) if group else _nothing(0)
+        single = _among(susceptibility(phi, losses - base), usable)
+        if group:
+            own = [g for g, kept_one in zip(group, usable.tolist(), strict=True) if kept_one]
+            grouped = susceptibility(phi, group_means(losses, own, names) - base)
         per_chain[good] = whole.per_chain[:, 0]
         llc = float(phi.mean())
         if whole.share > MIXED:
@@ -242,8 +257,19 @@ def _measure(
         len(objective.anchor),
         draws,
         tuple(reasons),
-        readers[-1].shifted.index,
+        tuple(notes),
+        index,
     )
+
+
+def _among(response: Response, usable: Tensor) -> Response:
+    """The response to every sample, NaN for those that are not usable."""
+    if bool(usable.all()):
+        return response
+    chi, se = (torch.full((len(usable),), math.nan, dtype=torch.float64) for _ in range(2))
+    per_chain = torch.full((len(response.per_chain), len(usable)), math.nan, dtype=torch.float64)
+    chi[usable], se[usable], per_chain[:, usable] = response.chi, response.se, response.per_chain
+    return Response(chi, se, per_chain, response.share)
 
 
 def _nothing(m: int) -> Response:

@@ -192,6 +192,30 @@ def test_groups_are_the_shift_towards_their_samples() -> None:
     assert torch.allclose(found.chi, found.matrix.mean(dim=1))
 
 
+def test_a_shifted_sample_without_a_number_is_left_out_and_named() -> None:
+    net, data, shifted = problem()
+    groups = ["a", "b", None] * (M // 3)
+    settings: dict[str, Any] = {"nbeta": NBETA, "localization": GAMMA, "num_chains": 4, "num_draws": 64}
+    x, y = (t.clone() for t in shifted.tensors)
+    x[3] = torch.nan  # of group a
+    rest = [k for k in range(M) if k != 3]
+    there = estimate_susceptibility(net, data, TensorDataset(x, y), half_square, groups=groups, **settings)
+    without = estimate_susceptibility(
+        net, data, TensorDataset(x[rest], y[rest]), half_square, groups=[groups[k] for k in rest], **settings
+    )
+    assert there.valid and any("1 of 12 shifted samples is not finite: left out (3)" in note for note in there.notes)
+    assert bool(there.matrix[:, 3].isnan().all()) and bool(there.matrix_se[:, 3].isnan().all())
+    for a, b in (
+        (there.matrix[:, rest], without.matrix),
+        (there.chi, without.chi),
+        (there.group_chi, without.group_chi),
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+    x[:] = torch.nan
+    nothing = estimate_susceptibility(net, data, TensorDataset(x, y), half_square, **settings)
+    assert not nothing.valid and bool(nothing.chi.isnan().all())
+
+
 def test_the_original_data_is_no_shift() -> None:
     net, data, _ = problem()
     found = estimate_susceptibility(net, data, data, half_square, nbeta=NBETA, localization=GAMMA, num_chains=4)
