@@ -25,6 +25,18 @@ def warn_of_failure(step: int, reason: str) -> None:
     rank_zero_warn(f"SLTMonitor: the measurement at step {step} failed and is left out; training goes on. {reason}")
 
 
+def warn_of_untrained(trainer: Trainer, module: nn.Module) -> None:
+    """Say which weights chains move and training does not; a run without an optimizer says nothing of its weights."""
+    trained = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    names = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in trained]
+    if trained and names:
+        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        rank_zero_warn(
+            f"SLTMonitor: {len(names)} parameters are in no optimizer and want a gradient ({some}): the chains move "
+            "them as well. restrict=[...] names those that are to move; requires_grad_(False) holds others where they are."
+        )
+
+
 def is_smoke_test(trainer: Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 

@@ -24,6 +24,7 @@ from lightning_slt.callbacks.arguments import (
     plain,
     second_moments,
     warn_of_failure,
+    warn_of_untrained,
 )
 from lightning_slt.callbacks.background import BackgroundFirings, warn_of_lost
 from lightning_slt.callbacks.data import TrainingData, check_num_samples, training_transfer
@@ -333,6 +334,8 @@ class SLTMonitor(DataFollowing):
             self._budget.least_size = 1.0 if beside else least_size(self._settings)
             # what passed since the last fit, or since a crash, is nobody's training; and every rank asks at once
             self._earned_until, self._ask_at = now, 0
+        if self._restrict is None and not is_sharded(trainer):
+            warn_of_untrained(trainer, pl_module)
         self._done_fast_run = False
         self._last_step = max(self._last_step, before)
         self._open_publisher(trainer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,3 +201,28 @@ def test_a_trainer_of_the_other_package_is_told_which_to_import(tmp_path: Path) 
         trainer.fit(Other(), torch.utils.data.DataLoader(data, 2))
     with pytest.raises(ValueError, match=r"Other is a module of pytorch_lightning.*lightning\.pytorch.*loss_fn"):
         estimate_llc(Other(), data)
+
+
+class HeadOnly(Net):
+    """The layers below the head are in no optimizer, and want a gradient all the same."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net[-1].parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("module", "settings", "said"),
+    [(HeadOnly, {}, True), (HeadOnly, {"restrict": "net.*"}, False), (Net, {}, False)],
+    ids=["head only", "restricted", "all"],
+)
+def test_weights_that_are_in_no_optimizer_are_said_to_move(
+    module: type[Any], settings: dict[str, Any], said: bool, tmp_path: Path
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Scenario(module, loaders).run(tmp_path, tiny_monitor(**settings))
+    found = [str(w.message) for w in caught if "in no optimizer" in str(w.message)]
+    assert len(found) == said
+    if said:
+        rest = [name for name, _ in module().named_parameters()][:-2]
+        assert f"{len(rest)} parameters" in found[0] and rest[0] in found[0]
