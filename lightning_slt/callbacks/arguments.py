@@ -33,7 +33,7 @@ def warn_of_untrained(trainer: Trainer, module: nn.Module) -> None:
         some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         rank_zero_warn(
             f"SLTMonitor: {len(names)} parameters are in no optimizer and want a gradient ({some}): the chains move "
-            "them as well. restrict=[...] names those that are to move; requires_grad_(False) holds others where they are."
+            "them as well. restrict=[...] names those that are to move; requires_grad_(False) holds others."
         )
 
 
