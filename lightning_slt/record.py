@@ -256,7 +256,7 @@ class RunRecord:
         """Forget what was recorded after ``step``: a resumed run measures those steps again."""
         if not self.path.exists():
             return
-        kept = [line for line in self._lines() if (json.loads(line).get("step") or 0) <= step]
+        kept = [line for line, estimate in self._lines() if (estimate.step or 0) <= step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self.path)
@@ -264,8 +264,7 @@ class RunRecord:
     def read(self, traces: bool = True) -> Iterator[Estimate]:
         """The estimates in order of writing. A line that was cut off by a crash is passed over, and so are one that
         is no estimate and a file of traces that cannot be read; the log names these."""
-        for line in self._lines():
-            estimate = Estimate.from_state_dict(json.loads(line))
+        for _, estimate in self._lines():
             path = self.trace_path(estimate)
             if traces and path.exists():
                 try:
@@ -278,7 +277,8 @@ class RunRecord:
                     )
             yield estimate
 
-    def _lines(self) -> Iterator[str]:
+    def _lines(self) -> Iterator[tuple[str, Estimate]]:
+        """The lines that are estimates, and what they say."""
         if not self.path.exists():
             return
         # what is no text is no line of ours
@@ -292,9 +292,9 @@ class RunRecord:
                 if not isinstance(found, dict):
                     continue
                 try:
-                    Estimate.from_state_dict(found)
+                    estimate = Estimate.from_state_dict(found)
                 except (KeyError, TypeError, ValueError) as error:
                     said = f"{type(error).__name__}: {error}"
                     log.warning(f"{self.path}: a line is no estimate and is passed over ({said}).")
                     continue
-                yield line
+                yield line, estimate

@@ -212,9 +212,8 @@ def _measure(
     read = drawn.segment.read
     assert read is not None
     posterior = chains.posterior
-    good = ~diverged(drawn.segment, posterior.nbeta, len(objective.anchor)) & torch.isfinite(read[:, :, :2]).all(2).all(
-        1
-    )
+    losses_read = torch.isfinite(read[:, :, :2]).all(2).all(1)
+    good = ~diverged(drawn.segment, posterior.nbeta, len(objective.anchor)) & losses_read
     reasons: list[str] = []
     notes: list[str] = []
     if not bool(good.all()):

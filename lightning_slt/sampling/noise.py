@@ -52,7 +52,7 @@ class NormalStream:
 
 
 class TableNormal(NormalStream):
-    """Numbers looked up with the bits of NumPy's SFC64: about a fifth of the time of torch's on a CPU core.
+    """Numbers looked up with the bits of NumPy's SFC64: about a quarter of the time of torch's on a CPU core.
 
     Example:
         >>> stream = TableNormal(0, 1)

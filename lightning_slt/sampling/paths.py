@@ -156,9 +156,9 @@ def choose_engine(objective: Objective, window: Window, num_chains: int, method:
             raise ValueError("method='batched' cannot be used: two chains do not fit the memory budget.")
         return Choice(sequential, "two chains do not fit the memory budget")
     if method == "auto" and width > FEW and objective.device.type in FEW_FIRST:
-        few = _try(objective, window, sequential, FEW, observed.pads, forecast=True)
-        if few.engine is None or few.gain_of(width) <= BATCHED_GAIN:
-            return Choice(sequential, few.reason or f"batched would be {few.gain_of(width):.2f} times as fast, no gain")
+        hopeless = _no_hope_for(width, _try(objective, window, sequential, FEW, observed.pads, forecast=True))
+        if hopeless:
+            return Choice(sequential, hopeless)
     trial = _try(objective, window, sequential, width, observed.pads)
     if trial.engine is None:
         if method == "batched":
@@ -197,6 +197,15 @@ class _Trial:
         """What more chains would gain, if a step of k of them takes a + b k seconds."""
         each = max((self.together - self.single) / (self.chains - 1), 0.0)
         return chains * self.alone / (self.together + (chains - self.chains) * each)
+
+
+def _no_hope_for(chains: int, few: _Trial) -> str:
+    """Why so many chains need not be tried; empty where they are. The trial of the few, whose engine has frozen weights
+    of its own, is not held meanwhile."""
+    gain = few.gain_of(chains)
+    if few.engine is not None and gain > BATCHED_GAIN:
+        return ""
+    return few.reason or f"batched would be {gain:.2f} times as fast, no gain"
 
 
 def _try(
