@@ -40,7 +40,7 @@ from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.overhead import Decision, OverheadBudget
 from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.samples import Probed, ProbedSamples
-from lightning_slt.callbacks.schedule import Schedule
+from lightning_slt.callbacks.schedule import Schedule, steps_of_run
 from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
 from lightning_slt.callbacks.structure import explained
 from lightning_slt.callbacks.susceptibilities import Measures
@@ -319,8 +319,7 @@ class SLTMonitor(DataFollowing):
             raise MisconfigurationException(f"SLTMonitor: {error}") from error
         if not self._data.counts_batches:
             check_num_samples(self._data.num_samples, self._settings.nbeta)
-        total = trainer.estimated_stepping_batches
-        self._explicit = self._schedule.explicit_steps(None if total in (-1, float("inf")) else int(total))
+        self._explicit = self._schedule.explicit_steps(steps_of_run(trainer))
         before = trainer.fit_loop.epoch_loop._batches_that_stepped
         if self._begins(trainer):
             self._forget()

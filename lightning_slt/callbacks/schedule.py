@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
 DEFAULT_LOG_SPACED = 20
 """Firings of a run where nothing is said: close together at first, when structure is built fast."""
 
@@ -28,6 +31,23 @@ def log_spaced_steps(count: int, last: Optional[int]) -> tuple[int, ...]:
     if count == 1 or last <= 1:
         return (max(last, 1),)
     return tuple(sorted({round(last ** (k / (count - 1))) for k in range(count)}))
+
+
+def steps_of_run(trainer: Trainer) -> Optional[int]:
+    """Batches that will step the optimiser, None where the run has no known end.
+
+    Lightning's own estimate takes the accumulation of the first epoch for every one.
+    """
+    total = trainer.estimated_stepping_batches
+    if total in (-1, math.inf):
+        return None
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    scheduler = next((c for c in callbacks if isinstance(c, GradientAccumulationScheduler)), None)
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if scheduler is None or not math.isfinite(batches) or epochs is None or epochs < 0:
+        return int(total)
+    steps = sum(math.ceil(batches / scheduler.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
 
 @dataclass(frozen=True)

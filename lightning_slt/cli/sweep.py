@@ -10,7 +10,7 @@ HELP = "Measure stored checkpoints: learning coefficient, influence and transiti
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The files, the settings and where to measure."""
-    parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help="files, such as checkpoints/*.ckpt")
+    parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help="files, or a folder of *.ckpt")
     parser.add_argument("--config", required=True, help="a YAML file with module, data and what the chains shall do")
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override a setting of the file"

@@ -71,7 +71,8 @@ def rhat(draws: Tensor) -> float:
     """Rank-normalised split R-hat: 1 where the chains agree with each other and each half with the other.
 
     Args:
-        draws: ``[num_chains, num_draws]``, finite. Fewer than four draws give NaN: there is nothing to split.
+        draws: ``[num_chains, num_draws]``. Fewer than four draws give NaN, there is nothing to split; so do draws
+            that are not finite.
 
     Returns:
         The larger of the bulk and the folded (tail) R-hat.
@@ -82,7 +83,7 @@ def rhat(draws: Tensor) -> float:
         True
     """
     array = _as_array(draws)
-    if array.shape[0] < 1 or array.shape[1] < 4:
+    if array.shape[0] < 1 or array.shape[1] < 4 or not np.isfinite(array).all():
         return math.nan
     split = _split(array)
     folded = np.abs(split - np.median(split))
@@ -93,10 +94,10 @@ def effective_sample_size(draws: Tensor) -> float:
     """Bulk effective sample size, in draws: rank-normalised split chains, Geyer's initial monotone sequence.
 
     Args:
-        draws: ``[num_chains, num_draws]``, finite. Fewer than four draws give NaN.
+        draws: ``[num_chains, num_draws]``. Fewer than four draws give NaN, and so do draws that are not finite.
     """
     array = _as_array(draws)
-    if array.shape[0] < 1 or array.shape[1] < 4:
+    if array.shape[0] < 1 or array.shape[1] < 4 or not np.isfinite(array).all():
         return math.nan
     return _ess(_rank_normalise(_split(array)))
 
@@ -117,10 +118,10 @@ def standard_error(draws: Tensor) -> float:
     without white noise on top). With the third 92 to 97 %; what is returned is 1.1 to 1.3 times the true error.
 
     Args:
-        draws: ``[num_chains, num_draws]``, finite.
+        draws: ``[num_chains, num_draws]``.
 
     Returns:
-        NaN where one chain has fewer than four draws.
+        NaN where one chain has fewer than four draws, or where draws are not finite.
 
     Example:
         >>> import torch
@@ -129,6 +130,8 @@ def standard_error(draws: Tensor) -> float:
     """
     array = _as_array(draws)
     chains, n = array.shape
+    if not np.isfinite(array).all():
+        return math.nan
     known = []
     if chains > 1:
         known.append(array.mean(axis=1).std(ddof=1) / math.sqrt(chains))

@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_slt.sweep.settings import AVERAGED
 
+WRAPPER = "module."
+"""What every name begins with in the weights of a wrapped module."""
 CURRENT, STATE = "current_model_state", "state_dict"
 """Where an averaging callback leaves the weights that train, and where the others are."""
+SUFFIX = ".ckpt"
+SHARDED = (".metadata", "meta.pt")
+"""Files that only the folder of a checkpoint in shards has: those of PyTorch and of Lightning."""
 _STEP = re.compile(r"step[=_](\d+)")
 
 
@@ -82,8 +87,18 @@ def weights_in(state: Mapping[str, Any], which: str, path: Path) -> dict[str, Te
     return dict(state[CURRENT] if which != AVERAGED and CURRENT in state else state[STATE])
 
 
+def unwrapped(weights: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The weights by the names that ``module`` has, where they were stored from inside ``DistributedDataParallel``."""
+    if all(name.startswith(WRAPPER) for name in weights) and weights.keys().isdisjoint(module.state_dict()):
+        return {name.removeprefix(WRAPPER): weight for name, weight in weights.items()}
+    return weights
+
+
 def in_order(paths: Sequence[Path]) -> tuple[list[Checkpoint], list[Checkpoint]]:
     """Checkpoints by step, and those that are left out since another one is of the same step (``last.ckpt``).
+
+    Args:
+        paths: files, and folders for the ``*.ckpt`` in them.
 
     Raises:
         FileNotFoundError, ValueError: as :meth:`Checkpoint.of`; ValueError for none at all.
@@ -92,12 +107,26 @@ def in_order(paths: Sequence[Path]) -> tuple[list[Checkpoint], list[Checkpoint]]
         raise ValueError("no checkpoints were given: name files, such as logs/version_0/checkpoints/*.ckpt.")
     kept: dict[int, Checkpoint] = {}
     left: list[Checkpoint] = []
-    for checkpoint in sorted((Checkpoint.of(path) for path in dict.fromkeys(paths)), key=lambda c: (c.step, c.path)):
+    files = dict.fromkeys(file for path in paths for file in _files_of(path))
+    for checkpoint in sorted((Checkpoint.of(file) for file in files), key=lambda c: (c.step, c.path)):
         if checkpoint.step in kept:
             left.append(checkpoint)
         else:
             kept[checkpoint.step] = checkpoint
     return list(kept.values()), left
+
+
+def _files_of(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    if any((path / name).exists() for name in SHARDED):
+        raise ValueError(
+            f"{path}: is one checkpoint in shards. Make a file of it: "
+            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+        )
+    if not (files := sorted(path.glob(f"*{SUFFIX}"))):
+        raise ValueError(f"{path}: a folder without checkpoints (*{SUFFIX}); name files, or the folder with them.")
+    return files
 
 
 def _step_of(state: Mapping[str, Any], path: Path) -> int:
@@ -127,4 +156,4 @@ def _digest(path: Path) -> str:
     return found.hexdigest()
 
 
-__all__ = ["Checkpoint", "in_order", "read_state", "weights_in"]
+__all__ = ["Checkpoint", "in_order", "read_state", "unwrapped", "weights_in"]

@@ -37,7 +37,7 @@ from lightning_slt.sampling.batches import (
 from lightning_slt.sampling.counting import batch_size_of
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import derive_seed, preserve_rng
-from lightning_slt.sweep.checkpoint import Checkpoint, read_state, weights_in
+from lightning_slt.sweep.checkpoint import Checkpoint, read_state, unwrapped, weights_in
 from lightning_slt.sweep.settings import SweepConfig, find
 
 
@@ -152,7 +152,7 @@ def make_objective(
     view = StillTrainer(_as_stored(state, step), datamodule, device)
     loss_fn = find(config.loss_fn, "loss_fn") if config.loss_fn is not None else None
     try:
-        weights = weights_in(state, config.weights, path)
+        weights = unwrapped(weights_in(state, config.weights, path), module)
         return Objective(module, loss_fn, config.restrict, device, trainer=view, weights=weights), datamodule
     except RuntimeError as error:
         raise ValueError(f"{path}: its weights do not fit module={config.module!r}: {error}") from error

@@ -63,7 +63,7 @@ def sweep(
     What an earlier call with the same settings has measured, also one that was interrupted, is taken from the folder.
 
     Args:
-        checkpoints: files, in any order.
+        checkpoints: files, in any order; a folder stands for the ``*.ckpt`` in it.
         config: how.
         executor: where; None for the devices of ``config``, see :mod:`lightning_slt.sweep.executors`.
         say: told what goes on, a line at a time.

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lightning_slt.transitions.curve import Curve, Step
-from lightning_slt.transitions.evidence import SIZES, persistence, without_spikes
+from lightning_slt.transitions.evidence import SIZES, Array, persistence, without_spikes
 from lightning_slt.transitions.newest import newest_step
 from lightning_slt.transitions.pauses import pauses
 from lightning_slt.transitions.reading import rolling_scatter, transition_of
@@ -44,7 +44,8 @@ def detect_transitions(
         llc: ``[n]`` local learning coefficient.
         llc_se: ``[n]`` its standard errors. Only a floor: the scale is the scatter from point to point.
         loss: ``[n]`` training loss at the same steps.
-        valid: ``[n]`` booleans; points that are not valid, or not finite, are left out.
+        valid: ``[n]`` booleans, or 1 and 0, with NaN or None where it is not known; points that are not True, or not
+            finite, are left out.
         false_alarms: tolerated false alarms in 100 points.
         min_change: smallest change of the LLC worth a flag.
         boundaries: steps at which the learning rate or the data changed.
@@ -55,7 +56,7 @@ def detect_transitions(
         still goes on at the last point, which is "provisional". Empty below 8 usable points.
 
     Raises:
-        ValueError: lengths differ, steps decrease, or a setting is out of range.
+        ValueError: lengths differ, steps decrease, ``valid`` holds something else, or a setting is out of range.
 
     Example:
         >>> import numpy as np
@@ -65,7 +66,7 @@ def detect_transitions(
         ('D', True, True)
     """
     x, y, se, z = (np.asarray(values, dtype=np.float64).ravel() for values in (steps, llc, llc_se, loss))
-    ok = np.ones(x.size, dtype=bool) if valid is None else np.asarray(valid, dtype=bool).ravel()
+    ok = np.ones(x.size, dtype=bool) if valid is None else _flags(valid)
     for name, array in (("llc", y), ("llc_se", se), ("loss", z), ("valid", ok)):
         if array.size != x.size:
             raise ValueError(f"{name}: expected one value for each of the {x.size} steps, got {array.size}.")
@@ -102,6 +103,22 @@ def detect_transitions(
         for number, (step, state) in enumerate(found)
     ]
     return [t for t in transitions if at_boundary == "annotate" or t.boundary is None]
+
+
+def _flags(valid: ArrayLike) -> Array:
+    """Booleans, as a table holds them: a column with gaps is one of numbers, or of objects."""
+    array = np.asarray(valid).ravel()
+    try:
+        if array.dtype.kind not in "biufO" or any(isinstance(value, str) for value in array.tolist()):
+            raise TypeError
+        numbers = array.astype(np.float64)  # None becomes NaN
+    except (TypeError, ValueError):
+        numbers = None
+    if numbers is None or not np.isin(numbers[~np.isnan(numbers)], (0.0, 1.0)).all():
+        raise ValueError(
+            f"valid: expected booleans, got {array[:3].tolist()}; text such as 'False' has to be made a boolean first."
+        )
+    return numbers == 1.0
 
 
 def _unfinished(curve: Curve, lo: int, threshold: float, min_change: float) -> Step | None:

@@ -90,6 +90,14 @@ def test_bfloat16_draws_are_read_as_what_they_are(function: Callable[[Tensor], f
     assert function(draws) == function(draws.double())
 
 
+@pytest.mark.parametrize("function", [rhat, effective_sample_size, standard_error])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_draws_that_are_not_finite_give_nan(value: float, function: Callable[[Tensor], float]) -> None:
+    draws = white(4, 50)
+    draws[1, 7] = value
+    assert math.isnan(function(draws))
+
+
 def test_too_few_draws_to_split_give_nan() -> None:
     draws = white(4, 3)
     assert math.isnan(rhat(draws)) and math.isnan(effective_sample_size(draws))

@@ -12,6 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     EMAWeightAveraging,
+    GradientAccumulationScheduler,
     ModelPruning,
     StochasticWeightAveraging,
 )
@@ -105,6 +106,15 @@ SETTINGS: dict[str, tuple[dict[str, Any], list[int]]] = {
 def test_whatever_is_asked_of_the_chains(settings: dict[str, Any], steps: list[int], tmp_path: Path) -> None:
     monitor = tiny_monitor(**settings)
     Scenario(Net, with_validation).assert_undisturbed(tmp_path, monitor)
+    assert steps_of(monitor) == steps
+
+
+@pytest.mark.parametrize(("scheduling", "steps"), [({1: 3}, [1, 3, 8]), ({0: 2, 1: 1}, [1, 3, 9])])
+def test_log_spaced_steps_end_with_the_run_where_accumulation_changes(
+    scheduling: dict[int, int], steps: list[int], tmp_path: Path
+) -> None:
+    scenario = Scenario(Net, with_validation, lambda: {"callbacks": [GradientAccumulationScheduler(dict(scheduling))]})
+    scenario.assert_undisturbed(tmp_path, monitor := tiny_monitor(log_spaced=3))
     assert steps_of(monitor) == steps
 
 

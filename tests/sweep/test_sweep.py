@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import nn
 
 from lightning_slt import RMSpropSGLD
 from lightning_slt.callbacks.devices import WorkerDevice
@@ -24,7 +26,7 @@ from lightning_slt.config import load
 from lightning_slt.influence_record import InfluenceRecord
 from lightning_slt.record import RunRecord
 from lightning_slt.sweep import SweepConfig, sweep
-from lightning_slt.sweep.checkpoint import Checkpoint
+from lightning_slt.sweep.checkpoint import Checkpoint, in_order, unwrapped
 from lightning_slt.sweep.executors import Executor, Outcome, locally, on_cluster
 from lightning_slt.sweep.point import Task, measure_point
 from lightning_slt.transition_record import TransitionLog
@@ -266,6 +268,20 @@ def test_files_that_are_no_checkpoints(config: SweepConfig, tmp_path: Path) -> N
         sweep([], config, here([]))
 
 
+def test_a_folder_stands_for_the_checkpoints_in_it(tmp_path: Path) -> None:
+    for step in (7, 5):
+        torch.save({"state_dict": runs.plain().state_dict()}, tmp_path / f"step={step}.ckpt")
+    (tmp_path / "notes.txt").touch()
+    found, left = in_order([tmp_path, tmp_path / "step=5.ckpt"])
+    assert [(c.step, c.path.name) for c in found] == [(5, "step=5.ckpt"), (7, "step=7.ckpt")] and not left
+    (empty := tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: a folder without checkpoints"):
+        in_order([empty])
+    (empty / ".metadata").touch()
+    with pytest.raises(ValueError, match=r"in shards.*consolidate_checkpoint .*empty"):
+        in_order([empty])
+
+
 @pytest.mark.parametrize("module", ["plain", "Model"])
 def test_pinned_snapshots_are_checkpoints_too(module: str, config: SweepConfig, tmp_path: Path) -> None:
     """Of a module that a function gives or a class; the step is in the file or in its name."""
@@ -275,6 +291,18 @@ def test_pinned_snapshots_are_checkpoints_too(module: str, config: SweepConfig, 
     torch.save({"state_dict": runs.plain().state_dict()}, tmp_path / "step=7.ckpt")
     result = sweep([tmp_path / "step=7.ckpt", tmp_path / "a.pt"], config, here([]))
     assert [(e.step, e.epoch) for e in result.estimates] == [(5, 0), (7, None)]
+
+
+def test_weights_stored_from_inside_ddp(config: SweepConfig, tmp_path: Path) -> None:
+    """The point of the same weights; a module that has a ``module`` of its own keeps its names."""
+    config.module, config.data, state = "tests.sweep.runs:plain", "tests.sweep.runs:dataset", runs.plain().state_dict()
+    torch.save({"state_dict": state, "step": 5}, tmp_path / "a.pt")
+    torch.save({"state_dict": {f"module.{name}": w for name, w in state.items()}, "step": 5}, tmp_path / "b.pt")
+    bare, wrapped = (sweep([tmp_path / name], config, here([])).estimates for name in ("a.pt", "b.pt"))
+    assert len(wrapped) == 1
+    assert_same_points(wrapped, bare)
+    inner = nn.Sequential(OrderedDict(module=nn.Linear(2, 1)))
+    assert unwrapped(inner.state_dict(), inner).keys() == {"module.weight", "module.bias"}
 
 
 @pytest.mark.parametrize(

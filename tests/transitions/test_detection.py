@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -300,6 +301,21 @@ def test_a_resumed_detector_goes_on_as_if_never_stopped(cut: int) -> None:
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
     assert found + feed(after, curve, first=cut) == expected
     assert after.state_dict() == whole.state_dict()
+
+
+def test_validity_is_read_as_a_table_holds_it() -> None:
+    """A column with gaps is one of numbers or of objects; text is no boolean."""
+    curve = stage()
+    valid = np.ones(60, bool)
+    valid[::7] = False
+    curve_of = (curve.steps, np.where(valid, curve.llc, -1e30), curve.llc_se, curve.loss)
+    expected = detect_transitions(*curve_of, valid)
+    assert len(expected) == 1
+    for column in (np.where(valid, 1.0, np.nan), [True if ok else None for ok in valid], valid.astype(int).tolist()):
+        assert detect_transitions(*curve_of, column) == expected
+    for column in ([str(ok) for ok in valid], [math.nan, *map(str, valid[1:])], valid * 2):
+        with pytest.raises(ValueError, match="valid: expected booleans, got"):
+            detect_transitions(*curve_of, column)
 
 
 def test_mistakes_are_named() -> None:
