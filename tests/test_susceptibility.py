@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_slt import SGLD, SusceptibilityEstimate, estimate_llc, estimate_susceptibility, susceptibility
+from lightning_slt import SGLD, SusceptibilityEstimate, estimate_llc, estimate_susceptibility
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.samples import Samples, choose_samples
-from lightning_slt.susceptibility import Shift, measure_susceptibility
+from lightning_slt.susceptibility import Shift, measure_susceptibility, shift
 
 N, M, D = 60, 12, 4
 NBETA, GAMMA = 600.0, 40.0
@@ -229,7 +229,7 @@ def test_sgld_that_is_given_finds_the_same_within_its_error() -> None:
 
 
 def test_more_data_than_is_read_is_represented_by_two_disjoint_subsets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(susceptibility, "MAX_BASE", 40)
+    monkeypatch.setattr(shift, "MAX_BASE", 40)
     found = measured(components={"all": None}, num_chains=4, num_draws=64)
     assert "two random subsets of 20" in found.notes[0]
     net, data, shifted = problem()

@@ -10,7 +10,6 @@ from typing import Any, Optional, Union
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_slt.estimate import ChainSettings, run_chains, state_dict_of
 from lightning_slt.functional.influence import (
@@ -22,31 +21,21 @@ from lightning_slt.influence.probes import probe_set
 from lightning_slt.influence.reader import InfluenceReader
 from lightning_slt.influence.wide import COLD_BURNIN, MAX_SHORTENINGS, SHORTENING, with_wide_means
 from lightning_slt.influence_record import InfluenceEstimate
-from lightning_slt.sampling.arguments import check_count, check_data
-from lightning_slt.sampling.batches import DatasetSource, source_of
+from lightning_slt.sampling.arguments import check_count
 from lightning_slt.sampling.chains import Chains
-from lightning_slt.sampling.counting import batch_size_of
 from lightning_slt.sampling.metric import curvature_at
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.rng import PROBE, generator, preserve_rng
 from lightning_slt.sampling.samplers import KineticLangevin, Sampler, as_sampler
-from lightning_slt.sampling.samples import GroupFn
+from lightning_slt.sampling.samples import GroupFn, indexed_source
 from lightning_slt.sampling.steps import LossFn, NoLossError
 
 log = logging.getLogger(__name__)
 
 MAX_TRAIN = 10_000
 """Training samples of a one-call estimate where nothing else is said."""
-FULL_BATCH = 2048
-"""Data sets up to this size are seen whole at every step."""
-LARGE_BATCH = 512
-"""Minibatch of larger ones: momentum does not take the minibatches' heat off."""
-NO_INDEX = (
-    "influence needs samples that can be asked for by number. Give a map-style Dataset (with __len__ and __getitem__), "
-    "or a DataLoader over one without a batch sampler of its own."
-)
 
 
 def estimate_influence(
@@ -161,10 +150,11 @@ def estimate_influence(
         raise ValueError(f"localization={localization}: gives no nbeta. Give nbeta= too, or a positive localization.")
     with torch.inference_mode(False), preserve_rng(seed):
         objective = Objective(module, loss_fn, restrict, device, weights=state_dict_of(weights))
-        train = _indexed("train_data", train_data, batch_size, objective, seed, num_samples, full_batch)
+        train = indexed_source("influence", "train_data", train_data, batch_size, objective.device, seed, full_batch)
+        train.num_samples = num_samples or train.num_samples
         query = None
         if query_data is not None:
-            query = _indexed("query_data", query_data, 1, objective, seed, None, False)
+            query = indexed_source("influence", "query_data", query_data, 1, objective.device, seed)
         probes = probe_set(train, query, max_train, max_query, seed, group_fn, per_token)
         readers: list[InfluenceReader] = []
         samplings: list[InfluenceSampling] = []
@@ -217,35 +207,3 @@ def estimate_influence(
         if samplings and nbeta is None and localization is None:
             found = with_wide_means(found, readers[0], samplings[-1], objective, train, settings, chains.method)
     return found.replace(seconds=time.perf_counter() - start)
-
-
-def _indexed(
-    name: str,
-    data: Any,
-    batch_size: Optional[int],
-    objective: Objective,
-    seed: int,
-    num_samples: Optional[int],
-    full_batch: Optional[bool],
-) -> DatasetSource:
-    """The source of data whose samples can be asked for by number.
-
-    Raises:
-        ValueError: where they cannot.
-    """
-    check_data(name, data)
-    dataset = data.dataset if isinstance(data, DataLoader) else data
-    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise ValueError(f"{name}: {NO_INDEX}")
-    n = len(dataset)
-    if n == 0:
-        raise ValueError(f"{name}: the dataset is empty.")
-    if full_batch or (full_batch is None and batch_size is None and n <= FULL_BATCH):
-        batch_size, full_batch = max(n, 1), True
-    elif batch_size is None:
-        batch_size = max(batch_size_of(data) or 1, LARGE_BATCH)
-    source = source_of(data, batch_size, objective.device, seed)
-    if not isinstance(source, DatasetSource):
-        raise ValueError(f"{name}: {NO_INDEX}")
-    source.num_samples = num_samples or source.num_samples
-    return source

@@ -9,18 +9,66 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_slt.sampling.batches import MOST_SHUFFLED, DatasetSource
+from lightning_slt.sampling.arguments import check_data
+from lightning_slt.sampling.batches import MOST_SHUFFLED, DatasetSource, source_of
+from lightning_slt.sampling.counting import batch_size_of
 from lightning_slt.sampling.rng import CHOICE, generator
 
 MAX_SAMPLES = 1000
 """Of the training set that are looked at where nothing else is said."""
 MAX_CHUNK = 1024
+ALL_AT_ONCE = 2048
+"""Data sets up to this size are seen whole at every step by chains with momenta."""
+LARGE_BATCH = 512
+"""Minibatch of larger ones: momentum does not take the minibatches' heat off."""
 CHECKED = 8
 """Samples that are read twice, to see whether the dataset gives the same ones again."""
 
 GroupFn = Callable[[Any], Any]
 """The group of a sample, as the dataset gives it."""
+
+
+def indexed_source(
+    purpose: str,
+    name: str,
+    data: Any,
+    batch_size: Optional[int],
+    device: torch.device,
+    seed: int,
+    full_batch: Optional[bool] = None,
+) -> DatasetSource:
+    """The source of data whose samples can be asked for by number.
+
+    Args:
+        purpose: what they are asked for, as an error names it.
+        name: of the argument that ``data`` is.
+        batch_size: None for all the data up to 2,048 samples; of more, for that of the loader, 512 at the least.
+        full_batch: every minibatch is all the data; None for where ``batch_size`` says so.
+
+    Raises:
+        ValueError: where they cannot be, or there are none.
+        TypeError: for something that is no data.
+    """
+    no_index = (
+        f"{name}: {purpose} needs samples that can be asked for by number. Give a map-style Dataset (with __len__ and "
+        "__getitem__), or a DataLoader over one without a batch sampler of its own."
+    )
+    check_data(name, data)
+    dataset = data.dataset if isinstance(data, DataLoader) else data
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ValueError(no_index)
+    if len(dataset) == 0:
+        raise ValueError(f"{name}: the dataset is empty.")
+    if full_batch is None:
+        full_batch = batch_size is None and len(dataset) <= ALL_AT_ONCE
+    if batch_size is None:
+        batch_size = max(batch_size_of(data) or 1, LARGE_BATCH)
+    source = source_of(data, len(dataset) if full_batch else batch_size, device, seed)
+    if not isinstance(source, DatasetSource):
+        raise ValueError(no_index)
+    return source
 
 
 def choose_samples(n: int, limit: Optional[int], seed: int) -> list[int]:

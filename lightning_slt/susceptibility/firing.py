@@ -1,0 +1,109 @@
+"""The susceptibility of every component, from its own chains: behind every road to an estimate."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Optional
+
+import torch
+
+from lightning_slt.estimate import ChainSettings
+from lightning_slt.sampling.batches import DatasetSource
+from lightning_slt.sampling.collective import Alone, Collective
+from lightning_slt.sampling.objective import Objective
+from lightning_slt.susceptibility.chains import run_component
+from lightning_slt.susceptibility.reading import Component, names_of, read_component
+from lightning_slt.susceptibility.shift import Shift, ShiftReader
+from lightning_slt.susceptibility_record import SusceptibilityEstimate
+
+
+def measure_susceptibility(
+    components: Mapping[str, Callable[[], Objective]],
+    source: DatasetSource,
+    shift: Shift,
+    settings: ChainSettings,
+    collective: Optional[Collective] = None,
+    prepare: Optional[Callable[[Objective], None]] = None,
+    localization: Optional[Mapping[str, float]] = None,
+) -> SusceptibilityEstimate:
+    """Run the chains of each component and read its susceptibility off them: behind every road to an estimate.
+
+    Args:
+        components: by name, what makes the loss with that component's weights moving.
+        source: minibatches of the original data.
+        shift: the samples.
+        settings: with ``sampler=None``: kinetic Langevin chains in the metric of the curvature.
+        collective: ranks that share the chains.
+        prepare: called with each loss on every rank, where ranks have to agree on it.
+        localization: gamma of each component, where a curve has begun with one; else that of ``settings``.
+
+    Raises:
+        ValueError: as :func:`~lightning_slt.estimate.measure_llc`, and for a loss that couples samples.
+    """
+    start = time.perf_counter()
+    collective = collective or Alone()
+    found: dict[str, Component] = {}
+    for name, make in components.items():
+        made: list[Objective] = []
+        collective.exchange(lambda make=make, made=made: made.append(make()))  # type: ignore[misc]
+        if prepare is not None:
+            prepare(made[0])
+        source.forget()
+        gamma = (localization or {}).get(name, settings.localization)
+        asked = dataclasses.replace(settings, localization=gamma)
+        found[name] = _measure(name, made[0], source, shift, asked, collective)
+    first, parts = next(iter(found.values())), list(found.values())
+    names = names_of(shift.groups_of(first.index))
+    nothing = torch.zeros(len(parts), 0, dtype=torch.float64)
+    notes = [note for part in parts for note in part.notes]
+    if shift.base is not None:
+        notes.append(
+            f"the loss of the original data is that of two random subsets of {len(shift.observed.index)}: their own "
+            "sampling error is not in se"
+        )
+    reasons = tuple(reason for part in parts for reason in part.reasons)
+    return SusceptibilityEstimate(
+        components=tuple(found),
+        chi=torch.stack([p.whole.chi[0] for p in parts]),
+        se=torch.stack([p.whole.se[0] for p in parts]),
+        per_chain=torch.stack([p.per_chain for p in parts]),
+        matrix=torch.stack([p.single.chi for p in parts]),
+        matrix_se=torch.stack([p.single.se for p in parts]),
+        sample_index=first.index,
+        groups=names,
+        group_chi=torch.stack([p.by_group.chi for p in parts if p.by_group is not None]) if names else nothing,
+        group_se=torch.stack([p.by_group.se for p in parts if p.by_group is not None]) if names else nothing,
+        llc=torch.tensor([p.llc for p in parts], dtype=torch.float64),
+        nbeta=first.posterior.nbeta,
+        localization=tuple(p.posterior.localization for p in parts),
+        num_weights=tuple(p.num_weights for p in parts),
+        num_samples=source.num_samples,
+        num_chains=settings.num_chains,
+        num_draws=first.num_draws,
+        valid=not reasons,
+        reasons=reasons,
+        notes=tuple(notes),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _measure(
+    name: str,
+    objective: Objective,
+    source: DatasetSource,
+    shift: Shift,
+    settings: ChainSettings,
+    collective: Collective,
+) -> Component:
+    readers: list[ShiftReader] = []
+
+    def make_reader() -> ShiftReader:
+        readers.append(ShiftReader(objective, shift, settings.seed))
+        return readers[-1]
+
+    drawn, chains = run_component(objective, source, settings, collective, make_reader)
+    index = readers[-1].shifted.index
+    group = shift.groups_of(index)
+    return read_component(name, drawn.segment, chains.posterior, len(objective.anchor), index, group)

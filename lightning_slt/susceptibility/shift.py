@@ -1,0 +1,75 @@
+"""What the data is shifted to: the samples of both sides, and their losses at the chains' weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from lightning_slt.sampling.batches import DatasetSource
+from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.probe import Probe
+from lightning_slt.sampling.samples import ALL_AT_ONCE, LARGE_BATCH, Samples, choose_samples
+
+MAX_BASE = ALL_AT_ONCE
+"""Samples of the original data whose loss is read at every draw; more are represented by two random subsets."""
+
+
+@dataclass(frozen=True)
+class Shift:
+    """The samples that are read: those of the original data, and those it is shifted to.
+
+    Attributes:
+        observed, base: original samples behind the integrand and behind the loss difference. The same ones where all
+            are read; else two disjoint random subsets, since one would have its own sampling error squared.
+        shifted: samples of the shifted data.
+        group: of each shifted sample, None where there are none.
+    """
+
+    observed: Samples
+    base: Optional[Samples]
+    shifted: Samples
+    group: Optional[list[Optional[str]]] = None
+
+    @staticmethod
+    def of(source: DatasetSource, shifted: Samples, seed: int, group: Optional[list[Optional[str]]] = None) -> Shift:
+        """With samples of the original data chosen from ``source``."""
+        n = source.num_indexed
+        chosen = choose_samples(n, MAX_BASE, seed)
+        if n <= MAX_BASE:
+            return Shift(Samples.of(source, chosen), None, shifted, group)
+        # in order of position, which may carry meaning, every second one: two samples of the whole
+        return Shift(Samples.of(source, chosen[::2]), Samples.of(source, chosen[1::2]), shifted, group)
+
+    def groups_of(self, index: Tensor) -> Optional[list[Optional[str]]]:
+        """The groups of shifted samples, None where there are none."""
+        if self.group is None:
+            return None
+        group = dict(zip(self.shifted.index, self.group, strict=True))
+        return [group[int(i)] for i in index]
+
+
+class ShiftReader:
+    """``[chains, d]`` weights to ``[chains, 2 + m]``: mean losses of both original sets, and losses of m samples."""
+
+    def __init__(self, objective: Objective, shift: Shift, seed: int) -> None:
+        self._observed = Probe(objective, shift.observed, seed=seed)
+        self._base = Probe(objective, shift.base, seed=seed) if shift.base is not None else None
+        self.shifted = Probe(objective, shift.shifted, seed=seed)
+
+    def __call__(self, weights: Tensor, slopes: Optional[Tensor] = None) -> Tensor:
+        observed = self._observed(weights).double().mean(dim=1, keepdim=True)
+        base = observed if self._base is None else self._base(weights).double().mean(dim=1, keepdim=True)
+        return torch.cat([observed, base, self.shifted(weights).double()], dim=1)
+
+
+def chain_batch(n: int) -> int:
+    """Minibatch of the chains: all the data where that is not much, for momentum keeps the minibatches' noise.
+
+    Example:
+        >>> chain_batch(100), chain_batch(50_000)
+        (100, 512)
+    """
+    return max(n, 1) if n <= ALL_AT_ONCE else LARGE_BATCH
