@@ -36,7 +36,9 @@ TIMED_STEPS = 8
 BATCHED_GAIN = 1.25
 """How much faster the batched path must be to be kept: near ties go to the path that always works, at every run."""
 HOPELESS = 2.0
-"""A batched step that takes this many times what it may is not timed again."""
+"""Batched steps of which the fastest takes this many times what it may are not timed any more, ..."""
+HICCUP = 0.05
+"""... once they have taken these seconds: on a machine that does other things a short step may wait as long."""
 
 
 @dataclass(frozen=True)
@@ -299,12 +301,13 @@ class _Probe:
         """Of a step of so many of the chains: the fastest of a few, and of one where that is nowhere near ``enough``.
         Binding is left out: chains are bound once for many steps."""
         engine.bind(self._weights[:chains], self._grad[:chains])
-        best = float("inf")
+        best, spent = math.inf, 0.0
         for _ in range(max(2, TIMED_STEPS // chains)):
             start = self._now()
             engine(self._window, self._indices[:chains])
-            best = min(best, self._now() - start)
-            if best > HOPELESS * enough:
+            took = self._now() - start
+            best, spent = min(best, took), spent + took
+            if best > HOPELESS * enough and spent > HICCUP:
                 break
         return best
 

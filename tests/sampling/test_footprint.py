@@ -151,3 +151,40 @@ def test_two_chains_are_tried_before_as_many_as_fit_where_those_would_fill_a_gpu
         assert choice.reason.startswith(f"{8 / (fixed + 8 * each):.1f} times the speed")
     else:
         assert choice.reason == f"batched would be {8 / (fixed + 8 * each):.2f} times as fast, no gain"
+
+
+@pytest.mark.parametrize(
+    ("unit", "slow", "method", "timed"),
+    [
+        pytest.param(1e-4, 1, "batched", 4, id="a short step that had to wait is timed again"),
+        pytest.param(1e-4, 9, "sequential", 4, id="short steps that are slow are not kept"),
+        pytest.param(1.0, 9, "sequential", 1, id="a long step is not taken twice to see that it is hopeless"),
+    ],
+)
+def test_a_machine_that_is_busy_for_a_moment_does_not_decide_the_path(
+    unit: float, slow: int, method: str, timed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of one chain takes a unit on this clock, of two at once a unit too, but 20 for the first ``slow``."""
+    clock, calls = 0.0, 0
+    step, batched = SequentialEngine.step, BatchedEngine.__call__
+
+    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal clock
+        clock += unit
+        return step(self, *args, **kwargs)
+
+    def together(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal clock, calls
+        calls += 1
+        # the first is compared with the other path, not timed
+        clock += 20 * unit if 1 < calls <= 1 + slow else unit
+        return batched(self, *args, **kwargs)
+
+    monkeypatch.setattr(SequentialEngine, "step", alone)
+    monkeypatch.setattr(BatchedEngine, "__call__", together)
+    monkeypatch.setattr(paths, "_now", lambda device: clock)
+    monkeypatch.setattr(paths, "COMPUTE_BOUND", 10.0)
+    objective = Objective(nn.Linear(4, 4), mean_squared)
+    window = source_of(TensorDataset(torch.randn(8, 4), torch.randn(8, 4)), 2, objective.device, 0).window(0)
+    assert choose_engine(objective, window, 2).engine.method == method
+    assert calls == 1 + timed
