@@ -285,7 +285,7 @@ def suspect_text(sample: Optional[Rendered], index: int) -> str:
 def _font(size: float) -> ImageFont.FreeTypeFont:
     """The font of the other pictures, which comes with matplotlib. The basic layout: it needs no further library."""
     path = Files(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _sheet(

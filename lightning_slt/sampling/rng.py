@@ -15,7 +15,7 @@ NOISE, MINIBATCHES, LOADER, PROBE, CHOICE, START = range(6)
 
 def derive_seed(*key: int) -> int:
     """A 63-bit seed that is a hash of a key such as ``(seed, chain, stream)``."""
-    return int(np.random.SeedSequence([k % 2**64 for k in key]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence([k % 2**64 for k in key]).generate_state(1, np.uint64)[0]) >> 1
 
 
 def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
