@@ -332,9 +332,10 @@ def uniform_samples(loader: Any) -> tuple[bool, Optional[Sequence[int]]]:
         return False, None
     if _iterates_its_own_way(loader):
         return False, None
-    if _kind(loader.batch_sampler) is not BatchSampler or not hasattr(loader.dataset, "__len__"):
+    batches: Any = loader.batch_sampler
+    if _kind(batches) is not BatchSampler or not hasattr(loader.dataset, "__len__"):
         return False, None
-    sampler: Any = loader.batch_sampler.sampler  # a loader that is given a batch sampler has none of its own
+    sampler: Any = batches.sampler  # a loader that is given a batch sampler has none of its own
     if isinstance(sampler, DistributedSamplerWrapper):
         sampler = getattr(sampler.dataset, "_sampler", None)  # what the user's own sampler was before DDP
     kind = _kind(sampler)
