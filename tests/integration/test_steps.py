@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
+from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -111,6 +113,38 @@ def test_attribute_that_blocks_the_copy_is_named(tmp_path: Path, caplog: pytest.
     Scenario(UNCOPYABLE["memory view"], loaders).run(tmp_path, monitor)
     assert steps_of(monitor) == [4, 8, 12]
     assert "Holds.held" in caplog.text
+
+
+def test_an_object_that_can_be_called_is_named_as_any_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A connection to a database can be called: the attribute after it was named, with the error of the connection."""
+    module = models.Holds(lambda _: sqlite3.connect(":memory:"))
+    module.later = threading.local()  # type: ignore[assignment]
+    monitor = tiny_monitor()
+    quiet_trainer(tmp_path, callbacks=[monitor]).fit(module, **loaders())
+    assert steps_of(monitor) == [4, 8, 12]
+    assert "the attribute Holds.held blocks it (TypeError: cannot pickle 'sqlite3.Connection' object)" in caplog.text
+
+
+def test_a_module_that_is_profiled_is_copied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The profiler's hooks of the modules hold records of what has run, which torch cannot copy."""
+    monitor = tiny_monitor(every_n_train_steps=3)
+    profiler = PyTorchProfiler(str(tmp_path), export_to_chrome=False)
+    quiet_trainer(tmp_path, callbacks=[monitor], profiler=profiler).fit(Net(), **loaders())
+    assert steps_of(monitor) == [3, 6, 9, 12]
+    assert "cannot be copied" not in caplog.text
+
+
+class OfAnotherClass(torch.Tensor):
+    """Without new_empty(), which a copy asks for."""
+
+
+def test_a_weight_that_blocks_the_copy_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = models.Plain()
+    module.net.bias = torch.nn.Parameter(torch.zeros(models.CLASSES).as_subclass(OfAnotherClass))
+    monitor = tiny_monitor()
+    quiet_trainer(tmp_path, callbacks=[monitor]).fit(module, **loaders())
+    assert steps_of(monitor) == [4, 8, 12]
+    assert "['bias'] blocks it (RuntimeError" in caplog.text
 
 
 # ----------------------------------------------------------------------------------------------------------- strategies
