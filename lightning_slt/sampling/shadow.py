@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import functools
 import io
 import threading
 import types
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
+from contextvars import ContextVar
 from multiprocessing.connection import Connection
 from typing import Any, Optional
 
@@ -27,8 +30,8 @@ def shadow_copy(module: nn.Module) -> nn.Module:
     """A copy that shares no parameter, buffer or submodule with ``module``, in eval mode, without ``torch.compile``.
 
     ``copy.deepcopy`` does most of it. An attribute that it cannot copy is stood in for: a cached non-leaf tensor by its
-    detached clone, a generator by one in the same state, an iterator by one that refuses to be read; locks, pipes and
-    open files, which hold no weights, are shared.
+    detached clone, a generator by one in the same state, an iterator by one that refuses to be read; locks, pipes,
+    open files, executors and Python modules, which hold no weights, are shared.
 
     Raises:
         CopyError: where an attribute of another kind blocks the copy, or where the copy still shares a parameter.
@@ -252,6 +255,10 @@ _SHARED = (
     threading.Condition,
     threading.Semaphore,
     threading.Thread,
+    Executor,
+    asyncio.AbstractEventLoop,
+    ContextVar,
     io.IOBase,
+    types.ModuleType,  # all that was ever imported can be reached from one
     record_function,  # of PyTorchProfiler, which keeps them in its hooks of the modules
 )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import sqlite3
 import threading
+import types
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +99,9 @@ UNCOPYABLE: dict[str, Callable[[], Net]] = {
     "file handle": lambda: models.Holds(lambda _: open(__file__)),  # noqa: SIM115
     "legacy weight_norm": models.OldWeightNorm,
     "python generator": lambda: models.Holds(lambda _: (i for i in range(3))),
+    "Python modules": lambda: models.Holds(lambda _: [torch.nn.functional, json]),
+    "executor": lambda: models.Holds(lambda _: ThreadPoolExecutor(1)),
+    "event loop": lambda: models.Holds(lambda _: asyncio.new_event_loop()),
     "memory view": lambda: models.Holds(lambda _: memoryview(b"abc")),
 }
 
@@ -113,6 +120,31 @@ def test_attribute_that_blocks_the_copy_is_named(tmp_path: Path, caplog: pytest.
     Scenario(UNCOPYABLE["memory view"], loaders).run(tmp_path, monitor)
     assert steps_of(monitor) == [4, 8, 12]
     assert "Holds.held" in caplog.text
+
+
+@pytest.mark.parametrize("blocked", [False, True], ids=["in a copy", "in place"])
+def test_a_python_module_is_neither_copied_nor_looked_through(
+    blocked: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All that was ever imported was copied piece by piece, which took seconds a firing and could end the process."""
+    settings = types.ModuleType("settings")
+    settings.sub, settings.reads = torch.nn.functional, []
+
+    class Reads(models.Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            settings.reads.append(self.settings is settings)
+            return self.settings.sub.cross_entropy(self.net(batch[0]), batch[1])
+
+    module = Reads()
+    module.settings = settings  # type: ignore[assignment]
+    if blocked:
+        module.blocks = memoryview(b"abc")  # type: ignore[assignment]
+    monitor = tiny_monitor()
+    quiet_trainer(tmp_path, callbacks=[monitor]).fit(module, **loaders())
+    assert steps_of(monitor) == [4, 8, 12]
+    assert len(settings.reads) > 12 and all(settings.reads)  # its state is of no module: chains add to it as well
+    assert ("cannot be copied" in caplog.text) is blocked
+    assert sum(e.seconds for e in monitor.estimates) < 4
 
 
 def test_an_object_that_can_be_called_is_named_as_any_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
