@@ -25,15 +25,32 @@ def write_durably(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: where it cannot be written; no half file is left.
     """
+
+    def to_the_disk(temporary: Path) -> None:
+        write(temporary)
+        _sync(temporary)
+
+    write_whole(path, to_the_disk)
+    _sync(path.parent)
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """As :func:`write_durably`, without waiting for the disk: whole after a crash of the process, not of the machine.
+
+    Args:
+        path: the file; its folder is made.
+        write: writes a whole file at the path that it is given.
+
+    Raises:
+        OSError: where it cannot be written; no half file is left, which would keep a full disk full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        _sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)
 
 
 def write_checked(path: Path, data: bytes) -> None:
@@ -86,4 +103,4 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-__all__ = ["DamagedFileError", "read_checked", "write_checked", "write_durably"]
+__all__ = ["DamagedFileError", "read_checked", "write_checked", "write_durably", "write_whole"]

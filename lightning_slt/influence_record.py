@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save
 from scipy import stats
 from torch import Tensor
 
+from lightning_slt.durable import write_whole
+
 log = logging.getLogger(__name__)
 
 INFLUENCE_FOLDER = "influence"
@@ -371,15 +373,10 @@ class InfluenceRecord:
         Raises:
             OSError: where the folder cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         tensors, text = self.paths(estimate.step)
-        for path, data in (
-            (tensors, save(estimate.tensors())),
-            (text, (json.dumps(estimate.scalars(), indent=1, allow_nan=False) + "\n").encode()),
-        ):
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
+        scalars = (json.dumps(estimate.scalars(), indent=1, allow_nan=False) + "\n").encode()
+        write_whole(tensors, lambda temporary: temporary.write_bytes(save(estimate.tensors())))
+        write_whole(text, lambda temporary: temporary.write_bytes(scalars))
 
     def load(self, step: Optional[int]) -> InfluenceEstimate:
         """What was measured at a step.

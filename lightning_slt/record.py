@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_slt.durable import write_whole
 from lightning_slt.functional.learning_coefficient import UNSETTLED
 
 log = logging.getLogger(__name__)
@@ -238,12 +239,16 @@ class RunRecord:
         Raises:
             OSError: where the folder cannot be written.
         """
-        self.trace_path(estimate).parent.mkdir(parents=True, exist_ok=True)
-        np.savez(
-            self.trace_path(estimate),
-            trace=estimate.trace.numpy(force=True).astype(np.float32),
-            per_chain=estimate.per_chain.numpy(force=True),
-        )
+        arrays: dict[str, Any] = {
+            "trace": estimate.trace.numpy(force=True).astype(np.float32),
+            "per_chain": estimate.per_chain.numpy(force=True),
+        }
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "wb") as file:
+                np.savez(file, **arrays)
+
+        write_whole(self.trace_path(estimate), write)
         line = json.dumps(_finite_or_none(estimate.scalars()), allow_nan=False)
         # a crash may have cut the last line off: it must not swallow this one
         cut_off = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
@@ -257,9 +262,8 @@ class RunRecord:
         if not self.path.exists():
             return
         kept = [line for line, estimate in self._lines() if (estimate.step or 0) <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        text = "".join(line + "\n" for line in kept)
+        write_whole(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def read(self, traces: bool = True) -> Iterator[Estimate]:
         """The estimates in order of writing. A line that was cut off by a crash is passed over, and so are one that

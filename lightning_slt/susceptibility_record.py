@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_slt.durable import write_whole
 from lightning_slt.record import UNREADABLE
 
 log = logging.getLogger(__name__)
@@ -123,14 +124,15 @@ class SusceptibilityRecord:
         Raises:
             OSError: where the folder cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         state = estimate.state_dict()
         arrays: dict[str, Any] = {k: v.numpy(force=True) for k, v in state.items() if isinstance(v, Tensor)}
         plain = json.dumps({k: v for k, v in state.items() if k not in arrays})
-        temporary = self.path(estimate.step).with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            np.savez(file, plain=np.array(plain), **arrays)
-        os.replace(temporary, self.path(estimate.step))
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "wb") as file:
+                np.savez(file, plain=np.array(plain), **arrays)
+
+        write_whole(self.path(estimate.step), write)
 
     def read(self) -> Iterator[SusceptibilityEstimate]:
         """In order of steps. A file that cannot be read is passed over; the log names it."""

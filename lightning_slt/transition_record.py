@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
+from lightning_slt.durable import write_whole
 from lightning_slt.transitions import Phase, PhaseComparison, Transition, compare_phases
 
 TRANSITIONS_FILE = "transitions.json"
@@ -226,10 +227,8 @@ class TransitionLog:
             OSError: where the folder cannot be written.
         """
         path = Path(folder) / TRANSITIONS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        text = json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n"
+        write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         return path
 
     @classmethod

@@ -21,10 +21,6 @@ from lightning_slt.sampling.samplers import MALA
 from lightning_slt.sampling.sharded import local_of
 
 
-def warn_of_failure(step: int, reason: str) -> None:
-    rank_zero_warn(f"SLTMonitor: the measurement at step {step} failed and is left out; training goes on. {reason}")
-
-
 def warn_of_untrained(trainer: Trainer, module: nn.Module) -> None:
     """Say which weights chains move and training does not; a run without an optimizer says nothing of its weights."""
     trained = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
@@ -130,5 +126,4 @@ __all__ = [
     "loss_context",
     "plain",
     "second_moments",
-    "warn_of_failure",
 ]

@@ -18,11 +18,12 @@ from lightning.pytorch.strategies import (
     XLAStrategy,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_slt.callbacks.apart import SeenTrainer
-from lightning_slt.sampling.batches import MinibatchSource
+from lightning_slt.sampling.batches import MinibatchSource, ReplaySource
 from lightning_slt.sampling.collective import Alone, Collective, RankLostError, Together
 from lightning_slt.sampling.common_batches import CommonBatches
 from lightning_slt.sampling.objective import Objective
@@ -156,9 +157,21 @@ def make_objective(trainer: Trainer, module: LightningModule, collective: Collec
 
 
 def share_batches(source: MinibatchSource, collective: Collective) -> MinibatchSource:
-    """A source from which ranks that run chains together take the same minibatches; on all of them at once."""
+    """A source from which ranks that run chains together take the same minibatches; on all of them at once.
+
+    Ranks that run chains of their own keep their own minibatches, with the n of the first: chains of one estimate are
+    of one posterior, and callbacks that act on it must do the same on all ranks.
+    """
     if isinstance(collective, Together) and not isinstance(source, CommonBatches):
         return CommonBatches(source, collective)
+    if collective.world_size > 1:
+        sizes = collective.exchange(lambda: source.num_samples)
+        source.num_samples = sizes[0]
+        if len(set(sizes)) > 1 and not isinstance(source, ReplaySource):  # of batches seen so far one may have more
+            rank_zero_warn(
+                f"SLTMonitor(num_samples=None): the ranks train on data sets of different sizes, {sizes}, and n = "
+                f"{sizes[0]} is the first rank's. Give num_samples= where all of them together are what is trained on."
+            )
     return source
 
 

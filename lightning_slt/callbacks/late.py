@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_slt.callbacks.arguments import is_smoke_test, loss_context, second_moments, warn_of_failure
+from lightning_slt.callbacks.arguments import is_smoke_test, loss_context, second_moments
 from lightning_slt.callbacks.background import Late, warn_of_lost
 from lightning_slt.callbacks.folder import recorded
 from lightning_slt.callbacks.overhead import Decision
@@ -133,7 +133,7 @@ class LateFirings(Reporting):
         except Exception as error:
             if self._on_failure == "raise":
                 raise
-            warn_of_failure(step, f"{type(error).__name__}: {error}")
+            self._warn_of_failure(step, f"{type(error).__name__}: {error}")
             self._account(trainer, begin, failed=True)
             return
         finally:
@@ -172,7 +172,7 @@ class LateFirings(Reporting):
         if result.estimate is None:
             if self._on_failure == "raise":
                 raise RuntimeError(f"the measurement at step {result.step} failed in the background: {result.error}")
-            warn_of_failure(result.step, str(result.error))
+            self._warn_of_failure(result.step, str(result.error))
             return
         if result.influence_error is not None:
             if self._on_failure == "raise":

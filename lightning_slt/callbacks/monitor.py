@@ -23,7 +23,6 @@ from lightning_slt.callbacks.arguments import (
     listed,
     plain,
     second_moments,
-    warn_of_failure,
     warn_of_untrained,
 )
 from lightning_slt.callbacks.background import BackgroundFirings, warn_of_lost
@@ -244,6 +243,7 @@ class SLTMonitor(DataFollowing):
         self._said_dropped = False
         self._said_full = False
         self._said_in_place = False
+        self._said_failure: Optional[tuple[int, str]] = None
         self._done_fast_run = False
         self._listeners: list[EstimateListener] = []
         self._said_listener = False
@@ -351,6 +351,7 @@ class SLTMonitor(DataFollowing):
         self._last_step, self._seconds, self._run_seconds = 0, 0.0, 0.0
         self._said_method = self._said_overhead = self._said_dropped = False
         self._said_full = self._said_in_place = False
+        self._said_failure = None
         self._resumed_folder = None
         self._skipped = 0
         if self._beside is not None:
@@ -429,7 +430,7 @@ class SLTMonitor(DataFollowing):
             self._hook_owner = None
             if self._on_failure == "raise" or is_smoke_test(trainer) or isinstance(error, RankLostError):
                 raise
-            warn_of_failure(step, f"{type(error).__name__}: {error}")
+            self._warn_of_failure(step, f"{type(error).__name__}: {error}")
             self._account(trainer, begin, failed=True)
             return
         size = size_of(settings, self._settings)

@@ -73,6 +73,7 @@ class Reporting(KeepsHistory):
     _said_method: bool
     _said_overhead: bool
     _said_dropped: bool
+    _said_failure: Optional[tuple[int, str]]
     _said_listener: bool
 
     @property
@@ -277,6 +278,15 @@ class Reporting(KeepsHistory):
             rank_zero_warn(f"SLTMonitor: the suspects could not be shown: {type(error).__name__}: {error}")
         large = influence.num_chains * influence.num_draws >= LARGE_BUDGET
         self._publisher.influence(influence, rendered, pairs=large)
+
+    def _warn_of_failure(self, step: int, reason: str) -> None:
+        """A step that fails in chains fails at every firing: the whole reason is said once, not at each of them."""
+        left_out = f"SLTMonitor: the measurement at step {step} failed and is left out"
+        if self._said_failure is not None and self._said_failure[1] == reason:
+            rank_zero_warn(f"{left_out}, for the reason given at step {self._said_failure[0]}; training goes on.")
+            return
+        self._said_failure = (step, reason)
+        rank_zero_warn(f"{left_out}; training goes on. {reason}")
 
     def _leave_influence_out(self, reason: str) -> None:
         """What fails on the samples would fail at every firing."""

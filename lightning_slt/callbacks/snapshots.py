@@ -6,10 +6,13 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
+
+from lightning_slt.durable import write_whole
 
 _DENSE = 4  # the newest snapshots, which are never thinned out
 _REACH = 256  # firings, the longest stretch that the detector looks back
@@ -67,15 +70,10 @@ class SnapshotRing:
             OSError: where the file cannot be written.
         """
         path = self.path(step)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            # on the CPU, so that a machine without that device can read it
-            state = {k: v.detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in state_dict.items()}
-            torch.save({"state_dict": state, "step": step, "epoch": epoch}, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        # on the CPU, so that a machine without that device can read it
+        state = {k: v.detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in state_dict.items()}
+        whole = {"state_dict": state, "step": step, "epoch": epoch}
+        write_whole(path, lambda temporary: torch.save(whole, temporary))
         self._entries = [entry for entry in self._entries if entry[0] != step] + [(step, self._number)]
         self._number += 1
         while len(self._entries) > self.max_snapshots:
@@ -123,9 +121,7 @@ class SnapshotRing:
                     if not self.path(step).exists():  # pinned before a crash, after the checkpoint
                         self._leave(step)
                 elif stay:
-                    temporary = pinned / (name + ".tmp")
-                    shutil.copyfile(self.path(step), temporary)
-                    os.replace(temporary, pinned / name)
+                    write_whole(pinned / name, partial(shutil.copyfile, self.path(step)))
                 else:
                     os.replace(self.path(step), pinned / name)
                     self._leave(step)

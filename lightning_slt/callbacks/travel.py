@@ -14,6 +14,7 @@ import pickle
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any, Optional
@@ -272,11 +273,18 @@ def _pickle_module(found: set[str]) -> ModuleType:
         def reducer_override(self, value: Any) -> Any:
             if isinstance(value, (type, FunctionType)) and value.__module__ == "__main__":
                 found.add(value.__qualname__)
+            if isinstance(value, ModuleType) and _imported(value):  # by its name, as a function goes
+                return import_module, (value.__name__,)
             return NotImplemented
 
     module = ModuleType("pickle_of_lightning_slt")
     module.Pickler = Pickler  # type: ignore[attr-defined]
     return module
+
+
+def _imported(module: ModuleType) -> bool:
+    name = module.__name__
+    return name != "__main__" and sys.modules.get(name) is module
 
 
 def _named(value: Any, what: str, error: Exception) -> CannotTravelError:

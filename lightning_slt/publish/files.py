@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 from matplotlib.figure import Figure
 
+from lightning_slt.durable import write_whole
 from lightning_slt.publish.charts import png
 from lightning_slt.publish.influence_tables import to_csv
 from lightning_slt.publish.sink import Alert, Page, plain_config
@@ -35,10 +35,7 @@ from lightning_slt.record import Estimate
 
 def _write(path: Path, data: bytes) -> None:
     """In one step, so that a reader or a crash never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    write_whole(path, lambda temporary: temporary.write_bytes(data))
 
 
 def encoded(text: str) -> bytes:

@@ -332,19 +332,36 @@ def uniform_samples(loader: Any) -> tuple[bool, Optional[Sequence[int]]]:
         return False, None
     if _iterates_its_own_way(loader):
         return False, None
-    if type(loader.batch_sampler) is not BatchSampler or not hasattr(loader.dataset, "__len__"):
+    batches: Any = loader.batch_sampler
+    if _kind(batches) is not BatchSampler or not hasattr(loader.dataset, "__len__"):
         return False, None
-    sampler: Any = loader.batch_sampler.sampler  # a loader that is given a batch sampler has none of its own
+    sampler: Any = batches.sampler  # a loader that is given a batch sampler has none of its own
     if isinstance(sampler, DistributedSamplerWrapper):
         sampler = getattr(sampler.dataset, "_sampler", None)  # what the user's own sampler was before DDP
-    if type(sampler) is SubsetRandomSampler:
+    kind = _kind(sampler)
+    if kind is SubsetRandomSampler:
         return True, list(sampler.indices)
     # exactly these: a class derived from one may do anything
-    if type(sampler) not in (RandomSampler, SequentialSampler, DistributedSampler):
+    if kind not in (RandomSampler, SequentialSampler, DistributedSampler):
         return False, None
-    over: Any = sampler.dataset if type(sampler) is DistributedSampler else sampler.data_source
+    over: Any = sampler.dataset if kind is DistributedSampler else sampler.data_source
     count = len(over)
     return True, None if count == len(loader.dataset) else range(count)
+
+
+_OF_TORCHDATA = {
+    "BatchSampler": BatchSampler,
+    "RandomSampler": RandomSampler,
+    "StatefulDistributedSampler": DistributedSampler,
+}
+"""Its samplers can be stopped and resumed, and give what these of torch give."""
+
+
+def _kind(sampler: Any) -> type:
+    """The class of a sampler; of one of torchdata's, which a StatefulDataLoader has, that of torch which it stands
+    for."""
+    kind = type(sampler)
+    return _OF_TORCHDATA.get(kind.__name__, kind) if kind.__module__.partition(".")[0] == "torchdata" else kind
 
 
 def _iterates_its_own_way(loader: DataLoader[Any]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import random
+import types
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -195,7 +196,10 @@ def _nowhere(_: Any) -> None:
 
 
 def is_users(value: Any) -> bool:
-    """An object with attributes, of a class of the user's own: no function, and nothing with a life beside the step."""
+    """An object with attributes, of a class of the user's own: no function, no Python module, and nothing with a life
+    beside the step."""
+    if isinstance(value, types.ModuleType):
+        return False
     package = type(value).__module__.partition(".")[0]
     return hasattr(value, "__dict__") and not callable(value) and package not in _FOREIGN
 

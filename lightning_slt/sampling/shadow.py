@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import functools
 import io
 import threading
 import types
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
+from contextvars import ContextVar
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 
 from lightning_slt.sampling.belongings import LiveIterator, connections, is_live_iterator
 
@@ -25,8 +30,8 @@ def shadow_copy(module: nn.Module) -> nn.Module:
     """A copy that shares no parameter, buffer or submodule with ``module``, in eval mode, without ``torch.compile``.
 
     ``copy.deepcopy`` does most of it. An attribute that it cannot copy is stood in for: a cached non-leaf tensor by its
-    detached clone, a generator by one in the same state, an iterator by one that refuses to be read; locks, pipes and
-    open files, which hold no weights, are shared.
+    detached clone, a generator by one in the same state, an iterator by one that refuses to be read; locks, pipes,
+    open files, executors and Python modules, which hold no weights, are shared.
 
     Raises:
         CopyError: where an attribute of another kind blocks the copy, or where the copy still shares a parameter.
@@ -170,7 +175,7 @@ def uncompile(module: nn.Module) -> nn.Module:
 def _stand_ins(module: nn.Module, error: Exception) -> dict[int, Any]:
     """A deepcopy memo with a substitute for everything that blocks the copy."""
     memo: dict[int, Any] = {}
-    blocking: list[str] = []
+    blocking: list[tuple[str, Exception]] = []
     seen: set[int] = set()
 
     def visit(value: Any, path: str) -> None:
@@ -180,6 +185,8 @@ def _stand_ins(module: nn.Module, error: Exception) -> dict[int, Any]:
         if isinstance(value, Tensor):
             if not isinstance(value, nn.Parameter) and value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
+            elif type(value) not in (Tensor, nn.Parameter) and (why := _blocks(value, memo)) is not None:
+                blocking.append((path, why))
             return
         if isinstance(value, torch.Generator):
             memo[id(value)] = torch.Generator(device=value.device)
@@ -188,9 +195,14 @@ def _stand_ins(module: nn.Module, error: Exception) -> dict[int, Any]:
         if isinstance(value, _SHARED):
             memo[id(value)] = value
             return
-        if is_live_iterator(value) and not _copies(value, memo):
+        if is_live_iterator(value) and _blocks(value, memo) is not None:
             memo[id(value)] = LiveIterator(path)
             return
+        if isinstance(value, functools.partial):
+            for part in (value.func, value.args, value.keywords):
+                visit(part, path)
+        if isinstance(value, types.MethodType):
+            visit(value.__self__, path)
         if isinstance(value, dict):
             for key, item in list(value.items()):
                 visit(item, f"{path}[{key!r}]")
@@ -204,27 +216,35 @@ def _stand_ins(module: nn.Module, error: Exception) -> dict[int, Any]:
                 if name in ("_trainer", "_fabric") and isinstance(value, nn.Module):
                     continue
                 visit(item, f"{path}.{name}")
-        if not isinstance(value, nn.Module) and not callable(value) and not _copies(value, memo):
-            blocking.append(path)
+        # what holds another one that blocks comes after it
+        if not isinstance(value, (nn.Module, *_FUNCTIONS)) and (why := _blocks(value, memo)) is not None:
+            blocking.append((path, why))
 
     visit(module, type(module).__name__)
     try:
         copy.deepcopy(module, dict(memo))
     except Exception as again:
-        where = f"the attribute {blocking[0]}" if blocking else "an attribute"
+        where, why = blocking[0] if blocking else ("", again)
         raise CopyError(
-            f"{type(module).__name__} cannot be copied: {where} blocks it ({type(again).__name__}: {again}). Give that "
+            f"{type(module).__name__} cannot be copied: {f'the attribute {where}' if where else 'an attribute'} blocks "
+            f"it ({type(why).__name__}: {why}). Give that "
             "attribute's class a __deepcopy__ or __getstate__, or create it when it is used."
         ) from error
     return memo
 
 
-def _copies(value: Any, memo: dict[int, Any]) -> bool:
+def _blocks(value: Any, memo: dict[int, Any]) -> Optional[Exception]:
+    """What a copy of it raises, None where it can be copied."""
     try:
         copy.deepcopy(value, dict(memo))
-    except Exception:
-        return False
-    return True
+    except Exception as error:
+        return error
+    return None
+
+
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
+"""What they are bound to is looked at in their place. Objects that can be called, as a connection of sqlite3 can, are
+objects."""
 
 
 _SHARED = (
@@ -235,5 +255,10 @@ _SHARED = (
     threading.Condition,
     threading.Semaphore,
     threading.Thread,
+    Executor,
+    asyncio.AbstractEventLoop,
+    ContextVar,
     io.IOBase,
+    types.ModuleType,  # all that was ever imported can be reached from one
+    record_function,  # of PyTorchProfiler, which keeps them in its hooks of the modules
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
@@ -220,6 +220,24 @@ def unreadable_on_one_rank(folder: Path, world: int) -> Result:
         trace = scenario.run(folder, Firing(True), monitor, Firing(False))
     texts = [str(w.message) for w in caught if "only this rank fails" in str(w.message)]
     return said(monitor, num_batches=trace.num_batches, warnings=texts)
+
+
+class OtherSizes(LightningDataModule):
+    """32 samples on the first rank, 16 on the second: shards that were cut by hand."""
+
+    def train_dataloader(self) -> Any:
+        assert self.trainer is not None
+        return loaders(32 // (1 + self.trainer.global_rank))["train_dataloaders"]
+
+
+def other_sizes(folder: Path, world: int) -> Result:
+    """As many batches on each rank, so that training does not hang."""
+    monitor = tiny_monitor(every_n_train_steps=2)
+    trainer = ranks_of(world, use_distributed_sampler=False, limit_train_batches=4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Scenario(Net, lambda: {"datamodule": OtherSizes()}, trainer).assert_undisturbed(folder, monitor)
+    return said(monitor, warnings=[str(w.message) for w in caught if "different sizes" in str(w.message)])
 
 
 class Validates(Plain):
@@ -520,6 +538,7 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
         slow_rank,
         rank_dies,
         unreadable_on_one_rank,
+        other_sizes,
         bf16_mixed,
         bf16_true,
         fp16_mixed,

@@ -23,7 +23,14 @@ from torch.utils.data import TensorDataset
 
 from lightning_slt import RMSpropSGLD
 from lightning_slt.callbacks.bench import plugin_on
-from lightning_slt.callbacks.travel import CannotTravelError, StillTrainer, flat_weights, main_script
+from lightning_slt.callbacks.travel import (
+    CannotTravelError,
+    StillTrainer,
+    flat_weights,
+    main_script,
+    read_pickled,
+    write_pickled,
+)
 from lightning_slt.record import RunRecord
 from lightning_slt.sampling.objective import Objective
 from tests.integration import models
@@ -496,3 +503,11 @@ def test_a_step_in_a_worker_may_ask_for_the_rate_of_its_optimiser() -> None:
     module = Plain()
     module._trainer = StillTrainer({"rates": [[0.25]]}, None, torch.device("cpu"))  # type: ignore[assignment]
     assert module.optimizers().param_groups[0]["lr"] == 0.25  # type: ignore[union-attr]
+
+
+def test_a_python_module_goes_by_its_name(tmp_path: Path) -> None:
+    held = [torch.nn.functional, warnings]
+    write_pickled(models.Holds(lambda _: held), tmp_path / "module", "module")
+    assert all(a is b for a, b in zip(read_pickled(tmp_path / "module").held, held, strict=True))
+    with pytest.raises(CannotTravelError, match=r"Holds\.held.*cannot pickle 'module' object"):
+        write_pickled(models.Holds(lambda _: ModuleType("of no file")), tmp_path / "other", "Holds")

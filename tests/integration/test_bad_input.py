@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,29 @@ def test_firing_is_skipped_with_a_warning_and_training_ends_well(
         trace = scenario.assert_undisturbed(tmp_path, monitor)
     assert trace.num_batches == 12
     assert monitor.estimates == []
+
+
+class FailsInChains(Plain):
+    """In one way up to the eighth batch, in another one after it; ``global_step`` counts the batches before."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if not self.training:
+            raise RuntimeError("one way" if self.trainer.global_step <= 8 else "another way")
+        return super().training_step(batch, batch_idx)
+
+
+def test_the_same_failure_is_explained_once(tmp_path: Path) -> None:
+    """A step that fails in chains fails at every firing, and a line each is enough."""
+    monitor = SLTMonitor(every_n_train_steps=2, **TINY)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Scenario(FailsInChains, loaders).run(tmp_path, monitor)
+    said = [str(w.message) for w in caught if " failed and is left out" in str(w.message)]
+    assert [int(re.findall(r"at step (\d+) failed", text)[0]) for text in said] == [2, 4, 6, 8, 10, 12]
+    assert [k for k, text in enumerate(said) if "RuntimeError" in text] == [0, 4]
+    assert "RuntimeError: one way" in said[0] and "RuntimeError: another way" in said[4]
+    assert said[1].endswith("at step 4 failed and is left out, for the reason given at step 2; training goes on.")
+    assert "reason given at step 10;" in said[5]
 
 
 class DivergesInTraining(Plain):

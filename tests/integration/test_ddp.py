@@ -3,6 +3,7 @@ ever."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,15 @@ def test_data_that_one_rank_cannot_read_leaves_the_firing_out_on_both(folder: Pa
     assert [r["num_batches"] for r in results] == [6, 6]
     assert [r["estimates"] for r in results] == [[], []]
     assert len(results[0]["warnings"]) == 3 and "rank 1" in results[0]["warnings"][0]
+
+
+def test_ranks_whose_data_differ_in_size_have_one_n(folder: Path) -> None:
+    """Each had that of its own data, and so chains of another posterior and another estimate."""
+    results = results_of(folder, "other_sizes", 2)
+    assert_ranks_agree(results, [2, 4, 6, 8])
+    assert {(e.num_samples, e.nbeta) for r in results for e in estimates_of(r)} == {(32, 32 / math.log(32))}
+    assert [len(r["warnings"]) for r in results] == [1, 0]
+    assert "[32, 16]" in results[0]["warnings"][0] and "num_samples=" in results[0]["warnings"][0]
 
 
 def test_a_rank_that_is_killed_ends_the_run_of_the_other(folder: Path) -> None:

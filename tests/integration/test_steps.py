@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import sqlite3
 import threading
+import types
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
+from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -93,6 +99,9 @@ UNCOPYABLE: dict[str, Callable[[], Net]] = {
     "file handle": lambda: models.Holds(lambda _: open(__file__)),  # noqa: SIM115
     "legacy weight_norm": models.OldWeightNorm,
     "python generator": lambda: models.Holds(lambda _: (i for i in range(3))),
+    "Python modules": lambda: models.Holds(lambda _: [torch.nn.functional, json]),
+    "executor": lambda: models.Holds(lambda _: ThreadPoolExecutor(1)),
+    "event loop": lambda: models.Holds(lambda _: asyncio.new_event_loop()),
     "memory view": lambda: models.Holds(lambda _: memoryview(b"abc")),
 }
 
@@ -111,6 +120,63 @@ def test_attribute_that_blocks_the_copy_is_named(tmp_path: Path, caplog: pytest.
     Scenario(UNCOPYABLE["memory view"], loaders).run(tmp_path, monitor)
     assert steps_of(monitor) == [4, 8, 12]
     assert "Holds.held" in caplog.text
+
+
+@pytest.mark.parametrize("blocked", [False, True], ids=["in a copy", "in place"])
+def test_a_python_module_is_neither_copied_nor_looked_through(
+    blocked: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All that was ever imported was copied piece by piece, which took seconds a firing and could end the process."""
+    settings = types.ModuleType("settings")
+    settings.sub, settings.reads = torch.nn.functional, []
+
+    class Reads(models.Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            settings.reads.append(self.settings is settings)
+            return self.settings.sub.cross_entropy(self.net(batch[0]), batch[1])
+
+    module = Reads()
+    module.settings = settings  # type: ignore[assignment]
+    if blocked:
+        module.blocks = memoryview(b"abc")  # type: ignore[assignment]
+    monitor = tiny_monitor()
+    quiet_trainer(tmp_path, callbacks=[monitor]).fit(module, **loaders())
+    assert steps_of(monitor) == [4, 8, 12]
+    assert len(settings.reads) > 12 and all(settings.reads)  # its state is of no module: chains add to it as well
+    assert ("cannot be copied" in caplog.text) is blocked
+    assert sum(e.seconds for e in monitor.estimates) < 4
+
+
+def test_an_object_that_can_be_called_is_named_as_any_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A connection to a database can be called: the attribute after it was named, with the error of the connection."""
+    module = models.Holds(lambda _: sqlite3.connect(":memory:"))
+    module.later = threading.local()  # type: ignore[assignment]
+    monitor = tiny_monitor()
+    quiet_trainer(tmp_path, callbacks=[monitor]).fit(module, **loaders())
+    assert steps_of(monitor) == [4, 8, 12]
+    assert "the attribute Holds.held blocks it (TypeError: cannot pickle 'sqlite3.Connection' object)" in caplog.text
+
+
+def test_a_module_that_is_profiled_is_copied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The profiler's hooks of the modules hold records of what has run, which torch cannot copy."""
+    monitor = tiny_monitor(every_n_train_steps=3)
+    profiler = PyTorchProfiler(str(tmp_path), export_to_chrome=False)
+    quiet_trainer(tmp_path, callbacks=[monitor], profiler=profiler).fit(Net(), **loaders())
+    assert steps_of(monitor) == [3, 6, 9, 12]
+    assert "cannot be copied" not in caplog.text
+
+
+class OfAnotherClass(torch.Tensor):
+    """Without new_empty(), which a copy asks for."""
+
+
+def test_a_weight_that_blocks_the_copy_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = models.Plain()
+    module.net.bias = torch.nn.Parameter(torch.zeros(models.CLASSES).as_subclass(OfAnotherClass))
+    monitor = tiny_monitor()
+    quiet_trainer(tmp_path, callbacks=[monitor]).fit(module, **loaders())
+    assert steps_of(monitor) == [4, 8, 12]
+    assert "['bias'] blocks it (RuntimeError" in caplog.text
 
 
 # ----------------------------------------------------------------------------------------------------------- strategies

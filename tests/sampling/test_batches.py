@@ -23,6 +23,7 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     Subset,
     SubsetRandomSampler,
@@ -548,6 +549,55 @@ def test_torchs_own_batch_sampler_is_as_uniform_as_the_sampler_in_it(sampler: An
         n = 20 if indices is None else len(indices)
         assert (source.num_samples, source.batch_size) == (n, sampler.batch_size)
         assert set(uses(source)) == set(range(20) if indices is None else indices)
+
+
+class RandomOfTorchdata(Sampler[int]):
+    """As torchdata has it: no class of torch's, with the attributes of one."""
+
+    def __init__(self, data_source: Any) -> None:
+        self.data_source, self.replacement = data_source, False
+
+    def __len__(self) -> int:
+        return len(self.data_source)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(len(self)).tolist())
+
+
+def of_torchdata(kind: type[Any], name: str) -> type[Any]:
+    return type(name, (kind,), {"__module__": "torchdata.stateful_dataloader.sampler"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "arguments", "uniform"),
+    [
+        (RandomOfTorchdata, "RandomSampler", (range(20),), True),
+        (DistributedSampler, "StatefulDistributedSampler", (range(20), 2, 0), True),
+        (RandomOfTorchdata, "AnotherSampler", (range(20),), False),
+    ],
+)
+def test_a_loader_that_can_be_resumed_within_an_epoch_has_a_dataset(
+    kind: type[Any], name: str, arguments: tuple[Any, ...], uniform: bool
+) -> None:
+    """StatefulDataLoader has samplers of its own: its batches were replayed, n grew, and ``probe=`` was refused."""
+    sampler = of_torchdata(kind, name)(*arguments)
+    loader = of_torchdata(DataLoader, "StatefulDataLoader")(
+        numbered(20), batch_sampler=of_torchdata(BatchSampler, "BatchSampler")(sampler, 4, False)
+    )
+    assert uniform_samples(loader) == (uniform, None)
+    source = source_of(loader, None, CPU, 0)
+    assert isinstance(source, DatasetSource) is uniform
+    if uniform:
+        assert (source.num_samples, source.batch_size) == (20, 4)
+        assert set(uses(source)) == set(range(20))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_torchdata_itself(num_workers: int) -> None:
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+    for shuffle in (False, True):
+        loader = torchdata.StatefulDataLoader(numbered(20), 4, shuffle=shuffle, num_workers=num_workers)
+        assert uniform_samples(loader) == (True, None)
 
 
 class Made(IterableDataset[Any]):

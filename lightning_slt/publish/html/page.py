@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Optional, Union
 
+from lightning_slt.durable import write_whole
 from lightning_slt.publish.html.data import page_data
 from lightning_slt.publish.html.sections import Section, sections
 from lightning_slt.publish.run import Run, load_run
@@ -43,10 +44,8 @@ def write_report(
     """
     run = load_run(folder)
     path = Path(output) if output is not None else run.main.folder / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(report_html(run, title), encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
+    html = report_html(run, title)
+    write_whole(path, lambda temporary: temporary.write_text(html, encoding="utf-8", errors="replace"))
     return path
 
 
