@@ -73,7 +73,7 @@ def page_data(run: Run) -> dict[str, Any]:
             "samples": influence_specs.samples(),
             "samplesLog": influence_specs.samples(log=True),
         },
-        "chains": [{"name": m.name, "firings": chain_firings(m.estimates, len(run.monitors))} for m in run.monitors],
+        "chains": _chains(run),
         "influence": influence_firings(shown),
         "known": [{"index": index, "group": group} for index, group in _known(shown)],
         "samples": samples_of(source.folder, history) if source is not None else {},
@@ -148,6 +148,12 @@ def thinned(items: Sequence[T], most: int) -> list[T]:
     if len(items) <= most or most < 2:
         return list(items) if len(items) <= most else list(items[-1:])
     return [items[round(k * (len(items) - 1) / (most - 1))] for k in range(most)]
+
+
+def _chains(run: Run) -> list[dict[str, Any]]:
+    """Of each monitor whose chains are there: their files may be lost."""
+    found = [{"name": m.name, "firings": chain_firings(m.estimates, len(run.monitors))} for m in run.monitors]
+    return [monitor for monitor in found if monitor["firings"]]
 
 
 def chain_firings(estimates: Sequence[Estimate], num_monitors: int = 1) -> list[dict[str, Any]]:

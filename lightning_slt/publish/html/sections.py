@@ -57,7 +57,7 @@ def sections(run: Run, title: str, data: Mapping[str, Any]) -> list[Section]:
         _curve(charts),
         _components(run, charts),
         _transitions(run.main, charts),
-        _chains(run, data),
+        _chains(data),
         _diagnostics(run, charts),
         _influence(run, data),
         _cost(run, charts),
@@ -189,15 +189,16 @@ def _picker(label: str, extra: str = "") -> str:
     )
 
 
-def _chains(run: Run, data: Mapping[str, Any]) -> Optional[Section]:
-    if not any(monitor["firings"] for monitor in data["chains"]):
+def _chains(data: Mapping[str, Any]) -> Optional[Section]:
+    monitors = data["chains"]
+    if not monitors:
         return None
     extra = (
         '<label>show <select class="form"><option value="running">running means</option>'
         '<option value="draws">the draws</option></select></label>'
     )
-    if len(run.monitors) > 1:
-        options = "".join(f'<option value="{k}">{_t(m.name)}</option>' for k, m in enumerate(run.monitors))
+    if len(monitors) > 1:
+        options = "".join(f'<option value="{k}">{_t(m["name"])}</option>' for k, m in enumerate(monitors))
         extra = f'<label>of <select class="monitor">{options}</select></label>' + extra
     return _section(
         "chains",
