@@ -244,7 +244,8 @@ class WorkerPool:
         """Hear what the workers have to say, and see whether they live."""
         for rank, worker in enumerate(self._workers):
             try:
-                while worker.connection.poll(0):
+                # what it says may be that all of them have been ended
+                while self.broken is None and worker.connection.poll(0):
                     self._hear(rank, worker, json.loads(worker.connection.recv_bytes()))
             except (EOFError, OSError):
                 self._bury(rank)
