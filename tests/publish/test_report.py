@@ -91,6 +91,23 @@ def test_a_monitor_whose_chains_are_lost_is_not_to_be_chosen(tmp_path: Path) -> 
     assert re.findall(r'<option value="(\d)">(\w+|&lt;)', selector) == [("0", "attn"), ("1", "&lt;")]
 
 
+def test_of_a_long_run_some_estimates_are_drawn_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is to stay one that can be mailed: a point is near a kilobyte of it."""
+    folder = write_run(tmp_path, firings=41, draws=4)
+    for room in ("data", "sections"):
+        monkeypatch.setattr(f"lightning_slt.publish.html.{room}.MAX_POINTS", 11)
+    text = report_html(load_run(folder))
+    charts = data_of(text)["charts"]
+    rows = charts["curve"]["datasets"]["rows"]
+    assert [row["step"] for row in rows if row["row"] == "estimate"] == list(range(100, 4101, 400))
+    assert [row["row"] for row in rows if row["row"] != "estimate"] == ["transition", "boundary"]
+    assert len(charts["components"]["datasets"]["rows"]) == 33
+    assert len({row["step"] for row in charts["diagnostics"]["datasets"]["rows"]}) == 11
+    assert "Of 41 estimates 11 are drawn; all are in history.csv." in text
+
+
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 def test_the_limits_of_very_many_draws_are_found() -> None:
     """A call of JavaScript takes no more than some ten thousand arguments."""
