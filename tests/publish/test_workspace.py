@@ -135,7 +135,5 @@ def test_a_server_that_does_not_answer_is_said_within_seconds(
         ("permission denied", False),
     ],
 )
-def test_a_chart_that_is_there_already_is_no_failure_and_an_entity_that_is_not_is_one(
-    message: str, there: bool
-) -> None:
+def test_a_chart_that_is_there_already_is_no_failure_but_an_entity_that_is_not_is(message: str, there: bool) -> None:
     assert workspace._is_there_already(message) == there
