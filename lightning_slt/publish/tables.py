@@ -6,7 +6,8 @@ import csv
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from lightning_slt.record import Estimate
@@ -40,6 +41,29 @@ MAX_CHAIN_ROWS = 2000  # a wandb table of 2,000 rows costs about 0.1 s; beyond 1
 def plain(value: Any) -> Any:
     """None for what is not finite: neither JSON nor a typed wandb column holds NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def step_of(estimate: Estimate, index: int) -> int:
+    """Where an estimate stands on the axis of steps: its step, else its x, else its number."""
+    if estimate.step is not None:
+        return estimate.step
+    return estimate.x if estimate.x is not None else index
+
+
+def are_log_spaced(steps: Iterable[float]) -> bool:
+    """Whether an axis of these should be logarithmic: they span more than a factor of 100, and are spaced that way.
+
+    Every 100 steps up to 20,000 spans a factor of 200 too, and is linear.
+
+    Example:
+        >>> are_log_spaced([0, 1, 10, 100, 1000]), are_log_spaced(range(100, 20_001, 100))
+        (True, False)
+    """
+    positive = sorted({step for step in steps if step > 0})
+    if len(positive) < 3 or positive[-1] / positive[0] <= 100:
+        return False
+    gaps = [b - a for a, b in pairwise(positive)]
+    return max(gaps) > 10 * min(gaps)
 
 
 def history_row(estimate: Estimate) -> list[Any]:

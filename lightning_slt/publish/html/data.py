@@ -30,13 +30,13 @@ from lightning_slt.publish.chart_rows import (
     is_wide,
     loss_is_wide,
     sample_columns,
-    step_of,
     steps_scale,
     trajectory_rows,
 )
 from lightning_slt.publish.influence_tables import media_id
 from lightning_slt.publish.run import MonitorRecord, Run
 from lightning_slt.publish.spec_parts import STATES, Scale, Spec
+from lightning_slt.publish.tables import step_of
 from lightning_slt.publish.words import number, offline_only, pairs_sentence, suspects_sentence, verdict_sentence
 from lightning_slt.record import Estimate
 
