@@ -27,6 +27,7 @@ class Susceptibility(Metric):
         ValueError: where ``nbeta`` is not positive.
 
     Example:
+        >>> import torch
         >>> metric = Susceptibility(nbeta=10.0)
         >>> loss = torch.rand(4, 500, generator=torch.Generator().manual_seed(0))
         >>> metric.update(loss, loss + 3.0 * loss.unsqueeze(2).mean(dim=2))
