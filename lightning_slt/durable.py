@@ -6,6 +6,9 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Optional
+
+import torch
 
 _DIGEST_BYTES = 65
 """A SHA-256 in hexadecimal, and a line feed."""
@@ -51,6 +54,29 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_tensors(value: Any, path: Path, **options: Any) -> None:
+    """``torch.save``, with the system's own error where the file cannot be written: torch's is one of positions in it.
+
+    Args:
+        value: anything that it takes.
+        path: of the file; in one step with :func:`write_durably`.
+        options: of ``torch.save``.
+
+    Raises:
+        OSError: where it cannot be written, as on a full disk.
+    """
+    try:
+        with open(path, "wb") as file:
+            torch.save(value, file, **options)
+    except RuntimeError as error:
+        met: Optional[BaseException] = error
+        while met is not None and not isinstance(met, OSError):
+            met = met.__context__
+        if met is not None:
+            raise met from None
+        raise
 
 
 def write_checked(path: Path, data: bytes) -> None:
@@ -103,4 +129,4 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-__all__ = ["DamagedFileError", "read_checked", "write_checked", "write_durably", "write_whole"]
+__all__ = ["DamagedFileError", "read_checked", "save_tensors", "write_checked", "write_durably", "write_whole"]

@@ -331,8 +331,8 @@ def suspicion_of(firings: Sequence[InfluenceEstimate]) -> Optional[Tensor]:
     """
     if len(firings) < 2:
         return None
-    index = firings[-1].train_index.tolist()
-    place = {sample: k for k, sample in enumerate(index)}
+    index = firings[-1].train_index
+    place = {sample: k for k, sample in enumerate(index.tolist())}
     total, count = torch.zeros(len(index)).double(), torch.zeros(len(index)).double()
     before: Optional[int] = None
     for firing in firings:
@@ -340,13 +340,19 @@ def suspicion_of(firings: Sequence[InfluenceEstimate]) -> Optional[Tensor]:
         if step is not None and before is not None and step > before > 0:
             weight = math.log(step / before)
         before = step if step is not None else before
-        here = [k for k, sample in enumerate(firing.train_index.tolist()) if sample in place]
-        if not here or not bool(torch.isfinite(firing.mean_loss).all()):
+        if not len(firing.mean_loss) or not bool(torch.isfinite(firing.mean_loss).all()):
             continue
         centred = firing.mean_loss.double() - firing.mean_loss.double().median()
         scale = float(centred.abs().mean())
-        if scale > 0:
-            at = torch.tensor([place[int(firing.train_index[k])] for k in here])
+        if not scale > 0:
+            continue
+        if torch.equal(firing.train_index, index):  # as nearly always: all are asked anew at every firing of a run
+            total += weight * centred / scale
+            count += weight
+            continue
+        common = [(k, place[sample]) for k, sample in enumerate(firing.train_index.tolist()) if sample in place]
+        if common:
+            here, at = torch.tensor(common).T
             total[at] += weight * centred[here] / scale
             count[at] += weight
     return total / torch.where(count > 0, count, 1.0)

@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, BinaryIO, Optional, Union
 
 import numpy as np
 import torch
@@ -210,6 +210,14 @@ def _finite_or_none(value: Any) -> Any:
     return value
 
 
+def _is_cut_off(file: BinaryIO) -> bool:
+    """Whether the last line of a file has no end. One byte is read: a record of many firings is long."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
+
+
 class RunRecord:
     """The local record of one run: appended at each firing, readable while the run is alive and after it died.
 
@@ -239,6 +247,15 @@ class RunRecord:
         Raises:
             OSError: where the folder cannot be written.
         """
+        self._write_traces(estimate)
+        line = json.dumps(_finite_or_none(estimate.scalars()), allow_nan=False)
+        with open(self.path, "a+b") as file:
+            # a crash may have cut the last line off: it must not swallow this one
+            file.write((b"\n" if _is_cut_off(file) else b"") + line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _write_traces(self, estimate: Estimate) -> None:
         arrays: dict[str, Any] = {
             "trace": estimate.trace.numpy(force=True).astype(np.float32),
             "per_chain": estimate.per_chain.numpy(force=True),
@@ -249,13 +266,6 @@ class RunRecord:
                 np.savez(file, **arrays)
 
         write_whole(self.trace_path(estimate), write)
-        line = json.dumps(_finite_or_none(estimate.scalars()), allow_nan=False)
-        # a crash may have cut the last line off: it must not swallow this one
-        cut_off = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(("\n" if cut_off and self.path.stat().st_size else "") + line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
     def drop_after(self, step: int) -> None:
         """Forget what was recorded after ``step``: a resumed run measures those steps again."""

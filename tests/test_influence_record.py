@@ -313,6 +313,26 @@ def test_suspicion_is_the_mean_over_firings_in_units_of_each() -> None:
     torch.testing.assert_close(found, double(2.4 / 3, -0.4, (4.8 - 0.6) / 3))
 
 
+def test_suspicion_does_not_depend_on_the_order_of_the_samples() -> None:
+    """Firings of a run have the same samples in the same order, which are not looked up one by one."""
+    index, generator = torch.tensor([5, 7, 9, 11]), torch.Generator().manual_seed(0)
+    run = [estimate(step, train_index=index, mean_loss=torch.rand(4, generator=generator).double()) for step in (1, 4)]
+    other = torch.tensor([2, 0, 3, 1])
+    shuffled = [firing.replace(train_index=index[other], mean_loss=firing.mean_loss[other]) for firing in run]
+    straight, looked_up = suspicion_of(run), suspicion_of([*shuffled[:-1], run[-1]])
+    assert straight is not None and looked_up is not None
+    torch.testing.assert_close(straight, looked_up, rtol=1e-14, atol=1e-14)
+
+
+def test_suspicion_over_many_firings_reads_the_samples_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = [estimate(step, train_index=torch.arange(4), mean_loss=double(1.0, 2.0, 6.0, step)) for step in range(1, 50)]
+    as_list, read = Tensor.tolist, []
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: read.append(1) or as_list(tensor))
+    monkeypatch.setattr(Tensor, "__int__", lambda tensor: pytest.fail("a sample was looked up by itself"))
+    assert suspicion_of(run) is not None
+    assert len(read) == 1
+
+
 def test_suspects_are_ranked_over_the_run_where_it_is_known_and_it_survives_the_state() -> None:
     one = estimate(2, mean_loss=double(1.0, 2.0, 6.0), train_index=torch.tensor([5, 7, 9]))
     assert one.suspects(3) == [2, 1, 0]

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -139,6 +140,36 @@ def test_a_line_without_its_line_end_is_whole_and_stays_so(tmp_path: Path) -> No
     (tmp_path / RECORD_FILE).write_bytes((tmp_path / RECORD_FILE).read_bytes()[:-1])
     record.append(estimate(20))
     assert [e.step for e in record.read()] == [10, 20]
+
+
+def test_a_firing_does_not_read_the_record_of_those_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record of many firings is long: to append to it costs the same as to a new one."""
+    record = RunRecord(tmp_path)
+    read: list[Path] = []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or b"")
+    monkeypatch.setattr(Path, "read_text", lambda path, *_, **__: read.append(path) or "")
+    for step in (1, 2, 3):
+        record.append(estimate(step))
+    assert not read
+    assert [e.step for e in record.read()] == [1, 2, 3]
+
+
+def test_a_write_of_traces_that_breaks_off_leaves_those_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = RunRecord(tmp_path)
+    record.append(estimate(1))
+    whole = record.trace_path(estimate(1)).read_bytes()
+
+    def full_disk(file: Any, **arrays: Any) -> None:
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(np, "savez", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        record.append(estimate(1))
+    assert record.trace_path(estimate(1)).read_bytes() == whole
+    assert [path.name for path in record.trace_path(estimate(1)).parent.iterdir()] == ["step_000000001.npz"]
 
 
 def test_drop_after_forgets_what_a_resumed_run_measures_again(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from lightning_slt.callbacks.worker import (
     snapshot_path,
     take_over,
 )
-from lightning_slt.durable import write_durably
+from lightning_slt.durable import save_tensors, write_durably
 from lightning_slt.firing import Course
 from lightning_slt.influence import ProbeSet
 from lightning_slt.influence_record import InfluenceEstimate
@@ -103,7 +103,7 @@ class Bench:
             self._owner = None
         if self._rank == 0:
             result["course"] = self._course.state_dict()
-            write_durably(result_path(self._folder, step), lambda temporary: torch.save(result, temporary))
+            write_durably(result_path(self._folder, step), lambda temporary: save_tensors(result, temporary))
 
     def _measure(
         self, step: int, progress: Callable[[int], None]

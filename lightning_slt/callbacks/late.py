@@ -33,6 +33,7 @@ class LateFirings(Reporting):
     _loss_fn: Optional[LossFn]
     _source: Optional[MinibatchSource]
     _said_full: bool
+    _said_broken: bool
 
     def _transfer(self, trainer: Trainer) -> Callable[[Any], Any]:
         raise NotImplementedError
@@ -90,6 +91,7 @@ class LateFirings(Reporting):
         begin += self._seconds - accounted  # what was taken up meanwhile is counted already
         if beside.broken is not None:
             self._account(trainer, begin)
+            self._say_broken(step, beside.broken)
             return
         if beside.full:
             self._skipped += 1
@@ -142,6 +144,14 @@ class LateFirings(Reporting):
         for listener in self._listeners:
             listener.on_snapshot(trainer, pl_module, step)
         self._account(trainer, begin, size=1.0)
+
+    def _say_broken(self, step: int, reason: str) -> None:
+        """Nothing is measured from here on; said at the first firing that is left out for it."""
+        if self._on_failure == "raise":
+            raise RuntimeError(f"the measurement at step {step} failed: in the background {reason}")
+        if not self._said_broken:
+            self._said_broken = True
+            self._warn_of_failure(step, f"So are all that follow: in the background {reason}")
 
     def _probes_of(self, trainer: Trainer, pl_module: LightningModule) -> ProbeSet:
         """The samples to look at, read at the first firing."""

@@ -26,7 +26,7 @@ import torch
 from lightning_slt.callbacks.devices import WorkerDevice
 from lightning_slt.callbacks.travel import read_pickled
 from lightning_slt.callbacks.worker import Orders, result_path, snapshot_path, torch_flags
-from lightning_slt.durable import write_durably
+from lightning_slt.durable import save_tensors, write_durably
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.record import Estimate
 
@@ -132,14 +132,21 @@ class WorkerPool:
             self._end_processes()
             self._count_whole()
             if any(not sent.done for sent in self._sent):
-                self.start()
+                self._start_or_break()
+
+    def _start_or_break(self) -> None:
+        """In the middle of training, which goes on where the machine has no memory or disk for workers any more."""
+        try:
+            self.start()
+        except OSError as error:
+            self._break(f"workers could not be started: {type(error).__name__}: {error}")
 
     def start(self) -> None:
         """Start the workers; returns at once, they need some seconds to be ready."""
         self._starts += 1
         course = self.folder / "course.pt"
         state = dict(self._latest_course())
-        write_durably(course, lambda temporary: torch.save(state, temporary))
+        write_durably(course, lambda temporary: save_tensors(state, temporary))
         rendezvous = self.folder / f"rendezvous_{self._starts}"
         rendezvous.unlink(missing_ok=True)
         for rank, device in enumerate(self.devices):
@@ -186,7 +193,7 @@ class WorkerPool:
         """Have the snapshot of a step measured; its file must be there."""
         self._sent.append(_Sent(step))
         if self.broken is None and not self._workers:
-            self.start()
+            self._start_or_break()
         elif self.broken is None:
             self._order(step)
 
@@ -237,7 +244,8 @@ class WorkerPool:
         """Hear what the workers have to say, and see whether they live."""
         for rank, worker in enumerate(self._workers):
             try:
-                while worker.connection.poll(0):
+                # what it says may be that all of them have been ended
+                while self.broken is None and worker.connection.poll(0):
                     self._hear(rank, worker, json.loads(worker.connection.recv_bytes()))
             except (EOFError, OSError):
                 self._bury(rank)
@@ -282,7 +290,7 @@ class WorkerPool:
                 return
         if any(not sent.done for sent in self._sent):
             self.restarts += 1
-            self.start()
+            self._start_or_break()
 
     def _count_whole(self) -> None:
         """What workers had finished before their end counts."""
@@ -299,7 +307,7 @@ class WorkerPool:
         path = result_path(self.folder, step)
         state = {"estimate": None, "influence": None, "course": None, "error": reason}
         with suppress(OSError):
-            write_durably(path, lambda temporary: torch.save(state, temporary))
+            write_durably(path, lambda temporary: save_tensors(state, temporary))
 
     def _break(self, reason: str) -> None:
         self.broken = reason

@@ -13,6 +13,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 DEFAULT_LOG_SPACED = 20
 """Firings of a run where nothing is said: close together at first, when structure is built fast."""
+MOST_SPACED = 128
+"""Of a run without a known end: the last one is the step 1.3e19."""
 
 
 def log_spaced_steps(count: int, last: Optional[int]) -> tuple[int, ...]:
@@ -27,7 +29,8 @@ def log_spaced_steps(count: int, last: Optional[int]) -> tuple[int, ...]:
         (1, 6, 32, 178, 1000)
     """
     if last is None:
-        return tuple(sorted({round(2 ** (k / 2)) for k in range(count)}))
+        # more than any run has steps; and 2^1024 is no float any more
+        return tuple(sorted({round(2 ** (k / 2)) for k in range(min(count, MOST_SPACED))}))
     if count == 1 or last <= 1:
         return (max(last, 1),)
     return tuple(sorted({round(last ** (k / (count - 1))) for k in range(count)}))

@@ -67,7 +67,7 @@ class SnapshotRing:
         """Write the weights of a step, in one step; what leaves the ring is deleted.
 
         Raises:
-            OSError: where the file cannot be written.
+            OSError, RuntimeError: where the file cannot be written; the second is torch's word for a full disk.
         """
         path = self.path(step)
         # on the CPU, so that a machine without that device can read it

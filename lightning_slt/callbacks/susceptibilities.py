@@ -155,15 +155,28 @@ def keys_of(estimate: SusceptibilityEstimate, prefix: str) -> dict[str, float]:
     What is not finite is left out; ``{prefix}/susceptibility/valid`` is always there.
     """
     values = {f"{prefix}/susceptibility/valid": float(estimate.valid)}
+    labels = labels_of(estimate.groups)
     for row, component in enumerate(estimate.components):
         columns = [(ALL, float(estimate.chi[row]), float(estimate.se[row]))]
-        for column, group in enumerate(estimate.groups):
-            label = "group_" + re.sub(r"[^a-z0-9_]", "_", group.lower())
+        for column, label in enumerate(labels):
             columns.append((label, float(estimate.group_chi[row, column]), float(estimate.group_se[row, column])))
         for label, chi, se in columns:
             values[f"{prefix}/susceptibility/{component}/{label}"] = chi
             values[f"{prefix}/susceptibility/{component}/{label}_se"] = se
     return {key: value for key, value in values.items() if abs(value) < float("inf")}
+
+
+def labels_of(groups: Sequence[str]) -> list[str]:
+    """Groups as parts of keys, which have few characters; numbered where names are told apart by others.
+
+    Example:
+        >>> labels_of(["Cat", "dog 2"]), labels_of(["猫", "犬"])
+        (['group_cat', 'group_dog_2'], ['group___0', 'group___1'])
+    """
+    labels = ["group_" + re.sub(r"[^a-z0-9_]", "_", group.lower()) for group in groups]
+    if len({*labels, *(f"{label}_se" for label in labels)}) < 2 * len(labels):
+        return [f"{label}_{number}" for number, label in enumerate(labels)]
+    return labels
 
 
 def warn_of(error: Exception, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import weakref
 from collections.abc import Callable, Sequence
@@ -241,8 +242,7 @@ class TransitionMonitor(KeepsHistory):
             self.on_snapshot(trainer, pl_module, estimate.step)
         new: list[Transition] = []
         changed: dict[int, Transition] = {}
-        # more than one where a run is resumed with this callback added: the curve before counts
-        for point in monitor.estimates:
+        for point in self._not_fed(monitor.estimates):
             if point.step is None or point.step <= self._fed:
                 continue
             self._fed = point.step
@@ -264,6 +264,12 @@ class TransitionMonitor(KeepsHistory):
             )
         for transition in new:
             self._call(transition, trainer, pl_module)
+
+    def _not_fed(self, estimates: Sequence[Estimate]) -> list[Estimate]:
+        """The newest estimates, back to those that the detector has had. More than one where a run is resumed with this
+        callback added: the curve before counts. From the end, since a run may have many."""
+        newest = itertools.takewhile(lambda e: e.step is None or e.step > self._fed, reversed(estimates))
+        return list(newest)[::-1]
 
     def _counts(self, estimate: Estimate) -> bool:
         return estimate.comparable if self._saddles else estimate.valid

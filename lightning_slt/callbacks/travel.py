@@ -24,7 +24,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_slt.callbacks.data import SeenBatches, TrainingData
-from lightning_slt.durable import write_durably
+from lightning_slt.durable import save_tensors, write_durably
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.sampling.restriction import Restriction, select_parameters
 from lightning_slt.sampling.shadow import shadow_copy, without_compile
@@ -213,7 +213,7 @@ def write_pickled(value: Any, path: Path, what: str) -> set[str]:
     """
     found: set[str] = set()
     try:
-        write_durably(path, lambda temporary: torch.save(value, temporary, pickle_module=_pickle_module(found)))
+        write_durably(path, lambda temporary: save_tensors(value, temporary, pickle_module=_pickle_module(found)))
     except OSError:
         raise
     except Exception as error:

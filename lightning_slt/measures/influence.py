@@ -10,6 +10,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_slt.functional.influence import correlation, covariance, mean_and_error, shrink, variance
+from lightning_slt.measures.draws import joined
 
 
 class Influence(Metric):
@@ -69,7 +70,8 @@ class Influence(Metric):
             init_query: ``[n_query]``, the same of the queries.
 
         Raises:
-            ValueError: where the shapes do not fit each other, or the losses at ``w*`` are others than before.
+            ValueError: where the shapes do not fit each other or the draws before, or the losses at ``w*`` are others
+                than before.
         """
         queries = train_losses if query_losses is None else query_losses
         if train_losses.ndim != 3 or queries.ndim != 3 or train_losses.shape[:2] != queries.shape[:2]:
@@ -80,14 +82,15 @@ class Influence(Metric):
         start = torch.zeros(train_losses.shape[2]) if init_train is None else init_train
         offset = start if query_losses is None else init_query
         other = torch.zeros(queries.shape[2]) if offset is None else offset
+        trains = joined("train_losses", self.train_trace, _above(train_losses, start).to(self.device))
+        asked = joined("query_losses", self.query_trace, _above(queries, offset).to(self.device))
         inits = {"init_train": start, "init_query": other}
         for name, value in inits.items():
             new, known = value.detach().double().to(self.device), getattr(self, name)
             if len(self.train_trace) and not torch.allclose(new, known, rtol=1e-4, atol=1e-6, equal_nan=True):
                 raise ValueError(f"{name}: not that of the update before. Give the same at every update, or reset().")
             setattr(self, name, new)
-        self.train_trace = [torch.cat([*self.train_trace, _above(train_losses, start).to(self.device)], dim=1)]
-        self.query_trace = [torch.cat([*self.query_trace, _above(queries, offset).to(self.device)], dim=1)]
+        self.train_trace, self.query_trace = trains, asked
 
     def draws(self) -> tuple[Tensor, Tensor]:
         """``[num_chains, num_draws, n_train]`` and ``[..., n_query]`` losses above those at ``w*`` so far."""

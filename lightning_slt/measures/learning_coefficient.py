@@ -10,6 +10,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_slt.functional.learning_coefficient import Summary, learning_coefficient, summarise
+from lightning_slt.measures.draws import joined
 
 
 class LearningCoefficient(Metric):
@@ -55,12 +56,12 @@ class LearningCoefficient(Metric):
             init_loss: the same shape, losses of the same minibatches at ``w*``.
 
         Raises:
-            ValueError: where the shapes do not fit.
+            ValueError: where the shapes do not fit each other, or the draws before.
         """
         if loss.ndim != 2:
             raise ValueError(f"loss {tuple(loss.shape)}: expected [num_chains, draws].")
         new = learning_coefficient(loss, init_loss, self.nbeta).to(self.device)
-        self.trace = [torch.cat([*self.trace, new], dim=1)]
+        self.trace = joined("loss", self.trace, new)
 
     def draws(self) -> Tensor:
         """``[num_chains, num_draws]``, the integrand so far; of all processes inside ``compute``."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_slt.functional.susceptibility import Response, susceptibility
+from lightning_slt.measures.draws import joined
 
 
 class Susceptibility(Metric):
@@ -27,6 +27,7 @@ class Susceptibility(Metric):
         ValueError: where ``nbeta`` is not positive.
 
     Example:
+        >>> import torch
         >>> metric = Susceptibility(nbeta=10.0)
         >>> loss = torch.rand(4, 500, generator=torch.Generator().manual_seed(0))
         >>> metric.update(loss, loss + 3.0 * loss.unsqueeze(2).mean(dim=2))
@@ -56,7 +57,7 @@ class Susceptibility(Metric):
             shifted_loss: ``[num_chains, draws, m]`` or ``[num_chains, draws]``, those on m shifted data.
 
         Raises:
-            ValueError: where the shapes do not fit.
+            ValueError: where the shapes do not fit each other, or the draws before.
         """
         shifted = shifted_loss.unsqueeze(2) if shifted_loss.ndim == 2 else shifted_loss
         if loss.ndim != 2 or shifted.ndim != 3 or shifted.shape[:2] != loss.shape:
@@ -66,8 +67,8 @@ class Susceptibility(Metric):
             )
         own = loss.detach().double().to(self.device)
         delta = shifted.detach().double().to(self.device) - own.unsqueeze(2)
-        self.loss_trace = [torch.cat([*self.loss_trace, own], dim=1)]
-        self.shift_trace = [torch.cat([*self.shift_trace, delta], dim=1)]
+        shifts = joined("shifted_loss", self.shift_trace, delta)
+        self.loss_trace, self.shift_trace = joined("loss", self.loss_trace, own), shifts
 
     def response(self) -> Response:
         """All of what the draws say.

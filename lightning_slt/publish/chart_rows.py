@@ -24,6 +24,7 @@ from lightning_slt.publish.spec_parts import (
     VALID,
     Scale,
 )
+from lightning_slt.publish.tables import are_log_spaced, step_of
 from lightning_slt.publish.transition_charts import free_energy_line, free_energy_range
 from lightning_slt.publish.words import (
     KIND_WORDS,
@@ -56,13 +57,6 @@ CURVE_COLUMNS: tuple[str, ...] = (
 """``row`` is ``estimate``, ``transition`` or ``boundary``; ``llc``, ``low`` and ``high`` are cut at the frame."""
 
 Row = dict[str, Any]
-
-
-def step_of(estimate: Estimate, index: int) -> int:
-    """Where an estimate stands: its step, else its x, else its number."""
-    if estimate.step is not None:
-        return estimate.step
-    return estimate.x if estimate.x is not None else index
 
 
 def curve_rows(
@@ -109,15 +103,10 @@ def as_dicts(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[Row]
 
 def steps_scale(estimates: Sequence[Estimate]) -> Scale:
     """Logarithmic where steps span more than a factor of 100 and are spaced that way."""
-    steps = sorted({step_of(e, i) for i, e in enumerate(estimates)})
-    positive = [s for s in steps if s > 0]
-    if len(positive) < 3 or positive[-1] / positive[0] <= 100:
+    steps = [step_of(e, i) for i, e in enumerate(estimates)]
+    if not are_log_spaced(steps):
         return "linear"
-    gaps = np.diff(positive)
-    # every 100 steps up to 20,000 spans a factor of 200 too, and is linear
-    if not gaps.max() > 10 * gaps.min():
-        return "linear"
-    return "log" if steps[0] > 0 else "symlog"
+    return "log" if min(steps) > 0 else "symlog"
 
 
 def loss_is_wide(estimates: Sequence[Estimate]) -> bool:

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image  # a dependency of matplotlib
 
+from lightning_slt.publish.tables import are_log_spaced, step_of
 from lightning_slt.publish.words import count_of
 from lightning_slt.record import Estimate
 from lightning_slt.transitions import Transition
@@ -131,7 +132,7 @@ def history_figure(estimates: Sequence[Estimate], transitions: Sequence[Transiti
     Returns:
         A figure of 1000 x 450 pixels with two axes that share x (optimiser steps).
     """
-    points = sorted(((_step(e, i), e) for i, e in enumerate(estimates)), key=lambda point: point[0])
+    points = sorted(((step_of(e, i), e) for i, e in enumerate(estimates)), key=lambda point: point[0])
     steps = np.array([step for step, _ in points], dtype=np.float64)
     llc = np.array([e.mean for _, e in points], dtype=np.float64)
     error = 1.96 * np.nan_to_num(np.array([e.se for _, e in points], dtype=np.float64), nan=0.0, posinf=0.0)
@@ -166,7 +167,7 @@ def history_figure(estimates: Sequence[Estimate], transitions: Sequence[Transiti
 
     bottom.plot(steps, loss, "-o", color="#444444", lw=1.4, ms=4, mec="white", mew=0.5, label="loss at the weights")
 
-    if _log_spaced(steps):
+    if are_log_spaced(steps.tolist()):
         if steps.min() > 0:
             top.set_xscale("log")
         else:  # the weights at initialisation are at step 0, which a logarithmic axis would drop
@@ -262,21 +263,6 @@ def _headline(figure: Figure, estimate: Estimate) -> None:
     figure.text(
         0.075, 0.9, "\n".join(lines), ha="left", va="top", fontsize=9.5, color=_MUTED if estimate.valid else _BAD
     )
-
-
-def _step(estimate: Estimate, index: int) -> int:
-    if estimate.step is not None:
-        return estimate.step
-    return estimate.x if estimate.x is not None else index
-
-
-def _log_spaced(steps: npt.NDArray[np.float64]) -> bool:
-    positive = np.unique(steps[steps > 0])
-    if positive.size < 3 or positive[-1] / positive[0] <= 100:
-        return False
-    gaps = np.diff(positive)
-    # every 100 steps up to 20,000 spans a factor of 200 too, and is linear
-    return bool(gaps.max() > 10 * gaps.min())
 
 
 def _mark_outside(axes: Axes, steps: npt.NDArray[np.float64], llc: npt.NDArray[np.float64]) -> None:

@@ -27,10 +27,9 @@ from matplotlib.figure import Figure
 
 from lightning_slt.durable import write_whole
 from lightning_slt.publish.charts import png
-from lightning_slt.publish.influence_tables import to_csv
 from lightning_slt.publish.sink import Alert, Page, plain_config
-from lightning_slt.publish.tables import history_csv
-from lightning_slt.record import Estimate
+from lightning_slt.publish.tables import history_csv, to_csv
+from lightning_slt.record import Estimate, RunRecord
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -59,7 +58,10 @@ class FilesSink:
 
     def start(self, config: Mapping[str, Any]) -> None:
         self._config = plain_config(config)
-        self._summary("running", None)
+        # a run that is resumed has some already
+        known = list(RunRecord(self.folder).read(traces=False))
+        self._count = len(known)
+        self._summary("running", known[-1] if known else None)
 
     def estimate(self, estimate: Estimate, figure: Optional[Figure], step: int) -> None:
         self._count += 1

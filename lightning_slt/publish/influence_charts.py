@@ -192,7 +192,7 @@ def _losses(axes: Axes, estimate: InfluenceEstimate) -> None:
     x, y = estimate.init_loss.numpy(force=True), estimate.mean_loss.numpy(force=True)
     axes.plot(x, y, "o", color=_GOOD, ms=3, alpha=0.5, mew=0)
     suspects = estimate.suspects(20)
-    axes.plot(x[suspects], y[suspects], "o", color=_BAD, mfc="none", ms=6, label="20 suspects")
+    axes.plot(x[suspects], y[suspects], "o", color=_BAD, mfc="none", ms=6, label=f"{len(suspects)} suspects")
     if (x > 0).all() and x.max() / max(x.min(), 1e-300) > 100:
         axes.set_xscale("log")
     axes.set(xlabel="loss at the weights", ylabel="posterior mean loss")

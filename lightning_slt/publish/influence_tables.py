@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import math
-from collections.abc import Sequence
 from typing import Any
 
 from lightning_slt.influence_record import MIN_Z, InfluenceEstimate
+from lightning_slt.publish.tables import plain
 
 SUSPECT_COLUMNS: tuple[str, ...] = (
     "rank",
@@ -43,7 +40,7 @@ def suspect_rows(estimate: InfluenceEstimate, k: int = 20) -> list[list[Any]]:
         group = estimate.train_group[j] if estimate.train_group is not None else ""
         row = [place, index, group, float(estimate.mean_loss[j]), float(estimate.mean_loss_se[j])]
         row += [float(estimate.init_loss[j]), int(ranks[j]), float(estimate.self_influence[j]), float(llc[j])]
-        rows.append([_plain(v) for v in row] + [media_id(index)])
+        rows.append([plain(v) for v in row] + [media_id(index)])
     return rows
 
 
@@ -61,30 +58,5 @@ def pair_rows(estimate: InfluenceEstimate, k: int = 5, max_queries: int = 20) ->
                 group = estimate.train_group[j] if estimate.train_group is not None else ""
                 row = [number, token, query_group, side, index, group, value, error]
                 row += [value / error if error else None, float(estimate.correlation[query, j])]
-                rows.append([_plain(v) for v in row])
+                rows.append([plain(v) for v in row])
     return rows
-
-
-def to_csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """CSV text with a header; None becomes an empty cell."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-def to_markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table, numbers to four significant digits."""
-
-    def cell(value: Any) -> str:
-        if isinstance(value, float):
-            return f"{value:.4g}"
-        return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
-
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(cell(v) for v in row) + " |" for row in rows])
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,10 +7,9 @@ from typing import Any, Optional
 
 from matplotlib.figure import Figure
 
-from lightning_slt.publish.influence_tables import to_csv
 from lightning_slt.publish.keys import metrics_of
 from lightning_slt.publish.sink import Alert, Page, plain_config
-from lightning_slt.publish.tables import history_csv
+from lightning_slt.publish.tables import history_csv, to_csv
 from lightning_slt.record import Estimate
 
 

@@ -104,7 +104,7 @@ def rendered_by(hook: Callable[[Any], Any], sample: Any, tokenizer: Any = None) 
         if isinstance(made, str):
             return Rendered("text", None, _clip(made))
         if isinstance(made, Image.Image):
-            return Rendered("image", np.asarray(made.convert("RGB")), "")
+            return Rendered("image", _reduced(np.asarray(made.convert("RGB"))), "")
         array = _array(made)
         picture = _as_picture(array)
         return Rendered("image", picture, "") if picture is not None else _render(made, None)
@@ -190,12 +190,18 @@ def _as_picture(array: npt.NDArray[Any]) -> Optional[npt.NDArray[np.uint8]]:
 
 def _enlarge(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Sides of a size that can be looked at."""
-    if max(picture.shape[:2]) > MAX_SIDE:
-        reduced = Image.fromarray(picture)
-        reduced.thumbnail((MAX_SIDE, MAX_SIDE))
-        return np.asarray(reduced)
-    times = max(1, -(-MIN_SIDE // max(min(picture.shape[:2]), 1)))
+    picture = _reduced(picture)
+    # a long one is enlarged no further than a large one is reduced to
+    times = max(1, min(-(-MIN_SIDE // max(min(picture.shape[:2]), 1)), MAX_SIDE // max(*picture.shape[:2], 1)))
     return picture.repeat(times, axis=0).repeat(times, axis=1)
+
+
+def _reduced(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    if max(picture.shape[:2]) <= MAX_SIDE:
+        return picture
+    reduced = Image.fromarray(picture)
+    reduced.thumbnail((MAX_SIDE, MAX_SIDE))
+    return np.asarray(reduced)
 
 
 def _waveform(values: npt.NDArray[Any], width: int = 256, height: int = 64) -> npt.NDArray[np.uint8]:

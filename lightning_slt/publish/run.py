@@ -106,15 +106,23 @@ def folders_of(given: Path) -> list[Path]:
         beside = []
         if base == "slt" or base.startswith("slt_"):
             beside = [p for p in [given.parent / "slt", *sorted(given.parent.glob("slt_*"))] if p != given]
-        others = [p for p in [*beside, *inside] if not _OTHER_RUN.search(p.name) and (p / RECORD_FILE).exists()]
-        if _OTHER_RUN.search(base):
-            others = []
+        # a later run has its other monitors elsewhere; a folder that a user has named so has them inside
+        near = inside if _is_other_run(given) else [*beside, *inside]
+        others = [p for p in near if (p / RECORD_FILE).exists() and not _is_other_run(p)]
         return sorted([given, *others], key=lambda p: (_is_named(p), p != given, p.name))
     places = [p for p in [given / "slt", *sorted(given.glob("slt_*"))] if (p / RECORD_FILE).exists()]
-    places = [p for p in places if not _OTHER_RUN.search(p.name)]
+    places = [p for p in places if not _is_other_run(p)]
     if places and places[0].name == "slt":
         return folders_of(places[0])
     return places
+
+
+def _is_other_run(folder: Path) -> bool:
+    """Whether it is named as the folder of a later run; and not since its monitor is called so."""
+    if not _OTHER_RUN.search(folder.name):
+        return False
+    first = next(RunRecord(folder).read(traces=False), None)
+    return first is None or folder.name != f"slt_{first.component}"
 
 
 def _is_named(folder: Path) -> bool:

@@ -9,10 +9,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
 
 from lightning_slt.publish.charts import pixels
-from lightning_slt.publish.influence_tables import to_markdown
 from lightning_slt.publish.keys import metrics_of, x_of
 from lightning_slt.publish.sink import Alert, Page, plain_config
-from lightning_slt.publish.tables import history_markdown
+from lightning_slt.publish.tables import history_markdown, to_markdown
 from lightning_slt.record import Estimate
 
 
@@ -30,8 +29,8 @@ class TensorBoardSink:
 
     def start(self, config: Mapping[str, Any]) -> None:
         # As text: log_hyperparams would add an "hp_metric" and a second hparams session to the user's own.
-        rows = "\n".join(f"| {k} | {v} |" for k, v in plain_config(config).items())
-        self.logger.experiment.add_text(f"{self.prefix}/config", f"| setting | value |\n| --- | --- |\n{rows}", 0)
+        table = to_markdown(("setting", "value"), [[k, str(v)] for k, v in plain_config(config).items()])
+        self.logger.experiment.add_text(f"{self.prefix}/config", table, 0)
         self.logger.experiment.add_text(f"{self.prefix}/status", "running", 0)
 
     def estimate(self, estimate: Estimate, figure: Optional[Figure], step: int) -> None:

@@ -190,8 +190,8 @@ def _suspects(monitor: MonitorRecord) -> Table | None:
             looks = path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip()[:60]
         elif path.with_suffix(".png").exists():
             looks = f"samples/{media}.png"
-        error = math.nan if mean_se is None else mean_se
-        cells = (str(rank), str(index), str(group), with_error(mean or math.nan, error), number(plain), str(plain_rank))
+        shown = "n/a" if mean is None else with_error(mean, math.nan if mean_se is None else mean_se)
+        cells = (str(rank), str(index), str(group), shown, number(plain), str(plain_rank))
         table.add_row(*map(_plain, cells), _plain(looks))
     return table
 

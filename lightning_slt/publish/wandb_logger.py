@@ -63,7 +63,6 @@ class WandbSink:
 
     def _log_tables(self, row: Mapping[str, Any], step: Optional[int]) -> None:
         """Log a row that may have tables in it: an online run asks its server first, and must not ask it here."""
-        self._later.check()
         if self.online:
             self._later(lambda: self.logger.log_metrics(row, step=step))
         else:
@@ -125,6 +124,8 @@ class WandbSink:
         if page.summary and not getattr(self.logger.experiment, "disabled", False):
             for key, value in page.summary.items():
                 self.logger.experiment.summary[key] = value
+        # last: what an earlier row met is no reason to leave this one out
+        self._later.check()
 
     def alert(self, alert: Alert, step: int) -> None:
         run = self.logger.experiment

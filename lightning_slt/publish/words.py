@@ -367,7 +367,7 @@ def diagnostics(estimates: Sequence[Estimate]) -> list[Remark]:
         for reason in estimate.reasons:
             if not _is_divergence(reason):
                 places = reasons.setdefault(_meaning(reason), [])
-                places += [place] if place not in places else []
+                places += [place] if place not in places[-1:] else []
         if not estimate.valid and not estimate.reasons and not bad_chains(estimate):
             reasons.setdefault((remarks[0].text, ""), []).append(place)
     if len(diverged) > _EACH:

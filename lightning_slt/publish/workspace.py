@@ -238,7 +238,7 @@ def send(entity: str, project: str, prefix: str = "slt", losses: Sequence[str] =
                     spec=spec,
                 )
             except Exception as error:
-                if "exist" not in str(error).lower() and "duplicate" not in str(error).lower():
+                if not _is_there_already(str(error)):
                     missing = f"{type(error).__name__}: {error}"
         workspace = build_workspace(entity, project, prefix, losses, charts=missing is None)
         workspace.save()
@@ -247,6 +247,17 @@ def send(entity: str, project: str, prefix: str = "slt", losses: Sequence[str] =
         raise
     except Exception as error:
         raise ConnectionError(f"{server} did not take the workspace: {type(error).__name__}: {error}") from error
+
+
+def _is_there_already(message: str) -> bool:
+    """Whether a server refuses a chart since it has it: its content is part of its name.
+
+    Example:
+        >>> _is_there_already("view already exists"), _is_there_already("entity me does not exist")
+        (True, False)
+    """
+    said = message.lower()
+    return "duplicate" in said or ("exist" in said and re.search(r"n['o]t exist|no longer exist", said) is None)
 
 
 def _require_server(address: str) -> None:

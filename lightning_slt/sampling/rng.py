@@ -39,9 +39,10 @@ def preserve_rng(seed: int | None = None) -> Iterator[None]:
         if seed is not None:
             random.seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002
-            torch.default_generator.manual_seed(seed)
+            # torch takes 64 bits, and a negative number for one of them
+            torch.default_generator.manual_seed(seed % 2**64)
             if cuda:
-                torch.cuda.manual_seed_all(seed)
+                torch.cuda.manual_seed_all(seed % 2**64)
         yield
     finally:
         random.setstate(python_state)

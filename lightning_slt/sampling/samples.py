@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
@@ -226,7 +226,7 @@ def default_group(sample: Any) -> Optional[str]:
     value: Any = None
     if isinstance(sample, (tuple, list)) and len(sample) >= 2:
         value = sample[1]
-    elif isinstance(sample, dict):
+    elif isinstance(sample, Mapping):  # a tokenizer's BatchEncoding is no dict
         value = next((sample[k] for k in ("label", "labels", "target", "targets", "y", "class") if k in sample), None)
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point():
         value = value.item()

@@ -67,6 +67,9 @@ CEILING = 8.0
 MOST_PROPOSED = 40.0
 """The same for MALA, which refuses what is too large."""
 
+MOST_SORTED = 2**24
+"""Numbers that ``torch.quantile`` takes."""
+
 
 def first_step(
     objective: Objective,
@@ -206,7 +209,10 @@ def scale_of(trace: Tensor) -> float:
     makes must not buy it a larger one. Neighbouring steps see independent minibatches, so that their covariance is
     free of the minibatches' own noise.
     """
-    low, high = torch.quantile(trace, torch.tensor([0.05, 0.95], dtype=trace.dtype))
+    values = trace.flatten()
+    # torch sorts no more than so many for a quantile; an even part of them says as much
+    values = values[:: max(1, -(-len(values) // MOST_SORTED))]
+    low, high = torch.quantile(values, torch.tensor([0.05, 0.95], dtype=trace.dtype))
     centred = trace.clamp(low, high)
     centred = centred - centred.mean()
     products = centred[:, 1:] * centred[:, :-1]

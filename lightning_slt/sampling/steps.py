@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Optional
@@ -156,22 +157,36 @@ def mute(shadow: nn.Module) -> None:
 
 @contextmanager
 def runs_muted() -> Iterator[None]:
-    """What a step sends to the wandb run by itself (``wandb.log``, ``wandb.run.log``) is not sent inside."""
+    """What a step sends to the wandb run by itself (``wandb.log``, ``wandb.run.log``) is not sent inside.
+
+    What other threads send is: rows that wait for a server, or a thread of the user's that watches the machine.
+    """
     wandb = sys.modules.get("wandb")
     run = getattr(wandb, "run", None)
+    here = threading.current_thread()
+    beside = {thread for thread in threading.enumerate() if thread is not here and type(thread) is not _OF_NO_PYTHON}
     with ExitStack() as undo:
         for holder in (wandb, run) if run is not None else ():
             for name in ("log", "log_artifact", "alert"):
                 if callable(getattr(holder, name, None)):
-                    undo.enter_context(_replaced(holder, name))
+                    undo.enter_context(_replaced(holder, name, beside))
         yield
 
 
+_OF_NO_PYTHON = threading._DummyThread  # type: ignore[attr-defined]
+"""How threads appear that Python has not started: autograd's, which run the hooks of a step."""
+
+
 @contextmanager
-def _replaced(holder: Any, name: str) -> Iterator[None]:
+def _replaced(holder: Any, name: str, beside: set[threading.Thread]) -> Iterator[None]:
     own = vars(holder)
     had, before = name in own, own.get(name)
-    setattr(holder, name, _nothing)
+    live = getattr(holder, name)
+
+    def muted(*args: Any, **kwargs: Any) -> Any:
+        return live(*args, **kwargs) if threading.current_thread() in beside else None
+
+    setattr(holder, name, muted)
     try:
         yield
     finally:

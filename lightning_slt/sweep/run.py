@@ -34,7 +34,7 @@ class SweepResult:
     """A curve.
 
     Attributes:
-        folder: the record: ``llc.jsonl``, ``influence/``, ``transitions.json``, ``history.csv``.
+        folder: the record: ``estimates.jsonl``, ``influence/``, ``transitions.json``, ``history.csv``.
         estimates, influences: in order of step.
         transitions: of the whole curve.
         measured, known: how many points were measured now, and how many before.

@@ -106,7 +106,7 @@ class PhaseComparison:
         n counts independent samples: training steps are not n, and neighbouring tokens are not independent.
 
         Raises:
-            ValueError: ``n * beta`` is not above 1, where the logarithm of the free energy has no meaning.
+            ValueError: ``n * beta`` is not above e, where ``log log (n beta)`` of the free energy has no meaning.
         """
         if not (math.isfinite(n) and n * self.beta > math.e):
             raise ValueError(f"n: expected n * beta above e, got n = {n!r} at beta = {self.beta}.")

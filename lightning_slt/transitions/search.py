@@ -32,6 +32,7 @@ from lightning_slt.transitions.rises import first_half, largest_between, rises
 
 LARGEST = 0.85  # of a contrast counts beside a step of the loss: it is the largest of many
 HIDDEN = 0.4  # of a rise that a fall hides, which may begin anywhere
+BLOCK = 2048  # windows of one size that are looked at together: what is held of them is some 100 kB each
 _CANDIDATES = 4  # ramps of a window that are deflated for autocorrelation, best first
 
 
@@ -55,22 +56,23 @@ def best_step(
         if size > hi - lo:
             break
         b = bank(size)
-        windows = _windows_of(curve, lo, hi, size)
-        found = _scored(windows, b, min_change)
-        if uneven:
-            # courses that are smooth in steps take evidence away only, and cost more: they are for what may count
-            windows = windows.only(np.flatnonzero(found.score.max(axis=1) > floor))
-            found = _scored(windows, b, min_change, in_steps=True)
-        for window in np.flatnonzero(found.score.max(axis=1, initial=-math.inf) > floor):
-            for ramp in np.argsort(-found.score[window])[:_CANDIDATES]:
-                if found.score[window, ramp] <= floor:
-                    break
-                step = _step(windows, b, found, int(window), int(ramp), curve.persistence)
-                if step.score <= floor or abs(step.height) < min_change:
-                    continue
-                if step.height > 0 and pauses(curve, step.onset, step.end):
-                    continue  # it covers two stages
-                best, floor = step, step.score
+        for first in range(lo, hi - size + 1, BLOCK):
+            windows = _windows_of(curve, first, min(first + BLOCK + size - 1, hi), size)
+            found = _scored(windows, b, min_change)
+            if uneven:
+                # courses that are smooth in steps take evidence away only, and cost more: they are for what may count
+                windows = windows.only(np.flatnonzero(found.score.max(axis=1) > floor))
+                found = _scored(windows, b, min_change, in_steps=True)
+            for window in np.flatnonzero(found.score.max(axis=1, initial=-math.inf) > floor):
+                for ramp in np.argsort(-found.score[window])[:_CANDIDATES]:
+                    if found.score[window, ramp] <= floor:
+                        break
+                    step = _step(windows, b, found, int(window), int(ramp), curve.persistence)
+                    if step.score <= floor or abs(step.height) < min_change:
+                        continue
+                    if step.height > 0 and pauses(curve, step.onset, step.end):
+                        continue  # it covers two stages
+                    best, floor = step, step.score
     return best
 
 

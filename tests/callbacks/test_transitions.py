@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -304,3 +305,22 @@ def test_an_empty_state_changes_nothing(callback: Any) -> None:
     before = callback.state_dict()
     callback.load_state_dict({})
     assert str(callback.state_dict()) == str(before)
+
+
+class LongHistory(list[Any]):
+    """May be read from its end, and not as a whole."""
+
+    def __iter__(self) -> Any:
+        raise AssertionError("the whole history was gone through")
+
+
+def test_a_point_of_a_long_run_costs_no_look_at_all_that_came_before() -> None:
+    monitor = SimpleNamespace(measures_later=True, estimates=LongHistory())
+    watch = TransitionMonitor(pin_checkpoints=False)
+    trainer: Any = SimpleNamespace(callback_metrics={}, callbacks=[])
+    for step in range(1, 6):
+        monitor.estimates.append(make_estimate(step=step))
+        if step != 3:  # of one that it has not been told of it learns with the next
+            watch.on_estimate(trainer, None, monitor, monitor.estimates[-1], None)  # type: ignore[arg-type]
+    assert [point[0] for point in watch.state_dict()["detector"]["points"]] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert watch.state_dict()["fed"] == 5

@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_slt.callbacks.folder import recorded
 from lightning_slt.cli import main
+from lightning_slt.influence_record import InfluenceRecord
 from lightning_slt.record import RunRecord
-from tests.publish.helpers import make_estimate
+from tests.publish.helpers import make_estimate, make_influence
 from tests.publish.recorded import HOSTILE, write_run
 
 
@@ -58,6 +60,19 @@ def test_a_long_run_is_thinned_to_the_rows_asked_for(tmp_path: Path, capsys: pyt
     assert "5 estimates, 2 of them" in out
     assert main(["show", str(tmp_path), "--rows", "0"]) == 1
     assert "--rows=0: must be at least 1" in capsys.readouterr().err
+
+
+def test_a_mean_loss_of_zero_is_a_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a hinge loss, which most samples have none of."""
+    monkeypatch.setenv("COLUMNS", "160")
+    folder = write_run(tmp_path, firings=1)
+    influence = make_influence(n=3, step=100, mean_loss=torch.zeros(3).double())
+    InfluenceRecord(folder).save(influence.replace(train_group=("a", "b", "c")))
+    assert main(["show", str(tmp_path)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[3:6] for line in lines if line[:1] == ["1"] and "a" in line] == [["0.00", "±", "0.01"]]
 
 
 BROKEN: dict[str, tuple[str, bytes]] = {

@@ -271,6 +271,44 @@ def test_a_failure_in_a_worker_is_reported_and_the_next_firing_is_measured(tmp_p
     assert steps_of(monitor) == [4, 12]
 
 
+CANNOT_START = (
+    "import json, sys; from multiprocessing.connection import Connection; "
+    "word = json.dumps({'failed': 'ImportError: no such thing'}).encode(); "
+    "Connection(json.loads(sys.argv[1])['pipe']).send_bytes(word)"
+)
+
+
+class WaitsForTheNews(Callback):
+    """Goes on with the first batch when what the workers have said is heard."""
+
+    def __init__(self, monitor: SLTMonitor) -> None:
+        self.monitor = monitor
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        beside, until = self.monitor._beside, time.monotonic() + 10.0
+        assert beside is not None
+        while beside.broken is None and time.monotonic() < until:
+            assert beside.take() == []
+            time.sleep(0.02)
+
+
+@pytest.mark.parametrize("on_failure", ["warn", "raise"])
+def test_workers_that_cannot_start_are_reported_where_nothing_was_sent_yet(
+    on_failure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_slt.callbacks.pool._LIFE", CANNOT_START)
+    monitor = beside(on_failure=on_failure)
+    said = r"at step 4 .*a worker could not start: ImportError: no such thing"
+    if on_failure == "raise":
+        with pytest.raises(RuntimeError, match=said):
+            Scenario(Net, loaders).run(tmp_path, WaitsForTheNews(monitor), monitor)
+        return
+    with pytest.warns(UserWarning, match=said) as told:
+        trace = Scenario(Net, loaders).run(tmp_path, WaitsForTheNews(monitor), monitor)
+    assert len([w for w in told if "ImportError: no such thing" in str(w.message)]) == 1
+    assert trace.num_batches == 12 and monitor.estimates == []
+
+
 class DiesInChains(Net):
     """The process ends in the step, as where memory runs out; never that of training."""
 

@@ -46,3 +46,20 @@ def test_a_resumed_run_writes_its_history_anew(tmp_path):
     publisher.estimate(again)
     publisher.finish([again], "finished")
     assert [row["llc"] for row in read_csv(tmp_path / "history.csv")] == ["3.0"]
+
+
+def test_the_summary_of_a_resumed_run_counts_what_was_measured_before(tmp_path):
+    first = RunPublisher([], tmp_path)
+    first.start({})
+    for step in (100, 200):
+        first.estimate(make_estimate(mean=float(step), step=step))
+    resumed = RunPublisher([], tmp_path)
+
+    def told():
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        return summary["status"], summary["num_estimates"], summary["last"]["mean"]
+
+    resumed.start({})
+    assert told() == ("running", 2, 200.0)
+    resumed.estimate(make_estimate(mean=5.0, step=300))
+    assert told() == ("running", 3, 5.0)

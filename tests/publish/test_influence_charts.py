@@ -146,6 +146,9 @@ def test_without_groups_the_losses_are_compared():
     assert every.get_xdata().tolist() == estimate.init_loss.tolist()
     assert every.get_ydata().tolist() == estimate.mean_loss.tolist()
     assert suspects.get_ydata().tolist() == estimate.mean_loss[:20].tolist()
+    assert suspects.get_label() == "20 suspects"
+    few = influence_figure(make_influence(n=7, group_matrix=None, group_se=None, groups=(), train_group=None))
+    assert few.axes[0].lines[1].get_label() == "7 suspects"
     assert (left.get_xlabel(), left.get_ylabel()) == ("loss at the weights", "posterior mean loss")
 
 

@@ -13,9 +13,8 @@ from lightning_slt.publish.influence_tables import (
     media_id,
     pair_rows,
     suspect_rows,
-    to_csv,
-    to_markdown,
 )
+from lightning_slt.publish.tables import to_csv, to_markdown
 from tests.publish.helpers import make_influence, nothing_measured
 
 

@@ -1,10 +1,14 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_slt.publish import RunPublisher
+from lightning_slt.publish.sink import Page
+from lightning_slt.publish.tensorboard import TensorBoardSink
+from lightning_slt.publish.wandb_logger import WandbSink
 from tests.publish.helpers import make_estimate, read_csv
 
 
@@ -76,6 +80,22 @@ def test_tensorboard_events_read_back(tmp_path):
     assert "hp_metric" not in events.Tags()["scalars"]
 
 
+def test_a_bar_in_a_setting_does_not_end_its_cell():
+    """restrict= may name layers by a pattern, and a loss function is shown as it is."""
+    texts = {}
+    experiment = SimpleNamespace(add_text=lambda tag, text, step: texts.update({tag: text}))
+    TensorBoardSink(SimpleNamespace(experiment=experiment)).start(
+        {"restrict": ["fc1|fc2"], "nbeta": 144.7234, "lr": None}
+    )
+    assert texts["slt/config"].splitlines() == [
+        "| setting | value |",
+        "| --- | --- |",
+        "| restrict | ['fc1\\|fc2'] |",
+        "| nbeta | 144.7234 |",
+        "| lr | None |",
+    ]
+
+
 def test_mlflow_reads_back(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     from lightning.pytorch.loggers import MLFlowLogger
@@ -95,3 +115,29 @@ def test_mlflow_reads_back(tmp_path, monkeypatch):
     assert media == [f"slt/media/{name}.png" for name in names]
     table = next(tmp_path.rglob("tables/history.csv"))
     assert [(r["x"], r["llc"]) for r in read_csv(table)] == [("12", "4.0"), ("20", "5.0")]
+
+
+class _Online:
+    """A wandb run on a server, and its logger: notes each row, and fails on the first."""
+
+    def __init__(self):
+        self.rows, self.experiment = [], SimpleNamespace(summary={})
+
+    def log_metrics(self, row, step):
+        if step == 1:
+            raise ConnectionError(f"row {step} was refused")
+        self.rows.append(step)
+
+
+def test_a_row_that_a_server_refuses_takes_no_later_row_with_it():
+    logger = _Online()
+    sink, told = WandbSink(logger), []
+    for step in (1, 2, 3):
+        try:
+            sink.page(Page({"slt/transition/score": 1.0}, summary={"slt/transition/count": float(step)}), step)
+        except ConnectionError as error:
+            told.append(str(error))
+        assert sink._later.wait(10.0)
+    assert told == ["row 1 was refused"]
+    assert logger.rows == [2, 3]
+    assert logger.experiment.summary == {"slt/transition/count": 3.0}

@@ -279,3 +279,12 @@ def test_a_hook_that_fails_is_told_of_once_and_the_default_shown(hook):
         shown = [rendered_by(hook, {"x": torch.tensor([7, 8])}, Letters()) for _ in range(3)]
     assert len(caught) == 1
     assert [s.text for s in shown] == ["hi"] * 3
+
+
+def test_no_picture_is_larger_than_the_largest():
+    """Twenty are kept at a firing: a long one is not enlarged beyond, and what a hook draws is reduced as well."""
+    assert render_sample(torch.rand(5, 500)).image.shape == (5, 500)
+    assert render_sample(torch.rand(20, 120)).image.shape == (80, 480)
+    drawn = rendered_by(lambda sample: Image.new("RGB", (4000, 1000), "red"), None)
+    assert drawn.image.shape == (MAX_SIDE // 4, MAX_SIDE, 3)
+    assert drawn.image[0, 0].tolist() == [255, 0, 0]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -75,6 +78,47 @@ def test_components_transitions_energies_and_samples_are_all_there(page: str) ->
     rules = [r for r in data["charts"]["curve"]["datasets"]["rows"] if r["row"] == "transition"]
     assert [(r["step"], r["end"], r["kind"]) for r in rules] == [(280.0, 330.0, "A")]
     assert len(data["samples"]) == 20
+
+
+def test_a_monitor_whose_chains_are_lost_is_not_to_be_chosen(tmp_path: Path) -> None:
+    """The first of three: the page begins with the chains that there are."""
+    folder = write_run(tmp_path)
+    shutil.rmtree(folder / "traces")
+    text = report_html(load_run(folder))
+    chains = data_of(text)["chains"]
+    assert [len(monitor["firings"]) for monitor in chains] == [5, 5]
+    selector = re.search(r'<select class="monitor">(.*?)</select>', text)[1]
+    assert re.findall(r'<option value="(\d)">(\w+|&lt;)', selector) == [("0", "attn"), ("1", "&lt;")]
+
+
+def test_of_a_long_run_some_estimates_are_drawn_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is to stay one that can be mailed: a point is near a kilobyte of it."""
+    folder = write_run(tmp_path, firings=41, draws=4)
+    for room in ("data", "sections"):
+        monkeypatch.setattr(f"lightning_slt.publish.html.{room}.MAX_POINTS", 11)
+    text = report_html(load_run(folder))
+    charts = data_of(text)["charts"]
+    rows = charts["curve"]["datasets"]["rows"]
+    assert [row["step"] for row in rows if row["row"] == "estimate"] == list(range(100, 4101, 400))
+    assert [row["row"] for row in rows if row["row"] != "estimate"] == ["transition", "boundary"]
+    assert len(charts["components"]["datasets"]["rows"]) == 33
+    assert len({row["step"] for row in charts["diagnostics"]["datasets"]["rows"]}) == 11
+    assert "Of 41 estimates 11 are drawn; all are in history.csv." in text
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_the_limits_of_very_many_draws_are_found() -> None:
+    """A call of JavaScript takes no more than some ten thousand arguments."""
+    script = files("lightning_slt.publish.html").joinpath("page.js").read_text(encoding="utf-8")
+    function = re.search(r"  function limitsOf\(.*?\n  }\n", script, re.S)[0]
+    asked = "[Array.from({length: 300000}, (_, k) => k % 101), [null, NaN], [null, 2.5], [-1, Infinity, 3]]"
+    done = subprocess.run(
+        ["node", "-e", f"{function} console.log(JSON.stringify({asked}.map(limitsOf)))"],
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert json.loads(done.stdout) == [[-8, 108], [0, 1], [2.375, 2.625], pytest.approx([-1.32, 3.32])]
 
 
 def test_the_command_writes_one_file_where_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

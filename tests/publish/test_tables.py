@@ -2,7 +2,14 @@ import csv
 import io
 import math
 
-from lightning_slt.publish.tables import HISTORY_COLUMNS, chain_rows, history_csv, history_markdown, history_row
+from lightning_slt.publish.tables import (
+    HISTORY_COLUMNS,
+    chain_rows,
+    history_csv,
+    history_markdown,
+    history_row,
+    to_markdown,
+)
 from tests.publish.helpers import make_estimate
 
 
@@ -28,3 +35,17 @@ def test_a_bar_in_a_reason_does_not_end_the_markdown_cell():
     lines = history_markdown([make_estimate(reasons=("|w| grew",))]).splitlines()
     assert len(lines) == 3
     assert lines[2].replace("\\|", "").count("|") == len(HISTORY_COLUMNS) + 1
+
+
+def test_a_step_keeps_its_digits_in_markdown():
+    """Steps of transitions lie between those of estimates; 1.011e+05 would be of any of a hundred."""
+    rows = [[101072.8125, 0.000123456], [123456.0, -12345.6], [999.96, -1.0612e13]]
+    assert to_markdown(("step", "value"), rows).splitlines()[2:] == [
+        "| 101073 | 0.0001235 |",
+        "| 123456 | -12346 |",
+        "| 1000 | -1.061e+13 |",
+    ]
+
+
+def test_a_backslash_in_front_of_a_bar_does_not_end_the_markdown_cell():
+    assert to_markdown(("group",), [["a\\|b"], ["two\r\nlines"]]).splitlines()[2:] == ["| a\\\\\\|b |", "| two lines |"]

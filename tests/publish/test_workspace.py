@@ -123,3 +123,17 @@ def test_a_server_that_does_not_answer_is_said_within_seconds(
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     assert main(["publish", "me/mine"]) == 1
     assert "no wandb server answers at http://127.0.0.1:9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("message", "there"),
+    [
+        ("a custom chart of that name already exists", True),
+        ("Error 1062: Duplicate entry 'me/slt-curve' for key 'name'", True),
+        ("entity me does not exist", False),
+        ("project doesn't exist", False),
+        ("permission denied", False),
+    ],
+)
+def test_a_chart_that_is_there_already_is_no_failure_but_an_entity_that_is_not_is(message: str, there: bool) -> None:
+    assert workspace._is_there_already(message) == there

@@ -201,6 +201,18 @@ def test_heat_is_held_against_the_variance_where_the_integrand_goes_through_zero
     assert scale_of(_correlated(4.0) - 30.0) == pytest.approx(30.0, rel=0.02)
 
 
+def test_traces_of_any_length_have_a_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has no quantile of more than 16 million numbers, which few chains of many draws reach."""
+    trace = _correlated(3.0)
+    whole = scale_of(trace)
+    monkeypatch.setattr("lightning_slt.sampling.step_size.MOST_SORTED", trace.numel() // 3)
+    asked: list[int] = []
+    quantile = torch.quantile
+    monkeypatch.setattr(torch, "quantile", lambda values, q: asked.append(len(values)) or quantile(values, q))
+    assert scale_of(trace) == pytest.approx(whole, rel=0.05)
+    assert asked == [-(-trace.numel() // 4)]
+
+
 def test_scatter_of_chains_that_a_step_throws_up_does_not_count() -> None:
     """All above zero, with a variance of 2500: held against the mean, or the step would only grow."""
     bursts = 200.0 + _correlated(50.0).clamp(-150, 150)

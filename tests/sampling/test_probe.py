@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -515,6 +516,7 @@ def test_a_few_of_a_thousand_million_samples_are_chosen_without_an_order_of_all(
         ((torch.zeros(2), torch.tensor([1, 2])), None),
         ((torch.zeros(2), "cat"), "cat"),
         ({"x": 1.0, "target": np.array(3)}, "3"),
+        (UserDict({"input_ids": torch.zeros(4).long(), "labels": torch.tensor(2)}), "2"),
         (torch.zeros(3), None),
         ((torch.zeros(2), True), "True"),
     ],

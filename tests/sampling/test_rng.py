@@ -85,3 +85,21 @@ def test_derived_seeds_depend_on_every_part_of_the_key_and_take_any_integer() ->
     seeds = {derive_seed(*key) for key in keys}
     assert len(seeds) == len(keys)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("seed", [2**64, 2**200 + 3, -(2**63) - 1, -(2**64)])
+def test_a_seed_may_be_any_whole_number(seed: int) -> None:
+    """As of a hash; torch alone takes 64 bits only."""
+    with preserve_rng(seed):
+        first = draws()
+    with preserve_rng(seed):
+        assert draws() == first
+    with preserve_rng(seed + 1):
+        assert draws() != first
+
+
+def test_seeds_that_torch_takes_stay_what_they_were() -> None:
+    for seed in (0, 7, -1, -(2**63), 2**64 - 1):
+        with preserve_rng(seed):
+            ours = torch.rand(3)
+        torch.testing.assert_close(ours, torch.rand(3, generator=torch.Generator().manual_seed(seed)), rtol=0, atol=0)

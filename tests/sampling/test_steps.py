@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,14 @@ from torch import Tensor, nn
 
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.stand_ins import Silenced
-from lightning_slt.sampling.steps import NoLossError, ReadThroughTrainer, loss_function, mean_loss, read_losses
+from lightning_slt.sampling.steps import (
+    NoLossError,
+    ReadThroughTrainer,
+    loss_function,
+    mean_loss,
+    read_losses,
+    runs_muted,
+)
 from tests.sampling.helpers import WithMetric, mean_squared, mlp
 
 BATCH = (torch.ones(2, 3), torch.zeros(2, 1))
@@ -228,3 +237,38 @@ def test_outside_a_trainer_the_usual_attributes_are_there_and_others_say_what_to
     assert (view.current_epoch, view.global_step, view.world_size) == (0, 0, 1)
     with pytest.raises(AttributeError, match=r"trainer\.datamodule.*no trainer here.*loss_fn"):
         view.datamodule  # noqa: B018
+
+
+def test_a_thread_beside_the_step_goes_on_sending_to_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that wait for a server are sent while chains run; what the step sends, in whichever thread, is not."""
+    sent: list[str] = []
+
+    class Run:
+        def log(self, row: str) -> None:
+            sent.append(row)
+
+    run = Run()
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=run, log=run.log))
+    wandb = sys.modules["wandb"]
+    began, done = threading.Event(), threading.Event()
+
+    def publish() -> None:
+        began.wait(5.0)
+        run.log("row of a firing")
+        wandb.log("line of a watcher")
+        done.set()
+
+    beside = threading.Thread(target=publish)
+    beside.start()
+    with runs_muted():
+        run.log("by the step")
+        wandb.log("by the step")
+        of_the_step = threading.Thread(target=run.log, args=("by a thread of the step",))
+        of_the_step.start()
+        of_the_step.join()
+        began.set()
+        assert done.wait(5.0)
+    beside.join()
+    assert sent == ["row of a firing", "line of a watcher"]
+    run.log("after")
+    assert sent[-1] == "after" and "log" not in vars(run)

@@ -6,11 +6,13 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from lightning_slt import Transition, TransitionDetector, TransitionMonitor, detect_transitions
+from lightning_slt.transitions import search
 from lightning_slt.transitions.curve import Curve as Points
 from lightning_slt.transitions.pauses import goes_on
 from tests.transitions.curves import KINDS, NULLS, Curve, hits, make
@@ -429,3 +431,27 @@ def test_settings_of_another_kind_are_named(settings: dict[str, object], message
             TransitionDetector(**settings)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=message):
             TransitionMonitor(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kind", "seed"), [("stair", 1), ("fall", 3)])
+def test_a_long_curve_is_searched_a_part_at_a_time(kind: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held at once is bounded, and the transitions are those of looking at all windows together."""
+    c, held, all_of = make(kind, seed), [], search._windows_of
+
+    def counted(*args: Any) -> Any:
+        windows = all_of(*args)
+        held.append(windows.starts.tolist())
+        return windows
+
+    whole = detect_transitions(c.steps, c.llc, c.llc_se, c.loss)
+    monkeypatch.setattr(search, "_windows_of", counted)
+    monkeypatch.setattr(search, "BLOCK", 16)
+    parts = detect_transitions(c.steps, c.llc, c.llc_se, c.loss)
+    assert len(whole) > 0
+    for a, b in zip(whole, parts, strict=True):
+        assert [v for v in a.as_dict().values() if isinstance(v, float)] == pytest.approx(
+            [v for v in b.as_dict().values() if isinstance(v, float)], rel=1e-9, abs=1e-9
+        )
+    assert max(map(len, held)) == 16
+    first = held[: next(i for i, starts in enumerate(held) if i and starts[0] == 0)]  # of the smallest windows
+    assert [start for starts in first for start in starts] == list(range(c.steps.size - 8 + 1))

@@ -30,19 +30,21 @@ from lightning_slt.publish.chart_rows import (
     is_wide,
     loss_is_wide,
     sample_columns,
-    step_of,
     steps_scale,
     trajectory_rows,
 )
 from lightning_slt.publish.influence_tables import media_id
 from lightning_slt.publish.run import MonitorRecord, Run
 from lightning_slt.publish.spec_parts import STATES, Scale, Spec
+from lightning_slt.publish.tables import step_of
 from lightning_slt.publish.words import number, offline_only, pairs_sentence, suspects_sentence, verdict_sentence
 from lightning_slt.record import Estimate
 
 MAX_DRAWS = 300_000
 """Draws of chains in the whole page; a firing keeps every k-th, and of very many firings some are left out."""
 MAX_FIRINGS = 150
+MAX_POINTS = 3_000
+"""Estimates of a monitor that are drawn as points; of more, so many are, evenly taken."""
 MAX_CELLS = 20_000
 """Cells of heat maps; beyond, only the last firing has one."""
 MAX_SAMPLE_VALUES = 300_000
@@ -73,7 +75,7 @@ def page_data(run: Run) -> dict[str, Any]:
             "samples": influence_specs.samples(),
             "samplesLog": influence_specs.samples(log=True),
         },
-        "chains": [{"name": m.name, "firings": chain_firings(m.estimates, len(run.monitors))} for m in run.monitors],
+        "chains": _chains(run),
         "influence": influence_firings(shown),
         "known": [{"index": index, "group": group} for index, group in _known(shown)],
         "samples": samples_of(source.folder, history) if source is not None else {},
@@ -89,14 +91,15 @@ def with_influence(run: Run) -> Optional[MonitorRecord]:
 def _charts(run: Run, scale: Scale, ticks: dict[str, Any]) -> dict[str, Any]:
     monitor, log = run.main, run.main.transitions
     marks = [*log.standing, *offline_only(log)] if log is not None else []
-    rows = as_dicts(CURVE_COLUMNS, curve_rows(monitor.estimates, marks, log.boundaries if log is not None else ()))
+    estimates = thinned(monitor.estimates, MAX_POINTS)
+    rows = as_dicts(CURVE_COLUMNS, curve_rows(estimates, marks, log.boundaries if log is not None else ()))
     states = {row["state"] for row in rows if row["row"] == "estimate"}
     present = {"@states": [state for state in STATES if state in states]}
     charts: dict[str, Any] = {
         "curve": _chart(
             specs.curve(
                 scale,
-                loss_is_wide(monitor.estimates),
+                loss_is_wide(estimates),
                 transitions=any(row["row"] == "transition" for row in rows),
                 boundaries=any(row["row"] == "boundary" for row in rows),
                 states=present["@states"],
@@ -105,15 +108,15 @@ def _charts(run: Run, scale: Scale, ticks: dict[str, Any]) -> dict[str, Any]:
             {**ticks, **present},
         ),
         "diagnostics": _chart(
-            specs.diagnostics(scale, left_out=any(e.num_bad_chains for e in monitor.estimates)),
-            diagnostic_rows(monitor.estimates),
+            specs.diagnostics(scale, left_out=any(e.num_bad_chains for e in estimates)),
+            diagnostic_rows(estimates),
             ticks,
-            columns=2 if any(e.num_bad_chains for e in monitor.estimates) else 3,
+            columns=2 if any(e.num_bad_chains for e in estimates) else 3,
         ),
-        "cost": _chart(specs.cost(scale), cost_rows(monitor.estimates), ticks),
+        "cost": _chart(specs.cost(scale), cost_rows(estimates), ticks),
     }
     if len(run.monitors) > 1:
-        parts = [row for m in run.monitors for row in component_rows(m.name, m.estimates)]
+        parts = [row for m in run.monitors for row in component_rows(m.name, thinned(m.estimates, MAX_POINTS))]
         charts["components"] = _chart(specs.components(scale), parts, {**ticks, **_order(parts, "component")})
     for report in log.reports if log is not None else ():
         energies = free_energy_rows(report)
@@ -148,6 +151,12 @@ def thinned(items: Sequence[T], most: int) -> list[T]:
     if len(items) <= most or most < 2:
         return list(items) if len(items) <= most else list(items[-1:])
     return [items[round(k * (len(items) - 1) / (most - 1))] for k in range(most)]
+
+
+def _chains(run: Run) -> list[dict[str, Any]]:
+    """Of each monitor whose chains are there: their files may be lost."""
+    found = [{"name": m.name, "firings": chain_firings(m.estimates, len(run.monitors))} for m in run.monitors]
+    return [monitor for monitor in found if monitor["firings"]]
 
 
 def chain_firings(estimates: Sequence[Estimate], num_monitors: int = 1) -> list[dict[str, Any]]:

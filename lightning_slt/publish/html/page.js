@@ -79,9 +79,14 @@
   }
 
   function limitsOf(values) {
-    const known = values.filter(Number.isFinite);
-    if (!known.length) return [0, 1];
-    const low = Math.min(...known), high = Math.max(...known);
+    let low = Infinity, high = -Infinity;
+    // one by one: a call takes no more than some ten thousand arguments, and a firing may have more draws
+    for (const value of values) {
+      if (!Number.isFinite(value)) continue;
+      if (value < low) low = value;
+      if (value > high) high = value;
+    }
+    if (low > high) return [0, 1];
     const margin = 0.08 * (high - low) || 0.05 * Math.abs(high) || 1;
     return [low - margin, high + margin];
   }

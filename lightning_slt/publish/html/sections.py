@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 from lightning_slt.influence_record import InfluenceEstimate
-from lightning_slt.publish.html.data import with_influence
+from lightning_slt.publish.html.data import MAX_POINTS, with_influence
 from lightning_slt.publish.influence_tables import pair_rows
 from lightning_slt.publish.run import MonitorRecord, Run
 from lightning_slt.publish.words import (
@@ -54,10 +54,10 @@ def sections(run: Run, title: str, data: Mapping[str, Any]) -> list[Section]:
     charts = data["charts"]
     made = [
         _overview(run, title),
-        _curve(charts),
+        _curve(run, charts),
         _components(run, charts),
         _transitions(run.main, charts),
-        _chains(run, data),
+        _chains(data),
         _diagnostics(run, charts),
         _influence(run, data),
         _cost(run, charts),
@@ -117,7 +117,9 @@ def _tile(big: str, small: str, look: str = "") -> str:
     return f'<div class="tile {look}"><b>{_t(big)}</b><span>{_t(small)}</span></div>'
 
 
-def _curve(charts: Mapping[str, Any]) -> Section:
+def _curve(run: Run, charts: Mapping[str, Any]) -> Section:
+    count = len(run.main.estimates)
+    few = f" Of {count:,} estimates {MAX_POINTS:,} are drawn; all are in history.csv." if count > MAX_POINTS else ""
     return _section(
         "curve",
         "Structure over training",
@@ -126,7 +128,7 @@ def _curve(charts: Mapping[str, Any]) -> Section:
             "Above, how much of the model the data holds fixed (LLC, band of 95 %); below, the loss of the same "
             "weights. Blue discs may be read; hollow orange marks are <b>not valid</b>. Violet rules are transitions, "
             "dashed while unconfirmed, grey where the learning rate or the data changed. Click a point to see its "
-            "chains."
+            f"chains.{few}"
         ),
         _place("curve", charts),
     )
@@ -189,15 +191,16 @@ def _picker(label: str, extra: str = "") -> str:
     )
 
 
-def _chains(run: Run, data: Mapping[str, Any]) -> Optional[Section]:
-    if not any(monitor["firings"] for monitor in data["chains"]):
+def _chains(data: Mapping[str, Any]) -> Optional[Section]:
+    monitors = data["chains"]
+    if not monitors:
         return None
     extra = (
         '<label>show <select class="form"><option value="running">running means</option>'
         '<option value="draws">the draws</option></select></label>'
     )
-    if len(run.monitors) > 1:
-        options = "".join(f'<option value="{k}">{_t(m.name)}</option>' for k, m in enumerate(run.monitors))
+    if len(monitors) > 1:
+        options = "".join(f'<option value="{k}">{_t(m["name"])}</option>' for k, m in enumerate(monitors))
         extra = f'<label>of <select class="monitor">{options}</select></label>' + extra
     return _section(
         "chains",

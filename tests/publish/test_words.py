@@ -1,0 +1,28 @@
+"""What the report and the terminal say of a run."""
+
+from __future__ import annotations
+
+import time
+
+from lightning_slt.publish.words import diagnostics
+from tests.publish.helpers import make_estimate
+
+NOT_MIXED = "chains have not mixed: R-hat 1.38 > 1.1, error 5.9"
+
+
+def test_estimates_that_suffer_from_the_same_are_one_remark_however_many_reasons_each_has():
+    estimates = [make_estimate(step=step, reasons=(NOT_MIXED, NOT_MIXED) * (step != 30)) for step in (10, 20, 30, 40)]
+    [remark] = diagnostics(estimates)
+    assert remark.steps == (10, 20, 40)
+    assert remark.text.startswith("Chains disagree with each other (3 estimates: steps 10 to 20 and 40).")
+
+
+def test_the_diagnostics_of_a_long_run_take_time_in_proportion_to_it():
+    estimate = make_estimate(reasons=(NOT_MIXED,), num_draws=1)
+    seconds = []
+    for count in (2_000, 16_000):
+        begin = time.process_time()
+        [remark] = diagnostics([estimate] * count)
+        seconds.append(time.process_time() - begin)
+        assert f"({count:,} estimates: " in remark.text
+    assert seconds[1] < 25 * seconds[0]  # 8 times as many; 64 times as long where each is compared with all
