@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -238,6 +239,7 @@ def run_chains(
             )
             if make_sampler is not None:
                 posterior, sampler = make_sampler(chains)
+                settings = dataclasses.replace(settings, sampler=sampler)
                 chains.sample(posterior, sampler)
                 metric = getattr(sampler, "metric", None)
                 if spread and metric is not None:

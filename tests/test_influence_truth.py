@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -148,3 +149,24 @@ def test_the_posterior_mean_loss_is_that_of_the_gaussian() -> None:
     assert abs(float(inf.per_sample_llc.mean()) - NBETA * float(expected.mean())) < 0.05 * NBETA * float(
         expected.mean()
     )
+
+
+def test_minibatches_do_not_heat_the_mean_losses() -> None:
+    """Noisy labels in batches of 16, over the posterior of the learning coefficient: what the posterior adds to the
+    mean loss was twice what it is. Three seeds."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(N, D, generator=g)
+    y = x @ torch.randn(D, generator=g) + 1.5 * torch.randn(N, generator=g)
+    net = nn.Linear(D, 1, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(torch.linalg.lstsq(x, y[:, None]).solution.T)
+    found = [
+        estimate_influence(net, TensorDataset(x, y[:, None]), None, half_square, batch_size=16, seed=s)
+        for s in range(3)
+    ]
+    assert found[0].mean_nbeta is not None and found[0].mean_localization is not None
+    hessian = x.double().T @ x.double() / N
+    c = torch.linalg.inv(found[0].mean_nbeta * hessian + found[0].mean_localization * torch.eye(D).double())
+    added = sum(float((f.mean_loss - f.init_loss).mean()) for f in found) / 3
+    assert added == pytest.approx(float((c @ hessian).trace()) / 2, rel=0.3)
+    assert any("mean_loss: minibatches of 16 hold the time step" in note for note in found[0].notes)

@@ -275,6 +275,33 @@ def test_a_whole_number_of_numpy_is_a_seed() -> None:
     assert float((other - same).abs().max()) > 1e-3
 
 
+def test_minibatches_do_not_heat_the_chains() -> None:
+    """Three seeds in batches of 16, where the noise of a gradient is nbeta / 16 of the curvature: with the time step of
+    all the data the integrand was 3.0 for 1.8, chi three times too large, and nothing said so."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(70, D, generator=g) * torch.linspace(2.0, 0.5, D)
+    y = x @ torch.randn(D, generator=g) + 0.5 * torch.randn(70, generator=g)
+    net = nn.Linear(D, 1, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(torch.linalg.lstsq(x[:60], y[:60, None]).solution.T)
+    data, shifted = TensorDataset(x[:60], y[:60, None]), TensorDataset(1.5 * x[60:], 1.5 * y[60:, None])
+    found = [
+        estimate_susceptibility(
+            net, data, shifted, half_square, nbeta=60.0, localization=4.0, batch_size=16, num_chains=8, seed=seed
+        )
+        for seed in range(3)
+    ]
+    hessian = x[:60].double().T @ x[:60].double() / 60
+    c = torch.linalg.inv(60.0 * hessian + 4.0 * torch.eye(D).double())
+    llc = 30.0 * float((c @ hessian).trace())
+    wide = shifted.tensors[0].double()  # w* is the minimum: what is linear in the shift has no covariance with a square
+    other = wide.T @ wide / 10 - hessian
+    chi = -30.0 * float((c @ hessian @ c @ other).trace())
+    assert sum(float(f.llc[0]) for f in found) / 3 == pytest.approx(llc, rel=0.15)
+    assert sum(((float(f.chi[0]) - chi) / float(f.se[0])) ** 2 for f in found) / 3 < 2.5
+    assert all(f.valid and any("minibatches of 16 hold the time step at" in note for note in f.notes) for f in found)
+
+
 def test_mean_of_the_integrand_is_the_learning_coefficient() -> None:
     net, data, _ = problem()
     found = measured(components={"both": None}, num_draws=800)

@@ -103,7 +103,14 @@ def _measure(
         readers.append(ShiftReader(objective, shift, settings.seed))
         return readers[-1]
 
-    drawn, chains = run_component(objective, source, settings, collective, make_reader)
+    drawn, chains, cooled = run_component(objective, source, settings, collective, make_reader)
     index = readers[-1].shifted.index
     group = shift.groups_of(index)
-    return read_component(name, drawn.segment, chains.posterior, len(objective.anchor), index, group)
+    found = read_component(name, drawn.segment, chains.posterior, len(objective.anchor), index, group)
+    if cooled is None:
+        return found
+    return dataclasses.replace(
+        found,
+        reasons=(*found.reasons, *(f"{name}: {reason}" for reason in cooled.reasons())),
+        notes=(*found.notes, *(f"{name}: {note}" for note in cooled.notes(source.batch_size))),
+    )
