@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_slt import estimate_influence
+from lightning_slt import SGLD, estimate_influence
 
 N, QUERIES, D = 60, 5, 4
 NBETA, GAMMA = 600.0, 40.0
@@ -170,3 +170,17 @@ def test_minibatches_do_not_heat_the_mean_losses() -> None:
     added = sum(float((f.mean_loss - f.init_loss).mean()) for f in found) / 3
     assert added == pytest.approx(float((c @ hessian).trace()) / 2, rel=0.3)
     assert any("mean_loss: minibatches of 16 hold the time step" in note for note in found[0].notes)
+
+
+def test_a_step_of_ones_own_that_is_too_large_is_not_valid_and_one_that_heats_a_little_is_noted() -> None:
+    """SGLD's stable step ends at 4 over the steepest precision, here 4 / 5,400 or so."""
+    net, train, query = problem()
+    x = train.tensors[0].double()
+    stable = 4.0 / float(torch.linalg.eigvalsh(NBETA * x.T @ x / N + GAMMA * torch.eye(D).double()).max())
+    asked = {"nbeta": NBETA, "localization": GAMMA, "num_chains": 4, "num_draws": 100, "full_batch": True}
+    hot = estimate_influence(net, train, query, half_square, sampler=SGLD(lr=0.7 * stable), **asked)  # type: ignore[arg-type]
+    exact, _ = closed_form(net, train, query)
+    assert float(hot.matrix.norm() / exact.norm()) > 2.0
+    assert not hot.valid and any("is heat of the step" in reason for reason in hot.reasons)
+    warm = estimate_influence(net, train, query, half_square, sampler=SGLD(), **asked)  # type: ignore[arg-type]
+    assert warm.valid and any("is heat of the step; covariances" in note for note in warm.notes)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_slt import SGLD, SusceptibilityEstimate, estimate_llc, estimate_susceptibility
+from lightning_slt import SGLD, KineticLangevin, SusceptibilityEstimate, estimate_llc, estimate_susceptibility
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.objective import Objective
@@ -300,6 +300,15 @@ def test_minibatches_do_not_heat_the_chains() -> None:
     assert sum(float(f.llc[0]) for f in found) / 3 == pytest.approx(llc, rel=0.15)
     assert sum(((float(f.chi[0]) - chi) / float(f.se[0])) ** 2 for f in found) / 3 < 2.5
     assert all(f.valid and any("minibatches of 16 hold the time step at" in note for note in f.notes) for f in found)
+
+
+def test_a_sampler_of_ones_own_that_is_too_hot_is_not_valid() -> None:
+    """Momenta on minibatches: chi was 20 times too large, in an error that grows with it, and valid."""
+    asked: dict[str, Any] = {"components": {"both": None}, "num_chains": 8, "num_draws": 200, "num_burnin_steps": 100}
+    hot = measured(sampler=KineticLangevin(), batch_size=8, **asked)
+    assert not hot.valid and any("is heat of the minibatches" in reason for reason in hot.reasons)
+    cool = measured(sampler=KineticLangevin(), full_batch=True, **asked)
+    assert cool.valid, cool.reasons
 
 
 def test_mean_of_the_integrand_is_the_learning_coefficient() -> None:

@@ -11,7 +11,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import nn
 
-from lightning_slt.estimate import ChainSettings, run_chains, state_dict_of
+from lightning_slt.estimate import ChainSettings, fit_for_covariances, run_chains, state_dict_of
 from lightning_slt.functional.influence import (
     shrink,
 )
@@ -215,9 +215,11 @@ def estimate_influence(
         assert drawn.segment.read is not None
         found = readers[0].read(drawn.segment.read, good, chains.posterior, train.num_samples, shrinkage)
         if samplings:
-            reasons = (*found.reasons, *cooled[0].reasons())
-            notes = (*found.notes, *cooled[0].notes(train.batch_size))
-            found = found.replace(valid=not reasons, reasons=reasons, notes=notes)
+            more, said = cooled[0].reasons(), cooled[0].notes(train.batch_size)
+        else:
+            more, said = fit_for_covariances(drawn, chains, settings)
+        reasons = (*found.reasons, *more)
+        found = found.replace(valid=not reasons, reasons=reasons, notes=(*found.notes, *said))
         if samplings and nbeta is None and localization is None:
             found = with_wide_means(found, readers[0], samplings[-1], objective, train, settings, chains.method)
     return found.replace(seconds=time.perf_counter() - start)
