@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -43,6 +44,10 @@ MAX_HEAT = 0.25
 """Share of the estimate that may be step-size heat before it is called invalid."""
 MAX_NOISE_HEAT = 0.08
 """The same of the minibatches' heat of a sampler with momenta: 0.4 to 1.0 of what is taken off was there."""
+IS_HEAT = "is heat"
+"""In the reasons that say so."""
+NOTED_HEAT = 0.04
+"""Share of the LLC that is heat of the step beyond which covariances over the same chains say so: it is in them."""
 MIN_LOCALIZATION, MAX_LOCALIZATION = 1.0, 100.0
 
 
@@ -238,6 +243,7 @@ def run_chains(
             )
             if make_sampler is not None:
                 posterior, sampler = make_sampler(chains)
+                settings = dataclasses.replace(settings, sampler=sampler)
                 chains.sample(posterior, sampler)
                 metric = getattr(sampler, "metric", None)
                 if spread and metric is not None:
@@ -294,9 +300,9 @@ def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
     summary = summarise(trace, ~good)
     reasons = summary.reasons
     if momenta and hot >= MAX_NOISE_HEAT and summary.mean > 0:
-        reasons += (f"{hot:.0%} of the estimate is heat of the minibatches: full_batch=True, or a larger batch_size",)
+        reasons += (f"{hot:.0%} of the estimate {IS_HEAT} of the minibatches: full_batch=True, or a larger batch_size",)
     elif not momenta and hot >= MAX_HEAT and summary.mean > 0:
-        heat = f"SGLD would have {hot:.0%} heat at it" if shared else f"{hot:.0%} of the estimate is heat of the step"
+        heat = f"SGLD would have {hot:.0%} heat at it" if shared else f"{hot:.0%} of the estimate {IS_HEAT} of the step"
         reasons += (f"step size {lr:.2g} is too large: {heat}",)
     ratios = virial_of_chains(segment.second_half(), heating.virial_step, posterior, d, good, shared)
     virial = float(ratios.mean())
@@ -343,6 +349,31 @@ def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
         seed=settings.seed,
         method=chains.method,
         method_reason=chains.reason,
+    )
+
+
+def fit_for_covariances(
+    drawn: Drawn, chains: Chains, settings: ChainSettings
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Whether these draws are those of the posterior, for what is read off them without a correction.
+
+    The heat of a step is taken off a learning coefficient; in covariances of losses it stays, about twice. Of what the
+    learning coefficient of the same chains says, it is the heat and the width of the chains that counts here.
+
+    Returns:
+        Reasons why covariances over them are not valid, and notes.
+    """
+    llc = read_llc(drawn, chains, settings)
+    reasons = tuple(
+        f"the learning coefficient of these chains: {reason}"
+        for reason in llc.reasons
+        if IS_HEAT in reason or reason.startswith((NOT_ARRIVED, TOO_WIDE))
+    )
+    heat = llc.step_bias / (llc.mean + llc.step_bias) if llc.mean > 0 else 0.0
+    if reasons or not heat > NOTED_HEAT:
+        return reasons, ()
+    return (), (
+        f"{heat:.0%} of the LLC of these chains is heat of the step; covariances have about twice that too much",
     )
 
 

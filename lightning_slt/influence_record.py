@@ -83,7 +83,8 @@ class InfluenceEstimate:
         num_blocks: independent stretches of chains that the errors are from.
         between_share: share s of the samples' loss variance that lies between chains, averaged over samples: near 0
             where the chains have mixed. What chains of finite length miss within themselves for it is made good by the
-            factor ``1 / (1 - s)``, the same for all pairs; above one half, ``valid`` is false instead.
+            factor ``(n - 1) / n + s / (1 - s)``, n draws, the same for all pairs; above one half of s, ``valid`` is
+            false instead.
         dropped: samples left out, with reasons.
         valid: whether the numbers may be read; ``reasons`` says why not, ``notes`` what else is to be known.
         mean_nbeta, mean_localization: of the posterior of ``mean_loss``; None where it is that of ``matrix``.

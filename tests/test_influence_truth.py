@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_slt import estimate_influence
+from lightning_slt import SGLD, estimate_influence
 
 N, QUERIES, D = 60, 5, 4
 NBETA, GAMMA = 600.0, 40.0
@@ -148,3 +149,38 @@ def test_the_posterior_mean_loss_is_that_of_the_gaussian() -> None:
     assert abs(float(inf.per_sample_llc.mean()) - NBETA * float(expected.mean())) < 0.05 * NBETA * float(
         expected.mean()
     )
+
+
+def test_minibatches_do_not_heat_the_mean_losses() -> None:
+    """Noisy labels in batches of 16, over the posterior of the learning coefficient: what the posterior adds to the
+    mean loss was twice what it is. Three seeds."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(N, D, generator=g)
+    y = x @ torch.randn(D, generator=g) + 1.5 * torch.randn(N, generator=g)
+    net = nn.Linear(D, 1, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(torch.linalg.lstsq(x, y[:, None]).solution.T)
+    found = [
+        estimate_influence(net, TensorDataset(x, y[:, None]), None, half_square, batch_size=16, seed=s)
+        for s in range(3)
+    ]
+    assert found[0].mean_nbeta is not None and found[0].mean_localization is not None
+    hessian = x.double().T @ x.double() / N
+    c = torch.linalg.inv(found[0].mean_nbeta * hessian + found[0].mean_localization * torch.eye(D).double())
+    added = sum(float((f.mean_loss - f.init_loss).mean()) for f in found) / 3
+    assert added == pytest.approx(float((c @ hessian).trace()) / 2, rel=0.3)
+    assert any("mean_loss: minibatches of 16 hold the time step" in note for note in found[0].notes)
+
+
+def test_a_step_of_ones_own_that_is_too_large_is_not_valid_and_one_that_heats_a_little_is_noted() -> None:
+    """SGLD's stable step ends at 4 over the steepest precision, here 4 / 5,400 or so."""
+    net, train, query = problem()
+    x = train.tensors[0].double()
+    stable = 4.0 / float(torch.linalg.eigvalsh(NBETA * x.T @ x / N + GAMMA * torch.eye(D).double()).max())
+    asked = {"nbeta": NBETA, "localization": GAMMA, "num_chains": 4, "num_draws": 100, "full_batch": True}
+    hot = estimate_influence(net, train, query, half_square, sampler=SGLD(lr=0.7 * stable), **asked)  # type: ignore[arg-type]
+    exact, _ = closed_form(net, train, query)
+    assert float(hot.matrix.norm() / exact.norm()) > 2.0
+    assert not hot.valid and any("is heat of the step" in reason for reason in hot.reasons)
+    warm = estimate_influence(net, train, query, half_square, sampler=SGLD(), **asked)  # type: ignore[arg-type]
+    assert warm.valid and any("is heat of the step; covariances" in note for note in warm.notes)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_slt import SGLD, SusceptibilityEstimate, estimate_llc, estimate_susceptibility
+from lightning_slt import SGLD, KineticLangevin, SusceptibilityEstimate, estimate_llc, estimate_susceptibility
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.objective import Objective
@@ -273,6 +273,42 @@ def test_a_whole_number_of_numpy_is_a_seed() -> None:
     of_numpy, same, other = (measured(seed=seed, **fixed).chi for seed in (np.int64(3), 3, 4))
     assert torch.equal(of_numpy, same)
     assert float((other - same).abs().max()) > 1e-3
+
+
+def test_minibatches_do_not_heat_the_chains() -> None:
+    """Three seeds in batches of 16, where the noise of a gradient is nbeta / 16 of the curvature: with the time step of
+    all the data the integrand was 3.0 for 1.8, chi three times too large, and nothing said so."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(70, D, generator=g) * torch.linspace(2.0, 0.5, D)
+    y = x @ torch.randn(D, generator=g) + 0.5 * torch.randn(70, generator=g)
+    net = nn.Linear(D, 1, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(torch.linalg.lstsq(x[:60], y[:60, None]).solution.T)
+    data, shifted = TensorDataset(x[:60], y[:60, None]), TensorDataset(1.5 * x[60:], 1.5 * y[60:, None])
+    found = [
+        estimate_susceptibility(
+            net, data, shifted, half_square, nbeta=60.0, localization=4.0, batch_size=16, num_chains=8, seed=seed
+        )
+        for seed in range(3)
+    ]
+    hessian = x[:60].double().T @ x[:60].double() / 60
+    c = torch.linalg.inv(60.0 * hessian + 4.0 * torch.eye(D).double())
+    llc = 30.0 * float((c @ hessian).trace())
+    wide = shifted.tensors[0].double()  # w* is the minimum: what is linear in the shift has no covariance with a square
+    other = wide.T @ wide / 10 - hessian
+    chi = -30.0 * float((c @ hessian @ c @ other).trace())
+    assert sum(float(f.llc[0]) for f in found) / 3 == pytest.approx(llc, rel=0.15)
+    assert sum(((float(f.chi[0]) - chi) / float(f.se[0])) ** 2 for f in found) / 3 < 2.5
+    assert all(f.valid and any("minibatches of 16 hold the time step at" in note for note in f.notes) for f in found)
+
+
+def test_a_sampler_of_ones_own_that_is_too_hot_is_not_valid() -> None:
+    """Momenta on minibatches: chi was 20 times too large, in an error that grows with it, and valid."""
+    asked: dict[str, Any] = {"components": {"both": None}, "num_chains": 8, "num_draws": 200, "num_burnin_steps": 100}
+    hot = measured(sampler=KineticLangevin(), batch_size=8, **asked)
+    assert not hot.valid and any("is heat of the minibatches" in reason for reason in hot.reasons)
+    cool = measured(sampler=KineticLangevin(), full_batch=True, **asked)
+    assert cool.valid, cool.reasons
 
 
 def test_mean_of_the_integrand_is_the_learning_coefficient() -> None:

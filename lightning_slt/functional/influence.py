@@ -423,6 +423,23 @@ def between_share(x: Tensor) -> float:
     return float((between[moved] / total[moved]).mean()) if bool(moved.any()) else math.nan
 
 
+def whole_of(share: float, draws: int) -> float:
+    """What a variance within chains is to be multiplied by to be the whole one, ``(n - 1) / n + s / (1 - s)``.
+
+    The variance is ``(n - 1) / n W + B``, W the (unbiased) variance within chains and B that of their means, of which
+    ``s = B / (W + B)``: 1 for n independent draws of each chain, where s is ``1 / (n + 1)`` on average.
+
+    Args:
+        share: s, below 1.
+        draws: n, of each chain.
+
+    Example:
+        >>> [round(whole_of(1 / 4, 3), 6), round(whole_of(0.2, 20), 6)]
+        [1.0, 1.2]
+    """
+    return (draws - 1) / draws + share / (1.0 - share)
+
+
 def group_means(x: Tensor, groups: Sequence[Optional[str]], names: Sequence[str]) -> Tensor:
     """Mean loss of each group at every draw.
 

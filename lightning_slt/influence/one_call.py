@@ -11,7 +11,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import nn
 
-from lightning_slt.estimate import ChainSettings, run_chains, state_dict_of
+from lightning_slt.estimate import ChainSettings, fit_for_covariances, run_chains, state_dict_of
 from lightning_slt.functional.influence import (
     shrink,
 )
@@ -24,6 +24,7 @@ from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.sampling.arguments import check_count
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.metric import curvature_at
+from lightning_slt.sampling.minibatch_heat import Cooled, minibatch_noise
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged
 from lightning_slt.sampling.restriction import Restriction
@@ -158,6 +159,7 @@ def estimate_influence(
         probes = probe_set(train, query, max_train, max_query, seed, group_fn, per_token)
         readers: list[InfluenceReader] = []
         samplings: list[InfluenceSampling] = []
+        cooled: list[Cooled] = []
 
         def make_reader() -> InfluenceReader:
             if not readers:
@@ -166,22 +168,30 @@ def estimate_influence(
 
         try:
             for shortenings in range(MAX_SHORTENINGS + 1):
-                lr = (STEP * SHORTENING**shortenings) ** 2
+                share = SHORTENING**shortenings
 
-                def make_sampler(chains: Chains, lr: float = lr) -> tuple[LocalPosterior, Sampler]:
+                def make_sampler(chains: Chains, share: float = share) -> tuple[LocalPosterior, Sampler]:
                     batches = list(train.window(0).anchor_loss)
                     reader = make_reader()
+                    stream = generator(seed, PROBE, device=objective.device)
                     curvature = curvature_at(
                         objective.anchor,
                         lambda w: chains.gradients(w, batches),
-                        generator(seed, PROBE, device=objective.device),
+                        stream,
                         single=reader.take_gradients() if control_variates else None,
                     )
-                    samplings.append(InfluenceSampling.of(objective.anchor, curvature, nbeta, localization, lr))
+                    sampling = InfluenceSampling.of(objective.anchor, curvature, nbeta, localization)
+                    if not cooled:
+                        at, posterior = objective.anchor, sampling.posterior
+                        noise = minibatch_noise(at, chains.gradients, batches, curvature, posterior, stream)
+                        cooled.append(Cooled.of(sampling.sampler, noise))
+                    samplings.append(dataclasses.replace(sampling, sampler=cooled[0].shorter(share)))
                     reader.control_with(samplings[-1])
                     return samplings[-1].posterior, samplings[-1].sampler
 
-                chosen = dataclasses.replace(settings, sampler=KineticLangevin(lr)) if sampler is None else settings
+                chosen = (
+                    dataclasses.replace(settings, sampler=KineticLangevin(STEP**2)) if sampler is None else settings
+                )
                 if shortenings:
                     # the Gaussian of the curvature at w* reaches out to where the loss is far steeper: not a start
                     chosen = dataclasses.replace(chosen, num_burnin_steps=max(num_burnin_steps, COLD_BURNIN))
@@ -197,13 +207,19 @@ def estimate_influence(
                 good = ~diverged(drawn.segment, chains.posterior.nbeta, len(objective.anchor))
                 if sampler is not None or bool(good.all()) or shortenings == MAX_SHORTENINGS:
                     break
-                log.info(f"{int((~good).sum())} chains left the region at time step {lr**0.5:.2g}: shortened")
+                log.info(f"{int((~good).sum())} chains left the region at {share:.2g} of the time step: shortened")
                 train.forget()
                 readers.clear()
         except NoLossError as error:
             raise ValueError(f"{error} Give loss_fn(module, batch) -> loss.") from error
         assert drawn.segment.read is not None
         found = readers[0].read(drawn.segment.read, good, chains.posterior, train.num_samples, shrinkage)
+        if samplings:
+            more, said = cooled[0].reasons(), cooled[0].notes(train.batch_size)
+        else:
+            more, said = fit_for_covariances(drawn, chains, settings)
+        reasons = (*found.reasons, *more)
+        found = found.replace(valid=not reasons, reasons=reasons, notes=(*found.notes, *said))
         if samplings and nbeta is None and localization is None:
             found = with_wide_means(found, readers[0], samplings[-1], objective, train, settings, chains.method)
     return found.replace(seconds=time.perf_counter() - start)

@@ -15,6 +15,7 @@ from lightning_slt.functional.influence import (
     correlation,
     mean_and_error,
     shrink,
+    whole_of,
 )
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.influence.posterior import InfluenceSampling
@@ -152,7 +153,7 @@ class InfluenceReader:
         share = between_share(x)
         # a chain's own mean takes a part of the variance with it, the more the longer its memory: what lies between
         # chains that sample the same posterior says how much
-        whole = 1.0 / (1.0 - share) if share <= MIXED else 1.0
+        whole = whole_of(share, reads) if share <= MIXED else 1.0
         sides = self._sides(x, y, linear, keep_x, keep_y)
         rest = sides.rest(whole)
         # where nothing is known to first order there is nothing to lean on

@@ -15,8 +15,12 @@ from lightning_slt.influence.posterior import InfluenceSampling
 from lightning_slt.influence.reader import InfluenceReader
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.sampling.batches import DatasetSource
+from lightning_slt.sampling.chains import Chains
+from lightning_slt.sampling.minibatch_heat import Cooled, minibatch_noise
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged
+from lightning_slt.sampling.rng import PROBE, generator
+from lightning_slt.sampling.samplers import Sampler
 
 MAX_SHORTENINGS = 6
 SHORTENING = 0.5
@@ -45,9 +49,19 @@ def with_wide_means(
         return found
     posterior = LocalPosterior(default_nbeta(n), default_localization(objective.anchor))
     assert sampling.sampler.lr is not None
+    wide = InfluenceSampling.with_posterior(posterior, sampling.curvature, sampling.sampler.lr)
+    cooled: list[Cooled] = []
     for shortenings in range(MAX_SHORTENINGS):
-        lr = sampling.sampler.lr * SHORTENING ** (2 * shortenings)
-        wide = InfluenceSampling.with_posterior(posterior, sampling.curvature, lr)
+
+        def make_sampler(chains: Chains, share: float = SHORTENING**shortenings) -> tuple[LocalPosterior, Sampler]:
+            if not cooled:
+                batches = list(train.window(0).anchor_loss)
+                stream = generator(settings.seed, PROBE, device=objective.device)
+                at, curvature = objective.anchor, sampling.curvature
+                noise = minibatch_noise(at, chains.gradients, batches, curvature, posterior, stream)
+                cooled.append(Cooled.of(wide.sampler, noise))
+            return posterior, cooled[0].shorter(share)
+
         burnin = COLD_BURNIN if shortenings else WIDE_BURNIN
         drawn, _ = run_chains(
             objective,
@@ -57,7 +71,7 @@ def with_wide_means(
             ),
             make_reader=lambda: lambda weights, slopes: reader.train_losses(weights),
             read_every=settings.num_steps_bw_draws or 1,
-            make_sampler=lambda chains, wide=wide: (wide.posterior, wide.sampler),  # type: ignore[misc]
+            make_sampler=make_sampler,
             spread=shortenings == 0,
         )
         if not bool(diverged(drawn.segment, posterior.nbeta, len(objective.anchor)).any()):
@@ -72,7 +86,9 @@ def with_wide_means(
     if not bool(torch.isfinite(losses).all()):
         return found
     mean, error = mean_and_error(losses)
+    said = (*cooled[0].reasons(), *cooled[0].notes(train.batch_size))
     return found.replace(
+        notes=(*found.notes, *(f"mean_loss: {note}" for note in said)),
         mean_loss=found.init_loss + mean,
         mean_loss_se=error,
         mean_nbeta=posterior.nbeta,

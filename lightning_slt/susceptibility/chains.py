@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
+from typing import Optional
 
 from lightning_slt.estimate import ChainSettings, default_localization, run_chains
 from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
@@ -12,7 +13,8 @@ from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.calibration import Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.collective import Collective
-from lightning_slt.sampling.metric import Curvature, LowRankMetric, curvature_at
+from lightning_slt.sampling.metric import LowRankMetric, curvature_at
+from lightning_slt.sampling.minibatch_heat import Cooled, minibatch_noise
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged
 from lightning_slt.sampling.rng import PROBE, generator
@@ -33,32 +35,36 @@ def run_component(
     settings: ChainSettings,
     collective: Collective,
     make_reader: Callable[[], ShiftReader],
-) -> tuple[Drawn, Chains]:
-    """The sampler that was asked for; else kinetic Langevin, with a shorter step where chains leave the region."""
+) -> tuple[Drawn, Chains, Optional[Cooled]]:
+    """The sampler that was asked for; else kinetic Langevin, with a shorter step where minibatches would heat it or
+    chains leave the region, and what there is to say of that."""
     between = settings.num_steps_bw_draws or BETWEEN
     if settings.sampler is not None:
         settings = dataclasses.replace(settings, num_steps_bw_draws=between)
-        return run_chains(objective, source, settings, collective, make_reader=make_reader, read_every=between)
+        return *run_chains(objective, source, settings, collective, make_reader=make_reader, read_every=between), None
     n = source.num_samples
     nbeta = settings.nbeta if settings.nbeta is not None else default_nbeta(n or 0)
     gamma = settings.localization if settings.localization is not None else default_localization(objective.anchor)
     posterior = LocalPosterior(nbeta, gamma)
     burnin = settings.num_burnin_steps if settings.num_burnin_steps is not None else BURNIN
-    curvatures: list[Curvature] = []
+    cooled: list[Cooled] = []
     for shortenings in range(MAX_SHORTENINGS + 1):
-        lr = (STEP * 0.5**shortenings) ** 2
+        share = 0.5**shortenings
 
-        def make_sampler(chains: Chains, lr: float = lr) -> tuple[LocalPosterior, Sampler]:
+        def make_sampler(chains: Chains, share: float = share) -> tuple[LocalPosterior, Sampler]:
             batches = list(source.window(0).anchor_loss)
             stream = generator(settings.seed, PROBE, device=objective.device)
             # a shorter step is tried in the same metric
-            if not curvatures:
-                curvatures.append(curvature_at(objective.anchor, lambda w: chains.gradients(w, batches), stream))
-            return posterior, KineticLangevin(lr, metric=LowRankMetric.of(curvatures[0], posterior))
+            if not cooled:
+                curvature = curvature_at(objective.anchor, lambda w: chains.gradients(w, batches), stream)
+                noise = minibatch_noise(objective.anchor, chains.gradients, batches, curvature, posterior, stream)
+                metric = LowRankMetric.of(curvature, posterior)
+                cooled.append(Cooled.of(KineticLangevin(STEP**2, metric=metric), noise))
+            return posterior, cooled[0].shorter(share)
 
         chosen = dataclasses.replace(
             settings,
-            sampler=KineticLangevin(lr),
+            sampler=KineticLangevin(STEP**2),
             nbeta=nbeta,
             localization=gamma,
             num_steps_bw_draws=between,
@@ -77,6 +83,6 @@ def run_component(
         )
         if not bool(diverged(drawn.segment, nbeta, len(objective.anchor)).any()):
             break
-        log.info(f"chains left the region at time step {lr**0.5:.2g}: shortened")
+        log.info(f"chains left the region at {share:.2g} of the time step: shortened")
         source.forget()
-    return drawn, chains
+    return drawn, chains, cooled[0]

@@ -9,7 +9,7 @@ from typing import Optional
 
 import torch
 
-from lightning_slt.estimate import ChainSettings
+from lightning_slt.estimate import ChainSettings, fit_for_covariances
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.collective import Alone, Collective
 from lightning_slt.sampling.objective import Objective
@@ -103,7 +103,16 @@ def _measure(
         readers.append(ShiftReader(objective, shift, settings.seed))
         return readers[-1]
 
-    drawn, chains = run_component(objective, source, settings, collective, make_reader)
+    drawn, chains, cooled = run_component(objective, source, settings, collective, make_reader)
     index = readers[-1].shifted.index
     group = shift.groups_of(index)
-    return read_component(name, drawn.segment, chains.posterior, len(objective.anchor), index, group)
+    found = read_component(name, drawn.segment, chains.posterior, len(objective.anchor), index, group)
+    if cooled is not None:
+        reasons, notes = cooled.reasons(), cooled.notes(source.batch_size)
+    else:
+        reasons, notes = fit_for_covariances(drawn, chains, settings)
+    return dataclasses.replace(
+        found,
+        reasons=(*found.reasons, *(f"{name}: {reason}" for reason in reasons)),
+        notes=(*found.notes, *(f"{name}: {note}" for note in notes)),
+    )

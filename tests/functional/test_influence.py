@@ -19,6 +19,7 @@ from lightning_slt.functional.influence import (
     mean_and_error,
     shrink,
     variance,
+    whole_of,
 )
 
 
@@ -184,3 +185,13 @@ def test_a_control_that_does_not_vary_changes_nothing() -> None:
     less = covariance(x, y, x_parts=still[0], y_parts=still[1])
     torch.testing.assert_close(less.matrix, covariance(x, y).matrix, rtol=1e-12, atol=0)
     assert bool(torch.isfinite(less.matrix).all())
+
+
+def test_a_few_independent_draws_of_each_chain_are_not_made_more_of() -> None:
+    """Three draws of four chains, 4,000 times: the variance is 1; the share between chains alone would give 4 / 3."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 4000, generator=g)
+    within = variance(x)[0].mean()
+    assert float(within) * whole_of(between_share(x), 3) == pytest.approx(1.0, abs=0.13)
+    many = torch.randn(400, 3, 200, generator=g)
+    assert float(variance(many)[0].mean()) * whole_of(between_share(many), 3) == pytest.approx(1.0, abs=0.02)

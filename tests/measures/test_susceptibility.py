@@ -27,7 +27,10 @@ def two_pass(loss: Tensor, shifted: Tensor) -> Tensor:
         both = torch.cat([NBETA * loss[chain, None], delta[chain].T])
         rows.append(torch.cov(both)[0, 1:])
     within, between = loss.var(dim=1).mean(), loss.mean(dim=1).var()
-    return -torch.stack(rows).mean(dim=0) * (within + between) / within
+    whole = (
+        1 - 1 / loss.shape[1]
+    ) * within + between  # an unbiased variance within has its chain's mean's part already
+    return -torch.stack(rows).mean(dim=0) * whole / within
 
 
 def test_stretches_join_to_the_two_pass_answer_in_float64() -> None:

@@ -1,0 +1,63 @@
+"""What minibatches heat chains with momenta by, foretold, and the time step that keeps it small."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lightning_slt.functional.posterior import LocalPosterior
+from lightning_slt.sampling.metric import Curvature
+from lightning_slt.sampling.minibatch_heat import ALLOWED, LEAST_STEP, MAX_HEAT, Cooled, minibatch_noise
+from lightning_slt.sampling.samplers import KineticLangevin, empty_state
+from tests.sampling.helpers import gen
+
+
+@pytest.mark.parametrize(("h", "allowed"), [(0.7, 0.05), (0.2, 0.05)])
+def test_the_variance_that_a_random_force_adds_is_the_gain_times_its_own(h: float, allowed: float) -> None:
+    """20,000 oscillators of precision 1 under a force of variance 2: the standard error of a variance is 1 %."""
+    sampler, posterior = KineticLangevin(h * h), LocalPosterior(1.0, 0.0)
+    weights, anchor = torch.randn(20_000, 1, generator=gen(0)), torch.zeros(1)
+    state = empty_state(sampler, weights)
+    for step in range(int(12 / h)):
+        force = weights + math.sqrt(2.0) * torch.randn(weights.shape, generator=gen(1000 + step))
+        noise = torch.randn(weights.shape, generator=gen(2000 + step))
+        sampler.update_(weights, anchor, force, noise, h * h, posterior, state)
+    assert float(weights.var()) == pytest.approx(1.0 + 2.0 * sampler.noise_gain(h * h), abs=allowed)
+
+
+def test_noise_is_that_of_the_gradients_in_the_metric_weighted_by_what_the_loss_holds() -> None:
+    """Three directions: two of curvature 4 and 1, and one that is flat; noise of a variance of its own in each."""
+    values, gamma, nbeta = torch.tensor([4.0, 1.0], dtype=torch.float64), 2.0, 10.0
+    curvature = Curvature(values, torch.eye(3, 2, dtype=torch.float64), 5.0 / 3)
+    xi = torch.randn(8, 3, generator=gen(3), dtype=torch.float64) * torch.tensor([1.0, 0.5, 7.0])
+    own = xi.var(dim=0)[:2]
+    held = nbeta * values / (nbeta * values + gamma)
+    wanted = float((held * nbeta**2 * own / (nbeta * values + gamma)).sum() / held.sum())
+    hessian = torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64)
+    found = minibatch_noise(
+        torch.zeros(3, dtype=torch.float64),
+        lambda w, numbers: w * hessian + xi[numbers[0]],
+        range(8),
+        curvature,
+        LocalPosterior(nbeta, gamma),
+        gen(4),
+    )
+    assert found == pytest.approx(wanted, rel=1e-6)
+
+
+def test_one_batch_has_no_noise() -> None:
+    curvature = Curvature(torch.ones(1), torch.eye(1), 1.0)
+    assert minibatch_noise(torch.zeros(1), lambda w, _: w, [0], curvature, LocalPosterior(1.0, 1.0), gen(0)) == 0.0
+
+
+def test_a_step_is_shortened_to_what_is_allowed_and_no_further_than_the_least() -> None:
+    sampler = KineticLangevin(0.49)
+    cool, warm, hot = (Cooled.of(sampler, noise) for noise in (0.05, 1.0, 1000.0))
+    assert cool.sampler.lr == sampler.lr and not cool.shortened and not cool.notes(64) and not cool.reasons()
+    assert warm.shortened and warm.heat == pytest.approx(ALLOWED, rel=0.01) and not warm.reasons()
+    assert "minibatches of 64 hold the time step at 0.056" in warm.notes(64)[0]
+    assert math.sqrt(hot.sampler.lr or 0) == pytest.approx(0.7 * LEAST_STEP, rel=0.01)
+    assert hot.heat > MAX_HEAT and "heat of the minibatches: full_batch=True" in hot.reasons()[0]
+    assert warm.shorter(0.5).lr == pytest.approx((warm.sampler.lr or 0) / 4)
