@@ -128,10 +128,11 @@ class Network(L.LightningModule):
 @pytest.mark.slow
 def test_the_callback_finds_wrong_labels_while_they_are_memorised(tmp_path: Path) -> None:
     """400 epochs with a firing every 40. The harder the labels have been learnt, the wider the region in which they are
-    expensive again, and the four chains of one firing have not seen all of it: by itself the first gives 0.994, the
-    last 0.966, with the plain loss at 0.926 to 0.986. Over the run so far it is 0.991 to 0.994 at every firing."""
+    expensive again, and the four chains of one firing have not seen all of it: by itself the first gives 0.998, the
+    last 0.979, with the plain loss at 0.941 to 0.986. Over the run so far it is 0.991 to 0.998 at every firing. At the
+    last one that is ahead by 0.013, and by 0.007, 0.025 and 0.019 with the seeds 0, 2 and 3 of the chains."""
     data = retraining().load_digits(800, 200, 0.1)
-    monitor = SLTMonitor(every_n_epochs=40, probe=1000)
+    monitor = SLTMonitor(every_n_epochs=40, probe=1000, seed=1)
     trainer = L.Trainer(
         max_epochs=400,
         callbacks=[monitor],
