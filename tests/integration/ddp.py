@@ -218,7 +218,7 @@ def unreadable_on_one_rank(folder: Path, world: int) -> Result:
         warnings.simplefilter("always")
         scenario = Scenario(Net, lambda: loaders(dataset=Unreadable()), ranks_of(world))
         trace = scenario.run(folder, Firing(True), monitor, Firing(False))
-    texts = [str(w.message) for w in caught if "only this rank fails" in str(w.message)]
+    texts = [str(w.message) for w in caught if "failed and is left out" in str(w.message)]
     return said(monitor, num_batches=trace.num_batches, warnings=texts)
 
 
