@@ -23,7 +23,7 @@ SEEDS = {
     "transformer-default": 6,
     "linear-6-6-6-6-r2-default": 40,
     "lstm": 6,
-    "convnet-default": 3,
+    "convnet-default": 8,
     "convnet-gamma100": 4,
     "rrr-8-4-8-r2": 40,
     "regular-10": 40,
