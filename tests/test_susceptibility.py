@@ -303,7 +303,7 @@ def test_minibatches_do_not_heat_the_chains() -> None:
 
 
 def test_a_sampler_of_ones_own_that_is_too_hot_is_not_valid() -> None:
-    """Momenta on minibatches: chi was 20 times too large, in an error that grows with it, and valid."""
+    """Momenta on minibatches: chi is far too large, in an error that grows with it, and was called valid."""
     asked: dict[str, Any] = {"components": {"both": None}, "num_chains": 8, "num_draws": 200, "num_burnin_steps": 100}
     hot = measured(sampler=KineticLangevin(), batch_size=8, **asked)
     assert not hot.valid and any("is heat of the minibatches" in reason for reason in hot.reasons)

@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 import torch
 
-from lightning_slt.durable import write_whole
+from lightning_slt.durable import save_tensors, write_whole
 
 _DENSE = 4  # the newest snapshots, which are never thinned out
 _REACH = 256  # firings, the longest stretch that the detector looks back
@@ -67,13 +67,13 @@ class SnapshotRing:
         """Write the weights of a step, in one step; what leaves the ring is deleted.
 
         Raises:
-            OSError, RuntimeError: where the file cannot be written; the second is torch's word for a full disk.
+            OSError: where the file cannot be written.
         """
         path = self.path(step)
         # on the CPU, so that a machine without that device can read it
         state = {k: v.detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in state_dict.items()}
         whole = {"state_dict": state, "step": step, "epoch": epoch}
-        write_whole(path, lambda temporary: torch.save(whole, temporary))
+        write_whole(path, lambda temporary: save_tensors(whole, temporary))
         self._entries = [entry for entry in self._entries if entry[0] != step] + [(step, self._number)]
         self._number += 1
         while len(self._entries) > self.max_snapshots:

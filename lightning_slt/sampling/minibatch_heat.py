@@ -2,7 +2,7 @@ r"""What minibatches would heat chains with momenta, before they run; and the ti
 
 A gradient of a minibatch is ``grad L + xi``, and momentum keeps the kick that ``xi`` gives. In the coordinates y of
 ``w = w* + P y``, in which the posterior is round (:mod:`lightning_slt.sampling.metric`), a direction of variance 1 gets
-the variance ``1 + g(h) V_i``, with ``V_i = n beta² E[(P xi)_i²]`` and ``g(h)``, about ``h / 2 zeta``, the sampler's
+the variance ``1 + g(h) V_i``, with ``V_i = (n beta)² E[(P xi)_i²]`` and ``g(h)``, about ``h / 2 zeta``, the sampler's
 (:meth:`~lightning_slt.sampling.samplers.KineticLangevin.noise_gain`). The loss holds it by the share
 ``s_i = n beta h_i / (n beta h_i + gamma)``, and it is ``s_i / 2`` of the LLC, which has altogether the share
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -152,8 +152,8 @@ def test_nothing_to_pin_is_no_error(tmp_path: Path) -> None:
 def test_a_write_that_fails_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ring = filled(tmp_path, 2)
 
-    def full(_: Any, path: Path) -> None:
-        path.write_bytes(b"half")
+    def full(_: Any, file: BinaryIO) -> None:
+        file.write(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
