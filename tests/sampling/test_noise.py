@@ -2,68 +2,86 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from lightning_slt.sampling.noise import (
-    INTERVALS,
-    TOGETHER,
-    NormalStream,
-    TableNormal,
-    normal_rows,
-    normal_stream,
-    normal_table,
-)
+from lightning_slt.sampling.noise import PERIOD, WINDOW, NormalStream, TableNormal, normal_sequence, normal_stream
 
 CPU = torch.device("cpu")
 
 
-def test_the_moments_of_the_table_are_the_normal_ones() -> None:
-    table = normal_table()
-    assert len(table) == INTERVALS
-    assert np.array_equal(table, -table[::-1]), "every odd moment is zero"
-    assert np.mean(table**2) == pytest.approx(1.0, abs=1e-7)
-    assert np.mean(table**4) == pytest.approx(3.0, abs=3e-4)
-    assert np.mean(table**6) == pytest.approx(15.0, abs=0.02)
+@pytest.fixture(scope="module")
+def sequence() -> np.ndarray:
+    return normal_sequence().astype(np.float64)
 
 
-def test_the_table_follows_the_normal_distribution_function() -> None:
-    table = normal_table()
-    middle = (np.arange(INTERVALS) + 0.5) / INTERVALS
-    # a value that stands for an interval of probability 1/N is within it
-    assert np.abs(stats.norm.cdf(table) - middle).max() < 0.5 / INTERVALS
+def by_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The mean of ``a[t] b[t + k]`` over the cyclic sequence, at index k."""
+    return np.fft.irfft(np.conj(np.fft.rfft(a)) * np.fft.rfft(b), len(a)) / len(a)
 
 
-def test_no_moment_up_to_the_third_tells_the_rows_from_normal_ones_and_hardly_one_of_the_fourth() -> None:
-    rows = normal_rows().astype(np.float64)
-    assert rows.shape == (INTERVALS, TOGETHER) and normal_rows().flags.c_contiguous
-    assert np.array_equal(rows, -rows[::-1]), "every odd moment is zero, also of several columns"
-    np.testing.assert_allclose(rows.T @ rows / INTERVALS, np.eye(TOGETHER), rtol=0, atol=1e-7)
-    pairs = list(itertools.combinations_with_replacement(range(TOGETHER), 2))
-    products = np.stack([rows[:, i] * rows[:, j] for i, j in pairs], axis=1)
-    same = np.eye(TOGETHER)
-    normal = [
-        [same[i, j] * same[k, m] + same[i, k] * same[j, m] + same[i, m] * same[j, k] for k, m in pairs]
-        for i, j in pairs
-    ]  # Isserlis
-    np.testing.assert_allclose(products.T @ products / INTERVALS, normal, rtol=0, atol=5e-3)
-    np.testing.assert_allclose(np.mean(rows**6, axis=0), 15.0, rtol=0, atol=0.02)
-    assert np.abs(rows).max() < 4.4
+def test_the_numbers_of_the_sequence_are_normal_ones(sequence: np.ndarray) -> None:
+    half = PERIOD // 2
+    assert normal_sequence().dtype == np.float32 and len(sequence) == PERIOD
+    assert np.array_equal(sequence[half:], -sequence[:half]), "every odd moment is zero, also of several numbers"
+    assert np.mean(sequence**2) == pytest.approx(1.0, abs=1e-7)
+    assert np.mean(sequence**4) == pytest.approx(3.0, abs=5e-3)
+    assert np.mean(sequence**6) == pytest.approx(15.0, abs=0.1)
+    assert np.abs(sequence).max() < 4.5
+    # of as many random ones 0.003 would be usual
+    assert stats.kstest(sequence, "norm").statistic < 5e-4
 
 
-def test_the_rows_fill_four_dimensions_evenly() -> None:
-    """65,536 rows in 16^2 cells of equal probability for every pair of columns, and 6^4 for all four: random ones would
-    have 256 +- 16 and 50.6 +- 7.1 in a cell; those of a lattice are nearer."""
-    places = stats.norm.cdf(normal_rows().astype(np.float64))
-    for pair in itertools.combinations(range(TOGETHER), 2):
-        counts = np.unique((places[:, pair] * 16).astype(int) @ (16, 1), return_counts=True)[1]
-        assert len(counts) == 16**2 and counts.std() < 16
-    counts = np.unique((places * 6).astype(int) @ (216, 36, 6, 1), return_counts=True)[1]
-    assert len(counts) == 6**4 and counts.std() < 7.1
+def test_numbers_of_a_window_are_uncorrelated_and_their_fourth_moments_are_nearly_the_normal_ones(
+    sequence: np.ndarray,
+) -> None:
+    covariance = by_distance(sequence, sequence)
+    assert np.abs(covariance[1:WINDOW]).max() < 1e-7
+    assert WINDOW < PERIOD // 2  # where it is -1
+    squares = by_distance(sequence**2, sequence**2)[1:WINDOW]
+    cubes = by_distance(sequence**3, sequence)
+    assert max(np.abs(squares - 1).max(), np.abs(cubes[1:WINDOW]).max(), np.abs(cubes[1 - WINDOW :]).max()) < 0.06
+    assert max(np.abs(squares[:63] - 1).max(), np.abs(cubes[1:64]).max(), np.abs(cubes[-63:]).max()) < 0.03
+
+
+@pytest.mark.parametrize("size", [2, 100, WINDOW])
+def test_windows_are_normal_along_any_direction(sequence: np.ndarray, size: int) -> None:
+    """Along ten random directions: the variance is 1, and the kurtosis 3 up to what as many random numbers as the half
+    of the sequence would show, ``sqrt(24 / 32768) = 0.027`` (4.5 of them: one in 15,000 such tests would fail)."""
+    random = np.random.Generator(np.random.PCG64(0))
+    for _ in range(10):
+        direction = np.zeros(PERIOD)
+        direction[:size] = random.standard_normal(size)
+        along = by_distance(direction / np.linalg.norm(direction), sequence) * PERIOD
+        assert np.mean(along**2) == pytest.approx(1.0, abs=1e-6)
+        assert np.mean(along**4) == pytest.approx(3.0, abs=4.5 * (24 / 32768) ** 0.5)
+
+
+@pytest.mark.parametrize("size", [4, 64, 1024, WINDOW])
+def test_the_square_of_a_window_varies_about_as_that_of_normal_numbers(sequence: np.ndarray, size: int) -> None:
+    """Of variance ``2 d``. There are few of the longest windows in the sequence, and its half does not vary at all."""
+    totals = np.concatenate([[0.0], np.cumsum(np.concatenate([sequence, sequence[:size]]) ** 2)])
+    squares = (totals[size:] - totals[:-size])[:PERIOD]
+    assert squares.mean() == pytest.approx(size, rel=1e-6)
+    assert 0.7 < squares.var() / (2 * size) < 1.1
+
+
+def test_a_window_may_begin_anywhere(sequence: np.ndarray) -> None:
+    """Every number of a fill is the one after it in the cyclic sequence, up to the next window."""
+    numbers = normal_sequence().tolist()
+    places = {pair: place for place, pair in enumerate(zip(numbers, numbers[1:] + numbers[:1], strict=True))}
+    assert len(places) == PERIOD
+    stream, begun = TableNormal(0), []
+    for _ in range(200):
+        filled = stream.fill_(torch.empty(WINDOW + 10)).numpy()
+        for window in (filled[:WINDOW], filled[WINDOW:]):
+            first = places[float(window[0]), float(window[1])]
+            assert np.array_equal(window, np.take(sequence, np.arange(first, first + len(window)), mode="wrap"))
+            begun.append(first)
+    assert max(begun) > PERIOD - WINDOW  # so that some went around the end: of 400 all but (15/16)^400 of the seeds do
+    assert stats.kstest(np.array(begun) / PERIOD, "uniform").pvalue > 1e-3
 
 
 def test_numbers_of_a_stream_pass_a_kolmogorov_smirnov_test() -> None:
@@ -81,7 +99,7 @@ def test_neighbouring_numbers_and_neighbouring_streams_are_uncorrelated() -> Non
     assert abs(float((a * b).mean())) < 4.5 / n**0.5
 
 
-@pytest.mark.parametrize("size", [1, 3, 4, 5, 15, 16, 17, 1001])
+@pytest.mark.parametrize("size", [1, 3, 4, 5, WINDOW - 1, WINDOW, WINDOW + 1, 4 * WINDOW + 1, 9 * WINDOW])
 def test_any_size_is_filled_and_the_same_key_gives_the_same_numbers(size: int) -> None:
     first, second = (TableNormal(7, 2).fill_(torch.full((size,), torch.nan)) for _ in range(2))
     assert torch.isfinite(first).all()
