@@ -61,12 +61,14 @@ class Moved:
 
 @dataclass(eq=False)
 class _Block:
-    """Views of one block of the weights of all the chains: ``[k, block]`` each, ``anchor`` ``[block]``."""
+    """Views of one block of the weights of all the chains: ``[k, block]`` each, ``anchor`` ``[block]``; ``rows`` are
+    those of ``scratch``."""
 
     weights: Tensor
     anchor: Tensor
     grad: Tensor
     scratch: Tensor
+    rows: Sequence[Tensor]
     state: SamplerState
     share: float
 
@@ -116,7 +118,8 @@ class Chunk:
                 p[block] if p is not None else None,
             )
             own = block if layout.sharded else slice(block.stop - block.start)
-            views = weights[:, block], anchor[block], grad[:, block], noise[:, own]
+            scratch = noise[:, own]
+            views = weights[:, block], anchor[block], grad[:, block], scratch, tuple(scratch)
             self._blocks.append(_Block(*views, inner, share))
         self._state = self._blocks[0].state
 
@@ -163,7 +166,7 @@ class Chunk:
         read = self._layout.sum(torch.stack(readings)).reshape(-1, kinds, k).permute(1, 2, 0) if readings else None
         noise = self._layout.sum(torch.stack(squares, dim=1)) if squares else None
         return Moved(
-            _padded(torch.stack([loss.reshape(k) for loss in losses], dim=1) if losses else None, (k, steps)),
+            _padded(torch.stack(losses, dim=-1).reshape(k, -1) if losses else None, (k, steps)),
             _padded(read, (kinds, k, num_reads(steps, STATS_EVERY))),
             _padded(noise, (k, num_noise_squares(steps))) if reads_noise else None,
             readout.table(steps, self._weights),
@@ -189,22 +192,24 @@ class Chunk:
             state.loss = loss.reshape(len(self._weights))
             draws = [torch.rand((), generator=own.choice, device=loss.device) for own in self._randomness]
             state.uniform = torch.stack(draws)
-        for block in self._drawn(self._noise_streams):
-            sampler.update_(block.weights, block.anchor, block.grad, block.scratch, lr, posterior, block.state)
+        for block, noise in self._drawn(self._noise_streams):
+            sampler.update_(block.weights, block.anchor, block.grad, noise, lr, posterior, block.state)
         if sampler.shares_noise:
             self._share_noise(lr)
         return state.loss if sampler.full_batch and state.loss is not None else loss
 
-    def _drawn(self, streams: Sequence[NormalStream]) -> Iterator[_Block]:
-        """The blocks, each with the next numbers in the memory of its noise, which the one after it may use again."""
+    def _drawn(self, streams: Sequence[NormalStream]) -> Iterator[tuple[_Block, Tensor]]:
+        """The blocks, each with its noise ``[k, block]``, in memory that the one after it may use again."""
         if self._layout.sharded:
             self._layout.normal_(self._noise[0], streams[0])
-            yield from self._blocks
-            return
-        for block in self._blocks:
-            for row, stream in zip(block.scratch, streams, strict=True):
-                stream.fill_(row)
-            yield block
+            yield from ((block, block.scratch) for block in self._blocks)
+        elif len(streams) == 1 and self._sampler.keeps_noise:
+            yield from ((block, streams[0].read(block.scratch)) for block in self._blocks)
+        else:
+            for block in self._blocks:
+                for row, stream in zip(block.rows, streams, strict=True):
+                    stream.fill_(row)
+                yield block, block.scratch
 
     def _share_noise(self, lr: float) -> None:
         """The other half of the noise of the step before, where there is one since the numbers began anew."""
@@ -213,8 +218,8 @@ class Chunk:
             own.has_last = True
         if first:
             return
-        for block in self._drawn([own.last_noise for own in self._randomness if own.last_noise is not None]):
-            self._sampler.share_(block.weights, block.scratch, lr)  # type: ignore[attr-defined]
+        for block, noise in self._drawn([own.last_noise for own in self._randomness if own.last_noise is not None]):
+            self._sampler.share_(block.weights, noise, lr)  # type: ignore[attr-defined]
 
     def _noise_square(self, window: Window, indices: Tensor, t: int) -> Tensor:
         """``[k]``, a draw of ``xi.P xi``, xi the part of a gradient that is its minibatch's own: on average it is half
@@ -249,7 +254,7 @@ class Chunk:
         total: Tensor | None = None
         for block in self._blocks:
             p, grad = block.state.preconditioner, block.grad
-            square = _dot(grad, torch.mul(grad, p, out=block.scratch) if p is not None else grad)
+            square = torch.linalg.vecdot(grad, torch.mul(grad, p, out=block.scratch) if p is not None else grad)
             if block.share != 1.0:
                 square = block.share * square
             total = square if total is None else total + square
@@ -257,7 +262,8 @@ class Chunk:
         return total
 
     def _read(self) -> list[Tensor]:
-        """The three readings (five with a preconditioner), each ``[k]``; the noise's memory is used on the way."""
+        """The three readings (five with a preconditioner), each ``[k]``, of one chain a scalar; the noise's memory is
+        used on the way."""
         totals: list[Tensor] = []
         for block in self._blocks:
             at, slope, scratch, tensors = block.weights, block.grad, block.scratch, block.state.tensors
@@ -265,6 +271,8 @@ class Chunk:
             if "accepted_weights" in tensors and bool(tensors["started"].all()):
                 at, slope = tensors["accepted_weights"], tensors["accepted_grad"]
             torch.sub(at, block.anchor, out=scratch)
+            if len(scratch) == 1:
+                slope, scratch = slope[0], scratch[0]
             p = block.state.preconditioner
             if p is None:
                 got = [_dot(slope, slope), _dot(slope, scratch), _dot(scratch, scratch)]
@@ -292,6 +300,4 @@ def _padded(table: Tensor | None, shape: tuple[int, ...]) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    if len(a) == 1:
-        return torch.dot(a[0], b[0]).reshape(1)
-    return torch.linalg.vecdot(a, b)
+    return torch.dot(a, b) if a.dim() == 1 else torch.linalg.vecdot(a, b)

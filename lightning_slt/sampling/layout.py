@@ -24,9 +24,9 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from lightning_slt.sampling.noise import NormalStream
+from lightning_slt.sampling.noise import WINDOW, NormalStream
 
-BLOCK = {"cpu": 2**16, "cuda": 2**24}
+BLOCK = {"cpu": WINDOW, "cuda": 2**24}
 """Weights that are moved together: their noise needs no buffer of the size of the model, and stays in the cache."""
 
 

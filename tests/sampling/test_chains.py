@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,12 +18,13 @@ from lightning_slt.sampling.noise import TableNormal
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.paths import Choice
 from lightning_slt.sampling.rng import NOISE
-from lightning_slt.sampling.samplers import SGLD
+from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, KineticLangevin, LeimkuhlerMatthews, RMSpropSGLD, Sampler
 from lightning_slt.sampling.segment import Segment
 from lightning_slt.sampling.steps import NoLossError
 from tests.sampling.helpers import make_chains, mean_squared, mlp, on_ranks, regression
 
 LR = 2e-3
+SAMPLERS: list[Sampler] = [SGLD(), LeimkuhlerMatthews(), RMSpropSGLD(), SGNHT(), KineticLangevin(), MALA()]
 
 
 def run(steps: int = 24, **settings: Any) -> tuple[Segment, Tensor]:
@@ -70,6 +71,37 @@ def test_chains_by_hand() -> None:
                 p += -LR / 2 * (20.0 * g + 3.0 * (p - p0)) + LR**0.5 * zi.view_as(p)
     expected = torch.cat([p.detach().flatten() for p in w])
     torch.testing.assert_close(chains.weights[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: type(sampler).__name__)
+def test_no_sampler_writes_to_the_sequence(sampler: Sampler) -> None:
+    before = TableNormal(0)._sequence.clone()
+    net, data = mlp(), regression(32)
+    make_chains(net, data, mean_squared, batch_size=32, num_chains=2, sampler=sampler).advance(5, 1e-4)
+    assert torch.equal(TableNormal(0)._sequence, before)
+
+
+def test_a_step_of_ones_own_may_write_to_its_noise_unless_it_says_that_it_does_not() -> None:
+    class Halved(SGLD):
+        def update_(
+            self, weights: Tensor, anchor: Tensor, grad: Tensor, noise: Tensor, *rest: Any, **more: Any
+        ) -> None:
+            super().update_(weights, anchor, grad, noise.mul_(0.5), *rest, **more)
+
+    class Renamed(SGLD):
+        pass
+
+    class Kept(SGLD):
+        keeps_noise: ClassVar[bool] = True
+
+        def update_(self, *args: Any) -> None:
+            super().update_(*args)
+
+    assert (Halved.keeps_noise, Renamed.keeps_noise, Kept.keeps_noise) == (False, True, True)
+    before = TableNormal(0)._sequence.clone()
+    net, data = mlp(), regression(32)
+    make_chains(net, data, mean_squared, batch_size=32, num_chains=1, sampler=Halved()).advance(5, 1e-4)
+    assert torch.equal(TableNormal(0)._sequence, before)
 
 
 def test_sequential_and_batched_give_the_same_chains() -> None:

@@ -65,6 +65,7 @@ class Sampler(Protocol):
         elementwise: a step of a weight needs that weight only: the chains may then move them a block at a time.
         full_batch: it needs the loss of all the data at every step.
         preconditioned: it wants :attr:`SamplerState.preconditioner`.
+        keeps_noise: ``update_`` only reads the noise, which may then be memory that other chains read as well.
         shares_noise: half of each step's noise is added again at the next one (``share_``), which makes the step's
             discretisation an error of second order.
         per_chain: names of its tensors ``[num_chains]``; ``per_weight``: of those ``[num_chains, d]``.
@@ -75,6 +76,7 @@ class Sampler(Protocol):
     elementwise: ClassVar[bool]
     full_batch: ClassVar[bool]
     preconditioned: ClassVar[bool]
+    keeps_noise: ClassVar[bool]
     shares_noise: ClassVar[bool]
     per_chain: ClassVar[tuple[str, ...]]
     per_weight: ClassVar[tuple[str, ...]]
@@ -100,8 +102,8 @@ class Sampler(Protocol):
         posterior: LocalPosterior,
         state: Optional[SamplerState] = None,
     ) -> None:
-        """Move ``weights`` by one step. ``grad`` is that of the mean loss; ``noise`` is standard normal and may be
-        overwritten, ``grad`` as well."""
+        """Move ``weights`` by one step. ``grad`` is that of the mean loss and may be overwritten; ``noise`` is standard
+        normal, and may be where ``keeps_noise`` is False."""
 
 
 class MinibatchSampler:
@@ -112,9 +114,16 @@ class MinibatchSampler:
     elementwise: ClassVar[bool] = True
     full_batch: ClassVar[bool] = False
     preconditioned: ClassVar[bool] = False
+    keeps_noise: ClassVar[bool] = False
     shares_noise: ClassVar[bool] = False
     per_chain: ClassVar[tuple[str, ...]] = ()
     per_weight: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        """A step of its own keeps the noise only where it says so itself: what it comes from may say so of another."""
+        super().__init_subclass__()
+        if not vars(cls).keys().isdisjoint({"update_", "share_"}) and "keeps_noise" not in vars(cls):
+            cls.keeps_noise = False
 
     def heating(self, lr: float) -> Heating:
         return Heating(lr if self.calibration == "heat" else 0.0, self.calibration != "heat" or self.shares_noise)

@@ -40,6 +40,7 @@ class LeimkuhlerMatthews(SGLD):
         1.1
     """
 
+    keeps_noise: ClassVar[bool] = True
     shares_noise: ClassVar[bool] = True
     _noise_share: ClassVar[float] = 0.5
     """Of a draw in the step that makes it; the rest comes with the next one."""

@@ -47,6 +47,7 @@ class RMSpropSGLD(MinibatchSampler):
     kappa: float = 0.1
 
     preconditioned: ClassVar[bool] = True
+    keeps_noise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_step_size(self.lr)

@@ -36,6 +36,7 @@ class SGLD(MinibatchSampler):
 
     lr: Optional[float] = None
 
+    keeps_noise: ClassVar[bool] = True
     _noise_share: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
@@ -52,6 +53,6 @@ class SGLD(MinibatchSampler):
         state: Optional[SamplerState] = None,
     ) -> None:
         """One step, in place; the equation is the class's. ``weights``: ``[d]`` or ``[num_chains, d]``."""
-        weights.lerp_(anchor.expand_as(weights), 0.5 * lr * posterior.localization)
+        weights.lerp_(anchor, 0.5 * lr * posterior.localization)
         weights.add_(grad, alpha=-0.5 * lr * posterior.nbeta)
         weights.add_(noise, alpha=self._noise_share * math.sqrt(lr))
