@@ -11,7 +11,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import nn
 
-from lightning_slt.estimate import ChainSettings, fit_for_covariances, run_chains, state_dict_of
+from lightning_slt.estimate import ChainSettings, run_chains, state_dict_of
 from lightning_slt.functional.influence import (
     shrink,
 )
@@ -32,6 +32,7 @@ from lightning_slt.sampling.rng import PROBE, generator, preserve_rng
 from lightning_slt.sampling.samplers import KineticLangevin, Sampler, as_sampler
 from lightning_slt.sampling.samples import GroupFn, indexed_source
 from lightning_slt.sampling.steps import LossFn, NoLossError
+from lightning_slt.verdict import fit_for_covariances
 
 log = logging.getLogger(__name__)
 
@@ -217,7 +218,7 @@ def estimate_influence(
         if samplings:
             more, said = cooled[0].reasons(), cooled[0].notes(train.batch_size)
         else:
-            more, said = fit_for_covariances(drawn, chains, settings)
+            more, said = fit_for_covariances(drawn, chains)
         reasons = (*found.reasons, *more)
         found = found.replace(valid=not reasons, reasons=reasons, notes=(*found.notes, *said))
         if samplings and nbeta is None and localization is None:
