@@ -14,40 +14,27 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from lightning_slt.functional.learning_coefficient import NEGATIVE, NOT_ARRIVED, TOO_WIDE, summarise
 from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.anchor import open_window
 from lightning_slt.sampling.arguments import check_count, check_data, check_number
 from lightning_slt.sampling.batches import MinibatchSource, source_of
-from lightning_slt.sampling.calibration import MAX_STEPS_BW_DRAWS, MAX_VIRIAL, MIN_VIRIAL, Budget, Drawn, draw
+from lightning_slt.sampling.calibration import MAX_STEPS_BW_DRAWS, Budget, Drawn, draw
 from lightning_slt.sampling.chains import Chains, Progress
 from lightning_slt.sampling.collective import Alone, Collective
 from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.readings import diverged, heat_of, virial_of_chains
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import SGLD, KineticLangevin, Sampler, as_sampler
 from lightning_slt.sampling.segment import STATS_EVERY
-from lightning_slt.sampling.step_size import HEAT, LEAST_SCALE, NOISE_HEAT
 from lightning_slt.sampling.steps import LossFn, NoLossError
 from lightning_slt.sampling.weight_reader import WeightReader
+from lightning_slt.verdict import read_llc
 
 log = logging.getLogger(__name__)
 
-MAX_ROUNDING = 0.1
-"""Share of the LLC that the last digit of a loss may be, where it is not within the error: losses at ``w*`` may all be
-rounded to the same side."""
-MAX_HEAT = 0.25
-"""Share of the estimate that may be step-size heat before it is called invalid."""
-MAX_NOISE_HEAT = 0.08
-"""The same of the minibatches' heat of a sampler with momenta: 0.4 to 1.0 of what is taken off was there."""
-IS_HEAT = "is heat"
-"""In the reasons that say so."""
-NOTED_HEAT = 0.04
-"""Share of the LLC that is heat of the step beyond which covariances over the same chains say so: it is in them."""
 MIN_LOCALIZATION, MAX_LOCALIZATION = 1.0, 100.0
 
 
@@ -184,7 +171,7 @@ def measure_llc(
     """
     start = time.perf_counter()
     drawn, chains = run_chains(objective, source, settings, collective, progress, memory)
-    return read_llc(drawn, chains, settings).replace(seconds=time.perf_counter() - start)
+    return read_llc(drawn, chains).replace(seconds=time.perf_counter() - start)
 
 
 def run_chains(
@@ -264,117 +251,6 @@ def _finite_start(objective: Objective, source: MinibatchSource) -> float:
     if not math.isfinite(loss):
         raise NonFiniteLossError(f"the loss at the current weights is {loss}: there is no minimum to study.")
     return loss
-
-
-def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
-    """What the draws say of the learning coefficient."""
-    segment, lr, between = drawn.segment, drawn.lr, drawn.num_steps_bw_draws
-    posterior, d = chains.posterior, chains.layout.num_weights
-    raw = posterior.nbeta * segment.difference
-    trace = raw.reshape(len(raw), settings.num_draws, between).mean(dim=2)
-    finite = segment.finite
-    good = ~diverged(segment, posterior.nbeta, d)
-    heating = chains.sampler.heating(lr)
-    shared = heating.noise_alone
-    hot = share = math.nan
-    noisy = False
-    correction = 1.0
-    momenta = chains.sampler.calibration == "curvature"
-    if heating.step > 0 and bool(good.any()):
-        found = heat_of(segment, heating.step, posterior, good, shared, d if heating.thermostat else 0)
-        noisy = found.noise / NOISE_HEAT > 2 * found.discretisation / HEAT
-        level = float(trace[good].mean())
-        share = found.total / level if level > 0 else math.nan
-        corrected = 0 < share < 2 * MAX_HEAT
-        # held against what the step was chosen by, where what there is of it is taken off
-        scale = max(level, LEAST_SCALE) if corrected else level
-        hot = (found.total if momenta else found.of_sgld) / scale if level > 0 else math.nan
-        if corrected:
-            correction = 1.0 - share
-            # what a chain has beyond that share is taken off it too: the mean stays as it is, and the error of the heat
-            # is counted together with that of the loss it goes along with
-            own = found.each - share * trace[good].mean(dim=1)
-            trace = trace.clone()
-            trace[good] -= (own / correction).unsqueeze(1)
-    trace = trace * correction
-    summary = summarise(trace, ~good)
-    reasons = summary.reasons
-    if momenta and hot >= MAX_NOISE_HEAT and summary.mean > 0:
-        reasons += (f"{hot:.0%} of the estimate {IS_HEAT} of the minibatches: full_batch=True, or a larger batch_size",)
-    elif not momenta and hot >= MAX_HEAT and summary.mean > 0:
-        heat = f"SGLD would have {hot:.0%} heat at it" if shared else f"{hot:.0%} of the estimate {IS_HEAT} of the step"
-        reasons += (f"step size {lr:.2g} is too large: {heat}",)
-    ratios = virial_of_chains(segment.second_half(), heating.virial_step, posterior, d, good, shared)
-    virial = float(ratios.mean())
-    error = float(ratios.std()) / math.sqrt(len(ratios)) if len(ratios) > 1 else 0.0
-    at = f"(virial ratio {virial:.2f})"
-    downhill = any(reason.startswith(NEGATIVE) for reason in reasons)
-    if virial < MIN_VIRIAL and not downhill:
-        batch = ", a larger batch_size (the minibatches' noise keeps the step small)" if noisy else ""
-        steps = drawn.num_burnin_steps + segment.steps
-        reasons += (f"{NOT_ARRIVED} in {steps} steps {at}: more draws{batch}, or a stronger localization",)
-    elif virial > MAX_VIRIAL and virial - 1.0 > error and not downhill:
-        reasons += (f"{TOO_WIDE} {at}: a larger batch_size, or more draws",)
-    init_loss = sum(segment.anchors.values()) / len(segment.anchors)
-    rounding = posterior.nbeta * torch.finfo(chains.objective.dtype).eps * abs(init_loss)
-    if rounding / math.sqrt(12.0) > max(summary.se, MAX_ROUNDING * abs(summary.mean)):
-        kind = str(chains.objective.dtype).removeprefix("torch.")
-        digit = f"their last digit is {rounding:.2g} of the LLC"
-        reasons += (f"losses of {init_loss:.2g} are too coarse in {kind}: {digit}",)
-    return Estimate(
-        mean=summary.mean,
-        se=summary.se,
-        per_chain=summary.per_chain,
-        trace=trace.float(),
-        rhat=summary.rhat,
-        ess=summary.ess,
-        valid=not reasons,
-        reasons=reasons,
-        nbeta=posterior.nbeta,
-        localization=posterior.localization,
-        init_loss=init_loss,
-        chain_loss=init_loss + summary.mean / posterior.nbeta,
-        num_samples=chains.source.num_samples,
-        num_weights=d,
-        step_size=lr,
-        step_bias=summary.mean * (1.0 / correction - 1.0),
-        virial=virial,
-        finite_share=float(finite.double().mean()),
-        num_bad_chains=int((~summary.good).sum()),
-        num_chains=settings.num_chains,
-        num_draws=settings.num_draws,
-        num_burnin_steps=drawn.num_burnin_steps,
-        num_steps_bw_draws=between,
-        batch_size=chains.source.batch_size,
-        seed=settings.seed,
-        method=chains.method,
-        method_reason=chains.reason,
-    )
-
-
-def fit_for_covariances(
-    drawn: Drawn, chains: Chains, settings: ChainSettings
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Whether these draws are those of the posterior, for what is read off them without a correction.
-
-    The heat of a step is taken off a learning coefficient; in covariances of losses it stays, about twice. Of what the
-    learning coefficient of the same chains says, it is the heat and the width of the chains that counts here.
-
-    Returns:
-        Reasons why covariances over them are not valid, and notes.
-    """
-    llc = read_llc(drawn, chains, settings)
-    reasons = tuple(
-        f"the learning coefficient of these chains: {reason}"
-        for reason in llc.reasons
-        if IS_HEAT in reason or reason.startswith((NOT_ARRIVED, TOO_WIDE))
-    )
-    heat = llc.step_bias / (llc.mean + llc.step_bias) if llc.mean > 0 else 0.0
-    if reasons or not heat > NOTED_HEAT:
-        return reasons, ()
-    return (), (
-        f"{heat:.0%} of the LLC of these chains is heat of the step; covariances have about twice that too much",
-    )
 
 
 def estimate_llc(

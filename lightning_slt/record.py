@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lightning_slt.durable import write_whole
-from lightning_slt.functional.learning_coefficient import UNSETTLED
+from lightning_slt.reasons import UNSETTLED
 
 log = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_slt"
 FLOORS = {
     "functional": 1,
     "transitions": 1,
+    "reasons": 1,
     "record": 1,
     "influence_record": 1,
     "transition_record": 1,
@@ -18,6 +19,7 @@ FLOORS = {
     "sampling": 2,
     "measures": 2,
     "publish": 2,
+    "verdict": 3,
     "estimate": 3,
     "influence": 3,
     "susceptibility": 3,

@@ -9,12 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_slt.functional.convergence import effective_sample_size, rhat, standard_error
+from lightning_slt.reasons import DRIFTING, NEGATIVE, NOT_MIXED, Kind, Reason, sentences
 
-NOT_MIXED, DRIFTING, NEGATIVE = "chains have not mixed", "chains drift", "negative beyond its error"
-NOT_ARRIVED = "the chains have not reached their width"
-TOO_WIDE = "the chains are wider than the posterior"
-UNSETTLED = (NOT_MIXED, DRIFTING, NEGATIVE, NOT_ARRIVED)
-"""How the reasons begin that are a state of the weights: away from a minimum chains have nowhere to settle."""
 MAX_RHAT = 1.1
 """R-hat above which chains are said not to have mixed, where the disagreement also matters for the number."""
 MAX_RELATIVE_ERROR = 0.1
@@ -51,7 +47,12 @@ def learning_coefficient(loss: Tensor, init_loss: Tensor, nbeta: float) -> Tenso
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """What a trace says; the fields are those of :class:`lightning_slt.record.Estimate`."""
+    """What a trace says; its fields and ``reasons`` are those of :class:`lightning_slt.record.Estimate`.
+
+    Attributes:
+        good: ``[num_chains]`` bool, those that are not left out.
+        verdict: why it is not valid; empty where it is.
+    """
 
     mean: float
     se: float
@@ -59,11 +60,16 @@ class Summary:
     rhat: float
     ess: float
     good: Tensor
-    reasons: tuple[str, ...]
+    verdict: tuple[Reason, ...]
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """The sentences of ``verdict``."""
+        return sentences(self.verdict)
 
     @property
     def valid(self) -> bool:
-        return not self.reasons
+        return not self.verdict
 
 
 def summarise(trace: Tensor, diverged: Tensor | None = None) -> Summary:
@@ -84,27 +90,33 @@ def summarise(trace: Tensor, diverged: Tensor | None = None) -> Summary:
     per_chain = torch.where(good, trace.mean(dim=1), torch.nan)
     kept = trace[good]
     if kept.numel() == 0:
-        return Summary(math.nan, math.nan, per_chain, math.nan, math.nan, good, ("no chain stayed finite",))
+        nothing = (Reason(Kind.NO_CHAIN, "no chain stayed finite"),)
+        return Summary(math.nan, math.nan, per_chain, math.nan, math.nan, good, nothing)
     mean, se = float(kept.mean()), standard_error(kept)
     r, ess = rhat(kept), effective_sample_size(kept)
 
-    reasons = []
+    verdict: list[Reason] = []
     bad = (~good).nonzero().flatten().tolist()
     if len(bad) >= (1 - MIN_CHAIN_SHARE) * len(good):
-        reasons.append(f"{len(bad)} of {len(good)} chains diverged or became non-finite (chains {bad}): left out")
+        said = f"{len(bad)} of {len(good)} chains diverged or became non-finite (chains {bad}): left out"
+        verdict.append(Reason(Kind.DIVERGED, said))
     if math.isnan(se):
-        reasons.append(f"its error is not known: one chain of {kept.shape[1]} draws (4 at the least)")
+        said = f"its error is not known: one chain of {kept.shape[1]} draws (4 at the least)"
+        verdict.append(Reason(Kind.TOO_FEW_DRAWS, said))
     elif math.isnan(r):
-        reasons.append(f"{kept.shape[1]} draws of a chain do not show whether the chains have mixed (4 at the least)")
+        said = f"{kept.shape[1]} draws of a chain do not show whether the chains have mixed (4 at the least)"
+        verdict.append(Reason(Kind.TOO_FEW_DRAWS, said))
     tolerance = max(MAX_RELATIVE_ERROR * abs(mean), MAX_RELATIVE_ERROR)
     if r > MAX_RHAT and se > tolerance / 2:
-        reasons.append(f"{NOT_MIXED}: R-hat {r:.2f} > {MAX_RHAT}, error {se:.2g}")
+        verdict.append(Reason(Kind.NOT_MIXED, f"{NOT_MIXED}: R-hat {r:.2f} > {MAX_RHAT}, error {se:.2g}"))
     drift, drift_se = half_change(kept)
     if abs(drift) > 3 * drift_se and abs(drift) > tolerance:
-        reasons.append(f"{DRIFTING}: second half minus first half is {drift:+.2g} ± {drift_se:.1g}")
+        said = f"{DRIFTING}: second half minus first half is {drift:+.2g} ± {drift_se:.1g}"
+        verdict.append(Reason(Kind.DRIFTING, said))
     if mean + 2 * se < 0:
-        reasons.append(f"{NEGATIVE}: the weights are not at a minimum (chains run downhill)")
-    return Summary(mean, se, per_chain, r, ess, good, tuple(reasons))
+        said = f"{NEGATIVE}: the weights are not at a minimum (chains run downhill)"
+        verdict.append(Reason(Kind.NEGATIVE, said))
+    return Summary(mean, se, per_chain, r, ess, good, tuple(verdict))
 
 
 def half_change(trace: Tensor) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import math
 import time
 from typing import Optional
 
-from lightning_slt.estimate import ChainSettings, read_llc, run_chains
+from lightning_slt.estimate import ChainSettings, run_chains
 from lightning_slt.influence.probes import ProbeSet
 from lightning_slt.influence.reader import InfluenceReader, least_readings
 from lightning_slt.influence_record import InfluenceEstimate
@@ -18,6 +18,7 @@ from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged
 from lightning_slt.sampling.segment import STATS_EVERY
+from lightning_slt.verdict import read_llc
 
 READ_COST = 0.3
 """Cost of reading the samples' losses, in units of that of moving the chains, in a firing of the monitor."""
@@ -82,7 +83,7 @@ def measure_both(
     drawn, chains = run_chains(
         objective, source, settings, collective, progress, memory, make_reader, read_every=interval
     )
-    estimate = read_llc(drawn, chains, settings)
+    estimate = read_llc(drawn, chains)
     segment = drawn.segment
     assert segment.read is not None
     good = ~diverged(segment, chains.posterior.nbeta, len(objective.anchor))

@@ -11,27 +11,26 @@ from typing import Any, Optional, Union
 import torch
 from torch import nn
 
-from lightning_slt.estimate import ChainSettings, fit_for_covariances, run_chains, state_dict_of
-from lightning_slt.functional.influence import (
-    shrink,
-)
-from lightning_slt.functional.posterior import LocalPosterior
-from lightning_slt.influence.posterior import STEP, InfluenceSampling
+from lightning_slt.estimate import ChainSettings, run_chains, state_dict_of
+from lightning_slt.functional.influence import shrink
+from lightning_slt.influence.posterior import influence_sampling
 from lightning_slt.influence.probes import probe_set
 from lightning_slt.influence.reader import InfluenceReader
-from lightning_slt.influence.wide import COLD_BURNIN, MAX_SHORTENINGS, SHORTENING, with_wide_means
+from lightning_slt.influence.wide import with_wide_means
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.sampling.arguments import check_count
+from lightning_slt.sampling.calibration import Drawn
 from lightning_slt.sampling.chains import Chains
+from lightning_slt.sampling.kinetic import COLD_BURNIN, STEP, KineticRun, KineticSampling, MakeSampler, run_kinetic
 from lightning_slt.sampling.metric import curvature_at
-from lightning_slt.sampling.minibatch_heat import Cooled, minibatch_noise
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged
 from lightning_slt.sampling.restriction import Restriction
-from lightning_slt.sampling.rng import PROBE, generator, preserve_rng
+from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import KineticLangevin, Sampler, as_sampler
 from lightning_slt.sampling.samples import GroupFn, indexed_source
 from lightning_slt.sampling.steps import LossFn, NoLossError
+from lightning_slt.verdict import fit_for_covariances
 
 log = logging.getLogger(__name__)
 
@@ -158,68 +157,63 @@ def estimate_influence(
             query = indexed_source("influence", "query_data", query_data, 1, objective.device, seed)
         probes = probe_set(train, query, max_train, max_query, seed, group_fn, per_token)
         readers: list[InfluenceReader] = []
-        samplings: list[InfluenceSampling] = []
-        cooled: list[Cooled] = []
+        kinetic: Optional[KineticRun] = None
 
         def make_reader() -> InfluenceReader:
             if not readers:
                 readers.append(InfluenceReader(objective, probes, seed))
             return readers[0]
 
-        try:
-            for shortenings in range(MAX_SHORTENINGS + 1):
-                share = SHORTENING**shortenings
+        def propose(chains: Chains, batches: list[int], stream: torch.Generator) -> KineticSampling:
+            reader = make_reader()
+            curvature = curvature_at(
+                objective.anchor,
+                lambda w: chains.gradients(w, batches),
+                stream,
+                single=reader.take_gradients() if control_variates else None,
+            )
+            sampling = influence_sampling(objective.anchor, curvature, nbeta, localization)
+            reader.control_with(sampling)
+            return sampling
 
-                def make_sampler(chains: Chains, share: float = share) -> tuple[LocalPosterior, Sampler]:
-                    batches = list(train.window(0).anchor_loss)
-                    reader = make_reader()
-                    stream = generator(seed, PROBE, device=objective.device)
-                    curvature = curvature_at(
-                        objective.anchor,
-                        lambda w: chains.gradients(w, batches),
-                        stream,
-                        single=reader.take_gradients() if control_variates else None,
-                    )
-                    sampling = InfluenceSampling.of(objective.anchor, curvature, nbeta, localization)
-                    if not cooled:
-                        at, posterior = objective.anchor, sampling.posterior
-                        noise = minibatch_noise(at, chains.gradients, batches, curvature, posterior, stream)
-                        cooled.append(Cooled.of(sampling.sampler, noise))
-                    samplings.append(dataclasses.replace(sampling, sampler=cooled[0].shorter(share)))
-                    reader.control_with(samplings[-1])
-                    return samplings[-1].posterior, samplings[-1].sampler
-
-                chosen = (
-                    dataclasses.replace(settings, sampler=KineticLangevin(STEP**2)) if sampler is None else settings
-                )
-                if shortenings:
-                    # the Gaussian of the curvature at w* reaches out to where the loss is far steeper: not a start
-                    chosen = dataclasses.replace(chosen, num_burnin_steps=max(num_burnin_steps, COLD_BURNIN))
-                drawn, chains = run_chains(
-                    objective,
-                    train,
-                    chosen,
-                    make_reader=make_reader,
-                    read_every=num_steps_bw_draws,
-                    make_sampler=make_sampler if sampler is None else None,
-                    spread=shortenings == 0,
-                )
-                good = ~diverged(drawn.segment, chains.posterior.nbeta, len(objective.anchor))
-                if sampler is not None or bool(good.all()) or shortenings == MAX_SHORTENINGS:
-                    break
-                log.info(f"{int((~good).sum())} chains left the region at {share:.2g} of the time step: shortened")
-                train.forget()
+        def run(make_sampler: Optional[MakeSampler], cold: bool) -> tuple[Drawn, Chains]:
+            chosen = settings
+            if make_sampler is not None:
+                chosen = dataclasses.replace(settings, sampler=KineticLangevin(STEP**2))
+            if cold:
                 readers.clear()
+                chosen = dataclasses.replace(chosen, num_burnin_steps=max(num_burnin_steps, COLD_BURNIN))
+            return run_chains(
+                objective,
+                train,
+                chosen,
+                make_reader=make_reader,
+                read_every=num_steps_bw_draws,
+                make_sampler=make_sampler,
+                spread=not cold,
+            )
+
+        def left(count: int, share: float, again: bool) -> None:
+            if again:
+                log.info(f"{count} chains left the region at {share:.2g} of the time step: shortened")
+
+        try:
+            if sampler is None:
+                kinetic = run_kinetic(objective, train, seed, propose, run, left)
+                drawn, chains, good = kinetic.drawn, kinetic.chains, kinetic.good
+            else:
+                drawn, chains = run(None, False)
+                good = ~diverged(drawn.segment, chains.posterior.nbeta, len(objective.anchor))
         except NoLossError as error:
             raise ValueError(f"{error} Give loss_fn(module, batch) -> loss.") from error
         assert drawn.segment.read is not None
         found = readers[0].read(drawn.segment.read, good, chains.posterior, train.num_samples, shrinkage)
-        if samplings:
-            more, said = cooled[0].reasons(), cooled[0].notes(train.batch_size)
+        if kinetic is not None:
+            more, said = kinetic.cooled.reasons(), kinetic.cooled.notes(train.batch_size)
         else:
-            more, said = fit_for_covariances(drawn, chains, settings)
+            more, said = fit_for_covariances(drawn, chains)
         reasons = (*found.reasons, *more)
         found = found.replace(valid=not reasons, reasons=reasons, notes=(*found.notes, *said))
-        if samplings and nbeta is None and localization is None:
-            found = with_wide_means(found, readers[0], samplings[-1], objective, train, settings, chains.method)
+        if kinetic is not None and nbeta is None and localization is None:
+            found = with_wide_means(found, readers[0], kinetic.sampling, objective, train, settings, chains.method)
     return found.replace(seconds=time.perf_counter() - start)

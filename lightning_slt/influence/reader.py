@@ -18,11 +18,11 @@ from lightning_slt.functional.influence import (
     whole_of,
 )
 from lightning_slt.functional.posterior import LocalPosterior
-from lightning_slt.influence.posterior import InfluenceSampling
 from lightning_slt.influence.probes import ProbeSet
 from lightning_slt.influence.sides import Sides, by_group
 from lightning_slt.influence_record import Dropped, InfluenceEstimate
 from lightning_slt.sampling.control import SteinControl
+from lightning_slt.sampling.kinetic import KineticSampling
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.probe import MAX_GRADIENTS, Probe
 from lightning_slt.sampling.samples import Samples
@@ -79,7 +79,7 @@ class InfluenceReader:
         self._gradients = torch.cat(found)
         return self._gradients[: self._train.n]
 
-    def control_with(self, sampling: InfluenceSampling) -> None:
+    def control_with(self, sampling: KineticSampling) -> None:
         """Read control variates for this posterior and the metric of its sampler from now on."""
         if self._gradients is not None and sampling.sampler.metric is not None:
             self._control = SteinControl(self._gradients, self._anchor, sampling.posterior, sampling.sampler.metric)

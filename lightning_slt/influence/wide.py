@@ -11,29 +11,24 @@ from lightning_slt.functional.influence import (
     mean_and_error,
 )
 from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
-from lightning_slt.influence.posterior import InfluenceSampling
 from lightning_slt.influence.reader import InfluenceReader
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.sampling.batches import DatasetSource
+from lightning_slt.sampling.calibration import Drawn
 from lightning_slt.sampling.chains import Chains
-from lightning_slt.sampling.minibatch_heat import Cooled, minibatch_noise
+from lightning_slt.sampling.kinetic import COLD_BURNIN, KineticSampling, MakeSampler, run_kinetic
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.readings import diverged
-from lightning_slt.sampling.rng import PROBE, generator
-from lightning_slt.sampling.samplers import Sampler
 
-MAX_SHORTENINGS = 6
-SHORTENING = 0.5
+MAX_SHORTENINGS = 5
+"""Of the time step; where chains still leave the region, the mean losses stay those of the cooler posterior."""
 WIDE_DRAWS, WIDE_BURNIN = 10, 8
 """Readings of each chain, and steps before them, for the mean losses over the posterior of the learning coefficient."""
-COLD_BURNIN = 40
-"""Steps from ``w*``, where the Gaussian of the curvature is no start."""
 
 
 def with_wide_means(
     found: InfluenceEstimate,
     reader: InfluenceReader,
-    sampling: InfluenceSampling,
+    sampling: KineticSampling,
     objective: Objective,
     train: DatasetSource,
     settings: ChainSettings,
@@ -49,21 +44,11 @@ def with_wide_means(
         return found
     posterior = LocalPosterior(default_nbeta(n), default_localization(objective.anchor))
     assert sampling.sampler.lr is not None
-    wide = InfluenceSampling.with_posterior(posterior, sampling.curvature, sampling.sampler.lr)
-    cooled: list[Cooled] = []
-    for shortenings in range(MAX_SHORTENINGS):
+    wide = KineticSampling.of(posterior, sampling.curvature, sampling.sampler.lr)
 
-        def make_sampler(chains: Chains, share: float = SHORTENING**shortenings) -> tuple[LocalPosterior, Sampler]:
-            if not cooled:
-                batches = list(train.window(0).anchor_loss)
-                stream = generator(settings.seed, PROBE, device=objective.device)
-                at, curvature = objective.anchor, sampling.curvature
-                noise = minibatch_noise(at, chains.gradients, batches, curvature, posterior, stream)
-                cooled.append(Cooled.of(wide.sampler, noise))
-            return posterior, cooled[0].shorter(share)
-
-        burnin = COLD_BURNIN if shortenings else WIDE_BURNIN
-        drawn, _ = run_chains(
+    def run(make_sampler: MakeSampler, cold: bool) -> tuple[Drawn, Chains]:
+        burnin = COLD_BURNIN if cold else WIDE_BURNIN
+        return run_chains(
             objective,
             train,
             dataclasses.replace(
@@ -72,21 +57,20 @@ def with_wide_means(
             make_reader=lambda: lambda weights, slopes: reader.train_losses(weights),
             read_every=settings.num_steps_bw_draws or 1,
             make_sampler=make_sampler,
-            spread=shortenings == 0,
+            spread=not cold,
         )
-        if not bool(diverged(drawn.segment, posterior.nbeta, len(objective.anchor)).any()):
-            break
-        train.forget()
-    else:
+
+    ran = run_kinetic(objective, train, settings.seed, lambda *_: wide, run, max_shortenings=MAX_SHORTENINGS)
+    if not bool(ran.good.all()):
         return found
-    read = drawn.segment.read
+    read = ran.drawn.segment.read
     assert read is not None
     place = {int(i): k for k, i in enumerate(reader.train_index.tolist())}
     losses = read[:, :, [place[int(i)] for i in found.train_index.tolist()]]
     if not bool(torch.isfinite(losses).all()):
         return found
     mean, error = mean_and_error(losses)
-    said = (*cooled[0].reasons(), *cooled[0].notes(train.batch_size))
+    said = (*ran.cooled.reasons(), *ran.cooled.notes(train.batch_size))
     return found.replace(
         notes=(*found.notes, *(f"mean_loss: {note}" for note in said)),
         mean_loss=found.init_loss + mean,

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Optional
 
-from lightning_slt.functional.learning_coefficient import DRIFTING, NEGATIVE, NOT_ARRIVED, NOT_MIXED, TOO_WIDE
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish.run import MonitorRecord, Run
+from lightning_slt.reasons import DRIFTING, NEGATIVE, NOT_ARRIVED, NOT_MIXED, TOO_WIDE
 from lightning_slt.record import Estimate
 from lightning_slt.transition_record import TransitionLog, TransitionReport, Verdict, size_text
 from lightning_slt.transitions import Transition

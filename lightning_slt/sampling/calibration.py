@@ -88,6 +88,11 @@ class Drawn:
     num_burnin_steps: int
     num_steps_bw_draws: int
 
+    @property
+    def num_draws(self) -> int:
+        """Draws of each chain."""
+        return self.segment.steps // self.num_steps_bw_draws
+
 
 @dataclass(frozen=True)
 class Budget:

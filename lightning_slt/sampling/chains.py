@@ -71,7 +71,7 @@ class Chains:
         self.collective = collective
         self.progress = progress or (lambda steps: None)
         self.numbers = own_chains(num_chains, collective)
-        self._seed = seed
+        self.seed = seed
         self._window_index, self._window_used = 0, 0
         self._orders: list[Tensor] = []
         choices = collective.exchange(lambda: self._choose(method))
@@ -139,7 +139,7 @@ class Chains:
         """Start the random numbers of every chain anew, those of part ``part`` of the run."""
         device, dtype = self.objective.device, self.objective.dtype
         self._randomness = [
-            Randomness.begin(self._seed, k, part, self.sampler, device=device, dtype=dtype) for k in self.numbers
+            Randomness.begin(self.seed, k, part, self.sampler, device=device, dtype=dtype) for k in self.numbers
         ]
 
     def place(self, displacements: Tensor) -> None:
@@ -155,7 +155,7 @@ class Chains:
     def spread(self, metric: Callable[[Tensor], Tensor]) -> None:
         """Put every chain at a draw of the Gaussian that the metric makes round: ``w* + P z``."""
         device, anchor = self.objective.device, self.objective.anchor
-        streams = [generator(self._seed, k, START, device=device) for k in self.numbers]
+        streams = [generator(self.seed, k, START, device=device) for k in self.numbers]
         draws = [torch.randn(anchor.shape, generator=g, device=device, dtype=anchor.dtype) for g in streams]
         self.place(metric(torch.stack(draws)) if draws else torch.zeros_like(self.weights))
 

@@ -9,7 +9,7 @@ from typing import Optional
 
 import torch
 
-from lightning_slt.estimate import ChainSettings, fit_for_covariances
+from lightning_slt.estimate import ChainSettings
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.collective import Alone, Collective
 from lightning_slt.sampling.objective import Objective
@@ -17,6 +17,7 @@ from lightning_slt.susceptibility.chains import run_component
 from lightning_slt.susceptibility.reading import Component, names_of, read_component
 from lightning_slt.susceptibility.shift import Shift, ShiftReader
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
+from lightning_slt.verdict import fit_for_covariances
 
 
 def measure_susceptibility(
@@ -110,7 +111,7 @@ def _measure(
     if cooled is not None:
         reasons, notes = cooled.reasons(), cooled.notes(source.batch_size)
     else:
-        reasons, notes = fit_for_covariances(drawn, chains, settings)
+        reasons, notes = fit_for_covariances(drawn, chains)
     return dataclasses.replace(
         found,
         reasons=(*found.reasons, *(f"{name}: {reason}" for reason in reasons)),

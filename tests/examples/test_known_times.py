@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_slt import Estimate
-from lightning_slt.functional.learning_coefficient import NEGATIVE
+from lightning_slt.reasons import NEGATIVE
 from lightning_slt.transitions import Transition
 
 

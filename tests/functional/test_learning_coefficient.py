@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_slt.functional import learning_coefficient, standard_error, summarise
-from lightning_slt.functional.learning_coefficient import NEGATIVE, half_change
+from lightning_slt.functional.learning_coefficient import half_change
+from lightning_slt.reasons import NEGATIVE
 
 
 def trace_of(level: float = 10.0, spread: float = 1.0, chains: int = 8, draws: int = 200, seed: int = 0) -> Tensor:

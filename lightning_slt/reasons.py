@@ -1,0 +1,63 @@
+"""Reasons why an estimate is not valid, as data: of what kind, and the sentence that records have of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+NOT_MIXED, DRIFTING, NEGATIVE = "chains have not mixed", "chains drift", "negative beyond its error"
+NOT_ARRIVED = "the chains have not reached their width"
+TOO_WIDE = "the chains are wider than the posterior"
+UNSETTLED = (NOT_MIXED, DRIFTING, NEGATIVE, NOT_ARRIVED)
+"""How the reasons begin that are a state of the weights: away from a minimum chains have nowhere to settle. For
+sentences that were read back from a file, where there is no kind."""
+
+
+class Kind(Enum):
+    """What is wrong."""
+
+    NO_CHAIN = auto()
+    """No chain stayed finite."""
+    DIVERGED = auto()
+    """Too many chains were left out."""
+    TOO_FEW_DRAWS = auto()
+    """Not enough of them for an error, or to show mixing."""
+    NOT_MIXED = auto()
+    DRIFTING = auto()
+    NEGATIVE = auto()
+    """Chains run downhill."""
+    HEAT_OF_STEP = auto()
+    """Too much of the estimate was heat of the step."""
+    HEAT_OF_MINIBATCHES = auto()
+    """The same of the minibatches, in chains with momenta."""
+    STEP_TOO_LARGE = auto()
+    """By the rule for SGLD, of a sampler that the step itself does not heat at first order."""
+    NOT_ARRIVED = auto()
+    """The virial ratio is below what it is at stationarity."""
+    TOO_WIDE = auto()
+    """It is above."""
+    TOO_COARSE = auto()
+    """The losses are rounded too much."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One reason why an estimate is not valid.
+
+    Attributes:
+        kind: to select by.
+        sentence: to read; what is written to records.
+    """
+
+    kind: Kind
+    sentence: str
+
+
+def sentences(reasons: tuple[Reason, ...]) -> tuple[str, ...]:
+    """The reasons as records have them.
+
+    Example:
+        >>> sentences((Reason(Kind.NO_CHAIN, "no chain stayed finite"),))
+        ('no chain stayed finite',)
+    """
+    return tuple(reason.sentence for reason in reasons)

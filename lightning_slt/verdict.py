@@ -1,0 +1,193 @@
+"""The verdict on chains: the learning coefficient that their draws give, and every reason why it is not valid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_slt.functional.learning_coefficient import Summary, summarise
+from lightning_slt.reasons import NOT_ARRIVED, TOO_WIDE, Kind, Reason, sentences
+from lightning_slt.record import Estimate
+from lightning_slt.sampling.calibration import MAX_VIRIAL, MIN_VIRIAL, Drawn
+from lightning_slt.sampling.chains import Chains
+from lightning_slt.sampling.readings import diverged, heat_of, virial_of_chains
+from lightning_slt.sampling.step_size import HEAT, LEAST_SCALE, NOISE_HEAT
+
+MAX_ROUNDING = 0.1
+"""Share of the LLC that the last digit of a loss may be, where it is not within the error: losses at ``w*`` may all be
+rounded to the same side."""
+MAX_HEAT = 0.25
+"""Share of the estimate that may be step-size heat before it is called invalid."""
+MAX_NOISE_HEAT = 0.08
+"""The same of the minibatches' heat of a sampler with momenta: 0.4 to 1.0 of what is taken off was there."""
+NOTED_HEAT = 0.04
+"""Share of the LLC that is heat of the step beyond which covariances over the same chains say so: it is in them."""
+BAD_FOR_COVARIANCES = frozenset({Kind.HEAT_OF_STEP, Kind.HEAT_OF_MINIBATCHES, Kind.NOT_ARRIVED, Kind.TOO_WIDE})
+"""What covariances over the same chains are not valid for either: their heat and their width."""
+
+
+def read_llc(drawn: Drawn, chains: Chains) -> Estimate:
+    """What the draws say of the learning coefficient."""
+    return _judge(drawn, chains)[0]
+
+
+def fit_for_covariances(drawn: Drawn, chains: Chains) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Whether these draws are those of the posterior, for what is read off them without a correction.
+
+    The heat of a step is taken off a learning coefficient; in covariances of losses it stays, about twice. Of what the
+    learning coefficient of the same chains says, it is the heat and the width of the chains that counts here.
+
+    Returns:
+        Reasons why covariances over them are not valid, and notes.
+    """
+    llc, verdict = _judge(drawn, chains)
+    reasons = tuple(
+        f"the learning coefficient of these chains: {reason.sentence}"
+        for reason in verdict
+        if reason.kind in BAD_FOR_COVARIANCES
+    )
+    heat = llc.step_bias / (llc.mean + llc.step_bias) if llc.mean > 0 else 0.0
+    if reasons or not heat > NOTED_HEAT:
+        return reasons, ()
+    return (), (
+        f"{heat:.0%} of the LLC of these chains is heat of the step; covariances have about twice that too much",
+    )
+
+
+def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
+    segment, posterior, d = drawn.segment, chains.posterior, chains.layout.num_weights
+    good = ~diverged(segment, posterior.nbeta, d)
+    cooled = _without_heat(drawn, chains, good)
+    summary = summarise(cooled.trace, ~good)
+    heating = chains.sampler.heating(drawn.lr)
+    ratios = virial_of_chains(segment.second_half(), heating.virial_step, posterior, d, good, heating.noise_alone)
+    init_loss = sum(segment.anchors.values()) / len(segment.anchors)
+    verdict = (
+        *summary.verdict,
+        *_reasons_of_heat(cooled, summary, drawn, chains),
+        *_reasons_of_width(ratios, cooled, summary, drawn),
+        *_reasons_of_rounding(init_loss, summary, chains),
+    )
+    estimate = Estimate(
+        mean=summary.mean,
+        se=summary.se,
+        per_chain=summary.per_chain,
+        trace=cooled.trace.float(),
+        rhat=summary.rhat,
+        ess=summary.ess,
+        valid=not verdict,
+        reasons=sentences(verdict),
+        nbeta=posterior.nbeta,
+        localization=posterior.localization,
+        init_loss=init_loss,
+        chain_loss=init_loss + summary.mean / posterior.nbeta,
+        num_samples=chains.source.num_samples,
+        num_weights=d,
+        step_size=drawn.lr,
+        step_bias=summary.mean * (1.0 / cooled.kept - 1.0),
+        virial=float(ratios.mean()),
+        finite_share=float(segment.finite.double().mean()),
+        num_bad_chains=int((~summary.good).sum()),
+        num_chains=chains.num_chains,
+        num_draws=drawn.num_draws,
+        num_burnin_steps=drawn.num_burnin_steps,
+        num_steps_bw_draws=drawn.num_steps_bw_draws,
+        batch_size=chains.source.batch_size,
+        seed=chains.seed,
+        method=chains.method,
+        method_reason=chains.reason,
+    )
+    return estimate, verdict
+
+
+@dataclass(frozen=True, eq=False)
+class _WithoutHeat:
+    """A trace of the LLC integrand with the heat of the step taken off.
+
+    Attributes:
+        trace: ``[num_chains, num_draws]`` float64.
+        kept: its mean over the good chains, as a share of what it was; 1 where nothing is taken off.
+        heat: what the estimate is judged by, as a share of it; NaN where there is no heat, or no positive estimate to
+            hold it against.
+        noisy: the minibatches' part of it is what keeps the step small.
+    """
+
+    trace: Tensor
+    kept: float
+    heat: float
+    noisy: bool
+
+
+def _without_heat(drawn: Drawn, chains: Chains, good: Tensor) -> _WithoutHeat:
+    segment, posterior, d = drawn.segment, chains.posterior, chains.layout.num_weights
+    raw = posterior.nbeta * segment.difference
+    trace = raw.reshape(len(raw), drawn.num_draws, drawn.num_steps_bw_draws).mean(dim=2)
+    heating = chains.sampler.heating(drawn.lr)
+    if not (heating.step > 0 and bool(good.any())):
+        return _WithoutHeat(trace, 1.0, math.nan, False)
+    found = heat_of(segment, heating.step, posterior, good, heating.noise_alone, d if heating.thermostat else 0)
+    noisy = found.noise / NOISE_HEAT > 2 * found.discretisation / HEAT
+    level = float(trace[good].mean())
+    if not level > 0:
+        return _WithoutHeat(trace, 1.0, math.nan, noisy)
+    share = found.total / level
+    judged = found.total if _has_momenta(chains) else found.of_sgld
+    if not 0 < share < 2 * MAX_HEAT:
+        return _WithoutHeat(trace, 1.0, judged / level, noisy)
+    kept = 1.0 - share
+    # what a chain has beyond that share is taken off it too: the mean stays as it is, and the error of the heat
+    # is counted together with that of the loss it goes along with
+    own = found.each - share * trace[good].mean(dim=1)
+    trace[good] -= (own / kept).unsqueeze(1)
+    # held against what the step was chosen by, where what there is of it is taken off
+    return _WithoutHeat(trace * kept, kept, judged / max(level, LEAST_SCALE), noisy)
+
+
+def _has_momenta(chains: Chains) -> bool:
+    return chains.sampler.calibration == "curvature"
+
+
+def _reasons_of_heat(cooled: _WithoutHeat, summary: Summary, drawn: Drawn, chains: Chains) -> Iterator[Reason]:
+    heat = cooled.heat
+    if not summary.mean > 0:
+        return
+    if _has_momenta(chains):
+        if heat >= MAX_NOISE_HEAT:
+            said = f"{heat:.0%} of the estimate is heat of the minibatches: full_batch=True, or a larger batch_size"
+            yield Reason(Kind.HEAT_OF_MINIBATCHES, said)
+    elif heat >= MAX_HEAT:
+        too_large = f"step size {drawn.lr:.2g} is too large"
+        if chains.sampler.heating(drawn.lr).noise_alone:
+            yield Reason(Kind.STEP_TOO_LARGE, f"{too_large}: SGLD would have {heat:.0%} heat at it")
+        else:
+            yield Reason(Kind.HEAT_OF_STEP, f"{too_large}: {heat:.0%} of the estimate is heat of the step")
+
+
+def _reasons_of_width(ratios: Tensor, cooled: _WithoutHeat, summary: Summary, drawn: Drawn) -> Iterator[Reason]:
+    """``ratios``: ``[chains kept]``, the virial ratio of each."""
+    if any(reason.kind is Kind.NEGATIVE for reason in summary.verdict):
+        return
+    virial = float(ratios.mean())
+    error = float(ratios.std()) / math.sqrt(len(ratios)) if len(ratios) > 1 else 0.0
+    at = f"(virial ratio {virial:.2f})"
+    if virial < MIN_VIRIAL:
+        batch = ", a larger batch_size (the minibatches' noise keeps the step small)" if cooled.noisy else ""
+        steps = drawn.num_burnin_steps + drawn.segment.steps
+        said = f"{NOT_ARRIVED} in {steps} steps {at}: more draws{batch}, or a stronger localization"
+        yield Reason(Kind.NOT_ARRIVED, said)
+    elif virial > MAX_VIRIAL and virial - 1.0 > error:
+        yield Reason(Kind.TOO_WIDE, f"{TOO_WIDE} {at}: a larger batch_size, or more draws")
+
+
+def _reasons_of_rounding(init_loss: float, summary: Summary, chains: Chains) -> Iterator[Reason]:
+    """``init_loss``: the mean loss at ``w*``."""
+    dtype = chains.objective.dtype
+    rounding = chains.posterior.nbeta * torch.finfo(dtype).eps * abs(init_loss)
+    if rounding / math.sqrt(12.0) > max(summary.se, MAX_ROUNDING * abs(summary.mean)):
+        kind = str(dtype).removeprefix("torch.")
+        digit = f"their last digit is {rounding:.2g} of the LLC"
+        yield Reason(Kind.TOO_COARSE, f"losses of {init_loss:.2g} are too coarse in {kind}: {digit}")
