@@ -171,8 +171,8 @@ def test_chains_that_sample_the_tilted_loss_move_the_integrand_as_the_closed_for
 
 
 def test_reported_error_is_the_spread_over_twenty_seeds() -> None:
-    """Of three groups of twenty seeds, those from 20 and from 40 on are well within; of the first, 0 to 19, the spread is
-    0.6 of what is reported, and the mean three of its errors off."""
+    """Of three groups of twenty seeds, those from 20 and from 40 on are well within; of the first, 0 to 19, the spread
+    is 0.6 of what is reported, and the mean three of its errors off."""
     runs = [measured(seed, num_chains=8, num_draws=100) for seed in range(20, 40)]
     spread = torch.stack([r.chi for r in runs]).std(dim=0)
     reported = torch.stack([r.se for r in runs]).mean(dim=0)
@@ -198,6 +198,7 @@ def test_a_shifted_sample_without_a_number_is_left_out_and_named() -> None:
     net, data, shifted = problem()
     groups = ["a", "b", None] * (M // 3)
     settings: dict[str, Any] = {"nbeta": NBETA, "localization": GAMMA, "num_chains": 4, "num_draws": 64}
+    settings["method"] = "sequential"  # by the clock another path may be faster the second time, and rounds otherwise
     x, y = (t.clone() for t in shifted.tensors)
     x[3] = torch.nan  # of group a
     rest = [k for k in range(M) if k != 3]
