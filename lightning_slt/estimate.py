@@ -25,6 +25,7 @@ from lightning_slt.sampling.chains import Chains, Progress
 from lightning_slt.sampling.collective import Alone, Collective
 from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.memory import ChainMemory
+from lightning_slt.sampling.minibatch_heat import held_by_thermostat
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged, heat_of, virial_of_chains
 from lightning_slt.sampling.restriction import Restriction
@@ -369,12 +370,19 @@ def fit_for_covariances(
         for reason in llc.reasons
         if IS_HEAT in reason or reason.startswith((NOT_ARRIVED, TOO_WIDE))
     )
+    segment, posterior = drawn.segment, chains.posterior
+    good = ~diverged(segment, posterior.nbeta, chains.layout.num_weights)
+    more, notes = held_by_thermostat(segment, chains.sampler.heating(drawn.lr), posterior, good)
+    reasons += more
+    return (reasons, ()) if reasons else ((), (*heat_noted(llc), *notes))
+
+
+def heat_noted(llc: Estimate) -> tuple[str, ...]:
+    """What covariances over the chains of this learning coefficient have of the heat of the step; none where little."""
     heat = llc.step_bias / (llc.mean + llc.step_bias) if llc.mean > 0 else 0.0
-    if reasons or not heat > NOTED_HEAT:
-        return reasons, ()
-    return (), (
-        f"{heat:.0%} of the LLC of these chains is heat of the step; covariances have about twice that too much",
-    )
+    if not heat > NOTED_HEAT:
+        return ()
+    return (f"{heat:.0%} of the LLC of these chains is heat of the step; covariances have about twice that too much",)
 
 
 def estimate_llc(

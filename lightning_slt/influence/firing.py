@@ -6,7 +6,7 @@ import math
 import time
 from typing import Optional
 
-from lightning_slt.estimate import ChainSettings, read_llc, run_chains
+from lightning_slt.estimate import ChainSettings, heat_noted, read_llc, run_chains
 from lightning_slt.influence.probes import ProbeSet
 from lightning_slt.influence.reader import InfluenceReader, least_readings
 from lightning_slt.influence_record import InfluenceEstimate
@@ -15,6 +15,7 @@ from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.chains import Progress
 from lightning_slt.sampling.collective import Collective
 from lightning_slt.sampling.memory import ChainMemory
+from lightning_slt.sampling.minibatch_heat import held_by_thermostat
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged
 from lightning_slt.sampling.segment import STATS_EVERY
@@ -87,5 +88,10 @@ def measure_both(
     assert segment.read is not None
     good = ~diverged(segment, chains.posterior.nbeta, len(objective.anchor))
     influence = readers[0].read(segment.read, good, chains.posterior, source.num_samples)
+    # what the step heats is taken off the learning coefficient, and stays in covariances
+    more, notes = held_by_thermostat(segment, chains.sampler.heating(drawn.lr), chains.posterior, good)
+    reasons = (*influence.reasons, *more)
+    notes = (*influence.notes, *heat_noted(estimate), *notes)
+    influence = influence.replace(valid=not reasons, reasons=reasons, notes=notes)
     seconds = time.perf_counter() - start
     return estimate.replace(seconds=seconds), influence.replace(seconds=seconds)
