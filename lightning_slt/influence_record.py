@@ -408,7 +408,11 @@ class InfluenceRecord:
         """All of them, in order of steps. A file whose other half is missing is passed over, and so is one that cannot
         be read; the log names that."""
         for path in sorted(self.folder.glob("step_*.json")):
-            step = int(path.stem.removeprefix("step_"))
+            number = path.stem.removeprefix("step_")
+            if not number.isdecimal():
+                log.warning(f"{path}: is of no step and is passed over. Move it to another folder, or delete it.")
+                continue
+            step = int(number)
             if not self.paths(step)[0].exists():
                 continue
             try:
@@ -422,5 +426,5 @@ class InfluenceRecord:
         """Forget what was recorded after ``step``: a resumed run measures those steps again."""
         for path in self.folder.glob("step_*"):
             number = path.name.removeprefix("step_").split(".")[0]
-            if number.isdigit() and int(number) > step:
+            if number.isdecimal() and int(number) > step:
                 path.unlink()
