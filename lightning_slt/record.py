@@ -37,6 +37,8 @@ UNREADABLE = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.
 """What an empty, cut or overwritten ``.npz`` file may raise."""
 
 RECORD_FILE = "estimates.jsonl"
+MAY_BE_INFINITE, INFINITE = ("rhat",), "inf"
+"""What says something where it is infinite (chains that stand still, apart from each other), and how JSON has it."""
 TRACE_FOLDER = "traces"
 
 
@@ -176,6 +178,7 @@ class Estimate:
         """The inverse of :meth:`state_dict`; keys of a newer version are passed over."""
         names = {f.name for f in dataclasses.fields(cls)}
         values = {k: v for k, v in state.items() if k in names}
+        values |= {k: math.inf for k in MAY_BE_INFINITE if values.get(k) == INFINITE}
         values["per_chain"] = torch.tensor(
             [math.nan if v is None else v for v in values["per_chain"]], dtype=torch.float64
         )
@@ -248,7 +251,9 @@ class RunRecord:
             OSError: where the folder cannot be written.
         """
         self._write_traces(estimate)
-        line = json.dumps(_finite_or_none(estimate.scalars()), allow_nan=False)
+        scalars = estimate.scalars()
+        infinite = {k: INFINITE for k in MAY_BE_INFINITE if scalars[k] == math.inf}
+        line = json.dumps({**_finite_or_none(scalars), **infinite}, allow_nan=False)
         with open(self.path, "a+b") as file:
             # a crash may have cut the last line off: it must not swallow this one
             file.write((b"\n" if _is_cut_off(file) else b"") + line.encode() + b"\n")

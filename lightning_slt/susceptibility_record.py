@@ -153,5 +153,6 @@ class SusceptibilityRecord:
     def drop_after(self, step: int) -> None:
         """Forget what was measured after ``step``: a resumed run measures those steps again."""
         for path in self.folder.glob("step_*.npz"):
-            if int(path.stem.removeprefix("step_")) > step:
+            number = path.stem.removeprefix("step_")
+            if number.isdecimal() and int(number) > step:
                 path.unlink()

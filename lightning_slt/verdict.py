@@ -14,6 +14,7 @@ from lightning_slt.reasons import NOT_ARRIVED, TOO_WIDE, Kind, Reason, sentences
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.calibration import MAX_VIRIAL, MIN_VIRIAL, Drawn
 from lightning_slt.sampling.chains import Chains
+from lightning_slt.sampling.minibatch_heat import held_by_thermostat
 from lightning_slt.sampling.readings import diverged, heat_of, virial_of_chains
 from lightning_slt.sampling.step_size import HEAT, LEAST_SCALE, NOISE_HEAT
 
@@ -50,12 +51,19 @@ def fit_for_covariances(drawn: Drawn, chains: Chains) -> tuple[tuple[str, ...], 
         for reason in verdict
         if reason.kind in BAD_FOR_COVARIANCES
     )
+    segment, posterior = drawn.segment, chains.posterior
+    good = ~diverged(segment, posterior.nbeta, chains.layout.num_weights)
+    more, notes = held_by_thermostat(segment, chains.sampler.heating(drawn.lr), posterior, good)
+    reasons += more
+    return (reasons, ()) if reasons else ((), (*heat_noted(llc), *notes))
+
+
+def heat_noted(llc: Estimate) -> tuple[str, ...]:
+    """What covariances over the chains of this learning coefficient have of the heat of the step; none where little."""
     heat = llc.step_bias / (llc.mean + llc.step_bias) if llc.mean > 0 else 0.0
-    if reasons or not heat > NOTED_HEAT:
-        return reasons, ()
-    return (), (
-        f"{heat:.0%} of the LLC of these chains is heat of the step; covariances have about twice that too much",
-    )
+    if not heat > NOTED_HEAT:
+        return ()
+    return (f"{heat:.0%} of the LLC of these chains is heat of the step; covariances have about twice that too much",)
 
 
 def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:

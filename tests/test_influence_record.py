@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lightning_slt.influence_record import Dropped, InfluenceEstimate, InfluenceRecord, suspicion_of
+from lightning_slt.susceptibility_record import SusceptibilityRecord
 
 TRAIN = [10, 20, 30, 40]
 """The training samples' numbers in their dataset."""
@@ -287,6 +288,26 @@ def test_what_came_after_a_step_is_forgotten(tmp_path: Path) -> None:
         "step_000000010.safetensors",
         "step_of_mine.txt",
     ]
+
+
+def test_a_foreign_file_in_the_folder_is_named_and_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Notes of one's own, beside the record: reading it ended with "invalid literal for int()"."""
+    record = InfluenceRecord(tmp_path)
+    for step in (10, 20):
+        record.save(estimate(step=step))
+    foreign = record.folder / "step_x.json"
+    foreign.write_text("{}")
+    assert [found.step for found in record.read()] == [10, 20]
+    (said,) = [r.getMessage() for r in caplog.records]
+    assert str(foreign) in said and "passed over. Move it to another folder, or delete it" in said
+    (susceptibilities := SusceptibilityRecord(tmp_path)).folder.mkdir()
+    (other := susceptibilities.folder / "step_x.npz").write_bytes(b"")
+    record.drop_after(10)
+    susceptibilities.drop_after(10)
+    assert [found.step for found in record.read()] == [10] and foreign.exists() and other.exists()
+    assert list(susceptibilities.read()) == [] and str(other) in caplog.records[-1].getMessage()
 
 
 def test_half_a_pair_is_passed_over(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_slt.functional import rhat
 from lightning_slt.functional.learning_coefficient import summarise
 from lightning_slt.record import RECORD_FILE, Estimate, RunRecord
 
@@ -88,6 +89,25 @@ def test_nan_and_infinity_are_null_in_the_file(tmp_path: Path) -> None:
     assert line["mean"] is None and line["step_bias"] is None
     assert line["per_chain"] == [1.0, None, 2.0, 3.0]
     assert "trace" not in line
+
+
+def test_an_r_hat_that_is_infinite_stays_so(tmp_path: Path) -> None:
+    """Chains that each stand still, apart from each other: no number was read as one that is not known."""
+    still = torch.arange(2.0)[:, None].expand(2, 32)  # a mean of 16 alike is exact
+    assert rhat(still) == math.inf
+    original = estimate(rhat=rhat(still), valid=False, reasons=("chains have not mixed: R-hat inf > 1.1, error 0.6",))
+    RunRecord(tmp_path).append(original)
+    RunRecord(tmp_path).append(not_valid())
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    lines = [json.loads(x, parse_constant=refuse) for x in (tmp_path / RECORD_FILE).read_text().splitlines()]
+    assert [line["rhat"] for line in lines] == ["inf", None]
+    again, other = RunRecord(tmp_path).read()
+    assert again.rhat == math.inf and math.isnan(other.rhat)
+    assert_same(again, original)
+    assert Estimate.from_state_dict(original.state_dict()).rhat == math.inf
 
 
 def test_one_line_an_estimate_in_order(tmp_path: Path) -> None:

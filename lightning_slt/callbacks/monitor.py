@@ -240,7 +240,7 @@ class SLTMonitor(DataFollowing):
         self._explicit: tuple[int, ...] = ()
         self._said_method = False
         self._said_overhead = False
-        self._said_dropped = False
+        self._said_dropped = self._said_notes = False
         self._said_full = self._said_broken = False
         self._said_in_place = False
         self._said_failure: Optional[tuple[int, str]] = None
@@ -349,7 +349,7 @@ class SLTMonitor(DataFollowing):
         settings = self._settings
         self._course = Course(settings.localization, settings.method, self._course.warm_start)
         self._last_step, self._seconds, self._run_seconds = 0, 0.0, 0.0
-        self._said_method = self._said_overhead = self._said_dropped = False
+        self._said_method = self._said_overhead = self._said_dropped = self._said_notes = False
         self._said_full = self._said_broken = self._said_in_place = False
         self._said_failure = None
         self._resumed_folder = None

@@ -73,6 +73,7 @@ class Reporting(KeepsHistory):
     _said_method: bool
     _said_overhead: bool
     _said_dropped: bool
+    _said_notes: bool
     _said_failure: Optional[tuple[int, str]]
     _said_listener: bool
 
@@ -311,7 +312,7 @@ class Reporting(KeepsHistory):
         )
 
     def _say_how(self, estimate: Estimate, influence: Optional[InfluenceEstimate]) -> None:
-        """What there is to be said of the first firing, and of the first samples that were left out."""
+        """What there is to be said of the first firing, of the first notes, and of the first samples left out."""
         if not self._said_method:
             self._said_method = True
             rank_zero_info(
@@ -321,10 +322,14 @@ class Reporting(KeepsHistory):
             )
             if influence is not None:
                 notes = "".join(f"; {note}" for note in influence.notes)
+                self._said_notes = bool(notes)
                 rank_zero_info(
                     f"SLTMonitor: influence of {len(influence.train_index)} training samples on "
                     f"{len(influence.query_index)} queries{notes}"
                 )
+        if influence is not None and influence.notes and not self._said_notes:
+            self._said_notes = True
+            rank_zero_info(f"SLTMonitor: of influence from here on: {'; '.join(influence.notes)}")
         if influence is not None and influence.dropped and not self._said_dropped:
             self._said_dropped = True
             named = ", ".join(f"{d.kind} {d.index} ({d.reason})" for d in influence.dropped[:5])

@@ -21,10 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_slt.functional.convergence import standard_error
-from lightning_slt.functional.influence import between_share, whole_of
-
-MIXED = 0.5
-"""Between-chain share of the variance above which chains have not seen the same posterior."""
+from lightning_slt.functional.influence import between_share, factor_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +67,7 @@ def susceptibility(integrand: Tensor, shift: Tensor) -> Response:
     draws = phi.shape[1]
     share = between_share(phi.unsqueeze(2))
     # a chain's own mean takes a part of the covariance with it, the more the longer the chain's memory
-    whole = whole_of(share, draws) if share <= MIXED else 1.0
+    whole = factor_of(share, draws)
     above = (phi - phi.mean(dim=1, keepdim=True)).unsqueeze(2)
     products = -whole * draws / (draws - 1) * above * (delta - delta.mean(dim=1, keepdim=True))
     per_chain = products.mean(dim=1)

@@ -15,10 +15,11 @@ from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.chains import Progress
 from lightning_slt.sampling.collective import Collective
 from lightning_slt.sampling.memory import ChainMemory
+from lightning_slt.sampling.minibatch_heat import held_by_thermostat
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged
 from lightning_slt.sampling.segment import STATS_EVERY
-from lightning_slt.verdict import read_llc
+from lightning_slt.verdict import heat_noted, read_llc
 
 READ_COST = 0.3
 """Cost of reading the samples' losses, in units of that of moving the chains, in a firing of the monitor."""
@@ -88,5 +89,10 @@ def measure_both(
     assert segment.read is not None
     good = ~diverged(segment, chains.posterior.nbeta, len(objective.anchor))
     influence = readers[0].read(segment.read, good, chains.posterior, source.num_samples)
+    # what the step heats is taken off the learning coefficient, and stays in covariances
+    more, notes = held_by_thermostat(segment, chains.sampler.heating(drawn.lr), chains.posterior, good)
+    reasons = (*influence.reasons, *more)
+    notes = (*influence.notes, *heat_noted(estimate), *notes)
+    influence = influence.replace(valid=not reasons, reasons=reasons, notes=notes)
     seconds = time.perf_counter() - start
     return estimate.replace(seconds=seconds), influence.replace(seconds=seconds)

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from lightning_slt.functional.influence import (
+    LONG_BLOCK_DRAWS,
+    MIXED,
     LinearParts,
     between_share,
+    blocks_per_chain,
     correlation,
+    factor_of,
     mean_and_error,
     shrink,
-    whole_of,
 )
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.influence.probes import ProbeSet
@@ -31,8 +34,8 @@ log = logging.getLogger(__name__)
 
 MIN_DEGREES = 8
 """Degrees of freedom of a covariance within chains (readings less one, of all chains) below which it is not valid."""
-MIXED = 0.5
-"""Between-chain share of the variance above which chains have not seen the same posterior."""
+NOTED_FACTOR = 1.5
+"""What a variance within chains is multiplied by for what it lacks, beyond which a note says so."""
 
 
 def least_readings(num_chains: int) -> int:
@@ -153,7 +156,7 @@ class InfluenceReader:
         share = between_share(x)
         # a chain's own mean takes a part of the variance with it, the more the longer its memory: what lies between
         # chains that sample the same posterior says how much
-        whole = whole_of(share, reads) if share <= MIXED else 1.0
+        whole = factor_of(share, reads)
         sides = self._sides(x, y, linear, keep_x, keep_y)
         rest = sides.rest(whole)
         # where nothing is known to first order there is nothing to lean on
@@ -208,6 +211,7 @@ class InfluenceReader:
             reasons=tuple(reasons),
             notes=(
                 *self.probes.notes,
+                *_of_few(len(x), reads, whole),
                 *((power,) if exponent != 1 else ()),
                 *((self._without_control,) if self._without_control else ()),
             ),
@@ -273,6 +277,22 @@ def _usable(kind: str, losses: Tensor, probe: Probe) -> tuple[Tensor, list[Dropp
             where = "along the chains" if bool(at_anchor[k]) else "at the current weights"
             dropped.append(Dropped(kind, int(probe.index[k]), f"its loss is not finite {where}"))
     return at_anchor & along, dropped
+
+
+def _of_few(num_chains: int, reads: int, whole: float) -> list[str]:
+    """What is to be known of so few readings that no error can say it."""
+    notes = []
+    if num_chains == 1 and reads < LONG_BLOCK_DRAWS * blocks_per_chain(1, reads):
+        notes.append(
+            f"{reads} readings of one chain: what is correlated over more than "
+            f"{reads // blocks_per_chain(1, reads)} of them is not in the errors: more chains"
+        )
+    if whole > NOTED_FACTOR:
+        notes.append(
+            f"chains of {reads} readings are short for their memory: influences are {whole:.2g} times what each chain "
+            "shows, from what lies between the chains: more draws, or more steps between them"
+        )
+    return notes
 
 
 def _kept(

@@ -9,7 +9,15 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
-from lightning_slt.functional.influence import correlation, covariance, mean_and_error, shrink, variance
+from lightning_slt.functional.influence import (
+    between_share,
+    correlation,
+    covariance,
+    factor_of,
+    mean_and_error,
+    shrink,
+    variance,
+)
 from lightning_slt.measures.draws import joined
 
 
@@ -18,7 +26,9 @@ class Influence(Metric):
 
     Feed it stretches of the chains in order of draws, every chain of this process at once; processes are merged by
     torchmetrics' own synchronisation, chain after chain. Losses are kept as float32 differences to those at ``w*``
-    (67 MB for 8 chains x 200 draws of 10,500 samples); covariances are summed in float64.
+    (67 MB for 8 chains x 200 draws of 10,500 samples); covariances are summed in float64. They are those within chains,
+    times what a chain's own mean takes off them (:func:`~lightning_slt.functional.influence.factor_of`), as in an
+    :class:`~lightning_slt.influence_record.InfluenceEstimate`.
 
     Args:
         shrinkage: see :func:`~lightning_slt.functional.influence.shrink`; 1 is the plain covariance.
@@ -107,8 +117,9 @@ class Influence(Metric):
         x, y = (side.cpu() for side in self.draws())
         if not x.numel() or not y.numel():
             raise ValueError("no draws: call update(train_losses, query_losses) first.")
-        result = covariance(x, y)
-        own, other = variance(x)[0], variance(y)[0]
+        whole = factor_of(between_share(x), x.shape[1])
+        result = covariance(x, y).scaled(whole)
+        own, other = variance(x)[0] * whole, variance(y)[0] * whole
         rho = correlation(result.matrix, own, other)
         init = self.init_train.cpu().reshape(-1)[: x.shape[2]]
         return {

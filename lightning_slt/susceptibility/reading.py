@@ -10,9 +10,9 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from lightning_slt.functional.influence import group_means
+from lightning_slt.functional.influence import MIXED, group_means
 from lightning_slt.functional.posterior import LocalPosterior
-from lightning_slt.functional.susceptibility import MIXED, Response, susceptibility
+from lightning_slt.functional.susceptibility import Response, susceptibility
 from lightning_slt.sampling.readings import diverged
 from lightning_slt.sampling.segment import Segment
 
