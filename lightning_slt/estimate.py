@@ -33,6 +33,7 @@ from lightning_slt.sampling.samplers import SGLD, KineticLangevin, Sampler, as_s
 from lightning_slt.sampling.segment import STATS_EVERY
 from lightning_slt.sampling.step_size import HEAT, LEAST_SCALE, NOISE_HEAT
 from lightning_slt.sampling.steps import LossFn, NoLossError
+from lightning_slt.sampling.sums import nbeta_of_sum
 from lightning_slt.sampling.weight_reader import WeightReader
 
 log = logging.getLogger(__name__)
@@ -321,6 +322,8 @@ def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
         kind = str(chains.objective.dtype).removeprefix("torch.")
         digit = f"their last digit is {rounding:.2g} of the LLC"
         reasons += (f"losses of {init_loss:.2g} are too coarse in {kind}: {digit}",)
+    if settings.nbeta is None and chains.objective.is_sum:
+        reasons += (nbeta_of_sum(chains.source.batch_size),)
     return Estimate(
         mean=summary.mean,
         se=summary.se,

@@ -18,6 +18,7 @@ from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged
 from lightning_slt.sampling.segment import STATS_EVERY
+from lightning_slt.sampling.sums import nbeta_of_sum
 
 READ_COST = 0.3
 """Cost of reading the samples' losses, in units of that of moving the chains, in a firing of the monitor."""
@@ -87,5 +88,8 @@ def measure_both(
     assert segment.read is not None
     good = ~diverged(segment, chains.posterior.nbeta, len(objective.anchor))
     influence = readers[0].read(segment.read, good, chains.posterior, source.num_samples)
+    if settings.nbeta is None and objective.is_sum:
+        told = (*influence.reasons, nbeta_of_sum(source.batch_size))
+        influence = influence.replace(valid=False, reasons=told)
     seconds = time.perf_counter() - start
     return estimate.replace(seconds=seconds), influence.replace(seconds=seconds)

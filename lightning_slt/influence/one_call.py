@@ -32,6 +32,7 @@ from lightning_slt.sampling.rng import PROBE, generator, preserve_rng
 from lightning_slt.sampling.samplers import KineticLangevin, Sampler, as_sampler
 from lightning_slt.sampling.samples import GroupFn, indexed_source
 from lightning_slt.sampling.steps import LossFn, NoLossError
+from lightning_slt.sampling.sums import nbeta_of_sum
 
 log = logging.getLogger(__name__)
 
@@ -218,6 +219,7 @@ def estimate_influence(
             more, said = cooled[0].reasons(), cooled[0].notes(train.batch_size)
         else:
             more, said = fit_for_covariances(drawn, chains, settings)
+            more += (nbeta_of_sum(train.batch_size),) if nbeta is None and objective.is_sum else ()
         reasons = (*found.reasons, *more)
         found = found.replace(valid=not reasons, reasons=reasons, notes=(*found.notes, *said))
         if samplings and nbeta is None and localization is None:

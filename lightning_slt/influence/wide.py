@@ -21,6 +21,7 @@ from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged
 from lightning_slt.sampling.rng import PROBE, generator
 from lightning_slt.sampling.samplers import Sampler
+from lightning_slt.sampling.sums import nbeta_of_sum
 
 MAX_SHORTENINGS = 6
 SHORTENING = 0.5
@@ -87,6 +88,7 @@ def with_wide_means(
         return found
     mean, error = mean_and_error(losses)
     said = (*cooled[0].reasons(), *cooled[0].notes(train.batch_size))
+    said += (nbeta_of_sum(train.batch_size),) if objective.is_sum else ()
     return found.replace(
         notes=(*found.notes, *(f"mean_loss: {note}" for note in said)),
         mean_loss=found.init_loss + mean,

@@ -73,9 +73,11 @@ class Objective:
         given_loss: ``loss_fn`` as it was given.
         differentiates: the step itself asks for derivatives (a gradient penalty, an adversarial input): it is called
             with gradients on, also where only its value is wanted.
+        is_sum: the loss of a batch is the sum over its samples, as far as the first batch showed.
     """
 
     differentiates = False
+    is_sum = False
 
     def __init__(
         self,
@@ -341,6 +343,10 @@ class Objective:
                 return self._loss_on(self.module, clone(batch))
         except Exception:
             return None
+
+    def elsewhere(self) -> AbstractContextManager[None]:
+        """The copy's weights a little beside ``w*``, where no loss is zero by chance; a borrowed module stays."""
+        return nullcontext() if self.borrowed else self._moved()
 
     @contextmanager
     def _moved(self) -> Iterator[None]:
