@@ -316,6 +316,10 @@ def read_llc(drawn: Drawn, chains: Chains, settings: ChainSettings) -> Estimate:
         reasons += (f"{NOT_ARRIVED} in {steps} steps {at}: more draws{batch}, or a stronger localization",)
     elif virial > MAX_VIRIAL and virial - 1.0 > error and not downhill:
         reasons += (f"{TOO_WIDE} {at}: a larger batch_size, or more draws",)
+    lost = sum(not math.isfinite(loss) for loss in segment.anchors.values())
+    if lost:
+        seen = f"{lost} of the {len(segment.anchors)} minibatches that chains have met"
+        reasons = (f"the loss at the current weights is not finite for {seen}: look for their samples", *reasons)
     init_loss = sum(segment.anchors.values()) / len(segment.anchors)
     rounding = posterior.nbeta * torch.finfo(chains.objective.dtype).eps * abs(init_loss)
     if rounding / math.sqrt(12.0) > max(summary.se, MAX_ROUNDING * abs(summary.mean)):
