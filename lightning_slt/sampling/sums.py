@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 FEW = 4
 """Samples that are counted once, twice and three times."""
-IS_SUM = "the loss is the sum over a minibatch"
+IS_SUM = "the loss of a minibatch is a sum over its samples"
 
 
 def is_sum(objective: Objective, batch: Any, batch_size: int) -> bool:
@@ -52,12 +52,14 @@ def is_sum(objective: Objective, batch: Any, batch_size: int) -> bool:
 
 
 def nbeta_of_sum(batch_size: int) -> str:
-    """Why an ``nbeta`` that was derived from n does not fit a sum, and the remedy.
+    """Why an ``nbeta`` that was derived from n may not fit a sum, and the remedy.
+
+    A sum that is divided by a constant is one too, and only its author knows of what it is the mean.
 
     Args:
         batch_size: samples in a minibatch.
     """
     return (
-        f"{IS_SUM}, so that nbeta = n / log n is {batch_size} times too large for it: return its mean "
-        f"(reduction='mean', or divided by the number of samples), or give nbeta= / {batch_size}"
+        f"{IS_SUM}, and nbeta = n / log n is for their mean: {batch_size} times too large for a plain sum. Divide it "
+        "by the number of samples in the batch (reduction='mean'), or give nbeta, which is taken as it is"
     )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_slt import estimate_influence, estimate_llc, estimate_susceptibility
+from lightning_slt import SLTMonitor, estimate_influence, estimate_llc, estimate_susceptibility
 from lightning_slt.sampling.anchor import open_window
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.objective import Objective
@@ -97,3 +99,27 @@ def test_covariances_over_the_posterior_of_a_sum_say_so() -> None:
     influence = estimate_influence(case.module, case.dataset, shifted, sum_loss)
     assert influence.valid
     assert any(note.startswith("mean_loss: ") and IS_SUM in note for note in influence.notes)
+
+
+class Summed(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = regular(4, 100, noise=0.5).module
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return sum_loss(self.net, batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.parametrize("nbeta", [None, 1.0])
+def test_a_monitor_says_so_of_the_coefficient_and_of_the_influence(tmp_path: Path, nbeta: float | None) -> None:
+    """With nbeta given it is taken as it is."""
+    monitor = SLTMonitor(every_n_train_steps=2, num_draws=20, probe=10, nbeta=nbeta)
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = Trainer(max_steps=2, callbacks=[monitor], accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    trainer.fit(Summed(), DataLoader(regular(4, 100, noise=0.5).dataset, batch_size=10, shuffle=True))
+    found = (monitor.estimates[0], monitor.influences[0])
+    assert all(any(IS_SUM in reason for reason in f.reasons) is (nbeta is None) for f in found)
+    assert nbeta is not None or not any(f.valid for f in found)
