@@ -24,14 +24,17 @@ IS_SUM = "the loss of a minibatch is a sum over its samples"
 def is_sum(objective: Objective, batch: Any, batch_size: int) -> bool:
     """Whether twice the samples have twice the loss, and three times the samples three times.
 
-    A mean has the same loss each time, a loss that couples samples something else. Where it cannot be tried (a batch
-    of one, tensors that do not all have the samples in front, shards, a step that draws random numbers), it is no sum.
+    Tried where the graph of the loss ends in a sum. A loss that couples samples has something else. Where it cannot be
+    tried (a batch of one, tensors that do not all have the samples in front, shards, a step that draws random numbers,
+    a module that is called in place), it is no sum; nor is one that is divided, by the batch size or a constant.
 
     Args:
         objective: active, with ``w*`` in its weights.
         batch: of the chains.
         batch_size: samples in it.
     """
+    if not objective.ends_in_sum:
+        return False
     shaped = [x for x in tensors_in(batch) if x.ndim > 0]
     if batch_size < 2 or not shaped or any(len(x) != batch_size for x in shaped) or objective.layout.sharded:
         return False
@@ -52,9 +55,7 @@ def is_sum(objective: Objective, batch: Any, batch_size: int) -> bool:
 
 
 def nbeta_of_sum(batch_size: int) -> str:
-    """Why an ``nbeta`` that was derived from n may not fit a sum, and the remedy.
-
-    A sum that is divided by a constant is one too, and only its author knows of what it is the mean.
+    """Why an ``nbeta`` that was derived from n does not fit a sum, and the remedy.
 
     Args:
         batch_size: samples in a minibatch.

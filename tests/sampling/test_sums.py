@@ -59,8 +59,15 @@ def noisy(module: nn.Module, batch: Any) -> Tensor:
         (contrastive, 64, False),
         (noisy, 64, False),
         (lambda m, b: 0.0 * sum_loss(m, b), 64, False),
+        (lambda m, b: nn.functional.mse_loss(m(b[0]), b[1], reduction="sum"), 64, True),
+        (lambda m, b: sum_loss(m, b) + 0.5 * m(b[0]).square().sum(), 64, True),
+        (lambda m, b: sum_loss(m, b) / len(b[0]), 64, False),
+        (lambda m, b: sum_loss(m, b) / 64, 64, False),
     ],
-    ids=["sum", "of three", "of one", "mean", "scaled", "each", "penalised", "contrastive", "noisy", "zero"],
+    ids=[
+        *("sum", "of three", "of one", "mean", "scaled", "each", "penalised", "contrastive", "noisy", "zero"),
+        *("reduction", "of two", "divided", "divided by a constant"),
+    ],
 )
 @pytest.mark.parametrize("noise", [0.5, 0.0], ids=["with residuals", "without"])
 def test_a_sum_is_told_from_what_is_none(loss_fn: LossFn, batch_size: int, expected: bool, noise: float) -> None:
@@ -123,3 +130,16 @@ def test_a_monitor_says_so_of_the_coefficient_and_of_the_influence(tmp_path: Pat
     found = (monitor.estimates[0], monitor.influences[0])
     assert all(any(IS_SUM in reason for reason in f.reasons) is (nbeta is None) for f in found)
     assert nbeta is not None or not any(f.valid for f in found)
+
+
+def test_a_step_whose_loss_is_no_sum_meets_no_batch_of_another_size() -> None:
+    """Its batches may be what a module was made for."""
+    met: list[int] = []
+
+    def watched(module: nn.Module, batch: Any) -> Tensor:
+        met.append(len(batch[0]))
+        return mean_loss(module, batch)
+
+    case = regular(4, 200, noise=0.5)
+    open_window(Objective(case.module, watched), DatasetSource(case.dataset, 50))
+    assert set(met) == {50}
