@@ -38,6 +38,10 @@ class Kind(Enum):
     """It is above."""
     TOO_COARSE = auto()
     """The losses are rounded too much."""
+    NOT_FINITE = auto()
+    """Some minibatches have no finite loss at the weights under study."""
+    SUM = auto()
+    """The loss is summed over the minibatch, and nbeta is that of a mean."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from lightning_slt.sampling.calibration import MAX_VIRIAL, MIN_VIRIAL, Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.minibatch_heat import held_by_thermostat
 from lightning_slt.sampling.readings import diverged, heat_of, virial_of_chains
+from lightning_slt.sampling.segment import Segment
 from lightning_slt.sampling.step_size import HEAT, LEAST_SCALE, NOISE_HEAT
+from lightning_slt.sampling.sums import misfit_of_sum
 
 MAX_ROUNDING = 0.1
 """Share of the LLC that the last digit of a loss may be, where it is not within the error: losses at ``w*`` may all be
@@ -75,10 +77,12 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
     ratios = virial_of_chains(segment.second_half(), heating.virial_step, posterior, d, good, heating.noise_alone)
     init_loss = sum(segment.anchors.values()) / len(segment.anchors)
     verdict = (
+        *_reasons_of_data(segment),
         *summary.verdict,
         *_reasons_of_heat(cooled, summary, drawn, chains),
         *_reasons_of_width(ratios, cooled, summary, drawn),
         *_reasons_of_rounding(init_loss, summary, chains),
+        *(Reason(Kind.SUM, sentence) for sentence in misfit_of_sum(chains.objective, chains.source, posterior.nbeta)),
     )
     estimate = Estimate(
         mean=summary.mean,
@@ -110,6 +114,15 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
         method_reason=chains.reason,
     )
     return estimate, verdict
+
+
+def _reasons_of_data(segment: Segment) -> tuple[Reason, ...]:
+    lost = sum(not math.isfinite(loss) for loss in segment.anchors.values())
+    if not lost:
+        return ()
+    seen = f"{lost} of the {len(segment.anchors)} minibatches that chains have met"
+    sentence = f"the loss at the current weights is not finite for {seen}: look for their samples"
+    return (Reason(Kind.NOT_FINITE, sentence),)
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,9 +34,7 @@ def estimate(sampler: Sampler, spectrum: list[float], batch_size: int, seed: int
     [(KineticLangevin(), HELD, 1), (SGNHT(), HELD + FREE, 0)],
     ids=["kinetic", "thermostat-with-free-directions"],
 )
-def test_heat_that_is_most_of_the_estimate_makes_it_invalid(
-    sampler: Sampler, spectrum: list[float], seed: int
-) -> None:
+def test_heat_that_is_most_of_the_estimate_makes_it_invalid(sampler: Sampler, spectrum: list[float], seed: int) -> None:
     """Batches of a quarter of the data. Twice the truth, with chains that agree with each other; the thermostat holds
     the mean of 200 directions, and all the noise is in ten of them. Heat of less than half is taken off, and no seed of
     six is valid for that: at these two it is 51 and 54 %."""

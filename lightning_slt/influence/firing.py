@@ -19,6 +19,7 @@ from lightning_slt.sampling.minibatch_heat import held_by_thermostat
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged
 from lightning_slt.sampling.segment import STATS_EVERY
+from lightning_slt.sampling.sums import misfit_of_sum
 from lightning_slt.verdict import heat_noted, read_llc
 
 READ_COST = 0.3
@@ -91,7 +92,7 @@ def measure_both(
     influence = readers[0].read(segment.read, good, chains.posterior, source.num_samples)
     # what the step heats is taken off the learning coefficient, and stays in covariances
     more, notes = held_by_thermostat(segment, chains.sampler.heating(drawn.lr), chains.posterior, good)
-    reasons = (*influence.reasons, *more)
+    reasons = (*influence.reasons, *more, *misfit_of_sum(objective, source, chains.posterior.nbeta))
     notes = (*influence.notes, *heat_noted(estimate), *notes)
     influence = influence.replace(valid=not reasons, reasons=reasons, notes=notes)
     seconds = time.perf_counter() - start

@@ -30,6 +30,7 @@ from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import KineticLangevin, Sampler, as_sampler
 from lightning_slt.sampling.samples import GroupFn, indexed_source
 from lightning_slt.sampling.steps import LossFn, NoLossError
+from lightning_slt.sampling.sums import misfit_of_sum
 from lightning_slt.verdict import fit_for_covariances
 
 log = logging.getLogger(__name__)
@@ -212,6 +213,7 @@ def estimate_influence(
             more, said = kinetic.cooled.reasons(), kinetic.cooled.notes(train.batch_size)
         else:
             more, said = fit_for_covariances(drawn, chains)
+            more += misfit_of_sum(objective, train, chains.posterior.nbeta)
         reasons = (*found.reasons, *more)
         found = found.replace(valid=not reasons, reasons=reasons, notes=(*found.notes, *said))
         if kinetic is not None and nbeta is None and localization is None:

@@ -18,6 +18,7 @@ from lightning_slt.sampling.calibration import Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.kinetic import COLD_BURNIN, KineticSampling, MakeSampler, run_kinetic
 from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.sums import misfit_of_sum
 
 MAX_SHORTENINGS = 5
 """Of the time step; where chains still leave the region, the mean losses stay those of the cooler posterior."""
@@ -70,7 +71,8 @@ def with_wide_means(
     if not bool(torch.isfinite(losses).all()):
         return found
     mean, error = mean_and_error(losses)
-    said = (*ran.cooled.reasons(), *ran.cooled.notes(train.batch_size))
+    misfit = misfit_of_sum(objective, train, ran.chains.posterior.nbeta)
+    said = (*ran.cooled.reasons(), *ran.cooled.notes(train.batch_size), *misfit)
     return found.replace(
         notes=(*found.notes, *(f"mean_loss: {note}" for note in said)),
         mean_loss=found.init_loss + mean,

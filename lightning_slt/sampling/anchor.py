@@ -11,6 +11,7 @@ from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.shadow import CopyError
 from lightning_slt.sampling.steps import EVAL_MODE, NO_LOSS, NoLossError
+from lightning_slt.sampling.sums import is_sum
 from lightning_slt.sampling.window import Window
 
 PROBED_BATCHES = 8
@@ -40,7 +41,7 @@ def open_window(objective: Objective, source: MinibatchSource) -> float:
 
 def _opened(objective: Objective, source: MinibatchSource) -> float:
     window = source.window(0)
-    adapted = False
+    adapted = summed = False
     for i in range(len(window)):
         try:
             if not adapted:
@@ -48,6 +49,8 @@ def _opened(objective: Objective, source: MinibatchSource) -> float:
                 adapted = True
             with objective.active(), torch.no_grad():
                 window.anchor_loss[i] = float(objective.loss(window[i]))
+                if not summed:
+                    objective.is_sum, summed = is_sum(objective, window[i], source.batch_size), True
         except NoLossError:
             window.without_loss.add(i)
         except (AssertionError, CopyError):

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten
 from lightning_slt.sampling import steps
 from lightning_slt.sampling.arguments import check_device, check_module
 from lightning_slt.sampling.borrowing import borrow, buffers_kept, prepare
+from lightning_slt.sampling.graphs import ends_in_sum
 from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.restriction import Restriction, select_parameters
 from lightning_slt.sampling.shadow import (
@@ -73,9 +74,13 @@ class Objective:
         given_loss: ``loss_fn`` as it was given.
         differentiates: the step itself asks for derivatives (a gradient penalty, an adversarial input): it is called
             with gradients on, also where only its value is wanted.
+        ends_in_sum: the last thing that the first loss was made by is a sum, by its graph.
+        is_sum: the loss of a batch is the sum over its samples, as far as the first batch showed.
     """
 
     differentiates = False
+    ends_in_sum = False
+    is_sum = False
 
     def __init__(
         self,
@@ -342,6 +347,10 @@ class Objective:
         except Exception:
             return None
 
+    def elsewhere(self) -> AbstractContextManager[None]:
+        """The copy's weights a little beside ``w*``, where no loss is zero by chance; a borrowed module stays."""
+        return nullcontext() if self.borrowed else self._moved()
+
     @contextmanager
     def _moved(self) -> Iterator[None]:
         """The copy's weights elsewhere, and put back."""
@@ -397,7 +406,7 @@ class Objective:
         try:
             with torch.enable_grad():
                 grads = self._without_hooks(
-                    lambda: torch.autograd.grad(self.loss(clone(batch)), [*own, *live], allow_unused=True)
+                    lambda: torch.autograd.grad(self._watched(clone(batch)), [*own, *live], allow_unused=True)
                 )
         except RuntimeError as error:
             # re-entrant checkpointing knows only backward(); a loss without any gradient shows in the chains
@@ -415,6 +424,12 @@ class Objective:
         self.module, self.borrowed = self._live, True
         self.names = self._live_names
         self._read_anchor()
+
+    def _watched(self, batch: Any) -> Tensor:
+        """The loss, of whose graph is kept what it shows."""
+        loss = self.loss(batch)
+        self.ends_in_sum = ends_in_sum(loss)
+        return loss
 
     def _try_float32(self, batch: Any) -> None:
         context, self._context = self._context, nullcontext

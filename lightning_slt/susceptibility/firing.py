@@ -13,6 +13,7 @@ from lightning_slt.estimate import ChainSettings
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.collective import Alone, Collective
 from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.sums import misfit_of_sum
 from lightning_slt.susceptibility.chains import run_component
 from lightning_slt.susceptibility.reading import Component, names_of, read_component
 from lightning_slt.susceptibility.shift import Shift, ShiftReader
@@ -112,6 +113,7 @@ def _measure(
         reasons, notes = cooled.reasons(), cooled.notes(source.batch_size)
     else:
         reasons, notes = fit_for_covariances(drawn, chains)
+    reasons = (*reasons, *misfit_of_sum(objective, source, chains.posterior.nbeta))
     return dataclasses.replace(
         found,
         reasons=(*found.reasons, *(f"{name}: {reason}" for reason in reasons)),
