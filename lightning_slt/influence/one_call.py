@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections.abc import Mapping
 from typing import Any, Optional, Union
@@ -32,8 +31,6 @@ from lightning_slt.sampling.samples import GroupFn, indexed_source
 from lightning_slt.sampling.steps import LossFn, NoLossError
 from lightning_slt.sampling.sums import misfit_of_sum
 from lightning_slt.verdict import fit_for_covariances
-
-log = logging.getLogger(__name__)
 
 MAX_TRAIN = 10_000
 """Training samples of a one-call estimate where nothing else is said."""
@@ -194,13 +191,9 @@ def estimate_influence(
                 spread=not cold,
             )
 
-        def left(count: int, share: float, again: bool) -> None:
-            if again:
-                log.info(f"{count} chains left the region at {share:.2g} of the time step: shortened")
-
         try:
             if sampler is None:
-                kinetic = run_kinetic(objective, train, seed, propose, run, left)
+                kinetic = run_kinetic(objective, train, seed, propose, run)
                 drawn, chains, good = kinetic.drawn, kinetic.chains, kinetic.good
             else:
                 drawn, chains = run(None, False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged
 from lightning_slt.sampling.rng import PROBE, generator
 from lightning_slt.sampling.samplers import KineticLangevin, Sampler
+
+log = logging.getLogger(__name__)
 
 STEP = 0.7
 """Time step in the coordinates in which the posterior is round; 2 is unstable there, and where the loss bends more
@@ -75,13 +78,18 @@ class KineticRun:
     cooled: Cooled
 
 
+def _log(count: int, share: float, again: bool) -> None:
+    if again:
+        log.info(f"{count} chains left the region at {share:.2g} of the time step: shortened")
+
+
 def run_kinetic(
     objective: Objective,
     source: MinibatchSource,
     seed: int,
     propose: Propose,
     run: Run,
-    left: Left = lambda count, share, again: None,
+    left: Left = _log,
     max_shortenings: int = MAX_SHORTENINGS,
 ) -> KineticRun:
     """Run kinetic chains, with a shorter step where minibatches would heat them, and again with half of it as long as
@@ -93,7 +101,7 @@ def run_kinetic(
         seed: of the draws that the minibatches' noise is measured at, and of the stream for ``propose``.
         propose: gives the sampling; at the first try the minibatches' noise is measured in it.
         run: runs the chains.
-        left: told after each try in which chains left the region.
+        left: told after each try in which chains left the region; the log by default.
         max_shortenings: tries after the first. What the last one shows is returned even where chains left.
     """
     cooled: list[Cooled] = []

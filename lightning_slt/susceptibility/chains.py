@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable
 from typing import Optional
 
@@ -21,8 +20,6 @@ from lightning_slt.sampling.minibatch_heat import Cooled
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.samplers import KineticLangevin
 from lightning_slt.susceptibility.shift import ShiftReader
-
-log = logging.getLogger(__name__)
 
 BURNIN, BETWEEN = 8, 2
 
@@ -74,8 +71,5 @@ def run_component(
             spread=not cold,
         )
 
-    def left(count: int, share: float, again: bool) -> None:
-        log.info(f"chains left the region at {share:.2g} of the time step: shortened")
-
-    ran = run_kinetic(objective, source, settings.seed, propose, run, left)
+    ran = run_kinetic(objective, source, settings.seed, propose, run)
     return ran.drawn, ran.chains, ran.cooled
