@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_slt.functional.convergence import standard_error
 from lightning_slt.functional.learning_coefficient import Summary, summarise
 from lightning_slt.reasons import NOT_ARRIVED, TOO_WIDE, Kind, Reason, sentences
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.calibration import MAX_VIRIAL, MIN_VIRIAL, Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.minibatch_heat import held_by_thermostat
-from lightning_slt.sampling.readings import diverged, heat_of, virial_of_chains
+from lightning_slt.sampling.readings import diverged, heat_of, virial_of_chains, virial_readings
 from lightning_slt.sampling.segment import Segment
 from lightning_slt.sampling.step_size import HEAT, LEAST_SCALE, NOISE_HEAT
 from lightning_slt.sampling.sums import misfit_of_sum
@@ -68,6 +69,39 @@ def heat_noted(llc: Estimate) -> tuple[str, ...]:
     return (f"{heat:.0%} of the LLC of these chains is heat of the step; covariances have about twice that too much",)
 
 
+def owed_by(llc: float, virial: float, error: float, d: int) -> float:
+    r"""What directions that have not reached their width may still add to a learning coefficient, in its units.
+
+    On a regular model direction i, at the share f_i of its variance, is ``s_i f_i / 2`` of the LLC and ``f_i / d`` of
+    the virial ratio V, with ``s_i = n beta h_i / (n beta h_i + gamma)`` in [0, 1]. The LLC lacks
+    ``sum_i s_i (1 - f_i) / 2``, which is at most ``d (1 - V) / 2``; and since those that are slow have the smallest
+    s_i, at most the share of itself that V lacks of 1:
+
+    .. math:: \min\left( \frac{LLC}{V} - LLC, \; \frac{d}{2} (1 - V) \right)
+
+    V is taken at the upper end of its error: what it lacks by chance, the LLC of the same draws lacks by chance as
+    well, and that is in the Monte-Carlo error.
+
+    Args:
+        llc: as the draws have it.
+        virial: the ratio of the same draws.
+        error: its standard error; NaN where it is not known.
+        d: weights that move.
+
+    Returns:
+        0 where the ratio is 1 within its error, where that is not known, and for an LLC that is not positive.
+
+    Example:
+        >>> [round(owed_by(4.0, virial, 0.05, 10), 3) for virial in (0.97, 0.85, 0.05)]
+        [0.0, 0.444, 4.5]
+    """
+    reached = virial + error
+    if not (llc > 0 and reached < 1.0):
+        return 0.0
+    whole = 0.5 * d * (1.0 - reached)
+    return min(llc / reached - llc, whole) if reached > 0 else whole
+
+
 def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
     segment, posterior, d = drawn.segment, chains.posterior, chains.layout.num_weights
     good = ~diverged(segment, posterior.nbeta, d)
@@ -75,6 +109,8 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
     summary = summarise(cooled.trace, ~good)
     heating = chains.sampler.heating(drawn.lr)
     ratios = virial_of_chains(segment.second_half(), heating.virial_step, posterior, d, good, heating.noise_alone)
+    reached = virial_readings(segment, heating.virial_step, posterior, d, good, heating.noise_alone)
+    owed = owed_by(summary.mean, float(reached.mean()), standard_error(reached), d) if bool(good.any()) else 0.0
     init_loss = sum(segment.anchors.values()) / len(segment.anchors)
     verdict = (
         *_reasons_of_data(segment),
@@ -86,7 +122,7 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
     )
     estimate = Estimate(
         mean=summary.mean,
-        se=summary.se,
+        se=math.hypot(summary.se, owed),
         per_chain=summary.per_chain,
         trace=cooled.trace.float(),
         rhat=summary.rhat,
@@ -102,6 +138,7 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
         step_size=drawn.lr,
         step_bias=summary.mean * (1.0 / cooled.kept - 1.0),
         virial=float(ratios.mean()),
+        owed=owed,
         finite_share=float(segment.finite.double().mean()),
         num_bad_chains=int((~summary.good).sum()),
         num_chains=chains.num_chains,
