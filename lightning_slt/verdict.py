@@ -30,7 +30,7 @@ MAX_WEIGHT_ROUNDING = 0.01
 the drift, 0.3 to 0.4 of the noise at steps that are calibrated, is itself rounded away: on two regressions 2 and 6 % at
 0.025, 18 and 36 % at 0.1."""
 ROUNDINGS = 3
-"""Of the weights in a step of SGLD: pull, gradient and noise are each added to them."""
+"""Of the weights in a step of SGLD: pull, gradient and noise are each added to them. With momenta it is one."""
 MAX_HEAT = 0.25
 """Share of the estimate that may be step-size heat before it is called invalid."""
 MAX_NOISE_HEAT = 0.08
@@ -272,9 +272,9 @@ def weight_rounding(chains: Chains, lr: float) -> float:
 
     .. math:: \min\left( \frac{3 \, \mathrm{ulp}(w^*_i)^2}{12 \, \epsilon P_i}, \; 1 \right)
 
-    A number rounded to a grid of spacing ulp is off by a variance of ``ulp² / 12``, and a step rounds
-    :data:`ROUNDINGS` times. Noise that nothing takes away heats as that of the step does. Where the spacing is wider
-    than a step, chains stand still or leap: that counts as 1.
+    with 1 in place of 3 for a sampler with momenta. A number rounded to a grid of spacing ulp is off by a variance of
+    ``ulp² / 12``, and a step rounds :data:`ROUNDINGS` times. Noise that nothing takes away heats as that of the step
+    does. Where the spacing is wider than a step, chains stand still or leap: that counts as 1.
 
     Args:
         lr: epsilon, the step size.
@@ -285,12 +285,13 @@ def weight_rounding(chains: Chains, lr: float) -> float:
     if getattr(chains.sampler, "metric", None) is not None:
         return 0.0
     anchor, preconditioner, layout = chains.objective.anchor, chains.preconditioner, chains.layout
+    roundings = 1 if _has_momenta(chains) else ROUNDINGS
     largest = torch.tensor(math.inf, dtype=anchor.dtype, device=anchor.device)
     total = torch.zeros((), dtype=torch.float64, device=anchor.device)
     for block, share in layout.blocks(BLOCK.get(anchor.device.type, 2**24)):
         size = anchor[block].abs()
         ulp = torch.nextafter(size, largest).sub_(size)
-        added = ulp.double().square_().mul_(ROUNDINGS / 12.0 / lr)
+        added = ulp.double().square_().mul_(roundings / 12.0 / lr)
         if preconditioner is not None:
             added /= preconditioner[block]
         total += share * added.clamp_(max=1.0).sum()
