@@ -310,7 +310,7 @@ def record(run: Run) -> dict[str, np.ndarray]:
             num_chains=run.num_chains, num_draws=run.num_draws, num_burnin_steps=run.num_burnin_steps,
             num_steps_bw_draws=1, batch_size=run.batch_size, seed=0 if run.paired else 1000 + i, method="batched",
         )  # fmt: skip
-        points.append((step, e.mean, e.se, e.init_loss, e.valid, e.comparable))
+        points.append((step, e.mean, e.chain_se, e.init_loss, e.valid, e.comparable))
     steps, llc, llc_se, loss, valid, comparable = np.array(points, dtype=np.float64).T
     boundaries = run.boundaries()
     onset, middle, end = np.array([places for places, _ in boundaries], dtype=np.float64).reshape(-1, 3).T

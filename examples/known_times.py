@@ -34,7 +34,7 @@ class Known:
 
 def refined(estimates: Sequence[Estimate]) -> list[Transition]:
     """The transitions of the whole curve, found afterwards; saddles are a part of it (``Estimate.comparable``)."""
-    points = [(float(e.step or 0), e.mean, e.se, e.init_loss, e.comparable) for e in estimates]
+    points = [(float(e.step or 0), e.mean, e.chain_se, e.init_loss, e.comparable) for e in estimates]
     return detect_transitions(*zip(*points, strict=True)) if points else []
 
 

@@ -38,6 +38,8 @@ class Kind(Enum):
     """It is above."""
     TOO_COARSE = auto()
     """The losses are rounded too much."""
+    WEIGHTS_TOO_COARSE = auto()
+    """The weights are: their last digit is not small beside a step."""
     NOT_FINITE = auto()
     """Some minibatches have no finite loss at the weights under study."""
     SUM = auto()

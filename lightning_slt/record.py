@@ -51,8 +51,9 @@ class Estimate:
 
     Attributes:
         mean: The estimate: the mean over the good chains (NaN where there is none).
-        se: Monte-Carlo standard error of ``mean``; counts the autocorrelation within chains, the spread between them,
-            and how few they are (:func:`lightning_slt.functional.standard_error`).
+        se: Standard error of ``mean``, ``sqrt(chain_se² + owed²)``: the Monte-Carlo error, which counts the
+            autocorrelation within chains, the spread between them, and how few they are
+            (:func:`lightning_slt.functional.standard_error`), and what the directions reached last may still owe.
         per_chain: ``[num_chains]`` float64, the mean of each chain; NaN for a chain that was left out.
         trace: ``[num_chains, num_draws]`` float32; entry ``[c, t]`` is the mean over the ``num_steps_bw_draws`` steps
             of draw ``t`` of ``nbeta * (L_B(w) - L_B(w*))``, both losses on the same minibatch, corrected for step size.
@@ -69,7 +70,10 @@ class Estimate:
         step_size: The sampler's step (``eps`` of the SGLD update).
         step_bias: What the finite step adds to ``mean``, in LLC units; it has been taken off.
         virial: ``(nbeta E[grad.(w-w*)] + gamma E|w-w*|²) / d`` with the heat of the step taken off: 1 at stationarity,
-            below where flat directions have not been reached yet.
+            below where flat directions have not been reached yet; over the second half of the draws.
+        owed: What directions that have not reached their width may still add to ``mean``, in LLC units: what the virial
+            ratio of all the draws lacks beyond its error (:func:`lightning_slt.verdict.owed_by`). It is in ``se``, and
+            nearly the same at neighbouring firings, which start from the same displacements.
         acceptance: Acceptance rate, for samplers that have one.
         finite_share: Share of chains whose every loss was finite.
         num_bad_chains: Chains left out: non-finite or diverged.
@@ -110,6 +114,7 @@ class Estimate:
     step_size: float
     step_bias: float = 0.0
     virial: float = math.nan
+    owed: float = 0.0
     acceptance: Optional[float] = None
     finite_share: float = 1.0
     num_bad_chains: int = 0
@@ -143,6 +148,11 @@ class Estimate:
         finite = math.isfinite(self.mean) and math.isfinite(self.init_loss)
         saddle = bool(self.reasons) and all(r.startswith(UNSETTLED) for r in self.reasons)
         return finite and (self.valid or saddle)
+
+    @property
+    def chain_se(self) -> float:
+        """The Monte-Carlo part of ``se``: what moves from point to point of a curve, where ``owed`` stays."""
+        return math.sqrt(max(self.se**2 - self.owed**2, 0.0)) if self.owed else self.se
 
     @property
     def interval(self) -> tuple[float, float]:

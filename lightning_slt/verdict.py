@@ -9,13 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_slt.functional.convergence import standard_error
 from lightning_slt.functional.learning_coefficient import Summary, summarise
 from lightning_slt.reasons import NOT_ARRIVED, TOO_WIDE, Kind, Reason, sentences
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.calibration import MAX_VIRIAL, MIN_VIRIAL, Drawn
 from lightning_slt.sampling.chains import Chains
+from lightning_slt.sampling.layout import BLOCK
 from lightning_slt.sampling.minibatch_heat import held_by_thermostat
-from lightning_slt.sampling.readings import diverged, heat_of, virial_of_chains
+from lightning_slt.sampling.readings import diverged, heat_of, virial_of_chains, virial_readings
 from lightning_slt.sampling.segment import Segment
 from lightning_slt.sampling.step_size import HEAT, LEAST_SCALE, NOISE_HEAT
 from lightning_slt.sampling.sums import misfit_of_sum
@@ -23,13 +25,27 @@ from lightning_slt.sampling.sums import misfit_of_sum
 MAX_ROUNDING = 0.1
 """Share of the LLC that the last digit of a loss may be, where it is not within the error: losses at ``w*`` may all be
 rounded to the same side."""
+MAX_WEIGHT_ROUNDING = 0.01
+"""Variance that rounding adds to the noise of a step, as a share of it. The LLC has that too much, and more from where
+the drift, 0.3 to 0.4 of the noise at steps that are calibrated, is itself rounded away: on two regressions 2 and 6 % at
+0.025, 18 and 36 % at 0.1."""
+ROUNDINGS = 3
+"""Of the weights in a step of SGLD: pull, gradient and noise are each added to them. With momenta it is one."""
 MAX_HEAT = 0.25
 """Share of the estimate that may be step-size heat before it is called invalid."""
 MAX_NOISE_HEAT = 0.08
 """The same of the minibatches' heat of a sampler with momenta: 0.4 to 1.0 of what is taken off was there."""
 NOTED_HEAT = 0.04
 """Share of the LLC that is heat of the step beyond which covariances over the same chains say so: it is in them."""
-BAD_FOR_COVARIANCES = frozenset({Kind.HEAT_OF_STEP, Kind.HEAT_OF_MINIBATCHES, Kind.NOT_ARRIVED, Kind.TOO_WIDE})
+BAD_FOR_COVARIANCES = frozenset(
+    {
+        Kind.HEAT_OF_STEP,
+        Kind.HEAT_OF_MINIBATCHES,
+        Kind.NOT_ARRIVED,
+        Kind.TOO_WIDE,
+        Kind.WEIGHTS_TOO_COARSE,
+    }
+)
 """What covariances over the same chains are not valid for either: their heat and their width."""
 
 
@@ -68,6 +84,39 @@ def heat_noted(llc: Estimate) -> tuple[str, ...]:
     return (f"{heat:.0%} of the LLC of these chains is heat of the step; covariances have about twice that too much",)
 
 
+def owed_by(llc: float, virial: float, error: float, d: int) -> float:
+    r"""What directions that have not reached their width may still add to a learning coefficient, in its units.
+
+    On a regular model direction i, at the share f_i of its variance, is ``s_i f_i / 2`` of the LLC and ``f_i / d`` of
+    the virial ratio V, with ``s_i = n beta h_i / (n beta h_i + gamma)`` in [0, 1]. The LLC lacks
+    ``sum_i s_i (1 - f_i) / 2``, which is at most ``d (1 - V) / 2``; and since those that are slow have the smallest
+    s_i, at most the share of itself that V lacks of 1:
+
+    .. math:: \min\left( \frac{LLC}{V} - LLC, \; \frac{d}{2} (1 - V) \right)
+
+    V is taken at the upper end of its error: what it lacks by chance, the LLC of the same draws lacks by chance as
+    well, and that is in the Monte-Carlo error.
+
+    Args:
+        llc: as the draws have it.
+        virial: the ratio of the same draws.
+        error: its standard error; NaN where it is not known.
+        d: weights that move.
+
+    Returns:
+        0 where the ratio is 1 within its error, where that is not known, and for an LLC that is not positive.
+
+    Example:
+        >>> [round(owed_by(4.0, virial, 0.05, 10), 3) for virial in (0.97, 0.85, 0.05)]
+        [0.0, 0.444, 4.5]
+    """
+    reached = virial + error
+    if not (llc > 0 and reached < 1.0):
+        return 0.0
+    whole = 0.5 * d * (1.0 - reached)
+    return min(llc / reached - llc, whole) if reached > 0 else whole
+
+
 def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
     segment, posterior, d = drawn.segment, chains.posterior, chains.layout.num_weights
     good = ~diverged(segment, posterior.nbeta, d)
@@ -75,6 +124,8 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
     summary = summarise(cooled.trace, ~good)
     heating = chains.sampler.heating(drawn.lr)
     ratios = virial_of_chains(segment.second_half(), heating.virial_step, posterior, d, good, heating.noise_alone)
+    reached = virial_readings(segment, heating.virial_step, posterior, d, good, heating.noise_alone)
+    owed = owed_by(summary.mean, float(reached.mean()), standard_error(reached), d) if bool(good.any()) else 0.0
     init_loss = sum(segment.anchors.values()) / len(segment.anchors)
     verdict = (
         *_reasons_of_data(segment),
@@ -82,11 +133,12 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
         *_reasons_of_heat(cooled, summary, drawn, chains),
         *_reasons_of_width(ratios, cooled, summary, drawn),
         *_reasons_of_rounding(init_loss, summary, chains),
+        *_reasons_of_coarse_weights(drawn.lr, chains),
         *(Reason(Kind.SUM, sentence) for sentence in misfit_of_sum(chains.objective, chains.source, posterior.nbeta)),
     )
     estimate = Estimate(
         mean=summary.mean,
-        se=summary.se,
+        se=math.hypot(summary.se, owed),
         per_chain=summary.per_chain,
         trace=cooled.trace.float(),
         rhat=summary.rhat,
@@ -102,6 +154,7 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
         step_size=drawn.lr,
         step_bias=summary.mean * (1.0 / cooled.kept - 1.0),
         virial=float(ratios.mean()),
+        owed=owed,
         finite_share=float(segment.finite.double().mean()),
         num_bad_chains=int((~summary.good).sum()),
         num_chains=chains.num_chains,
@@ -212,3 +265,43 @@ def _reasons_of_rounding(init_loss: float, summary: Summary, chains: Chains) -> 
         kind = str(dtype).removeprefix("torch.")
         digit = f"their last digit is {rounding:.2g} of the LLC"
         yield Reason(Kind.TOO_COARSE, f"losses of {init_loss:.2g} are too coarse in {kind}: {digit}")
+
+
+def weight_rounding(chains: Chains, lr: float) -> float:
+    r"""The variance that the rounding of weights adds to that of the noise, as a share of it: mean over the weights of
+
+    .. math:: \min\left( \frac{3 \, \mathrm{ulp}(w^*_i)^2}{12 \, \epsilon P_i}, \; 1 \right)
+
+    with 1 in place of 3 for a sampler with momenta. A number rounded to a grid of spacing ulp is off by a variance of
+    ``ulp² / 12``, and a step rounds :data:`ROUNDINGS` times. Noise that nothing takes away heats as that of the step
+    does. Where the spacing is wider than a step, chains stand still or leap: that counts as 1.
+
+    Args:
+        lr: epsilon, the step size.
+
+    Returns:
+        0 for a sampler in the metric of the curvature, whose steps are no multiple of each weight's own noise.
+    """
+    if getattr(chains.sampler, "metric", None) is not None:
+        return 0.0
+    anchor, preconditioner, layout = chains.objective.anchor, chains.preconditioner, chains.layout
+    roundings = 1 if _has_momenta(chains) else ROUNDINGS
+    largest = torch.tensor(math.inf, dtype=anchor.dtype, device=anchor.device)
+    total = torch.zeros((), dtype=torch.float64, device=anchor.device)
+    for block, share in layout.blocks(BLOCK.get(anchor.device.type, 2**24)):
+        size = anchor[block].abs()
+        ulp = torch.nextafter(size, largest).sub_(size)
+        added = ulp.double().square_().mul_(roundings / 12.0 / lr)
+        if preconditioner is not None:
+            added /= preconditioner[block]
+        total += share * added.clamp_(max=1.0).sum()
+    return float(layout.sum(total)) / layout.num_weights
+
+
+def _reasons_of_coarse_weights(lr: float, chains: Chains) -> Iterator[Reason]:
+    share = weight_rounding(chains, lr)
+    if share > MAX_WEIGHT_ROUNDING:
+        kind = str(chains.objective.anchor.dtype).removeprefix("torch.")
+        said = f"rounding them adds {share:.0%} to the noise of a step"
+        remedy = "a float64 module, or smaller weights (a scale taken out, a constant part in a buffer)"
+        yield Reason(Kind.WEIGHTS_TOO_COARSE, f"the weights are too large for {kind}, {said}: {remedy}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,14 +12,15 @@ from torch.utils.data import TensorDataset
 from lightning_slt import LeimkuhlerMatthews, estimate_llc
 from lightning_slt import verdict as verdict_module
 from lightning_slt.estimate import ChainSettings, run_chains
-from lightning_slt.functional import summarise
+from lightning_slt.functional import LocalPosterior, summarise
 from lightning_slt.reasons import Kind, Reason
 from lightning_slt.sampling.batches import source_of
 from lightning_slt.sampling.calibration import Drawn
 from lightning_slt.sampling.chains import Chains
+from lightning_slt.sampling.collective import Alone
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.samplers import SGLD, KineticLangevin, Sampler
-from lightning_slt.verdict import BAD_FOR_COVARIANCES, fit_for_covariances, read_llc
+from lightning_slt.verdict import BAD_FOR_COVARIANCES, fit_for_covariances, read_llc, weight_rounding
 
 
 def half_square(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -93,3 +96,87 @@ def test_width_is_not_held_against_chains_that_run_downhill() -> None:
         method="sequential",
     )
     assert [reason.split(":")[0] for reason in downhill.reasons] == ["negative beyond its error"]
+
+
+class Far(nn.Module):
+    """A linear map whose weights are far from zero: ``x @ (w - c)``, exact in float32 at its minimum."""
+
+    def __init__(self, norm: float) -> None:
+        super().__init__()
+        direction = torch.randn(6, generator=torch.Generator().manual_seed(5))
+        self.register_buffer("c", norm * direction / direction.norm())
+        self.w = nn.Parameter(self.c.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.w - self.c)
+
+
+def far_data(dtype: torch.dtype = torch.float32, noise: float = 0.3) -> tuple[TensorDataset, float]:
+    """Noisy labels whose least-squares solution is zero; with the learning coefficient at gamma = 1."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(1000, 6, generator=g).double(), noise * torch.randn(1000, generator=g).double()
+    q, _ = torch.linalg.qr(x)
+    held = 1000 / math.log(1000) * torch.linalg.eigvalsh(x.T @ x / 1000)
+    return TensorDataset(x.to(dtype), (y - q @ (q.T @ y)).to(dtype)), float(0.5 * (held / (held + 1)).sum())
+
+
+FAR = {"1": (1.0, 0.3), "2e5": (2e5, 0.3), "5e5-noisy": (5e5, 1.0), "1e6": (1e6, 0.3)}
+
+
+@pytest.mark.parametrize("norm", FAR)
+def test_weights_too_large_for_their_type_are_named(norm: str) -> None:
+    """At a norm of 1e6, where the share is 0.11, the LLC is 18 % too high, and with labels three times as noisy
+    36 % at 5e5; at 2e5 the share is 0.006, and it is less than 1 %."""
+    far, noise = FAR[norm]
+    data, truth = far_data(noise=noise)
+    found = estimate_llc(Far(far), data, half_square, localization=1.0, method="sequential")
+    named = [reason for reason in found.reasons if reason.startswith("the weights are too large for float32")]
+    if far > 2e5:
+        assert len(named) == 1 and "float64" in named[0] and found.mean > 1.1 * truth
+    else:
+        assert found.valid and found.mean == pytest.approx(truth, abs=2 * found.se)
+
+
+def test_in_float64_they_are_not_too_large() -> None:
+    data, truth = far_data(torch.float64)
+    found = estimate_llc(Far(1e6).double(), data, half_square, localization=1.0, method="sequential")
+    assert found.valid and found.mean == pytest.approx(truth, abs=2 * found.se)
+
+
+@pytest.mark.parametrize(
+    ("size", "lr", "share"),
+    [
+        (2.0**20, 0.1, 3 * 2.0**-6 / 12 / 0.1),
+        (2.0**20, 1e-6, 1.0),
+        (1.0, 1e-4, 3 * 2.0**-46 / 12 / 1e-4),
+        (0.0, 1e-4, 0.0),
+    ],
+)
+def test_the_share_that_rounding_adds(size: float, lr: float, share: float) -> None:
+    """Weights of 2^20 are 2^-3 apart in float32, of 1 they are 2^-23."""
+    module, (data, _) = Far(1.0), far_data()
+    with torch.no_grad():
+        module.w.fill_(-size)
+    objective = Objective(module, half_square)
+    chains = Chains(
+        objective, source_of(data, 64, objective.device, 0), LocalPosterior(1.0, 1.0), SGLD(), 2, 0, Alone()
+    )
+    assert weight_rounding(chains, lr) == pytest.approx(share, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weights_of_ordinary_size_are_never_too_large(dtype: torch.dtype) -> None:
+    """A half-precision module has float32 masters, and it is their spacing that counts."""
+    net, data = problem()
+    net = net.to(dtype)
+
+    def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        return half_square(module, (x.to(next(module.parameters()).dtype), y))
+
+    objective = Objective(net, loss)
+    source = source_of(data, 16, objective.device, 0)
+    drawn, chains = run_chains(objective, source, ChainSettings(None, 4, 40, 10, 2, seed=7, method="sequential"))
+    assert chains.objective.anchor.dtype == torch.float32
+    assert weight_rounding(chains, drawn.lr) < 1e-8
+    assert not any("too large for" in reason for reason in read_llc(drawn, chains).reasons)

@@ -247,7 +247,7 @@ class TransitionMonitor(KeepsHistory):
                 continue
             self._fed = point.step
             flags = self._detector.update(
-                float(point.step), point.mean, point.se, point.init_loss, valid=self._counts(point)
+                float(point.step), point.mean, point.chain_se, point.init_loss, valid=self._counts(point)
             )
             new += flags
             changed |= {t.id: t for t in [*flags, *self._detector.changes]}
@@ -387,7 +387,7 @@ class TransitionMonitor(KeepsHistory):
         offline = detect_transitions(
             [float(e.step or 0) for e in points],
             [e.mean for e in points],
-            [e.se for e in points],
+            [e.chain_se for e in points],
             [e.init_loss for e in points],
             [self._counts(e) for e in points],
             boundaries=self.boundaries,

@@ -179,7 +179,7 @@ def _scatter(estimates: Sequence[Estimate]) -> float:
     """Robust scatter from point to point, floored by half the typical chain error."""
     points = [e for e in estimates if e.comparable]
     values = np.array([e.mean for e in points], dtype=np.float64)
-    errors = np.array([e.se for e in points], dtype=np.float64)
+    errors = np.array([e.chain_se for e in points], dtype=np.float64)
     errors = errors[np.isfinite(errors)]
     floor = 0.5 * float(np.median(errors)) if errors.size else 0.0
     if values.size < 4:

@@ -126,17 +126,25 @@ def virial_of_chains(
         keep: ``[chains]`` bool; None for those that are finite.
         shared: of a sampler that shares noise between steps it is the minibatches' part of G alone that heats.
     """
+    return virial_readings(segment, lr, posterior, d, keep, shared).mean(dim=1)
+
+
+def virial_readings(
+    segment: Segment,
+    lr: float,
+    posterior: LocalPosterior,
+    d: int,
+    keep: Tensor | None = None,
+    shared: bool = False,
+) -> Tensor:
+    """``[chains kept, readings]``, what :func:`virial_of_chains` is the mean of; the arguments are its own."""
     rows = (segment.finite if keep is None else keep).nonzero().flatten()
-
-    def mean(reading: Tensor) -> Tensor:
-        return reading[rows].mean(dim=1)
-
-    gu, uu = mean(segment.grad_dot), mean(segment.square)
-    pulled_dot = segment.pulled_dot if segment.pulled_dot is not None else segment.grad_dot
-    pulled_square = segment.pulled_square if segment.pulled_square is not None else segment.square
+    gu, uu = segment.grad_dot[rows], segment.square[rows]
+    pulled_dot = segment.pulled_dot[rows] if segment.pulled_dot is not None else gu
+    pulled_square = segment.pulled_square[rows] if segment.pulled_square is not None else uu
     nbeta, gamma = posterior.nbeta, posterior.localization
-    force = nbeta * mean(force_of(segment, posterior))
-    force = force + gamma * (nbeta * mean(pulled_dot) + gamma * mean(pulled_square))
+    force = nbeta * force_of(segment, posterior)[rows]
+    force = force + gamma * (nbeta * pulled_dot + gamma * pulled_square)
     if shared:
         noise = segment.noise_square
         if noise is None or noise.shape[1] == 0:
@@ -144,7 +152,7 @@ def virial_of_chains(
         else:
             # a difference of two readings, which may come out below zero where there is little of it
             own, whole = nbeta**2 * _known(noise[rows]).mean(dim=1), float(force.mean())
-            force = own + min(max(float(own.mean()), 0.0), whole) - own.mean()
+            force = (own + min(max(float(own.mean()), 0.0), whole) - own.mean()).unsqueeze(1)
     return (nbeta * gu + gamma * uu - 0.25 * lr * force) / d
 
 

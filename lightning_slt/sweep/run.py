@@ -132,7 +132,7 @@ def transitions_of(estimates: Sequence[Estimate], false_alarms: float) -> list[T
     return detect_transitions(
         np.array([e.step for e in estimates], dtype=np.float64),
         np.array([e.mean for e in estimates]),
-        np.array([e.se for e in estimates]),
+        np.array([e.chain_se for e in estimates]),
         np.array([e.init_loss for e in estimates]),
         np.array([e.comparable for e in estimates], dtype=bool),
         false_alarms=false_alarms,
