@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from lightning_slt import LeimkuhlerMatthews, RMSpropSGLD, SLTMonitor, TransitionMonitor
 from lightning_slt.callbacks import distribution
 from tests.integration import models
-from tests.integration.ddp import Firing, Unreadable
+from tests.integration.ddp_parts import Firing, Unreadable
 from tests.integration.harness import Scenario, TrainingTrace, assert_same, tiny_monitor
 from tests.integration.models import Net, Plain, loaders, with_validation
 from tests.integration.scripted import Scripted, jump

@@ -50,7 +50,8 @@ def launched_once(factory: pytest.TempPathFactory, module: str, name: str, runs:
 
     Args:
         factory: of temporary folders.
-        module: in ``tests/integration``, with ``SCENARIOS`` and ``LIMITS``.
+        module: in ``tests/integration``, with ``SCENARIOS``, ``LIMITS`` and ``ALONE``, the first of which is run before
+            the others.
         name: of the folder.
         runs: which scenarios.
         limit: seconds for all of them.
@@ -168,6 +169,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in FIGURES:
         setattr(publisher, name, lambda *_, **__: None)
+    os.fsync = lambda _: None
     registry.entry_points = functools.cache(registry.entry_points)  # type: ignore[assignment]
     module, folder = importlib.import_module(f"tests.integration.{sys.argv[1]}"), Path(sys.argv[2])
     warm_up(module.SCENARIOS[module.ALONE[0]], folder / "warm_up")
