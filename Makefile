@@ -9,6 +9,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 export WANDB_SILENT ?= true
+# bytecode is kept, also where the environment says otherwise: a hundred processes of the tests import the package
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-all test-oldest lint docs install clean
 

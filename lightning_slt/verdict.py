@@ -69,14 +69,28 @@ def fit_for_covariances(drawn: Drawn, chains: Chains) -> tuple[tuple[str, ...], 
         for reason in verdict
         if reason.kind in BAD_FOR_COVARIANCES
     )
+    more, notes = heat_in_covariances(drawn, chains, llc)
+    reasons += more
+    return (reasons, ()) if reasons else ((), notes)
+
+
+def heat_in_covariances(drawn: Drawn, chains: Chains, llc: Estimate) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What the chains of a learning coefficient have of heat that stays in covariances over them.
+
+    Args:
+        drawn, chains: the draws.
+        llc: what :func:`read_llc` says of them.
+
+    Returns:
+        Reasons why covariances are not valid, and notes.
+    """
     segment, posterior = drawn.segment, chains.posterior
     good = ~diverged(segment, posterior.nbeta, chains.layout.num_weights)
-    more, notes = held_by_thermostat(segment, chains.sampler.heating(drawn.lr), posterior, good)
-    reasons += more
-    return (reasons, ()) if reasons else ((), (*heat_noted(llc), *notes))
+    reasons, notes = held_by_thermostat(segment, chains.sampler.heating(drawn.lr), posterior, good)
+    return reasons, (*_heat_noted(llc), *notes)
 
 
-def heat_noted(llc: Estimate) -> tuple[str, ...]:
+def _heat_noted(llc: Estimate) -> tuple[str, ...]:
     """What covariances over the chains of this learning coefficient have of the heat of the step; none where little."""
     heat = llc.step_bias / (llc.mean + llc.step_bias) if llc.mean > 0 else 0.0
     if not heat > NOTED_HEAT:

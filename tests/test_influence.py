@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from lightning_slt import SGLD, InfluenceEstimate, estimate_influence
-from lightning_slt.functional.influence import blocks_per_chain, whole_of
+from lightning_slt.functional.block_errors import blocks_per_chain
+from lightning_slt.functional.influence import whole_of
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.influence import probe_set, reading_interval
 from lightning_slt.influence.reader import InfluenceReader

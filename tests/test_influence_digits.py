@@ -65,7 +65,7 @@ def as_the_monitor(net: nn.Module, data: TensorDataset) -> InfluenceEstimate:
     return measure_both(Objective(net, loss_fn), source, settings, probe_set(source, None, 1000, None, 0))[1]
 
 
-@pytest.mark.parametrize(("flipped", "least"), [(0.0, 0.70), (0.1, 0.755)])
+@pytest.mark.parametrize(("flipped", "least"), [pytest.param(0.0, 0.70, marks=pytest.mark.slow), (0.1, 0.755)])
 def test_influence_predicts_retraining(flipped: float, least: float) -> None:
     """Linear datamodelling score over 100 random halves, ten networks each: above that of an EK-FAC at its best damping
     on the same networks (0.623 and 0.741, benchmarks/README.md), by more than three times the spread over the chains'

@@ -22,14 +22,7 @@ most of ``(l_i - E l_i)(l_q - E l_q)``: what is estimated is the difference alon
 the same expectation and less noise. Zero-variance estimators (Mira, Solgi, Imparato 2013, Statistics and Computing
 23:653) use the same identity. The slopes of the losses on ``a`` and on ``b`` scale them, sample by sample.
 
-**Errors.** With the means of its whole chain, each block gives ``B_b = mean (x - x̄_c)(y - ȳ_c)``; blocks longer than
-the chains' memory are nearly independent, so that ``se² = var_b(B_b) / num_blocks`` counts the autocorrelation.
-Blocks of few draws are not: they are about the same mean of the chain, and what is correlated for longer than a block
-is not in their scatter. Chains are independent whatever their memory is. Where blocks are shorter than
-:data:`LONG_BLOCK_DRAWS`, ``se²`` is therefore the larger of that and ``var_c(B_c) / num_chains``, each B of a whole
-chain, as in :func:`~lightning_slt.functional.standard_error`, and is to be read as one of as many independent numbers
-as there are chains (``num_blocks``). Of AR(1) draws, 4 chains of 8 or 20 whose memory is up to a quarter of their
-length, the true error was 1.0 to 1.4 times that of the blocks, and is 0.9 to 1.05 times the larger one.
+**Errors** are those of :mod:`~lightning_slt.functional.block_errors`.
 """
 
 from __future__ import annotations
@@ -37,48 +30,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-MIN_BLOCKS, MIN_BLOCK_DRAWS = 16, 4
-"""Blocks to have at least, over all chains together, of so many draws at least."""
-MANY_BLOCKS, LONG_BLOCK_DRAWS = 64, 32
-"""Blocks to have where the chains are long enough for such long ones: errors from few blocks have wide tails."""
+from lightning_slt.functional.block_errors import block_edges, error_of_mean, error_of_sum, independent_stretches
+
 MIXED = 0.5
 """Between-chain share of the variance above which chains have not seen the same posterior."""
 COLUMNS = 64
 """Training samples that are worked on together: few enough that what is summed stays in the cache."""
-
-
-def blocks_per_chain(num_chains: int, num_draws: int) -> int:
-    """Into how many blocks each chain is cut.
-
-    Example:
-        >>> [blocks_per_chain(16, 60), blocks_per_chain(16, 125), blocks_per_chain(16, 1250), blocks_per_chain(4, 100)]
-        [1, 3, 4, 4]
-    """
-    chains = max(num_chains, 1)
-    few = min(math.ceil(MIN_BLOCKS / chains), num_draws // MIN_BLOCK_DRAWS)
-    many = min(math.ceil(MANY_BLOCKS / chains), num_draws // LONG_BLOCK_DRAWS)
-    return max(1, few, many)
-
-
-def _independent(num_chains: int, num_blocks: int, num_draws: int) -> int:
-    """How many stretches an error may count as independent: blocks, or chains where these are short.
-
-    Args:
-        num_chains, num_blocks, num_draws: of all chains together.
-    """
-    short = num_blocks > num_chains > 1 and num_draws < LONG_BLOCK_DRAWS * num_blocks
-    return num_chains if short else num_blocks
-
-
-def _square_error(total: Tensor, squares: Tensor, count: int) -> Tensor:
-    """Square error of a sum of ``count`` independent parts, from their sum and the sum of their squares."""
-    return (squares - total.square() / count).clamp_(min=0) * (count / (count - 1))
 
 
 @dataclass
@@ -280,7 +242,7 @@ class CovarianceAccumulator:
         if degrees < 1:
             raise ValueError("no draws: a covariance needs two draws of a chain at least.")
         total, count = sum(count for count, _, _ in chains.values()), len(self._blocks)
-        stretches = _independent(len(chains), count, total)
+        stretches = independent_stretches(len(chains), count, total)
         first = torch.zeros(self.n_y, self.n_x, dtype=torch.float64)
         square, square_of_chains = torch.zeros_like(first), torch.zeros_like(first)
         # blocks may differ a little in length: each counts by its share of the draws
@@ -295,12 +257,7 @@ class CovarianceAccumulator:
             first += of_chain
             square_of_chains.addcmul_(of_chain, of_chain)
         matrix = first / degrees
-        se = torch.full_like(matrix, math.nan)
-        if count > 1:
-            error = _square_error(first, square, count)
-            if stretches < count:
-                error = torch.maximum(error, _square_error(first, square_of_chains, stretches))
-            se = error.sqrt_() / degrees
+        se = error_of_sum(first, square, count, square_of_chains, stretches) / degrees
         mean_x = torch.stack([mean * (n / total) for n, mean, _ in chains.values()]).sum(dim=0)
         mean_y = torch.stack([mean * (n / total) for n, _, mean in chains.values()]).sum(dim=0)
         return Covariance(matrix, se, mean_x, mean_y, stretches)
@@ -326,7 +283,6 @@ def covariance(
         A :class:`Covariance`, ``[n_y, n_x]``.
     """
     chains, draws = x.shape[:2]
-    edges = torch.linspace(0, draws, blocks_per_chain(chains, draws) + 1).round().long().tolist()
     sides = [(x, y)]
     if x_parts is not None and y_parts is not None:
         sides += [(x_parts.direct, y_parts.pulled), (x_parts.pulled, y_parts.direct)]
@@ -344,13 +300,13 @@ def covariance(
     blocks = [
         (chain, torch.cat([torch.arange(low, high) + k * draws for k in range(len(sides))]))
         for chain in range(chains)
-        for low, high in pairwise(edges)
+        for low, high in block_edges(chains, draws)
     ]
     rights = [right[chain, rows] for chain, rows in blocks]
     matrix = torch.zeros(y.shape[2], x.shape[2], dtype=torch.float64)
-    se = torch.full_like(matrix, math.nan)
+    se = torch.empty_like(matrix)
     degrees, count = chains * (draws - 1), len(blocks)
-    stretches = _independent(chains, count, chains * draws)
+    stretches = independent_stretches(chains, count, chains * draws)
     for start in range(0, x.shape[2], columns):
         some = slice(start, start + columns)
         first = torch.zeros(y.shape[2], left[:, :, some].shape[2], dtype=torch.float64)
@@ -365,27 +321,8 @@ def covariance(
                 square_of_chains.addcmul_(of_chain, of_chain)
                 before.copy_(first)
         matrix[:, some] = first / degrees
-        if count > 1:
-            error = _square_error(first, square, count)
-            if stretches < count:
-                error = torch.maximum(error, _square_error(first, square_of_chains, chains))
-            se[:, some] = error.sqrt_() / degrees
+        se[:, some] = error_of_sum(first, square, count, square_of_chains, stretches) / degrees
     return Covariance(matrix, se, x.double().mean(dim=(0, 1)), y.double().mean(dim=(0, 1)), stretches)
-
-
-def _error_of_mean(values: Tensor) -> Tensor:
-    """``[n]``, error of the mean over chains and draws of ``[num_chains, num_draws, n]``, see "Errors" above."""
-    chains, draws, n = values.shape
-    blocks = blocks_per_chain(chains, draws)
-    if chains * blocks < 2:
-        return torch.full((n,), math.nan, dtype=torch.float64)
-    edges = torch.linspace(0, draws, blocks + 1).round().long().tolist()
-    # by its share of the draws, where blocks differ in length
-    shares = torch.cat([values[:, a:b].double().sum(dim=1) * (blocks / draws) for a, b in pairwise(edges)])
-    error = shares.std(dim=0) / math.sqrt(len(shares))
-    if _independent(chains, len(shares), chains * draws) < len(shares):
-        error = torch.maximum(error, values.double().mean(dim=1).std(dim=0) / math.sqrt(chains))
-    return error
 
 
 def variance(x: Tensor, parts: Optional[LinearParts] = None) -> tuple[Tensor, Tensor]:
@@ -407,22 +344,7 @@ def variance(x: Tensor, parts: Optional[LinearParts] = None) -> tuple[Tensor, Te
     if parts is not None:
         squares -= centred(parts.direct) * centred(parts.pulled)
     squares *= draws / (draws - 1)
-    return squares.mean(dim=(0, 1)), _error_of_mean(squares)
-
-
-def mean_and_error(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of every loss over all draws, and its standard error, of blocks and of chains as for covariances.
-
-    Args:
-        x: ``[num_chains, num_draws, n]``.
-
-    Returns:
-        Two ``[n]`` float64 tensors.
-    """
-    x = x.double()
-    # about their mean: of large losses the digits that scatter are the last ones
-    mean = x.mean(dim=(0, 1))
-    return mean, _error_of_mean(x - mean)
+    return squares.mean(dim=(0, 1)), error_of_mean(squares)
 
 
 def correlation(matrix: Tensor, variance_x: Tensor, variance_y: Tensor) -> Tensor:

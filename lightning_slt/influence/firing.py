@@ -15,12 +15,11 @@ from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.chains import Progress
 from lightning_slt.sampling.collective import Collective
 from lightning_slt.sampling.memory import ChainMemory
-from lightning_slt.sampling.minibatch_heat import held_by_thermostat
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged
 from lightning_slt.sampling.segment import STATS_EVERY
 from lightning_slt.sampling.sums import misfit_of_sum
-from lightning_slt.verdict import heat_noted, read_llc
+from lightning_slt.verdict import heat_in_covariances, read_llc
 
 READ_COST = 0.3
 """Cost of reading the samples' losses, in units of that of moving the chains, in a firing of the monitor."""
@@ -91,9 +90,8 @@ def measure_both(
     good = ~diverged(segment, chains.posterior.nbeta, len(objective.anchor))
     influence = readers[0].read(segment.read, good, chains.posterior, source.num_samples)
     # what the step heats is taken off the learning coefficient, and stays in covariances
-    more, notes = held_by_thermostat(segment, chains.sampler.heating(drawn.lr), chains.posterior, good)
+    more, notes = heat_in_covariances(drawn, chains, estimate)
     reasons = (*influence.reasons, *more, *misfit_of_sum(objective, source, chains.posterior.nbeta))
-    notes = (*influence.notes, *heat_noted(estimate), *notes)
-    influence = influence.replace(valid=not reasons, reasons=reasons, notes=notes)
+    influence = influence.replace(valid=not reasons, reasons=reasons, notes=(*influence.notes, *notes))
     seconds = time.perf_counter() - start
     return estimate.replace(seconds=seconds), influence.replace(seconds=seconds)

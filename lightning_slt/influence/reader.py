@@ -9,15 +9,13 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from lightning_slt.functional.block_errors import LONG_BLOCK_DRAWS, blocks_per_chain, mean_and_error
 from lightning_slt.functional.influence import (
-    LONG_BLOCK_DRAWS,
     MIXED,
     LinearParts,
     between_share,
-    blocks_per_chain,
     correlation,
     factor_of,
-    mean_and_error,
     shrink,
 )
 from lightning_slt.functional.posterior import LocalPosterior

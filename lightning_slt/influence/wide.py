@@ -7,9 +7,7 @@ import dataclasses
 import torch
 
 from lightning_slt.estimate import ChainSettings, default_localization, run_chains
-from lightning_slt.functional.influence import (
-    mean_and_error,
-)
+from lightning_slt.functional.block_errors import mean_and_error
 from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 from lightning_slt.influence.reader import InfluenceReader
 from lightning_slt.influence_record import InfluenceEstimate

@@ -9,12 +9,12 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
+from lightning_slt.functional.block_errors import mean_and_error
 from lightning_slt.functional.influence import (
     between_share,
     correlation,
     covariance,
     factor_of,
-    mean_and_error,
     shrink,
     variance,
 )

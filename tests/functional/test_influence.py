@@ -9,16 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_slt.functional.block_errors import blocks_per_chain, mean_and_error
 from lightning_slt.functional.influence import (
     CovarianceAccumulator,
     LinearParts,
     between_share,
-    blocks_per_chain,
     correlation,
     covariance,
     factor_of,
     group_means,
-    mean_and_error,
     shrink,
     variance,
     whole_of,

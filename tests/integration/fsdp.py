@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from lightning_slt import LeimkuhlerMatthews, RMSpropSGLD, SLTMonitor, TransitionMonitor
 from lightning_slt.callbacks import distribution
 from tests.integration import models
-from tests.integration.ddp import Firing, Unreadable
+from tests.integration.ddp_parts import Firing, Unreadable
 from tests.integration.harness import Scenario, TrainingTrace, assert_same, tiny_monitor
 from tests.integration.models import Net, Plain, loaders, with_validation
 from tests.integration.scripted import Scripted, jump
@@ -71,6 +71,24 @@ class Held(Sharded):
     def __init__(self) -> None:
         super().__init__(lr=0.0)
         self.net[1].momentum = 0.0
+
+
+def shard_in_two(module: Any) -> None:
+    """The first two layers together, and the last one: fewer collectives a step, where there are many steps."""
+    mesh = module._device_mesh
+    if mesh is not None:
+        fully_shard([module.net[0], module.net[1]], mesh=mesh["data_parallel"])
+        fully_shard(module.net, mesh=mesh["data_parallel"])
+
+
+class ShardedInTwo(Sharded):
+    def configure_model(self) -> None:
+        shard_in_two(self)
+
+
+class HeldInTwo(Held):
+    def configure_model(self) -> None:
+        shard_in_two(self)
 
 
 def said(monitor: SLTMonitor, trace: TrainingTrace, **more: Any) -> Result:
@@ -126,12 +144,12 @@ def frozen(folder: Path, world: int) -> Result:
 def defaults(folder: Path, world: int) -> Result:
     """Two short chains whose step, burn-in and length are found."""
     monitor = SLTMonitor(at_steps=[0], on_failure="raise", num_chains=2, num_draws=12)
-    return said(monitor, Scenario(Held, loaders, shards_of(world, max_epochs=1)).run(folder, monitor))
+    return said(monitor, Scenario(HeldInTwo, loaders, shards_of(world, max_epochs=1)).run(folder, monitor))
 
 
 def preconditioned(folder: Path, world: int) -> Result:
     """A metric learnt from the gradients of the chains, each rank's part on that rank."""
-    return _held(folder, world, sampler=RMSpropSGLD(lr=1e-4), num_burnin_steps=24)
+    return _held(folder, world, HeldInTwo, sampler=RMSpropSGLD(lr=1e-4), num_burnin_steps=24)
 
 
 def shared_noise(folder: Path, world: int) -> Result:
@@ -144,7 +162,7 @@ def moments_of_the_optimiser(folder: Path, world: int) -> Result:
     empty."""
     # a seed whose chain does not run downhill: nothing would be kept of that one
     monitor = tiny_monitor(at_steps=[1], num_chains=1, sampler=RMSpropSGLD(lr=1e-4), seed=1)
-    trace = Scenario(Sharded, loaders, shards_of(world, max_epochs=1)).assert_undisturbed(folder, monitor)
+    trace = Scenario(ShardedInTwo, loaders, shards_of(world, max_epochs=1)).assert_undisturbed(folder, monitor)
     return said(monitor, trace, preconditioner=monitor._course.memory.preconditioner)
 
 

@@ -1,14 +1,16 @@
 """Runs the scenarios of several ranks: ``python -m tests.integration.ranks MODULE FOLDER NAME:RANKS ...``.
 
-Imports take longer than any scenario, so that one process imports everything and forks the ranks of each scenario in
-turn. A scenario that takes longer than its limit hangs: its ranks are killed, and the others still run. Each rank
-leaves ``FOLDER/NAME-RANKS/RANK.pt`` with what its function returned, or the error that it ended with. Tests start it by
-:func:`launched_once` and read with :func:`results_of`.
+Imports take longer than any scenario, and so does what a process does once, at its first run: one process imports
+everything, makes one run, and forks the ranks of each scenario in turn. A scenario that takes longer than its limit
+hangs: its ranks are killed, and the others still run. Each rank leaves ``FOLDER/NAME-RANKS/RANK.pt`` with what its
+function returned, or the error that it ended with. Tests start it by :func:`launched_once` and read with
+:func:`results_of`.
 """
 
 from __future__ import annotations
 
 import fcntl
+import functools
 import importlib
 import multiprocessing
 import os
@@ -25,9 +27,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities import registry
 
 from lightning_slt.publish import publisher
 from lightning_slt.record import Estimate
+from tests.integration import models
 from tests.integration.harness import FIGURES
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +50,8 @@ def launched_once(factory: pytest.TempPathFactory, module: str, name: str, runs:
 
     Args:
         factory: of temporary folders.
-        module: in ``tests/integration``, with ``SCENARIOS`` and ``LIMITS``.
+        module: in ``tests/integration``, with ``SCENARIOS``, ``LIMITS`` and ``ALONE``, the first of which is run before
+            the others.
         name: of the folder.
         runs: which scenarios.
         limit: seconds for all of them.
@@ -154,11 +159,20 @@ def run_scenario(function: Function, here: Path, world: int, limit: float) -> No
             torch.save({"error": f"hung: killed after {limit} s"}, here / f"{rank}.pt")
 
 
+def warm_up(function: Function, here: Path) -> None:
+    """One run in one process: what it imports late, and the classes that ABCs have seen, is there in every fork."""
+    function(here, 1)
+    models.CHAIN_SAW.clear()
+
+
 def main() -> None:
     torch.set_num_threads(1)
     for name in FIGURES:
         setattr(publisher, name, lambda *_, **__: None)
+    os.fsync = lambda _: None
+    registry.entry_points = functools.cache(registry.entry_points)  # type: ignore[assignment]
     module, folder = importlib.import_module(f"tests.integration.{sys.argv[1]}"), Path(sys.argv[2])
+    warm_up(module.SCENARIOS[module.ALONE[0]], folder / "warm_up")
     for item in sys.argv[3:]:
         name, world = item.split(":")
         start = time.monotonic()

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_slt import Influence
+from lightning_slt.functional.block_errors import mean_and_error
 from lightning_slt.functional.influence import (
     between_share,
     correlation,
     covariance,
     factor_of,
-    mean_and_error,
     shrink,
     variance,
 )
