@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Optional
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.rng import seed_globals
 from lightning_slt.sampling.shadow import CopyError
 from lightning_slt.sampling.steps import EVAL_MODE, NO_LOSS, NoLossError
 from lightning_slt.sampling.sums import is_sum
@@ -121,3 +123,26 @@ def measure_anchor(objective: Objective, window: Window, indices: Tensor) -> Ten
         without = torch.isin(indices, torch.tensor(sorted(window.without_loss)))
         indices = torch.where(without, usable[indices % len(usable)], indices)
     return indices
+
+
+def anchor_of_steps(objective: Objective, window: Window, indices: Tensor, seeds: Tensor) -> Tensor:
+    """The loss at ``w*`` of every step by itself, for a step that draws random numbers: with those numbers.
+
+    Of other ones it would be off by what they change, by the same at all steps of all chains: no error tells.
+
+    Args:
+        objective: the loss, active, with ``w*`` in its weights.
+        window: of the minibatches.
+        indices: ``[chains, steps]``, which minibatch each chain is about to see.
+        seeds: ``[chains, steps]``, of the numbers.
+
+    Returns:
+        ``[chains, steps]`` float64; NaN where there is no loss.
+    """
+    losses = torch.full(indices.shape, torch.nan, dtype=torch.float64)
+    for chain, (row, own) in enumerate(zip(indices.tolist(), seeds.tolist(), strict=True)):
+        for t, (number, seed) in enumerate(zip(row, own, strict=True)):
+            seed_globals(seed)
+            with suppress(NoLossError), torch.no_grad():
+                losses[chain, t] = float(objective.loss(window[number]))
+    return losses
