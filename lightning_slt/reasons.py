@@ -40,6 +40,8 @@ class Kind(Enum):
     """The losses are rounded too much."""
     NOT_FINITE = auto()
     """Some minibatches have no finite loss at the weights under study."""
+    EVAL_MODE = auto()
+    """Some weights reach the loss in training mode alone."""
     SUM = auto()
     """The loss is summed over the minibatch, and nbeta is that of a mean."""
 

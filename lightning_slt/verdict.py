@@ -14,6 +14,7 @@ from lightning_slt.reasons import NOT_ARRIVED, TOO_WIDE, Kind, Reason, sentences
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.calibration import MAX_VIRIAL, MIN_VIRIAL, Drawn
 from lightning_slt.sampling.chains import Chains
+from lightning_slt.sampling.eval_mode import misfit_of_eval
 from lightning_slt.sampling.minibatch_heat import held_by_thermostat
 from lightning_slt.sampling.readings import diverged, heat_of, virial_of_chains
 from lightning_slt.sampling.segment import Segment
@@ -82,6 +83,7 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
         *_reasons_of_heat(cooled, summary, drawn, chains),
         *_reasons_of_width(ratios, cooled, summary, drawn),
         *_reasons_of_rounding(init_loss, summary, chains),
+        *(Reason(Kind.EVAL_MODE, sentence) for sentence in misfit_of_eval(chains.objective)),
         *(Reason(Kind.SUM, sentence) for sentence in misfit_of_sum(chains.objective, chains.source, posterior.nbeta)),
     )
     estimate = Estimate(

@@ -14,6 +14,7 @@ from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.chains import Progress
 from lightning_slt.sampling.collective import Collective
+from lightning_slt.sampling.eval_mode import misfit_of_eval
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.minibatch_heat import held_by_thermostat
 from lightning_slt.sampling.objective import Objective
@@ -92,7 +93,8 @@ def measure_both(
     influence = readers[0].read(segment.read, good, chains.posterior, source.num_samples)
     # what the step heats is taken off the learning coefficient, and stays in covariances
     more, notes = held_by_thermostat(segment, chains.sampler.heating(drawn.lr), chains.posterior, good)
-    reasons = (*influence.reasons, *more, *misfit_of_sum(objective, source, chains.posterior.nbeta))
+    misfits = (*misfit_of_eval(objective), *misfit_of_sum(objective, source, chains.posterior.nbeta))
+    reasons = (*influence.reasons, *more, *misfits)
     notes = (*influence.notes, *heat_noted(estimate), *notes)
     influence = influence.replace(valid=not reasons, reasons=reasons, notes=notes)
     seconds = time.perf_counter() - start

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_slt.sampling.batches import MinibatchSource
+from lightning_slt.sampling.eval_mode import only_in_training, refuse_without_gradient
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import seed_globals
 from lightning_slt.sampling.shadow import CopyError
@@ -65,6 +66,10 @@ def _opened(objective: Objective, source: MinibatchSource) -> float:
         if len(window.anchor_loss) >= PROBED_BATCHES:
             break
     if window.anchor_loss:
+        if objective.unreached:
+            with objective.active():
+                objective.only_in_training = only_in_training(objective, window)
+                refuse_without_gradient(objective, window[next(iter(window.anchor_loss))])
         return next(iter(window.anchor_loss.values()))
     raise NoLossError(NO_LOSS)
 

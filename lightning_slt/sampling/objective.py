@@ -76,12 +76,16 @@ class Objective:
         differentiates: the step itself asks for derivatives (a gradient penalty, an adversarial input): it is called
             with gradients on, also where only its value is wanted.
         ends_in_sum: the last thing that the first loss was made by is a sum, by its graph.
+        unreached: moving weights that the loss of the first batch does not depend on.
+        only_in_training: those of them that it depends on in training mode, of several batches.
         draws: the step draws random numbers, so that its loss is one of many: chains compare it with that of the same
             numbers at ``w*``.
         is_sum: the loss of a batch is the sum over its samples, as far as the first batch showed.
     """
 
     differentiates = False
+    unreached: tuple[str, ...] = ()
+    only_in_training: tuple[str, ...] = ()
     draws = False
     ends_in_sum = False
     is_sum = False
@@ -299,22 +303,25 @@ class Objective:
             self.draws = self._draws(batch)
 
     def has_loss_in_training(self, batch: Any) -> bool:
-        """Whether the step, which has failed, gives a loss in training mode; tried once, on another copy.
+        """Whether the step, which has failed, gives a loss in training mode; tried once."""
+        return self.in_training(lambda twin: bool(self._loss_on(twin, clone(batch)).ndim == 0), False)
+
+    def in_training(self, ask: Callable[[nn.Module], _T], otherwise: _T) -> _T:
+        """What is asked of another copy in training mode, without hooks; ``otherwise`` where that cannot be tried.
 
         It is not tried with a module that is called in place, nor where there are several ranks: in training mode some
         layers ask the others.
         """
         if self.borrowed or (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return False
+            return otherwise
         try:
-            with buffers_kept(self._live), as_interpreted(), apart(), torch.no_grad():
+            with buffers_kept(self._live), as_interpreted(), apart(), torch.no_grad(), preserve_rng():
                 twin = self.copy_module(stand_ins=True).train()
                 take_hooks(twin)
-                self._loss_on(twin, clone(batch))
+                return ask(twin)
         except Exception as error:
-            log.debug(f"nor does the step give a loss in training mode: {error}")
-            return False
-        return True
+            log.debug(f"the step gives no loss in training mode either: {error}")
+            return otherwise
 
     def _adapt_copy(self, batch: Any) -> None:
         before = look(self.module)
@@ -425,8 +432,11 @@ class Objective:
         except RuntimeError as error:
             # re-entrant checkpointing knows only backward(); a loss without any gradient shows in the chains
             log.debug(f"could not check which weights the loss depends on: {error}")
+            if _NO_GRAPH in str(error):
+                self.unreached = tuple(self.names)
             return
         if all(g is None for g in grads[len(own) :]):
+            self.unreached = tuple(name for name, g in zip(self.names, grads, strict=False) if g is None)
             return
         message = (
             f"the loss of a copy of {type(self._live).__name__} still reads the live weights: an attribute is a "
