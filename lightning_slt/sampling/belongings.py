@@ -211,6 +211,30 @@ def set_random_state(source: Any, state: Any) -> None:
         source.set_state(state)
 
 
+def seed_random(source: Any, seed: int) -> None:
+    """Begin one of :data:`RANDOM` anew."""
+    if isinstance(source, np.random.Generator):
+        source.bit_generator.state = type(source.bit_generator)(seed).state
+    elif isinstance(source, torch.Generator):
+        source.manual_seed(seed)
+    else:
+        source.seed(seed % 2**32)
+
+
+def generators_in(value: Any, depth: int = MAX_DEPTH) -> list[Any]:
+    """Those of :data:`RANDOM` that an attribute is or holds."""
+    if isinstance(value, RANDOM):
+        return [value]
+    members: Any = ()
+    if depth and isinstance(value, dict):
+        members = value.values()
+    elif depth and isinstance(value, (list, tuple)):
+        members = value
+    elif depth and not isinstance(value, Tensor) and (is_users(value) or isinstance(value, nn.Module)):
+        members = vars(value).values()
+    return [found for member in list(members)[:MAX_ITEMS] for found in generators_in(member, depth - 1)]
+
+
 def _nowhere(_: Any) -> None:
     """What a tuple holds cannot be exchanged."""
 
@@ -229,8 +253,10 @@ __all__ = [
     "LiveIterator",
     "connections",
     "contents_kept",
+    "generators_in",
     "is_live_iterator",
     "is_users",
     "random_state",
+    "seed_random",
     "set_random_state",
 ]

@@ -412,7 +412,7 @@ class Objective:
         with torch.no_grad(), preserve_rng():
             before = global_states()
             first = self.loss(batch)
-            drew = global_states() != before
+            drew = global_states() != before  # a generator of its own that is put back is seeded from there
             slack = (2e-2 if self.autocast else 1e-4) * first.abs()
             return drew or bool((self.loss(batch) - first).abs() > slack)  # generators of its own, unseeded
 

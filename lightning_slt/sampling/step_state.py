@@ -12,10 +12,20 @@ from collections import deque
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_slt.sampling.belongings import MAX_BYTES, MAX_DEPTH, MAX_ITEMS, RANDOM, is_users, random_state
+from lightning_slt.sampling.belongings import (
+    MAX_BYTES,
+    MAX_DEPTH,
+    MAX_ITEMS,
+    RANDOM,
+    generators_in,
+    is_users,
+    random_state,
+    seed_random,
+)
 from lightning_slt.sampling.shadow import without_compile
 from lightning_slt.sampling.step_tensors import fingerprint
 
@@ -55,6 +65,7 @@ class StepState:
                 self._values[place] = copy.deepcopy(vars(owner).get(place[1], _ABSENT), {**memo, id(_ABSENT): _ABSENT})
             except Exception as error:
                 log.debug(f"{'.'.join(place)} is not put back: {type(error).__name__}: {error}")
+        self._drawn_from = {place for place, value in self._values.items() if generators_in(value)}
 
     def __bool__(self) -> bool:
         return bool(self._values)
@@ -65,7 +76,8 @@ class StepState:
         return sorted(".".join(filter(None, place)) for place in self._values)
 
     def put_back(self, module: nn.Module) -> None:
-        """Make the attributes of ``module``, a private copy, what they were."""
+        """Make the attributes of ``module``, a private copy, what they were; but generators begin with a number of the
+        global one, which has been seeded for the step: as they were, every minibatch would have the same numbers."""
         if module not in self._owners:
             parts = dict(module.named_modules())
             places = [place for place in self._values if place[0] in parts]
@@ -84,6 +96,8 @@ class StepState:
                 attributes[key] = copy.copy(value)
             else:
                 attributes[key] = copy.deepcopy(value, dict(memo))
+            for source in generators_in(attributes[key]) if place in self._drawn_from else ():
+                seed_random(source, int(torch.randint(2**62, ())))
 
     def forget(self, module: nn.Module) -> None:
         """A private copy that is given up."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning import LightningModule
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from lightning_slt import MALA, SGLD, estimate_llc
 from lightning_slt.sampling.batches import DatasetSource
+from lightning_slt.sampling.belongings import random_state
 from lightning_slt.sampling.objective import Objective
 from tests.cases.problems import half_squared_error, regular
 from tests.cases.theory import regular_llc
@@ -35,6 +40,47 @@ def test_the_noise_of_the_step_is_in_the_error(seed: int) -> None:
     assert est.se < 0.4
     assert abs(est.mean - truth) < 2.5 * est.se
     assert "draws random numbers" in est.method_reason
+
+
+class OwnGenerator(LightningModule):
+    """With an intercept: numbers that are the same for every minibatch would move it by their mean."""
+
+    def __init__(self, generator: Any) -> None:
+        super().__init__()
+        self.net, self.shift = copy.deepcopy(CASE.module), nn.Parameter(torch.zeros(()))
+        self.generators = {"of targets": generator}
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        own = self.generators["of targets"]
+        if isinstance(own, torch.Generator):
+            noise = torch.randn(y.shape, generator=own)
+        else:
+            noise = torch.from_numpy(own.normal(size=tuple(y.shape))).float()
+        return 0.5 * (y + noise - self.net(x) - self.shift).square().mean()
+
+
+@pytest.mark.parametrize(
+    "generator", [lambda: torch.Generator().manual_seed(1), lambda: np.random.default_rng(1)], ids=["torch", "numpy"]
+)
+def test_a_generator_of_the_module_s_own_gives_other_numbers_at_each_step(generator: Callable[[], Any]) -> None:
+    x, y = CASE.dataset.tensors
+    data = TensorDataset(x - x.mean(0), y - y.mean())
+    module = OwnGenerator(generator())
+    solution = torch.linalg.lstsq(data.tensors[0].double(), data.tensors[1].double()).solution
+    with torch.no_grad():
+        module.net.weight.copy_(solution.T)
+    before = copy.deepcopy(module.generators["of targets"])
+    est = estimate_llc(module, data, sampler=SGLD(lr=3e-4), **CHAINS)
+    truth = regular_llc([*CASE.hessian, 1.0], est.nbeta, est.localization)
+    assert est.valid, est.reasons
+    assert abs(est.mean - truth) < 2.5 * est.se
+    assert random_state_of(module.generators["of targets"]) == random_state_of(before)
+
+
+def random_state_of(source: Any) -> str:
+    state = random_state(source)
+    return str(state.tolist() if isinstance(state, Tensor) else state)
 
 
 @pytest.mark.parametrize(
