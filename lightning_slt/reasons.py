@@ -42,6 +42,8 @@ class Kind(Enum):
     """The weights are: their last digit is not small beside a step."""
     NOT_FINITE = auto()
     """Some minibatches have no finite loss at the weights under study."""
+    EVAL_MODE = auto()
+    """Some weights reach the loss in training mode alone."""
     SUM = auto()
     """The loss is summed over the minibatch, and nbeta is that of a mean."""
 

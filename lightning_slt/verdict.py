@@ -15,6 +15,7 @@ from lightning_slt.reasons import NOT_ARRIVED, TOO_WIDE, Kind, Reason, sentences
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.calibration import MAX_VIRIAL, MIN_VIRIAL, Drawn
 from lightning_slt.sampling.chains import Chains
+from lightning_slt.sampling.eval_mode import misfit_of_eval
 from lightning_slt.sampling.layout import BLOCK
 from lightning_slt.sampling.minibatch_heat import held_by_thermostat
 from lightning_slt.sampling.readings import diverged, heat_of, virial_of_chains, virial_readings
@@ -147,7 +148,8 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
         *_reasons_of_heat(cooled, summary, drawn, chains),
         *_reasons_of_width(ratios, cooled, summary, drawn),
         *_reasons_of_rounding(init_loss, summary, chains),
-        *_reasons_of_coarse_weights(drawn.lr, chains),
+        *reasons_of_coarse_weights(drawn.lr, chains),
+        *(Reason(Kind.EVAL_MODE, sentence) for sentence in misfit_of_eval(chains.objective)),
         *(Reason(Kind.SUM, sentence) for sentence in misfit_of_sum(chains.objective, chains.source, posterior.nbeta)),
     )
     estimate = Estimate(
@@ -312,7 +314,8 @@ def weight_rounding(chains: Chains, lr: float) -> float:
     return float(layout.sum(total)) / layout.num_weights
 
 
-def _reasons_of_coarse_weights(lr: float, chains: Chains) -> Iterator[Reason]:
+def reasons_of_coarse_weights(lr: float, chains: Chains) -> Iterator[Reason]:
+    """Why chains of step size ``lr`` are not those of the posterior for the rounding of their weights; none mostly."""
     share = weight_rounding(chains, lr)
     if share > MAX_WEIGHT_ROUNDING:
         kind = str(chains.objective.anchor.dtype).removeprefix("torch.")

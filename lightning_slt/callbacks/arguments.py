@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -31,6 +31,22 @@ def warn_of_untrained(trainer: Trainer, module: nn.Module) -> None:
             f"SLTMonitor: {len(names)} parameters are in no optimizer and want a gradient ({some}): the chains move "
             "them as well. restrict=[...] names those that are to move; requires_grad_(False) holds others."
         )
+
+
+def warn_of_other_curve(states: Mapping[str, Any], callback: Callback, trainer: Trainer) -> None:
+    """Say that a resumed run begins a curve of its own, where its checkpoint has one of a monitor of other settings."""
+    kind = type(callback).__name__
+    claimed = {other.state_key for other in trainer.callbacks}  # type: ignore[attr-defined]
+    curves = [state for key, state in states.items() if key.startswith(f"{kind}{{") and key not in claimed]
+    curves = [state for state in curves if state and state.get("estimates")]
+    if callback.state_key in states or not curves:
+        return
+    gammas = ", ".join(f"{float(state['localization']):.4g}" for state in curves)
+    rank_zero_warn(
+        f"{kind}: the checkpoint has the curve of a monitor of other settings or another name, which this one does not "
+        "go on with: it begins a folder, chains and a localization of its own. Give it the settings that it had, or, "
+        f"from the first run on, name=: then settings may change. localization={gammas} keeps the numbers comparable."
+    )
 
 
 def is_smoke_test(trainer: Trainer) -> bool:

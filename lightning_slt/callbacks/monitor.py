@@ -13,6 +13,7 @@ from typing import Any, Optional, Union
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -22,6 +23,7 @@ from lightning_slt.callbacks.arguments import (
     is_smoke_test,
     listed,
     plain,
+    warn_of_other_curve,
     warn_of_untrained,
 )
 from lightning_slt.callbacks.background import BackgroundFirings, warn_of_lost
@@ -480,6 +482,11 @@ class SLTMonitor(InsideFirings):
             "skipped": self._skipped,
             "pending": self._beside.state_dict() if self._beside is not None else [],
         }
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if trainer.state.fn == TrainerFn.FITTING:
+            warn_of_other_curve(checkpoint.get("callbacks", {}), self, trainer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._keeps(bool(self.estimates)) or not state_dict:

@@ -14,12 +14,13 @@ from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.chains import Progress
 from lightning_slt.sampling.collective import Collective
+from lightning_slt.sampling.eval_mode import misfit_of_eval
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged
 from lightning_slt.sampling.segment import STATS_EVERY
 from lightning_slt.sampling.sums import misfit_of_sum
-from lightning_slt.verdict import heat_in_covariances, read_llc
+from lightning_slt.verdict import heat_in_covariances, read_llc, reasons_of_coarse_weights
 
 READ_COST = 0.3
 """Cost of reading the samples' losses, in units of that of moving the chains, in a firing of the monitor."""
@@ -91,7 +92,9 @@ def measure_both(
     influence = readers[0].read(segment.read, good, chains.posterior, source.num_samples)
     # what the step heats is taken off the learning coefficient, and stays in covariances
     more, notes = heat_in_covariances(drawn, chains, estimate)
-    reasons = (*influence.reasons, *more, *misfit_of_sum(objective, source, chains.posterior.nbeta))
+    coarse = (reason.sentence for reason in reasons_of_coarse_weights(drawn.lr, chains))
+    misfits = (*misfit_of_eval(objective), *misfit_of_sum(objective, source, chains.posterior.nbeta))
+    reasons = (*influence.reasons, *more, *coarse, *misfits)
     influence = influence.replace(valid=not reasons, reasons=reasons, notes=(*influence.notes, *notes))
     seconds = time.perf_counter() - start
     return estimate.replace(seconds=seconds), influence.replace(seconds=seconds)

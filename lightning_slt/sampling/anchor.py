@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from lightning_slt.sampling.batches import MinibatchSource
+from lightning_slt.sampling.eval_mode import only_in_training, refuse_without_gradient
 from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.rng import seed_globals
 from lightning_slt.sampling.shadow import CopyError
 from lightning_slt.sampling.steps import EVAL_MODE, NO_LOSS, NoLossError
 from lightning_slt.sampling.sums import is_sum
@@ -63,6 +66,10 @@ def _opened(objective: Objective, source: MinibatchSource) -> float:
         if len(window.anchor_loss) >= PROBED_BATCHES:
             break
     if window.anchor_loss:
+        if objective.unreached:
+            with objective.active():
+                objective.only_in_training = only_in_training(objective, window)
+                refuse_without_gradient(objective, window[next(iter(window.anchor_loss))])
         return next(iter(window.anchor_loss.values()))
     raise NoLossError(NO_LOSS)
 
@@ -121,3 +128,26 @@ def measure_anchor(objective: Objective, window: Window, indices: Tensor) -> Ten
         without = torch.isin(indices, torch.tensor(sorted(window.without_loss)))
         indices = torch.where(without, usable[indices % len(usable)], indices)
     return indices
+
+
+def anchor_of_steps(objective: Objective, window: Window, indices: Tensor, seeds: Tensor) -> Tensor:
+    """The loss at ``w*`` of every step by itself, for a step that draws random numbers: with those numbers.
+
+    Of other ones it would be off by what they change, by the same at all steps of all chains: no error tells.
+
+    Args:
+        objective: the loss, active, with ``w*`` in its weights.
+        window: of the minibatches.
+        indices: ``[chains, steps]``, which minibatch each chain is about to see.
+        seeds: ``[chains, steps]``, of the numbers.
+
+    Returns:
+        ``[chains, steps]`` float64; NaN where there is no loss.
+    """
+    losses = torch.full(indices.shape, torch.nan, dtype=torch.float64)
+    for chain, (row, own) in enumerate(zip(indices.tolist(), seeds.tolist(), strict=True)):
+        for t, (number, seed) in enumerate(zip(row, own, strict=True)):
+            seed_globals(seed)
+            with suppress(NoLossError), torch.no_grad():
+                losses[chain, t] = float(objective.loss(window[number]))
+    return losses

@@ -78,7 +78,7 @@ def connections(module: nn.Module) -> dict[int, Any]:
 def contents_kept(module: nn.Module) -> Iterator[None]:
     """Put back what the attributes of a module hold, in the same objects, and let no iterator among it be read."""
     with ExitStack() as undo:
-        seen = {id(t) for t in (*module.parameters(), *module.buffers())}
+        seen = {id(own) for own in (*module.parameters(), *module.buffers(), *module.modules())}
         for name, part in module.named_modules():
             where = f"{type(module).__name__}.{name}" if name else type(module).__name__
             for key, value in list(vars(part).items()):
@@ -98,7 +98,7 @@ def _keep(
     value: Any, path: str, put: Callable[[Any], None], seen: set[int], undo: ExitStack, depth: int = MAX_DEPTH
 ) -> None:
     """Note how ``value`` is put back; ``put`` writes another value to where it is."""
-    if value is None or isinstance(value, (str, bytes, int, float, bool, type, nn.Module)) or id(value) in seen:
+    if value is None or isinstance(value, (str, bytes, int, float, bool, type)) or id(value) in seen:
         return
     if depth == 0:
         return
@@ -125,11 +125,31 @@ def _keep(
     elif is_live_iterator(value) and not is_users(value):
         undo.callback(put, value)
         put(LiveIterator(path))
+    elif isinstance(value, nn.Module):
+        _keep_module(value, path, seen, undo, depth)
     elif is_users(value):
         own = vars(value)
         undo.callback(_restore_dict, own, dict(own))
         for name, item in list(own.items()):
             _keep(item, f"{path}.{name}", _setter(own, name), seen, undo, depth - 1)
+
+
+def _keep_module(module: nn.Module, path: str, seen: set[int], undo: ExitStack, depth: int) -> None:
+    """One that is kept where torch does not know of it (a teacher in a list): its tensors and attributes."""
+    parts = [part for part in module.modules() if part is module or id(part) not in seen]
+    tensors = [t for part in parts for t in (*part.parameters(recurse=False), *part.buffers(recurse=False))]
+    if sum(t.numel() * t.element_size() for t in tensors) > MAX_BYTES or isinstance(module, torch.jit.ScriptModule):
+        return
+    for part in parts:
+        seen.add(id(part))
+        for holder in (part._parameters, part._buffers):
+            undo.callback(_restore_dict, holder, dict(holder))
+        own = vars(part)
+        undo.callback(_restore_dict, own, dict(own))
+        for name, item in [(name, item) for name, item in own.items() if name not in _OWN]:
+            _keep(item, f"{path}.{name}", _setter(own, name), seen, undo, depth - 1)
+    for tensor in tensors:
+        _keep(tensor, path, _nowhere, seen, undo, depth)
 
 
 def _keep_items(
@@ -143,7 +163,7 @@ def _keep_items(
 def _can_be_kept(tensor: Tensor) -> bool:
     """A plain one of memory of its own: an inference tensor cannot be changed here, and what a sharding strategy has
     put in the place of a weight may have no memory at the moment."""
-    if tensor.is_inference() or tensor.layout != torch.strided or type(tensor) is not Tensor:
+    if tensor.is_inference() or tensor.layout != torch.strided or type(tensor) not in (Tensor, nn.Parameter):
         return False
     size = tensor.numel() * tensor.element_size()
     return size <= MAX_BYTES and tensor.untyped_storage().nbytes() > 0
@@ -151,7 +171,7 @@ def _can_be_kept(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def _restore_tensor(tensor: Tensor, before: Tensor, version: int) -> None:
-    if tensor._version != version:
+    if tensor._version != version or not torch.equal(tensor, before):  # through .data the version stays
         tensor.copy_(before)
 
 
@@ -191,6 +211,30 @@ def set_random_state(source: Any, state: Any) -> None:
         source.set_state(state)
 
 
+def seed_random(source: Any, seed: int) -> None:
+    """Begin one of :data:`RANDOM` anew."""
+    if isinstance(source, np.random.Generator):
+        source.bit_generator.state = type(source.bit_generator)(seed).state
+    elif isinstance(source, torch.Generator):
+        source.manual_seed(seed)
+    else:
+        source.seed(seed % 2**32)
+
+
+def generators_in(value: Any, depth: int = MAX_DEPTH) -> list[Any]:
+    """Those of :data:`RANDOM` that an attribute is or holds."""
+    if isinstance(value, RANDOM):
+        return [value]
+    members: Any = ()
+    if depth and isinstance(value, dict):
+        members = value.values()
+    elif depth and isinstance(value, (list, tuple)):
+        members = value
+    elif depth and not isinstance(value, Tensor) and (is_users(value) or isinstance(value, nn.Module)):
+        members = vars(value).values()
+    return [found for member in list(members)[:MAX_ITEMS] for found in generators_in(member, depth - 1)]
+
+
 def _nowhere(_: Any) -> None:
     """What a tuple holds cannot be exchanged."""
 
@@ -209,8 +253,10 @@ __all__ = [
     "LiveIterator",
     "connections",
     "contents_kept",
+    "generators_in",
     "is_live_iterator",
     "is_users",
     "random_state",
+    "seed_random",
     "set_random_state",
 ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
-from lightning_slt.sampling.anchor import measure_anchor
+from lightning_slt.sampling.anchor import anchor_of_steps, measure_anchor
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.chunk import Chunk, GradientMoments, num_noise_squares
 from lightning_slt.sampling.collective import Collective, RankLostError, own_chains
@@ -21,7 +21,7 @@ from lightning_slt.sampling.layout import BLOCK
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.paths import Choice, choose_engine
 from lightning_slt.sampling.randomness import Randomness
-from lightning_slt.sampling.rng import START, generator
+from lightning_slt.sampling.rng import START, STEP, derive_seed, generator, seed_globals
 from lightning_slt.sampling.samplers import Sampler, SamplerState, empty_state
 from lightning_slt.sampling.segment import READINGS, STATS_EVERY, Segment
 from lightning_slt.sampling.weight_reader import Readout, WeightReader, join_reads, num_reads
@@ -67,6 +67,11 @@ class Chains:
     ) -> None:
         self.objective, self.source, self.posterior, self.sampler = objective, source, posterior, sampler
         self.layout = objective.layout
+        if sampler.full_batch and objective.draws:
+            raise ValueError(
+                f"sampler={type(sampler).__name__}() accepts or rejects by the difference of two losses, and the step "
+                "draws random numbers, which move it: use SGLD(), or a loss_fn that draws none."
+            )
         self.num_chains = num_chains
         self.collective = collective
         self.progress = progress or (lambda steps: None)
@@ -129,6 +134,8 @@ class Chains:
                 rows = weights[start : start + width]
                 self._engine.bind(rows, grad[: len(rows)])
                 for i in batches:
+                    if self.objective.draws:  # what differs between weights is the weights' doing
+                        seed_globals(derive_seed(self.seed, STEP, i))
                     self._engine(window, torch.full((len(rows),), i))
                     total[start : start + width] += grad[: len(rows)]
         finally:
@@ -249,6 +256,8 @@ class Chains:
     def _advance_window(self, window: Window, steps: int, lr: float) -> Segment:
         chains = len(self.numbers)
         indices = measure_anchor(self.objective, window, self._pick(window, steps))
+        seeds = self._seeds(steps) if self.objective.draws else None
+        anchor = anchor_of_steps(self.objective, window, indices, seeds) if seeds is not None else None
         preconditioned = self._state.preconditioner is not None
         losses = torch.zeros(chains, steps, dtype=torch.float64)
         readings = torch.zeros(5 if preconditioned else 3, chains, num_reads(steps, STATS_EVERY), dtype=torch.float64)
@@ -263,7 +272,8 @@ class Chains:
             for start in range(0, chains, width):
                 rows = slice(start, min(start + width, chains))
                 readout = Readout(self.reader, self.read_every)
-                moved = self._chunk(rows).move(window, indices[rows], lr, readout, reads_noise=noise is not None)
+                own = seeds[rows] if seeds is not None else None
+                moved = self._chunk(rows).move(window, indices[rows], lr, readout, noise is not None, own)
                 losses[rows], readings[:, rows] = moved.losses, moved.readings
                 if noise is not None and moved.noise_square is not None:
                     noise[rows] = moved.noise_square
@@ -271,7 +281,9 @@ class Chains:
                 self.progress(steps * (rows.stop - rows.start))
         finally:
             self._engine.release()
-        anchor = torch.tensor([[window.anchor_loss[i] for i in row] for row in indices.tolist()], dtype=torch.float64)
+        if anchor is None:
+            table = [[window.anchor_loss[i] for i in row] for row in indices.tolist()]
+            anchor = torch.tensor(table, dtype=torch.float64)
         owner = 0 if self.source.shared else self.collective.rank
         used = {(owner, self._window_index, i): window.anchor_loss[i] for i in indices.unique().tolist()}
         acceptance = None
@@ -305,6 +317,12 @@ class Chains:
             randomness=self._randomness[rows],
             moments=self._moments,
         )
+
+    def _seeds(self, steps: int) -> Tensor:
+        """``[chains, steps]``, of the random numbers that the user's step draws."""
+        streams = [own.steps for own in self._randomness]
+        seeds = [torch.randint(2**62, (steps,), generator=g) for g in streams]
+        return torch.stack(seeds) if seeds else torch.empty(0, steps, dtype=torch.long)
 
     def _pick(self, window: Window, steps: int) -> Tensor:
         """Which minibatch each chain sees at each step, ``[chains, steps]``.

@@ -17,6 +17,7 @@ from lightning_slt.sampling.engines import Engine, SequentialEngine
 from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.noise import NormalStream
 from lightning_slt.sampling.randomness import Randomness
+from lightning_slt.sampling.rng import seed_globals
 from lightning_slt.sampling.samplers import Sampler, SamplerState
 from lightning_slt.sampling.segment import NOISE_EVERY, STATS_EVERY
 from lightning_slt.sampling.steps import NoLossError
@@ -123,7 +124,15 @@ class Chunk:
             self._blocks.append(_Block(*views, inner, share))
         self._state = self._blocks[0].state
 
-    def move(self, window: Window, indices: Tensor, lr: float, readout: Readout, reads_noise: bool) -> Moved:
+    def move(
+        self,
+        window: Window,
+        indices: Tensor,
+        lr: float,
+        readout: Readout,
+        reads_noise: bool,
+        seeds: Tensor | None = None,
+    ) -> Moved:
         """Move every chain one step for each column.
 
         Args:
@@ -132,6 +141,8 @@ class Chunk:
             lr: the step size.
             readout: offered the weights that each step begins with.
             reads_noise: whether a second gradient is taken now and then (``Segment.noise_square``).
+            seeds: ``[k, steps]``, of the random numbers that the user's step draws; None where it draws none. Chains
+                go one after another then.
 
         Raises:
             NoLossError: where a minibatch has no loss.
@@ -140,7 +151,7 @@ class Chunk:
         self._engine.bind(self._weights, self._grad)
         if not isinstance(self._engine, SequentialEngine):
             indices = indices.to(self._weights.device)  # all at once: a copy at a step would make the GPU wait for it
-        loss_at = self._losses(window, indices)
+        loss_at = self._losses(window, indices, seeds)
         steps = indices.shape[1]
         losses: list[Tensor] = []
         readings: list[Tensor] = []
@@ -158,7 +169,7 @@ class Chunk:
                     if self._moments is not None and self._layout.all_finite(self._grad):
                         self._moments.add(self._grad)
                 if reads_noise and t % NOISE_EVERY == NOISE_EVERY // 2:
-                    squares.append(self._noise_square(window, indices, t))
+                    squares.append(self._noise_square(window, indices, t, loss_at))
                 readout.offer(t, self._weights, self._grad, self._state)
                 loss = self._update(loss, lr)
             losses.append(loss)
@@ -172,12 +183,18 @@ class Chunk:
             readout.table(steps, self._weights),
         )
 
-    def _losses(self, window: Window, indices: Tensor) -> Callable[[int], Tensor]:
+    def _losses(self, window: Window, indices: Tensor, seeds: Tensor | None) -> Callable[[int], Tensor]:
         """The loss of each chain at a step, its gradient left in the memory for it."""
         engine = self._engine
         if isinstance(engine, SequentialEngine):
-            numbers = indices[0].tolist()
-            return lambda t: engine.step(window[numbers[t]])
+            numbers, own = indices[0].tolist(), seeds[0].tolist() if seeds is not None else None
+
+            def loss_at(t: int) -> Tensor:
+                if own is not None:
+                    seed_globals(own[t])
+                return engine.step(window[numbers[t]])
+
+            return loss_at
         return lambda t: engine(window, indices[:, t])
 
     def _diverged(self, error: Exception) -> bool:
@@ -221,7 +238,7 @@ class Chunk:
         for block, noise in self._drawn([own.last_noise for own in self._randomness if own.last_noise is not None]):
             self._sampler.share_(block.weights, noise, lr)  # type: ignore[attr-defined]
 
-    def _noise_square(self, window: Window, indices: Tensor, t: int) -> Tensor:
+    def _noise_square(self, window: Window, indices: Tensor, t: int, loss_at: Callable[[int], Tensor]) -> Tensor:
         """``[k]``, a draw of ``xi.P xi``, xi the part of a gradient that is its minibatch's own: on average it is half
         of the square of the difference of two minibatches' gradients. The gradients are left as they were.
 
@@ -246,7 +263,7 @@ class Chunk:
             grad.copy_(kept)
         else:
             with torch.enable_grad():
-                engine(window, indices[:, t])
+                loss_at(t)
         return square
 
     def _grad_square(self) -> Tensor:

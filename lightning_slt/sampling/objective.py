@@ -20,6 +20,7 @@ from lightning_slt.sampling.borrowing import borrow, buffers_kept, prepare
 from lightning_slt.sampling.graphs import ends_in_sum
 from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.restriction import Restriction, select_parameters
+from lightning_slt.sampling.rng import global_states, preserve_rng
 from lightning_slt.sampling.shadow import (
     CopyError,
     copy_with_hooks,
@@ -75,10 +76,17 @@ class Objective:
         differentiates: the step itself asks for derivatives (a gradient penalty, an adversarial input): it is called
             with gradients on, also where only its value is wanted.
         ends_in_sum: the last thing that the first loss was made by is a sum, by its graph.
+        unreached: moving weights that the loss of the first batch does not depend on.
+        only_in_training: those of them that it depends on in training mode, of several batches.
+        draws: the step draws random numbers, so that its loss is one of many: chains compare it with that of the same
+            numbers at ``w*``.
         is_sum: the loss of a batch is the sum over its samples, as far as the first batch showed.
     """
 
     differentiates = False
+    unreached: tuple[str, ...] = ()
+    only_in_training: tuple[str, ...] = ()
+    draws = False
     ends_in_sum = False
     is_sum = False
 
@@ -292,24 +300,28 @@ class Objective:
                 self._find_written(batch)
         with self.active():
             self._mutates = self._changes(batch)
+            self.draws = self._draws(batch)
 
     def has_loss_in_training(self, batch: Any) -> bool:
-        """Whether the step, which has failed, gives a loss in training mode; tried once, on another copy.
+        """Whether the step, which has failed, gives a loss in training mode; tried once."""
+        return self.in_training(lambda twin: bool(self._loss_on(twin, clone(batch)).ndim == 0), False)
+
+    def in_training(self, ask: Callable[[nn.Module], _T], otherwise: _T) -> _T:
+        """What is asked of another copy in training mode, without hooks; ``otherwise`` where that cannot be tried.
 
         It is not tried with a module that is called in place, nor where there are several ranks: in training mode some
         layers ask the others.
         """
         if self.borrowed or (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return False
+            return otherwise
         try:
-            with buffers_kept(self._live), as_interpreted(), apart(), torch.no_grad():
+            with buffers_kept(self._live), as_interpreted(), apart(), torch.no_grad(), preserve_rng():
                 twin = self.copy_module(stand_ins=True).train()
                 take_hooks(twin)
-                self._loss_on(twin, clone(batch))
+                return ask(twin)
         except Exception as error:
-            log.debug(f"nor does the step give a loss in training mode: {error}")
-            return False
-        return True
+            log.debug(f"the step gives no loss in training mode either: {error}")
+            return otherwise
 
     def _adapt_copy(self, batch: Any) -> None:
         before = look(self.module)
@@ -322,7 +334,7 @@ class Objective:
         with self._moved() if taken or steps.metrics_of(self.module) else nullcontext():
             without = self._loss_or_none(batch) if taken else None
             put_hooks_back(taken)
-            with torch.no_grad():
+            with torch.no_grad(), preserve_rng(0):
                 reference = self._loss_on(self.module, clone(batch))
             if taken and _same(without, reference):
                 take_hooks(self.module)
@@ -342,7 +354,7 @@ class Objective:
     def _loss_or_none(self, batch: Any) -> Optional[Tensor]:
         """The loss of a copy of the batch; None where the step fails."""
         try:
-            with torch.no_grad():
+            with torch.no_grad(), preserve_rng(0):  # a step that draws: the same numbers each time
                 return self._loss_on(self.module, clone(batch))
         except Exception:
             return None
@@ -395,6 +407,15 @@ class Objective:
         same = after[1] == before[1] and all(a is b for a, b in zip(after[0], before[0], strict=True))
         return not same or _versions(trial) != versions
 
+    def _draws(self, batch: Any) -> bool:
+        """Whether the step draws from a global generator, or gives another loss when it is asked again."""
+        with torch.no_grad(), preserve_rng():
+            before = global_states()
+            first = self.loss(batch)
+            drew = global_states() != before  # a generator of its own that is put back is seeded from there
+            slack = (2e-2 if self.autocast else 1e-4) * first.abs()
+            return drew or bool((self.loss(batch) - first).abs() > slack)  # generators of its own, unseeded
+
     def _check_own_weights(self, batch: Any) -> None:
         """The loss must depend on the copy's weights and on nothing of the live module (a closure kept as attribute).
 
@@ -411,8 +432,11 @@ class Objective:
         except RuntimeError as error:
             # re-entrant checkpointing knows only backward(); a loss without any gradient shows in the chains
             log.debug(f"could not check which weights the loss depends on: {error}")
+            if _NO_GRAPH in str(error):
+                self.unreached = tuple(self.names)
             return
         if all(g is None for g in grads[len(own) :]):
+            self.unreached = tuple(name for name, g in zip(self.names, grads, strict=False) if g is None)
             return
         message = (
             f"the loss of a copy of {type(self._live).__name__} still reads the live weights: an attribute is a "

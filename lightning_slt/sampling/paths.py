@@ -140,6 +140,8 @@ def choose_engine(objective: Objective, window: Window, num_chains: int, method:
         refusal = "half-precision weights are rounded from float32 masters"
     elif objective.writes:
         refusal = "the step writes to buffers or frozen weights, which are put back before every call"
+    elif objective.draws:
+        refusal = "the step draws random numbers, those of each chain's own"
     else:
         refusal = window.unlike
     if refusal:

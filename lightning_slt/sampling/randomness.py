@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_slt.sampling.noise import NormalStream, normal_stream
-from lightning_slt.sampling.rng import CHOICE, MINIBATCHES, NOISE, generator
+from lightning_slt.sampling.rng import CHOICE, MINIBATCHES, NOISE, STEP, generator
 from lightning_slt.sampling.samplers import Sampler
 
 
@@ -19,6 +19,7 @@ class Randomness:
         minibatches: chooses its minibatches.
         choice: decides whether a proposal is accepted.
         noise: moves it.
+        steps: seeds what the user's step draws by itself.
         last_noise: the same numbers again, a step later, so that nothing has to be kept of them; None for a sampler
             that does not share its noise between two steps.
         has_last: whether there was a step before, since the numbers began.
@@ -27,6 +28,7 @@ class Randomness:
     minibatches: torch.Generator
     choice: torch.Generator
     noise: NormalStream
+    steps: torch.Generator
     last_noise: NormalStream | None
     has_last: bool = False
 
@@ -43,5 +45,6 @@ class Randomness:
             minibatches=generator(seed, chain, MINIBATCHES, part),
             choice=generator(seed, chain, CHOICE, part, device=device),
             noise=normal(),
+            steps=generator(seed, chain, STEP, part),
             last_noise=normal() if sampler.shares_noise else None,
         )

@@ -299,3 +299,4 @@ class ShardedObjective(Objective):
         with self.active():
             self._find_written(clone(batch))
             self._mutates = self._changes(batch)
+            self.draws = self._draws(batch)

@@ -41,7 +41,7 @@ from lightning_slt.sampling.engines import sequential_engine
 from lightning_slt.sampling.noise import normal_stream
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import heat_of
-from lightning_slt.sampling.rng import PROBE
+from lightning_slt.sampling.rng import PROBE, STEP, derive_seed, seed_globals
 from lightning_slt.sampling.samplers.base import Sampler
 from lightning_slt.sampling.segment import Segment
 from lightning_slt.sampling.steps import NoLossError
@@ -97,7 +97,9 @@ def first_step(
 
     def add_gradients(direction: Tensor, radius: float) -> None:
         torch.add(anchor, direction, alpha=radius, out=weights[0])
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            if objective.draws:  # of the same numbers on both sides
+                seed_globals(derive_seed(seed, STEP, number))
             engine.step(batch, keep=True)
 
     layout = objective.layout

@@ -12,11 +12,22 @@ from collections import deque
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_slt.sampling.belongings import MAX_DEPTH, MAX_ITEMS, RANDOM, is_users, random_state
+from lightning_slt.sampling.belongings import (
+    MAX_BYTES,
+    MAX_DEPTH,
+    MAX_ITEMS,
+    RANDOM,
+    generators_in,
+    is_users,
+    random_state,
+    seed_random,
+)
 from lightning_slt.sampling.shadow import without_compile
+from lightning_slt.sampling.step_tensors import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +65,7 @@ class StepState:
                 self._values[place] = copy.deepcopy(vars(owner).get(place[1], _ABSENT), {**memo, id(_ABSENT): _ABSENT})
             except Exception as error:
                 log.debug(f"{'.'.join(place)} is not put back: {type(error).__name__}: {error}")
+        self._drawn_from = {place for place, value in self._values.items() if generators_in(value)}
 
     def __bool__(self) -> bool:
         return bool(self._values)
@@ -64,7 +76,8 @@ class StepState:
         return sorted(".".join(filter(None, place)) for place in self._values)
 
     def put_back(self, module: nn.Module) -> None:
-        """Make the attributes of ``module``, a private copy, what they were."""
+        """Make the attributes of ``module``, a private copy, what they were; but generators begin with a number of the
+        global one, which has been seeded for the step: as they were, every minibatch would have the same numbers."""
         if module not in self._owners:
             parts = dict(module.named_modules())
             places = [place for place in self._values if place[0] in parts]
@@ -83,6 +96,8 @@ class StepState:
                 attributes[key] = copy.copy(value)
             else:
                 attributes[key] = copy.deepcopy(value, dict(memo))
+            for source in generators_in(attributes[key]) if place in self._drawn_from else ():
+                seed_random(source, int(torch.randint(2**62, ())))
 
     def forget(self, module: nn.Module) -> None:
         """A private copy that is given up."""
@@ -91,8 +106,9 @@ class StepState:
 
 def look(module: nn.Module) -> dict[_Place, Any]:
     """What tells each attribute from what it is at another time."""
+    known = {id(part) for part in module.modules()}
     return {
-        (name, key): _print_of(value, MAX_DEPTH)
+        (name, key): _print_of(value, MAX_DEPTH, known)
         for name, part in module.named_modules()
         if not isinstance(part, (Metric, MetricCollection))
         for key, value in list(vars(part).items())
@@ -112,13 +128,15 @@ def changed_between(before: dict[_Place, Any], after: dict[_Place, Any]) -> dict
     }
 
 
-def _print_of(value: Any, depth: int) -> Any:
+def _print_of(value: Any, depth: int, known: set[int]) -> Any:
     """What tells ``value`` from another, or from itself at another time; collections are tuples that end in their
-    members."""
+    members. The modules in ``known`` are looked at by themselves."""
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         return repr(value)  # NaN is NaN
     if isinstance(value, Tensor):
-        return id(value), 0 if value.is_inference() else value._version
+        if value.is_inference() or value.numel() * value.element_size() > MAX_BYTES:
+            return id(value), 0 if value.is_inference() else value._version
+        return id(value), fingerprint(value)
     if isinstance(value, np.ndarray):
         return id(value), value.tobytes() if value.nbytes <= MAX_COMPARED_BYTES and not value.dtype.hasobject else None
     if isinstance(value, RANDOM):
@@ -128,11 +146,23 @@ def _print_of(value: Any, depth: int) -> Any:
         members = [*value, *value.values()]
     elif depth and isinstance(value, (list, tuple, set, deque)):
         members = list(value)
+    elif depth and isinstance(value, nn.Module):
+        members = _held_by(value, known)
     elif depth and is_users(value):
         members = list(vars(value).values())
-    if members is None or isinstance(value, nn.Module):
+    if members is None:
         return id(value)
-    return id(value), len(members), tuple(_print_of(member, depth - 1) for member in members[:MAX_ITEMS])
+    return id(value), len(members), tuple(_print_of(member, depth - 1, known) for member in members[:MAX_ITEMS])
+
+
+def _held_by(hidden: nn.Module, known: set[int]) -> list[Any]:
+    """What the parts of a module hold that is kept where torch does not know of it, in a list or an object."""
+    held: list[Any] = []
+    for part in hidden.modules():
+        if id(part) not in known:
+            held += [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+            held += [value for key, value in list(vars(part).items()) if key not in _OWN]
+    return held
 
 
 def _same_members(before: Any, after: Any) -> bool:

@@ -60,7 +60,7 @@ class TensorLook:
             if buffer is not None
         ]
         # no copies of these: they may be most of the model, and are hardly ever written to
-        self._frozen = [(name, p, _fingerprint(p)) for name, p in module.named_parameters() if id(p) not in numbers]
+        self._frozen = [(name, p, fingerprint(p)) for name, p in module.named_parameters() if id(p) not in numbers]
 
     def written(self, given: Callable[[str], Tensor]) -> StepTensors:
         """What has been written to since.
@@ -74,13 +74,13 @@ class TensorLook:
             if owner._buffers.get(name) is not buffer or buffer._version != version
         ]
         for name, parameter, before in self._frozen:
-            if _fingerprint(parameter) != before:
+            if fingerprint(parameter) != before:
                 path, _, last = name.rpartition(".")
                 values.append((self._module.get_submodule(path), last, given(name).to(parameter)))
         return StepTensors(values)
 
 
-def _fingerprint(parameter: Tensor) -> tuple[Any, ...]:
+def fingerprint(parameter: Tensor) -> tuple[Any, ...]:
     """What changes where a weight is written to, through ``.data`` too, which leaves its version as it was."""
     try:
         # of a shard what is here

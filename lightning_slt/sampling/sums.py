@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 FEW = 4
 """Samples that are counted once, twice and three times."""
+MORE, DRAWS = 64, 32
+"""So many, and so many draws of their loss, where a step draws random numbers."""
 IS_SUM = "the loss of a minibatch is a sum over its samples"
 
 
@@ -27,8 +29,9 @@ def is_sum(objective: Objective, batch: Any, batch_size: int) -> bool:
     """Whether twice the samples have twice the loss, and three times the samples three times.
 
     Tried where the graph of the loss ends in a sum. A loss that couples samples has something else. Where it cannot be
-    tried (a batch of one, tensors that do not all have the samples in front, shards, a step that draws random numbers,
-    a module that is called in place), it is no sum; nor is one that is divided, by the batch size or a constant.
+    tried (a batch of one, tensors that do not all have the samples in front, shards, a module that is called in place),
+    it is no sum; nor is one that is divided, by the batch size or a constant. Of a step that draws random numbers it is
+    the mean over some of them.
 
     Args:
         objective: active, with ``w*`` in its weights.
@@ -40,20 +43,30 @@ def is_sum(objective: Objective, batch: Any, batch_size: int) -> bool:
     shaped = [x for x in tensors_in(batch) if x.ndim > 0]
     if batch_size < 2 or not shaped or any(len(x) != batch_size for x in shaped) or objective.layout.sharded:
         return False
-    count = min(FEW, batch_size // 2)
+    count = min(MORE if objective.draws else FEW, batch_size // 2)
 
-    def times(number: int) -> float:
+    def times(number: int) -> Tensor:
         some = apply_to_collection(batch, Tensor, lambda x: torch.cat([x[:count]] * number) if x.ndim > 0 else x)
-        return float(objective.loss(some))
+        return torch.stack([objective.loss(some).double().cpu() for _ in range(DRAWS if objective.draws else 1)])
 
     try:
-        with preserve_rng(), torch.no_grad(), objective.elsewhere():
+        with preserve_rng(0), torch.no_grad(), objective.elsewhere():
             once = times(1)
-            slack = (2e-2 if objective.autocast else 1e-4) * abs(once)
-            return math.isfinite(once) and all(0 < slack >= abs(times(k) - k * once) for k in (2, 3))
+            size = abs(float(once.mean()))
+            slack = (2e-2 if objective.autocast else 1e-4) * size
+            return math.isfinite(size) and all(_is_multiple(times(k), once, k, slack) for k in (2, 3))
     except Exception as error:
         log.debug(f"could not see whether the loss is a sum over samples: {type(error).__name__}: {error}")
         return False
+
+
+def _is_multiple(more: Tensor, once: Tensor, k: int, slack: float) -> bool:
+    """Whether ``more`` is k times ``once``, and not as much: of several draws on average, within three errors."""
+    error = 0.0
+    if len(once) > 1:
+        error = 3 * math.sqrt((float(more.var()) + k**2 * float(once.var())) / len(once))
+    off = abs(float(more.mean()) - k * float(once.mean()))
+    return slack > 0 and off <= slack + error and 2 * error < (k - 1) * abs(float(once.mean()))
 
 
 def misfit_of_sum(objective: Objective, source: MinibatchSource, nbeta: float) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,26 @@ def test_callback_added_on_resume(tmp_path: Path) -> None:
     monitor = tiny_monitor(every_n_train_steps=2)
     resume(tmp_path, checkpoint, monitor)
     assert steps_of(monitor) == [6, 8, 10, 12]
+
+
+def test_another_cadence_on_resume_is_said_to_begin_another_curve(tmp_path: Path) -> None:
+    before = tiny_monitor(every_n_train_steps=2)
+    checkpoint = stopped_at_5(tmp_path, before)
+    again = tiny_monitor(every_n_train_steps=3)
+    gamma = f"{before.estimates[0].localization:.4g}"
+    with pytest.warns(UserWarning, match=rf"does not go on with.*name=.*localization={re.escape(gamma)} keeps"):
+        resume(tmp_path, checkpoint, again)
+    assert steps_of(again) == [6, 9, 12]
+
+
+def test_with_a_name_another_cadence_goes_on(tmp_path: Path) -> None:
+    checkpoint = stopped_at_5(tmp_path, tiny_monitor(every_n_train_steps=2, name="a"))
+    again = tiny_monitor(every_n_train_steps=3, name="a")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="SLTMonitor: the checkpoint")
+        resume(tmp_path, checkpoint, again)
+    assert steps_of(again) == [2, 4, 6, 9, 12]
+    assert len({e.localization for e in again.estimates}) == 1
 
 
 def test_a_callback_added_on_resume_keeps_its_cadence(tmp_path: Path) -> None:

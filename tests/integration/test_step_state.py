@@ -128,8 +128,27 @@ class InChild(Counts):
         return self.child.n
 
 
+class InHidden(Counts):
+    """As a teacher that shall not be in the checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = [nn.LayerNorm(1)]
+        self.hidden[0].requires_grad_(False).weight.zero_()
+
+    def count(self) -> Any:
+        self.hidden[0].weight.data.add_(1)
+        return self.hidden[0].weight.sum()
+
+
+class InData(InTensor):
+    def count(self) -> Any:
+        self.n.data.add_(1)
+        return self.n
+
+
 @pytest.mark.parametrize("method", ["sequential", "batched"])
-@pytest.mark.parametrize("module", [InNumber, InTensor, InArray, InList, InNested, InObject, InChild])
+@pytest.mark.parametrize("module", [InHidden, InData, InNumber, InTensor, InArray, InList, InNested, InObject, InChild])
 def test_a_count_is_put_back_wherever_it_is_kept(module: type[Counts], method: str, tmp_path: Path) -> None:
     counted = estimates(module, tmp_path, method=method)
     # buffers have no path through vmap, and are put back as ever; the paths agree to rounding

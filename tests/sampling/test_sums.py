@@ -46,6 +46,13 @@ def noisy(module: nn.Module, batch: Any) -> Tensor:
     return (batch[1] - module(batch[0] + 0.1 * torch.randn_like(batch[0]))).square().sum()
 
 
+def elbo(module: nn.Module, batch: Any) -> Tensor:
+    """A reconstruction and a Kullback-Leibler divergence, each summed: as in torch's example of a VAE."""
+    mean = module(batch[0])
+    drawn = mean + torch.randn_like(mean)
+    return nn.functional.mse_loss(drawn, batch[1], reduction="sum") + 0.5 * torch.sum(mean.square())
+
+
 @pytest.mark.parametrize(
     ("loss_fn", "batch_size", "expected"),
     [
@@ -57,7 +64,11 @@ def noisy(module: nn.Module, batch: Any) -> Tensor:
         (lambda m, b: (b[1] - m(b[0])).square(), 64, False),
         (penalised, 64, False),
         (contrastive, 64, False),
-        (noisy, 64, False),
+        (noisy, 64, True),
+        (elbo, 64, True),
+        (lambda m, b: elbo(m, b) / len(b[0]), 64, False),
+        (lambda m, b: noisy(m, b) + 100 * sum(p.square().sum() for p in m.parameters()), 64, False),
+        (lambda m, b: torch.randn(()) * sum_loss(m, b), 64, False),
         (lambda m, b: 0.0 * sum_loss(m, b), 64, False),
         (lambda m, b: nn.functional.mse_loss(m(b[0]), b[1], reduction="sum"), 64, True),
         (lambda m, b: sum_loss(m, b) + 0.5 * m(b[0]).square().sum(), 64, True),
@@ -65,7 +76,8 @@ def noisy(module: nn.Module, batch: Any) -> Tensor:
         (lambda m, b: sum_loss(m, b) / 64, 64, False),
     ],
     ids=[
-        *("sum", "of three", "of one", "mean", "scaled", "each", "penalised", "contrastive", "noisy", "zero"),
+        *("sum", "of three", "of one", "mean", "scaled", "each", "penalised", "contrastive", "noisy", "elbo"),
+        *("mean elbo", "noisy, penalised", "noise alone", "zero"),
         *("reduction", "of two", "divided", "divided by a constant"),
     ],
 )
@@ -78,7 +90,7 @@ def test_a_sum_is_told_from_what_is_none(loss_fn: LossFn, batch_size: int, expec
     open_window(objective, DatasetSource(case.dataset, batch_size))
     assert objective.is_sum is expected
     assert torch.equal(objective.anchor, torch.cat([p.detach().reshape(-1) for p in objective.parameters()]))
-    assert loss_fn is noisy or torch.equal(before, torch.get_rng_state())
+    assert objective.draws or torch.equal(before, torch.get_rng_state())
 
 
 def test_the_learning_coefficient_of_a_sum_is_not_valid_at_an_nbeta_that_was_derived() -> None:
