@@ -20,6 +20,7 @@ from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.sampling.arguments import check_count
 from lightning_slt.sampling.calibration import Drawn
 from lightning_slt.sampling.chains import Chains
+from lightning_slt.sampling.eval_mode import misfit_of_eval
 from lightning_slt.sampling.kinetic import COLD_BURNIN, STEP, KineticRun, KineticSampling, MakeSampler, run_kinetic
 from lightning_slt.sampling.metric import curvature_at
 from lightning_slt.sampling.objective import Objective
@@ -207,7 +208,7 @@ def estimate_influence(
         else:
             more, said = fit_for_covariances(drawn, chains)
             more += misfit_of_sum(objective, train, chains.posterior.nbeta)
-        reasons = (*found.reasons, *more)
+        reasons = (*found.reasons, *more, *misfit_of_eval(objective))
         found = found.replace(valid=not reasons, reasons=reasons, notes=(*found.notes, *said))
         if kinetic is not None and nbeta is None and localization is None:
             found = with_wide_means(found, readers[0], kinetic.sampling, objective, train, settings, chains.method)

@@ -12,6 +12,7 @@ import torch
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.collective import Alone, Collective
+from lightning_slt.sampling.eval_mode import misfit_of_eval
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.sums import misfit_of_sum
 from lightning_slt.susceptibility.chains import run_component
@@ -113,7 +114,8 @@ def _measure(
         reasons, notes = cooled.reasons(), cooled.notes(source.batch_size)
     else:
         reasons, notes = fit_for_covariances(drawn, chains)
-    reasons = (*reasons, *misfit_of_sum(objective, source, chains.posterior.nbeta))
+    misfits = (*misfit_of_eval(objective), *misfit_of_sum(objective, source, chains.posterior.nbeta))
+    reasons = (*reasons, *misfits)
     return dataclasses.replace(
         found,
         reasons=(*found.reasons, *(f"{name}: {reason}" for reason in reasons)),

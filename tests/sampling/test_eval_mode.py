@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_slt import SGLD, estimate_llc
+from lightning_slt import SGLD, estimate_influence, estimate_llc, estimate_susceptibility
 from lightning_slt.sampling.steps import NoGradientError
 
 X = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
@@ -80,6 +80,26 @@ def test_adapters_that_eval_mode_merges_make_the_estimate_invalid() -> None:
     assert module.training
     assert not module.adapter.merged
     assert torch.equal(module.adapter.weight, weight)
+
+
+@pytest.mark.parametrize("sampler", [None, SGLD(lr=1e-4)], ids=["kinetic", "SGLD"])
+def test_influence_over_such_chains_is_not_valid(sampler: SGLD | None) -> None:
+    some = TensorDataset(*DATA[:20])
+    found = estimate_influence(Adapted(head=True), some, some, squared, sampler=sampler, num_chains=2, num_draws=10)
+    assert not found.valid
+    assert sum("adapter.down, adapter.up" in reason for reason in found.reasons) == 1
+
+
+def test_susceptibility_over_such_chains_is_not_valid() -> None:
+    shifted = TensorDataset(X[:20], DATA.tensors[1][:20] + 1.0)
+    components = {"all": None, "head": "head"}
+    found = estimate_susceptibility(
+        Adapted(head=True), DATA, shifted, squared, components=components, num_chains=2, num_draws=10
+    )
+    assert not found.valid
+    said = [reason for reason in found.reasons if "adapter.down, adapter.up" in reason]
+    assert len(said) == 1
+    assert said[0].startswith("all: ")
 
 
 def test_leaving_them_out_is_a_way() -> None:
