@@ -322,11 +322,11 @@ class Reporting(KeepsHistory):
             )
             if influence is not None:
                 notes = "".join(f"; {note}" for note in influence.notes)
-                invalid = f", not valid: {'; '.join(influence.reasons)}" if influence.reasons else ""
+                invalid = f"; not valid: {'; '.join(influence.reasons)}" if influence.reasons else ""
                 self._said_notes = bool(notes)
                 rank_zero_info(
                     f"SLTMonitor: influence of {len(influence.train_index)} training samples on "
-                    f"{len(influence.query_index)} queries{invalid}{notes}"
+                    f"{len(influence.query_index)} queries{notes}{invalid}"
                 )
         if influence is not None and influence.notes and not self._said_notes:
             self._said_notes = True

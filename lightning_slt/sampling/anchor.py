@@ -44,14 +44,17 @@ def open_window(objective: Objective, source: MinibatchSource) -> float:
 
 def _opened(objective: Objective, source: MinibatchSource) -> float:
     window = source.window(0)
-    adapted = summed = False
+    adapted: Optional[int] = None
+    summed = False
     for i in range(len(window)):
         try:
-            if not adapted:
+            if adapted is None:
                 objective.adapt(window[i])
-                adapted = True
+                adapted = i
             with objective.active(), torch.no_grad():
                 window.anchor_loss[i] = float(objective.loss(window[i]))
+                if i == adapted:
+                    objective.compare_with_first(window.anchor_loss[i])
                 if not summed:
                     objective.is_sum, summed = is_sum(objective, window[i], source.batch_size), True
         except NoLossError:

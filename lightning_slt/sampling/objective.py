@@ -299,8 +299,7 @@ class Objective:
             elif self.module is not copied:
                 self._find_written(batch)
         with self.active():
-            self._mutates = self._changes(batch)
-            self.draws = self._draws(batch)
+            self._look_at_step(batch)
 
     def has_loss_in_training(self, batch: Any) -> bool:
         """Whether the step, which has failed, gives a loss in training mode; tried once."""
@@ -397,24 +396,24 @@ class Objective:
         finally:
             put_hooks_back(taken)
 
-    def _changes(self, batch: Any) -> bool:
-        """Whether the step changes the batch that it is given: a chain then hands it a copy each time."""
+    def _look_at_step(self, batch: Any) -> None:
+        """By one call: whether the step changes the batch that it is given (a chain then hands it a copy each time),
+        and whether it draws random numbers. A generator of its own that is put back is seeded from the global one."""
         trial = clone(batch)
         before, versions = tree_flatten(trial), _versions(trial)
-        with torch.no_grad():
-            self._loss_on(self.module, trial)
+        with torch.no_grad(), preserve_rng():
+            states = global_states()
+            self._first_loss = float(self._loss_on(self.module, trial))
+            self.draws = global_states() != states
         after = tree_flatten(trial)
         same = after[1] == before[1] and all(a is b for a, b in zip(after[0], before[0], strict=True))
-        return not same or _versions(trial) != versions
+        self._mutates = not same or _versions(trial) != versions
 
-    def _draws(self, batch: Any) -> bool:
-        """Whether the step draws from a global generator, or gives another loss when it is asked again."""
-        with torch.no_grad(), preserve_rng():
-            before = global_states()
-            first = self.loss(batch)
-            drew = global_states() != before  # a generator of its own that is put back is seeded from there
-            slack = (2e-2 if self.autocast else 1e-4) * first.abs()
-            return drew or bool((self.loss(batch) - first).abs() > slack)  # generators of its own, unseeded
+    def compare_with_first(self, loss: float) -> None:
+        """Told the loss of the batch that it was adapted to: another one than then is one of many, of generators that
+        the step makes anew."""
+        slack = (2e-2 if self.autocast else 1e-4) * abs(self._first_loss)
+        self.draws = self.draws or abs(loss - self._first_loss) > slack
 
     def _check_own_weights(self, batch: Any) -> None:
         """The loss must depend on the copy's weights and on nothing of the live module (a closure kept as attribute).

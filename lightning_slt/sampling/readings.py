@@ -35,8 +35,8 @@ class Heat:
         noise: of the minibatches, ``weight * (eps/8) nbeta² E[xi . P xi]``, xi a gradient's part that is its batch's
             own.
         weight: how much of that reaches the loss, see :func:`heat_of`.
-        steepness: ``2 LLC / nbeta E[g.u]``, at most 1, which it is on a quadratic: the further below, the less surely
-            the whole of the heat is in the loss (on ``w1 w2²``, where it is 1/3, about half of it is).
+        steepness: :func:`steepness_of` the potential, 1 on a quadratic: the further below, the less surely the whole of
+            the heat is in the loss (on ``w1 w2²``, where it is 1/3, about half of it is).
         each: ``[chains kept]``, the sum of each chain by itself; its mean is ``total``.
         shared: the sampler shares noise between steps, and discretisation adds nothing at first order.
     """
@@ -93,8 +93,7 @@ def heat_of(
     pull = 0.125 * lr * nbeta * gamma * float(pulled[rows].mean())
     own = float((total - noise).mean()) - pull
     by_loss = own / (own + pull) if own > 0 and pull > 0 else 1.0
-    level, half_virial = (nbeta * float(x[rows].mean()) for x in (segment.difference, 0.5 * segment.grad_dot))
-    steepness = level / half_virial if half_virial > level > 0 else 1.0
+    level, steepness = nbeta * float(segment.difference[rows].mean()), steepness_of(segment, keep)
     weight = by_loss * steepness
     each = weight * noise if shared else total - (1.0 - weight) * noise
     reaches = weight * float(noise.mean())
@@ -102,6 +101,16 @@ def heat_of(
         each = each - 2.0 * noise / thermostat_of * nbeta * segment.difference[rows].mean(dim=1)
         reaches -= 2.0 * float(noise.mean()) / thermostat_of * level
     return Heat(float((total - noise).mean()), reaches, weight, steepness, each, shared)
+
+
+def steepness_of(segment: Segment, keep: Tensor) -> float:
+    """``2 LLC / nbeta E[g.u]``, at most 1, which it is on a quadratic and where either is not positive.
+
+    Args:
+        keep: ``[chains]`` bool, which are pooled.
+    """
+    level, half_virial = float(segment.difference[keep].mean()), 0.5 * float(segment.grad_dot[keep].mean())
+    return level / half_virial if half_virial > level > 0 else 1.0
 
 
 def force_of(segment: Segment, posterior: LocalPosterior) -> Tensor:

@@ -298,5 +298,4 @@ class ShardedObjective(Objective):
         """Settle on a first batch what can only be known by trying: whether the step writes to buffers or the batch."""
         with self.active():
             self._find_written(clone(batch))
-            self._mutates = self._changes(batch)
-            self.draws = self._draws(batch)
+            self._look_at_step(batch)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_slt import MALA, SGLD, estimate_llc
+from lightning_slt.sampling.anchor import open_window
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.belongings import random_state
 from lightning_slt.sampling.objective import Objective
@@ -96,7 +97,7 @@ def random_state_of(source: Any) -> str:
 )
 def test_a_step_that_draws_is_seen(draw: Callable[[], float], draws: bool) -> None:
     objective = Objective(CASE.module, lambda module, batch: half_squared_error(module, batch) * (1 + draw()))
-    objective.adapt(DatasetSource(CASE.dataset, 64).window(0)[0])
+    open_window(objective, DatasetSource(CASE.dataset, 64))
     assert objective.draws is draws
 
 
