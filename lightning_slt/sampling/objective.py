@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Optional, TypeVar
@@ -411,9 +412,10 @@ class Objective:
 
     def compare_with_first(self, loss: float) -> None:
         """Told the loss of the batch that it was adapted to: another one than then is one of many, of generators that
-        the step makes anew."""
+        the step makes anew. Ranks with shards, who compute every loss together, have one answer."""
         slack = (2e-2 if self.autocast else 1e-4) * abs(self._first_loss)
-        self.draws = self.draws or abs(loss - self._first_loss) > slack
+        drew = self.draws or abs(loss - self._first_loss) > slack
+        self.draws = not self.layout.all_finite(torch.tensor([math.nan if drew else 0.0]))
 
     def _check_own_weights(self, batch: Any) -> None:
         """The loss must depend on the copy's weights and on nothing of the live module (a closure kept as attribute).
