@@ -236,6 +236,17 @@ def fp16_masters(folder: Path, world: int) -> Result:
     return _held(folder, world, SplitInFloat16, {"precision": "16-true"})
 
 
+class Draws(Held):
+    """Adds noise to its input: on every rank the same numbers in a step of a chain."""
+
+    def loss(self, batch: Any) -> Tensor:
+        return cross_entropy(self.net(batch[0] + torch.randn_like(batch[0])), batch[1])
+
+
+def draws(folder: Path, world: int) -> Result:
+    return _held(folder, world, Draws)
+
+
 class Policy(Plain):
     """The shards in float32, products and gathered weights in bfloat16: ``fully_shard``'s own way."""
 
@@ -428,6 +439,7 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
         fp16_true,
         bf16_masters,
         fp16_masters,
+        draws,
         policy,
         undisturbed,
         accumulation,
@@ -443,7 +455,7 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
 ALONE = (
     "fixed_step", "restricted", "within_layers", "frozen", "defaults", "preconditioned", "shared_noise",
     "tensor_parallel", "one_shard", "bf16_mixed", "bf16_true",
-    "fp16_true", "bf16_masters", "fp16_masters", "data_of_its_own", "noise",
+    "fp16_true", "bf16_masters", "fp16_masters", "draws", "data_of_its_own", "noise",
 )  # fmt: skip
 """Also in one process without a strategy, which the ranks are held against; ``one_shard`` with it."""
 RUNS: tuple[tuple[str, int], ...] = (

@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (name, 2)
             for name in ("fixed_step", "restricted", "within_layers", "frozen", "preconditioned", "shared_noise")
         ),
-        *((name, 2) for name in ("defaults", "bf16_mixed")),
+        *((name, 2) for name in ("defaults", "bf16_mixed", "draws")),
         *((name, world) for name in ("tensor_parallel",) for world in (2, 4)),
         ("fixed_step", 4),
     ],
