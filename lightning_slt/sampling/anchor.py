@@ -147,10 +147,15 @@ def anchor_of_steps(objective: Objective, window: Window, indices: Tensor, seeds
     Returns:
         ``[chains, steps]`` float64; NaN where there is no loss.
     """
-    losses = torch.full(indices.shape, torch.nan, dtype=torch.float64)
-    for chain, (row, own) in enumerate(zip(indices.tolist(), seeds.tolist(), strict=True)):
-        for t, (number, seed) in enumerate(zip(row, own, strict=True)):
+    if indices.numel() == 0:
+        return torch.empty(indices.shape, dtype=torch.float64)
+    unknown = torch.tensor(torch.nan, device=objective.device)
+    rows = []
+    for numbers, own in zip(indices.tolist(), seeds.tolist(), strict=True):
+        losses = [unknown] * len(numbers)
+        for t, (number, seed) in enumerate(zip(numbers, own, strict=True)):
             seed_globals(seed)
             with suppress(NoLossError), torch.no_grad():
-                losses[chain, t] = float(objective.loss(window[number]))
-    return losses
+                losses[t] = objective.loss(window[number])
+        rows.append(torch.stack([loss.double() for loss in losses]).cpu())  # a GPU is waited for once
+    return torch.stack(rows)
