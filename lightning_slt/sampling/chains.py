@@ -6,6 +6,7 @@ chunks, the engine or the number of ranks that share the work.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -281,11 +282,14 @@ class Chains:
                 self.progress(steps * (rows.stop - rows.start))
         finally:
             self._engine.release()
+        known = window.anchor_loss
         if anchor is None:
-            table = [[window.anchor_loss[i] for i in row] for row in indices.tolist()]
-            anchor = torch.tensor(table, dtype=torch.float64)
+            anchor = torch.tensor([[known[i] for i in row] for row in indices.tolist()], dtype=torch.float64)
+        else:  # of what the steps have drawn, and not of one number
+            seen = {i: float(anchor[indices == i].nanmean()) for i in indices.unique().tolist()}
+            known = {i: known[i] if math.isnan(loss) else loss for i, loss in seen.items()}
         owner = 0 if self.source.shared else self.collective.rank
-        used = {(owner, self._window_index, i): window.anchor_loss[i] for i in indices.unique().tolist()}
+        used = {(owner, self._window_index, i): known[i] for i in indices.unique().tolist()}
         acceptance = None
         if before:
             accepted, proposed = ((tally - old).cpu() for tally, old in zip(tallies, before, strict=True))  # type: ignore[operator]
