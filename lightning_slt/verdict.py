@@ -16,9 +16,9 @@ from lightning_slt.record import Estimate
 from lightning_slt.sampling.calibration import MAX_VIRIAL, MIN_VIRIAL, Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.eval_mode import misfit_of_eval
-from lightning_slt.sampling.layout import BLOCK
 from lightning_slt.sampling.minibatch_heat import held_by_thermostat
-from lightning_slt.sampling.readings import diverged, heat_of, steepness_of, virial_of_chains, virial_readings
+from lightning_slt.sampling.readings import diverged, heat_of, steepness_of, virial_readings
+from lightning_slt.sampling.rounding import misfit_of_rounding
 from lightning_slt.sampling.segment import Segment
 from lightning_slt.sampling.step_size import HEAT, LEAST_SCALE, NOISE_HEAT
 from lightning_slt.sampling.sums import misfit_of_sum
@@ -26,14 +26,6 @@ from lightning_slt.sampling.sums import misfit_of_sum
 MAX_ROUNDING = 0.1
 """Share of the LLC that the last digit of a loss may be, where it is not within the error: losses at ``w*`` may all be
 rounded to the same side."""
-MAX_WEIGHT_ROUNDING = 0.01
-"""Variance that rounding adds to the noise of a step, as a share of it. The LLC has that too much, and more from where
-the drift, 0.3 to 0.4 of the noise at steps that are calibrated, is itself rounded away: on two regressions 2 and 6 % at
-0.025, 18 and 36 % at 0.1."""
-ROUNDINGS = 3
-"""Of the weights in a step of SGLD: pull, gradient and noise are each added to them. With momenta it is one."""
-ROUNDED_AT_ONCE = 8
-"""Parts of a block whose rounding is looked at one after another: it takes five times their own memory."""
 MAX_HEAT = 0.25
 """Share of the estimate that may be step-size heat before it is called invalid."""
 MAX_NOISE_HEAT = 0.08
@@ -50,6 +42,8 @@ BAD_FOR_COVARIANCES = frozenset(
     }
 )
 """What covariances over the same chains are not valid for either: their heat and their width."""
+OF_ALL_READINGS = frozenset({Kind.WEIGHTS_TOO_COARSE, Kind.EVAL_MODE, Kind.SUM})
+"""What nothing that is read off the chains is valid for."""
 
 
 def read_llc(drawn: Drawn, chains: Chains) -> Estimate:
@@ -72,21 +66,26 @@ def fit_for_covariances(drawn: Drawn, chains: Chains) -> tuple[tuple[str, ...], 
         for reason in verdict
         if reason.kind in BAD_FOR_COVARIANCES
     )
-    more, notes = heat_in_covariances(drawn, chains, llc)
+    more, notes = _heat_in_covariances(drawn, chains, llc)
     reasons += more
     return (reasons, ()) if reasons else ((), notes)
 
 
-def heat_in_covariances(drawn: Drawn, chains: Chains, llc: Estimate) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What the chains of a learning coefficient have of heat that stays in covariances over them.
-
-    Args:
-        drawn, chains: the draws.
-        llc: what :func:`read_llc` says of them.
+def read_both(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[str, ...], tuple[str, ...]]:
+    """What the draws say of the learning coefficient, and what covariances over them have against them beside what is
+    said of that.
 
     Returns:
-        Reasons why covariances are not valid, and notes.
+        The learning coefficient, reasons why covariances are not valid, and notes.
     """
+    llc, verdict = _judge(drawn, chains)
+    reasons, notes = _heat_in_covariances(drawn, chains, llc)
+    more = tuple(reason.sentence for reason in verdict if reason.kind in OF_ALL_READINGS)
+    return llc, (*reasons, *more), notes
+
+
+def _heat_in_covariances(drawn: Drawn, chains: Chains, llc: Estimate) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of the heat that stays in covariances over these chains: reasons why they are not valid, and notes."""
     segment, posterior = drawn.segment, chains.posterior
     good = ~diverged(segment, posterior.nbeta, chains.layout.num_weights)
     reasons, notes = held_by_thermostat(segment, chains.sampler.heating(drawn.lr), posterior, good)
@@ -108,7 +107,7 @@ def owed_by(llc: float, virial: float, error: float, d: int, steepness: float = 
     the virial ratio V, with ``s_i = n beta h_i / (n beta h_i + gamma)`` in [0, 1]. The LLC lacks
     ``sum_i s_i (1 - f_i) / 2``, which is at most ``d (1 - V) / 2``; and since those that are slow have the smallest
     s_i, at most the share of itself that V lacks of 1. On singular models the directions that come last are nearly
-    free, and the LLC lacks little or nothing (deep linear networks at V = 0.76 to 0.86 were within 3 %): how far a
+    free, and the LLC lacks little or nothing (deep linear networks at V = 0.76 to 0.86 were within 4 %): how far a
     potential is from a square, its steepness S says,
 
     .. math:: \max(2 S - 1, 0) \; \min\left( \frac{LLC}{V} - LLC, \; \frac{d}{2} (1 - V) \right)
@@ -145,8 +144,9 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
     cooled = _without_heat(drawn, chains, good)
     summary = summarise(cooled.trace, ~good)
     heating = chains.sampler.heating(drawn.lr)
-    ratios = virial_of_chains(segment.second_half(), heating.virial_step, posterior, d, good, heating.noise_alone)
-    reached = virial_readings(segment, heating.virial_step, posterior, d, good, heating.noise_alone)
+    width = (heating.virial_step, posterior, d, good, heating.noise_alone)
+    ratios = virial_readings(segment.second_half(), *width).mean(dim=1)
+    reached = virial_readings(segment, *width)
     owed = 0.0
     if bool(good.any()):
         error, steepness = standard_error(reached), steepness_of(segment, good)
@@ -158,7 +158,7 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
         *_reasons_of_heat(cooled, summary, drawn, chains),
         *_reasons_of_width(ratios, cooled, summary, drawn),
         *_reasons_of_rounding(init_loss, summary, chains),
-        *reasons_of_coarse_weights(drawn.lr, chains),
+        *(Reason(Kind.WEIGHTS_TOO_COARSE, sentence) for sentence in misfit_of_rounding(chains, drawn.lr)),
         *(Reason(Kind.EVAL_MODE, sentence) for sentence in misfit_of_eval(chains.objective)),
         *(Reason(Kind.SUM, sentence) for sentence in misfit_of_sum(chains.objective, chains.source, posterior.nbeta)),
     )
@@ -291,44 +291,3 @@ def _reasons_of_rounding(init_loss: float, summary: Summary, chains: Chains) -> 
         kind = str(dtype).removeprefix("torch.")
         digit = f"their last digit is {rounding:.2g} of the LLC"
         yield Reason(Kind.TOO_COARSE, f"losses of {init_loss:.2g} are too coarse in {kind}: {digit}")
-
-
-def weight_rounding(chains: Chains, lr: float) -> float:
-    r"""The variance that the rounding of weights adds to that of the noise, as a share of it: mean over the weights of
-
-    .. math:: \min\left( \frac{3 \, \mathrm{ulp}(w^*_i)^2}{12 \, \epsilon P_i}, \; 1 \right)
-
-    with 1 in place of 3 for a sampler with momenta. A number rounded to a grid of spacing ulp is off by a variance of
-    ``ulp² / 12``, and a step rounds :data:`ROUNDINGS` times. Noise that nothing takes away heats as that of the step
-    does. Where the spacing is wider than a step, chains stand still or leap: that counts as 1.
-
-    Args:
-        lr: epsilon, the step size.
-
-    Returns:
-        0 for a sampler in the metric of the curvature, whose steps are no multiple of each weight's own noise.
-    """
-    if getattr(chains.sampler, "metric", None) is not None:
-        return 0.0
-    anchor, preconditioner, layout = chains.objective.anchor, chains.preconditioner, chains.layout
-    roundings = 1 if _has_momenta(chains) else ROUNDINGS
-    largest = torch.tensor(math.inf, dtype=anchor.dtype, device=anchor.device)
-    total = torch.zeros((), dtype=torch.float64, device=anchor.device)
-    for block, share in layout.blocks(BLOCK.get(anchor.device.type, 2**24) // ROUNDED_AT_ONCE):
-        size = anchor[block].abs()
-        ulp = torch.nextafter(size, largest).sub_(size)
-        added = ulp.double().square_().mul_(roundings / 12.0 / lr)
-        if preconditioner is not None:
-            added /= preconditioner[block]
-        total += share * added.clamp_(max=1.0).sum()
-    return float(layout.sum(total)) / layout.num_weights
-
-
-def reasons_of_coarse_weights(lr: float, chains: Chains) -> Iterator[Reason]:
-    """Why chains of step size ``lr`` are not those of the posterior for the rounding of their weights; none mostly."""
-    share = weight_rounding(chains, lr)
-    if share > MAX_WEIGHT_ROUNDING:
-        kind = str(chains.objective.anchor.dtype).removeprefix("torch.")
-        said = f"rounding them adds {share:.0%} to the noise of a step"
-        remedy = "a float64 module, or smaller weights (a scale taken out, a constant part in a buffer)"
-        yield Reason(Kind.WEIGHTS_TOO_COARSE, f"the weights are too large for {kind}, {said}: {remedy}")

@@ -19,8 +19,9 @@ from lightning_slt.sampling.calibration import Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.collective import Alone
 from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.rounding import weight_rounding
 from lightning_slt.sampling.samplers import SGLD, KineticLangevin, Sampler
-from lightning_slt.verdict import BAD_FOR_COVARIANCES, fit_for_covariances, read_llc, weight_rounding
+from lightning_slt.verdict import BAD_FOR_COVARIANCES, fit_for_covariances, read_llc
 
 
 def half_square(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

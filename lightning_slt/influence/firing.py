@@ -14,13 +14,11 @@ from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.chains import Progress
 from lightning_slt.sampling.collective import Collective
-from lightning_slt.sampling.eval_mode import misfit_of_eval
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged
 from lightning_slt.sampling.segment import STATS_EVERY
-from lightning_slt.sampling.sums import misfit_of_sum
-from lightning_slt.verdict import heat_in_covariances, read_llc, reasons_of_coarse_weights
+from lightning_slt.verdict import read_both
 
 READ_COST = 0.3
 """Cost of reading the samples' losses, in units of that of moving the chains, in a firing of the monitor."""
@@ -85,16 +83,12 @@ def measure_both(
     drawn, chains = run_chains(
         objective, source, settings, collective, progress, memory, make_reader, read_every=interval
     )
-    estimate = read_llc(drawn, chains)
+    estimate, more, notes = read_both(drawn, chains)
     segment = drawn.segment
     assert segment.read is not None
     good = ~diverged(segment, chains.posterior.nbeta, len(objective.anchor))
     influence = readers[0].read(segment.read, good, chains.posterior, source.num_samples)
-    # what the step heats is taken off the learning coefficient, and stays in covariances
-    more, notes = heat_in_covariances(drawn, chains, estimate)
-    coarse = (reason.sentence for reason in reasons_of_coarse_weights(drawn.lr, chains))
-    misfits = (*misfit_of_eval(objective), *misfit_of_sum(objective, source, chains.posterior.nbeta))
-    reasons = (*influence.reasons, *more, *coarse, *misfits)
+    reasons = (*influence.reasons, *more)
     influence = influence.replace(valid=not reasons, reasons=reasons, notes=(*influence.notes, *notes))
     seconds = time.perf_counter() - start
     return estimate.replace(seconds=seconds), influence.replace(seconds=seconds)

@@ -25,7 +25,7 @@ from lightning_slt.functional.learning_coefficient import half_change
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.memory import ChainMemory
-from lightning_slt.sampling.readings import diverged, transient, virial_of_chains
+from lightning_slt.sampling.readings import diverged, transient, virial_readings
 from lightning_slt.sampling.samplers.base import Heating
 from lightning_slt.sampling.segment import STATS_EVERY, Segment
 from lightning_slt.sampling.step_size import agreed_first_step, largest_step, next_step
@@ -311,7 +311,7 @@ def _has_arrived(segment: Segment, heating: Heating, posterior: LocalPosterior, 
     on singular ones less (0.4 to 0.6 of it were measured on networks, nothing on reduced-rank regression).
     """
     finite = segment.finite
-    ratios = virial_of_chains(segment, heating.virial_step, posterior, d, shared=heating.noise_alone)
+    ratios = virial_readings(segment, heating.virial_step, posterior, d, shared=heating.noise_alone)
     level = abs(posterior.nbeta * float(segment.difference[finite].mean())) if bool(finite.any()) else 0.0
     allowed = budget.allowed_error(level) / max(level, SMALL_LLC)
     return float(ratios.mean()) >= 1.0 - min(allowed, MAX_OWED)

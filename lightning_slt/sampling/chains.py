@@ -258,7 +258,7 @@ class Chains:
         chains = len(self.numbers)
         indices = measure_anchor(self.objective, window, self._pick(window, steps))
         seeds = self._seeds(steps) if self.objective.draws else None
-        anchor = anchor_of_steps(self.objective, window, indices, seeds) if seeds is not None else None
+        anchor, known = self._at_anchor(window, indices, seeds)
         preconditioned = self._state.preconditioner is not None
         losses = torch.zeros(chains, steps, dtype=torch.float64)
         readings = torch.zeros(5 if preconditioned else 3, chains, num_reads(steps, STATS_EVERY), dtype=torch.float64)
@@ -282,12 +282,6 @@ class Chains:
                 self.progress(steps * (rows.stop - rows.start))
         finally:
             self._engine.release()
-        known = window.anchor_loss
-        if anchor is None:
-            anchor = torch.tensor([[known[i] for i in row] for row in indices.tolist()], dtype=torch.float64)
-        else:  # of what the steps have drawn, and not of one number
-            seen = {i: float(anchor[indices == i].nanmean()) for i in indices.unique().tolist()}
-            known = {i: known[i] if math.isnan(loss) else loss for i, loss in seen.items()}
         owner = 0 if self.source.shared else self.collective.rank
         used = {(owner, self._window_index, i): known[i] for i in indices.unique().tolist()}
         acceptance = None
@@ -321,6 +315,16 @@ class Chains:
             randomness=self._randomness[rows],
             moments=self._moments,
         )
+
+    def _at_anchor(self, window: Window, indices: Tensor, seeds: Tensor | None) -> tuple[Tensor, dict[int, float]]:
+        """The losses at ``w*`` of the steps to come, ``[chains, steps]``, and of the minibatches by themselves."""
+        known = window.anchor_loss
+        if seeds is None:
+            return torch.tensor([[known[i] for i in row] for row in indices.tolist()], dtype=torch.float64), known
+        anchor = anchor_of_steps(self.objective, window, indices, seeds)
+        # of a minibatch the mean over what its steps draw, and not over one number
+        means = {i: float(anchor[indices == i].nanmean()) for i in indices.unique().tolist()}
+        return anchor, {i: known[i] if math.isnan(mean) else mean for i, mean in means.items()}
 
     def _seeds(self, steps: int) -> Tensor:
         """``[chains, steps]``, of the random numbers that the user's step draws."""

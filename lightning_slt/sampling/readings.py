@@ -119,25 +119,6 @@ def force_of(segment: Segment, posterior: LocalPosterior) -> Tensor:
     return posterior.nbeta * segment.grad_square + posterior.localization * pulled
 
 
-def virial_of_chains(
-    segment: Segment,
-    lr: float,
-    posterior: LocalPosterior,
-    d: int,
-    keep: Tensor | None = None,
-    shared: bool = False,
-) -> Tensor:
-    """``[chains kept]``, the virial ratio ``(E[G.u] - eps/4 E[G.P G]) / d`` of each: 1 at stationarity, less where
-    directions have not been reached yet, more where chains are hotter than the posterior.
-
-    Args:
-        lr: 0 for a sampler whose step does not heat.
-        keep: ``[chains]`` bool; None for those that are finite.
-        shared: of a sampler that shares noise between steps it is the minibatches' part of G alone that heats.
-    """
-    return virial_readings(segment, lr, posterior, d, keep, shared).mean(dim=1)
-
-
 def virial_readings(
     segment: Segment,
     lr: float,
@@ -146,7 +127,14 @@ def virial_readings(
     keep: Tensor | None = None,
     shared: bool = False,
 ) -> Tensor:
-    """``[chains kept, readings]``, what :func:`virial_of_chains` is the mean of; the arguments are its own."""
+    """``[chains kept, readings]``, whose mean over a chain is its virial ratio ``(E[G.u] - eps/4 E[G.P G]) / d``: 1 at
+    stationarity, less where directions have not been reached yet, more where chains are hotter than the posterior.
+
+    Args:
+        lr: 0 for a sampler whose step does not heat.
+        keep: ``[chains]`` bool; None for those that are finite.
+        shared: of a sampler that shares noise between steps it is the minibatches' part of G alone that heats.
+    """
     rows = (segment.finite if keep is None else keep).nonzero().flatten()
     gu, uu = segment.grad_dot[rows], segment.square[rows]
     pulled_dot = segment.pulled_dot[rows] if segment.pulled_dot is not None else gu

@@ -15,7 +15,7 @@ from lightning_slt.sampling.calibration import FIRST_ROUNDS, MAX_STEPS_BW_DRAWS,
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.chunk import KEPT_GRADIENT
 from lightning_slt.sampling.memory import ChainMemory
-from lightning_slt.sampling.readings import heat_of, transient, virial_of_chains
+from lightning_slt.sampling.readings import heat_of, transient, virial_readings
 from lightning_slt.sampling.samplers.base import Heating
 from lightning_slt.sampling.segment import Segment
 from lightning_slt.sampling.step_size import HEAT, NOISE_HEAT, first_step, next_step, scale_of
@@ -57,7 +57,7 @@ def test_heat_and_virial_ratio_of_a_discretised_gaussian() -> None:
     assert heat.total == pytest.approx(lr * a / 4 * llc, rel=1e-12)
     assert heat.noise == 0.0
     assert heat.each.tolist() == pytest.approx([heat.total] * len(heat.each), rel=1e-12)
-    ratios = virial_of_chains(s, lr, LocalPosterior(nbeta, gamma), d)
+    ratios = virial_readings(s, lr, LocalPosterior(nbeta, gamma), d).mean(dim=1)
     assert ratios.tolist() == pytest.approx([1.0] * len(s.chains), rel=1e-12)
 
 
@@ -254,7 +254,7 @@ def test_scorched_chains_go_back_unless_what_there_is_will_be_draws(
 def test_virial_ratio_below_one_before_the_width_is_reached() -> None:
     """Half the variance that it should have: half the ratio."""
     s = segment(4.0 * 0.5 / 100, 2.0 * 0.5 / 100, 0.5 / 100)
-    assert float(virial_of_chains(s, 1e-9, LocalPosterior(50.0, 0.0), d=1).mean()) == pytest.approx(0.5, rel=1e-6)
+    assert float(virial_readings(s, 1e-9, LocalPosterior(50.0, 0.0), d=1).mean()) == pytest.approx(0.5, rel=1e-6)
 
 
 @pytest.mark.parametrize("factor", [0.2, 0.8])
@@ -318,7 +318,7 @@ def test_calibrated_step_heats_by_what_is_wanted(seed: int, noise: float) -> Non
     drawn = draw(chains, seed, Budget(num_draws=400, max_steps_bw_draws=4))
     heat, llc = heat_of(drawn.segment, drawn.lr, chains.posterior), 5.0
     assert 0.2 < max(heat.discretisation / HEAT, heat.noise / NOISE_HEAT) / llc < 2.5
-    ratios = virial_of_chains(drawn.segment, drawn.lr, chains.posterior, 10)
+    ratios = virial_readings(drawn.segment, drawn.lr, chains.posterior, 10).mean(dim=1)
     assert float(ratios.mean()) == pytest.approx(1.0, abs=0.1)
 
 
