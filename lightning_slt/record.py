@@ -51,9 +51,10 @@ class Estimate:
 
     Attributes:
         mean: The estimate: the mean over the good chains (NaN where there is none).
-        se: Standard error of ``mean``, ``sqrt(chain_se² + owed²)``: the Monte-Carlo error, which counts the
+        se: Standard error of ``mean``, ``sqrt(chain_se² + owed² + lean²)``: the Monte-Carlo error, which counts the
             autocorrelation within chains, the spread between them, and how few they are
-            (:func:`lightning_slt.functional.standard_error`), and what the directions reached last may still owe.
+            (:func:`lightning_slt.functional.standard_error`), what the directions reached last may still owe, and the
+            lean of the step.
         per_chain: ``[num_chains]`` float64, the mean of each chain; NaN for a chain that was left out.
         trace: ``[num_chains, num_draws]`` float32; entry ``[c, t]`` is the mean over the ``num_steps_bw_draws`` steps
             of draw ``t`` of ``nbeta * (L_B(w) - L_B(w*))``, both losses on the same minibatch, corrected for step size.
@@ -74,6 +75,9 @@ class Estimate:
         owed: What directions that have not reached their width may still add to ``mean``, in LLC units: what the virial
             ratio of all the draws lacks beyond its error (:func:`lightning_slt.verdict.owed_by`). It is in ``se``, and
             nearly the same at neighbouring firings, which start from the same displacements.
+        lean: What ``mean`` had too much because the step keeps chains away from steep weights, in LLC units
+            (:func:`lightning_slt.sampling.lean.lean_of`): a part of ``step_bias``, and in ``se`` as well, since it is
+            known to first order. 0 where it is not seen.
         acceptance: Acceptance rate, for samplers that have one.
         finite_share: Share of chains whose every loss was finite.
         num_bad_chains: Chains left out: non-finite or diverged.
@@ -115,6 +119,7 @@ class Estimate:
     step_bias: float = 0.0
     virial: float = math.nan
     owed: float = 0.0
+    lean: float = 0.0
     acceptance: Optional[float] = None
     finite_share: float = 1.0
     num_bad_chains: int = 0
@@ -151,8 +156,9 @@ class Estimate:
 
     @property
     def chain_se(self) -> float:
-        """The Monte-Carlo part of ``se``: what moves from point to point of a curve, where ``owed`` stays."""
-        return math.sqrt(max(self.se**2 - self.owed**2, 0.0)) if self.owed else self.se
+        """The Monte-Carlo part of ``se``: what moves from point to point of a curve; ``owed`` and ``lean`` stay."""
+        bias = math.hypot(self.owed, self.lean)
+        return math.sqrt(max(self.se**2 - bias**2, 0.0)) if bias else self.se
 
     @property
     def interval(self) -> tuple[float, float]:

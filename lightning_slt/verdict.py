@@ -16,6 +16,7 @@ from lightning_slt.record import Estimate
 from lightning_slt.sampling.calibration import MAX_VIRIAL, MIN_VIRIAL, Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.eval_mode import misfit_of_eval
+from lightning_slt.sampling.lean import lean_of
 from lightning_slt.sampling.minibatch_heat import held_by_thermostat
 from lightning_slt.sampling.readings import diverged, heat_of, steepness_of, virial_readings
 from lightning_slt.sampling.rounding import misfit_of_rounding
@@ -164,7 +165,7 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
     )
     estimate = Estimate(
         mean=summary.mean,
-        se=math.hypot(summary.se, owed),
+        se=math.hypot(summary.se, owed, cooled.lean),
         per_chain=summary.per_chain,
         trace=cooled.trace.float(),
         rhat=summary.rhat,
@@ -181,6 +182,7 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
         step_bias=summary.mean * (1.0 / cooled.kept - 1.0),
         virial=float(ratios.mean()),
         owed=owed,
+        lean=cooled.lean,
         finite_share=float(segment.finite.double().mean()),
         num_bad_chains=int((~summary.good).sum()),
         num_chains=chains.num_chains,
@@ -214,12 +216,15 @@ class _WithoutHeat:
         heat: what the estimate is judged by, as a share of it; NaN where there is no heat, or no positive estimate to
             hold it against.
         noisy: the minibatches' part of it is what keeps the step small.
+        lean: of the step (:func:`~lightning_slt.sampling.lean.lean_of`), in LLC units: taken off with the heat, and an
+            error of its own size, since it holds to first order alone.
     """
 
     trace: Tensor
     kept: float
     heat: float
     noisy: bool
+    lean: float = 0.0
 
 
 def _without_heat(drawn: Drawn, chains: Chains, good: Tensor) -> _WithoutHeat:
@@ -234,17 +239,20 @@ def _without_heat(drawn: Drawn, chains: Chains, good: Tensor) -> _WithoutHeat:
     level = float(trace[good].mean())
     if not level > 0:
         return _WithoutHeat(trace, 1.0, math.nan, noisy)
-    share = found.total / level
-    judged = found.total if _has_momenta(chains) else found.of_sgld
+    # where noise is shared there is no lean at first order; but neither can those chains stay where it is too steep
+    lean = 0.0 if _has_momenta(chains) else lean_of(segment, drawn.lr, posterior, good)
+    leans = 0.0 if heating.noise_alone else lean
+    share = (found.total + leans) / level
+    judged = found.total if _has_momenta(chains) else found.of_sgld + lean
     if not 0 < share < 2 * MAX_HEAT:
-        return _WithoutHeat(trace, 1.0, judged / level, noisy)
+        return _WithoutHeat(trace, 1.0, judged / level, noisy, lean)
     kept = 1.0 - share
     # what a chain has beyond that share is taken off it too: the mean stays as it is, and the error of the heat
     # is counted together with that of the loss it goes along with
-    own = found.each - share * trace[good].mean(dim=1)
+    own = found.each + leans - share * trace[good].mean(dim=1)
     trace[good] -= (own / kept).unsqueeze(1)
     # held against what the step was chosen by, where what there is of it is taken off
-    return _WithoutHeat(trace * kept, kept, judged / max(level, LEAST_SCALE), noisy)
+    return _WithoutHeat(trace * kept, kept, judged / max(level, LEAST_SCALE), noisy, lean)
 
 
 def _has_momenta(chains: Chains) -> bool:
