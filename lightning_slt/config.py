@@ -10,18 +10,12 @@ field means is said where the argument is: ``lightning-slt config`` prints it be
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
-from typing import Any, Optional, TypeVar, Union, cast, get_args, get_origin, get_type_hints, overload
+from typing import Any, Optional, TypeVar, Union, overload
 
-import yaml  # OmegaConf's own parser
 from lightning.pytorch import Callback
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from lightning_slt.callbacks import SLTMonitor, TransitionMonitor
 from lightning_slt.estimate import estimate_llc
@@ -38,10 +32,8 @@ from lightning_slt.sampling.samplers import (
     RMSpropSGLD,
     sampler_from,
 )
+from lightning_slt.schema import Source, checked
 from lightning_slt.transitions import Transition, TransitionDetector, detect_transitions
-
-Source = Union[str, os.PathLike[str], Mapping[str, Any], DictConfig]
-"""A YAML file, or what such a file holds."""
 
 S = TypeVar("S")
 
@@ -388,108 +380,4 @@ def load(source: Source, overrides: Sequence[str] = (), *, schema: type[Any] = M
         ...
         ValueError: num_chain=8: no such setting (did you mean num_chains?). MonitorConfig has every_n_train_steps, ...
     """
-    given = _read(source)
-    for item in overrides:
-        key, equals, _ = item.partition("=")
-        if not (equals and key.strip()):
-            raise ValueError(f"override {item!r}: write it as key=value, such as num_chains=8.")
-    try:
-        given = cast(DictConfig, OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides))))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ValueError(f"overrides {list(overrides)}: {error}") from error
-    _list_single_patterns(given, schema)
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
-    except OmegaConfBaseException as error:
-        raise ValueError(_explain(error, given, schema)) from error
-
-
-def _read(source: Source) -> DictConfig:
-    """The source as a config of its own, without a schema."""
-    where = "the configuration"
-    if isinstance(source, DictConfig):
-        # resolved here: a node of a larger config may refer to its siblings
-        raw: Any = OmegaConf.create(OmegaConf.to_container(source, resolve=True))
-    elif isinstance(source, Mapping):
-        raw = OmegaConf.create(dict(source))
-    else:
-        where = str(Path(source))
-        try:
-            raw = OmegaConf.load(Path(source))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{where}: not a YAML file: {error}") from error
-    if not isinstance(raw, DictConfig):
-        raise ValueError(f"{where}: expected settings as 'key: value', got a {type(raw).__name__}.")
-    return raw
-
-
-def _list_single_patterns(node: DictConfig, schema: type[Any]) -> None:
-    """``restrict: fc.*`` as ``restrict: [fc.*]``, wherever the schema has it: the callback takes both."""
-    if get_type_hints(schema).get("restrict") == Optional[list[str]] and isinstance(node.get("restrict"), str):
-        node["restrict"] = [node["restrict"]]
-    for name in map(str, node):
-        inner = section(schema, name)
-        if inner is None or OmegaConf.is_interpolation(node, name) or not isinstance(node[name], DictConfig):
-            continue
-        for part in node[name].values() if is_named(schema, name) else (node[name],):
-            if isinstance(part, DictConfig):
-                _list_single_patterns(part, inner)
-
-
-def section(schema: type[Any], name: str) -> Optional[type[Any]]:
-    """The dataclass that a field holds, an ``Optional`` or a dict of them by name taken off; None for plain fields."""
-    hint = get_type_hints(schema).get(name)
-    options = [t for t in (hint, *get_args(hint)) if dataclasses.is_dataclass(t)]
-    return cast("type[Any]", options[0]) if options else None
-
-
-def is_named(schema: type[Any], name: str) -> bool:
-    """Whether a field holds any number of sections, each under a name of the user's."""
-    return get_origin(get_type_hints(schema).get(name)) is dict
-
-
-def _explain(error: OmegaConfBaseException, given: DictConfig, schema: type[Any]) -> str:
-    """One line: which key, which value, what is wrong, and what there is."""
-    what = str(error.msg or error).splitlines()[0].rstrip(".")
-    plain = OmegaConf.to_container(given, resolve=False)
-    full_key = str(error.full_key or error.key or "") or _not_a_section(plain, schema)
-    *sections, last = full_key.split("[")[0].split(".")
-    owner: Optional[type[Any]] = schema
-    value: Any = plain
-    of_a_name: Optional[type[Any]] = None  # what stands under the names of a dict
-    for key in sections:
-        value = _item(value, key)
-        if of_a_name is not None:
-            owner, of_a_name = of_a_name, None
-            continue
-        inner = section(owner, key) if owner is not None else None
-        owner, of_a_name = (None, inner) if owner is not None and is_named(owner, key) else (inner, None)
-    value = _item(value, last)
-    expected = of_a_name or (section(owner, last) if owner is not None else None)
-    if expected is not None and not isinstance(value, Mapping):
-        what = f"expected the settings of a {expected.__name__}"
-    if owner is None:
-        return f"{full_key}={value!r}: {what}."
-    names = [f.name for f in dataclasses.fields(owner)]
-    if last not in names:
-        near = difflib.get_close_matches(last, names, n=1)
-        what = "no such setting" + (f" (did you mean {near[0]}?)" if near else "")
-    return f"{full_key}={value!r}: {what}. {owner.__name__} has {', '.join(names)}."
-
-
-def _item(value: Any, key: str) -> Any:
-    """``value[key]``, None where there is none; a key that YAML read as a number is found too."""
-    return next((v for k, v in value.items() if str(k) == key), None) if isinstance(value, Mapping) else None
-
-
-def _not_a_section(plain: Any, schema: type[Any]) -> str:
-    """The section that was given as something else: OmegaConf does not name it."""
-    for name in plain:
-        inner = section(schema, str(name))
-        if inner is None:
-            continue
-        if not isinstance(plain[name], Mapping):
-            return str(name)
-        if is_named(schema, str(name)):
-            return next((f"{name}.{key}" for key, v in plain[name].items() if not isinstance(v, Mapping)), "")
-    return ""
+    return checked(source, overrides, schema)

@@ -214,7 +214,7 @@ def run_chains(
 
     with preserve_rng(settings.seed):
         # before active(): only the first batches show whether the module has to be called in place
-        first = collective.exchange(lambda: _finite_start(objective, source))
+        first = collective.exchange(lambda: _start(objective, source, sampler))
         log.debug(f"loss at w* on the first minibatch: {first[0]:.6g}")
         with objective.active():
             chains = Chains(
@@ -244,12 +244,18 @@ def run_chains(
     return drawn, chains
 
 
-def _finite_start(objective: Objective, source: MinibatchSource) -> float:
+def _start(objective: Objective, source: MinibatchSource, sampler: Sampler) -> float:
+    """The loss at ``w*``; what chains of this sampler cannot start from is refused."""
     loss = open_window(objective, source)
     if not objective.layout.all_finite(objective.anchor):
         raise NonFiniteLossError("some of the current weights are not finite: there is no minimum to study.")
     if not math.isfinite(loss):
         raise NonFiniteLossError(f"the loss at the current weights is {loss}: there is no minimum to study.")
+    if sampler.full_batch and objective.draws:
+        raise ValueError(
+            f"sampler={type(sampler).__name__}() accepts or rejects by the difference of two losses, and the step "
+            "draws random numbers, which move it: use SGLD(), or a loss_fn that draws none."
+        )
     return loss
 
 

@@ -6,7 +6,6 @@ import itertools
 import re
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, Optional
 
 import torch
@@ -16,10 +15,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_slt.callbacks.arguments import check_dirpath
 from lightning_slt.callbacks.boundaries import LearningRateWatch
-from lightning_slt.callbacks.distribution import weights_to_keep
 from lightning_slt.callbacks.evaluation import KeepsHistory
+from lightning_slt.callbacks.kept_weights import KeptWeights
 from lightning_slt.callbacks.monitor import SLTMonitor
-from lightning_slt.callbacks.snapshots import SnapshotRing
 from lightning_slt.callbacks.what_changed import moved_components, moved_samples, with_phases
 from lightning_slt.publish import RunPublisher
 from lightning_slt.record import Estimate
@@ -116,7 +114,7 @@ class TransitionMonitor(KeepsHistory):
         self._detector = TransitionDetector(**self._settings)
         self._pin, self._alert, self._on_transition = pin_checkpoints, alert, on_transition
         self._saddles = saddles
-        self._max_snapshots, self._dirpath = max_snapshots, dirpath
+        self._weights = KeptWeights(max_snapshots, dirpath)
         self.reports: list[TransitionReport] = []
         self.boundaries: list[float] = []
         self._watch = LearningRateWatch()
@@ -127,9 +125,6 @@ class TransitionMonitor(KeepsHistory):
         self._unvalidated = False  # a flag that no validation has followed yet
         self._monitor: Optional[SLTMonitor] = None
         self._loader: Optional[weakref.ref[Any]] = None
-        self._ring: Optional[SnapshotRing] = None
-        self._ring_state: Optional[dict[str, Any]] = None
-        self._said_snapshots = False
 
     @property
     def transitions(self) -> list[Transition]:
@@ -165,7 +160,7 @@ class TransitionMonitor(KeepsHistory):
         # here and not in on_train_start: the SLTMonitor may measure in its own, which may come first
         if self._begins(trainer):
             self._forget()
-        self._ring, self._said_snapshots = None, False
+        self._weights.begin()
         self._loader = None
         self._epoch_flag = self._epoch_over = False
 
@@ -179,7 +174,7 @@ class TransitionMonitor(KeepsHistory):
         self._watch = LearningRateWatch()
         self._seen_step = self._fed = -1
         self._unvalidated = False
-        self._ring_state = None
+        self._weights.forget()
 
     def _show(self, trainer: Trainer, flag: bool) -> None:
         """To those who monitor a metric."""
@@ -309,7 +304,7 @@ class TransitionMonitor(KeepsHistory):
         )
         if old is None or (transition.state == "confirmed" and transition != old.transition):
             # a flag comes early: where the change was is measured anew when it is confirmed
-            checkpoints = self._pinned(trainer, transition, again=old is not None)
+            checkpoints = self._weights.pin(trainer, transition, again=old is not None)
             report = report.replace(checkpoints=checkpoints or report.checkpoints)
         if old is None:
             self.reports.append(report)
@@ -317,65 +312,12 @@ class TransitionMonitor(KeepsHistory):
             self.reports[self.reports.index(old)] = report
         return report
 
-    # --- weights --------------------------------------------------------------------------------------------------
-
     def on_snapshot(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """See :class:`~lightning_slt.callbacks.listener.EstimateListener`."""
         smoke = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        if not self._pin or smoke:
-            return
-        try:
-            weights = weights_to_keep(trainer, pl_module)
-            if not trainer.is_global_zero:
-                return
-            if self._ring is None:
-                self._ring = self._open_ring()
-            if self._ring is not None:
-                self._ring.add(weights, step, trainer.current_epoch)
-        except Exception as error:
-            self._warn_of_snapshots(error)
-
-    def _pinned(self, trainer: Trainer, transition: Transition, again: bool) -> dict[str, str]:
-        if self._ring is None or not trainer.is_global_zero:
-            return {}
-        roles = {
-            "before": transition.onset,
-            "onset": transition.onset,
-            "after": transition.end,
-            "flag": transition.known_at,
-        }
-        try:
-            return self._ring.pin(roles, f"transition_{transition.id:02d}", stay=again)
-        except OSError as error:
-            self._warn_of_snapshots(error)
-            return {}
-
-    def _open_ring(self) -> Optional[SnapshotRing]:
-        """The ring of this run, that of a checkpoint where there was one; None where no files are written."""
-        assert self._monitor is not None
-        state, self._ring_state = self._ring_state, None
-        if state is not None and Path(state["folder"]).exists():
-            ring = SnapshotRing(Path(state["folder"]), self._max_snapshots)
-            ring.load_state_dict(state)
-            return ring
-        folder = self._monitor.folder
-        if self._dirpath is not None:
-            folder = Path(self._dirpath) if self._prefix == "slt" else Path(self._dirpath) / self._prefix
-        if folder is None:
-            return None
-        candidate, number = folder, 1
-        # what an earlier run has pinned is not ours to replace
-        while any((candidate / name).exists() for name in ("snapshots", "pinned")):
-            candidate, number = folder.with_name(f"{folder.name}_run{number}"), number + 1
-        return SnapshotRing(candidate, self._max_snapshots)
-
-    def _warn_of_snapshots(self, error: Exception) -> None:
-        if not self._said_snapshots:
-            self._said_snapshots = True
-            rank_zero_warn(
-                f"TransitionMonitor could not keep weights: {type(error).__name__}: {error}. Training goes on; further "
-                "failures are not reported. Free the disk, name another dirpath, or set pin_checkpoints=False."
-            )
+        if self._pin and not smoke:
+            folder = self._monitor.folder if self._monitor is not None else None
+            self._weights.add(trainer, pl_module, step, folder, self._prefix)
 
     # --- after training -------------------------------------------------------------------------------------------
 
@@ -405,9 +347,8 @@ class TransitionMonitor(KeepsHistory):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._monitor is not None:
             self._monitor.remove_listener(self)
-        if self._ring is not None:
-            self._ring_state = self._ring.state_dict()  # another fit may go on
-        self._monitor, self._ring, self._loader = None, None, None
+        self._weights.end()
+        self._monitor, self._loader = None, None
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -419,7 +360,7 @@ class TransitionMonitor(KeepsHistory):
             "seen_step": self._seen_step,
             "fed": self._fed,
             "unvalidated": self._unvalidated,
-            "ring": self._ring.state_dict() if self._ring is not None else self._ring_state,
+            "ring": self._weights.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -432,11 +373,11 @@ class TransitionMonitor(KeepsHistory):
         self._watch.load_state_dict(state_dict["watch"])
         self._seen_step, self._fed = int(state_dict["seen_step"]), int(state_dict["fed"])
         self._unvalidated = bool(state_dict.get("unvalidated", False))
-        self._ring_state = state_dict.get("ring")
+        self._weights.load_state_dict(state_dict.get("ring"))
 
     def __getstate__(self) -> dict[str, Any]:
         """For strategies that spawn: what belongs to a running process stays behind."""
-        return {**self.__dict__, "_monitor": None, "_ring": None, "_loader": None, "_trained_by": None}
+        return {**self.__dict__, "_monitor": None, "_loader": None, "_trained_by": None}
 
 
 def refined(reports: Sequence[TransitionReport], offline: Sequence[Transition]) -> list[TransitionReport]:

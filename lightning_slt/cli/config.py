@@ -71,7 +71,7 @@ def commented(schema: type[Any], indent: str = "") -> Iterator[str]:
         # of SGNHT: the noise injected in a step, also the friction to begin with; null for its default.
         diffusion_factor: null
     """
-    from lightning_slt.config import is_named, section
+    from lightning_slt.schema import is_named, section
 
     comments = comments_of(schema)
     for f in dataclasses.fields(schema):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +17,22 @@ def prepare(module: nn.Module, trainer: Any) -> None:
     """Silence a private copy and let it read, but not touch, its trainer."""
     steps.mute(module)
     steps.attach_trainer(module, trainer)
+
+
+def as_interpreted() -> AbstractContextManager[None]:
+    """TorchScript without its optimiser: that compiles a function anew after its first calls, rounds otherwise from
+    there on, and a copy shares that count with the module that trains."""
+    return torch.jit.optimized_execution(False)  # type: ignore[no-untyped-call, no-any-return]
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """What watches the training is not told of chains: no run of wandb, nor the detection of anomalies.
+
+    A chain that is thrown up while its step is looked for is no anomaly of the user's model.
+    """
+    with torch.autograd.set_detect_anomaly(False), steps.runs_muted():
+        yield
 
 
 @contextmanager

@@ -68,11 +68,6 @@ class Chains:
     ) -> None:
         self.objective, self.source, self.posterior, self.sampler = objective, source, posterior, sampler
         self.layout = objective.layout
-        if sampler.full_batch and objective.draws:
-            raise ValueError(
-                f"sampler={type(sampler).__name__}() accepts or rejects by the difference of two losses, and the step "
-                "draws random numbers, which move it: use SGLD(), or a loss_fn that draws none."
-            )
         self.num_chains = num_chains
         self.collective = collective
         self.progress = progress or (lambda steps: None)

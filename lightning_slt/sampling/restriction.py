@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Union
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_slt.sampling.arguments import no_restriction
 from lightning_slt.sampling.shadow import without_compile
@@ -93,3 +94,17 @@ def restriction_entries(restrict: Restriction) -> list[Union[str, nn.Module]]:
     if not isinstance(restrict, Iterable):
         raise no_restriction(restrict)
     return list(restrict)
+
+
+def refuse_lazy(module: nn.Module) -> None:
+    """Weights without a shape cannot be measured.
+
+    Raises:
+        ValueError: naming the first one.
+    """
+    for name, parameter in module.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"{name} has no shape yet: a lazy module gets its weights with its first batch. Measure after the "
+                "first training step, or run a batch through the module before."
+            )

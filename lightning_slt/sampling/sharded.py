@@ -10,23 +10,21 @@ makes: the mean of equal gradients over the ranks is that gradient.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
 from lightning_slt.sampling import steps
-from lightning_slt.sampling.borrowing import borrow
+from lightning_slt.sampling.borrowing import apart, borrow
 from lightning_slt.sampling.collective import Collective, Together
 from lightning_slt.sampling.layout import Piece, ShardLayout
-from lightning_slt.sampling.objective import Objective, apart
+from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.restriction import Restriction
-from lightning_slt.sampling.window import clone
-
-log = logging.getLogger(__name__)
+from lightning_slt.sampling.step_call import StepCall
 
 
 def is_distributed_tensor(value: Any) -> bool:
@@ -111,6 +109,66 @@ def piece_of(parameter: Tensor, start: int, world_size: int) -> Piece:
     return Piece(place.reshape(-1) + start, size, share)
 
 
+class Passes:
+    """Passes through a sharded module, which all ranks make together, and what undoes one that was broken off.
+
+    Args:
+        module: the user's module.
+        ranks: all that hold a part of it.
+    """
+
+    def __init__(self, module: nn.Module, ranks: Collective) -> None:
+        self._wrapped, self._ranks = fully_sharded(module), ranks
+
+    def begin(self) -> None:
+        """To be called before each."""
+        if isinstance(self._ranks, Together):
+            self._ranks.begin_pass()
+
+    def break_off(self) -> None:
+        """A pass has failed here, and perhaps only here: undo it, and say so."""
+        if isinstance(self._ranks, Together):
+            self._ranks.break_off()
+        self.recover()
+
+    def recover(self) -> None:
+        """Undo what a pass that was broken off, or that no backward pass followed, has left in the module's hooks."""
+        for module in self._wrapped:
+            state = module._get_fsdp_state()  # type: ignore[operator]
+            if state._is_root and hasattr(module, "reset_iter_state"):
+                module.reset_iter_state()  # type: ignore[operator]
+        self.reshard()
+
+    def reshard(self) -> None:
+        """The shards in the place of gathered weights, which a pass without gradients leaves behind."""
+        for module in self._wrapped:
+            module.reshard()  # type: ignore[operator]
+
+
+@dataclass(eq=False)
+class ShardedCall(StepCall):
+    """The step of a sharded module, called by all ranks at the same moment.
+
+    Attributes:
+        passes: told of each.
+    """
+
+    passes: Passes = field(kw_only=True)
+
+    def losses(self, module: nn.Module, batch: Any) -> Tensor:
+        self.passes.begin()
+        try:
+            losses = super().losses(module, batch)
+        except BaseException:
+            self.passes.break_off()
+            raise
+        if is_distributed_tensor(losses):
+            losses = losses.full_tensor()  # type: ignore[attr-defined]
+        if not torch.is_grad_enabled():
+            self.passes.reshard()
+        return losses
+
+
 class ShardedObjective(Objective):
     """The training loss as a function of the weights that move, on a live module whose weights are spread over ranks.
 
@@ -141,15 +199,18 @@ class ShardedObjective(Objective):
         say: Optional[Callable[[str], None]] = None,
     ) -> None:
         self._ranks, self._world_size = ranks, world_size
-        self._wrapped = fully_sharded(module)
+        self._passes = Passes(module, ranks)
         self._buffers: dict[str, Tensor] = {}
         super().__init__(module, loss_fn, restrict, trainer=trainer, context=context, say=say)
+
+    def _make_call(self, loss_fn: steps.LossFn, context: Callable[[], AbstractContextManager[Any]]) -> StepCall:
+        return ShardedCall(loss_fn, context, passes=self._passes)
 
     def _take_module(self, device: Optional[torch.device | str]) -> None:
         self.module, self.borrowed = self._live, True
 
     def _read_anchor(self) -> None:
-        self._reshard()
+        self._passes.reshard()
         named = dict(self.module.named_parameters())
         self._moving = [named[name] for name in self.names]
         own = [local_of(p) for p in self._moving]
@@ -207,29 +268,14 @@ class ShardedObjective(Objective):
                     "model. Apply fully_shard to the module that holds it."
                 )
 
-    def _reshard(self) -> None:
-        """The shards in the place of gathered weights, which a pass without gradients leaves behind."""
-        for module in self._wrapped:
-            module.reshard()  # type: ignore[operator]
-
     def break_off(self) -> None:
         """A pass has failed here, and perhaps only here: undo it, and say so."""
-        if isinstance(self._ranks, Together):
-            self._ranks.break_off()
-        self.recover()
-
-    def recover(self) -> None:
-        """Undo what a pass that was broken off, or that no backward pass followed, has left in the module's hooks."""
-        for module in self._wrapped:
-            state = module._get_fsdp_state()  # type: ignore[operator]
-            if state._is_root and hasattr(module, "reset_iter_state"):
-                module.reset_iter_state()  # type: ignore[operator]
-        self._reshard()
+        self._passes.break_off()
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Around every use of the loss: muted and in eval mode inside; bit for bit as before after, come what may."""
-        self._reshard()
+        self._passes.reshard()
         every = list(self.module.parameters())
         flags, grads = [p.requires_grad for p in every], [p.grad for p in every]
         moving = {id(p) for p in self._moving}
@@ -243,7 +289,7 @@ class ShardedObjective(Objective):
                     self._set_buffers()
                     yield
             finally:
-                self.recover()
+                self._passes.recover()
                 self.load(None)
                 for p, flag, grad in zip(every, flags, grads, strict=True):
                     p.requires_grad_(flag)
@@ -258,7 +304,7 @@ class ShardedObjective(Objective):
     @torch.no_grad()
     def load(self, pieces: Optional[list[Tensor]]) -> None:
         """Write these into the shards; None for the weights that training had."""
-        self._reshard()
+        self._passes.reshard()
         torch._foreach_copy_([local_of(p) for p in self._moving], self._home if pieces is None else pieces)
 
     @torch.no_grad()
@@ -280,22 +326,8 @@ class ShardedObjective(Objective):
             else:
                 piece.copy_(grad)
 
-    def _losses_on(self, module: nn.Module, batch: Any) -> Tensor:
-        if isinstance(self._ranks, Together):
-            self._ranks.begin_pass()
-        try:
-            losses = super()._losses_on(module, batch)
-        except BaseException:
-            self.break_off()
-            raise
-        if is_distributed_tensor(losses):
-            losses = losses.full_tensor()  # type: ignore[attr-defined]
-        if not torch.is_grad_enabled():
-            self._reshard()
-        return losses
-
     def adapt(self, batch: Any) -> None:
         """Settle on a first batch what can only be known by trying: whether the step writes to buffers or the batch."""
         with self.active():
-            self._find_written(clone(batch))
-            self._look_at_step(batch)
+            self._call = self._trials(batch).find_written(self._call)
+            self._find_use(batch)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,14 @@ class StepTensors:
     """What a step writes to, as it was.
 
     Args:
+        module: whose step it is; None for nothing written to.
         values: by owner and name.
     """
 
-    def __init__(self, values: Sequence[tuple[nn.Module, str, Tensor]] = ()) -> None:
-        self._values = list(values)
+    def __init__(
+        self, module: Optional[nn.Module] = None, values: Sequence[tuple[nn.Module, str, Tensor]] = ()
+    ) -> None:
+        self._module, self._values = module, list(values)
 
     def __bool__(self) -> bool:
         return bool(self._values)
@@ -32,8 +35,10 @@ class StepTensors:
         """What is put back."""
         return sorted({name for _, name, _ in self._values})
 
-    def put_back(self) -> None:
-        """Make all of it what it was."""
+    def put_back(self, module: nn.Module) -> None:
+        """Make all of it what it was, before a call of ``module``; nothing for another copy than that looked at."""
+        if module is not self._module or not self._values:
+            return
         with torch.no_grad():
             for owner, name, value in self._values:
                 if name in owner._buffers:
@@ -77,7 +82,7 @@ class TensorLook:
             if fingerprint(parameter) != before:
                 path, _, last = name.rpartition(".")
                 values.append((self._module.get_submodule(path), last, given(name).to(parameter)))
-        return StepTensors(values)
+        return StepTensors(self._module, values)
 
 
 def fingerprint(parameter: Tensor) -> tuple[Any, ...]:

@@ -213,6 +213,6 @@ def test_hydra_builds_a_transition_monitor(tmp_path: Path) -> None:
 def assert_watches(watch: TransitionMonitor, monitor: SLTMonitor, folder: Path) -> None:
     """As configured, and told of every estimate."""
     assert (watch._settings["min_change"], watch._settings["at_boundary"]) == (2.0, "suppress")
-    assert (watch._alert, watch._max_snapshots) == (False, 5)
+    assert (watch._alert, watch._weights.max_snapshots) == (False, 5)
     Scenario(Plain, loaders).run(folder, watch, monitor)
     assert steps_of(monitor) == [4, 8, 12] and watch.state_dict()["fed"] == 12
