@@ -254,7 +254,6 @@ class Objective:
             self.module, self._call = wide
             self._enable()
             self._read_anchor()
-            self._call = self._trials(batch).find_written(self._call)
 
     def _find_use(self, batch: Any) -> None:
         used = self._trials(batch).find_use(self._call)
@@ -301,5 +300,12 @@ class Objective:
         ``otherwise`` where that cannot be tried, as with a module that is called in place."""
         if self.borrowed:
             return otherwise
+
+        def asked(twin: nn.Module) -> _T:
+            try:
+                return ask(twin)
+            finally:
+                self._call.forget(twin)
+
         with buffers_kept(self._live), as_interpreted(), apart():
-            return ask_in_training(lambda: self.copy_module(stand_ins=True), ask, otherwise)
+            return ask_in_training(lambda: self.copy_module(stand_ins=True), asked, otherwise)

@@ -82,6 +82,11 @@ class StepCall:
             with torch.enable_grad():
                 return self.loss_fn(module, batch).detach()
 
+    def forget(self, module: nn.Module) -> None:
+        """A copy that is given up."""
+        if self.state is not None:
+            self.state.forget(module)
+
     def autocasts(self, device: torch.device) -> bool:
         """Whether the loss is computed under autocast, and so known to 8 or 11 bits only."""
         with self.context():

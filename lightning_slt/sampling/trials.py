@@ -93,6 +93,7 @@ class Trials:
         Raises:
             NoLossError: where the step returned None. What else it raises is left to the next call.
         """
+        call.written.put_back(self._module)  # by an earlier trial: what is looked at is what the copy came with
         before = TensorLook(self._module, list(self._moving.values()))
         try:
             with torch.no_grad():
@@ -171,20 +172,25 @@ class Trials:
         """
         if not any(p.dtype in LOW_PRECISION for p in self._moving.values()):
             return None
-        given_up = self._module
+        call.written.put_back(self._module)
         wide = replace(call, context=nullcontext, upcast=True)
+        module: Optional[nn.Module] = None
         try:
             with torch.no_grad():
                 module = copy.deepcopy(self._module).float()
             prepare(module, trainer)
+            before = TensorLook(module, [p for name, p in module.named_parameters() if name in self._moving])
             with torch.no_grad():
                 wide.loss(module, clone(self._batch))
         except Exception as error:
             log.info(f"chains keep float32 weights and round them at each call: {type(error).__name__}: {error}")
+            if module is not None:
+                call.forget(module)
             return None
-        if wide.state is not None:
-            wide.state.forget(given_up)
-        return module, wide
+        call.forget(self._module)
+        written = before.written(self._given)
+        written.put_back(module)
+        return module, replace(wide, written=written)
 
     def find_use(self, call: StepCall) -> Used:
         """By one call: whether the step changes the batch that it is given (a chain then hands it a copy each time),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.shadow import shadow_copy
 from lightning_slt.sampling.step_call import StepCall
 from lightning_slt.sampling.steps import LossFn, NoLossError
@@ -95,6 +98,42 @@ def test_attributes_that_a_step_changes_are_put_back_from_there_on() -> None:
     found = trials_of(live, module).watch(call).call
     assert call.state is None and found.state is not None and found.state.names == ["seen"]
     assert len({float(found.loss(module, BATCH)) for _ in range(3)}) == 1
+
+
+def counting(module: Any, batch: Tensor) -> Tensor:
+    module.calls += 1
+    return mean(module, batch) * module.calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_step_counts_starts_where_the_module_came_with_it_however_often_it_is_tried(dtype: torch.dtype) -> None:
+    """A second window tries again; so does a copy in float32."""
+    live, batch = Net().to(dtype), BATCH.to(dtype)
+    live.calls += 2
+    objective = Objective(live, counting)
+    for _ in range(3):
+        objective.adapt(batch)
+        found = [float(objective.loss(batch)) for _ in range(2)]
+        assert found == pytest.approx([3 * float(mean(objective.module, batch.to(objective.dtype)))] * 2)
+    assert float(live.calls) == 2.0
+
+
+def test_a_copy_that_is_given_up_is_kept_by_nothing() -> None:
+    def loss(module: Any, batch: Tensor) -> Tensor:
+        module.seen += 1
+        return mean(module, batch) * module.seen
+
+    objective = Objective(Net(), loss)
+    objective.adapt(BATCH)
+    twins: list[weakref.ref[nn.Module]] = []
+
+    def ask(twin: nn.Module) -> bool:
+        twins.append(weakref.ref(twin))
+        return float(objective.loss_of(twin, BATCH)) > 0
+
+    assert objective.in_training(ask, False)
+    gc.collect()
+    assert twins[0]() is None
 
 
 @pytest.mark.parametrize(("needed", "left"), [(True, 1), (False, 0)])
