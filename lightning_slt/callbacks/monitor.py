@@ -514,7 +514,7 @@ class SLTMonitor(InsideFirings):
 
     def __getstate__(self) -> dict[str, Any]:
         """For strategies that spawn: what belongs to a running process stays behind."""
-        state = dict(self.__dict__)
+        state = super().__getstate__()
         state.update(_collective=Alone(), _publisher=None, _data=None, _source=None, _hook_owner=None, _start=None)
         state["_earned_until"] = state["_trained_by"] = None
         state["_listeners"] = []  # they come again in their own setup

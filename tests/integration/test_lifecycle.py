@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
+import pickle
 import re
 import warnings
 from collections.abc import Callable
@@ -352,3 +354,16 @@ def test_a_monitored_coefficient_is_there_from_the_start_of_a_resumed_run(valida
     means = [torch.tensor(e.mean) for e in resumed.estimates]
     saved = {int(Path(path).stem[5:]): score for path, score in watchers[1].best_k_models.items()}  # type: ignore[attr-defined]
     assert saved == {12: means[0], 18: means[0], 24: means[1]}
+
+
+def test_a_callback_goes_without_the_module_that_it_has_watched(tmp_path: Path) -> None:
+    """Lightning leaves the module's ``log`` on every callback; this one's module is nothing that can be pickled."""
+
+    class Local(Net):
+        pass
+
+    monitor, watch = tiny_monitor(), TransitionMonitor()
+    Scenario(Local, loaders).run(tmp_path, monitor, watch)
+    again, _ = pickle.loads(pickle.dumps((monitor, watch)))
+    assert steps_of(again) == steps_of(copy.deepcopy(monitor)) == [4, 8, 12]
+    assert "log" not in vars(again) and "log" in vars(monitor)

@@ -150,6 +150,31 @@ def test_no_service_is_found_where_there_is_none() -> None:
     assert services_of(module) == {}
 
 
+class Paced(Plain):
+    """Its loss is weighed by a number and an array that it shares with the workers of its data, and counts up."""
+
+    def __init__(self, copied: bool) -> None:
+        super().__init__()
+        self.pace, self.paces = multiprocessing.Value("i", 0), multiprocessing.Array("d", 2)
+        self.busy = multiprocessing.Event()
+        if not copied:
+            self.blocks = Blocks()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with self.pace.get_lock():
+            self.pace.value += 1
+        self.paces[0] += 0.5
+        return super().training_step(batch, batch_idx) * (1 + 0.01 * (self.pace.value + self.paces[0]))
+
+
+@pytest.mark.parametrize("copied", [True, False], ids=["a copy", "in place"])
+def test_a_number_that_processes_share_is_moved_on_by_training_alone(copied: bool, tmp_path: Path) -> None:
+    monitor = tiny_monitor()
+    trace = Scenario(lambda: Paced(copied), loaders).assert_undisturbed(tmp_path, monitor)
+    assert len(monitor.estimates) == 3
+    assert (trace.module.pace.value, trace.module.paces[:]) == (12, [6.0, 0.0])
+
+
 # ------------------------------------------------------------------------------------------------------ self.log, kept
 
 
