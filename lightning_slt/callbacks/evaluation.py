@@ -43,5 +43,9 @@ class KeepsHistory(Callback):
         first = trainer.ckpt_path is None and trainer.fit_loop.epoch_loop._batches_that_stepped == 0
         return first or not (given or (before is not None and before() is trainer))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without ``log`` and ``log_dict``, which Lightning takes from the module and leaves here: they hold it."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+
 
 __all__ = ["KeepsHistory"]

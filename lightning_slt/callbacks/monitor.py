@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.trainer.states import TrainerFn
@@ -331,7 +330,7 @@ class SLTMonitor(InsideFirings):
         self._last_step = max(self._last_step, before)
         self._open_publisher(trainer)
         self._open_background(trainer, pl_module)
-        trainer.callback_metrics.setdefault(f"{self._prefix}/diag/valid", torch.tensor(0.0))
+        self._show(trainer)  # a run that is resumed may be a while from its next firing
         if before == 0 and not self.estimates and 0 in self._explicit and not is_smoke_test(trainer):
             self._consider(trainer, pl_module, step=0, x=0)
 
@@ -515,7 +514,7 @@ class SLTMonitor(InsideFirings):
 
     def __getstate__(self) -> dict[str, Any]:
         """For strategies that spawn: what belongs to a running process stays behind."""
-        state = dict(self.__dict__)
+        state = super().__getstate__()
         state.update(_collective=Alone(), _publisher=None, _data=None, _source=None, _hook_owner=None, _start=None)
         state["_earned_until"] = state["_trained_by"] = None
         state["_listeners"] = []  # they come again in their own setup

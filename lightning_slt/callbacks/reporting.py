@@ -226,19 +226,27 @@ class Reporting(KeepsHistory):
                 "on from a checkpoint wants a name= of its own; where layers were set free, read it in two parts."
             )
         self.estimates.append(estimate)
-        trainer.callback_metrics.update(
-            {
-                f"{self._prefix}/llc/mean": torch.tensor(estimate.mean),
-                f"{self._prefix}/llc/se": torch.tensor(estimate.se),
-                f"{self._prefix}/diag/valid": torch.tensor(float(estimate.valid)),
-            }
-        )
+        self._show(trainer)
         if self._publisher is not None:
             self._publisher.estimate(estimate)
         if influence is not None:
             self._keep_influence(trainer, influence, estimate)
         for listener in self._listeners:
             self._tell(listener, trainer, pl_module, estimate)
+
+    def _show(self, trainer: Trainer) -> None:
+        """The newest estimate for callbacks that monitor it; before there is one, that none is valid."""
+        if not self.estimates:
+            trainer.callback_metrics.setdefault(f"{self._prefix}/diag/valid", torch.tensor(0.0))
+            return
+        newest = self.estimates[-1]
+        trainer.callback_metrics.update(
+            {
+                f"{self._prefix}/llc/mean": torch.tensor(newest.mean),
+                f"{self._prefix}/llc/se": torch.tensor(newest.se),
+                f"{self._prefix}/diag/valid": torch.tensor(float(newest.valid)),
+            }
+        )
 
     def _tell(
         self, listener: EstimateListener, trainer: Trainer, pl_module: LightningModule, estimate: Estimate

@@ -377,7 +377,7 @@ class TransitionMonitor(KeepsHistory):
 
     def __getstate__(self) -> dict[str, Any]:
         """For strategies that spawn: what belongs to a running process stays behind."""
-        return {**self.__dict__, "_monitor": None, "_loader": None, "_trained_by": None}
+        return {**super().__getstate__(), "_monitor": None, "_loader": None, "_trained_by": None}
 
 
 def refined(reports: Sequence[TransitionReport], offline: Sequence[Transition]) -> list[TransitionReport]:

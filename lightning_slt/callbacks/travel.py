@@ -182,7 +182,7 @@ class StillTrainer:
         self.datamodule = datamodule
         self.optimizers = [StillOptimizer(group) for group in groups]
         # self.optimizers() of a module asks the strategy
-        self.strategy = SimpleNamespace(root_device=device, _lightning_optimizers=self.optimizers)
+        self.strategy = SimpleNamespace(root_device=device, reduce=SILENT, _lightning_optimizers=self.optimizers)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -1,4 +1,4 @@
-"""What the attributes of a module hold: iterators that a chain must not read, and contents that a step changes.
+"""What the attributes of a module hold: iterators that a chain must not read, services, contents that a step changes.
 
 A copy has its own. Where a module is called in place, putting its attributes back is not enough: a step that appends
 its loss to a list changes what the list holds, and the list is still the same one.
@@ -13,12 +13,15 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from multiprocessing.connection import Connection
-from typing import Any, NoReturn
+from types import NoneType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from lightning_slt.sampling.services import stand_in
+from lightning_slt.sampling.stand_ins import LiveIterator
 
 log = logging.getLogger(__name__)
 
@@ -39,39 +42,43 @@ _FOREIGN = (
 """Packages whose objects may have a life beside the step (threads, connections): these are left alone."""
 
 
-class LiveIterator:
-    """Stands in for an iterator that training reads: what a chain took from it, training would miss.
-
-    Args:
-        path: where it is, for the message.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __iter__(self) -> LiveIterator:
-        return self
-
-    def __next__(self) -> NoReturn:
-        raise ValueError(
-            f"training_step takes from the iterator {self._path}, which chains must not: training would miss what they "
-            "take. Give loss_fn(module, batch) -> loss, or the trainer several loaders (a dict or a CombinedLoader)."
-        )
-
-    def send(self, _: Any) -> NoReturn:
-        """As a generator's."""
-        next(self)
-
-
 def is_live_iterator(value: Any) -> bool:
     """Whether it gives what it has only once; files, which a step may write to, are none."""
     return isinstance(value, Iterator) and not isinstance(value, (io.IOBase, nn.Module, LiveIterator))
 
 
-def connections(module: nn.Module) -> dict[int, Any]:
-    """A deepcopy memo for pipes to other processes: a copy would close the module's own when it is given up."""
-    values = [value for part in module.modules() for value in vars(part).values()]
-    return {id(value): value for value in values if isinstance(value, Connection)}
+def services_of(module: nn.Module) -> dict[int, Any]:
+    """A deepcopy memo for the services (:mod:`~lightning_slt.sampling.services`) that attributes of a module lead to.
+
+    What a copy puts into a copied queue, nobody takes out: once it is full, the next ``put`` would wait for ever.
+    """
+    memo: dict[int, Any] = {}
+    seen = {id(part) for part in module.modules()}
+    for name, part in module.named_modules():
+        where = f"{type(module).__name__}.{name}" if name else type(module).__name__
+        for key, value in list(vars(part).items()):
+            if key not in _OWN:
+                _find_services(value, f"{where}.{key}", memo, seen)
+    return memo
+
+
+def _find_services(value: Any, path: str, memo: dict[int, Any], seen: set[int], depth: int = MAX_DEPTH) -> None:
+    if depth == 0 or id(value) in seen or isinstance(value, (str, bytes, int, float, bool, type, Tensor, NoneType)):
+        return
+    seen.add(id(value))
+    found = stand_in(value, path)
+    if found is not None:
+        memo[id(value)] = found
+        return
+    members: Any = ()
+    if isinstance(value, dict):
+        members = [(f"[{key!r}]", member) for key, member in value.items()]
+    elif isinstance(value, (list, tuple, set, deque)):
+        members = [(f"[{index}]", member) for index, member in enumerate(value)]
+    elif isinstance(value, nn.Module) or is_users(value):
+        members = [(f".{name}", member) for name, member in vars(value).items() if name not in ("_trainer", "_fabric")]
+    for name, member in members if len(members) <= MAX_ITEMS else ():
+        _find_services(member, f"{path}{name}", memo, seen, depth - 1)
 
 
 @contextmanager
@@ -103,7 +110,11 @@ def _keep(
     if depth == 0:
         return
     seen.add(id(value))
-    if isinstance(value, Tensor):
+    service = stand_in(value, path)
+    if service is not None:
+        undo.callback(put, value)
+        put(service)
+    elif isinstance(value, Tensor):
         if _can_be_kept(value):
             undo.callback(_restore_tensor, value, value.detach().clone(), value._version)
     elif isinstance(value, np.ndarray):
@@ -240,23 +251,23 @@ def _nowhere(_: Any) -> None:
 
 
 def is_users(value: Any) -> bool:
-    """An object with attributes, of a class of the user's own: no function, no Python module, and nothing with a life
-    beside the step."""
-    if isinstance(value, types.ModuleType):
+    """An object with attributes, of a class of the user's own, which may have a ``__call__``: no function, no class, no
+    Python module, and nothing with a life beside the step."""
+    if isinstance(value, (types.ModuleType, type)):
         return False
     package = type(value).__module__.partition(".")[0]
-    return hasattr(value, "__dict__") and not callable(value) and package not in _FOREIGN
+    return hasattr(value, "__dict__") and package not in ("builtins", "functools", *_FOREIGN)
 
 
 __all__ = [
     "RANDOM",
     "LiveIterator",
-    "connections",
     "contents_kept",
     "generators_in",
     "is_live_iterator",
     "is_users",
     "random_state",
     "seed_random",
+    "services_of",
     "set_random_state",
 ]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from lightning_slt.sampling.belongings import LiveIterator, connections, is_live_iterator
+from lightning_slt.sampling.belongings import LiveIterator, is_live_iterator, services_of
 
 
 class CopyError(Exception):
@@ -31,7 +31,8 @@ def shadow_copy(module: nn.Module) -> nn.Module:
 
     ``copy.deepcopy`` does most of it. An attribute that it cannot copy is stood in for: a cached non-leaf tensor by its
     detached clone, a generator by one in the same state, an iterator by one that refuses to be read; locks, pipes,
-    open files, executors and Python modules, which hold no weights, are shared.
+    open files, executors and Python modules, which hold no weights, are shared. Loggers, writers and queues, which have
+    somebody at the other end, are stood in for whether they can be copied or not.
 
     Raises:
         CopyError: where an attribute of another kind blocks the copy, or where the copy still shares a parameter.
@@ -39,13 +40,13 @@ def shadow_copy(module: nn.Module) -> nn.Module:
     module = getattr(module, "_orig_mod", module)
     # gradients are not copied: a tensor's deepcopy takes its .grad along unless the memo already answers for it
     grads = [p.grad for p in module.parameters() if p.grad is not None]
-    memo: dict[int, Any] = {id(g): None for g in grads} | connections(module)
+    memo: dict[int, Any] = {id(g): None for g in grads} | services_of(module)
     try:
         shadow = copy_with_hooks(module, memo)
     except Exception as error:
-        stand_ins = _stand_ins(module, error)
+        stand_ins = _stand_ins(module, error, memo)
         try:
-            shadow = copy_with_hooks(module, {**memo, **stand_ins})
+            shadow = copy_with_hooks(module, stand_ins)
         except Exception as again:
             raise CopyError(
                 f"{type(module).__name__} cannot be copied: {type(again).__name__}: {again}. Give loss_fn=, or define "
@@ -172,11 +173,15 @@ def uncompile(module: nn.Module) -> nn.Module:
     return module
 
 
-def _stand_ins(module: nn.Module, error: Exception) -> dict[int, Any]:
-    """A deepcopy memo with a substitute for everything that blocks the copy."""
-    memo: dict[int, Any] = {}
+def _stand_ins(module: nn.Module, error: Exception, known: Mapping[int, Any]) -> dict[int, Any]:
+    """A deepcopy memo with a substitute for everything that blocks the copy.
+
+    Args:
+        known: a memo that answers for some of it already.
+    """
+    memo: dict[int, Any] = dict(known)
     blocking: list[tuple[str, Exception]] = []
-    seen: set[int] = set()
+    seen: set[int] = set(known)
 
     def visit(value: Any, path: str) -> None:
         if id(value) in seen or value is None or isinstance(value, (str, bytes, int, float, bool, type)):

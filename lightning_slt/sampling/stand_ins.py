@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 _PLAIN = (str, int, float, bool, Path, type(None))
 
@@ -144,4 +144,64 @@ def _importable(kind: type) -> type:
     return object
 
 
-__all__ = ["SILENT", "ReadThrough", "Silenced"]
+class LiveIterator:
+    """Stands in for an iterator that training reads: what a chain took from it, training would miss.
+
+    Args:
+        path: where it is, for the message.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __iter__(self) -> LiveIterator:
+        return self
+
+    def __next__(self) -> NoReturn:
+        raise ValueError(
+            f"training_step takes from the iterator {self._path}, which chains must not: training would miss what they "
+            "take. Give loss_fn(module, batch) -> loss, or the trainer several loaders (a dict or a CombinedLoader)."
+        )
+
+    def send(self, _: Any) -> NoReturn:
+        """As a generator's."""
+        next(self)
+
+
+class LiveQueue(LiveIterator):
+    """Stands in for a queue, at whose other end training is: what is put in is dropped, and nothing can be taken out.
+
+    Args:
+        path: where it is, for the message.
+    """
+
+    def put(self, *_: Any, **__: Any) -> None:
+        """As a queue's."""
+
+    put_nowait = put
+
+    def get(self, *_: Any, **__: Any) -> NoReturn:
+        """As a queue's."""
+        next(self)
+
+    get_nowait = get
+
+    def task_done(self) -> None:
+        """As a queue's."""
+
+    join = task_done
+
+    def qsize(self) -> int:
+        """As that of an empty queue."""
+        return 0
+
+    def empty(self) -> bool:
+        """As that of an empty queue."""
+        return True
+
+    def full(self) -> bool:
+        """As that of an empty queue."""
+        return False
+
+
+__all__ = ["SILENT", "LiveIterator", "LiveQueue", "ReadThrough", "Silenced"]

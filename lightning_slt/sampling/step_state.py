@@ -25,6 +25,7 @@ from lightning_slt.sampling.belongings import (
     is_users,
     random_state,
     seed_random,
+    services_of,
 )
 from lightning_slt.sampling.shadow import without_compile
 from lightning_slt.sampling.step_tensors import fingerprint
@@ -54,6 +55,7 @@ class StepState:
         parts, own = dict(shadow.named_modules()), _tensors(shadow)
         memo: dict[int, Any] = {id(module): parts[name] for name, module in originals.items() if name in parts}
         memo |= {id(tensor): own[name] for name, tensor in _tensors(live).items() if name in own}
+        memo |= services_of(live)
         self._values: dict[_Place, Any] = {}
         self._owners: dict[nn.Module, tuple[list[tuple[nn.Module, _Place]], dict[int, Any]]] = {}
         self._shallow = {place for place, shallow in changed.items() if shallow}

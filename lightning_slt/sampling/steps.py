@@ -153,6 +153,9 @@ def mute(shadow: nn.Module) -> None:
             for name in ("log", "log_dict", "print", "toggle_optimizer", "untoggle_optimizer"):
                 module.__dict__[name] = _nothing
             module.__dict__["all_gather"] = _refuse_gather
+            # what was taken of the module before, as self.report = self.log, is the function of the class: it may log
+            # what a step may, and where that goes is said by the trainer's view
+            module.__dict__["_current_fx_name"] = "training_step"
 
 
 @contextmanager
@@ -266,14 +269,21 @@ class ReadThroughTrainer(ReadThrough):
 
 
 def _silent_parts(trainer: Any) -> dict[str, Any]:
-    """The loggers and the profiler of a trainer, silenced; where nothing is known of them, what takes every call."""
+    """The loggers and the profiler of a trainer, silenced, and what ``self.log`` writes to; where nothing is known of
+    them, what takes every call."""
     parts: dict[str, Any] = {"logger": SILENT, "loggers": [SILENT] if trainer is None else [], "profiler": SILENT}
+    parts |= {"_results": SILENT, "_logger_connector": SILENT}
+    parts |= {name: value for name, value in _ASKED_BY_LOG.items() if not hasattr(trainer, name)}
     if getattr(trainer, "profiler", None) is not None:
         parts["profiler"] = Silenced(trainer.profiler)
     if hasattr(trainer, "loggers"):
         parts["loggers"] = loggers = [Silenced(logger) for logger in trainer.loggers]
         parts["logger"] = loggers[0] if loggers else None
     return parts
+
+
+_ASKED_BY_LOG = {"barebones": False, "_accelerator_connector": SILENT}
+"""What ``self.log`` of Lightning asks of a trainer beside where it writes to."""
 
 
 def _no_trainer(name: str) -> AttributeError:
@@ -286,6 +296,7 @@ class _NoStrategy:
     """Where there is no trainer; ``self.optimizers()`` and much else asks its strategy."""
 
     root_device = torch.device("cpu")
+    reduce = SILENT
 
     def __getattr__(self, name: str) -> Any:
         raise _no_trainer(f"strategy.{name}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
+import pickle
 import re
 import warnings
 from collections.abc import Callable
@@ -332,3 +334,36 @@ def test_monitored_key_is_there_before_the_first_firing(tmp_path: Path) -> None:
         trace = Scenario(Net, loaders, trainer).run(tmp_path, monitor)
     assert trace.trainer.global_step == 12
     assert steps_of(monitor) == [4, 8, 12]
+
+
+@pytest.mark.parametrize("validation", [False, True])
+def test_a_monitored_coefficient_is_there_from_the_start_of_a_resumed_run(validation: bool, tmp_path: Path) -> None:
+    """The first epoch after the resume has no firing: strict callbacks, which look at its end, have the last one."""
+    data = with_validation if validation else loaders
+    first, resumed = tiny_monitor(at_steps=[3, 20]), tiny_monitor(at_steps=[3, 20])
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=6, save_top_k=-1)
+    made = Scenario(Net, data, lambda: {"callbacks": [saver], "enable_checkpointing": True, "max_epochs": 1})
+    made.run(tmp_path / "first", first)
+    watchers = [
+        EarlyStopping("slt/llc/mean", patience=50, strict=True, check_on_train_epoch_end=True),
+        ModelCheckpoint(tmp_path / "best", "{step}", monitor="slt/llc/mean", save_top_k=-1),
+    ]
+    again = Scenario(Net, data, lambda: {"callbacks": watchers, "enable_checkpointing": True, "max_epochs": 4})
+    again.run(tmp_path / "again", resumed, ckpt_path=str(tmp_path / "step=6.ckpt"))
+    assert steps_of(resumed) == [3, 20]
+    means = [torch.tensor(e.mean) for e in resumed.estimates]
+    saved = {int(Path(path).stem[5:]): score for path, score in watchers[1].best_k_models.items()}  # type: ignore[attr-defined]
+    assert saved == {12: means[0], 18: means[0], 24: means[1]}
+
+
+def test_a_callback_goes_without_the_module_that_it_has_watched(tmp_path: Path) -> None:
+    """Lightning leaves the module's ``log`` on every callback; this one's module is nothing that can be pickled."""
+
+    class Local(Net):
+        pass
+
+    monitor, watch = tiny_monitor(), TransitionMonitor()
+    Scenario(Local, loaders).run(tmp_path, monitor, watch)
+    again, _ = pickle.loads(pickle.dumps((monitor, watch)))
+    assert steps_of(again) == steps_of(copy.deepcopy(monitor)) == [4, 8, 12]
+    assert "log" not in vars(again) and "log" in vars(monitor)

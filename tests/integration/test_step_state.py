@@ -117,6 +117,26 @@ class InObject(Counts):
         return self.tally.n
 
 
+class Anneal:
+    """Weighs a loss by how often it was called."""
+
+    def __init__(self) -> None:
+        self.n = 0
+
+    def __call__(self) -> int:
+        self.n += 1
+        return self.n
+
+
+class InCallable(Counts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.anneal = Anneal()
+
+    def count(self) -> Any:
+        return self.anneal()
+
+
 class InChild(Counts):
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +168,9 @@ class InData(InTensor):
 
 
 @pytest.mark.parametrize("method", ["sequential", "batched"])
-@pytest.mark.parametrize("module", [InHidden, InData, InNumber, InTensor, InArray, InList, InNested, InObject, InChild])
+@pytest.mark.parametrize(
+    "module", [InHidden, InData, InNumber, InTensor, InArray, InList, InNested, InObject, InCallable, InChild]
+)
 def test_a_count_is_put_back_wherever_it_is_kept(module: type[Counts], method: str, tmp_path: Path) -> None:
     counted = estimates(module, tmp_path, method=method)
     # buffers have no path through vmap, and are put back as ever; the paths agree to rounding

@@ -1,0 +1,216 @@
+"""What a module keeps of loggers, their writers and queues hears training alone, and chains wait for none of them."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from lightning_slt import estimate_llc
+from lightning_slt.callbacks.travel import StillTrainer
+from lightning_slt.sampling.belongings import services_of
+from lightning_slt.sampling.borrowing import prepare
+from lightning_slt.sampling.shadow import shadow_copy
+from tests.integration.harness import Scenario, tiny_monitor
+from tests.integration.models import Plain, loaders, tensors
+
+
+class Blocks:
+    """Nothing that holds it can be copied: chains call the module in place."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("not this one")
+
+
+class Reporter:
+    """A helper of the user's: it counts what it passes on to a service."""
+
+    def __init__(self, send: Callable[[float, int], Any], service: Any) -> None:
+        self.send, self.service, self.count = send, service, 0
+
+    def __call__(self, loss: float) -> None:
+        self.send(self.service, loss, self.count)  # type: ignore[call-arg]
+        self.count += 1
+
+
+class Reports(Plain):
+    """Sends the loss of each step to a service that it keeps, in a helper that is kept in a dict."""
+
+    def __init__(self, service: Callable[[Any], Any], send: Callable[..., Any], copied: bool) -> None:
+        super().__init__()
+        self.service, self.send = service, send
+        if not copied:
+            self.blocks = Blocks()
+
+    def on_fit_start(self) -> None:
+        self.kept = {"reporters": [Reporter(self.send, self.service(self))]}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        report = self.kept["reporters"][0]
+        report(loss.item())
+        return loss * (1 + 0.01 * report.count)  # a count that is put back before every call of the chains
+
+
+def add_scalar(writer: Any, loss: float, step: int) -> None:
+    writer.add_scalar("mine", loss, step)
+
+
+def log_metrics(logger: Any, loss: float, step: int) -> None:
+    assert isinstance(logger, Logger)
+    logger.log_metrics({"mine": loss}, step)
+
+
+WRITERS = {
+    "a writer": (lambda module: module.logger.experiment, add_scalar),
+    "a logger": (lambda module: module.logger, log_metrics),
+}
+
+
+@pytest.mark.parametrize("copied", [True, False], ids=["a copy", "in place"])
+@pytest.mark.parametrize(("service", "send"), WRITERS.values(), ids=WRITERS)
+def test_a_writer_that_the_module_keeps_writes_what_training_does(
+    service: Callable[[Any], Any], send: Callable[..., Any], copied: bool, tmp_path: Path
+) -> None:
+    """A copied writer has a queue that nobody empties: the step after it was full never came back."""
+    logger, monitor = TensorBoardLogger(tmp_path), tiny_monitor(every_n_train_steps=3)
+    trace = Scenario(lambda: Reports(service, send, copied), loaders, lambda: {"logger": logger}).run(tmp_path, monitor)
+    assert len(monitor.estimates) == 4
+    events = EventAccumulator(logger.log_dir, size_guidance={"scalars": 0})
+    events.Reload()
+    written = [(event.step, event.value) for event in events.Scalars("mine")]
+    losses = [float(loss) / (1 + 0.01 * (step + 1)) for step, loss in enumerate(trace.losses)]
+    assert written == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in enumerate(losses)]
+
+
+def test_a_kept_logger_still_says_where_it_writes(tmp_path: Path) -> None:
+    module = Plain()
+    logger = CSVLogger(tmp_path, "run", 3)
+    module.table = logger  # type: ignore[assignment]
+    copied: Any = shadow_copy(module)
+    assert isinstance(copied.table, CSVLogger) and copied.table.log_dir == logger.log_dir
+    copied.table.log_metrics({"a": 1.0}, 0)
+    copied.table.save()
+    assert not Path(logger.log_dir).exists()
+
+
+QUEUES: dict[str, Callable[[], Any]] = {
+    "a bounded queue": lambda: queue.Queue(3),
+    "a simple queue": queue.SimpleQueue,
+    "a queue between processes": lambda: multiprocessing.get_context("fork").Queue(3),
+}
+
+
+@pytest.mark.parametrize("copied", [True, False], ids=["a copy", "in place"])
+@pytest.mark.parametrize("make", QUEUES.values(), ids=QUEUES)
+def test_a_queue_that_the_module_keeps_has_the_items_of_training(
+    make: Callable[[], Any], copied: bool, tmp_path: Path
+) -> None:
+    items, taken = make(), []
+
+    def take() -> None:
+        while (item := items.get()) is not None:
+            taken.append(item)
+
+    reader = threading.Thread(target=take, daemon=True)
+    reader.start()
+    monitor = tiny_monitor(every_n_train_steps=3)
+    made = Scenario(lambda: Reports(lambda _: items, lambda q, *item: q.put(item), copied), loaders)
+    made.run(tmp_path, monitor)
+    items.put(None)
+    reader.join(30)
+    assert not reader.is_alive()
+    assert [step for _, step in taken] == list(range(12)) and len(monitor.estimates) == 4
+
+
+def test_what_is_taken_from_a_queue_would_be_missed_by_training(tmp_path: Path) -> None:
+    items: queue.Queue[float] = queue.Queue()
+    for _ in range(100):
+        items.put(1.0)
+    monitor = tiny_monitor(on_failure="warn")
+    made = Scenario(lambda: Reports(lambda _: items, lambda q, *_: q.get(), True), loaders)
+    with pytest.warns(UserWarning, match=r"takes from .*service.*Give loss_fn"):
+        made.run(tmp_path, monitor)
+    assert not monitor.estimates and items.qsize() == 100 - 12
+
+
+def test_no_service_is_found_where_there_is_none() -> None:
+    module = Plain()
+    module.held = {"list": [1, torch.zeros(2), (None, "text")], "itself": module}  # type: ignore[assignment]
+    assert services_of(module) == {}
+
+
+class Paced(Plain):
+    """Its loss is weighed by a number and an array that it shares with the workers of its data, and counts up."""
+
+    def __init__(self, copied: bool) -> None:
+        super().__init__()
+        self.pace, self.paces = multiprocessing.Value("i", 0), multiprocessing.Array("d", 2)
+        self.busy = multiprocessing.Event()
+        if not copied:
+            self.blocks = Blocks()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with self.pace.get_lock():
+            self.pace.value += 1
+        self.paces[0] += 0.5
+        return super().training_step(batch, batch_idx) * (1 + 0.01 * (self.pace.value + self.paces[0]))
+
+
+@pytest.mark.parametrize("copied", [True, False], ids=["a copy", "in place"])
+def test_a_number_that_processes_share_is_moved_on_by_training_alone(copied: bool, tmp_path: Path) -> None:
+    monitor = tiny_monitor()
+    trace = Scenario(lambda: Paced(copied), loaders).assert_undisturbed(tmp_path, monitor)
+    assert len(monitor.estimates) == 3
+    assert (trace.module.pace.value, trace.module.paces[:]) == (12, [6.0, 0.0])
+
+
+# ------------------------------------------------------------------------------------------------------ self.log, kept
+
+
+class KeepsLog(Plain):
+    """Hands its ``log`` on, before there is a trainer."""
+
+    def __init__(self, copied: bool = True) -> None:
+        super().__init__()
+        self.report, self.partly, self.together = self.log, functools.partial(self.log, on_step=True), self.log_dict
+        if not copied:
+            self.blocks = Blocks()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.report("a", loss, on_epoch=True, sync_dist=True)
+        self.partly("b", loss)
+        self.together({"c": loss})
+        return loss
+
+
+@pytest.mark.parametrize("copied", [True, False], ids=["a copy", "in place"])
+@pytest.mark.parametrize("method", ["sequential", "batched"])
+def test_a_log_that_the_module_has_kept_is_silent_too(method: str, copied: bool, tmp_path: Path) -> None:
+    """Also before training and at the end of an epoch, where other rules hold for ``self.log``."""
+    if method == "batched" and not copied:
+        method = "auto"
+    monitor = tiny_monitor(at_steps=[0, 4], every_n_epochs=1, method=method)
+    Scenario(lambda: KeepsLog(copied), loaders).assert_undisturbed(tmp_path, monitor)
+    assert [e.step for e in monitor.estimates] == [0, 4, 6, 12]
+
+
+def test_a_kept_log_is_silent_where_there_is_no_trainer() -> None:
+    assert estimate_llc(KeepsLog(), tensors(), num_chains=2, num_draws=4, num_burnin_steps=2).num_chains == 2
+
+
+def test_a_kept_log_is_silent_in_a_worker() -> None:
+    module = KeepsLog()
+    prepare(module, StillTrainer({"training": True}, None, torch.device("cpu")))
+    assert torch.isfinite(module.training_step(next(iter(loaders()["train_dataloaders"])), 0))
