@@ -113,6 +113,9 @@ def owed_by(llc: float, virial: float, error: float, d: int, steepness: float = 
 
     .. math:: \max(2 S - 1, 0) \; \min\left( \frac{LLC}{V} - LLC, \; \frac{d}{2} (1 - V) \right)
 
+    On kinks, which rise more slowly than a square (S above 1), direction i is up to ``f_i`` of the LLC: the second of
+    the two is then S times as large, and the factor before them 1.
+
     V is taken at the upper end of its error: what it lacks by chance, the LLC of the same draws lacks by chance as
     well, and that is in the Monte-Carlo error.
 
@@ -135,8 +138,8 @@ def owed_by(llc: float, virial: float, error: float, d: int, steepness: float = 
     reached = virial + error
     if not (llc > 0 and reached < 1.0):
         return 0.0
-    whole = 0.5 * d * (1.0 - reached)
-    return max(2.0 * steepness - 1.0, 0.0) * (min(llc / reached - llc, whole) if reached > 0 else whole)
+    whole = 0.5 * d * max(steepness, 1.0) * (1.0 - reached)
+    return min(max(2.0 * steepness - 1.0, 0.0), 1.0) * (min(llc / reached - llc, whole) if reached > 0 else whole)
 
 
 def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
@@ -150,7 +153,7 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
     reached = virial_readings(segment, *width)
     owed = 0.0
     if bool(good.any()):
-        error, steepness = standard_error(reached), steepness_of(segment, good)
+        error, steepness = standard_error(reached), steepness_of(segment, posterior, good)
         owed = owed_by(summary.mean, float(reached.mean()), error, d, steepness)
     init_loss = sum(segment.anchors.values()) / len(segment.anchors)
     verdict = (

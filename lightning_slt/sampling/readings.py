@@ -12,11 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_slt.functional.convergence import standard_error
 from lightning_slt.functional.posterior import LocalPosterior
-from lightning_slt.sampling.segment import Segment
+from lightning_slt.sampling.segment import STATS_EVERY, Segment
 
 DIVERGED = 10.0
 """A chain whose mean excess over the anchor is this many times the number of weights has left the posterior."""
+SURE = 3.0
+"""Errors by which a loss must rise more slowly than a square for its steepness to be above 1."""
+BLOCKS = 8
+"""Parts of a chain that this error is taken from."""
 
 
 def diverged(segment: Segment, nbeta: float, d: int) -> Tensor:
@@ -31,12 +36,13 @@ class Heat:
 
     Attributes:
         discretisation: of the step alone, ``(eps/8) E[nbeta g . P (nbeta g + gamma u)]`` with g the gradient of all
-            the data: exact on a quadratic; right to within 2 % of the LLC up to a third of it on singular models.
+            the data: exact on a quadratic; right to within 2 % of the LLC up to a third of it on singular models; times
+            the steepness where that is above 1.
         noise: of the minibatches, ``weight * (eps/8) nbeta² E[xi . P xi]``, xi a gradient's part that is its batch's
             own.
         weight: how much of that reaches the loss, see :func:`heat_of`.
         steepness: :func:`steepness_of` the potential, 1 on a quadratic: the further below, the less surely the whole of
-            the heat is in the loss (on ``w1 w2²``, where it is 1/3, about half of it is).
+            the heat is in the loss (on ``w1 w2²``, where it is 1/3, about half of it is); 2 where all of it is kinks.
         each: ``[chains kept]``, the sum of each chain by itself; its mean is ``total``.
         shared: the sampler shares noise between steps, and discretisation adds nothing at first order.
     """
@@ -74,6 +80,9 @@ def heat_of(
     ``g.P nbeta g / (g.P nbeta g + gamma g.P u)``. And a loss that rises faster than a square,
     ``nbeta E[g.u] > 2 LLC``, rises by ``2 LLC / nbeta E[g.u]`` of what ``g.u / 2`` does. Their product is ``weight``.
 
+    Where the steepness is above 1, discretisation and noise are both multiplied by it. Below 1 discretisation is left
+    whole, see ``Heat.steepness``.
+
     Args:
         thermostat_of: d, where a thermostat holds the mean temperature of so many directions: friction is then larger
             by ``1 + t``, t the mean of the noise's heat over them, and of the loss ``E`` in it ``E t`` is taken off
@@ -93,24 +102,63 @@ def heat_of(
     pull = 0.125 * lr * nbeta * gamma * float(pulled[rows].mean())
     own = float((total - noise).mean()) - pull
     by_loss = own / (own + pull) if own > 0 and pull > 0 else 1.0
-    level, steepness = nbeta * float(segment.difference[rows].mean()), steepness_of(segment, keep)
+    level, steepness = nbeta * float(segment.difference[rows].mean()), steepness_of(segment, posterior, keep)
     weight = by_loss * steepness
-    each = weight * noise if shared else total - (1.0 - weight) * noise
+    own_heat = (total - noise) * max(steepness, 1.0)
+    each = weight * noise if shared else own_heat + weight * noise
     reaches = weight * float(noise.mean())
     if thermostat_of:
         each = each - 2.0 * noise / thermostat_of * nbeta * segment.difference[rows].mean(dim=1)
         reaches -= 2.0 * float(noise.mean()) / thermostat_of * level
-    return Heat(float((total - noise).mean()), reaches, weight, steepness, each, shared)
+    return Heat(float(own_heat.mean()), reaches, weight, steepness, each, shared)
 
 
-def steepness_of(segment: Segment, keep: Tensor) -> float:
-    """``2 LLC / nbeta E[g.u]``, at most 1, which it is on a quadratic and where either is not positive.
+def steepness_of(segment: Segment, posterior: LocalPosterior, keep: Tensor) -> float:
+    """``2 LLC / nbeta E[g.u]``, which is 1 on a quadratic, where it is below 1; 1 where either is not positive; up to 2
+    where the loss has kinks.
+
+    A kink ``|u|`` (an L1 loss that is fitted exactly, weights that an L1 penalty holds at 0) carries twice the heat of
+    a square: to first order in eps a chain of SGLD adds ``(eps/8) (2 E[f'U'] - Cov(f, U'²))`` to the mean of f, where
+    all directions are as fast as each other. Of that the first is twice the heat, and the second once on a square and
+    nothing on a kink, whose force is the same everywhere. Both are read from the same readings. Noise of the
+    minibatches that loss and force share makes the covariance larger and the steepness smaller, never the other way.
+    It counts where the LLC is beyond ``nbeta E[g.u] / 2`` by :data:`SURE` errors, which on a quadratic it is by chance
+    once in 740 times (the error is that of a mean over :data:`BLOCKS` parts of every chain, a tenth to a third too
+    large): a network whose loss saturates far from ``w*`` is not kinked for that, and has the covariance of a square.
 
     Args:
         keep: ``[chains]`` bool, which are pooled.
     """
     level, half_virial = float(segment.difference[keep].mean()), 0.5 * float(segment.grad_dot[keep].mean())
-    return level / half_virial if half_virial > level > 0 else 1.0
+    if half_virial > level > 0:
+        return level / half_virial
+    if not level > half_virial > 0 or segment.grad_dot.shape[1] < BLOCKS:
+        return 1.0
+    excess = _block_means(segment.difference[keep]) - 0.5 * _block_means(segment.grad_dot[keep])
+    if not level - half_virial > SURE * standard_error(excess):
+        return 1.0
+    return 1.0 + _share_of_kinks(segment, posterior, keep)
+
+
+def _share_of_kinks(segment: Segment, posterior: LocalPosterior, keep: Tensor) -> float:
+    """``1 - Cov(f, nbeta |g|² + gamma g.u) / E[nbeta |g|² + gamma g.u]``, within 0 and 1, with the covariance at the
+    upper end of its error; 0 where the readings are not every so many steps, or there is but one chain."""
+    force = force_of(segment, posterior)[keep]
+    chains, readings = force.shape
+    level = float(force.mean())
+    if chains < 2 or segment.steps != readings * STATS_EVERY or not level > 0:
+        return 0.0
+    loss = posterior.nbeta * segment.difference[keep].reshape(chains, readings, STATS_EVERY)
+    loss, force = loss - loss.mean(), force - level
+    # at which of the steps the readings were is not known where pieces were cut: it is where the two agree most
+    each = (loss * force.unsqueeze(2)).mean(dim=1)
+    each = each[:, int(each.mean(dim=0).argmax())]
+    covariance = float(each.mean()) + float(each.std()) / math.sqrt(chains)
+    return min(max(1.0 - covariance / level, 0.0), 1.0)
+
+
+def _block_means(table: Tensor) -> Tensor:
+    return torch.stack([part.mean(dim=1) for part in table.tensor_split(BLOCKS, dim=1)], dim=1)
 
 
 def force_of(segment: Segment, posterior: LocalPosterior) -> Tensor:

@@ -62,6 +62,10 @@ ACCEPTANCE = 0.57
 """Share of MALA's proposals to be accepted."""
 SAFE = 0.3
 """The first step, over the largest posterior precision."""
+NEAR = 0.01
+"""Where the curvature is looked at first, in standard deviations of the posterior."""
+TURNS = 4
+"""Of the power iteration, so near; and as many at the posterior's own scale."""
 CEILING = 8.0
 """Largest step, in those of :func:`first_step`: 0.6 of what is stable along the steepest direction at ``w*``."""
 MOST_PROPOSED = 40.0
@@ -81,7 +85,10 @@ def first_step(
     """A step that is safe along the steepest direction: 0.3 over the largest posterior precision (4 is unstable).
 
     Power iteration with gradient differences at the posterior's own scale ``1/sqrt(nbeta h + gamma)`` along the
-    direction: a degenerate minimum, whose Hessian vanishes at ``w*``, still shows its curvature there.
+    direction: a degenerate minimum, whose Hessian vanishes at ``w*``, still shows its curvature there. The scale is
+    first found from :data:`NEAR` ``w*``: from far off, a minimum that is narrow and has a plateau around it (a loss
+    that saturates) looks flat, and at the step of the plateau no chain would ever see it. A kink has the larger a
+    curvature the nearer it is looked at: it is looked at anew from the scale that this gives.
 
     Args:
         objective, window, posterior: what is sampled.
@@ -110,8 +117,9 @@ def first_step(
     curvature = 0.0
     engine.bind(weights, grad)
     try:
-        for _ in range(8):
+        for turn in range(2 * TURNS):
             radius = min(1.0 / math.sqrt(posterior.nbeta * curvature + posterior.localization + 1e-12), scale)
+            radius *= NEAR if turn < TURNS else 1.0
             grad.zero_()
             try:
                 add_gradients(direction, -radius)
@@ -125,7 +133,7 @@ def first_step(
             if not math.isfinite(norm):
                 direction *= 0.1  # outside the region where the loss is finite: look closer to w*
                 continue
-            curvature = max(curvature * 0.5, norm)
+            curvature = norm if turn == TURNS else max(curvature * 0.5, norm)
             if norm == 0.0:
                 layout.normal_(direction, gen)
                 direction /= layout.norm(direction)

@@ -6,15 +6,18 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from lightning_slt import SGLD, estimate_llc
 from lightning_slt.functional import LocalPosterior
-from lightning_slt.sampling.batches import DatasetSource
+from lightning_slt.sampling.anchor import open_window
+from lightning_slt.sampling.batches import DatasetSource, source_of
 from lightning_slt.sampling.calibration import FIRST_ROUNDS, MAX_STEPS_BW_DRAWS, Budget, _has_arrived, draw
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.chunk import KEPT_GRADIENT
 from lightning_slt.sampling.memory import ChainMemory
+from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import heat_of, transient, virial_readings
 from lightning_slt.sampling.samplers.base import Heating
 from lightning_slt.sampling.segment import Segment
@@ -328,6 +331,30 @@ def test_first_step_is_safe_along_the_steepest_direction() -> None:
     largest = chains.posterior.nbeta * 4.0 + 2.0
     step = first_step(chains.objective, chains.source.window(0), chains.posterior, seed=0)
     assert 0.2 / largest < step < 0.5 / largest
+
+
+@pytest.mark.parametrize("width", [0.3, 0.05, 0.02])
+def test_first_step_sees_a_narrow_minimum_with_a_plateau_around_it(width: float) -> None:
+    """Of depth 30 in units of the posterior; from a standard deviation of the pull away all is flat, and the step had
+    been 0.3 over the pull, thousands of times what is stable in the well."""
+
+    class Well(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(3))
+
+    def saturating(module: nn.Module, batch: list[Tensor]) -> Tensor:
+        return 1 - torch.exp(-0.5 * module.w.square().sum() / width**2) + 0 * batch[0].mean()  # type: ignore[operator]
+
+    module, nbeta = Well(), 30.0
+    data = TensorDataset(torch.ones(64, 1))
+    objective = Objective(module, saturating)
+    source = source_of(data, 64, objective.device, 0)
+    open_window(objective, source)
+    with objective.active():
+        step = first_step(objective, source.window(0), LocalPosterior(nbeta, 1.0), seed=0)
+    largest = nbeta / width**2 + 1.0
+    assert 0.2 / largest < step < 0.6 / largest
 
 
 def test_a_step_that_is_given_is_not_looked_for() -> None:
