@@ -75,9 +75,9 @@ class Estimate:
         owed: What directions that have not reached their width may still add to ``mean``, in LLC units: what the virial
             ratio of all the draws lacks beyond its error (:func:`lightning_slt.verdict.owed_by`). It is in ``se``, and
             nearly the same at neighbouring firings, which start from the same displacements.
-        lean: What ``mean`` had too much because the step keeps chains away from steep weights, in LLC units
+        lean: What the step of SGLD adds by keeping chains away from steep weights, in LLC units
             (:func:`lightning_slt.sampling.lean.lean_of`): a part of ``step_bias``, and in ``se`` as well, since it is
-            known to first order. 0 where it is not seen.
+            known to first order; in ``se`` alone of a sampler that has none at first order. 0 where it is not seen.
         acceptance: Acceptance rate, for samplers that have one.
         finite_share: Share of chains whose every loss was finite.
         num_bad_chains: Chains left out: non-finite or diverged.

@@ -95,7 +95,7 @@ def _heat_in_covariances(drawn: Drawn, chains: Chains, llc: Estimate) -> tuple[t
 
 def _heat_noted(llc: Estimate) -> tuple[str, ...]:
     """What covariances over the chains of this learning coefficient have of the heat of the step; none where little."""
-    heat = llc.step_bias / (llc.mean + llc.step_bias) if llc.mean > 0 else 0.0
+    heat = max(llc.step_bias - llc.lean, 0.0) / (llc.mean + llc.step_bias) if llc.mean > 0 else 0.0
     if not heat > NOTED_HEAT:
         return ()
     return (f"{heat:.0%} of the LLC of these chains is heat of the step; covariances have about twice that too much",)

@@ -44,7 +44,9 @@ def lean_of(segment: Segment, lr: float, posterior: LocalPosterior, keep: Tensor
 
     The estimate ``a`` is shrunk by its error ``b``, that of the mean over the chains, to ``a (1 - (b / a)²)``, and is 0
     below b: what is noise adds nothing worth mention (0.1 b in the mean). Negative ones are left out: chains on their
-    way up from ``w*`` have those, and the posterior's tails, cut off by a step that is too large, look like them.
+    way up from ``w*`` have those, and the posterior's tails, cut off by a step that is too large, look like them. It is
+    0 as well where readings are not every :data:`~lightning_slt.sampling.segment.STATS_EVERY` steps: windows of a
+    stream, or draws, that are no multiple of it.
 
     Args:
         segment: the draws.
@@ -54,12 +56,11 @@ def lean_of(segment: Segment, lr: float, posterior: LocalPosterior, keep: Tensor
     """
     rows = keep.nonzero().flatten()
     heat = 0.125 * lr * posterior.nbeta * force_of(segment, posterior)[rows]
-    count = min(heat.shape[1], segment.steps // STATS_EVERY)
-    if len(rows) < 2 or count < LEAST_READINGS:
+    count = heat.shape[1]
+    # where pieces were no multiple of that many steps, readings and losses are not of the same moments
+    if len(rows) < 2 or count < LEAST_READINGS or segment.steps != count * STATS_EVERY:
         return 0.0
-    heat = heat[:, heat.shape[1] - count :]
-    excess = posterior.nbeta * segment.difference[rows, segment.steps - count * STATS_EVERY :]
-    excess = excess.reshape(len(rows), count, STATS_EVERY).mean(dim=2)
+    excess = posterior.nbeta * segment.difference[rows].reshape(len(rows), count, STATS_EVERY).mean(dim=2)
     heat, loss = heat - heat.mean(), excess - excess.mean()
     each = torch.stack([_lagged(heat, heat - loss, lag) for lag in LAGS]).mean(dim=0)
     found, error = float(each.mean()), float(each.std()) / math.sqrt(len(each))

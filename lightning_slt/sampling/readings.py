@@ -122,9 +122,10 @@ def steepness_of(segment: Segment, posterior: LocalPosterior, keep: Tensor) -> f
     all directions are as fast as each other. Of that the first is twice the heat, and the second once on a square and
     nothing on a kink, whose force is the same everywhere. Both are read from the same readings. Noise of the
     minibatches that loss and force share makes the covariance larger and the steepness smaller, never the other way.
-    It counts where the LLC is beyond ``nbeta E[g.u] / 2`` by :data:`SURE` errors, which on a quadratic it is by chance
-    once in 740 times (the error is that of a mean over :data:`BLOCKS` parts of every chain, a tenth to a third too
-    large): a network whose loss saturates far from ``w*`` is not kinked for that, and has the covariance of a square.
+    It counts where the LLC is beyond ``nbeta E[g.u] / 2`` by :data:`SURE` errors, and from there on the more the surer;
+    on a quadratic that is so by chance once in 740 times (the error is that of a mean over :data:`BLOCKS` parts of
+    every chain, a tenth to a third too large). A network whose loss saturates far from ``w*`` is not kinked for that,
+    and has the covariance of a square.
 
     Args:
         keep: ``[chains]`` bool, which are pooled.
@@ -135,9 +136,8 @@ def steepness_of(segment: Segment, posterior: LocalPosterior, keep: Tensor) -> f
     if not level > half_virial > 0 or segment.grad_dot.shape[1] < BLOCKS:
         return 1.0
     excess = _block_means(segment.difference[keep]) - 0.5 * _block_means(segment.grad_dot[keep])
-    if not level - half_virial > SURE * standard_error(excess):
-        return 1.0
-    return 1.0 + _share_of_kinks(segment, posterior, keep)
+    sure = SURE * standard_error(excess) / (level - half_virial)
+    return 1.0 + (1.0 - sure**2) * _share_of_kinks(segment, posterior, keep) if sure < 1.0 else 1.0
 
 
 def _share_of_kinks(segment: Segment, posterior: LocalPosterior, keep: Tensor) -> float:

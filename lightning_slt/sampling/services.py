@@ -36,6 +36,10 @@ _SHARED = (Connection, synchronize.SemLock, synchronize.Condition, synchronize.E
 """A copy of a pipe would close the module's own when it is given up; the others hold nothing."""
 
 
+SHARED_NUMBERS = (sharedctypes.SynchronizedBase, ctypes._SimpleCData, ctypes.Array)
+"""Numbers and arrays that processes share, with a lock and without."""
+
+
 def stand_in(value: Any, path: str) -> Any:
     """What a chain has in the place of a service; None where ``value`` is none.
 
@@ -44,21 +48,35 @@ def stand_in(value: Any, path: str) -> Any:
     """
     if isinstance(value, _SHARED):
         return value
-    if isinstance(value, sharedctypes.SynchronizedBase):
+    if isinstance(value, SHARED_NUMBERS):
         return _own(value)
     if isinstance(value, _QUEUES):
-        return LiveQueue(path)
+        return LiveQueue(path, getattr(value, "maxsize", getattr(value, "_maxsize", 0)))
     packages = [kind.__module__ for kind in type(value).__mro__]
     if isinstance(value, Logger) or any(package.startswith(_WRITERS) for package in packages):
         return Silenced(value)
     return value if _SETTINGS in packages else None
 
 
+def renewed(value: Any) -> Any:
+    """A stand-in as it was made: shared numbers that a step counts up begin anew with each call."""
+    if isinstance(value, SHARED_NUMBERS):
+        return _own(value)
+    return LiveQueue(value.path, value.maxsize) if isinstance(value, LiveQueue) else value
+
+
+def numbers_in(value: Any) -> bytes:
+    """What shared numbers are."""
+    return bytes(value.get_obj() if isinstance(value, sharedctypes.SynchronizedBase) else value)
+
+
 def _own(value: Any) -> Any:
     """A number, or an array, that processes share, in memory of its own."""
+    if not isinstance(value, sharedctypes.SynchronizedBase):
+        return type(value).from_buffer_copy(value)
     shared: Any = value.get_obj()
     kind: type[ctypes.Array[Any]] = type(shared)
     return sharedctypes.synchronized(kind.from_buffer_copy(shared), value.get_lock())  # type: ignore[call-overload]
 
 
-__all__ = ["stand_in"]
+__all__ = ["SHARED_NUMBERS", "numbers_in", "renewed", "stand_in"]

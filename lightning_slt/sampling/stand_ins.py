@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+from torch import Tensor
+
+MOST_HELD = 16
+"""Things that a queue of chains holds: they may hold graphs."""
 _PLAIN = (str, int, float, bool, Path, type(None))
 
 
@@ -96,6 +103,8 @@ class Silenced(ReadThrough, Silent):
         if name in self.__dict__["_local"]:
             return self.__dict__["_local"][name]
         value = SILENT if name == "experiment" else getattr(self.__dict__["_live"], name)
+        if isinstance(value, (Tensor, np.ndarray)):  # of a logger of the user's own, which the step may read
+            return copy.deepcopy(value.detach() if isinstance(value, Tensor) else value)
         return value if isinstance(value, _PLAIN) else SILENT
 
     def __reduce_ex__(self, _: Any) -> tuple[Any, ...]:
@@ -168,28 +177,44 @@ class LiveIterator:
         next(self)
 
 
-class LiveQueue(LiveIterator):
-    """Stands in for a queue, at whose other end training is: what is put in is dropped, and nothing can be taken out.
+class LiveQueue:
+    """Stands in for a queue, at whose other end training is: out comes what chains have put in, of which the newest are
+    kept, and nothing waits.
 
     Args:
         path: where it is, for the message.
+        maxsize: that of the queue.
     """
 
-    def put(self, *_: Any, **__: Any) -> None:
+    def __init__(self, path: str, maxsize: int = 0) -> None:
+        self.path, self.maxsize = path, maxsize
+        self._held: deque[Any] = deque(maxlen=MOST_HELD)
+
+    def put(self, item: Any, *_: Any, **__: Any) -> None:
         """As a queue's."""
+        self._held.append(item)
 
     put_nowait = put
 
-    def get(self, *_: Any, **__: Any) -> NoReturn:
-        """As a queue's."""
-        next(self)
+    def get(self, *_: Any, **__: Any) -> Any:
+        """As a queue's.
+
+        Raises:
+            ValueError: where chains have put nothing in.
+        """
+        if not self._held:
+            raise ValueError(
+                f"training_step takes from the queue {self.path}, which chains must not: training would miss what they "
+                "take. Give loss_fn(module, batch) -> loss."
+            )
+        return self._held.popleft()
 
     get_nowait = get
 
     def task_done(self) -> None:
         """As a queue's."""
 
-    join = task_done
+    join = close = join_thread = cancel_join_thread = task_done
 
     def qsize(self) -> int:
         """As that of an empty queue."""

@@ -65,7 +65,7 @@ SAFE = 0.3
 NEAR = 0.01
 """Where the curvature is looked at first, in standard deviations of the posterior."""
 TURNS = 4
-"""Of the power iteration, so near; and as many at the posterior's own scale."""
+"""Of the power iteration, so near; and twice as many at the posterior's own scale."""
 CEILING = 8.0
 """Largest step, in those of :func:`first_step`: 0.6 of what is stable along the steepest direction at ``w*``."""
 MOST_PROPOSED = 40.0
@@ -117,7 +117,7 @@ def first_step(
     curvature = 0.0
     engine.bind(weights, grad)
     try:
-        for turn in range(2 * TURNS):
+        for turn in range(3 * TURNS):
             radius = min(1.0 / math.sqrt(posterior.nbeta * curvature + posterior.localization + 1e-12), scale)
             radius *= NEAR if turn < TURNS else 1.0
             grad.zero_()
@@ -133,7 +133,8 @@ def first_step(
             if not math.isfinite(norm):
                 direction *= 0.1  # outside the region where the loss is finite: look closer to w*
                 continue
-            curvature = norm if turn == TURNS else max(curvature * 0.5, norm)
+            # what was seen near w* may be that of a kink, and so may be what is seen at the scale that this gives
+            curvature = norm if turn in (TURNS, TURNS + 1) else max(curvature * 0.5, norm)
             if norm == 0.0:
                 layout.normal_(direction, gen)
                 direction /= layout.norm(direction)

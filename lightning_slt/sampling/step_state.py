@@ -27,6 +27,7 @@ from lightning_slt.sampling.belongings import (
     seed_random,
     services_of,
 )
+from lightning_slt.sampling.services import SHARED_NUMBERS, numbers_in, renewed
 from lightning_slt.sampling.shadow import without_compile
 from lightning_slt.sampling.step_tensors import fingerprint
 
@@ -55,7 +56,9 @@ class StepState:
         parts, own = dict(shadow.named_modules()), _tensors(shadow)
         memo: dict[int, Any] = {id(module): parts[name] for name, module in originals.items() if name in parts}
         memo |= {id(tensor): own[name] for name, tensor in _tensors(live).items() if name in own}
-        memo |= services_of(live)
+        services = services_of(live)
+        memo |= services
+        self._services = list(services.values())
         self._values: dict[_Place, Any] = {}
         self._owners: dict[nn.Module, tuple[list[tuple[nn.Module, _Place]], dict[int, Any]]] = {}
         self._shallow = {place for place, shallow in changed.items() if shallow}
@@ -97,7 +100,7 @@ class StepState:
             elif place in self._shallow:
                 attributes[key] = copy.copy(value)
             else:
-                attributes[key] = copy.deepcopy(value, dict(memo))
+                attributes[key] = copy.deepcopy(value, {**memo, **{id(s): renewed(s) for s in self._services}})
             for source in generators_in(attributes[key]) if place in self._drawn_from else ():
                 seed_random(source, int(torch.randint(2**62, ())))
 
@@ -141,6 +144,8 @@ def _print_of(value: Any, depth: int, known: set[int]) -> Any:
         return id(value), fingerprint(value)
     if isinstance(value, np.ndarray):
         return id(value), value.tobytes() if value.nbytes <= MAX_COMPARED_BYTES and not value.dtype.hasobject else None
+    if isinstance(value, SHARED_NUMBERS):
+        return id(value), numbers_in(value)
     if isinstance(value, RANDOM):
         return id(value), repr(random_state(value))
     members: list[Any] | None = None

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from lightning_slt import estimate_llc
+from lightning_slt import SGLD, estimate_llc
 from lightning_slt.callbacks.travel import StillTrainer
 from lightning_slt.sampling.belongings import services_of
 from lightning_slt.sampling.borrowing import prepare
@@ -214,3 +214,77 @@ def test_a_kept_log_is_silent_in_a_worker() -> None:
     module = KeepsLog()
     prepare(module, StillTrainer({"training": True}, None, torch.device("cpu")))
     assert torch.isfinite(module.training_step(next(iter(loaders()["train_dataloaders"])), 0))
+
+
+class Kept:
+    """A helper that counts, beside a service."""
+
+    def __init__(self, service: Any) -> None:
+        self.service, self.count = service, 0
+
+
+def loss_with(use: Callable[[Any], float]) -> Callable[[Any, Any], Tensor]:
+    """A loss that grows with what a helper of the module says when it is asked."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        return module.weight.square().sum() * 50.0 * use(module.kept)
+
+    return loss
+
+
+def counted(kept: Any) -> float:
+    kept.count += 1
+    return float(kept.count)
+
+
+def counted_with_others(kept: Any) -> float:
+    number = kept.service.get_obj() if hasattr(kept.service, "get_obj") else kept.service
+    number.value += 1
+    return float(number.value)
+
+
+def through_a_queue(kept: Any) -> float:
+    assert kept.service.qsize() < kept.service.maxsize
+    kept.service.put(1.0)
+    return float(kept.service.get())
+
+
+@pytest.mark.parametrize(
+    ("service", "use"),
+    [
+        (lambda: multiprocessing.Value("i", 0), counted),
+        (multiprocessing.Lock, counted),
+        (lambda: queue.Queue(3), counted),
+        (lambda: multiprocessing.Value("i", 0), counted_with_others),
+        (lambda: multiprocessing.RawValue("i", 0), counted_with_others),
+        (lambda: queue.Queue(3), through_a_queue),
+    ],
+    ids=["beside a number", "beside a lock", "beside a queue", "a shared number", "a raw number", "a queue of its own"],
+)
+def test_a_step_that_counts_beside_a_service_or_in_it_has_one_loss(
+    service: Callable[[], Any], use: Callable[[Any], float]
+) -> None:
+    """The same number at every call, that of the first, so that the coefficient is that of ``50 |w|²``; and the
+    module's own is left alone. One of them was refused, others read up to three times as much."""
+    torch.manual_seed(0)
+    module: Any = torch.nn.Linear(2, 1, bias=False)
+    module.weight.data.zero_()
+    data = torch.utils.data.TensorDataset(torch.zeros(64, 1))
+    settings: dict[str, Any] = {"sampler": SGLD(lr=1e-4), "num_chains": 2, "num_draws": 40, "num_burnin_steps": 10}
+    plain = estimate_llc(module, data, lambda m, batch: m.weight.square().sum() * 50.0, seed=0, **settings)
+    module.kept = Kept(service())
+    found = estimate_llc(module, data, loss_with(use), seed=0, **settings)
+    assert found.mean == pytest.approx(plain.mean, rel=1e-5)
+    assert module.kept.count == 0
+    if use is counted_with_others:
+        assert module.kept.service.value == 0
+
+
+def test_a_step_that_takes_what_training_has_put_in_is_told() -> None:
+    module: Any = torch.nn.Linear(2, 1)
+    module.waiting = queue.Queue()
+    module.waiting.put(1.0)
+    data = torch.utils.data.TensorDataset(torch.zeros(8, 1))
+    with pytest.raises(ValueError, match=r"takes from the queue Linear.waiting"):
+        estimate_llc(module, data, lambda m, batch: m.weight.sum() * m.waiting.get(), num_chains=1, num_draws=10)
+    assert module.waiting.qsize() == 1

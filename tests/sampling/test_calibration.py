@@ -357,6 +357,24 @@ def test_first_step_sees_a_narrow_minimum_with_a_plateau_around_it(width: float)
     assert 0.2 / largest < step < 0.6 / largest
 
 
+def test_first_step_of_a_kink_is_that_of_its_posterior_s_scale() -> None:
+    """``c |w|`` has the curvature ``c / r`` at a distance r, without end near ``w*``: what was seen there is forgotten.
+    At the scale ``1 / c`` it is ``c²``, and a step of 0.3 over that is right; it was a sixth of it."""
+
+    class Kink(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(1))
+
+    objective = Objective(Kink(), lambda module, batch: module.w.abs().sum() + 0 * batch[0].mean())
+    source = source_of(TensorDataset(torch.ones(64, 1)), 64, objective.device, 0)
+    open_window(objective, source)
+    with objective.active():
+        for nbeta in (20.0, 2000.0):
+            step = first_step(objective, source.window(0), LocalPosterior(nbeta, 1.0), seed=0)
+            assert 0.1 < step * nbeta**2 < 1.0
+
+
 def test_a_step_that_is_given_is_not_looked_for() -> None:
     chains = opened()
     drawn = draw(chains, 0, Budget(num_draws=10, num_burnin_steps=7, num_steps_bw_draws=3, lr=1e-4))

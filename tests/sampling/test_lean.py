@@ -110,6 +110,23 @@ def test_one_chain_or_few_readings_show_none(num_chains: int, count: int) -> Non
     assert lean_of(segment, 8.0, posterior, segment.finite) == 0.0
 
 
+@pytest.mark.parametrize("length", [1, 5, 25, 50])
+def test_pieces_that_are_no_multiple_of_the_steps_between_readings_show_none(length: int) -> None:
+    """Their readings and losses are not of the same moments: a drift of the one would look like a lean."""
+    level = torch.linspace(-1, 1, 1200, dtype=torch.float64).expand(8, -1)
+    gen = torch.Generator().manual_seed(0)
+    heat = 2.0 + 0.1 * torch.randn(8, 1200, generator=gen, dtype=torch.float64)
+    pieces = []
+    for start in range(0, 300, length):
+        at = slice(4 * start, 4 * (start + length))
+        moments = heat[:, at][:, ::STATS_EVERY][:, : -(-length // STATS_EVERY)]
+        nothing = torch.zeros_like(moments)
+        pieces.append(Segment(list(range(8)), level[:, start : start + length], moments, nothing, nothing, anchors={}))
+    joined = Segment.join(pieces)
+    assert joined.steps == 300 and joined.grad_square.shape[1] >= LEAST_READINGS
+    assert lean_of(joined, 8.0, LocalPosterior(1.0, 0.0), joined.finite) == 0.0
+
+
 class Steep(nn.Module):
     """The potential above, divided by n, beside forty regular directions that make the coefficient positive."""
 

@@ -23,8 +23,9 @@ class LeimkuhlerMatthews(SGLD):
     One gradient a step, as SGLD. The noise of one step is shared with the next, and with it the error of the density
     that is sampled goes from first to second order in epsilon; on a quadratic the variance is exact at every stable
     step. SGLD heats along steep directions, and it leans to where the loss is flat: its density has a factor
-    ``exp(-eps/8 (2 lap U - |grad U|²))``. The heat is measured and taken off; the lean is not (docs/choosing.md: 3 to
-    12 % of the LLC of a convnet). Here neither is there at first order. Minibatches heat the one as the other.
+    ``exp(-eps/8 (2 lap U - |grad U|²))``. Both are measured and taken off. Here neither is there at
+    first order; what SGLD would have of the lean is an error, since these chains cannot stay beyond a curvature of
+    4 / eps either. Minibatches heat the one as the other.
 
     Args:
         lr: the step size epsilon; None has it calibrated, see :mod:`lightning_slt.sampling.step_size`.
