@@ -6,6 +6,7 @@ its loss to a list changes what the list holds, and the list is still the same o
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import random
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_slt.sampling.services import stand_in
+from lightning_slt.sampling.services import method_of, stand_in
 from lightning_slt.sampling.stand_ins import LiveIterator
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,12 @@ def _find_services(value: Any, path: str, memo: dict[int, Any], seen: set[int], 
     if depth == 0 or id(value) in seen or isinstance(value, (str, bytes, int, float, bool, type, Tensor, NoneType)):
         return
     seen.add(id(value))
+    if isinstance(value, (types.MethodType, types.BuiltinMethodType)):  # of the same stand-in as the queue itself
+        _find_services(value.__self__, path, memo, seen, depth)
+        bound = method_of(memo.get(id(value.__self__)), value)
+        if bound is not None:
+            memo[id(value)] = bound
+        return
     found = stand_in(value, path)
     if found is not None:
         memo[id(value)] = found
@@ -75,6 +82,8 @@ def _find_services(value: Any, path: str, memo: dict[int, Any], seen: set[int], 
         members = [(f"[{key!r}]", member) for key, member in value.items()]
     elif isinstance(value, (list, tuple, set, deque)):
         members = [(f"[{index}]", member) for index, member in enumerate(value)]
+    elif isinstance(value, functools.partial):
+        members = [("", member) for member in (value.func, *value.args, *value.keywords.values())]
     elif isinstance(value, nn.Module) or is_users(value):
         members = [(f".{name}", member) for name, member in vars(value).items() if name not in ("_trainer", "_fabric")]
     for name, member in members if len(members) <= MAX_ITEMS else ():
@@ -110,7 +119,7 @@ def _keep(
     if depth == 0:
         return
     seen.add(id(value))
-    service = stand_in(value, path)
+    service = _partial_of(value, path) if isinstance(value, functools.partial) else stand_in(value, path)
     if service is not None:
         undo.callback(put, value)
         put(service)
@@ -143,6 +152,20 @@ def _keep(
         undo.callback(_restore_dict, own, dict(own))
         for name, item in list(own.items()):
             _keep(item, f"{path}.{name}", _setter(own, name), seen, undo, depth - 1)
+
+
+def _partial_of(value: functools.partial[Any], path: str) -> Any:
+    """The same of stand-ins; None where there are none."""
+    parts = {id(part): stand_in(part, path) for part in (value.func, *value.args, *value.keywords.values())}
+    if all(part is None for part in parts.values()):
+        return None
+
+    def other(part: Any) -> Any:
+        found = parts[id(part)]
+        return part if found is None else found
+
+    arguments = {name: other(part) for name, part in value.keywords.items()}
+    return functools.partial(other(value.func), *map(other, value.args), **arguments)
 
 
 def _keep_module(module: nn.Module, path: str, seen: set[int], undo: ExitStack, depth: int) -> None:

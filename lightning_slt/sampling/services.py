@@ -9,13 +9,15 @@ from __future__ import annotations
 import ctypes
 import multiprocessing.queues
 import queue
+import types
 from multiprocessing import sharedctypes, synchronize
 from multiprocessing.connection import Connection
+from multiprocessing.managers import BaseProxy
 from typing import Any
 
 from lightning.fabric.loggers.logger import Logger
 
-from lightning_slt.sampling.stand_ins import LiveQueue, Silenced
+from lightning_slt.sampling.stand_ins import SILENT, LiveQueue, Silenced
 
 _WRITERS = (
     "torch.utils.tensorboard", "tensorboard.summary", "tensorboardX", "mlflow.tracking", "comet_ml",
@@ -46,16 +48,23 @@ def stand_in(value: Any, path: str) -> Any:
     Args:
         path: where it is, for messages.
     """
+    if isinstance(value, (types.MethodType, types.BuiltinMethodType)):
+        return method_of(stand_in(value.__self__, path), value)
     if isinstance(value, _SHARED):
         return value
     if isinstance(value, SHARED_NUMBERS):
         return _own(value)
-    if isinstance(value, _QUEUES):
+    if isinstance(value, _QUEUES) or (isinstance(value, BaseProxy) and hasattr(value, "put")):
         return LiveQueue(path, getattr(value, "maxsize", getattr(value, "_maxsize", 0)))
     packages = [kind.__module__ for kind in type(value).__mro__]
     if isinstance(value, Logger) or any(package.startswith(_WRITERS) for package in packages):
         return Silenced(value)
     return value if _SETTINGS in packages else None
+
+
+def method_of(found: Any, method: Any) -> Any:
+    """The method of that name that a stand-in has; None where there is no stand-in."""
+    return None if found is None else getattr(found, method.__name__, SILENT)
 
 
 def renewed(value: Any) -> Any:
@@ -79,4 +88,4 @@ def _own(value: Any) -> Any:
     return sharedctypes.synchronized(kind.from_buffer_copy(shared), value.get_lock())  # type: ignore[call-overload]
 
 
-__all__ = ["SHARED_NUMBERS", "numbers_in", "renewed", "stand_in"]
+__all__ = ["SHARED_NUMBERS", "method_of", "numbers_in", "renewed", "stand_in"]

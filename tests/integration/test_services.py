@@ -20,7 +20,9 @@ from lightning_slt import SGLD, estimate_llc
 from lightning_slt.callbacks.travel import StillTrainer
 from lightning_slt.sampling.belongings import services_of
 from lightning_slt.sampling.borrowing import prepare
+from lightning_slt.sampling.services import stand_in
 from lightning_slt.sampling.shadow import shadow_copy
+from lightning_slt.sampling.stand_ins import LiveQueue
 from tests.integration.harness import Scenario, tiny_monitor
 from tests.integration.models import Plain, loaders, tensors
 
@@ -109,13 +111,20 @@ QUEUES: dict[str, Callable[[], Any]] = {
     "a simple queue": queue.SimpleQueue,
     "a queue between processes": lambda: multiprocessing.get_context("fork").Queue(3),
 }
+KEPT: dict[str, tuple[Callable[[Any], Any], Callable[..., None]]] = {
+    "the queue": (lambda items: items, lambda items, *item: items.put(item)),
+    "its method": (lambda items: items.put, lambda put, *item: put(item)),
+    "a partial of it": (lambda items: functools.partial(items.put, block=True), lambda put, *item: put(item)),
+}
 
 
 @pytest.mark.parametrize("copied", [True, False], ids=["a copy", "in place"])
+@pytest.mark.parametrize(("kept", "send"), KEPT.values(), ids=KEPT)
 @pytest.mark.parametrize("make", QUEUES.values(), ids=QUEUES)
 def test_a_queue_that_the_module_keeps_has_the_items_of_training(
-    make: Callable[[], Any], copied: bool, tmp_path: Path
+    make: Callable[[], Any], kept: Callable[[Any], Any], send: Callable[..., None], copied: bool, tmp_path: Path
 ) -> None:
+    """A copy of it, or of what it is bound to, would be full once and never come back."""
     items, taken = make(), []
 
     def take() -> None:
@@ -125,12 +134,18 @@ def test_a_queue_that_the_module_keeps_has_the_items_of_training(
     reader = threading.Thread(target=take, daemon=True)
     reader.start()
     monitor = tiny_monitor(every_n_train_steps=3)
-    made = Scenario(lambda: Reports(lambda _: items, lambda q, *item: q.put(item), copied), loaders)
+    made = Scenario(lambda: Reports(lambda _: kept(items), send, copied), loaders)
     made.run(tmp_path, monitor)
     items.put(None)
     reader.join(30)
     assert not reader.is_alive()
     assert [step for _, step in taken] == list(range(12)) and len(monitor.estimates) == 4
+
+
+def test_a_queue_of_a_manager_is_one_and_its_other_proxies_are_none() -> None:
+    with multiprocessing.get_context("fork").Manager() as manager:
+        items, table = manager.Queue(3), manager.dict()
+        assert isinstance(stand_in(items, "here"), LiveQueue) and stand_in(table, "there") is None
 
 
 def test_what_is_taken_from_a_queue_would_be_missed_by_training(tmp_path: Path) -> None:
