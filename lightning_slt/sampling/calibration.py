@@ -123,6 +123,11 @@ class Budget:
         return self.tolerance * max(abs(llc), SMALL_LLC) if self.tolerance_llc is None else self.tolerance_llc
 
     @property
+    def least_steps_bw_draws(self) -> int:
+        """Where they are not given: so many that the draws have as many steps as their readings speak of."""
+        return min(STATS_EVERY // math.gcd(self.num_draws, STATS_EVERY), self.max_steps_bw_draws)
+
+    @property
     def most_steps(self) -> int:
         """The most steps that a chain makes; a search that is followed by a burn-in of given length comes on top."""
         if self.num_burnin_steps is None:
@@ -248,7 +253,7 @@ def _given_length(chains: Chains, start: _Start, budget: Budget, generation: int
 
 def _until_good(chains: Chains, start: _Start, budget: Budget, generation: int) -> tuple[Drawn, bool]:
     """Rounds until the trace is good, or the budget is used; with it, whether it was flat from the start."""
-    unit = budget.num_draws * (budget.num_steps_bw_draws or 1)
+    unit = budget.num_draws * (budget.num_steps_bw_draws or budget.least_steps_bw_draws)
     longest = budget.num_draws * (budget.num_steps_bw_draws or budget.max_steps_bw_draws)
     step, done, pieces = start.step, start.done - sum(p.steps for p in start.head), list(start.head)
     d, posterior = chains.layout.num_weights, chains.posterior

@@ -240,7 +240,7 @@ class Chains:
             window = self.source.window(self._window_index)
             room = steps - done if self.source.resident else max(len(window) - self._window_used, 1)
             count = min(steps - done, room)
-            pieces.append(self._advance_window(window, count, lr))
+            pieces.append(self._advance_window(window, count, lr, done))
             done += count
             if not self.source.resident:
                 self._window_used += count
@@ -249,27 +249,27 @@ class Chains:
             del window  # the source reads the next one into the memory of this one
         return Segment.join(pieces)
 
-    def _advance_window(self, window: Window, steps: int, lr: float) -> Segment:
+    def _advance_window(self, window: Window, steps: int, lr: float, before: int) -> Segment:
         chains = len(self.numbers)
         indices = measure_anchor(self.objective, window, self._pick(window, steps))
         seeds = self._seeds(steps) if self.objective.draws else None
         anchor, known = self._at_anchor(window, indices, seeds)
-        preconditioned = self._state.preconditioner is not None
         losses = torch.zeros(chains, steps, dtype=torch.float64)
-        readings = torch.zeros(5 if preconditioned else 3, chains, num_reads(steps, STATS_EVERY), dtype=torch.float64)
+        kinds, reads = 3 if self._state.preconditioner is None else 5, num_reads(steps, STATS_EVERY, before)
+        readings = torch.zeros(kinds, chains, reads, dtype=torch.float64)
         read: list[Tensor] = []
         noise: Tensor | None = None
         if self.sampler.heating(lr).step > 0 and not self.sampler.full_batch and len(window) > 1:
             noise = torch.zeros(chains, num_noise_squares(steps), dtype=torch.float64)
         tallies = [self._state.tensors.get(name) for name in ("accepted", "proposed")]
-        before = [tally.clone() for tally in tallies if tally is not None]
+        tallied = [tally.clone() for tally in tallies if tally is not None]
         width = self._engine.width
         try:
             for start in range(0, chains, width):
                 rows = slice(start, min(start + width, chains))
                 readout = Readout(self.reader, self.read_every)
                 own = seeds[rows] if seeds is not None else None
-                moved = self._chunk(rows).move(window, indices[rows], lr, readout, noise is not None, own)
+                moved = self._chunk(rows).move(window, indices[rows], lr, readout, noise is not None, own, before)
                 losses[rows], readings[:, rows] = moved.losses, moved.readings
                 if noise is not None and moved.noise_square is not None:
                     noise[rows] = moved.noise_square
@@ -280,8 +280,8 @@ class Chains:
         owner = 0 if self.source.shared else self.collective.rank
         used = {(owner, self._window_index, i): known[i] for i in indices.unique().tolist()}
         acceptance = None
-        if before:
-            accepted, proposed = ((tally - old).cpu() for tally, old in zip(tallies, before, strict=True))  # type: ignore[operator]
+        if tallied:
+            accepted, proposed = ((tally - old).cpu() for tally, old in zip(tallies, tallied, strict=True))  # type: ignore[operator]
             acceptance = accepted / proposed.clamp(min=1)
         return Segment(
             self.numbers,

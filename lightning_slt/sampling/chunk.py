@@ -132,6 +132,7 @@ class Chunk:
         readout: Readout,
         reads_noise: bool,
         seeds: Tensor | None = None,
+        before: int = 0,
     ) -> Moved:
         """Move every chain one step for each column.
 
@@ -143,6 +144,7 @@ class Chunk:
             reads_noise: whether a second gradient is taken now and then (``Segment.noise_square``).
             seeds: ``[k, steps]``, of the random numbers that the user's step draws; None where it draws none. Chains
                 go one after another then.
+            before: steps of the same stretch that went before, on other windows: readings go on as if there were one.
 
         Raises:
             NoLossError: where a minibatch has no loss.
@@ -164,7 +166,7 @@ class Chunk:
                     raise
                 break
             with torch.no_grad():
-                if t % STATS_EVERY == 0:
+                if (before + t) % STATS_EVERY == 0:
                     readings += self._read()
                     if self._moments is not None and self._layout.all_finite(self._grad):
                         self._moments.add(self._grad)
@@ -178,7 +180,7 @@ class Chunk:
         noise = self._layout.sum(torch.stack(squares, dim=1)) if squares else None
         return Moved(
             _padded(torch.stack(losses, dim=-1).reshape(k, -1) if losses else None, (k, steps)),
-            _padded(read, (kinds, k, num_reads(steps, STATS_EVERY))),
+            _padded(read, (kinds, k, num_reads(steps, STATS_EVERY, before))),
             _padded(noise, (k, num_noise_squares(steps))) if reads_noise else None,
             readout.table(steps, self._weights),
         )

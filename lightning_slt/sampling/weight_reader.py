@@ -68,9 +68,9 @@ class Readout:
         self._waiting.clear()
 
 
-def num_reads(steps: int, every: int) -> int:
-    """How many of so many steps are read."""
-    return len(range(0, steps, every))
+def num_reads(steps: int, every: int, before: int = 0) -> int:
+    """How many of so many steps are read, ``before`` of the same stretch having gone before them."""
+    return len(range(-before % every, steps, every))
 
 
 def join_reads(reader: WeightReader | None, parts: Sequence[Tensor], reads: int, weights: Tensor) -> Tensor | None:

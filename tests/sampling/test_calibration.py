@@ -20,7 +20,7 @@ from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import heat_of, transient, virial_readings
 from lightning_slt.sampling.samplers.base import Heating
-from lightning_slt.sampling.segment import Segment
+from lightning_slt.sampling.segment import STATS_EVERY, Segment
 from lightning_slt.sampling.step_size import HEAT, NOISE_HEAT, first_step, next_step, scale_of
 from tests.cases.problems import reduced_rank, regular
 from tests.sampling.helpers import make_chains, mean_squared, mlp, regression
@@ -405,6 +405,16 @@ def test_draws_are_whole_multiples_and_leave_the_search_out() -> None:
         assert drawn.segment.steps == 10 * drawn.num_steps_bw_draws
         assert drawn.num_burnin_steps >= sum(FIRST_ROUNDS[:-1])
         assert drawn.num_steps_bw_draws <= 2 * MAX_STEPS_BW_DRAWS
+
+
+@pytest.mark.parametrize(("num_draws", "apart"), [(10, 2), (25, 4), (30, 2), (40, 1)])
+def test_draws_have_the_steps_that_their_readings_speak_of(num_draws: int, apart: int) -> None:
+    """Else neither the lean of the step nor how the loss moves with its slope could be told from them."""
+    budget = Budget(num_draws=num_draws)
+    assert budget.least_steps_bw_draws == apart
+    drawn = draw(make_chains(mlp(), regression(), mean_squared, seed=0), 0, budget)
+    assert drawn.num_steps_bw_draws % apart == 0
+    assert drawn.segment.steps == STATS_EVERY * drawn.segment.grad_square.shape[1]
 
 
 @pytest.mark.parametrize(("rise", "least", "most"), [(0.0, 0, 60), (20.0, 10, 80), (150.0, 100, 200)])

@@ -165,6 +165,24 @@ def test_a_run_in_stretches_is_the_run_in_one_when_windows_are_walked_through() 
     assert len({window for _, window, _ in whole.anchors}) == 6
 
 
+@pytest.mark.parametrize("batches", [2, 3, 5])
+def test_readings_go_on_from_window_to_window_as_if_there_were_one(batches: int) -> None:
+    """Every four steps, whatever the length of the windows: those of stretches of four, a reading at each one's start."""
+
+    def make() -> Chains:
+        source = DatasetSource(regression(96), 8, max_bytes=batches * 8 * 8 * 4, seed=0)
+        assert not source.resident and len(source.window(0)) == batches
+        return make_chains(mlp(), regression(), mean_squared, source=source)
+
+    whole = make().advance(24, LR)
+    chains = make()
+    pieces = [chains.advance(4, LR) for _ in range(6)]
+    for name in ("square", "grad_square", "grad_dot"):
+        one_each = torch.cat([getattr(piece, name) for piece in pieces], dim=1)
+        assert one_each.shape == (chains.num_chains, 6)
+        torch.testing.assert_close(getattr(whole, name), one_each, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_chains_do_not_depend_on_the_ranks_that_run_them(world_size: int) -> None:
     alone, weights = run(num_chains=8)
