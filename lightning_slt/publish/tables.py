@@ -29,6 +29,8 @@ HISTORY_COLUMNS: tuple[str, ...] = (
     "localization",
     "step_size",
     "step_bias",
+    "owed",
+    "lean",
     "virial",
     "seconds",
     "overhead_frac",
@@ -70,7 +72,7 @@ def history_row(estimate: Estimate) -> list[Any]:
     """One estimate in the order of :data:`HISTORY_COLUMNS`; unknown or non-finite values are None."""
     e = estimate
     row = [e.step, e.x, e.epoch, e.mean, e.se, e.rhat, e.ess, e.valid, "; ".join(e.reasons), e.num_bad_chains]
-    row += [e.init_loss, e.chain_loss, e.nbeta, e.localization, e.step_size, e.step_bias, e.virial]
+    row += [e.init_loss, e.chain_loss, e.nbeta, e.localization, e.step_size, e.step_bias, e.owed, e.lean, e.virial]
     row += [e.seconds, e.overhead]
     return [plain(value) for value in row]
 

@@ -2,6 +2,8 @@ import csv
 import io
 import math
 
+import pytest
+
 from lightning_slt.publish.tables import (
     HISTORY_COLUMNS,
     chain_rows,
@@ -29,6 +31,14 @@ def test_nan_is_none_in_rows_and_empty_in_csv():
     assert (row["step"], row["llc"], row["valid"], row["reasons"]) == (7, None, False, "a; b")
     read = next(csv.DictReader(io.StringIO(history_csv([estimate]))))
     assert (read["llc"], read["rhat"], read["reasons"]) == ("", "1.01", "a; b")
+
+
+def test_the_monte_carlo_error_can_be_told_from_a_row():
+    """Transitions go by that part of the error; what is owed, and the lean of the step, move along a curve."""
+    estimate = make_estimate(se=0.5, owed=0.3, lean=0.24)
+    row = dict(zip(HISTORY_COLUMNS, history_row(estimate), strict=True))
+    assert (row["se"], row["owed"], row["lean"]) == (0.5, 0.3, 0.24)
+    assert math.sqrt(row["se"] ** 2 - row["owed"] ** 2 - row["lean"] ** 2) == pytest.approx(estimate.chain_se)
 
 
 def test_a_bar_in_a_reason_does_not_end_the_markdown_cell():

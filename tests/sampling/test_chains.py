@@ -167,7 +167,7 @@ def test_a_run_in_stretches_is_the_run_in_one_when_windows_are_walked_through() 
 
 @pytest.mark.parametrize("batches", [2, 3, 5])
 def test_readings_go_on_from_window_to_window_as_if_there_were_one(batches: int) -> None:
-    """Every four steps, whatever the length of the windows: those of stretches of four, a reading at each one's start."""
+    """Every four steps, whatever the length of the windows: those at the starts of stretches of four."""
 
     def make() -> Chains:
         source = DatasetSource(regression(96), 8, max_bytes=batches * 8 * 8 * 4, seed=0)
