@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.sampling.engines import Engine, SequentialEngine
 from lightning_slt.sampling.layout import Layout
-from lightning_slt.sampling.noise import NormalStream
+from lightning_slt.sampling.noise import NormalStream, fill_rows_
 from lightning_slt.sampling.randomness import Randomness
 from lightning_slt.sampling.rng import seed_globals
 from lightning_slt.sampling.samplers import Sampler, SamplerState
@@ -62,14 +62,12 @@ class Moved:
 
 @dataclass(eq=False)
 class _Block:
-    """Views of one block of the weights of all the chains: ``[k, block]`` each, ``anchor`` ``[block]``; ``rows`` are
-    those of ``scratch``."""
+    """Views of one block of the weights of all the chains: ``[k, block]`` each, ``anchor`` ``[block]``."""
 
     weights: Tensor
     anchor: Tensor
     grad: Tensor
     scratch: Tensor
-    rows: Sequence[Tensor]
     state: SamplerState
     share: float
 
@@ -120,7 +118,7 @@ class Chunk:
             )
             own = block if layout.sharded else slice(block.stop - block.start)
             scratch = noise[:, own]
-            views = weights[:, block], anchor[block], grad[:, block], scratch, tuple(scratch)
+            views = weights[:, block], anchor[block], grad[:, block], scratch
             self._blocks.append(_Block(*views, inner, share))
         self._state = self._blocks[0].state
 
@@ -225,10 +223,7 @@ class Chunk:
         elif len(streams) == 1 and self._sampler.keeps_noise:
             yield from ((block, streams[0].read(block.scratch)) for block in self._blocks)
         else:
-            for block in self._blocks:
-                for row, stream in zip(block.rows, streams, strict=True):
-                    stream.fill_(row)
-                yield block, block.scratch
+            yield from ((block, fill_rows_(streams, block.scratch)) for block in self._blocks)
 
     def _share_noise(self, lr: float) -> None:
         """The other half of the noise of the step before, where there is one since the numbers began anew."""

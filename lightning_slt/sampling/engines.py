@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.sharded import ShardedObjective
 from lightning_slt.sampling.steps import check_gradient
+from lightning_slt.sampling.vmapped import Slots, Vmapped
 from lightning_slt.sampling.window import Window
 
 
@@ -155,27 +156,21 @@ class BorrowedEngine(SequentialEngine):
         self._masters, self._grad_pieces = [], []
 
 
-class _LossModule(nn.Module):
-    """The loss as a ``forward``, as :func:`torch.func.functional_call` wants it."""
+class _GradientModule(nn.Module):
+    """The loss with its gradients, as a ``forward`` that :func:`torch.func.functional_call` takes them by, while the
+    weights are in the module.
+
+    A checkpointed block is computed once more in the backward pass, and reads its weights again: after
+    ``functional_call`` has put those of training back, they would be the wrong ones.
+    """
 
     def __init__(self, module: nn.Module, objective: Objective) -> None:
         super().__init__()
         self.module = module
         self._objective = objective
 
-    def forward(self, batch: Any) -> Tensor:
-        return self._objective.loss_of(self.module, batch)
-
-
-class _GradientModule(_LossModule):
-    """The loss with its gradients, taken while the weights are in the module.
-
-    A checkpointed block is computed once more in the backward pass, and reads its weights again: after
-    ``functional_call`` has put those of training back, they would be the wrong ones.
-    """
-
-    def forward(self, batch: Any, leaves: list[Tensor]) -> tuple[Tensor, tuple[Optional[Tensor], ...]]:  # type: ignore[override]
-        loss = super().forward(batch)
+    def forward(self, batch: Any, leaves: list[Tensor]) -> tuple[Tensor, tuple[Optional[Tensor], ...]]:
+        loss = self._objective.loss_of(self.module, batch)
         check_gradient(loss)
         return loss, torch.autograd.grad(loss, leaves, allow_unused=True)
 
@@ -192,13 +187,15 @@ class BatchedEngine(Engine):
 
     def __init__(self, objective: Objective, width: int, through: str) -> None:
         self._objective = objective
-        self._wrapper = _LossModule(objective.copy_module(), objective)
-        self._names = [f"module.{name}" for name in objective.names]
+        self._module = objective.copy_module()
+        self._slots = Slots(self._module, objective.names)
         self.width = width
         self._through = through
+        self._rows = Vmapped(self._losses if through == "backward" else self._gradients)
         self._leaves: list[Tensor] = []
         self._grad_pieces: list[Tensor] = []
         self._grad: Tensor | None = None
+        self._window: Window | None = None
 
     def bind(self, weights: Tensor, grad: Tensor) -> None:
         self._grad = grad
@@ -211,29 +208,42 @@ class BatchedEngine(Engine):
                 leaf.grad = gradient
             self._leaves.append(leaf)
 
-    def _loss(self, named: dict[str, Tensor], batch: Any) -> Tensor:
-        return torch.func.functional_call(self._wrapper, named, (batch,))
+    def _loss(self, *inputs: Any) -> Tensor:
+        """Of one chain: its weights, and the leaves of its batch."""
+        assert self._window is not None
+        count = len(self._leaves)
+        self._slots.put(inputs[:count])
+        return self._objective.loss_of(self._module, self._window.whole(inputs[count:]))
+
+    def _losses(self, *inputs: Any) -> tuple[Tensor, ...]:
+        return (self._loss(*inputs),)
+
+    def _gradients(self, *inputs: Any) -> tuple[Tensor, ...]:
+        """The loss of one chain, and its gradients."""
+        numbers = tuple(range(len(self._leaves)))
+        gradients, loss = torch.func.grad_and_value(self._loss, argnums=numbers)(*inputs)
+        return loss, *gradients
 
     def __call__(self, window: Window, indices: Tensor, keep: bool = False) -> Tensor:
         assert self._grad is not None
-        # one batch for all chains is no copy for each: products with it become one large product
-        batch, dims = window.gather(indices) if len(window) > 1 else (window[0], None)
-        named = dict(zip(self._names, self._leaves, strict=True))
+        self._window = window
+        columns, batched = window.gather(indices)
+        inputs, dims = [*self._leaves, *columns], [*(0 for _ in self._leaves), *batched]
         if self._through == "backward":
             if not keep:
                 self._grad.zero_()
-            losses = torch.vmap(self._loss, in_dims=(0, dims), randomness="different")(named, batch)
+            (losses,) = self._rows(inputs, dims)
             check_gradient(losses)
             losses.sum().backward()
             return losses.detach()
-        function = torch.func.grad_and_value(self._loss)
-        grads, losses = torch.vmap(function, in_dims=(0, dims), randomness="different")(named, batch)
+        losses, *gradients = self._rows(inputs, dims)
         move = torch._foreach_add_ if keep else torch._foreach_copy_
-        move(self._grad_pieces, [grads[name] for name in self._names])  # type: ignore[operator]
+        move(self._grad_pieces, gradients)  # type: ignore[operator]
         return losses.detach()
 
     def release(self) -> None:
-        self._leaves, self._grad_pieces, self._grad = [], [], None
+        self._leaves, self._grad_pieces, self._grad, self._window = [], [], None, None
+        self._slots.empty()
 
 
 class ShardedEngine(SequentialEngine):

@@ -18,6 +18,7 @@ sampler that accepts and rejects needs the normal density itself, and gets it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -79,8 +80,23 @@ class TableNormal(NormalStream):
         """As of the parent, of the numbers that :meth:`fill_` would give."""
         return self._window(buffer.shape[1]) if buffer.shape[1] <= WINDOW else self.fill_(buffer)
 
+    def place(self) -> int:
+        """Where in the sequence the next window begins."""
+        return int(self._bits.random_raw() % PERIOD)
+
     def _window(self, size: int) -> Tensor:
-        return self._sequence.narrow(1, self._bits.random_raw() % PERIOD, size)
+        return self._sequence.narrow(1, self.place(), size)
+
+
+def fill_rows_(streams: Sequence[NormalStream], out: Tensor) -> Tensor:
+    """The next numbers of each stream in a row of ``out`` ``[k, n]``, which is returned; those of the table at once."""
+    if all(type(stream) is TableNormal for stream in streams) and out.shape[1] <= WINDOW:
+        places = torch.tensor([stream.place() for stream in streams])  # type: ignore[attr-defined]
+        windows = _unrolled().as_strided((PERIOD, out.shape[1]), (1, 1))
+        return torch.index_select(windows, 0, places, out=out)
+    for stream, row in zip(streams, out, strict=True):
+        stream.fill_(row)
+    return out
 
 
 def normal_stream(*key: int, device: torch.device, dtype: torch.dtype, exact: bool = False) -> NormalStream:

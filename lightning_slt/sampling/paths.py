@@ -33,7 +33,7 @@ FEW_FIRST = ("cuda",)
 its products gains nothing, and the clock of one chain does not tell which of the two it waits for."""
 PROBED_AT_MOST = 8
 TIMED_STEPS = 8
-BATCHED_GAIN = 1.25
+BATCHED_GAIN = 1.1
 """How much faster the batched path must be to be kept: near ties go to the path that always works, at every run."""
 HOPELESS = 2.0
 """Batched steps of which the fastest takes this many times what it may are not timed any more, ..."""

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from types import FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -77,7 +77,8 @@ class Window:
 
     def __init__(self, batches: Sequence[Any]) -> None:
         self.batches = list(batches)
-        self._stacked: Any = None
+        self._columns: Optional[list[Any]] = None
+        self._spec: Any = None
         self.anchor_loss: dict[int, float] = {}
         """``L_B(w*)`` of the batches measured so far."""
         self.without_loss: set[int] = set()
@@ -117,22 +118,32 @@ class Window:
                     return "the batches hold other values beside their tensors"
         return "" if any(isinstance(leaf, Tensor) for leaf in first) else "the batches hold no tensor"
 
-    def gather(self, indices: Tensor) -> tuple[Any, Any]:
-        """The batches of ``indices`` stacked along a new first dimension, and the ``in_dims`` of :func:`torch.vmap`."""
-        if self._stacked is None:
-            flat = [tree_flatten(batch)[0] for batch in self.batches]
-            spec = tree_flatten(self.batches[0])[1]
-            columns = [_stack(c) if isinstance(c[0], Tensor) else c[0] for c in zip(*flat, strict=True)]
-            # the batches become views of the stack: they are not held twice
-            self.batches = [
-                tree_unflatten([c[i] if isinstance(c, Tensor) else c for c in columns], spec)
-                for i in range(len(self.batches))
-            ]
-            self._stacked = columns, spec
-        columns, spec = self._stacked
-        stacked = [c.index_select(0, indices.to(c.device)) if isinstance(c, Tensor) else c for c in columns]
-        dims = [0 if isinstance(c, Tensor) else None for c in columns]
-        return tree_unflatten(stacked, spec), tree_unflatten(dims, spec)
+    def gather(self, indices: Tensor) -> tuple[list[Any], list[Optional[int]]]:
+        """The leaves of the batches of ``indices``, tensors stacked along a new first dimension, and where
+        :func:`torch.vmap` finds that: None for what is the same for all. Of a window of one batch that is everything:
+        products with it become one large product."""
+        if self._columns is None:
+            self._columns = self._stack()
+        if len(self) == 1:
+            return self._columns, [None] * len(self._columns)
+        stacked = [c.index_select(0, indices.to(c.device)) if isinstance(c, Tensor) else c for c in self._columns]
+        return stacked, [0 if isinstance(c, Tensor) else None for c in self._columns]
+
+    def _stack(self) -> list[Any]:
+        leaves = [tree_flatten(batch)[0] for batch in self.batches]
+        self._spec = tree_flatten(self.batches[0])[1]
+        if len(self) == 1:
+            return leaves[0]
+        columns = [_stack(c) if isinstance(c[0], Tensor) else c[0] for c in zip(*leaves, strict=True)]
+        # the batches become views of the stack: they are not held twice
+        self.batches = [
+            self.whole([c[i] if isinstance(c, Tensor) else c for c in columns]) for i in range(len(self.batches))
+        ]
+        return columns
+
+    def whole(self, leaves: Sequence[Any]) -> Any:
+        """A batch of the structure that :meth:`gather` has found, of these leaves."""
+        return tree_unflatten(leaves, self._spec)
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

@@ -93,7 +93,8 @@ def test_a_few_samples_of_many_are_left_out_where_no_mean_moves_by_it(batch: int
 
 def test_batches_that_lie_side_by_side_are_stacked_without_a_copy() -> None:
     window = DatasetSource(numbered(100), 10).window(0)
-    stacked, dims = window.gather(torch.tensor([3, 1]))
+    columns, dims = window.gather(torch.tensor([3, 1]))
+    stacked = window.whole(columns)
     assert dims == [0, 0]
     assert torch.equal(stacked[0], torch.stack([window[3][0], window[1][0]]))
     assert torch.equal(stacked[1], torch.stack([window[3][1], window[1][1]]))
@@ -113,7 +114,7 @@ def test_batches_that_lie_side_by_side_are_stacked_without_a_copy() -> None:
     ids=["apart", "strided", "backwards", "gaps", "dtypes"],
 )
 def test_any_other_batches_are_stacked_as_torch_does(batches: list[Tensor]) -> None:
-    found, _ = Window(batches).gather(torch.arange(len(batches)))
+    (found,), _ = Window(batches).gather(torch.arange(len(batches)))
     assert torch.equal(found, torch.stack(batches))
 
 
@@ -395,7 +396,8 @@ def test_structures_of_batches_survive_and_stack(kind: str) -> None:
     assert x.shape == (4, 3) and torch.equal(x[:, 0].long(), y)
     assert window.unlike == ""
     expected = [window[i] for i in (2, 0, 2)]
-    stacked, dims = window.gather(torch.tensor([2, 0, 2]))
+    columns, flat_dims = window.gather(torch.tensor([2, 0, 2]))
+    stacked, dims = window.whole(columns), window.whole(flat_dims)
     sx, dx = (stacked["x"], dims["x"]) if kind == "dict" else (stacked[0], dims[0])
     ex = [e["x"] if kind == "dict" else e[0] for e in expected]
     assert dx == 0 and torch.equal(sx, torch.stack(ex))

@@ -7,7 +7,15 @@ import pytest
 import torch
 from scipy import stats
 
-from lightning_slt.sampling.noise import PERIOD, WINDOW, NormalStream, TableNormal, normal_sequence, normal_stream
+from lightning_slt.sampling.noise import (
+    PERIOD,
+    WINDOW,
+    NormalStream,
+    TableNormal,
+    fill_rows_,
+    normal_sequence,
+    normal_stream,
+)
 
 CPU = torch.device("cpu")
 
@@ -143,3 +151,16 @@ def test_a_row_of_a_larger_tensor_is_filled_in_place() -> None:
     TableNormal(0).fill_(rows[1])
     assert (rows[1] != 0).all()
     assert not rows[0].any() and not rows[2].any()
+
+
+@pytest.mark.parametrize("size", [1, 64, WINDOW, WINDOW + 10])
+@pytest.mark.parametrize("kind", [TableNormal, NormalStream])
+def test_rows_of_several_chains_have_the_numbers_of_each(kind: type[NormalStream], size: int) -> None:
+    """Also where they are a part of a wider memory, as a last block is, of which the rest stays as it was."""
+    together, alone = ([kind(5, k) for k in range(3)] for _ in range(2))
+    memory = torch.zeros(3, size + 7)
+    for _ in range(3):
+        out = memory[:, :size]
+        assert fill_rows_(together, out) is out
+        assert torch.equal(out, torch.stack([stream.fill_(torch.empty(size)) for stream in alone]))
+    assert not memory[:, size:].any()
