@@ -234,7 +234,7 @@ class BatchedEngine(Engine):
                 self._grad.zero_()
             (losses,) = self._rows(inputs, dims)
             check_gradient(losses)
-            losses.sum().backward()
+            losses.backward(torch.ones_like(losses))
             return losses.detach()
         losses, *gradients = self._rows(inputs, dims)
         move = torch._foreach_add_ if keep else torch._foreach_copy_
