@@ -362,7 +362,7 @@ def estimate_llc(
         try:
             return measure_llc(objective, source, settings)
         except NoLossError as error:
-            raise ValueError(f"{error} Give loss_fn(module, batch) -> loss.") from error
+            raise ValueError(str(error)) from error
 
 
 def state_dict_of(weights: Optional[Mapping[str, Any]]) -> Optional[dict[str, Tensor]]:

@@ -18,7 +18,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
@@ -35,7 +34,7 @@ from lightning_slt.sampling.batches import (
 )
 from lightning_slt.sampling.counting import batch_length, batch_size_of, length_of, makes_batches, samples_of_batches
 from lightning_slt.sampling.rng import derive_seed
-from lightning_slt.sampling.window import clone, num_bytes
+from lightning_slt.sampling.window import clone, num_bytes, tensors_in_collections
 
 REPLAYED_BATCHES = MAX_RESIDENT_BATCHES
 
@@ -325,8 +324,7 @@ def _rebuildable(loader: Any, trainer: Trainer) -> Optional[_Leaf]:
 def _samples(batch: Any, told: Optional[int]) -> int:
     """Samples in a batch: the length of its tensors, or what the loader says of its batches (``told``) where there are
     none to be seen (in an object of a class of the user's) or they are of many lengths (a list of sequences)."""
-    sizes: list[int] = []
-    apply_to_collection(batch, Tensor, lambda tensor: sizes.append(len(tensor) if tensor.ndim else 1))
+    sizes = [len(tensor) if tensor.ndim else 1 for tensor in tensors_in_collections(batch)]
     if not sizes:
         return told or 1
     ragged = isinstance(batch, list) and all(isinstance(item, Tensor) for item in batch) and len(set(sizes)) > 1

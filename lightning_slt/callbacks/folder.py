@@ -15,6 +15,14 @@ from lightning_slt.callbacks.worker import FOLDER
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
 from lightning_slt.record import Estimate, RunRecord
 
+try:
+    import fcntl
+except ImportError:  # a system without such locks
+    fcntl = None  # type: ignore[assignment]
+
+_CLAIMED: dict[Path, int] = {}
+"""The folders that runs of this process write to, with the descriptor that holds each."""
+
 
 def run_folder(trainer: Trainer, resumed: Optional[Path], dirpath: Optional[str], prefix: str) -> Path:
     """Where the record of this run goes.
@@ -50,11 +58,42 @@ def _local_root(trainer: Trainer, wanted: str | os.PathLike[str]) -> Path:
 
 
 def fresh(folder: Path) -> Path:
-    """A folder that no earlier run has its record in."""
+    """A folder that no earlier run has its record in, and no other one is about to: it is claimed."""
     candidate, number = folder, 1
-    while RunRecord(candidate).path.exists():
+    while RunRecord(candidate).path.exists() or not claim(candidate):
         candidate, number = folder.with_name(f"{folder.name}_run{number}"), number + 1
     return candidate
+
+
+def claim(folder: Path) -> bool:
+    """Keep a folder from other runs until :func:`give_back`, or the end of this process, however it ends.
+
+    Returns:
+        False where another run has it. True also where that cannot be told: on a file system without locks, or where
+        the folder cannot be made, which is said when something is to be written.
+    """
+    if fcntl is None or folder in _CLAIMED:
+        return folder not in _CLAIMED
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        return not isinstance(error, BlockingIOError)
+    _CLAIMED[folder] = descriptor
+    return True
+
+
+def give_back(folder: Optional[Path]) -> None:
+    """Let other runs have a folder again; nothing happens where it was not claimed."""
+    descriptor = _CLAIMED.pop(folder, None) if folder is not None else None
+    if descriptor is not None:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # also where a worker of a loader has inherited it
+        os.close(descriptor)
 
 
 def restore_record(
@@ -105,4 +144,4 @@ def _influence(folder: Path, step: int) -> Optional[InfluenceEstimate]:
         return None
 
 
-__all__ = ["fresh", "recorded", "restore_record", "run_folder"]
+__all__ = ["claim", "fresh", "give_back", "recorded", "restore_record", "run_folder"]

@@ -14,7 +14,7 @@ from lightning_slt.callbacks.arguments import is_smoke_test, listed
 from lightning_slt.callbacks.background import BackgroundFirings
 from lightning_slt.callbacks.data import TrainingData
 from lightning_slt.callbacks.evaluation import KeepsHistory
-from lightning_slt.callbacks.folder import fresh, restore_record, run_folder
+from lightning_slt.callbacks.folder import claim, fresh, give_back, restore_record, run_folder
 from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.overhead import OverheadBudget
 from lightning_slt.callbacks.samples import ProbedSamples
@@ -137,6 +137,7 @@ class Reporting(KeepsHistory):
             except Exception as error:  # the record and the loggers must be closed whatever it met
                 rank_zero_warn(f"{type(listener).__name__} failed at the end: {type(error).__name__}: {error}")
         publisher.finish(self.estimates, status, transitions)  # last: it flushes
+        give_back(self.folder)
         if self.estimates and self.folder is not None:
             rank_zero_info(f"SLTMonitor: {count_of(len(self.estimates), 'estimate')} in {self.folder}")
 
@@ -192,7 +193,7 @@ class Reporting(KeepsHistory):
             folder = run_folder(trainer, self._resumed_folder, self._dirpath, self._prefix)
         resumed = bool(self.estimates) or (self._beside is not None and bool(self._beside.awaited))
         if folder is not None and trainer.is_global_zero:
-            if not resumed or folder != self._resumed_folder:
+            if not resumed or folder != self._resumed_folder or not claim(folder):
                 folder = fresh(folder)
             if resumed:
                 restore_record(RunRecord(folder), self._last_step, self.estimates, self.influences)

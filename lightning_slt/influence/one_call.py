@@ -200,7 +200,7 @@ def estimate_influence(
                 drawn, chains = run(None, False)
                 good = ~diverged(drawn.segment, chains.posterior.nbeta, len(objective.anchor))
         except NoLossError as error:
-            raise ValueError(f"{error} Give loss_fn(module, batch) -> loss.") from error
+            raise ValueError(str(error)) from error
         assert drawn.segment.read is not None
         found = readers[0].read(drawn.segment.read, good, chains.posterior, train.num_samples, shrinkage)
         if kinetic is not None:

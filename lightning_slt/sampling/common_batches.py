@@ -11,13 +11,12 @@ import hashlib
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.collective import Together
-from lightning_slt.sampling.window import Window, clone
+from lightning_slt.sampling.window import Window, clone, over_tensors
 
 
 class CommonBatches(MinibatchSource):
@@ -83,4 +82,4 @@ def device_of(batch: Any) -> torch.device:
 
 
 def _moved(batch: Any, device: Any) -> Any:
-    return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().to(device))
+    return over_tensors(batch, lambda tensor: tensor.detach().to(device))

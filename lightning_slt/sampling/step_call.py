@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_slt.sampling.step_state import StepState
 from lightning_slt.sampling.step_tensors import StepTensors
 from lightning_slt.sampling.steps import LossFn, mean_loss
-from lightning_slt.sampling.window import clone
+from lightning_slt.sampling.window import clone, over_tensors
 
 log = logging.getLogger(__name__)
 
@@ -94,4 +93,4 @@ class StepCall:
 
 
 def _to_float32(batch: Any) -> Any:
-    return apply_to_collection(batch, Tensor, lambda x: x.float() if x.dtype in LOW_PRECISION else x)
+    return over_tensors(batch, lambda x: x.float() if x.dtype in LOW_PRECISION else x)

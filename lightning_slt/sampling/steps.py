@@ -32,7 +32,10 @@ EVAL_MODE = (
     "Chains call the module in eval mode, where self.training is False: a step that gives a loss in training mode only "
     "is none for them."
 )
-NO_LOSS = f"training_step returned None for every minibatch: there is no loss to sample. {EVAL_MODE}"
+NO_LOSS = (
+    f"training_step returned None for every minibatch: there is no loss to sample. {EVAL_MODE} So is one that gives a "
+    "loss at some batch_idx only, which is 0 for them. Give loss_fn(module, batch) -> loss."
+)
 
 
 def check_gradient(loss: Tensor) -> None:
@@ -140,7 +143,7 @@ def read_losses(output: Any) -> Tensor:
     if isinstance(output, Mapping):
         output = output.get("loss")
     if output is None:
-        raise NoLossError("the step returned no loss")
+        raise NoLossError("the step returned no loss: give loss_fn(module, batch) -> loss.")
     if not isinstance(output, Tensor):
         raise TypeError(f"the loss must be a tensor (or a mapping with 'loss'), got {type(output).__name__}.")
     return output

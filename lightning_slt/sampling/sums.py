@@ -7,14 +7,13 @@ import math
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_slt.functional.posterior import default_nbeta
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import preserve_rng
-from lightning_slt.sampling.window import tensors_in
+from lightning_slt.sampling.window import over_tensors, tensors_in
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ def is_sum(objective: Objective, batch: Any, batch_size: int) -> bool:
     count = min(MORE if objective.draws else FEW, batch_size // 2)
 
     def times(number: int) -> Tensor:
-        some = apply_to_collection(batch, Tensor, lambda x: torch.cat([x[:count]] * number) if x.ndim > 0 else x)
+        some = over_tensors(batch, lambda x: torch.cat([x[:count]] * number) if x.ndim > 0 else x)
         return torch.stack([objective.loss(some).double().cpu() for _ in range(DRAWS if objective.draws else 1)])
 
     try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from abc import ABC
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, Optional
@@ -56,7 +58,46 @@ def clone(batch: Any) -> Any:
             return copy.deepcopy(batch)
         except Exception as error:  # an object that cannot be copied is shared
             log.debug(f"the batch is copied in part: {type(error).__name__}: {error}")
-    return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
+    return over_tensors(batch, lambda tensor: tensor.detach().clone())
+
+
+class _OwnMapping(ABC):  # noqa: B024 - what belongs to it is told by the hook
+    """A mapping that may be more than its entries, such as a tensordict with its batch size."""
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        return issubclass(other, Mapping) and other not in (dict, OrderedDict, defaultdict)
+
+
+def tensors_in_collections(batch: Any) -> list[Tensor]:
+    """The tensors of a batch in their order, without those that an object of it holds as attributes."""
+    found: list[Tensor] = []
+
+    def see(value: Any) -> None:
+        found.extend([value] if isinstance(value, Tensor) else tensors_in_collections(dict(value.items())))
+
+    apply_to_collection(batch, (Tensor, _OwnMapping), see)
+    return found
+
+
+def over_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
+    """The same structure with ``function`` of its tensors in their place; a mapping keeps what its class has beside its
+    entries."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return function(value)
+        entries = {key: over_tensors(value[key], function) for key in list(value.keys())}
+        try:
+            twin = copy.deepcopy(value)
+            for key, entry in entries.items():
+                twin[key] = entry
+        except Exception as error:
+            log.debug(f"a {type(value).__name__} is made anew from its entries: {type(error).__name__}: {error}")
+            return type(value)(entries)
+        return twin
+
+    return apply_to_collection(batch, (Tensor, _OwnMapping), changed)
 
 
 def _holds_objects(batch: Any) -> bool:

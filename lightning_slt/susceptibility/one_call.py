@@ -149,4 +149,4 @@ def estimate_susceptibility(
                 settings,
             )
         except NoLossError as error:
-            raise ValueError(f"{error} Give loss_fn(module, batch) -> loss.") from error
+            raise ValueError(str(error)) from error

@@ -165,7 +165,7 @@ def _told(error: Exception) -> str:
             "at the data's first batches, at the size of that step, and at what differs in eval mode."
         )
     if isinstance(error, NoLossError):
-        return f"{error}: training_step returned None for every minibatch. Give loss_fn(module, batch) -> loss."
+        return str(error)
     if isinstance(error, (MisconfigurationException, CoupledLossError)) or _in_a_firing(error):
         text = str(error).removeprefix("SLTMonitor: ")
         return text if isinstance(error, (ValueError, MisconfigurationException)) else f"{type(error).__name__}: {text}"

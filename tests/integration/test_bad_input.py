@@ -104,12 +104,24 @@ def test_no_data_leaves_the_run_to_lightning(tmp_path: Path) -> None:
     assert monitor.estimates == []
 
 
+class SkipsEven(Plain):
+    """Two losses in turn often look like this, one of them with an optimiser of its own."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) if batch_idx % 2 else None
+
+
 GOES_ON: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]], str]] = {
     "non-finite starting loss": (models.NaNInChain, loaders, r"step 4 failed.*loss at the current weights is nan"),
     "step for training mode": (
         models.SecondHead,
         loaders,
         r"step 4 failed.*ValueError: too many values to unpack.*In training mode the step gives a loss.*loss_fn",
+    ),
+    "step that skips every other batch by its number": (
+        SkipsEven,
+        loaders,
+        r"step 4 failed.*returned None.*batch_idx only, which is 0.*Give loss_fn\(module, batch\)",
     ),
     "step that always returns None": (models.AlwaysNone, loaders, r"step \d+ failed.*returned None"),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +239,58 @@ class TakesRows(Plain):
 
 def ragged(samples: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     return [torch.cat([x, x.new_zeros(1 + i)]) for i, (x, _) in enumerate(samples)]
+
+
+class Table(MutableMapping[str, Tensor]):
+    """A batch as a tensordict is: a mapping that is not made from its entries alone, and goes to the device itself."""
+
+    def __init__(self, entries: dict[str, Tensor], length: int) -> None:
+        self.entries, self.length = entries, length
+
+    @staticmethod
+    def collated(samples: list[tuple[Tensor, Tensor]]) -> Table:
+        x, y = (torch.stack(list(column)) for column in zip(*samples, strict=True))
+        return Table({"x": x, "y": y}, len(samples))
+
+    def to(self, device: torch.device, **_: Any) -> Table:
+        return Table({key: value.to(device) for key, value in self.items()}, self.length)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.entries[key]
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        self.entries[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.entries[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+class TakesTables(Plain):
+    def training_step(self, batch: Table, batch_idx: int) -> Tensor:
+        return super().training_step((batch["x"][: batch.length], batch["y"]), batch_idx)
+
+
+def in_order_of_its_own() -> dict[str, Any]:
+    return {"sampler": WeightedRandomSampler(torch.arange(24.0) + 1, 24), "shuffle": False}
+
+
+@pytest.mark.parametrize("order", [dict, in_order_of_its_own], ids=["read anew", "replayed"])
+def test_a_mapping_with_more_than_its_entries_is_measured_as_its_tensors_are(
+    order: Callable[[], dict[str, Any]], tmp_path: Path
+) -> None:
+    """Chains made it anew from its entries alone: every firing was left out, for a missing argument."""
+    plain, tables = tiny_monitor(), tiny_monitor()
+    Scenario(Plain, lambda: loaders(**order())).run(tmp_path / "plain", plain)
+    with_tables = Scenario(TakesTables, lambda: loaders(collate_fn=Table.collated, **order()))
+    with_tables.assert_undisturbed(tmp_path, tables)
+    assert steps_of(tables) == [4, 8, 12]
+    assert [(e.mean, e.num_samples) for e in tables.estimates] == [(e.mean, e.num_samples) for e in plain.estimates]
 
 
 @pytest.mark.parametrize(("module", "collate"), [(TakesPairs, Pair), (TakesRows, ragged)])

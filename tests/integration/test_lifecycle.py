@@ -7,6 +7,8 @@ import json
 import multiprocessing
 import pickle
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -217,6 +219,57 @@ def test_a_run_from_a_checkpoint_that_knows_nothing_of_the_monitor_is_another_ru
     assert folder is not None and monitor.folder is not None and monitor.folder != folder
     recorded = [[e.step for e in RunRecord(place).read()] for place in (folder, monitor.folder)]
     assert recorded == [[3, 6, 9, 12], [9, 12]]
+
+
+class Begins(Callback):
+    """Begins another run before the first batch of this one, and sees it through."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self.other = run
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.other()
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["new", "from one checkpoint"])
+def test_runs_at_the_same_time_in_one_root_keep_apart(resumed: bool, tmp_path: Path) -> None:
+    """Without a logger both found a folder without a record, and each line of the curve was there twice."""
+    checkpoint = None
+    if resumed:
+        make = saving(tmp_path, Stops(5))
+        Scenario(Net, loaders, lambda: {"logger": False, **make()}).run(tmp_path, tiny_monitor())
+        checkpoint = str(tmp_path / "step=5.ckpt")
+    scenario, monitor, beside = Scenario(Net, loaders, lambda: {"logger": False}), tiny_monitor(), tiny_monitor()
+    other = Begins(lambda: scenario.run(tmp_path, beside, ckpt_path=checkpoint))
+    scenario.run(tmp_path, monitor, other, ckpt_path=checkpoint)
+    assert (monitor.folder, beside.folder) == (tmp_path / "slt", tmp_path / "slt_run1")
+    for folder in ("slt", "slt_run1"):
+        assert [e.step for e in RunRecord(tmp_path / folder).read()] == [4, 8, 12]
+        assert json.loads((tmp_path / folder / "summary.json").read_text())["num_estimates"] == 3
+
+
+HOLDS = """
+import fcntl, os, sys
+fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_is_free_again_when_the_process_that_had_it_is_gone(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    scenario, folders = Scenario(Net, loaders, lambda: {"logger": False}), []
+    (tmp_path / "slt").mkdir()
+    command = [sys.executable, "-c", HOLDS, str(tmp_path / "slt")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        for _ in range(2):
+            monitor = tiny_monitor()
+            scenario.run(tmp_path, monitor)
+            folders.append(monitor.folder.name if monitor.folder else None)
+            holder.kill()
+            holder.wait()
+    assert folders == ["slt_run1", "slt"]
 
 
 def test_fit_that_goes_on(tmp_path: Path) -> None:
