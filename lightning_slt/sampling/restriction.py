@@ -77,7 +77,10 @@ def select_parameters(module: nn.Module, restrict: Restriction = None) -> list[s
         chosen |= matched
     moving = [name for name, p in module.named_parameters() if p.requires_grad and id(p) in chosen]
     if not moving:
-        raise AllFrozenError(f"restrict: every parameter matched by {entries} is frozen (requires_grad=False).")
+        raise AllFrozenError(
+            f"restrict: every parameter matched by {entries} is frozen (requires_grad=False), and chains move what "
+            "training may. Name others, or thaw them by the end of the step (untoggle_optimizer, requires_grad_())."
+        )
     return moving
 
 

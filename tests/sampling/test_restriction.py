@@ -77,7 +77,7 @@ def test_restrictions_that_name_nothing(restrict: Any, message: str) -> None:
 def test_restriction_to_frozen_parameters_says_that_they_are_frozen() -> None:
     net = Net()
     net.head.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"'head'.* is frozen \(requires_grad=False\)"):
+    with pytest.raises(ValueError, match=r"'head'.* is frozen \(requires_grad=False\).*thaw them"):
         select_parameters(net, "head")
 
 
