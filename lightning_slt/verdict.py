@@ -155,7 +155,7 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
     if bool(good.any()):
         error, steepness = standard_error(reached), steepness_of(segment, posterior, good)
         owed = owed_by(summary.mean, float(reached.mean()), error, d, steepness)
-    init_loss = sum(segment.anchors.values()) / len(segment.anchors)
+    init_loss = segment.anchor_loss
     verdict = (
         *_reasons_of_data(segment),
         *summary.verdict,
