@@ -1,4 +1,4 @@
-"""Regressions whose answer is exact, from loaders whose batches are not alike."""
+"""Regressions whose answer is exact, from loaders whose batches are not alike: a remainder, an order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
 
 from lightning_slt import SLTMonitor, estimate_llc
 from lightning_slt.functional import default_nbeta
@@ -23,6 +23,19 @@ class Stream(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         return zip(*self.columns, strict=True)
+
+
+class InOrder(Sampler[int]):
+    """A sampler of the user's own, whose order nobody else knows to be one."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.n))
+
+    def __len__(self) -> int:
+        return self.n
 
 
 class Line(L.LightningModule):
@@ -74,3 +87,14 @@ def test_it_counts_as_one_in_batches_that_training_has_seen(tmp_path: Path) -> N
     trainer.fit(module, DataLoader(Stream(x, y), 64))
     est = monitor.estimates[-1]
     assert est.valid and abs(est.mean - truth) < 3 * est.se, f"{est.mean} ± {est.se} for {truth}"
+
+
+def test_chains_do_not_run_after_the_class_that_passes_by() -> None:
+    x = torch.randn(4000, 4, generator=gen(2))
+    slopes = torch.randn(4, 2, generator=gen(3))
+    first = torch.arange(4000) < 2000
+    y = torch.where(first, *(x @ slopes).T).unsqueeze(1) + 0.5 * torch.randn(4000, 1, generator=gen(4))
+    module, truth = fitted(x, y)
+    loader = DataLoader(TensorDataset(x, y), 16, sampler=InOrder(4000))
+    est = estimate_llc(module, loader, localization=1.0)
+    assert est.valid and abs(est.mean - truth) < 3 * est.se < 1.5, f"{est.mean} ± {est.se} for {truth}"
