@@ -7,7 +7,8 @@ chunks, the engine or the number of ranks that share the work.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -137,6 +138,32 @@ class Chains:
         finally:
             self._engine.release()
         return total / len(batches)
+
+    @contextmanager
+    def line(self, row: int) -> Iterator[Callable[[float], tuple[float, float]]]:
+        """The loss of one minibatch on the line from ``w*`` to where the chain of ``row`` is, and its slope along it,
+        at a share of the way. In the memory of the chains, which have ended: where the last of them is is lost."""
+        anchor, grad, direction = self.objective.anchor, self._grad[:1], self.weights[row]
+        point = self.weights[-1:] if row + 1 < len(self.weights) else torch.empty_like(direction).unsqueeze(0)
+        window = self.source.window(self._window_index)
+        if not window.anchor_loss:
+            measure_anchor(self.objective, window, torch.arange(len(window)))
+        batch = next(iter(window.anchor_loss))
+
+        def look(share: float) -> tuple[float, float]:
+            torch.add(anchor, direction, alpha=share, out=point[0])
+            if self.objective.draws:
+                seed_globals(derive_seed(self.seed, STEP, batch))
+            self._engine.bind(point, grad)
+            loss = self._engine(window, torch.tensor([batch]))
+            return float(loss), self.layout.dot(grad[0], direction)
+
+        direction.sub_(anchor)
+        try:
+            yield look
+        finally:
+            self._engine.release()
+            direction.add_(anchor)
 
     def reseed(self, part: int) -> None:
         """Start the random numbers of every chain anew, those of part ``part`` of the run."""
