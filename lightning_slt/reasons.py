@@ -46,6 +46,8 @@ class Kind(Enum):
     """Some weights reach the loss in training mode alone."""
     SUM = auto()
     """The loss is summed over the minibatch, and nbeta is that of a mean."""
+    GRADIENT = auto()
+    """It is not that of the loss."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from lightning_slt.sampling.calibration import MAX_VIRIAL, MIN_VIRIAL, Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.eval_mode import misfit_of_eval
 from lightning_slt.sampling.lean import lean_of
+from lightning_slt.sampling.line_integral import misfit_of_gradient
 from lightning_slt.sampling.minibatch_heat import held_by_thermostat
 from lightning_slt.sampling.readings import diverged, heat_of, steepness_of, virial_readings
 from lightning_slt.sampling.rounding import misfit_of_rounding
@@ -43,7 +44,7 @@ BAD_FOR_COVARIANCES = frozenset(
     }
 )
 """What covariances over the same chains are not valid for either: their heat and their width."""
-OF_ALL_READINGS = frozenset({Kind.WEIGHTS_TOO_COARSE, Kind.EVAL_MODE, Kind.SUM})
+OF_ALL_READINGS = frozenset({Kind.WEIGHTS_TOO_COARSE, Kind.EVAL_MODE, Kind.SUM, Kind.GRADIENT})
 """What nothing that is read off the chains is valid for."""
 
 
@@ -155,7 +156,7 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
     if bool(good.any()):
         error, steepness = standard_error(reached), steepness_of(segment, posterior, good)
         owed = owed_by(summary.mean, float(reached.mean()), error, d, steepness)
-    init_loss = sum(segment.anchors.values()) / len(segment.anchors)
+    init_loss = segment.anchor_loss
     verdict = (
         *_reasons_of_data(segment),
         *summary.verdict,
@@ -165,6 +166,7 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
         *(Reason(Kind.WEIGHTS_TOO_COARSE, sentence) for sentence in misfit_of_rounding(chains, drawn.lr)),
         *(Reason(Kind.EVAL_MODE, sentence) for sentence in misfit_of_eval(chains.objective)),
         *(Reason(Kind.SUM, sentence) for sentence in misfit_of_sum(chains.objective, chains.source, posterior.nbeta)),
+        *(Reason(Kind.GRADIENT, sentence) for sentence in misfit_of_gradient(chains, segment, good)),
     )
     estimate = Estimate(
         mean=summary.mean,

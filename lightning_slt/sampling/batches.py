@@ -211,7 +211,11 @@ class ReplaySource(MinibatchSource):
 
 
 class IterableSource(MinibatchSource):
-    """Windows read one after another from an iterable of batches, which is started again at its end."""
+    """Windows read one after another from an iterable of batches, which is started again at its end.
+
+    Its batches may come in an order (one class after the other), and chains would run after the part that passes by:
+    a window has whole passes through the iterable, as far as so many batches may be held.
+    """
 
     resident = False
 
@@ -232,7 +236,8 @@ class IterableSource(MinibatchSource):
         self._pending = [transfer(first[0])]
         leaves = [x for x in tree_flatten(self._pending[0])[0] if isinstance(x, Tensor) and x.ndim > 0]
         self.batch_size = len(leaves[0]) if leaves else 1
-        self._size = min(max(1, max_bytes // max(1, num_bytes(self._pending[0]))), WINDOW_BATCHES)
+        affordable = max(1, max_bytes // max(1, num_bytes(self._pending[0])))
+        self._least, self._most = min(affordable, WINDOW_BATCHES), min(affordable, MAX_RESIDENT_BATCHES)
         self._index = -1
 
     def window(self, index: int) -> Window:
@@ -241,10 +246,9 @@ class IterableSource(MinibatchSource):
         self._kept = None  # two windows are never held at once
         batches, self._pending = self._pending, []
         restarts = 0
-        while len(batches) < self._size and restarts < 2:
-            more = [self._transfer(b) for b in itertools.islice(self._iterator, self._size - len(batches))]
-            batches += more
-            if len(batches) < self._size:
+        while len(batches) < self._least and restarts < 2:
+            batches += [self._transfer(b) for b in itertools.islice(self._iterator, self._most - len(batches))]
+            if len(batches) < self._most:
                 self._iterator = iter(self._iterable)
                 restarts += 1
         if not batches:

@@ -7,7 +7,8 @@ chunks, the engine or the number of ranks that share the work.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -137,6 +138,32 @@ class Chains:
         finally:
             self._engine.release()
         return total / len(batches)
+
+    @contextmanager
+    def line(self, row: int) -> Iterator[Callable[[float], tuple[float, float]]]:
+        """The loss of one minibatch on the line from ``w*`` to where the chain of ``row`` is, and its slope along it,
+        at a share of the way. In the memory of the chains, which have ended: where the last of them is is lost."""
+        anchor, grad, direction = self.objective.anchor, self._grad[:1], self.weights[row]
+        point = self.weights[-1:] if row + 1 < len(self.weights) else torch.empty_like(direction).unsqueeze(0)
+        window = self.source.window(self._window_index)
+        if not window.anchor_loss:
+            measure_anchor(self.objective, window, torch.arange(len(window)))
+        batch = next(iter(window.anchor_loss))
+
+        def look(share: float) -> tuple[float, float]:
+            torch.add(anchor, direction, alpha=share, out=point[0])
+            if self.objective.draws:
+                seed_globals(derive_seed(self.seed, STEP, batch))
+            self._engine.bind(point, grad)
+            loss = self._engine(window, torch.tensor([batch]))
+            return float(loss), self.layout.dot(grad[0], direction)
+
+        direction.sub_(anchor)
+        try:
+            yield look
+        finally:
+            self._engine.release()
+            direction.add_(anchor)
 
     def reseed(self, part: int) -> None:
         """Start the random numbers of every chain anew, those of part ``part`` of the run."""
@@ -278,6 +305,7 @@ class Chains:
         finally:
             self._engine.release()
         owner = 0 if self.source.shared else self.collective.rank
+        shares = None if window.shares is None else window.shares * len(window)
         used = {(owner, self._window_index, i): known[i] for i in indices.unique().tolist()}
         acceptance = None
         if tallied:
@@ -287,6 +315,7 @@ class Chains:
             self.numbers,
             losses - anchor.reshape(chains, steps),
             anchors=used,
+            shares={} if shares is None else {key: float(shares[key[2]]) for key in used},
             acceptance=acceptance,
             read=join_reads(self.reader, read, num_reads(steps, self.read_every), self.weights),
             read_every=self.read_every,
@@ -332,13 +361,32 @@ class Chains:
 
         From a window that holds all the data, with replacement: the batch does not depend on where the chain is. Of a
         window that is passing by, every batch once, each chain in an order of its own: a batch that comes back would
-        find a chain that has already moved towards it.
+        find a chain that has already moved towards it. Smaller batches are seen as much more seldom.
         """
         streams = [own.minibatches for own in self._randomness]
         if self.source.resident:
-            picks = [torch.randint(len(window), (steps,), generator=g) for g in streams]
+            picks = [_drawn_from(window, steps, g) for g in streams]
         else:
             if self._window_used == 0:
-                self._orders = [torch.randperm(len(window), generator=g) for g in streams]
+                self._orders = [_order_of(window, g) for g in streams]
             picks = [order[self._window_used : self._window_used + steps] for order in self._orders]
         return torch.stack(picks) if picks else torch.empty(0, steps, dtype=torch.long)
+
+
+def _drawn_from(window: Window, steps: int, stream: torch.Generator) -> Tensor:
+    """``[steps]``, batches with replacement."""
+    if window.shares is None:
+        return torch.randint(len(window), (steps,), generator=stream)
+    return torch.multinomial(window.shares, steps, replacement=True, generator=stream)
+
+
+def _order_of(window: Window, stream: torch.Generator) -> Tensor:
+    """``[batches]``, each once; in the place of some of the smaller ones full ones."""
+    order = torch.randperm(len(window), generator=stream)
+    if window.shares is None:
+        return order
+    full = (window.shares == window.shares.max()).nonzero().flatten()
+    stand_ins = full[torch.randint(len(full), (len(window),), generator=stream)]
+    left_out = torch.rand(len(window), generator=stream, dtype=torch.float64) >= len(window) * window.shares
+    left_out[full] = False
+    return torch.where(left_out, stand_ins, torch.arange(len(window)))[order]

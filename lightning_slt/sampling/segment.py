@@ -37,6 +37,7 @@ class Segment:
         read: ``[chains, steps / read_every, n]`` float32, what a
             :data:`~lightning_slt.sampling.weight_reader.WeightReader` made of the weights; None without one.
         read_every: steps between those.
+        shares: what the minibatches of ``anchors`` weigh in the mean over their samples; those that are not here, 1.
     """
 
     chains: list[int]
@@ -51,6 +52,7 @@ class Segment:
     read: Tensor | None = None
     read_every: int = 1
     noise_square: Tensor | None = None
+    shares: dict[tuple[int, int, int], float] = dataclasses.field(default_factory=dict)
 
     @staticmethod
     def merge(parts: Sequence[Segment]) -> Segment:
@@ -58,17 +60,18 @@ class Segment:
         chains = [number for part in parts for number in part.chains]
         order = torch.tensor(sorted(range(len(chains)), key=chains.__getitem__), dtype=torch.long)
 
-        tables = {
+        tables: dict[str, Any] = {
             name: torch.cat([getattr(part, name) for part in parts])[order]
             for name in ("difference", *READINGS, "acceptance", "read", "noise_square")
             if getattr(parts[0], name) is not None
         }
-        return Segment(sorted(chains), anchors=_all_anchors(parts), read_every=parts[0].read_every, **tables)
+        tables |= {"anchors": _all(parts, "anchors"), "shares": _all(parts, "shares")}
+        return Segment(sorted(chains), read_every=parts[0].read_every, **tables)
 
     @staticmethod
     def join(pieces: Sequence[Segment]) -> Segment:
         """Stretches of the same chains, one after another, as one."""
-        tables = {
+        tables: dict[str, Any] = {
             name: torch.cat([getattr(piece, name) for piece in pieces], dim=1)
             for name in ("difference", *READINGS, "read", "noise_square")
             if getattr(pieces[0], name) is not None
@@ -78,8 +81,8 @@ class Segment:
             shares = [piece.acceptance for piece in pieces if piece.acceptance is not None]
             steps = torch.tensor([piece.steps for piece in pieces], dtype=torch.float64)
             acceptance = (torch.stack(shares, dim=1) * (steps / steps.sum())).sum(dim=1)
-        every, anchors = pieces[0].read_every, _all_anchors(pieces)
-        return Segment(pieces[0].chains, anchors=anchors, acceptance=acceptance, read_every=every, **tables)
+        tables |= {"anchors": _all(pieces, "anchors"), "shares": _all(pieces, "shares"), "acceptance": acceptance}
+        return Segment(pieces[0].chains, read_every=pieces[0].read_every, **tables)
 
     def last(self, steps: int) -> Segment:
         """The last ``steps`` of it; a multiple of :data:`STATS_EVERY` keeps every reading with its steps."""
@@ -101,6 +104,12 @@ class Segment:
         return self.last(self.steps - self.steps // 2)
 
     @property
+    def anchor_loss(self) -> float:
+        """The loss at ``w*``, a mean over the minibatches used."""
+        weights = [self.shares.get(key, 1.0) for key in self.anchors]
+        return sum(w * loss for w, loss in zip(weights, self.anchors.values(), strict=True)) / sum(weights)
+
+    @property
     def steps(self) -> int:
         return self.difference.shape[1]
 
@@ -111,8 +120,9 @@ class Segment:
         return torch.isfinite(self.difference).all(dim=1) & readings
 
 
-def _all_anchors(pieces: Sequence[Segment]) -> dict[tuple[int, int, int], float]:
-    anchors: dict[tuple[int, int, int], float] = {}
+def _all(pieces: Sequence[Segment], name: str) -> dict[tuple[int, int, int], float]:
+    """What each of them has of minibatches, together."""
+    every: dict[tuple[int, int, int], float] = {}
     for piece in pieces:
-        anchors.update(piece.anchors)
-    return anchors
+        every.update(getattr(piece, name))
+    return every

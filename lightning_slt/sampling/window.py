@@ -8,6 +8,7 @@ from abc import ABC
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
+from functools import cached_property
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, Optional
 
@@ -15,6 +16,8 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lightning_slt.sampling.counting import is_one_text
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,13 @@ def tensors_in(batch: Any) -> list[Tensor]:
         elif depth and _is_object(value):
             waiting += [(item, depth - 1) for item in vars(value).values()]
     return found
+
+
+def _common_length(batch: Any) -> Optional[int]:
+    """Samples in a batch whose tensors all have them in front; None for another one."""
+    tensors = tensors_in(batch)
+    lengths = {len(tensor) if tensor.ndim > 0 else None for tensor in tensors}
+    return lengths.pop() if len(lengths) == 1 and not is_one_text(batch) else None
 
 
 def clone(batch: Any) -> Any:
@@ -127,6 +137,20 @@ class Window:
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    @cached_property
+    def shares(self) -> Optional[Tensor]:
+        """``[batches]`` float64, how often each is to be seen for the mean over their samples; None for all alike.
+
+        What is left at the end of an epoch is a smaller batch, whose samples would count for more than others. Batches
+        of many sizes, as those that hold about as many tokens each, are left as they are: what their loss is a mean
+        over cannot be told.
+        """
+        lengths = [_common_length(batch) for batch in self.batches]
+        known = [length for length in lengths if length is not None]
+        if len(known) < len(lengths) or min(known) == max(known) or 2 * known.count(max(known)) < len(known):
+            return None
+        return torch.tensor(known, dtype=torch.float64) / sum(known)
 
     def forget(self) -> None:
         """Drop what belongs to the weights under study; the batches stay."""
