@@ -32,7 +32,9 @@ FEW_FIRST = ("cuda",)
 """Where so few chains are tried before as many as fit, which hold the memory of all: a GPU whose calls take as long as
 its products gains nothing, and the clock of one chain does not tell which of the two it waits for."""
 PROBED_AT_MOST = 8
-TIMED_STEPS = 8
+TIMED_STEPS, LEAST_TIMED = 8, 4
+"""Steps that are timed, those of so many chains at once being as many fewer, but not fewer than these: on a busy machine
+a long step is seldom left alone, and the fastest of two is not what it takes."""
 BATCHED_GAIN = 1.1
 """How much faster the batched path must be to be kept: near ties go to the path that always works, at every run."""
 HOPELESS = 2.0
@@ -304,7 +306,7 @@ class _Probe:
         Binding is left out: chains are bound once for many steps."""
         engine.bind(self._weights[:chains], self._grad[:chains])
         best, spent = math.inf, 0.0
-        for _ in range(max(2, TIMED_STEPS // chains)):
+        for _ in range(max(LEAST_TIMED, TIMED_STEPS // chains)):
             start = self._now()
             engine(self._window, self._indices[:chains])
             took = self._now() - start
