@@ -33,8 +33,8 @@ FEW_FIRST = ("cuda",)
 its products gains nothing, and the clock of one chain does not tell which of the two it waits for."""
 PROBED_AT_MOST = 8
 TIMED_STEPS, LEAST_TIMED = 8, 4
-"""Steps that are timed, those of so many chains at once being as many fewer, but not fewer than these: on a busy machine
-a long step is seldom left alone, and the fastest of two is not what it takes."""
+"""Steps that are timed, those of so many chains at once being as many fewer, but not fewer than these: on a busy
+machine a long step is seldom left alone, and the fastest of two is not what it takes."""
 BATCHED_GAIN = 1.1
 """How much faster the batched path must be to be kept: near ties go to the path that always works, at every run."""
 HOPELESS = 2.0
