@@ -154,7 +154,9 @@ class Chunk:
         loss_at = self._losses(window, indices, seeds)
         steps = indices.shape[1]
         losses: list[Tensor] = []
-        readings: list[Tensor] = []
+        k, kinds = len(self._weights), 3 if self._state.preconditioner is None else 5
+        # a table: small tensors that are kept, made between large ones that are not, hold the heap apart
+        readings, taken = self._weights.new_empty(num_reads(steps, STATS_EVERY, before), kinds, k), 0
         squares: list[Tensor] = []
         for t in range(steps):
             try:
@@ -165,7 +167,8 @@ class Chunk:
                 break
             with torch.no_grad():
                 if (before + t) % STATS_EVERY == 0:
-                    readings += self._read()
+                    self._read(readings[taken])
+                    taken += 1
                     if self._moments is not None and self._layout.all_finite(self._grad):
                         self._moments.add(self._grad)
                 if reads_noise and t % NOISE_EVERY == NOISE_EVERY // 2:
@@ -173,8 +176,7 @@ class Chunk:
                 readout.offer(t, self._weights, self._grad, self._state)
                 loss = self._update(loss, lr)
             losses.append(loss)
-        k, kinds = len(self._weights), 3 if self._state.preconditioner is None else 5
-        read = self._layout.sum(torch.stack(readings)).reshape(-1, kinds, k).permute(1, 2, 0) if readings else None
+        read = self._layout.sum(readings[:taken]).permute(1, 2, 0) if taken else None
         noise = self._layout.sum(torch.stack(squares, dim=1)) if squares else None
         return Moved(
             _padded(torch.stack(losses, dim=-1).reshape(k, -1) if losses else None, (k, steps)),
@@ -275,11 +277,10 @@ class Chunk:
         assert total is not None
         return total
 
-    def _read(self) -> list[Tensor]:
-        """The three readings (five with a preconditioner), each ``[k]``, of one chain a scalar; the noise's memory is
-        used on the way."""
-        totals: list[Tensor] = []
-        for block in self._blocks:
+    def _read(self, out: Tensor) -> None:
+        """The three readings (five with a preconditioner), put in ``out`` ``[3 or 5, k]``; the noise's memory is used
+        on the way."""
+        for number, block in enumerate(self._blocks):
             at, slope, scratch, tensors = block.weights, block.grad, block.scratch, block.state.tensors
             # the weights are a proposal that may be rejected
             if "accepted_weights" in tensors and bool(tensors["started"].all()):
@@ -294,10 +295,10 @@ class Chunk:
                 pulled = scratch * p
                 got = [_dot(slope, slope * p), _dot(slope, scratch), _dot(scratch, scratch)]
                 got += [_dot(slope, pulled), _dot(scratch, pulled)]
-            if block.share != 1.0:
-                got = [block.share * value for value in got]
-            totals = got if not totals else [total + more for total, more in zip(totals, got, strict=True)]
-        return totals
+            for row, value in zip(out, got, strict=True):
+                if block.share != 1.0:
+                    value = block.share * value
+                row.copy_(value) if number == 0 else row.add_(value)
 
 
 def num_noise_squares(steps: int) -> int:

@@ -35,7 +35,7 @@ PROBED_AT_MOST = 8
 TIMED_STEPS, LEAST_TIMED = 8, 4
 """Steps that are timed, those of so many chains at once being as many fewer, but not fewer than these: on a busy
 machine a long step is seldom left alone, and the fastest of two is not what it takes."""
-BATCHED_GAIN = 1.1
+BATCHED_GAIN = 1.25
 """How much faster the batched path must be to be kept: near ties go to the path that always works, at every run."""
 HOPELESS = 2.0
 """Batched steps of which the fastest takes this many times what it may are not timed any more, ..."""
