@@ -183,6 +183,24 @@ def test_readings_go_on_from_window_to_window_as_if_there_were_one(batches: int)
         torch.testing.assert_close(getattr(whole, name), one_each, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("batches", "every"), [(2, 4), (3, 4), (5, 3), (5, 12)])
+def test_a_reader_is_asked_as_often_whatever_the_length_of_the_windows(batches: int, every: int) -> None:
+    """Once in so many steps, and not at the first step of each window as well."""
+
+    def make() -> Chains:
+        source = DatasetSource(regression(96), 8, max_bytes=batches * 8 * 8 * 4, seed=0)
+        assert not source.resident and len(source.window(0)) == batches
+        chains = make_chains(mlp(), regression(), mean_squared, source=source)
+        chains.reader, chains.read_every = lambda weights, grad: weights[:, :3].clone(), every
+        return chains
+
+    read = make().advance(24, LR).read
+    chains = make()
+    pieces = [chains.advance(every, LR).read for _ in range(24 // every)]
+    assert read is not None and read.shape == (chains.num_chains, 24 // every, 3)
+    torch.testing.assert_close(read, torch.cat([piece for piece in pieces if piece is not None], dim=1), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_chains_do_not_depend_on_the_ranks_that_run_them(world_size: int) -> None:
     alone, weights = run(num_chains=8)
