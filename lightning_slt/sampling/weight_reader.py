@@ -53,7 +53,8 @@ class Readout:
         self._ask(self._reader)
         seen, count = self._seen, num_reads(steps, self._every, self._before)
         if not seen:
-            seen = [torch.full_like(self._reader(weights, weights).float().cpu(), torch.nan)]
+            of_none = self._reader(weights[:0], weights[:0]).float().cpu()
+            seen = [of_none.new_full((len(weights), *of_none.shape[1:]), torch.nan)]
         return torch.stack(seen + [torch.full_like(seen[0], torch.nan)] * (count - len(seen)), dim=1)[:, :count]
 
     def _ask(self, reader: WeightReader) -> None:

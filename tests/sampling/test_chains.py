@@ -191,11 +191,17 @@ def test_a_reader_is_asked_as_often_whatever_the_length_of_the_windows(batches: 
         source = DatasetSource(regression(96), 8, max_bytes=batches * 8 * 8 * 4, seed=0)
         assert not source.resident and len(source.window(0)) == batches
         chains = make_chains(mlp(), regression(), mean_squared, source=source)
-        chains.reader, chains.read_every = lambda weights, grad: weights[:, :3].clone(), every
+        chains.reader, chains.read_every = first_weights, every
         return chains
 
+    def first_weights(weights: Tensor, grad: Tensor | None) -> Tensor:
+        asked.append(len(weights))
+        return weights[:, :3].clone()
+
+    asked: list[int] = []
     read = make().advance(24, LR).read
     chains = make()
+    assert sum(asked) == chains.num_chains * 24 // every
     pieces = [chains.advance(every, LR).read for _ in range(24 // every)]
     assert read is not None and read.shape == (chains.num_chains, 24 // every, 3)
     torch.testing.assert_close(read, torch.cat([piece for piece in pieces if piece is not None], dim=1), rtol=0, atol=0)
