@@ -33,7 +33,8 @@ class Segment:
         pulled_dot, pulled_square: ``grad.P (w - w*)`` and ``(w - w*).P (w - w*)``; None where P is 1.
         acceptance: ``[chains]``, share of the proposals accepted; None for a sampler that does not reject.
         noise_square: ``[chains, steps / NOISE_EVERY]``, whose mean is that of ``xi.P xi``, xi the part of a gradient
-            that is its minibatch's own; None for a sampler that has no use for it, or where all the data is one batch.
+            that is its minibatch's own; NaN where there is none, None for a sampler that has no use for it, or
+            where all the data is one batch.
         read: ``[chains, steps / read_every, n]`` float32, what a
             :data:`~lightning_slt.sampling.weight_reader.WeightReader` made of the weights; None without one.
         read_every: steps between those.
@@ -60,10 +61,17 @@ class Segment:
 
         tables = {
             name: torch.cat([getattr(part, name) for part in parts])[order]
-            for name in ("difference", *READINGS, "acceptance", "read", "noise_square")
+            for name in ("difference", *READINGS, "acceptance", "read")
             if getattr(parts[0], name) is not None
         }
-        return Segment(sorted(chains), anchors=_all_anchors(parts), read_every=parts[0].read_every, **tables)
+        noise = _noise_of(parts)
+        return Segment(
+            sorted(chains),
+            anchors=_all_anchors(parts),
+            noise_square=noise[order] if noise is not None else None,
+            read_every=parts[0].read_every,
+            **tables,
+        )
 
     @staticmethod
     def join(pieces: Sequence[Segment]) -> Segment:
@@ -109,6 +117,19 @@ class Segment:
         """``[chains]`` bool: every loss and every reading finite."""
         readings = torch.isfinite(torch.cat([self.grad_square, self.grad_dot, self.square], dim=1)).all(dim=1)
         return torch.isfinite(self.difference).all(dim=1) & readings
+
+
+def _noise_of(parts: Sequence[Segment]) -> Tensor | None:
+    """Of the chains of all parts; NaN where a part has fewer readings, as ranks have whose windows are of another
+    length."""
+    known = [part.noise_square for part in parts if part.noise_square is not None]
+    if not known:
+        return None
+    most, tables = max(table.shape[1] for table in known), []
+    for part in parts:
+        own = part.noise_square if part.noise_square is not None else known[0].new_empty(len(part.chains), 0)
+        tables.append(torch.nn.functional.pad(own, (0, most - own.shape[1]), value=math.nan))
+    return torch.cat(tables)
 
 
 def _all_anchors(pieces: Sequence[Segment]) -> dict[tuple[int, int, int], float]:

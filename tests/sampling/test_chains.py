@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_slt.estimate import ChainSettings, measure_llc
+from lightning_slt.functional import LocalPosterior
 from lightning_slt.sampling import chains as chains_room
 from lightning_slt.sampling.batches import DatasetSource, ReplaySource
 from lightning_slt.sampling.chains import Chains
@@ -17,6 +18,7 @@ from lightning_slt.sampling.engines import BatchedEngine
 from lightning_slt.sampling.noise import TableNormal
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.paths import Choice
+from lightning_slt.sampling.readings import heat_of
 from lightning_slt.sampling.rng import NOISE
 from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, KineticLangevin, LeimkuhlerMatthews, RMSpropSGLD, Sampler
 from lightning_slt.sampling.segment import Segment
@@ -205,6 +207,23 @@ def test_a_reader_is_asked_as_often_whatever_the_length_of_the_windows(batches: 
     pieces = [chains.advance(every, LR).read for _ in range(24 // every)]
     assert read is not None and read.shape == (chains.num_chains, 24 // every, 3)
     torch.testing.assert_close(read, torch.cat([piece for piece in pieces if piece is not None], dim=1), rtol=0, atol=0)
+
+
+def test_ranks_whose_windows_are_of_other_lengths_have_readings_of_the_same_steps() -> None:
+    """As where the samples of a batch are of many lengths; of the noise there are as many as the windows let."""
+
+    def rank(collective: Collective) -> Segment:
+        batches, data = (30, 40)[collective.rank], regression(960)
+        source = DatasetSource(data, 8, max_bytes=batches * 8 * 8 * 4, seed=collective.rank)
+        source.shared = False
+        return make_chains(mlp(), data, mean_squared, source=source, collective=collective).advance(100, LR)
+
+    for segment in on_ranks(2, rank):
+        assert segment.difference.shape == (4, 100) and segment.grad_square.shape == (4, 25)
+        assert bool(segment.finite.all()) and segment.noise_square is not None
+        assert (~segment.noise_square.isnan()).sum(dim=1).tolist() == [3, 2, 3, 2]
+        heat = heat_of(segment, LR, LocalPosterior(20.0, 1.0))
+        assert bool(torch.isfinite(heat.each).all())
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
