@@ -124,8 +124,10 @@ class Budget:
 
     @property
     def least_steps_bw_draws(self) -> int:
-        """Where they are not given: so many that the draws have as many steps as their readings speak of."""
-        return min(STATS_EVERY // math.gcd(self.num_draws, STATS_EVERY), self.max_steps_bw_draws)
+        """Where they are not given: so many that the draws have as many steps as their readings speak of; 1 where that
+        is more than there may be."""
+        least = STATS_EVERY // math.gcd(self.num_draws, STATS_EVERY)
+        return least if least <= self.max_steps_bw_draws else 1
 
     @property
     def most_steps(self) -> int:
@@ -255,6 +257,8 @@ def _until_good(chains: Chains, start: _Start, budget: Budget, generation: int) 
     """Rounds until the trace is good, or the budget is used; with it, whether it was flat from the start."""
     unit = budget.num_draws * (budget.num_steps_bw_draws or budget.least_steps_bw_draws)
     longest = budget.num_draws * (budget.num_steps_bw_draws or budget.max_steps_bw_draws)
+    # the budget is not left for the sake of the readings: what is less than a unit is burn-in
+    grid = unit if unit == budget.num_draws * (budget.num_steps_bw_draws or 1) else STATS_EVERY
     step, done, pieces = start.step, start.done - sum(p.steps for p in start.head), list(start.head)
     d, posterior = chains.layout.num_weights, chains.posterior
     heats = chains.sampler.calibration == "heat"
@@ -294,15 +298,16 @@ def _until_good(chains: Chains, start: _Start, budget: Budget, generation: int) 
             break
         if rounds > 1 and _is_downhill(kept, posterior.nbeta):
             break
-        left = (2 * longest - spent) // unit * unit
-        if left < unit and rounds > 1:
+        left = (2 * longest - spent) // grid * grid
+        if left < grid and (rounds > 1 or (grid < unit and bool(segment.finite.all()))):
             break
         # late in the budget a new step would leave too few draws: the heat of this one is measured and taken off anyway
         if not settled and (spent < longest or not bool(segment.finite.all())):
             done += joined.steps
             step, pieces, steady = wanted, [], False
         # a share of all before, or what is left of the budget
-        length = max(min(math.ceil(GROWTH * sum(p.steps for p in pieces) / unit) * unit, left), unit)
+        share = math.ceil(GROWTH * sum(p.steps for p in pieces) / unit) * unit
+        length = max(min(max(share, unit), left), grid if pieces else unit)
     fits = steady and burnin <= LATE * joined.steps and _is_flat(kept, budget, posterior.nbeta)
     if budget.num_steps_bw_draws is not None:
         kept = kept.last(unit)

@@ -294,7 +294,7 @@ class Chains:
         try:
             for start in range(0, chains, width):
                 rows = slice(start, min(start + width, chains))
-                readout = Readout(self.reader, self.read_every)
+                readout = Readout(self.reader, self.read_every, before)
                 own = seeds[rows] if seeds is not None else None
                 moved = self._chunk(rows).move(window, indices[rows], lr, readout, noise is not None, own, before)
                 losses[rows], readings[:, rows] = moved.losses, moved.readings
@@ -317,7 +317,7 @@ class Chains:
             anchors=used,
             shares={} if shares is None else {key: float(shares[key[2]]) for key in used},
             acceptance=acceptance,
-            read=join_reads(self.reader, read, num_reads(steps, self.read_every), self.weights),
+            read=join_reads(self.reader, read, num_reads(steps, self.read_every, before), self.weights),
             read_every=self.read_every,
             noise_square=noise,
             **dict(zip(READINGS, readings, strict=False)),

@@ -175,6 +175,41 @@ class _GradientModule(nn.Module):
         return loss, torch.autograd.grad(loss, leaves, allow_unused=True)
 
 
+class _OneChain:
+    """What :class:`BatchedEngine` vmaps: functions of the weights of one chain, and of the leaves of its batch.
+
+    It knows nothing of the engine, which would be in a cycle of references otherwise: an engine that is given up is to
+    leave at once, with the chains' weights and the frozen ones of its module.
+
+    Attributes:
+        window: of which the batch is.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+        self._module = objective.copy_module()
+        self._count = len(objective.names)
+        self._slots = Slots(self._module, objective.names)
+        self.window: Window | None = None
+
+    def loss(self, *inputs: Any) -> Tensor:
+        assert self.window is not None
+        self._slots.put(inputs[: self._count])
+        return self._objective.loss_of(self._module, self.window.whole(inputs[self._count :]))
+
+    def losses(self, *inputs: Any) -> tuple[Tensor, ...]:
+        return (self.loss(*inputs),)
+
+    def gradients(self, *inputs: Any) -> tuple[Tensor, ...]:
+        """The loss, and its gradients."""
+        slopes, loss = torch.func.grad_and_value(self.loss, argnums=tuple(range(self._count)))(*inputs)
+        return loss, *slopes
+
+    def release(self) -> None:
+        self.window = None
+        self._slots.empty()
+
+
 class BatchedEngine(Engine):
     """``width`` chains at a time: stacked weights, the forward pass under vmap.
 
@@ -187,15 +222,13 @@ class BatchedEngine(Engine):
 
     def __init__(self, objective: Objective, width: int, through: str) -> None:
         self._objective = objective
-        self._module = objective.copy_module()
-        self._slots = Slots(self._module, objective.names)
+        self._one = _OneChain(objective)
         self.width = width
         self._through = through
-        self._rows = Vmapped(self._losses if through == "backward" else self._gradients)
+        self._rows = Vmapped(self._one.losses if through == "backward" else self._one.gradients)
         self._leaves: list[Tensor] = []
         self._grad_pieces: list[Tensor] = []
         self._grad: Tensor | None = None
-        self._window: Window | None = None
 
     def bind(self, weights: Tensor, grad: Tensor) -> None:
         self._grad = grad
@@ -208,25 +241,9 @@ class BatchedEngine(Engine):
                 leaf.grad = gradient
             self._leaves.append(leaf)
 
-    def _loss(self, *inputs: Any) -> Tensor:
-        """Of one chain: its weights, and the leaves of its batch."""
-        assert self._window is not None
-        count = len(self._leaves)
-        self._slots.put(inputs[:count])
-        return self._objective.loss_of(self._module, self._window.whole(inputs[count:]))
-
-    def _losses(self, *inputs: Any) -> tuple[Tensor, ...]:
-        return (self._loss(*inputs),)
-
-    def _gradients(self, *inputs: Any) -> tuple[Tensor, ...]:
-        """The loss of one chain, and its gradients."""
-        numbers = tuple(range(len(self._leaves)))
-        gradients, loss = torch.func.grad_and_value(self._loss, argnums=numbers)(*inputs)
-        return loss, *gradients
-
     def __call__(self, window: Window, indices: Tensor, keep: bool = False) -> Tensor:
         assert self._grad is not None
-        self._window = window
+        self._one.window = window
         columns, batched = window.gather(indices)
         inputs, dims = [*self._leaves, *columns], [*(0 for _ in self._leaves), *batched]
         if self._through == "backward":
@@ -242,8 +259,8 @@ class BatchedEngine(Engine):
         return losses.detach()
 
     def release(self) -> None:
-        self._leaves, self._grad_pieces, self._grad, self._window = [], [], None, None
-        self._slots.empty()
+        self._leaves, self._grad_pieces, self._grad = [], [], None
+        self._one.release()
 
 
 class ShardedEngine(SequentialEngine):

@@ -46,7 +46,7 @@ def lean_of(segment: Segment, lr: float, posterior: LocalPosterior, keep: Tensor
     below b: what is noise adds nothing worth mention (0.1 b in the mean). Negative ones are left out: chains on their
     way up from ``w*`` have those, and the posterior's tails, cut off by a step that is too large, look like them. It is
     0 as well where the steps are not as many as :data:`~lightning_slt.sampling.segment.STATS_EVERY` times the readings:
-    draws whose number and distance were both given, and make no multiple of it.
+    draws whose number and distance were both given, or that may not be as far apart, and make no multiple of it.
 
     Args:
         segment: the draws.

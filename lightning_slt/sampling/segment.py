@@ -33,7 +33,8 @@ class Segment:
         pulled_dot, pulled_square: ``grad.P (w - w*)`` and ``(w - w*).P (w - w*)``; None where P is 1.
         acceptance: ``[chains]``, share of the proposals accepted; None for a sampler that does not reject.
         noise_square: ``[chains, steps / NOISE_EVERY]``, whose mean is that of ``xi.P xi``, xi the part of a gradient
-            that is its minibatch's own; None for a sampler that has no use for it, or where all the data is one batch.
+            that is its minibatch's own; NaN where there is none, None for a sampler that has no use for it, or
+            where all the data is one batch.
         read: ``[chains, steps / read_every, n]`` float32, what a
             :data:`~lightning_slt.sampling.weight_reader.WeightReader` made of the weights; None without one.
         read_every: steps between those.
@@ -62,10 +63,12 @@ class Segment:
 
         tables: dict[str, Any] = {
             name: torch.cat([getattr(part, name) for part in parts])[order]
-            for name in ("difference", *READINGS, "acceptance", "read", "noise_square")
+            for name in ("difference", *READINGS, "acceptance", "read")
             if getattr(parts[0], name) is not None
         }
         tables |= {"anchors": _all(parts, "anchors"), "shares": _all(parts, "shares")}
+        noise = _noise_of(parts)
+        tables["noise_square"] = noise[order] if noise is not None else None
         return Segment(sorted(chains), read_every=parts[0].read_every, **tables)
 
     @staticmethod
@@ -118,6 +121,19 @@ class Segment:
         """``[chains]`` bool: every loss and every reading finite."""
         readings = torch.isfinite(torch.cat([self.grad_square, self.grad_dot, self.square], dim=1)).all(dim=1)
         return torch.isfinite(self.difference).all(dim=1) & readings
+
+
+def _noise_of(parts: Sequence[Segment]) -> Tensor | None:
+    """Of the chains of all parts; NaN where a part has fewer readings, as ranks have whose windows are of another
+    length."""
+    known = [part.noise_square for part in parts if part.noise_square is not None]
+    if not known:
+        return None
+    most, tables = max(table.shape[1] for table in known), []
+    for part in parts:
+        own = part.noise_square if part.noise_square is not None else known[0].new_empty(len(part.chains), 0)
+        tables.append(torch.nn.functional.pad(own, (0, most - own.shape[1]), value=math.nan))
+    return torch.cat(tables)
 
 
 def _all(pieces: Sequence[Segment], name: str) -> dict[tuple[int, int, int], float]:

@@ -27,16 +27,17 @@ class Readout:
     Args:
         reader: asked; None for nothing to read.
         every: steps between two of its draws.
+        before: steps of the same stretch that went before, on other windows: draws go on as if there were one.
     """
 
-    def __init__(self, reader: WeightReader | None, every: int) -> None:
-        self._reader, self._every = reader, every
+    def __init__(self, reader: WeightReader | None, every: int, before: int = 0) -> None:
+        self._reader, self._every, self._before = reader, every, before
         self._waiting: list[tuple[Tensor, Tensor | None]] = []
         self._seen: list[Tensor] = []
 
     def offer(self, step: int, weights: Tensor, grad: Tensor, state: SamplerState) -> None:
         """The weights that a step begins with: kept, where they are to be read."""
-        if self._reader is None or step % self._every:
+        if self._reader is None or (self._before + step) % self._every:
             return
         here = _settled(weights, state)
         wanted = here is weights and getattr(self._reader, "wants_gradients", False)
@@ -50,10 +51,11 @@ class Readout:
         if self._reader is None:
             return None
         self._ask(self._reader)
-        seen, count = self._seen, num_reads(steps, self._every)
+        seen, count = self._seen, num_reads(steps, self._every, self._before)
         if not seen:
-            seen = [torch.full_like(self._reader(weights, weights).float().cpu(), torch.nan)]
-        return torch.stack(seen + [torch.full_like(seen[0], torch.nan)] * (count - len(seen)), dim=1)
+            of_none = self._reader(weights[:0], weights[:0]).float().cpu()
+            seen = [of_none.new_full((len(weights), *of_none.shape[1:]), torch.nan)]
+        return torch.stack(seen + [torch.full_like(seen[0], torch.nan)] * (count - len(seen)), dim=1)[:, :count]
 
     def _ask(self, reader: WeightReader) -> None:
         if not self._waiting:

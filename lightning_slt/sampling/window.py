@@ -99,7 +99,8 @@ def over_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
             return function(value)
         entries = {key: over_tensors(value[key], function) for key in list(value.keys())}
         try:
-            twin = copy.deepcopy(value)
+            # of the tensors, which are replaced, no second copy is made: where they have a graph they have none
+            twin = copy.deepcopy(value, {id(tensor): tensor for tensor in tensors_in_collections(value)})
             for key, entry in entries.items():
                 twin[key] = entry
         except Exception as error:

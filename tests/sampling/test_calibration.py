@@ -417,6 +417,20 @@ def test_draws_have_the_steps_that_their_readings_speak_of(num_draws: int, apart
     assert drawn.segment.steps == STATS_EVERY * drawn.segment.grad_square.shape[1]
 
 
+@pytest.mark.parametrize(("num_draws", "most"), [(25, 4), (99, 4), (50, 2), (25, 3), (30, 3)])
+def test_steps_for_the_sake_of_readings_do_not_go_beyond_the_budget(num_draws: int, most: int) -> None:
+    """Nor are draws further apart where that gives them no such number of steps."""
+    budget = Budget(num_draws=num_draws, max_steps_bw_draws=most, tolerance=1e-3)
+    assert budget.least_steps_bw_draws in (1, 2, 4)
+    done: list[int] = []
+    chains = make_chains(mlp(), regression(), mean_squared, seed=0)
+    chains.progress = done.append
+    drawn = draw(chains, 0, budget)
+    assert sum(done) <= chains.num_chains * budget.most_steps
+    assert drawn.num_steps_bw_draws % budget.least_steps_bw_draws == 0
+    assert drawn.segment.steps == num_draws * drawn.num_steps_bw_draws
+
+
 @pytest.mark.parametrize(("rise", "least", "most"), [(0.0, 0, 60), (20.0, 10, 80), (150.0, 100, 200)])
 def test_transient_is_cut_off(rise: float, least: int, most: int) -> None:
     """An exponential rise of time constant ``rise / 3`` under noise a tenth of it: cut, but never more than half.

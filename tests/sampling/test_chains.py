@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_slt.estimate import ChainSettings, measure_llc
+from lightning_slt.functional import LocalPosterior
 from lightning_slt.sampling import chains as chains_room
 from lightning_slt.sampling.batches import DatasetSource, ReplaySource
 from lightning_slt.sampling.chains import Chains
@@ -17,6 +18,7 @@ from lightning_slt.sampling.engines import BatchedEngine
 from lightning_slt.sampling.noise import TableNormal
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.paths import Choice
+from lightning_slt.sampling.readings import heat_of
 from lightning_slt.sampling.rng import NOISE
 from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, KineticLangevin, LeimkuhlerMatthews, RMSpropSGLD, Sampler
 from lightning_slt.sampling.segment import Segment
@@ -181,6 +183,47 @@ def test_readings_go_on_from_window_to_window_as_if_there_were_one(batches: int)
         one_each = torch.cat([getattr(piece, name) for piece in pieces], dim=1)
         assert one_each.shape == (chains.num_chains, 6)
         torch.testing.assert_close(getattr(whole, name), one_each, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("batches", "every"), [(2, 4), (3, 4), (5, 3), (5, 12)])
+def test_a_reader_is_asked_as_often_whatever_the_length_of_the_windows(batches: int, every: int) -> None:
+    """Once in so many steps, and not at the first step of each window as well."""
+
+    def make() -> Chains:
+        source = DatasetSource(regression(96), 8, max_bytes=batches * 8 * 8 * 4, seed=0)
+        assert not source.resident and len(source.window(0)) == batches
+        chains = make_chains(mlp(), regression(), mean_squared, source=source)
+        chains.reader, chains.read_every = first_weights, every
+        return chains
+
+    def first_weights(weights: Tensor, grad: Tensor | None) -> Tensor:
+        asked.append(len(weights))
+        return weights[:, :3].clone()
+
+    asked: list[int] = []
+    read = make().advance(24, LR).read
+    chains = make()
+    assert sum(asked) == chains.num_chains * 24 // every
+    pieces = [chains.advance(every, LR).read for _ in range(24 // every)]
+    assert read is not None and read.shape == (chains.num_chains, 24 // every, 3)
+    torch.testing.assert_close(read, torch.cat([piece for piece in pieces if piece is not None], dim=1), rtol=0, atol=0)
+
+
+def test_ranks_whose_windows_are_of_other_lengths_have_readings_of_the_same_steps() -> None:
+    """As where the samples of a batch are of many lengths; of the noise there are as many as the windows let."""
+
+    def rank(collective: Collective) -> Segment:
+        batches, data = (30, 40)[collective.rank], regression(960)
+        source = DatasetSource(data, 8, max_bytes=batches * 8 * 8 * 4, seed=collective.rank)
+        source.shared = False
+        return make_chains(mlp(), data, mean_squared, source=source, collective=collective).advance(100, LR)
+
+    for segment in on_ranks(2, rank):
+        assert segment.difference.shape == (4, 100) and segment.grad_square.shape == (4, 25)
+        assert bool(segment.finite.all()) and segment.noise_square is not None
+        assert (~segment.noise_square.isnan()).sum(dim=1).tolist() == [3, 2, 3, 2]
+        heat = heat_of(segment, LR, LocalPosterior(20.0, 1.0))
+        assert bool(torch.isfinite(heat.each).all())
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

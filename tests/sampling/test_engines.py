@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
@@ -474,3 +475,40 @@ def test_a_step_that_has_its_batch_gather_gradients_is_given_a_copy_each_time() 
         first, second = objective.loss(batch).item(), objective.loss(batch).item()
     assert first == second
     assert not batch[0].requires_grad
+
+
+class _Sized(dict[str, Tensor]):
+    """A batch that torch takes apart, and that is not made from its entries alone, as a tensordict is."""
+
+    def __init__(self, entries: dict[str, Tensor], length: int) -> None:
+        super().__init__(entries)
+        self.length = length
+
+    @staticmethod
+    def collated(samples: list[tuple[Tensor, Tensor]]) -> _Sized:
+        x, y = (torch.stack(list(column)) for column in zip(*samples, strict=True))
+        return _Sized({"x": x, "y": y}, len(samples))
+
+
+register_pytree_node(
+    _Sized,
+    lambda batch: (list(batch.values()), (list(batch), batch.length)),
+    lambda leaves, known: _Sized(dict(zip(known[0], leaves, strict=True)), known[1]),
+)
+
+
+def test_a_step_that_writes_to_a_batch_of_its_own_class_has_several_chains_at_once() -> None:
+    """It is handed a copy, with what the class has beside its tensors, also under vmap."""
+
+    def writes(module: nn.Module, batch: _Sized) -> Tensor:
+        batch["x"].add_(0.1)
+        batch["out"] = module(batch["x"][: batch.length])
+        return (batch["out"] - batch["y"]).square().mean()
+
+    found = []
+    for method in ("sequential", "batched"):
+        source = DatasetSource(regression(), 16, _Sized.collated)
+        chains = helpers.make_chains(mlp(), regression(), writes, source=source, method=method)
+        assert chains.method == method
+        found.append(chains.advance(24, 1e-4).difference)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from lightning_slt.sampling.layout import BLOCK
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.paths import GRADIENT_BUDGET, choose_engine, chunk_width
 from lightning_slt.sampling.samplers import SGLD
+from lightning_slt.sampling.window import Window
 from tests.sampling.helpers import make_chains, mean_squared, regression
 
 WIDTH, DEPTH = 256, 8
@@ -66,6 +69,28 @@ def test_a_batched_chunk_holds_its_gradients_once_and_no_second_copy_of_the_anch
 ) -> None:
     width = min(chains, 3)  # of 2.1 MB each
     assert peak_copies(chains, "batched", sampler) <= chains + width + 1 + width * one_layer_and_noise() + 0.02
+
+
+@pytest.mark.parametrize("through", ["backward", "grad"])
+def test_an_engine_that_is_given_up_leaves_at_once(through: str) -> None:
+    """With the chains' weights, and the frozen ones of its module: no collector of cycles runs between two trials."""
+
+    def mean(net: nn.Module, batch: Any) -> Tensor:
+        return net(batch).square().mean()
+
+    objective, window = Objective(nn.Linear(4, 4), mean), Window([torch.ones(2, 4), torch.zeros(2, 4)])
+    gc.collect()
+    gc.disable()
+    try:
+        engine = BatchedEngine(objective, 2, through)
+        weights = objective.anchor.repeat(2, 1)
+        engine.bind(weights, torch.empty_like(weights))
+        engine(window, torch.tensor([0, 1]))
+        held = weakref.ref(engine)
+        del engine
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_the_gradients_of_a_chunk_stay_within_their_budget() -> None:
