@@ -126,6 +126,14 @@ class Reporting(KeepsHistory):
         publisher, self._publisher = self._publisher, None
         if publisher is None:
             return
+        try:
+            self._close(trainer, status, publisher)
+        finally:
+            give_back(self.folder)
+        if self.estimates and self.folder is not None:
+            rank_zero_info(f"SLTMonitor: {count_of(len(self.estimates), 'estimate')} in {self.folder}")
+
+    def _close(self, trainer: Trainer, status: str, publisher: RunPublisher) -> None:
         if self._beside is not None:
             self._beside.close(finished=status == "finished")
         if self.influences:
@@ -137,9 +145,6 @@ class Reporting(KeepsHistory):
             except Exception as error:  # the record and the loggers must be closed whatever it met
                 rank_zero_warn(f"{type(listener).__name__} failed at the end: {type(error).__name__}: {error}")
         publisher.finish(self.estimates, status, transitions)  # last: it flushes
-        give_back(self.folder)
-        if self.estimates and self.folder is not None:
-            rank_zero_info(f"SLTMonitor: {count_of(len(self.estimates), 'estimate')} in {self.folder}")
 
     def _warn_of_nothing(self, budget: OverheadBudget) -> None:
         """The budget never sufficed: what a firing would have cost, and what can be done."""
