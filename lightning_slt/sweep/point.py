@@ -268,7 +268,14 @@ def _probes(source: MinibatchSource, config: SweepConfig, device: torch.device) 
     query = None
     if config.query_data is not None:
         data = find(config.query_data, "query_data")()
-        found = source_of(data, config.batch_size, device, config.seed)
+        if isinstance(data, LightningDataModule):
+            data.prepare_data()
+            data.setup("fit")
+            data = data.val_dataloader()
+        try:
+            found = source_of(data, config.batch_size, device, config.seed)
+        except TypeError as error:
+            raise ValueError(f"query_data={config.query_data!r}: {str(error).removeprefix('data: ')}") from error
         if not isinstance(found, DatasetSource):
             raise ValueError(f"query_data={config.query_data!r}: gives no samples that can be asked for by number.")
         query = found

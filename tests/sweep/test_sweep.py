@@ -91,6 +91,23 @@ def test_the_curve_is_that_of_a_monitor_that_was_there(data: str, config: SweepC
     assert TransitionLog.read(result.folder).offline == ()  # six points are no curve
 
 
+def test_queries_of_a_datamodule_are_those_it_validates_on(config: SweepConfig, tmp_path: Path) -> None:
+    paths, _ = runs.train(tmp_path / "run")
+    config.probe, config.num_draws = 12, 8
+    curves = []
+    for config.query_data in ("tests.sweep.runs:six", "tests.sweep.runs:Validated"):
+        result = sweep(paths[:1], config, here([]))
+        assert not result.failed
+        curves.append(result.influences[0])
+    plain, validated = curves
+    assert validated.query_index.tolist() == list(range(6))
+    assert validated.matrix.shape == (6, 12) and bool(validated.matrix.abs().max() > 0)
+    assert torch.equal(validated.matrix, plain.matrix)
+    config.query_data = "tests.sweep.runs:number"
+    failed = sweep(paths[:1], config, here([])).failed[2]
+    assert "query_data='tests.sweep.runs:number': expected a Dataset, a DataLoader" in failed and "got int" in failed
+
+
 def test_what_is_done_is_not_done_again(config: SweepConfig, tmp_path: Path) -> None:
     paths, _ = runs.train(tmp_path)
     first: list[int] = []
