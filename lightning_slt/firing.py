@@ -93,13 +93,13 @@ class Course:
         return estimate, influence
 
     def settle(self, anchor: Tensor, layout: Optional[Layout] = None) -> None:
-        """Choose gamma at the first weights, and keep it: points of one curve are of one posterior.
+        """Choose gamma at the first weights that are finite, and keep it: points of one curve are of one posterior.
 
         Args:
             anchor: ``[d]``, the weights that move.
             layout: which of them ``anchor`` has; None for all.
         """
-        if self.localization is None:
+        if self.localization is None and (layout or Layout(anchor.numel())).all_finite(anchor):
             self.localization = default_localization(anchor, layout)
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from lightning_slt.sampling.sums import misfit_of_sum
 MAX_ROUNDING = 0.1
 """Share of the LLC that the last digit of a loss may be, where it is not within the error: losses at ``w*`` may all be
 rounded to the same side."""
+LEAST_DIGIT = 1e-3
+"""What the last digit of a loss may be in units of the LLC, however small that is: it is counted in the error then."""
 MAX_HEAT = 0.25
 """Share of the estimate that may be step-size heat before it is called invalid."""
 MAX_NOISE_HEAT = 0.08
@@ -157,12 +160,17 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
         error, steepness = standard_error(reached), steepness_of(segment, posterior, good)
         owed = owed_by(summary.mean, float(reached.mean()), error, d, steepness)
     init_loss = segment.anchor_loss
+    digit = _unseen_digit(init_loss, summary, chains)
+    if summary.mean + digit >= 0:
+        # below zero by rounding alone: the loss does not depend on these weights, and no chain has run downhill
+        told = tuple(reason for reason in summary.verdict if reason.kind is not Kind.NEGATIVE)
+        summary = dataclasses.replace(summary, verdict=told)
     verdict = (
         *_reasons_of_data(segment),
         *summary.verdict,
         *_reasons_of_heat(cooled, summary, drawn, chains),
         *_reasons_of_width(ratios, cooled, summary, drawn),
-        *_reasons_of_rounding(init_loss, summary, chains),
+        *_reasons_of_rounding(init_loss, digit, chains),
         *(Reason(Kind.WEIGHTS_TOO_COARSE, sentence) for sentence in misfit_of_rounding(chains, drawn.lr)),
         *(Reason(Kind.EVAL_MODE, sentence) for sentence in misfit_of_eval(chains.objective)),
         *(Reason(Kind.SUM, sentence) for sentence in misfit_of_sum(chains.objective, chains.source, posterior.nbeta)),
@@ -170,7 +178,7 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
     )
     estimate = Estimate(
         mean=summary.mean,
-        se=math.hypot(summary.se, owed, cooled.lean),
+        se=math.hypot(summary.se, owed, cooled.lean, digit),
         per_chain=summary.per_chain,
         trace=cooled.trace.float(),
         rhat=summary.rhat,
@@ -296,11 +304,22 @@ def _reasons_of_width(ratios: Tensor, cooled: _WithoutHeat, summary: Summary, dr
         yield Reason(Kind.TOO_WIDE, f"{TOO_WIDE} {at}: a larger batch_size, or more draws")
 
 
-def _reasons_of_rounding(init_loss: float, summary: Summary, chains: Chains) -> Iterator[Reason]:
-    """``init_loss``: the mean loss at ``w*``."""
-    dtype = chains.objective.dtype
-    rounding = chains.posterior.nbeta * torch.finfo(dtype).eps * abs(init_loss)
-    if rounding / math.sqrt(12.0) > max(summary.se, MAX_ROUNDING * abs(summary.mean)):
-        kind = str(dtype).removeprefix("torch.")
-        digit = f"their last digit is {rounding:.2g} of the LLC"
-        yield Reason(Kind.TOO_COARSE, f"losses of {init_loss:.2g} are too coarse in {kind}: {digit}")
+def _unseen_digit(init_loss: float, summary: Summary, chains: Chains) -> float:
+    """The last digit of the losses in units of the LLC, where the Monte-Carlo error does not show it; else 0.
+
+    Args:
+        init_loss: the mean loss at ``w*``.
+        summary: of the trace.
+        chains: that it is of.
+    """
+    digit = chains.posterior.nbeta * torch.finfo(chains.objective.dtype).eps * abs(init_loss)
+    return digit if digit / math.sqrt(12.0) > max(summary.se, MAX_ROUNDING * abs(summary.mean)) else 0.0
+
+
+def _reasons_of_rounding(init_loss: float, digit: float, chains: Chains) -> Iterator[Reason]:
+    """``digit``: see :func:`_unseen_digit`. A small one is an error like others, and counted: an LLC of nothing, as of
+    weights that the loss does not depend on, has no other."""
+    if digit > LEAST_DIGIT:
+        kind = str(chains.objective.dtype).removeprefix("torch.")
+        said = f"their last digit is {digit:.2g} of the LLC"
+        yield Reason(Kind.TOO_COARSE, f"losses of {init_loss:.2g} are too coarse in {kind}: {said}")

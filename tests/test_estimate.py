@@ -471,6 +471,31 @@ def test_restriction_gives_the_component_its_own_coefficient() -> None:
     assert whole.mean == pytest.approx(2 * case.truth, abs=max(0.05 * 2 * case.truth, 2 * whole.se))
 
 
+class Adapted(nn.Module):
+    """An adapter of low rank as it starts: its second factor is zero, and the loss does not depend on its first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(5, 3)
+        self.down, self.up = nn.Linear(5, 2, bias=False), nn.Linear(2, 3, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("batch_size", [16, 32])
+@pytest.mark.parametrize("seed", range(4))
+def test_weights_that_the_loss_does_not_depend_on_have_a_coefficient_of_nothing(seed: int, batch_size: int) -> None:
+    """Below zero by the last digit of a loss is not downhill, and that digit is the error."""
+    module = seeded(Adapted, seed)
+    found = estimate_llc(
+        module, regression(outputs=3), mean_squared, restrict="down", batch_size=batch_size, seed=seed, num_draws=50
+    )
+    assert found.valid and found.reasons == ()
+    assert abs(found.mean) <= 2 * found.se < 1e-4 and found.chain_se > 0
+
+
 def test_a_saddle_is_negative_and_not_valid() -> None:
     class Saddle(nn.Module):
         def __init__(self) -> None:

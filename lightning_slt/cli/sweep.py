@@ -59,4 +59,4 @@ def run(arguments: argparse.Namespace) -> int:
         f"{len(result.estimates)} points of {result.weights} weights ({result.measured} measured now), "
         f"{len(result.transitions)} transitions, in {result.folder}"
     )
-    return 1 if result.failed else 0
+    return 1 if result.failed or result.unread else 0

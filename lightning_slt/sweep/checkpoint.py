@@ -94,11 +94,15 @@ def unwrapped(weights: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor
     return weights
 
 
-def in_order(paths: Sequence[Path]) -> tuple[list[Checkpoint], list[Checkpoint]]:
+def in_order(
+    paths: Sequence[Path], unread: Optional[dict[Path, str]] = None
+) -> tuple[list[Checkpoint], list[Checkpoint]]:
     """Checkpoints by step, and those that are left out since another one is of the same step (``last.ckpt``).
 
     Args:
         paths: files, and folders for the ``*.ckpt`` in them.
+        unread: is given what is wrong with files that are no checkpoints, such as one that a crash has cut off, where
+            there are others; None to refuse them all for it.
 
     Raises:
         FileNotFoundError, ValueError: as :meth:`Checkpoint.of`; ValueError for none at all.
@@ -108,7 +112,18 @@ def in_order(paths: Sequence[Path]) -> tuple[list[Checkpoint], list[Checkpoint]]
     kept: dict[int, Checkpoint] = {}
     left: list[Checkpoint] = []
     files = dict.fromkeys(file for path in paths for file in _files_of(path))
-    for checkpoint in sorted((Checkpoint.of(file) for file in files), key=lambda c: (c.step, c.path)):
+    found: list[Checkpoint] = []
+    refused: dict[Path, ValueError] = {}
+    for file in files:
+        try:
+            found.append(Checkpoint.of(file))
+        except ValueError as error:
+            refused[file] = error
+    if refused and (unread is None or not found):
+        raise next(iter(refused.values()))
+    if unread is not None:
+        unread.update({file: str(reason).removeprefix(f"{file}: ") for file, reason in refused.items()})
+    for checkpoint in sorted(found, key=lambda c: (c.step, c.path)):
         if checkpoint.step in kept:
             left.append(checkpoint)
         else:

@@ -40,6 +40,13 @@ from lightning_slt.sampling.rng import derive_seed, preserve_rng
 from lightning_slt.sweep.checkpoint import Checkpoint, read_state, unwrapped, weights_in
 from lightning_slt.sweep.settings import SweepConfig, find
 
+NOT_LOADED = "in loading state_dict"
+"""What PyTorch says where weights are of other names or shapes."""
+
+
+class MisfitError(ValueError):
+    """The weights of a checkpoint are of another module."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -144,9 +151,15 @@ def make_objective(
     """The loss at the weights of a checkpoint, and the datamodule where the data is one.
 
     Raises:
-        ValueError: where the module cannot be made, or the weights do not fit it.
+        ValueError: where the module cannot be made.
+        MisfitError: where the weights do not fit it.
     """
-    module = make_module(config, path, state)
+    try:
+        module = make_module(config, path, state)
+    except RuntimeError as error:
+        if NOT_LOADED not in str(error):
+            raise
+        raise _misfit(path, config, error) from error
     data = _data(json.dumps(config.decides(), sort_keys=True))
     datamodule = data if isinstance(data, LightningDataModule) else None
     view = StillTrainer(_as_stored(state, step), datamodule, device)
@@ -155,7 +168,11 @@ def make_objective(
         weights = unwrapped(weights_in(state, config.weights, path), module)
         return Objective(module, loss_fn, config.restrict, device, trainer=view, weights=weights), datamodule
     except RuntimeError as error:
-        raise ValueError(f"{path}: its weights do not fit module={config.module!r}: {error}") from error
+        raise _misfit(path, config, error) from error
+
+
+def _misfit(path: Path, config: SweepConfig, error: Exception) -> MisfitError:
+    return MisfitError(f"{path}: its weights do not fit module={config.module!r}: {error}")
 
 
 def make_module(config: SweepConfig, path: Path, state: Mapping[str, Any]) -> nn.Module:
@@ -251,11 +268,18 @@ def _probes(source: MinibatchSource, config: SweepConfig, device: torch.device) 
     query = None
     if config.query_data is not None:
         data = find(config.query_data, "query_data")()
-        found = source_of(data, config.batch_size, device, config.seed)
+        if isinstance(data, LightningDataModule):
+            data.prepare_data()
+            data.setup("fit")
+            data = data.val_dataloader()
+        try:
+            found = source_of(data, config.batch_size, device, config.seed)
+        except TypeError as error:
+            raise ValueError(f"query_data={config.query_data!r}: {str(error).removeprefix('data: ')}") from error
         if not isinstance(found, DatasetSource):
             raise ValueError(f"query_data={config.query_data!r}: gives no samples that can be asked for by number.")
         query = found
     return probe_set(source, query, config.probe, config.query, config.seed)
 
 
-__all__ = ["Point", "Task", "make_objective", "measure_point", "measure_weights", "read_point"]
+__all__ = ["MisfitError", "Point", "Task", "make_objective", "measure_point", "measure_weights", "read_point"]

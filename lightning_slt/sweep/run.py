@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
@@ -19,7 +19,7 @@ from lightning_slt.publish.files import FilesSink
 from lightning_slt.record import Estimate, RunRecord
 from lightning_slt.sweep.checkpoint import Checkpoint, in_order, read_state
 from lightning_slt.sweep.executors import Executor, locally, named_devices
-from lightning_slt.sweep.point import Point, Task, make_objective, read_point
+from lightning_slt.sweep.point import MisfitError, Point, Task, make_objective, read_point
 from lightning_slt.sweep.settings import SweepConfig
 from lightning_slt.transition_record import TransitionLog
 from lightning_slt.transitions import Transition, detect_transitions
@@ -40,6 +40,7 @@ class SweepResult:
         measured, known: how many points were measured now, and how many before.
         failed: step -> what went wrong.
         weights: ``"raw"`` or ``"averaged"``.
+        unread: files that are no checkpoints, such as one that a crash has cut off -> what is wrong with them.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class SweepResult:
     known: int
     failed: dict[int, str]
     weights: str
+    unread: dict[Path, str] = field(default_factory=dict)
 
 
 def sweep(
@@ -70,14 +72,18 @@ def sweep(
 
     Raises:
         FileNotFoundError: for a checkpoint that is not there.
-        ValueError: for a setting out of range, a file that is no checkpoint, a module or data that cannot be had.
+        ValueError: for a setting out of range, a module or data that cannot be had, files none of which is a checkpoint
+            of that module.
     """
     config.check()
-    points, left = in_order([Path(path) for path in checkpoints])
+    unread: dict[Path, str] = {}
+    points, left = in_order([Path(path) for path in checkpoints], unread)
+    for path, reason in unread.items():
+        say(f"{path}: failed: {reason}")
     for checkpoint in left:
         say(f"{checkpoint.path}: left out, another checkpoint is of step {checkpoint.step}")
     folder = Path(config.folder)
-    localization = config.localization if config.localization is not None else _settle(points[0], config, folder)
+    localization = config.localization if config.localization is not None else _settle(points, config, folder)
     tasks = [Task.of(checkpoint, config, localization) for checkpoint in points]
     found: dict[int, Point] = {task.step: point for task in tasks if (point := read_point(task)) is not None}
     known, failed = len(found), dict[int, str]()
@@ -107,11 +113,17 @@ def sweep(
         known,
         failed,
         config.weights,
+        unread,
     )
 
 
-def _settle(first: Checkpoint, config: SweepConfig, folder: Path) -> float:
-    """Gamma of the curve: that of an earlier call, else of the weights of the first checkpoint."""
+def _settle(points: Sequence[Checkpoint], config: SweepConfig, folder: Path) -> float:
+    """Gamma of the curve: that of an earlier call, else of the weights of the first checkpoint that has some.
+
+    Raises:
+        ValueError: where the module or the data cannot be had; where no checkpoint is of the module, or all are of
+            weights that are not finite.
+    """
     path = folder / SWEEP_FILE
     asked = {"weights": config.weights, "restrict": config.restrict, "module": config.module}
     try:
@@ -120,11 +132,25 @@ def _settle(first: Checkpoint, config: SweepConfig, folder: Path) -> float:
             return float(before["localization"])
     except (OSError, ValueError, KeyError):
         pass
-    objective, _ = make_objective(read_state(first.path), config, torch.device("cpu"), first.path)
-    localization = default_localization(objective.anchor)
+    first, localization = _first_of(points, config)
     text = json.dumps({**asked, "localization": localization, "first": str(first.path)}, indent=1) + "\n"
     write_durably(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return localization
+
+
+def _first_of(points: Sequence[Checkpoint], config: SweepConfig) -> tuple[Checkpoint, float]:
+    """The first checkpoint whose weights fit the module and are finite, and gamma of them."""
+    refused: list[ValueError] = []
+    for point in points:
+        try:
+            objective, _ = make_objective(read_state(point.path), config, torch.device("cpu"), point.path)
+        except MisfitError as error:
+            refused.append(error)
+            continue
+        if objective.layout.all_finite(objective.anchor):
+            return point, default_localization(objective.anchor)
+        refused.append(ValueError(f"{point.path}: some of its weights are not finite."))
+    raise refused[0]
 
 
 def transitions_of(estimates: Sequence[Estimate], false_alarms: float) -> list[Transition]:

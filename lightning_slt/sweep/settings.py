@@ -39,7 +39,8 @@ class SweepConfig:
             num_samples, method: as of :class:`~lightning_slt.SLTMonitor`.
         localization: gamma; None for that of the first checkpoint of the sweep, and kept.
         probe: training samples whose influence is measured as well; None for none.
-        query_data: samples that they influence, as ``data``; None for the probed samples themselves.
+        query_data: samples that they influence, as ``data``, but of a LightningDataModule its ``val_dataloader``; None
+            for the probed samples themselves.
         query: how many of those at the most; None for all.
         false_alarms: of the transitions that are looked for, in 100 points.
 

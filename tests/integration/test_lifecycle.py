@@ -334,6 +334,34 @@ def test_exception_in_a_chain_warns_and_training_goes_on(tmp_path: Path) -> None
     assert len([w for w in caught if "training goes on" in str(w.message)]) == 3
 
 
+class NotFinite(Callback):
+    """The weights are lost in the first steps, and taken back from a copy, as guards against a spike of the loss do."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 3:
+            pl_module.load_state_dict(self.kept)
+        if trainer.global_step == 0:
+            self.kept = copy.deepcopy(pl_module.state_dict())
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == 3:
+            for parameter in pl_module.parameters():
+                parameter.data.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("execution", ["inline", "background"])
+def test_localization_is_that_of_the_first_weights_that_are_finite(execution: str, tmp_path: Path) -> None:
+    beside = {"execution": "background", "devices": ["cpu"], "when_full": "wait"} if execution == "background" else {}
+    monitor = tiny_monitor(on_failure="warn", at_steps=[3, 4, 8], **beside)
+    kept = NotFinite()
+    with pytest.warns(UserWarning, match=r"step 3 failed.*not finite"):
+        Scenario(Net, loaders).run(tmp_path, kept, monitor)
+    flat = torch.cat([kept.kept[name].flatten() for name, _ in Net().named_parameters()])
+    gamma = len(flat) / float(flat.square().sum())
+    assert [e.step for e in monitor.estimates] == [4, 8] and 1 < gamma < 100
+    assert [e.localization for e in monitor.estimates] == pytest.approx([gamma] * 2, rel=0.05)
+
+
 def test_exception_in_a_chain_raises_with_random_numbers_restored(tmp_path: Path) -> None:
     reference = Scenario(models.RaisesInChain, loaders).run(tmp_path)
     with pytest.raises(RuntimeError, match="inside a chain"):

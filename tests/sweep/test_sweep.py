@@ -91,6 +91,23 @@ def test_the_curve_is_that_of_a_monitor_that_was_there(data: str, config: SweepC
     assert TransitionLog.read(result.folder).offline == ()  # six points are no curve
 
 
+def test_queries_of_a_datamodule_are_those_it_validates_on(config: SweepConfig, tmp_path: Path) -> None:
+    paths, _ = runs.train(tmp_path / "run")
+    config.probe, config.num_draws = 12, 8
+    curves = []
+    for config.query_data in ("tests.sweep.runs:six", "tests.sweep.runs:Validated"):
+        result = sweep(paths[:1], config, here([]))
+        assert not result.failed
+        curves.append(result.influences[0])
+    plain, validated = curves
+    assert validated.query_index.tolist() == list(range(6))
+    assert validated.matrix.shape == (6, 12) and bool(validated.matrix.abs().max() > 0)
+    assert torch.equal(validated.matrix, plain.matrix)
+    config.query_data = "tests.sweep.runs:number"
+    failed = sweep(paths[:1], config, here([])).failed[2]
+    assert "query_data='tests.sweep.runs:number': expected a Dataset, a DataLoader" in failed and "got int" in failed
+
+
 def test_what_is_done_is_not_done_again(config: SweepConfig, tmp_path: Path) -> None:
     paths, _ = runs.train(tmp_path)
     first: list[int] = []
@@ -266,6 +283,62 @@ def test_files_that_are_no_checkpoints(config: SweepConfig, tmp_path: Path) -> N
         sweep([tmp_path / "nothing.ckpt"], config, here([]))
     with pytest.raises(ValueError, match="no checkpoints were given"):
         sweep([], config, here([]))
+
+
+def _damaged(path: Path, how: str) -> None:
+    """A checkpoint of another module, of weights that are not finite, or one that a crash has cut off."""
+    if how == "cut off":
+        path.write_bytes(path.read_bytes()[:1000])
+        return
+    state = torch.load(path, weights_only=False)
+    for name, weight in state["state_dict"].items():
+        if how == "another module":
+            state["state_dict"][name] = torch.zeros(*weight.shape, 2)
+        elif weight.is_floating_point():
+            weight.fill_(float("nan"))
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize("where", [0, 3], ids=["the first", "one of them"])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("cut off", "cannot be read as a checkpoint"),
+        ("another module", "its weights do not fit module='tests.sweep.runs:Model'"),
+        ("not finite", "some of the current weights are not finite"),
+    ],
+)
+def test_one_damaged_checkpoint_costs_its_point_alone(
+    how: str, message: str, where: int, config: SweepConfig, tmp_path: Path
+) -> None:
+    paths, monitor = runs.train(tmp_path / "run")
+    config.localization = None
+    _damaged(paths[where], how)
+    told: list[str] = []
+    result = sweep(paths, config, here([]), told.append)
+    step = 2 * (where + 1)
+    assert [e.step for e in result.estimates] == [s for s in range(2, 13, 2) if s != step]
+    # one posterior for the whole curve: that of the first weights that there are
+    first = torch.load(paths[0 if where else 1], weights_only=False)["state_dict"]
+    flat = torch.cat([first[name].flatten() for name, _ in runs.plain().named_parameters()])
+    gamma = len(flat) / float(flat.square().sum())
+    assert 1 < gamma < 100
+    assert [e.localization for e in result.estimates] == pytest.approx([gamma] * 5)
+    if where:
+        assert_same_points(result.estimates, [e for e in monitor.estimates if e.step != step])
+    if how == "cut off":
+        assert not result.failed and list(result.unread) == [paths[where]] and message in result.unread[paths[where]]
+    else:
+        assert not result.unread and list(result.failed) == [step] and message in result.failed[step]
+    assert sum("failed" in line and message in line for line in told) == 1
+
+
+def test_none_of_the_checkpoints_is_of_the_module(config: SweepConfig, tmp_path: Path) -> None:
+    paths, _ = runs.train(tmp_path / "run")
+    for path in paths:
+        _damaged(path, "another module")
+    with pytest.raises(ValueError, match=r"step=2\.ckpt: its weights do not fit module='tests\.sweep\.runs:Model'"):
+        sweep(paths, config, here([]))
 
 
 def test_a_folder_stands_for_the_checkpoints_in_it(tmp_path: Path) -> None:
