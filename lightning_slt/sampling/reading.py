@@ -20,6 +20,8 @@ from lightning_slt.sampling.belongings import RANDOM, random_state, set_random_s
 from lightning_slt.sampling.rng import LOADER, generator
 from lightning_slt.sampling.window import PLAIN
 
+OF_DIFFERENT_SIZES = "stack expects each tensor to be equal size"
+"""How torch says that samples cannot be stacked."""
 TIMEOUT = 300.0
 """Seconds for which a batch is waited for: a process that was forked beside a thread which held a lock never ends."""
 
@@ -44,7 +46,20 @@ class Reader:
     _here: bool = field(default=False, init=False)
 
     def __call__(self, batches: list[list[int]], collate: Callable[[list[Any]], Any]) -> list[Any]:
-        """The samples of these numbers, batch by batch."""
+        """The samples of these numbers, batch by batch.
+
+        Raises:
+            ValueError: where PyTorch's own collate function finds samples of different sizes.
+        """
+        try:
+            return self._read(batches, collate)
+        except RuntimeError as error:
+            if collate is not default_collate or OF_DIFFERENT_SIZES not in str(error):
+                raise
+            remedy = "Give a DataLoader whose collate_fn pads them, or samples of one size."
+            raise ValueError(f"data: its samples are of different sizes, and make no batch. {remedy}") from error
+
+    def _read(self, batches: list[list[int]], collate: Callable[[list[Any]], Any]) -> list[Any]:
         workers = 0 if self._here else self.num_workers
         if workers is None:
             plain = is_plain_data(self.dataset) and isinstance(collate, FunctionType)

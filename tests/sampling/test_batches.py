@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
@@ -386,6 +386,23 @@ class Items(Dataset[Any]):
         if self.kind == "dict":
             return {"x": x, "y": {"label": y, "name": "n"}}
         return (x, y) if self.kind == "tuple" else [x, y]
+
+
+class Texts(Dataset[Tensor]):
+    """Of three to five tokens."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.arange(3 + index % 3)
+
+
+def test_samples_of_different_sizes_are_told_to_be_padded() -> None:
+    with pytest.raises(ValueError, match=r"data: its samples are of different sizes.*collate_fn pads them"):
+        DatasetSource(Texts(), 4).window(0)
+    padded = DatasetSource(Texts(), 4, collate_fn=lambda rows: nn.utils.rnn.pad_sequence(rows, batch_first=True))
+    assert padded.window(0)[0].shape[0] == 4
 
 
 @pytest.mark.parametrize("kind", ["dict", "tuple", "list"])
