@@ -1,8 +1,8 @@
 """What :func:`torch.vmap` gives, without what it does anew at every call.
 
-Each call of it flattens its inputs, checks them and puts them together again. That takes longer than all the rest of a
-step of a small model: 80 of the 220 microseconds of a forward pass of eight chains (torch 2.13, 64 weights). And
-:func:`torch.func.functional_call` looks for tied weights and swaps each by its name, every time: 80 more.
+Each call of it flattens its inputs, checks them and puts them together again, and :func:`torch.func.functional_call`
+looks for tied weights and swaps each by its name, every time. Of the 220 microseconds of a forward pass of eight chains
+of a small model these are 80 each (torch 2.13, 64 weights): more than its products.
 """
 
 from __future__ import annotations
