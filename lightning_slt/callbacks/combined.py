@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_unflatten
 from torch.utils.data import DataLoader
 
 from lightning_slt.sampling.batches import MAX_RESIDENT_BATCHES, MAX_RESIDENT_BYTES, DatasetSource, MinibatchSource
-from lightning_slt.sampling.window import Window, num_bytes
+from lightning_slt.sampling.structures import num_bytes
+from lightning_slt.sampling.window import Window
 
 Transfer = Callable[[Any], Any]
 GOLDEN = (5**0.5 - 1) / 2

@@ -34,7 +34,7 @@ from lightning_slt.sampling.batches import (
 )
 from lightning_slt.sampling.counting import batch_length, batch_size_of, length_of, makes_batches, samples_of_batches
 from lightning_slt.sampling.rng import derive_seed
-from lightning_slt.sampling.window import clone, num_bytes, tensors_in_collections
+from lightning_slt.sampling.structures import clone, num_bytes, tensors_in_collections
 
 REPLAYED_BATCHES = MAX_RESIDENT_BATCHES
 

@@ -41,7 +41,8 @@ from lightning_slt.sampling.counting import (
 )
 from lightning_slt.sampling.reading import Reader
 from lightning_slt.sampling.rng import LOADER, generator
-from lightning_slt.sampling.window import Window, num_bytes
+from lightning_slt.sampling.structures import num_bytes
+from lightning_slt.sampling.window import Window
 
 log = logging.getLogger(__name__)
 

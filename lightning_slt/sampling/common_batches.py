@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_flatten
 
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.collective import Together
-from lightning_slt.sampling.window import Window, clone, over_tensors
+from lightning_slt.sampling.structures import clone, over_tensors
+from lightning_slt.sampling.window import Window
 
 
 class CommonBatches(MinibatchSource):

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, SubsetRandomSampler
 
+from lightning_slt.sampling.structures import tensors_in
+
 TOKEN_KEYS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 """What a tokeniser gives of a text, one number a token: of a batch of texts these have two dimensions. ``labels`` are
 not among them: of a batch of pictures they have one dimension too."""
@@ -59,17 +61,24 @@ def batch_length(item: Any) -> Optional[int]:
     of_batch = len(lengths) > 1 and len(set(lengths)) == 1
     # a number, such as a class, beside tensors of no common length is that of one sample
     number = len(lengths) < len(tensors) or any(isinstance(leaf, (bool, int, float)) for leaf in leaves)
-    return 1 if is_one_text(item) or set(lengths) == {1} or (number and not of_batch) else None
+    return 1 if _is_one_text(item) or set(lengths) == {1} or (number and not of_batch) else None
 
 
 def looks_like_a_batch(item: Any) -> bool:
-    if is_one_text(item):
+    if _is_one_text(item):
         return False
     tensors = [x for x in tree_flatten(item)[0] if isinstance(x, Tensor)]
     return len(tensors) > 1 and all(x.ndim > 0 and len(x) == len(tensors[0]) > 1 for x in tensors)
 
 
-def is_one_text(item: Any) -> bool:
+def _is_one_text(item: Any) -> bool:
     """Whether this is one tokenised text: whole numbers in one dimension under a name of :data:`TOKEN_KEYS`."""
     found = [item[key] for key in TOKEN_KEYS if key in item] if isinstance(item, Mapping) else []
     return any(isinstance(x, Tensor) and x.ndim == 1 and not x.is_floating_point() for x in found)
+
+
+def common_length(batch: Any) -> Optional[int]:
+    """Samples in a batch whose tensors all have them in front; None for another one."""
+    tensors = tensors_in(batch)
+    lengths = {len(tensor) if tensor.ndim > 0 else None for tensor in tensors}
+    return lengths.pop() if len(lengths) == 1 and not _is_one_text(batch) else None

@@ -9,7 +9,8 @@ from torch import nn
 
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.steps import NoGradientError, NoLossError, check_gradient
-from lightning_slt.sampling.window import Window, clone
+from lightning_slt.sampling.structures import clone
+from lightning_slt.sampling.window import Window
 
 
 def only_in_training(objective: Objective, window: Window) -> tuple[str, ...]:

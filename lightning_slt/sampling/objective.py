@@ -20,8 +20,8 @@ from lightning_slt.sampling.restriction import Restriction, refuse_lazy, select_
 from lightning_slt.sampling.shadow import CopyError, copy_with_hooks, detach_from_training, shadow_copy, without_compile
 from lightning_slt.sampling.step_call import StepCall
 from lightning_slt.sampling.step_tensors import StepTensors
+from lightning_slt.sampling.structures import clone
 from lightning_slt.sampling.trials import Trials, ask_in_training, moved
-from lightning_slt.sampling.window import clone
 
 log = logging.getLogger(__name__)
 

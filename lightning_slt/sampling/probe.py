@@ -28,8 +28,8 @@ from lightning_slt.sampling.paths import ACTIVATION_BUDGET, observe
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samples import MAX_CHUNK, SampleGroup, Samples, grouped
 from lightning_slt.sampling.steps import NoLossError
+from lightning_slt.sampling.structures import clone, num_bytes
 from lightning_slt.sampling.unreduced import Unreduced
-from lightning_slt.sampling.window import clone, num_bytes
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default
 
 from lightning_slt.sampling.belongings import RANDOM, random_state, set_random_state
 from lightning_slt.sampling.rng import LOADER, generator
-from lightning_slt.sampling.window import PLAIN
+from lightning_slt.sampling.structures import PLAIN
 
 OF_DIFFERENT_SIZES = "stack expects each tensor to be equal size"
 """How torch says that samples cannot be stacked."""

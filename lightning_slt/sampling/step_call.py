@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_slt.sampling.step_state import StepState
 from lightning_slt.sampling.step_tensors import StepTensors
 from lightning_slt.sampling.steps import LossFn, mean_loss
-from lightning_slt.sampling.window import clone, over_tensors
+from lightning_slt.sampling.structures import clone, over_tensors
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from lightning_slt.functional.posterior import default_nbeta
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import preserve_rng
-from lightning_slt.sampling.window import over_tensors, tensors_in
+from lightning_slt.sampling.structures import over_tensors, tensors_in
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from lightning_slt.sampling.shadow import put_hooks_back, take_hooks, without_co
 from lightning_slt.sampling.step_call import LOW_PRECISION, NO_GRAPH, StepCall
 from lightning_slt.sampling.step_state import StepState, changed_between, look
 from lightning_slt.sampling.step_tensors import TensorLook
-from lightning_slt.sampling.window import clone, tensors_in
+from lightning_slt.sampling.structures import clone, tensors_in
 
 log = logging.getLogger(__name__)
 

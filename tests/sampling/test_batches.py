@@ -45,7 +45,8 @@ from lightning_slt.sampling.batches import (
 )
 from lightning_slt.sampling.common_batches import CommonBatches
 from lightning_slt.sampling.reading import is_plain_data
-from lightning_slt.sampling.window import Window, num_bytes
+from lightning_slt.sampling.structures import num_bytes
+from lightning_slt.sampling.window import Window
 from tests.sampling.batching_models import Pair
 
 CPU = torch.device("cpu")

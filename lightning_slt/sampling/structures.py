@@ -1,0 +1,113 @@
+"""Batches of any structure: the tensors in them, copies of them, and others in their place."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from abc import ABC
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+log = logging.getLogger(__name__)
+
+PLAIN = (str, bytes, int, float, bool)  # what a batch holds beside tensors, compared by value
+
+
+MAX_DEPTH = 8
+"""Collections and objects inside each other that are looked into for tensors."""
+
+
+def num_bytes(batch: Any) -> int:
+    """Bytes of the tensors in a batch of any structure (mappings, dataclasses, named tuples and objects included)."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(batch))
+
+
+def tensors_in(batch: Any) -> list[Tensor]:
+    """The tensors of a batch of any structure, those that an object of it holds as attributes included."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    waiting: list[tuple[Any, int]] = [(batch, MAX_DEPTH)]
+    while waiting:
+        value, depth = waiting.pop()
+        if value is None or isinstance(value, PLAIN) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif depth and isinstance(value, Mapping):
+            waiting += [(item, depth - 1) for item in value.values()]
+        elif depth and isinstance(value, (list, tuple)):
+            waiting += [(item, depth - 1) for item in value]
+        elif depth and _is_object(value):
+            waiting += [(item, depth - 1) for item in vars(value).values()]
+    return found
+
+
+def clone(batch: Any) -> Any:
+    """The same structure with tensors of its own; what holds tensors as attributes is copied with them."""
+    if _holds_objects(batch):
+        try:
+            return copy.deepcopy(batch)
+        except Exception as error:  # an object that cannot be copied is shared
+            log.debug(f"the batch is copied in part: {type(error).__name__}: {error}")
+    return over_tensors(batch, lambda tensor: tensor.detach().clone())
+
+
+class _OwnMapping(ABC):  # noqa: B024 - what belongs to it is told by the hook
+    """A mapping that may be more than its entries, such as a tensordict with its batch size."""
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        return issubclass(other, Mapping) and other not in (dict, OrderedDict, defaultdict)
+
+
+def tensors_in_collections(batch: Any) -> list[Tensor]:
+    """The tensors of a batch in their order, without those that an object of it holds as attributes."""
+    found: list[Tensor] = []
+
+    def see(value: Any) -> None:
+        found.extend([value] if isinstance(value, Tensor) else tensors_in_collections(dict(value.items())))
+
+    apply_to_collection(batch, (Tensor, _OwnMapping), see)
+    return found
+
+
+def over_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
+    """The same structure with ``function`` of its tensors in their place; a mapping keeps what its class has beside its
+    entries."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return function(value)
+        entries = {key: over_tensors(value[key], function) for key in list(value.keys())}
+        try:
+            # of the tensors, which are replaced, no second copy is made: where they have a graph they have none
+            twin = copy.deepcopy(value, {id(tensor): tensor for tensor in tensors_in_collections(value)})
+            for key, entry in entries.items():
+                twin[key] = entry
+        except Exception as error:
+            log.debug(f"a {type(value).__name__} is made anew from its entries: {type(error).__name__}: {error}")
+            return type(value)(entries)
+        return twin
+
+    return apply_to_collection(batch, (Tensor, _OwnMapping), changed)
+
+
+def _holds_objects(batch: Any) -> bool:
+    """Whether something in a batch is no collection, such as a graph: its tensors would not be found otherwise."""
+    leaves = tree_flatten(batch)[0]
+    return any(_is_object(leaf) and not isinstance(leaf, Mapping) and not is_dataclass(leaf) for leaf in leaves)
+
+
+def _is_object(value: Any) -> bool:
+    # a graph may be callable
+    return hasattr(value, "__dict__") and not isinstance(
+        value, (Tensor, nn.Module, type, FunctionType, MethodType, ModuleType)
+    )
