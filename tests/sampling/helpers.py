@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -55,6 +56,19 @@ def mlp() -> nn.Module:
 
 def regression(n: int = 96, inputs: int = 5, outputs: int = 3) -> TensorDataset:
     return TensorDataset(torch.randn(n, inputs, generator=gen(1)), torch.randn(n, outputs, generator=gen(2)))
+
+
+def numbered(n: int) -> TensorDataset:
+    return TensorDataset(torch.arange(n), torch.arange(n) * 10)
+
+
+def uses(source: MinibatchSource, windows: int = 1) -> Counter[int]:
+    """How often each sample is seen in the first windows."""
+    counts: Counter[int] = Counter()
+    for k in range(windows):
+        for batch in source.window(k).batches:
+            counts.update(batch[0].tolist())
+    return counts
 
 
 def classification(shape: Sequence[int], classes: int = 4, n: int = 48) -> TensorDataset:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import random
-import re
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
-    ConcatDataset,
     DataLoader,
     Dataset,
     DistributedSampler,
@@ -25,7 +19,6 @@ from torch.utils.data import (
     RandomSampler,
     Sampler,
     SequentialSampler,
-    Subset,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
@@ -37,32 +30,16 @@ from lightning_slt.sampling.batches import (
     WINDOW_BATCHES,
     DatasetSource,
     IterableSource,
-    MinibatchSource,
     ReplaySource,
     source_of,
     to_device,
     uniform_samples,
 )
 from lightning_slt.sampling.common_batches import CommonBatches
-from lightning_slt.sampling.reading import is_plain_data
 from lightning_slt.sampling.structures import num_bytes
-from lightning_slt.sampling.window import Window
-from tests.sampling.batching_models import Pair
+from tests.sampling.helpers import numbered, uses
 
 CPU = torch.device("cpu")
-
-
-def numbered(n: int) -> TensorDataset:
-    return TensorDataset(torch.arange(n), torch.arange(n) * 10)
-
-
-def uses(source: MinibatchSource, windows: int = 1) -> Counter[int]:
-    """How often each sample is seen in the first windows."""
-    counts: Counter[int] = Counter()
-    for k in range(windows):
-        for batch in source.window(k).batches:
-            counts.update(batch[0].tolist())
-    return counts
 
 
 @pytest.mark.parametrize(
@@ -90,33 +67,6 @@ def test_a_few_samples_of_many_are_left_out_where_no_mean_moves_by_it(batch: int
     seen = torch.cat([b[0] for b in source.window(0).batches])
     assert len(source.window(0)) == held and len(seen) == held * batch
     assert abs(float(seen.mean() - values.mean())) <= 4 * MAX_SHIFT * float(values.std())
-
-
-def test_batches_that_lie_side_by_side_are_stacked_without_a_copy() -> None:
-    window = DatasetSource(numbered(100), 10).window(0)
-    columns, dims = window.gather(torch.tensor([3, 1]))
-    stacked = window.whole(columns)
-    assert dims == [0, 0]
-    assert torch.equal(stacked[0], torch.stack([window[3][0], window[1][0]]))
-    assert torch.equal(stacked[1], torch.stack([window[3][1], window[1][1]]))
-    held = {batch[k].untyped_storage().data_ptr() for batch in window.batches for k in range(2)}
-    assert len(held) == 2
-
-
-@pytest.mark.parametrize(
-    "batches",
-    [
-        [torch.arange(3.0), torch.arange(3.0)],
-        list(torch.arange(12.0).view(4, 3).t().unsqueeze(1)),
-        list(torch.arange(12.0).view(4, 3).flip(0))[::-1],
-        list(torch.arange(12.0).view(4, 3))[::2],
-        [torch.arange(3.0), torch.arange(3)],
-    ],
-    ids=["apart", "strided", "backwards", "gaps", "dtypes"],
-)
-def test_any_other_batches_are_stacked_as_torch_does(batches: list[Tensor]) -> None:
-    (found,), _ = Window(batches).gather(torch.arange(len(batches)))
-    assert torch.equal(found, torch.stack(batches))
 
 
 def test_every_sample_is_used_alike_where_few_batches_fit_in_memory() -> None:
@@ -248,182 +198,6 @@ def test_small_data_is_resident_and_read_once() -> None:
     assert source.window(7) is source.window(0) and data.read == read
 
 
-class Pids(Dataset[Any]):
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.tensor([os.getpid(), index])
-
-
-def test_plain_data_is_read_here_and_odd_data_in_a_process_of_its_own() -> None:
-    assert is_plain_data(numbered(3)) and is_plain_data(Subset(numbered(3), [0])) and is_plain_data([1, 2])
-    assert not is_plain_data(Pids()) and not is_plain_data(Subset(Pids(), [0]))
-    pids = {int(row[0]) for b in DatasetSource(Pids(), 4).window(0).batches for row in b}
-    assert len(pids) == 1 and os.getpid() not in pids
-    read_here: list[int] = []
-
-    def collate(items: list[Any]) -> Tensor:
-        read_here.append(os.getpid())
-        return torch.stack([x for x, _ in items])
-
-    DatasetSource(numbered(8), 4, collate).window(0)
-    assert set(read_here) == {os.getpid()}
-
-
-class Counting(Dataset[Any]):
-    """Draws random numbers of its own and counts accesses: reading it changes it."""
-
-    def __init__(self) -> None:
-        self.torch_generator = torch.Generator().manual_seed(1)
-        self.python = random.Random(1)
-        self.numpy = np.random.default_rng(1)
-        self.legacy = np.random.RandomState(1)
-        self.accesses = 0
-
-    def __len__(self) -> int:
-        return 12
-
-    def __getitem__(self, index: int) -> Tensor:
-        self.accesses += 1
-        noise = [
-            float(torch.rand((), generator=self.torch_generator)),
-            self.python.random(),
-            self.numpy.random(),
-            float(self.legacy.rand()),
-        ]
-        return torch.tensor(noise)
-
-    def state(self) -> Any:
-        return (
-            self.torch_generator.get_state().tolist(),
-            self.python.getstate(),
-            self.numpy.bit_generator.state,
-            self.legacy.get_state()[1].tolist(),
-        )
-
-
-@pytest.mark.parametrize("workers", [None, 0])
-@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: Subset(d, range(8)), lambda d: ConcatDataset([d, d])])
-def test_generators_that_a_dataset_owns_are_put_back(wrap: Any, workers: int | None) -> None:
-    data = Counting()
-    before = data.state()
-    DatasetSource(wrap(data), 4, num_workers=workers).window(0)
-    assert data.state() == before
-    assert data.accesses == 0 or workers == 0
-
-
-@pytest.mark.parametrize("workers", [None, 0])
-def test_global_generators_that_a_dataset_draws_from_are_put_back_by_the_estimate(workers: int | None) -> None:
-    """The source itself reads in a forked process; in this one, preserve_rng is around it (see test_estimate)."""
-
-    class Global(Pids):
-        def __getitem__(self, index: int) -> Tensor:
-            return torch.rand(2)
-
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    DatasetSource(Global(), 4, num_workers=workers).window(0)
-    assert torch.equal(before, torch.get_rng_state()) or workers == 0
-
-
-def test_a_dataset_that_cannot_be_read_in_another_process_is_read_here() -> None:
-    parent = os.getpid()
-
-    class OnlyHere(Pids):
-        def __getitem__(self, index: int) -> Tensor:
-            if os.getpid() != parent:
-                raise RuntimeError("a handle that does not survive a fork")
-            return torch.tensor([index])
-
-    assert uses(ReplaySource([b for b in DatasetSource(OnlyHere(), 4).window(0).batches], 8, 4))
-    assert len(DatasetSource(OnlyHere(), 4).window(0)) == 2
-
-
-def with_a_function(x: Tensor) -> Any:
-    return x, lambda: x
-
-
-def with_a_history(x: Tensor) -> Any:
-    return x * torch.ones(1, requires_grad=True)
-
-
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("make", [with_a_function, with_a_history])
-def test_samples_that_cannot_be_sent_from_another_process_are_read_here(make: Any) -> None:
-    """The queue between processes drops what does not pickle: whoever waits for it would wait for ever."""
-
-    class Unsendable(Dataset[Any]):
-        def __len__(self) -> int:
-            return 4
-
-        def __getitem__(self, index: int) -> Any:
-            return make(torch.tensor([float(index)]))
-
-    source = DatasetSource(Unsendable(), 2, collate_fn=lambda samples: samples)
-    assert len(source.window(0)) == 2
-    first = source.read_items([3])[0]
-    assert float(first[0] if isinstance(first, tuple) else first) == 3.0
-
-
-def test_an_error_of_the_dataset_reaches_the_caller() -> None:
-    class Broken(Pids):
-        def __getitem__(self, index: int) -> Tensor:
-            raise KeyError("no such file")
-
-    with pytest.raises(KeyError, match="no such file"):
-        DatasetSource(Broken(), 4)
-
-
-class Items(Dataset[Any]):
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-
-    def __len__(self) -> int:
-        return 12
-
-    def __getitem__(self, index: int) -> Any:
-        x, y = torch.full((3,), float(index)), index
-        if self.kind == "dict":
-            return {"x": x, "y": {"label": y, "name": "n"}}
-        return (x, y) if self.kind == "tuple" else [x, y]
-
-
-class Texts(Dataset[Tensor]):
-    """Of three to five tokens."""
-
-    def __len__(self) -> int:
-        return 12
-
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.arange(3 + index % 3)
-
-
-def test_samples_of_different_sizes_are_told_to_be_padded() -> None:
-    with pytest.raises(ValueError, match=r"data: its samples are of different sizes.*collate_fn pads them"):
-        DatasetSource(Texts(), 4).window(0)
-    padded = DatasetSource(Texts(), 4, collate_fn=lambda rows: nn.utils.rnn.pad_sequence(rows, batch_first=True))
-    assert padded.window(0)[0].shape[0] == 4
-
-
-@pytest.mark.parametrize("kind", ["dict", "tuple", "list"])
-def test_structures_of_batches_survive_and_stack(kind: str) -> None:
-    window = DatasetSource(Items(kind), 4, num_workers=0).window(0)
-    first = window[0]
-    x, y = (first["x"], first["y"]["label"]) if kind == "dict" else first
-    assert x.shape == (4, 3) and torch.equal(x[:, 0].long(), y)
-    assert window.unlike == ""
-    expected = [window[i] for i in (2, 0, 2)]
-    columns, flat_dims = window.gather(torch.tensor([2, 0, 2]))
-    stacked, dims = window.whole(columns), window.whole(flat_dims)
-    sx, dx = (stacked["x"], dims["x"]) if kind == "dict" else (stacked[0], dims[0])
-    ex = [e["x"] if kind == "dict" else e[0] for e in expected]
-    assert dx == 0 and torch.equal(sx, torch.stack(ex))
-    if kind == "dict":
-        assert stacked["y"]["name"] == ["n"] * 4 and dims["y"]["name"] == [None] * 4
-        assert torch.equal(window[1]["x"][:, 0].long(), window[1]["y"]["label"])
-
-
 def test_collate_fn_and_transfer_are_used_once_a_batch() -> None:
     calls: list[str] = []
 
@@ -440,22 +214,6 @@ def test_collate_fn_and_transfer_are_used_once_a_batch() -> None:
     batches = source.window(0).batches
     assert calls.count("collate") == calls.count("transfer") == len(batches) == 2
     assert sorted(torch.cat(batches).tolist()) == [i + 0.5 for i in range(8)]
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "why"),
-    [
-        ((torch.zeros(4, 2),), (torch.zeros(3, 2),), "differ in shape"),
-        ((torch.zeros(4),), (torch.zeros(4, dtype=torch.long),), "differ in shape"),
-        ({"x": torch.zeros(4)}, {"y": torch.zeros(4)}, "differ in structure"),
-        ((torch.zeros(4), "a"), (torch.zeros(4), "b"), "other values beside their tensors"),
-        (("a",), ("a",), "hold no tensor"),
-        ((Pair(torch.zeros(4), torch.zeros(4)),) * 2 + (r"hold a Pair, .*torch\.export\.register_dataclass\(Pair\)",)),
-    ],
-)
-def test_batches_that_do_not_stack(a: Any, b: Any, why: str) -> None:
-    window = Window([a, b])
-    assert re.search(why, window.unlike)
 
 
 def test_indices_restrict_the_data() -> None:

@@ -1,0 +1,168 @@
+"""Datasets are read without being moved on, and what cannot be read is told."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import (
+    ConcatDataset,
+    Dataset,
+    Subset,
+)
+
+from lightning_slt.sampling.batches import (
+    DatasetSource,
+    ReplaySource,
+)
+from lightning_slt.sampling.reading import is_plain_data
+from tests.sampling.helpers import numbered, uses
+
+
+class Pids(Dataset[Any]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor([os.getpid(), index])
+
+
+def test_plain_data_is_read_here_and_odd_data_in_a_process_of_its_own() -> None:
+    assert is_plain_data(numbered(3)) and is_plain_data(Subset(numbered(3), [0])) and is_plain_data([1, 2])
+    assert not is_plain_data(Pids()) and not is_plain_data(Subset(Pids(), [0]))
+    pids = {int(row[0]) for b in DatasetSource(Pids(), 4).window(0).batches for row in b}
+    assert len(pids) == 1 and os.getpid() not in pids
+    read_here: list[int] = []
+
+    def collate(items: list[Any]) -> Tensor:
+        read_here.append(os.getpid())
+        return torch.stack([x for x, _ in items])
+
+    DatasetSource(numbered(8), 4, collate).window(0)
+    assert set(read_here) == {os.getpid()}
+
+
+class Counting(Dataset[Any]):
+    """Draws random numbers of its own and counts accesses: reading it changes it."""
+
+    def __init__(self) -> None:
+        self.torch_generator = torch.Generator().manual_seed(1)
+        self.python = random.Random(1)
+        self.numpy = np.random.default_rng(1)
+        self.legacy = np.random.RandomState(1)
+        self.accesses = 0
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.accesses += 1
+        noise = [
+            float(torch.rand((), generator=self.torch_generator)),
+            self.python.random(),
+            self.numpy.random(),
+            float(self.legacy.rand()),
+        ]
+        return torch.tensor(noise)
+
+    def state(self) -> Any:
+        return (
+            self.torch_generator.get_state().tolist(),
+            self.python.getstate(),
+            self.numpy.bit_generator.state,
+            self.legacy.get_state()[1].tolist(),
+        )
+
+
+@pytest.mark.parametrize("workers", [None, 0])
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: Subset(d, range(8)), lambda d: ConcatDataset([d, d])])
+def test_generators_that_a_dataset_owns_are_put_back(wrap: Any, workers: int | None) -> None:
+    data = Counting()
+    before = data.state()
+    DatasetSource(wrap(data), 4, num_workers=workers).window(0)
+    assert data.state() == before
+    assert data.accesses == 0 or workers == 0
+
+
+@pytest.mark.parametrize("workers", [None, 0])
+def test_global_generators_that_a_dataset_draws_from_are_put_back_by_the_estimate(workers: int | None) -> None:
+    """The source itself reads in a forked process; in this one, preserve_rng is around it (see test_estimate)."""
+
+    class Global(Pids):
+        def __getitem__(self, index: int) -> Tensor:
+            return torch.rand(2)
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    DatasetSource(Global(), 4, num_workers=workers).window(0)
+    assert torch.equal(before, torch.get_rng_state()) or workers == 0
+
+
+def test_a_dataset_that_cannot_be_read_in_another_process_is_read_here() -> None:
+    parent = os.getpid()
+
+    class OnlyHere(Pids):
+        def __getitem__(self, index: int) -> Tensor:
+            if os.getpid() != parent:
+                raise RuntimeError("a handle that does not survive a fork")
+            return torch.tensor([index])
+
+    assert uses(ReplaySource([b for b in DatasetSource(OnlyHere(), 4).window(0).batches], 8, 4))
+    assert len(DatasetSource(OnlyHere(), 4).window(0)) == 2
+
+
+def with_a_function(x: Tensor) -> Any:
+    return x, lambda: x
+
+
+def with_a_history(x: Tensor) -> Any:
+    return x * torch.ones(1, requires_grad=True)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("make", [with_a_function, with_a_history])
+def test_samples_that_cannot_be_sent_from_another_process_are_read_here(make: Any) -> None:
+    """The queue between processes drops what does not pickle: whoever waits for it would wait for ever."""
+
+    class Unsendable(Dataset[Any]):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> Any:
+            return make(torch.tensor([float(index)]))
+
+    source = DatasetSource(Unsendable(), 2, collate_fn=lambda samples: samples)
+    assert len(source.window(0)) == 2
+    first = source.read_items([3])[0]
+    assert float(first[0] if isinstance(first, tuple) else first) == 3.0
+
+
+def test_an_error_of_the_dataset_reaches_the_caller() -> None:
+    class Broken(Pids):
+        def __getitem__(self, index: int) -> Tensor:
+            raise KeyError("no such file")
+
+    with pytest.raises(KeyError, match="no such file"):
+        DatasetSource(Broken(), 4)
+
+
+class Texts(Dataset[Tensor]):
+    """Of three to five tokens."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.arange(3 + index % 3)
+
+
+def test_samples_of_different_sizes_are_told_to_be_padded() -> None:
+    with pytest.raises(ValueError, match=r"data: its samples are of different sizes.*collate_fn pads them"):
+        DatasetSource(Texts(), 4).window(0)
+    padded = DatasetSource(Texts(), 4, collate_fn=lambda rows: nn.utils.rnn.pad_sequence(rows, batch_first=True))
+    assert padded.window(0)[0].shape[0] == 4

@@ -1,0 +1,91 @@
+"""Minibatches that are held together: stacked for several chains, or alone."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_slt.sampling.batches import DatasetSource
+from lightning_slt.sampling.window import Window
+from tests.sampling.batching_models import Pair
+from tests.sampling.helpers import numbered
+
+
+def test_batches_that_lie_side_by_side_are_stacked_without_a_copy() -> None:
+    window = DatasetSource(numbered(100), 10).window(0)
+    columns, dims = window.gather(torch.tensor([3, 1]))
+    stacked = window.whole(columns)
+    assert dims == [0, 0]
+    assert torch.equal(stacked[0], torch.stack([window[3][0], window[1][0]]))
+    assert torch.equal(stacked[1], torch.stack([window[3][1], window[1][1]]))
+    held = {batch[k].untyped_storage().data_ptr() for batch in window.batches for k in range(2)}
+    assert len(held) == 2
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [torch.arange(3.0), torch.arange(3.0)],
+        list(torch.arange(12.0).view(4, 3).t().unsqueeze(1)),
+        list(torch.arange(12.0).view(4, 3).flip(0))[::-1],
+        list(torch.arange(12.0).view(4, 3))[::2],
+        [torch.arange(3.0), torch.arange(3)],
+    ],
+    ids=["apart", "strided", "backwards", "gaps", "dtypes"],
+)
+def test_any_other_batches_are_stacked_as_torch_does(batches: list[Tensor]) -> None:
+    (found,), _ = Window(batches).gather(torch.arange(len(batches)))
+    assert torch.equal(found, torch.stack(batches))
+
+
+class Items(Dataset[Any]):
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = torch.full((3,), float(index)), index
+        if self.kind == "dict":
+            return {"x": x, "y": {"label": y, "name": "n"}}
+        return (x, y) if self.kind == "tuple" else [x, y]
+
+
+@pytest.mark.parametrize("kind", ["dict", "tuple", "list"])
+def test_structures_of_batches_survive_and_stack(kind: str) -> None:
+    window = DatasetSource(Items(kind), 4, num_workers=0).window(0)
+    first = window[0]
+    x, y = (first["x"], first["y"]["label"]) if kind == "dict" else first
+    assert x.shape == (4, 3) and torch.equal(x[:, 0].long(), y)
+    assert window.unlike == ""
+    expected = [window[i] for i in (2, 0, 2)]
+    columns, flat_dims = window.gather(torch.tensor([2, 0, 2]))
+    stacked, dims = window.whole(columns), window.whole(flat_dims)
+    sx, dx = (stacked["x"], dims["x"]) if kind == "dict" else (stacked[0], dims[0])
+    ex = [e["x"] if kind == "dict" else e[0] for e in expected]
+    assert dx == 0 and torch.equal(sx, torch.stack(ex))
+    if kind == "dict":
+        assert stacked["y"]["name"] == ["n"] * 4 and dims["y"]["name"] == [None] * 4
+        assert torch.equal(window[1]["x"][:, 0].long(), window[1]["y"]["label"])
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "why"),
+    [
+        ((torch.zeros(4, 2),), (torch.zeros(3, 2),), "differ in shape"),
+        ((torch.zeros(4),), (torch.zeros(4, dtype=torch.long),), "differ in shape"),
+        ({"x": torch.zeros(4)}, {"y": torch.zeros(4)}, "differ in structure"),
+        ((torch.zeros(4), "a"), (torch.zeros(4), "b"), "other values beside their tensors"),
+        (("a",), ("a",), "hold no tensor"),
+        ((Pair(torch.zeros(4), torch.zeros(4)),) * 2 + (r"hold a Pair, .*torch\.export\.register_dataclass\(Pair\)",)),
+    ],
+)
+def test_batches_that_do_not_stack(a: Any, b: Any, why: str) -> None:
+    window = Window([a, b])
+    assert re.search(why, window.unlike)
