@@ -19,7 +19,8 @@ from lightning_slt.record import Estimate
 from lightning_slt.sampling.anchor import open_window
 from lightning_slt.sampling.arguments import check_count, check_data, check_number
 from lightning_slt.sampling.batches import MinibatchSource, source_of
-from lightning_slt.sampling.calibration import MAX_STEPS_BW_DRAWS, Budget, Drawn, draw
+from lightning_slt.sampling.budget import MAX_STEPS_BW_DRAWS, Budget, Drawn
+from lightning_slt.sampling.calibration import draw
 from lightning_slt.sampling.chains import Chains, Progress
 from lightning_slt.sampling.collective import Alone, Collective
 from lightning_slt.sampling.layout import Layout

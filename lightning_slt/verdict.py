@@ -14,7 +14,7 @@ from lightning_slt.functional.convergence import standard_error
 from lightning_slt.functional.learning_coefficient import Summary, summarise
 from lightning_slt.reasons import NOT_ARRIVED, TOO_WIDE, Kind, Reason, sentences
 from lightning_slt.record import Estimate
-from lightning_slt.sampling.calibration import MAX_VIRIAL, MIN_VIRIAL, Drawn
+from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.eval_mode import misfit_of_eval
 from lightning_slt.sampling.lean import lean_of
@@ -31,6 +31,12 @@ MAX_ROUNDING = 0.1
 rounded to the same side."""
 LEAST_DIGIT = 1e-3
 """What the last digit of a loss may be in units of the LLC, however small that is: it is counted in the error then."""
+MIN_VIRIAL = 0.7
+"""Virial ratio below which chains that have used their budget have not reached their width: the number is not valid.
+Between the two lie singular models, whose free directions take longest and matter least."""
+MAX_VIRIAL = 1.4
+"""Virial ratio above which, beyond its error, chains are wider than the posterior: minibatches or a step of the search
+have thrown them there, and the step that is right since is too small to bring them back."""
 MAX_HEAT = 0.25
 """Share of the estimate that may be step-size heat before it is called invalid."""
 MAX_NOISE_HEAT = 0.08

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from lightning_slt.estimate import ChainSettings
-from lightning_slt.sampling.calibration import FIRST_ROUNDS
+from lightning_slt.sampling.budget import FIRST_ROUNDS
 
 MIN_DRAWS = 20
 """Draws of each chain that a firing keeps. The standard error counts the autocorrelation of the draws and the spread of

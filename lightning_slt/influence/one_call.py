@@ -18,7 +18,7 @@ from lightning_slt.influence.reader import InfluenceReader
 from lightning_slt.influence.wide import with_wide_means
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.sampling.arguments import check_count
-from lightning_slt.sampling.calibration import Drawn
+from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.eval_mode import misfit_of_eval
 from lightning_slt.sampling.kinetic import COLD_BURNIN, STEP, KineticRun, KineticSampling, MakeSampler, run_kinetic

@@ -12,7 +12,7 @@ from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 from lightning_slt.influence.reader import InfluenceReader
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.sampling.batches import DatasetSource
-from lightning_slt.sampling.calibration import Drawn
+from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.kinetic import COLD_BURNIN, KineticSampling, MakeSampler, run_kinetic
 from lightning_slt.sampling.objective import Objective

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.sampling.batches import MinibatchSource
-from lightning_slt.sampling.calibration import Drawn
+from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.metric import Curvature, LowRankMetric
 from lightning_slt.sampling.minibatch_heat import Cooled, minibatch_noise

@@ -11,7 +11,7 @@ import torch
 from lightning_slt.estimate import ChainSettings, default_localization, run_chains
 from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 from lightning_slt.sampling.batches import DatasetSource
-from lightning_slt.sampling.calibration import Drawn
+from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.collective import Collective
 from lightning_slt.sampling.kinetic import COLD_BURNIN, STEP, KineticSampling, MakeSampler, run_kinetic

@@ -13,12 +13,14 @@ from lightning_slt import SGLD, estimate_llc
 from lightning_slt.functional import LocalPosterior
 from lightning_slt.sampling.anchor import open_window
 from lightning_slt.sampling.batches import DatasetSource, source_of
-from lightning_slt.sampling.calibration import FIRST_ROUNDS, MAX_STEPS_BW_DRAWS, Budget, _has_arrived, draw
+from lightning_slt.sampling.budget import FIRST_ROUNDS, MAX_STEPS_BW_DRAWS, Budget
+from lightning_slt.sampling.calibration import draw
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.chunk import KEPT_GRADIENT
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import heat_of, transient, virial_readings
+from lightning_slt.sampling.rounds import has_arrived
 from lightning_slt.sampling.samplers.base import Heating
 from lightning_slt.sampling.segment import STATS_EVERY, Segment
 from lightning_slt.sampling.step_size import HEAT, NOISE_HEAT, first_step, next_step, scale_of
@@ -231,7 +233,7 @@ def test_arrival_is_asked_for_as_far_as_the_tolerance_goes() -> None:
 
     def arrived(ratio: float, budget: Budget) -> bool:
         s = segment(1e-9, ratio * d / 20.0, 1.0, difference=1.0)
-        return _has_arrived(s, Heating(0.0, noise_alone=True), posterior, d, budget)
+        return has_arrived(s, Heating(0.0, noise_alone=True), posterior, d, budget)
 
     assert arrived(0.96, Budget(100, tolerance=0.05)) and not arrived(0.96, Budget(100, tolerance=0.03))
     assert arrived(0.96, Budget(100, tolerance_llc=1.0)) and not arrived(0.96, Budget(100, tolerance_llc=0.5))
@@ -411,7 +413,7 @@ def test_draws_are_whole_multiples_and_leave_the_search_out() -> None:
 def test_draws_have_the_steps_that_their_readings_speak_of(num_draws: int, apart: int) -> None:
     """Else neither the lean of the step nor how the loss moves with its slope could be told from them."""
     budget = Budget(num_draws=num_draws)
-    assert budget.least_steps_bw_draws == apart
+    assert budget.unit == apart * num_draws
     drawn = draw(make_chains(mlp(), regression(), mean_squared, seed=0), 0, budget)
     assert drawn.num_steps_bw_draws % apart == 0
     assert drawn.segment.steps == STATS_EVERY * drawn.segment.grad_square.shape[1]
@@ -421,13 +423,13 @@ def test_draws_have_the_steps_that_their_readings_speak_of(num_draws: int, apart
 def test_steps_for_the_sake_of_readings_do_not_go_beyond_the_budget(num_draws: int, most: int) -> None:
     """Nor are draws further apart where that gives them no such number of steps."""
     budget = Budget(num_draws=num_draws, max_steps_bw_draws=most, tolerance=1e-3)
-    assert budget.least_steps_bw_draws in (1, 2, 4)
+    assert budget.unit // num_draws in (1, 2, 4)
     done: list[int] = []
     chains = make_chains(mlp(), regression(), mean_squared, seed=0)
     chains.progress = done.append
     drawn = draw(chains, 0, budget)
     assert sum(done) <= chains.num_chains * budget.most_steps
-    assert drawn.num_steps_bw_draws % budget.least_steps_bw_draws == 0
+    assert drawn.segment.steps % budget.unit == 0
     assert drawn.segment.steps == num_draws * drawn.num_steps_bw_draws
 
 

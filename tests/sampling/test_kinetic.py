@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
-from lightning_slt.sampling.calibration import Drawn
+from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.kinetic import MAX_SHORTENINGS, STEP, KineticRun, KineticSampling, MakeSampler, run_kinetic
 from lightning_slt.sampling.metric import Curvature
 from lightning_slt.sampling.minibatch_heat import ALLOWED
