@@ -146,6 +146,11 @@ class InfluenceEstimate:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    def with_verdict(self, reasons: Sequence[str], notes: Sequence[str] = ()) -> InfluenceEstimate:
+        """A copy with more reasons why it is not valid, where there are any, and more notes."""
+        every = (*self.reasons, *reasons)
+        return self.replace(valid=not every, reasons=every, notes=(*self.notes, *notes))
+
     @property
     def z(self) -> Tensor:
         """``[n_query, n_train]``, ``matrix / se``: how far from zero, in standard errors."""

@@ -88,7 +88,6 @@ def measure_both(
     assert segment.read is not None
     good = ~diverged(segment, chains.posterior.nbeta, len(objective.anchor))
     influence = readers[0].read(segment.read, good, chains.posterior, source.num_samples)
-    reasons = (*influence.reasons, *more)
-    influence = influence.replace(valid=not reasons, reasons=reasons, notes=(*influence.notes, *notes))
+    influence = influence.with_verdict(more, notes)
     seconds = time.perf_counter() - start
     return estimate.replace(seconds=seconds), influence.replace(seconds=seconds)

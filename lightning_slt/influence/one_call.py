@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping
 from typing import Any, Optional, Union
@@ -10,28 +9,19 @@ from typing import Any, Optional, Union
 import torch
 from torch import nn
 
-from lightning_slt.estimate import ChainSettings, run_chains, state_dict_of
+from lightning_slt.estimate import ChainSettings, state_dict_of
 from lightning_slt.functional.influence import shrink
-from lightning_slt.influence.posterior import influence_sampling
+from lightning_slt.influence.chains import InfluenceChains
 from lightning_slt.influence.probes import probe_set
-from lightning_slt.influence.reader import InfluenceReader
-from lightning_slt.influence.wide import with_wide_means
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.sampling.arguments import check_count
-from lightning_slt.sampling.budget import Drawn
-from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.eval_mode import misfit_of_eval
-from lightning_slt.sampling.kinetic import COLD_BURNIN, STEP, KineticRun, KineticSampling, MakeSampler, run_kinetic
-from lightning_slt.sampling.metric import curvature_at
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.readings import diverged
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.rng import preserve_rng
-from lightning_slt.sampling.samplers import KineticLangevin, Sampler, as_sampler
+from lightning_slt.sampling.samplers import Sampler, as_sampler
 from lightning_slt.sampling.samples import GroupFn, indexed_source
 from lightning_slt.sampling.steps import LossFn, NoLossError
-from lightning_slt.sampling.sums import misfit_of_sum
-from lightning_slt.verdict import fit_for_covariances
 
 MAX_TRAIN = 10_000
 """Training samples of a one-call estimate where nothing else is said."""
@@ -155,61 +145,10 @@ def estimate_influence(
         if query_data is not None:
             query = indexed_source("influence", "query_data", query_data, 1, objective.device, seed)
         probes = probe_set(train, query, max_train, max_query, seed, group_fn, per_token)
-        readers: list[InfluenceReader] = []
-        kinetic: Optional[KineticRun] = None
-
-        def make_reader() -> InfluenceReader:
-            if not readers:
-                readers.append(InfluenceReader(objective, probes, seed))
-            return readers[0]
-
-        def propose(chains: Chains, batches: list[int], stream: torch.Generator) -> KineticSampling:
-            reader = make_reader()
-            curvature = curvature_at(
-                objective.anchor,
-                lambda w: chains.gradients(w, batches),
-                stream,
-                single=reader.take_gradients() if control_variates else None,
-            )
-            sampling = influence_sampling(objective.anchor, curvature, nbeta, localization)
-            reader.control_with(sampling)
-            return sampling
-
-        def run(make_sampler: Optional[MakeSampler], cold: bool) -> tuple[Drawn, Chains]:
-            chosen = settings
-            if make_sampler is not None:
-                chosen = dataclasses.replace(settings, sampler=KineticLangevin(STEP**2))
-            if cold:
-                readers.clear()
-                chosen = dataclasses.replace(chosen, num_burnin_steps=max(num_burnin_steps, COLD_BURNIN))
-            return run_chains(
-                objective,
-                train,
-                chosen,
-                make_reader=make_reader,
-                read_every=num_steps_bw_draws,
-                make_sampler=make_sampler,
-                spread=not cold,
-            )
-
+        asked = shrinkage, nbeta, localization, control_variates
         try:
-            if sampler is None:
-                kinetic = run_kinetic(objective, train, seed, propose, run)
-                drawn, chains, good = kinetic.drawn, kinetic.chains, kinetic.good
-            else:
-                drawn, chains = run(None, False)
-                good = ~diverged(drawn.segment, chains.posterior.nbeta, len(objective.anchor))
+            found = InfluenceChains(objective, train, probes, settings, *asked).measure()
         except NoLossError as error:
             raise ValueError(str(error)) from error
-        assert drawn.segment.read is not None
-        found = readers[0].read(drawn.segment.read, good, chains.posterior, train.num_samples, shrinkage)
-        if kinetic is not None:
-            more, said = kinetic.cooled.reasons(), kinetic.cooled.notes(train.batch_size)
-        else:
-            more, said = fit_for_covariances(drawn, chains)
-            more += misfit_of_sum(objective, train, chains.posterior.nbeta)
-        reasons = (*found.reasons, *more, *misfit_of_eval(objective))
-        found = found.replace(valid=not reasons, reasons=reasons, notes=(*found.notes, *said))
-        if kinetic is not None and nbeta is None and localization is None:
-            found = with_wide_means(found, readers[0], kinetic.sampling, objective, train, settings, chains.method)
+        found = found.with_verdict(misfit_of_eval(objective))
     return found.replace(seconds=time.perf_counter() - start)
