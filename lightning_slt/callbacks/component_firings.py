@@ -28,7 +28,6 @@ class ComponentFirings(LateFirings):
     """The part of a monitor that asks components, each with its own weights moving; its state is set by the monitor."""
 
     _collective: Collective
-    _said_in_place: bool
 
     def _share_buffers(self, objective: Objective) -> None:
         raise NotImplementedError
@@ -49,8 +48,7 @@ class ComponentFirings(LateFirings):
 
     def _say_in_place(self, reason: str) -> None:
         """Why the module is called in place, once a run: it is so at every firing."""
-        if not self._said_in_place:
-            self._said_in_place = True
+        if self._said.first("in place"):
             log.warning(reason)
 
     def _measure_beside(

@@ -32,8 +32,6 @@ class LateFirings(Reporting):
     _hook_owner: Optional[nn.Module]
     _loss_fn: Optional[LossFn]
     _source: Optional[MinibatchSource]
-    _said_full: bool
-    _said_broken: bool
 
     def _transfer(self, trainer: Trainer) -> Callable[[Any], Any]:
         raise NotImplementedError
@@ -96,8 +94,7 @@ class LateFirings(Reporting):
         if beside.full:
             self._skipped += 1
             self._account(trainer, begin)
-            if not self._said_full:
-                self._said_full = True
+            if self._said.first("full"):
                 rank_zero_warn(f"SLTMonitor: the firing at step {step} is left out, since {beside.full_text()}")
             return
         notes: dict[str, Any] = {"step": step, "x": x, "epoch": trainer.current_epoch}
@@ -149,8 +146,7 @@ class LateFirings(Reporting):
         """Nothing is measured from here on; said at the first firing that is left out for it."""
         if self._on_failure == "raise":
             raise RuntimeError(f"the measurement at step {step} failed: in the background {reason}")
-        if not self._said_broken:
-            self._said_broken = True
+        if self._said.first("broken"):
             self._warn_of_failure(step, f"So are all that follow: in the background {reason}")
 
     def _probes_of(self, trainer: Trainer, pl_module: LightningModule) -> ProbeSet:

@@ -37,6 +37,7 @@ from lightning_slt.callbacks.inside_firings import InsideFirings
 from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.overhead import Decision, OverheadBudget
 from lightning_slt.callbacks.progress import FiringProgress
+from lightning_slt.callbacks.said import Said
 from lightning_slt.callbacks.samples import Probed, ProbedSamples
 from lightning_slt.callbacks.schedule import Schedule, steps_of_run
 from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
@@ -229,15 +230,10 @@ class SLTMonitor(InsideFirings):
         self._hook_owner: Optional[nn.Module] = None
         self._publisher: Optional[RunPublisher] = None
         self._explicit: tuple[int, ...] = ()
-        self._said_method = False
-        self._said_overhead = False
-        self._said_dropped = self._said_notes = False
-        self._said_full = self._said_broken = False
-        self._said_in_place = False
+        self._said = Said()
         self._said_failure: Optional[tuple[int, str]] = None
         self._done_fast_run = False
         self._listeners: list[EstimateListener] = []
-        self._said_listener = False
 
     # --- before training ------------------------------------------------------------------------------------------
 
@@ -340,8 +336,7 @@ class SLTMonitor(InsideFirings):
         settings = self._settings
         self._course = Course(settings.localization, settings.method, self._course.warm_start)
         self._last_step, self._seconds, self._run_seconds = 0, 0.0, 0.0
-        self._said_method = self._said_overhead = self._said_dropped = self._said_notes = False
-        self._said_full = self._said_broken = self._said_in_place = False
+        self._said.forget()
         self._said_failure = None
         self._resumed_folder = None
         self._skipped = 0

@@ -17,6 +17,7 @@ from lightning_slt.callbacks.evaluation import KeepsHistory
 from lightning_slt.callbacks.folder import claim, fresh, give_back, restore_record, run_folder
 from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.overhead import OverheadBudget
+from lightning_slt.callbacks.said import Said
 from lightning_slt.callbacks.samples import ProbedSamples
 from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.callbacks.susceptibilities import Measures, restore_susceptibilities
@@ -70,12 +71,8 @@ class Reporting(KeepsHistory):
     _run_seconds: float
     _start: Optional[float]
     _earned_until: Optional[float]
-    _said_method: bool
-    _said_overhead: bool
-    _said_dropped: bool
-    _said_notes: bool
+    _said: Said
     _said_failure: Optional[tuple[int, str]]
-    _said_listener: bool
 
     @property
     def prefix(self) -> str:
@@ -263,8 +260,7 @@ class Reporting(KeepsHistory):
         except Exception as error:
             if self._on_failure == "raise":
                 raise
-            if not self._said_listener:
-                self._said_listener = True
+            if self._said.first("listener"):
                 rank_zero_warn(
                     f"{type(listener).__name__} failed at step {estimate.step}; training goes on, further failures are "
                     f"not reported. {type(error).__name__}: {error}"
@@ -317,9 +313,8 @@ class Reporting(KeepsHistory):
         # the first firings of a run come close together, and prove nothing
         overhead = self.estimates[-1].overhead
         large = len(self.estimates) > 3 and overhead > LARGE_OVERHEAD
-        if self._budget is not None or self._said_overhead or not large:
+        if self._budget is not None or not large or not self._said.first("overhead"):
             return
-        self._said_overhead = True
         rank_zero_warn(
             f"SLTMonitor: measuring has taken {overhead:.0%} of this run's wall-clock so far. "
             "SLTMonitor(max_overhead=0.05) keeps it to 5 %, by leaving firings out; or choose a wider cadence."
@@ -327,8 +322,7 @@ class Reporting(KeepsHistory):
 
     def _say_how(self, estimate: Estimate, influence: Optional[InfluenceEstimate]) -> None:
         """What there is to be said of the first firing, of the first notes, and of the first samples left out."""
-        if not self._said_method:
-            self._said_method = True
+        if self._said.first("method"):
             rank_zero_info(
                 f"SLTMonitor: {estimate.num_chains} {estimate.method} chains over {estimate.num_weights} weights "
                 f"({estimate.method_reason}), n = {estimate.num_samples}, nbeta = {estimate.nbeta:.4g}, localization = "
@@ -336,17 +330,16 @@ class Reporting(KeepsHistory):
             )
             if influence is not None:
                 notes = "".join(f"; {note}" for note in influence.notes)
+                if notes:
+                    self._said.first("notes")
                 invalid = f"; not valid: {'; '.join(influence.reasons)}" if influence.reasons else ""
-                self._said_notes = bool(notes)
                 rank_zero_info(
                     f"SLTMonitor: influence of {len(influence.train_index)} training samples on "
                     f"{len(influence.query_index)} queries{notes}{invalid}"
                 )
-        if influence is not None and influence.notes and not self._said_notes:
-            self._said_notes = True
+        if influence is not None and influence.notes and self._said.first("notes"):
             rank_zero_info(f"SLTMonitor: of influence from here on: {'; '.join(influence.notes)}")
-        if influence is not None and influence.dropped and not self._said_dropped:
-            self._said_dropped = True
+        if influence is not None and influence.dropped and self._said.first("dropped"):
             named = ", ".join(f"{d.kind} {d.index} ({d.reason})" for d in influence.dropped[:5])
             rank_zero_warn(f"SLTMonitor: {len(influence.dropped)} samples are left out of influence: {named}")
 

@@ -46,12 +46,12 @@ class Scripted(SLTMonitor):
         if not {"every_n_epochs", "at_steps", "log_spaced"} & set(settings):
             settings.setdefault("every_n_train_steps", 1)
         super().__init__(on_failure="raise", **settings)
-        self._said_overhead = True  # a curve costs nothing, and neither do these steps
+        self._said.first("overhead")  # a curve costs nothing, and neither do these steps
         self._curve, self._scripted_influence = curve, influence
 
     def _forget(self) -> None:
         super()._forget()
-        self._said_overhead = True
+        self._said.first("overhead")
 
     def _measure(self, trainer: Any, *_: Any) -> tuple[Estimate, Optional[InfluenceEstimate]]:
         step = self._last_step
