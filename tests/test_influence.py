@@ -241,6 +241,26 @@ def test_the_posterior_that_is_asked_for_is_used() -> None:
     assert none.localization == pytest.approx(len(anchor) / (0.35**2 * float(anchor.square().sum())), rel=1e-5)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-6])
+def test_weights_that_are_zero_have_a_region_in_which_losses_differ(scale: float) -> None:
+    """As of a layer that begins at zero: a share of a norm of nothing was a localisation of 2e13, and noise was valid.
+    The local posterior of linear regression is Gaussian, its mean is downhill of these weights."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 3, generator=g)
+    y = x.sum(dim=1) + 0.3 * torch.randn(60, generator=g)
+    net = nn.Linear(3, 1, bias=False)
+    nn.init.constant_(net.weight, scale)
+    inf = estimate_influence(
+        net, TensorDataset(x, y), None, lambda m, b: 0.5 * (m(b[0])[:, 0] - b[1]).square().mean(), shrinkage=1.0
+    )
+    rows, hessian = x.double(), (x.T @ x / 60).double()
+    spread = torch.linalg.inv(inf.nbeta * hessian + inf.localization * torch.eye(3).double())
+    mean = scale + spread @ (inf.nbeta * (rows.T @ (y.double() - rows.sum(dim=1) * scale)) / 60)
+    residual, shared = rows @ mean - y, rows @ spread @ rows.T
+    exact = torch.outer(residual, residual) * shared + 0.5 * shared.square()
+    assert inf.valid and float((inf.matrix - exact).norm() / exact.norm()) < 0.1
+
+
 def test_minibatches_and_all_data() -> None:
     data = regression(64)
     kinds = [{}, {"full_batch": True}, {"batch_size": 64}, {"batch_size": 16}, {"batch_size": 16, "full_batch": True}]

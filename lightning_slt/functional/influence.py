@@ -257,7 +257,7 @@ class CovarianceAccumulator:
             first += of_chain
             square_of_chains.addcmul_(of_chain, of_chain)
         matrix = first / degrees
-        se = error_of_sum(first, square, count, square_of_chains, stretches) / degrees
+        se = error_of_sum(first, square, count, square_of_chains, len(chains)) / degrees
         mean_x = torch.stack([mean * (n / total) for n, mean, _ in chains.values()]).sum(dim=0)
         mean_y = torch.stack([mean * (n / total) for n, _, mean in chains.values()]).sum(dim=0)
         return Covariance(matrix, se, mean_x, mean_y, stretches)
@@ -316,12 +316,12 @@ def covariance(
             torch.mm(other.T, left[chain, rows, some], out=value)
             first += value
             square.addcmul_(value, value)
-            if stretches < count and number % (count // chains) == 0:
+            if 1 < chains < count and number % (count // chains) == 0:
                 of_chain = first - before
                 square_of_chains.addcmul_(of_chain, of_chain)
                 before.copy_(first)
         matrix[:, some] = first / degrees
-        se[:, some] = error_of_sum(first, square, count, square_of_chains, stretches) / degrees
+        se[:, some] = error_of_sum(first, square, count, square_of_chains, chains) / degrees
     return Covariance(matrix, se, x.double().mean(dim=(0, 1)), y.double().mean(dim=(0, 1)), stretches)
 
 

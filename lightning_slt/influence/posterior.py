@@ -12,6 +12,9 @@ from lightning_slt.sampling.metric import Curvature
 
 WIDTH = 0.35
 """Size of the region that influence is measured in, as a share of the weights' own norm."""
+LEAST_SCALE = 1e-2
+"""Root mean square of weights below which they have no scale of their own (a layer that begins at zero): in a region
+of a share of that, losses would differ by less than their last digits."""
 DAMPING = 2.5
 """Localisation in units of ``nbeta`` times the mean curvature of the loss."""
 
@@ -31,7 +34,7 @@ def influence_sampling(
         nbeta: the temperature; None for ``gamma / damping``.
         localization: ``gamma``, which sets the width; None for the rule above.
     """
-    square = max(float(anchor.double().square().sum()), 1e-12)
+    square = max(float(anchor.double().square().sum()), len(anchor) * LEAST_SCALE**2)
     mean = max(curvature.mean, 1e-3 * curvature.largest, 1e-12)
     if localization is None:
         localization = len(anchor) / (WIDTH**2 * square) if nbeta is None else DAMPING * mean * nbeta
