@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_slt.sampling.counting import common_length
-from lightning_slt.sampling.structures import PLAIN, num_bytes
+from lightning_slt.sampling.structures import PLAIN, tensors_in
 
 
 class Window:
@@ -56,7 +56,7 @@ class Window:
     def unlike(self) -> str:
         """Why the batches cannot be stacked, for several chains to be computed at once; empty where they can."""
         first, spec = tree_flatten(self.batches[0])
-        closed = [leaf for leaf in first if not isinstance(leaf, Tensor) and num_bytes(leaf)]
+        closed = [leaf for leaf in first if not isinstance(leaf, Tensor) and tensors_in(leaf)]
         if closed:
             name = type(closed[0]).__name__
             remedy = f"; torch.export.register_dataclass({name}) shows them" if is_dataclass(closed[0]) else ""
