@@ -69,6 +69,8 @@ class Window:
                 if isinstance(a, Tensor) != isinstance(b, Tensor):
                     return "the batches differ in structure"
                 if isinstance(a, Tensor):
+                    if a.is_nested:
+                        return "the batches hold nested tensors"
                     if a.shape != b.shape or a.dtype != b.dtype:
                         return "the batches differ in shape"
                 elif a is not b and (type(a) is not type(b) or not isinstance(a, PLAIN) or a != b):
