@@ -80,5 +80,5 @@ def _is_one_text(item: Any) -> bool:
 def common_length(batch: Any) -> Optional[int]:
     """Samples in a batch whose tensors all have them in front; None for another one."""
     tensors = tensors_in(batch)
-    lengths = {len(tensor) if tensor.ndim > 0 else None for tensor in tensors}
+    lengths = {tensor.size(0) if tensor.ndim > 0 else None for tensor in tensors}  # a nested one has no shape
     return lengths.pop() if len(lengths) == 1 and not _is_one_text(batch) else None

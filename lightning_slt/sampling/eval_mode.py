@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,8 +42,19 @@ def _unreached(objective: Objective, module: nn.Module, names: tuple[str, ...], 
             return names
         if not loss.requires_grad:
             return names
+        _refuse_frozen([name for name in names if not own[name].requires_grad])
         grads = torch.autograd.grad(loss, [own[name] for name in names], allow_unused=True)
     return tuple(name for name, grad in zip(names, grads, strict=True) if grad is None)
+
+
+def _refuse_frozen(names: Sequence[str]) -> None:
+    """A chain would move them without their gradient."""
+    if names:
+        raise NoGradientError(
+            f"the step itself freezes {', '.join(names[:3])}{', ...' if len(names) > 3 else ''} (requires_grad), which "
+            "chains move since they trained when the chains began. Freeze them outside of the step, in a hook such as "
+            "on_train_batch_start, or leave them out with restrict=."
+        )
 
 
 def misfit_of_eval(objective: Objective) -> tuple[str, ...]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 from abc import ABC
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
-from types import FunctionType, MethodType, ModuleType
-from typing import Any
+from dataclasses import fields, is_dataclass
+from types import FunctionType, MemberDescriptorType, MethodType, ModuleType
+from typing import Any, Union
 
+import numpy as np
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
@@ -25,13 +26,21 @@ MAX_DEPTH = 8
 
 
 def num_bytes(batch: Any) -> int:
-    """Bytes of the tensors in a batch of any structure (mappings, dataclasses, named tuples and objects included)."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(batch))
+    """Bytes of the tensors and arrays in a batch of any structure (mappings, dataclasses, named tuples and objects
+    included)."""
+    return sum(
+        held.nbytes if isinstance(held, np.ndarray) else held.numel() * held.element_size() for held in data_in(batch)
+    )
 
 
 def tensors_in(batch: Any) -> list[Tensor]:
     """The tensors of a batch of any structure, those that an object of it holds as attributes included."""
-    found: list[Tensor] = []
+    return [held for held in data_in(batch) if isinstance(held, Tensor)]
+
+
+def data_in(batch: Any) -> list[Union[Tensor, np.ndarray]]:
+    """The tensors of a batch, as :func:`tensors_in` finds them, and its NumPy arrays."""
+    found: list[Union[Tensor, np.ndarray]] = []
     seen: set[int] = set()
     waiting: list[tuple[Any, int]] = [(batch, MAX_DEPTH)]
     while waiting:
@@ -39,19 +48,19 @@ def tensors_in(batch: Any) -> list[Tensor]:
         if value is None or isinstance(value, PLAIN) or id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, Tensor):
+        if isinstance(value, (Tensor, np.ndarray)):
             found.append(value)
         elif depth and isinstance(value, Mapping):
             waiting += [(item, depth - 1) for item in value.values()]
-        elif depth and isinstance(value, (list, tuple)):
+        elif depth and isinstance(value, (list, tuple, deque)):
             waiting += [(item, depth - 1) for item in value]
         elif depth and _is_object(value):
-            waiting += [(item, depth - 1) for item in vars(value).values()]
+            waiting += [(item, depth - 1) for item in _attributes(value)]
     return found
 
 
 def clone(batch: Any) -> Any:
-    """The same structure with tensors of its own; what holds tensors as attributes is copied with them."""
+    """The same structure with tensors and arrays of its own; what holds them as attributes is copied with them."""
     if _holds_objects(batch):
         try:
             return copy.deepcopy(batch)
@@ -101,13 +110,32 @@ def over_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
 
 
 def _holds_objects(batch: Any) -> bool:
-    """Whether something in a batch is no collection, such as a graph: its tensors would not be found otherwise."""
-    leaves = tree_flatten(batch)[0]
-    return any(_is_object(leaf) and not isinstance(leaf, Mapping) and not is_dataclass(leaf) for leaf in leaves)
+    """Whether something in a batch is no collection, such as a graph: its tensors would not be found otherwise. An
+    array is none either."""
+    return any(_is_closed(leaf) for leaf in tree_flatten(batch)[0])
+
+
+def _is_closed(leaf: Any) -> bool:
+    if isinstance(leaf, Mapping):
+        return any(_holds_objects(item) for item in leaf.values())
+    if is_dataclass(leaf) and not isinstance(leaf, type):
+        return any(_holds_objects(getattr(leaf, field.name, None)) for field in fields(leaf))
+    return isinstance(leaf, np.ndarray) or _is_object(leaf)
 
 
 def _is_object(value: Any) -> bool:
     # a graph may be callable
-    return hasattr(value, "__dict__") and not isinstance(
+    return (hasattr(value, "__dict__") or hasattr(value, "__slots__")) and not isinstance(
         value, (Tensor, nn.Module, type, FunctionType, MethodType, ModuleType)
     )
+
+
+def _attributes(value: Any) -> list[Any]:
+    """What an object holds, in its slots too: those of attrs and of ``dataclass(slots=True)`` have nothing else."""
+    slots = {
+        name
+        for kind in type(value).__mro__
+        for name, member in vars(kind).items()
+        if isinstance(member, MemberDescriptorType)
+    }
+    return [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots)]

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Optional, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
@@ -26,7 +28,7 @@ from lightning_slt.sampling.shadow import put_hooks_back, take_hooks, without_co
 from lightning_slt.sampling.step_call import LOW_PRECISION, NO_GRAPH, StepCall
 from lightning_slt.sampling.step_state import StepState, changed_between, look
 from lightning_slt.sampling.step_tensors import TensorLook
-from lightning_slt.sampling.structures import clone, tensors_in
+from lightning_slt.sampling.structures import clone, data_in
 
 log = logging.getLogger(__name__)
 
@@ -288,5 +290,11 @@ def _same(loss: Optional[Tensor], reference: Tensor) -> bool:
 
 
 def _versions(batch: Any) -> list[tuple[int, int, bool]]:
-    """Which tensors there are, how often each has been changed in place, and whether it gathers gradients."""
-    return [(id(tensor), tensor._version, tensor.requires_grad) for tensor in tensors_in(batch)]
+    """Which tensors there are, how often each has been changed in place, and whether it gathers gradients; which
+    arrays, and what is in each."""
+    return [
+        (id(held), zlib.crc32(held.tobytes()), False)
+        if isinstance(held, np.ndarray)
+        else (id(held), held._version, held.requires_grad)
+        for held in data_in(batch)
+    ]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_slt.sampling.counting import common_length
-from lightning_slt.sampling.structures import PLAIN, num_bytes
+from lightning_slt.sampling.structures import PLAIN, tensors_in
 
 
 class Window:
@@ -56,7 +56,7 @@ class Window:
     def unlike(self) -> str:
         """Why the batches cannot be stacked, for several chains to be computed at once; empty where they can."""
         first, spec = tree_flatten(self.batches[0])
-        closed = [leaf for leaf in first if not isinstance(leaf, Tensor) and num_bytes(leaf)]
+        closed = [leaf for leaf in first if not isinstance(leaf, Tensor) and tensors_in(leaf)]
         if closed:
             name = type(closed[0]).__name__
             remedy = f"; torch.export.register_dataclass({name}) shows them" if is_dataclass(closed[0]) else ""
@@ -69,6 +69,8 @@ class Window:
                 if isinstance(a, Tensor) != isinstance(b, Tensor):
                     return "the batches differ in structure"
                 if isinstance(a, Tensor):
+                    if a.is_nested:
+                        return "the batches hold nested tensors"
                     if a.shape != b.shape or a.dtype != b.dtype:
                         return "the batches differ in shape"
                 elif a is not b and (type(a) is not type(b) or not isinstance(a, PLAIN) or a != b):

@@ -182,7 +182,7 @@ def make_module(config: SweepConfig, path: Path, state: Mapping[str, Any]) -> nn
     # a pinned snapshot, or a file of the user's own, has no hyperparameters: then the arguments are all there is
     by_lightning = "pytorch-lightning_version" in state
     if by_lightning and isinstance(made, type) and issubclass(made, LightningModule):
-        return made.load_from_checkpoint(path, map_location="cpu", strict=False, weights_only=False, **arguments)
+        return _from_checkpoint(made, path, state, config)
     try:
         inspect.signature(made).bind(**arguments)
     except TypeError as error:
@@ -191,6 +191,22 @@ def make_module(config: SweepConfig, path: Path, state: Mapping[str, Any]) -> nn
     if not isinstance(module, nn.Module):
         raise ValueError(f"module={config.module!r}: gave a {type(module).__name__}, and no torch module.")
     return module
+
+
+def _from_checkpoint(
+    made: type[LightningModule], path: Path, state: Mapping[str, Any], config: SweepConfig
+) -> LightningModule:
+    arguments = dict(config.module_args)
+    try:
+        return made.load_from_checkpoint(path, map_location="cpu", strict=False, weights_only=False, **arguments)
+    except TypeError as error:
+        if "__init__()" not in str(error):
+            raise
+        held = ", ".join(sorted(state.get(made.CHECKPOINT_HYPER_PARAMS_KEY) or ())) or "none"
+        raise ValueError(
+            f"module_args={arguments}: do not fit module={config.module!r}: {error}. Hyperparameters in {path}: {held} "
+            "(save_hyperparameters() in the module puts them there). Give the others as module_args."
+        ) from error
 
 
 def _as_stored(state: Mapping[str, Any], step: int) -> dict[str, Any]:

@@ -102,6 +102,17 @@ def test_susceptibility_over_such_chains_is_not_valid() -> None:
     assert said[0].startswith("all: ")
 
 
+def test_weights_that_the_step_itself_freezes_are_named_with_the_remedy() -> None:
+    def freezes(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        module[0].requires_grad_(False)  # type: ignore[index]
+        return squared(module, batch)
+
+    module = nn.Sequential(nn.Linear(X.shape[1], 3), nn.Linear(3, 1))
+    with pytest.raises(NoGradientError, match=r"the step itself freezes 0\.weight, 0\.bias .* with restrict="):
+        estimate_llc(module, DATA, freezes, **CHAINS)
+    assert module[0].weight.requires_grad
+
+
 def test_leaving_them_out_is_a_way() -> None:
     est = estimate_llc(Adapted(head=True), DATA, squared, restrict="head", **CHAINS)
     assert not any("training mode" in reason for reason in est.reasons)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.shadow import shadow_copy
 from lightning_slt.sampling.step_call import StepCall
 from lightning_slt.sampling.steps import LossFn, NoLossError
+from lightning_slt.sampling.structures import num_bytes
 from lightning_slt.sampling.trials import Trials, ask_in_training, moved
 
 BATCH = torch.ones(4, 2)
@@ -184,6 +187,40 @@ def test_what_a_step_does_with_its_batch_and_with_random_numbers_is_seen(
     used = trials.find_use(call)
     assert (used.call.mutates, used.draws) == (mutates, draws) and call.mutates is not mutates
     assert torch.equal(batch, BATCH) and torch.equal(torch.get_rng_state(), state)
+
+
+@dataclass(slots=True)
+class Slotted:
+    x: Any
+
+
+@dataclass
+class Outer:
+    x: Any
+
+
+@pytest.mark.parametrize(
+    ("wrap", "read"),
+    [
+        (Slotted, lambda batch: batch.x),
+        (lambda x: {"of": Slotted(x)}, lambda batch: batch["of"].x),
+        (lambda x: Outer(Slotted(x)), lambda batch: batch.x.x),
+        (lambda x: deque([x]), lambda batch: batch[0]),
+        (lambda x: [x.numpy()], lambda batch: torch.from_numpy(batch[0])),
+    ],
+    ids=["slots", "slots in a dict", "slots in a dataclass", "deque", "array"],
+)
+def test_a_step_that_changes_its_batch_changes_a_copy_of_any_structure(
+    wrap: Callable[[Tensor], Any], read: Callable[[Any], Tensor]
+) -> None:
+    batch = wrap(torch.ones(4, 2))
+    changes = trials_of(Net(), batch=batch).find_use(StepCall(lambda m, b: mean(m, read(b).mul_(2)))).call
+    assert changes.mutates
+    changes.loss(Net(), batch)
+    assert torch.equal(read(batch), BATCH)
+    keeps = trials_of(Net(), batch=batch).find_use(StepCall(lambda m, b: mean(m, read(b) * 2))).call
+    assert not keeps.mutates
+    assert num_bytes(batch) == 32
 
 
 def test_weights_are_moved_and_put_back_whatever_happens() -> None:

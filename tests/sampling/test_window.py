@@ -83,9 +83,16 @@ def test_structures_of_batches_survive_and_stack(kind: str) -> None:
         ({"x": torch.zeros(4)}, {"y": torch.zeros(4)}, "differ in structure"),
         ((torch.zeros(4), "a"), (torch.zeros(4), "b"), "other values beside their tensors"),
         (("a",), ("a",), "hold no tensor"),
+        (*([torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])] for _ in range(2)), "hold nested tensors"),
         ((Pair(torch.zeros(4), torch.zeros(4)),) * 2 + (r"hold a Pair, .*torch\.export\.register_dataclass\(Pair\)",)),
     ],
 )
 def test_batches_that_do_not_stack(a: Any, b: Any, why: str) -> None:
     window = Window([a, b])
     assert re.search(why, window.unlike)
+
+
+def test_nested_tensors_have_as_many_samples_as_parts() -> None:
+    one, two = (torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)] * k) for k in (1, 2))
+    shares = Window([[one], [two], [two]]).shares
+    assert shares is not None and torch.allclose(shares, torch.tensor([0.2, 0.4, 0.4], dtype=torch.float64))

@@ -268,6 +268,17 @@ def test_what_cannot_be_measured_is_said(
         sweep([tmp_path / "a.pt"], config, here([]))
 
 
+def test_a_checkpoint_without_the_hyperparameters_of_its_module(config: SweepConfig, tmp_path: Path) -> None:
+    """As of a module that does not call ``save_hyperparameters``."""
+    stored = {"state_dict": runs.Model(0.1).state_dict(), "pytorch-lightning_version": "2.4.0", "global_step": 5}
+    torch.save(stored, tmp_path / "a.ckpt")
+    config.module, config.module_args = "tests.sweep.runs:Model", {}
+    with pytest.raises(ValueError, match=r"module_args={}: do not fit .*'lr'. Hyperparameters in .*a\.ckpt: none"):
+        sweep([tmp_path / "a.ckpt"], config, here([]))
+    config.module_args = {"lr": 0.1}
+    assert sweep([tmp_path / "a.ckpt"], config, here([])).measured == 1
+
+
 def test_files_that_are_no_checkpoints(config: SweepConfig, tmp_path: Path) -> None:
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     torch.save([1], tmp_path / "list.ckpt")
