@@ -91,7 +91,7 @@ class InfluenceEstimate:
         shrinkage: the power p of ``sign(rho) |rho|^p s_i s_q``; 1 where ``matrix`` is the plain covariance.
         rest_weight: how much of what the draws say beyond first order is in ``matrix``, 0 to 1: the James-Stein factor
             that leaves the smallest error, near 1 for many draws; 1 where nothing is known to first order
-            (no control variates). ``se`` is the error without it, an upper bound.
+            (no control variates). ``se`` is the error without it, or what it takes off an entry, where that is more.
         queries_are_train: the queries are samples of the training data.
         step, epoch, x, seconds, component: as in :class:`~lightning_slt.record.Estimate`.
         suspicion: ``[n_train]``, what :meth:`suspects` ranks by where the run has more than one firing, see

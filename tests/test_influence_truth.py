@@ -117,7 +117,8 @@ def test_the_errors_are_true_over_seeds() -> None:
 def test_the_weighted_rest_is_nearer_the_truth_than_the_plain_covariance(monkeypatch: pytest.MonkeyPatch) -> None:
     """40 seeds of the default size, each read both ways, where what lies beyond first order is of the size of its
     noise. Of no more than ten independent numbers (the products of four directions) the gain is small: a tenth of the
-    square error, the mean of 40 paired ratios whose standard deviation is 0.25. The reported error is an upper bound.
+    square error, the mean of 40 paired ratios whose standard deviation is 0.25. The reported error is no smaller than
+    that of the plain one.
     With 20,000 draws nearly all of the rest counts, and the matrix is within 5 %."""
     net, train, query = problem()
     settings = {"nbeta": NBETA, "localization": GAMMA, "num_chains": 16}
@@ -142,7 +143,7 @@ def test_the_weighted_rest_is_nearer_the_truth_than_the_plain_covariance(monkeyp
         bounds.append(float(found[0].se.square().sum()))
         weights.append(found[0].rest_weight)
         assert found[1].rest_weight == 1.0
-        torch.testing.assert_close(found[0].se, found[1].se)
+        assert bool((found[0].se >= found[1].se).all())
     ratio = torch.tensor(better)
     assert float(ratio.mean()) + 2 * float(ratio.std()) / 40**0.5 < 1.0, ratio
     assert sum(errors) < sum(bounds)

@@ -83,9 +83,21 @@ class Covariance:
         return Covariance(self.matrix * factor, self.se * factor, self.mean_x, self.mean_y, self.num_blocks)
 
     def plus(self, known: Optional[Tensor], weight: float = 1.0) -> Covariance:
-        """With a known part ``[n_y, n_x]`` added to ``weight`` times this one; the error stays that of weight 1."""
+        """With a known part ``[n_y, n_x]`` added to ``weight`` times this one.
+
+        The error stays that of weight 1 at the least. Where an entry stands out of its noise the weight takes more than
+        that off it, and ``se²`` is ``weight² se² + (1 - weight)² (m² - se²)``: noise and what is missing.
+        """
         matrix = self.matrix if known is None else torch.add(known, self.matrix, alpha=weight)
-        return Covariance(matrix, self.se, self.mean_x, self.mean_y, self.num_blocks)
+        se = self.se
+        if weight < 1:
+            se = se.clone()
+            for found, error in zip(self.matrix.split(COLUMNS), se.split(COLUMNS), strict=True):
+                square = error.square()
+                missing = (found.square() - square).clamp_(min=0)
+                whole = torch.add(weight**2 * square, missing, alpha=(1 - weight) ** 2)
+                error.copy_(torch.maximum(square, whole).sqrt_())
+        return Covariance(matrix, se, self.mean_x, self.mean_y, self.num_blocks)
 
     @property
     def stein_weight(self) -> float:
