@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lightning import LightningModule
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -330,6 +331,42 @@ def test_num_samples_is_n_where_the_data_has_another_length() -> None:
 def test_num_samples_out_of_range_is_named() -> None:
     with pytest.raises(ValueError, match=r"num_samples=1\b"):
         tiny(mlp(), Stream(), nbeta=None, num_samples=1)
+
+
+class OfRegression(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return mean_squared(self.net, batch)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("make", [mlp, OfRegression])
+def test_what_fabric_has_set_up_is_measured_as_it_was_before(make: Callable[[], nn.Module], precision: Any) -> None:
+    """A loader, a module and its weights, by the names that the user knows; n is that of the data."""
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
+    module, data = make(), DataLoader(regression(), batch_size=8, shuffle=True)
+    wrapped, loader = fabric.setup_module(module), fabric.setup_dataloaders(data)
+    loss_fn, names = (mean_squared, "0.*") if make is mlp else (None, "net.0.*")
+    settings: dict[str, Any] = {"loss_fn": loss_fn, "restrict": names, **TINY}
+    found = estimate_llc(wrapped, loader, weights=wrapped.state_dict(), **settings)
+    assert same(found, estimate_llc(module, data, **settings)) and found.num_samples == len(regression())
+    samples = estimate_influence(wrapped, loader, fabric.setup_dataloaders(DataLoader(regression(5))), **settings)
+    assert samples.matrix.shape == (5, len(regression()))
+
+
+def test_fabric_converts_what_its_module_in_half_precision_is_given() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-true")
+    loader = fabric.setup_dataloaders(DataLoader(regression(), batch_size=8))
+    assert tiny(fabric.setup_module(mlp()), loader).num_samples == len(regression())
+
+
+def test_loaders_of_fabric_in_a_list_are_told_apart_from_samples() -> None:
+    loaders = Fabric(accelerator="cpu", devices=1).setup_dataloaders(DataLoader(regression()), DataLoader(regression()))
+    with pytest.raises(TypeError, match="data: got 2 DataLoaders"):
+        tiny(mlp(), loaders)
 
 
 def test_seeds_that_are_negative_or_large_are_seeds() -> None:

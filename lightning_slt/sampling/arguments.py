@@ -9,6 +9,7 @@ from numbers import Integral
 from typing import Any, Optional
 
 import torch
+from lightning.fabric.wrappers import _FabricDataLoader, _FabricModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -110,7 +111,7 @@ def check_data(name: str, data: Any, num_samples: Optional[int] = None) -> None:
             f"{name}: got {type(data).__name__} with the keys {list(data)[:8]}, which is no dataset. Wrap its tensors "
             "in TensorDataset(X, Y), or choose one of the datasets in it."
         )
-    if isinstance(data, (tuple, list)) and data and all(isinstance(part, DataLoader) for part in data):
+    if isinstance(data, (tuple, list)) and data and all(isinstance(without_fabric(part), DataLoader) for part in data):
         raise TypeError(
             f"{name}: got {len(data)} DataLoaders. Give one of a ConcatDataset of their datasets, or an iterable of "
             "their batches with num_samples."
@@ -141,6 +142,18 @@ def _may_be_columns(data: Sequence[Any]) -> bool:
     return len({len(x) for x in data}) == 1 and len(data[0]) > len(data)
 
 
+def without_fabric(value: Any) -> Any:
+    """A module or a loader as it was before Lightning's Fabric set it up; anything else as it is.
+
+    Fabric's own module is not of the class that it holds, names the weights otherwise, and wants ``fabric.backward``;
+    its loader is no DataLoader. A module with weights in half precision stays: Fabric's converts what goes in and out.
+    """
+    if isinstance(value, _FabricModule):
+        half = any(p.dtype in (torch.bfloat16, torch.float16) for p in value.parameters())
+        return value if half else value.module
+    return value._dataloader if isinstance(value, _FabricDataLoader) else value
+
+
 def no_restriction(entry: Any, name: Optional[str] = None) -> TypeError:
     """What to say of an entry of ``restrict`` that names no weights.
 
@@ -158,4 +171,12 @@ def no_restriction(entry: Any, name: Optional[str] = None) -> TypeError:
     )
 
 
-__all__ = ["check_count", "check_data", "check_device", "check_module", "check_number", "no_restriction"]
+__all__ = [
+    "check_count",
+    "check_data",
+    "check_device",
+    "check_module",
+    "check_number",
+    "no_restriction",
+    "without_fabric",
+]

@@ -31,6 +31,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from lightning_slt.sampling.arguments import without_fabric
 from lightning_slt.sampling.counting import (
     batch_length,
     batch_size_of,
@@ -285,6 +286,7 @@ def source_of(
     Raises:
         ValueError: for no data; TypeError: for something that is no data.
     """
+    data = without_fabric(data)
     collate: Optional[Callable[[list[Any]], Any]] = None
     workers: Optional[int] = None
     move = to_device(device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_slt.sampling import steps
-from lightning_slt.sampling.arguments import check_device, check_module
+from lightning_slt.sampling.arguments import check_device, check_module, without_fabric
 from lightning_slt.sampling.borrowing import apart, as_interpreted, borrow, buffers_kept, prepare
 from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.restriction import Restriction, refuse_lazy, select_parameters
@@ -84,6 +84,7 @@ class Objective:
         weights: Optional[dict[str, Tensor]] = None,
         say: Optional[Callable[[str], None]] = None,
     ) -> None:
+        module = without_fabric(module)
         check_module("module", module)
         check_device("device", device)
         self._say = say or log.warning

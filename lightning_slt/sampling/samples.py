@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_slt.sampling.arguments import check_data
+from lightning_slt.sampling.arguments import check_data, without_fabric
 from lightning_slt.sampling.batches import MOST_SHUFFLED, DatasetSource, source_of
 from lightning_slt.sampling.counting import batch_size_of
 from lightning_slt.sampling.rng import CHOICE, generator
@@ -55,6 +55,7 @@ def indexed_source(
         f"{name}: {purpose} needs samples that can be asked for by number. Give a map-style Dataset (with __len__ and "
         "__getitem__), or a DataLoader over one without a batch sampler of its own."
     )
+    data = without_fabric(data)
     check_data(name, data)
     dataset = data.dataset if isinstance(data, DataLoader) else data
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
