@@ -156,6 +156,14 @@ class Reporting(KeepsHistory):
             "batch_size), or train for longer."
         )
 
+    def _warn_of_no_step(self, trainer: Trainer) -> None:
+        """The run was over before the first step that the schedule names: nothing else would say so."""
+        rank_zero_warn(
+            f"SLTMonitor({self._schedule}): nothing was measured: this run ended at step {self._last_step:,}, after "
+            f"{count_of(trainer.current_epoch, 'whole epoch')}, before the first firing. Name earlier steps, or none: then "
+            "20 firings are spread over the run."
+        )
+
     def _earn(self) -> float:
         """Credit the budget with the time since it was last credited, and return it.
 
