@@ -44,6 +44,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "wrong method": ({"method": "fast"}, r"method='fast'.*'auto', 'sequential' or 'batched'"),
     "no batch": ({"batch_size": 0}, r"batch_size=0.*at least 1"),
     "no loss": ({"loss_fn": None}, r"loss_fn is None.*Sequential.*loss_fn\(module, batch\)"),
+    "name of a loss": ({"loss_fn": "mse"}, r"loss_fn='mse': expected a function .*got str.*loss_fn\(module, batch\)"),
     "step without a loss": ({"loss_fn": lambda m, b: None}, r"None for every minibatch.*loss_fn\(module, batch\)"),
     "loss that is no tensor": ({"loss_fn": lambda m, b: 1.0}, r"the loss must be a tensor.*float"),
     "no samples": ({"num_samples": 0}, r"num_samples=0.*at least 1.*None"),

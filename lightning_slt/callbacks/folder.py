@@ -36,7 +36,8 @@ def run_folder(trainer: Trainer, resumed: Optional[Path], dirpath: Optional[str]
     if resumed is not None and (RunRecord(resumed).path.exists() or (resumed / FOLDER).exists()):
         return resumed
     if dirpath is not None:
-        return Path(dirpath) if prefix == "slt" else Path(dirpath) / prefix
+        folder = Path(dirpath).expanduser()
+        return folder if prefix == "slt" else folder / prefix
     logger = trainer.loggers[0] if trainer.loggers else None
     if logger is None or logger.version is None:
         return _local_root(trainer, trainer.default_root_dir) / prefix

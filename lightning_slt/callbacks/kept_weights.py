@@ -95,7 +95,8 @@ class KeptWeights:
             ring.load_state_dict(state)
             return ring
         if self._dirpath is not None:
-            folder = Path(self._dirpath) if prefix == "slt" else Path(self._dirpath) / prefix
+            named = Path(self._dirpath).expanduser()
+            folder = named if prefix == "slt" else named / prefix
         if folder is None:
             return None
         candidate, number = folder, 1

@@ -441,8 +441,11 @@ class SLTMonitor(InsideFirings):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._await_the_last(trainer, pl_module)
         self._finish(trainer, "finished")
-        tried = self.estimates or self._seconds > 0
-        if self._budget is not None and self._skipped and not tried and math.isfinite(self._budget.predicted_seconds):
+        if self.estimates or self._seconds > 0 or not self._last_step:
+            return
+        if not self._skipped:
+            self._warn_of_no_step(trainer)
+        elif self._budget is not None and math.isfinite(self._budget.predicted_seconds):
             self._warn_of_nothing(self._budget)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -127,8 +127,16 @@ class Reporting(KeepsHistory):
             self._close(trainer, status, publisher)
         finally:
             give_back(self.folder)
-        if self.estimates and self.folder is not None:
-            rank_zero_info(f"SLTMonitor: {count_of(len(self.estimates), 'estimate')} in {self.folder}")
+        if not self.estimates or self.folder is None:
+            return
+        count = count_of(len(self.estimates), "estimate")
+        if RunRecord(self.folder).path.exists():
+            rank_zero_info(f"SLTMonitor: {count} in {self.folder}")
+        elif trainer.is_global_zero:
+            rank_zero_warn(
+                f"SLTMonitor: {count} in monitor.estimates and in the loggers, and none in files: {self.folder} could "
+                "not be written. Name a folder that can be with dirpath=."
+            )
 
     def _close(self, trainer: Trainer, status: str, publisher: RunPublisher) -> None:
         if self._beside is not None:
@@ -151,6 +159,14 @@ class Reporting(KeepsHistory):
             f"cost about {predicted:.3g} s, which {predicted / budget.rate:.3g} s of training earn, and training "
             f"lasted {budget.trained_seconds:.3g} s. Raise max_overhead, make a firing cheaper (num_chains, num_draws, "
             "batch_size), or train for longer."
+        )
+
+    def _warn_of_no_step(self, trainer: Trainer) -> None:
+        """The run was over before the first step that the schedule names: nothing else would say so."""
+        rank_zero_warn(
+            f"SLTMonitor({self._schedule}): nothing was measured: this run ended at step {self._last_step:,}, after "
+            f"{count_of(trainer.current_epoch, 'whole epoch')}, before the first firing. Name earlier steps, or "
+            "none: then 20 firings are spread over the run."
         )
 
     def _earn(self) -> float:

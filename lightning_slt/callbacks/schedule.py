@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Optional
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral
+from typing import Any, Optional
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from lightning_slt.sampling.arguments import check_count
 
 DEFAULT_LOG_SPACED = 20
 """Firings of a run where nothing is said: close together at first, when structure is built fast."""
@@ -53,6 +56,22 @@ def steps_of_run(trainer: Trainer) -> Optional[int]:
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
 
+def _named_steps(at_steps: Any) -> tuple[int, ...]:
+    """The steps in their order, each once.
+
+    Raises:
+        TypeError: for anything but a list of whole numbers, whose parts would be other steps.
+    """
+    if isinstance(at_steps, str) or not isinstance(at_steps, Iterable):
+        raise TypeError(f"at_steps={at_steps!r}: expected a list of steps, such as [0, 100, 1000].")
+    steps = list(at_steps)
+    for step in steps:
+        if not isinstance(step, Integral) or isinstance(step, bool):
+            kind = type(step).__name__
+            raise TypeError(f"at_steps={steps}: expected whole numbers, got {step!r}, which is a {kind}. Give ints.")
+    return tuple(sorted({int(step) for step in steps}))
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Which optimiser steps and epochs are measured.
@@ -64,6 +83,7 @@ class Schedule:
         log_spaced: this many steps over the run, log-spaced.
 
     Raises:
+        TypeError: for what is no whole number.
         ValueError: for a number below 1 (below 0 in ``at_steps``).
     """
 
@@ -74,11 +94,21 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("every_n_train_steps", "every_n_epochs", "log_spaced"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1, or None to leave it out.")
+            check_count(name, getattr(self, name), otherwise=", or None to leave it out")
         if self.at_steps is not None and any(step < 0 for step in self.at_steps):
             raise ValueError(f"at_steps={list(self.at_steps)}: steps must not be negative.")
+
+    def __str__(self) -> str:
+        """What was asked for, as it is written.
+
+        Example:
+            >>> print(Schedule.build(500, None, None, None))
+            every_n_train_steps=500
+        """
+        asked = [(f.name, getattr(self, f.name)) for f in fields(self)]
+        return ", ".join(
+            f"{name}={list(value) if name == 'at_steps' else value}" for name, value in asked if value is not None
+        )
 
     @staticmethod
     def build(
@@ -88,7 +118,7 @@ class Schedule:
         log_spaced: Optional[int],
     ) -> Schedule:
         """A schedule; log-spaced over the run where nothing is given."""
-        steps = tuple(sorted({int(s) for s in at_steps})) if at_steps is not None else None
+        steps = _named_steps(at_steps) if at_steps is not None else None
         if every_n_train_steps is None and every_n_epochs is None and steps is None and log_spaced is None:
             log_spaced = DEFAULT_LOG_SPACED
         return Schedule(every_n_train_steps, every_n_epochs, steps, log_spaced)

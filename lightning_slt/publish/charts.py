@@ -152,6 +152,8 @@ def history_figure(estimates: Sequence[Estimate], transitions: Sequence[Transiti
 
     top.fill_between(steps[valid], (llc - error)[valid], (llc + error)[valid], color=_GOOD, alpha=0.18, lw=0)
     top.plot(steps[valid], llc[valid], "-o", color=_GOOD, lw=1.8, ms=5, mec="white", mew=0.6, label="LLC ± 1.96 se")
+    if valid.sum() == 1:  # a band of no width cannot be seen
+        top.errorbar(steps[valid], llc[valid], error[valid], fmt="none", ecolor=_GOOD, elinewidth=1.4, alpha=0.5)
     if doubtful.any():
         top.errorbar(steps[doubtful], llc[doubtful], error[doubtful], fmt="none", ecolor=_BAD, elinewidth=1, alpha=0.5)
         top.plot(steps[doubtful], llc[doubtful], "o", color=_BAD, mfc="white", ms=6, mew=1.6, label="not valid")
@@ -259,7 +261,7 @@ def _headline(figure: Figure, estimate: Estimate) -> None:
     else:
         verdict = "NOT VALID: " + ("; ".join(estimate.reasons) or "no reason given")
     # textwrap, since matplotlib's own wrapping is not known until the figure is drawn
-    lines = textwrap.wrap(verdict, 140, max_lines=2, placeholder=" …")
+    lines = textwrap.wrap(verdict, 125, max_lines=2, placeholder=" …")
     figure.text(
         0.075, 0.9, "\n".join(lines), ha="left", va="top", fontsize=9.5, color=_MUTED if estimate.valid else _BAD
     )

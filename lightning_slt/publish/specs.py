@@ -42,6 +42,9 @@ from lightning_slt.publish.spec_parts import (
     with_x,
 )
 
+SHAPES: Spec = {"domain": list(STATES), "range": ["circle", "diamond", "triangle-down", "triangle-up", "cross"]}
+"""How a point of each state is marked: one that lies beyond the frame is a triangle on it, not where it would be."""
+
 
 def curve(
     scale: Scale = "linear",
@@ -108,7 +111,6 @@ def curve(
         "scale": {"domain": list(STATES), "range": ["@good", "@bad", "@bad", "@bad", "@bad"]},
         "legend": {"title": None, "orient": "top", "symbolStrokeWidth": 2, "symbolOpacity": 1, "values": "@states"},
     }
-    shapes = ["circle", "diamond", "triangle-down", "triangle-up", "cross"]
     names = [
         layer(
             {"type": "text", "align": "center", "baseline": "bottom", "dy": -4, "fontWeight": "bold"},
@@ -160,7 +162,7 @@ def curve(
                         "shape": {
                             "field": column("state"),
                             "type": "nominal",
-                            "scale": {"domain": list(STATES), "range": shapes},
+                            "scale": SHAPES,
                         },
                         "fill": {
                             **colour,
@@ -244,7 +246,7 @@ def components(scale: Scale = "linear") -> Spec:
                         "y": y,
                         "color": {"condition": {"test": valid, "value": "@good"}, "value": "@bad"},
                         "fill": {"condition": {"test": valid, "value": "@good"}, "value": "@paper"},
-                        "shape": {"condition": {"test": valid, "value": "circle"}, "value": "diamond"},
+                        "shape": {"field": "state", "type": "nominal", "scale": SHAPES, "legend": None},
                         "tooltip": plain_tooltip("words"),
                     },
                 ),

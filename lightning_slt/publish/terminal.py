@@ -17,7 +17,7 @@ from lightning_slt.publish.render import clean
 from lightning_slt.publish.run import MonitorRecord, Run
 from lightning_slt.publish.words import (
     KIND_WORDS,
-    cost_sentence,
+    cost_of,
     count_of,
     diagnosis,
     diagnostics,
@@ -52,7 +52,7 @@ def story(run: Run, rows: int = 20) -> RenderableType:
     for found in (_transitions(monitor), _suspects(monitor)):
         parts += [found] if found is not None else []
     parts.append(_diagnostics(run))
-    cost = cost_sentence(monitor.estimates)
+    cost = cost_of(run)
     parts += [Text(cost)] if cost else []
     spaced: list[RenderableType] = []
     for part in parts:

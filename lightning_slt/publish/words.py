@@ -155,7 +155,7 @@ def headline(run: Run) -> list[str]:
             f"Beside it {listed([m.name for m in others])} {'was' if len(others) == 1 else 'were'} measured."
         )
     sentences += [suspects] if suspects else []
-    cost = cost_sentence(monitor.estimates)
+    cost = cost_of(run)
     sentences += [cost] if cost else []
     if monitor.status == "failed":
         sentences.append("The run did not end well: training stopped on an error, or its process died.")
@@ -466,14 +466,22 @@ def pairs_sentence(influence: InfluenceEstimate) -> str:
     )
 
 
-def cost_sentence(estimates: Sequence[Estimate]) -> str:
-    """What measuring took."""
-    seconds = [e.seconds for e in estimates if math.isfinite(e.seconds)]
-    if not seconds:
+def seconds_of(run: Run) -> float:
+    """What measuring took in this run, all its monitors together; NaN where no record says."""
+    spent = [e.seconds for monitor in run.monitors for e in monitor.estimates if math.isfinite(e.seconds)]
+    return sum(spent) if spent else math.nan
+
+
+def cost_of(run: Run) -> str:
+    """What measuring took, all the monitors of the run together."""
+    seconds = seconds_of(run)
+    if not math.isfinite(seconds):
         return ""
-    text = f"Measuring took {duration(sum(seconds))} in all"
-    share = next((e.overhead for e in reversed(estimates) if math.isfinite(e.overhead)), math.nan)
-    if math.isfinite(share):
+    text = f"Measuring took {duration(seconds)} in all"
+    # each counts its own firings alone, against the same clock
+    newest = [[e.overhead for e in m.estimates if math.isfinite(e.overhead)][-1:] for m in run.monitors]
+    if any(newest):
+        share = min(sum(each[0] for each in newest if each), 1.0)
         text += f", {share:.0%} of the run's wall-clock" if share >= 0.01 else f", {share:.1%} of the run's wall-clock"
     return text + "; training itself was left as it was."
 

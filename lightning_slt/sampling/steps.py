@@ -88,11 +88,16 @@ def loss_function(module: nn.Module, loss_fn: Optional[LossFn] = None) -> LossFn
 
 
 def _refuse_criterion(loss_fn: Any) -> None:
-    """A loss of outputs and targets knows nothing of a module and a batch.
+    """A loss of outputs and targets knows nothing of a module and a batch; what cannot be called is none at all.
 
     Raises:
         TypeError: with how it is wrapped.
     """
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn={loss_fn!r}: expected a function of the module and a batch, got {type(loss_fn).__name__}. Give "
+            "loss_fn(module, batch) -> loss, or leave it None for the module's training_step."
+        )
     is_module = isinstance(loss_fn, nn.Module) and type(loss_fn).__module__.startswith("torch.nn.")
     if not is_module and getattr(loss_fn, "__module__", None) != "torch.nn.functional":
         return

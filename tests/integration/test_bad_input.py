@@ -46,6 +46,12 @@ OF_ANOTHER_KIND: dict[str, tuple[dict[str, Any], str]] = {
     "text for chains": ({"num_chains": "2"}, r"num_chains='2': expected a whole number, got str"),
     "a float for draws": ({"num_draws": 20.0}, r"num_draws=20\.0: expected a whole number, got float"),
     "text for a batch": ({"batch_size": "10"}, r"batch_size='10': expected a whole number, got str"),
+    "text for a cadence": ({"every_n_train_steps": "5"}, r"every_n_train_steps='5': expected a whole number, got str"),
+    "a float for a cadence": ({"every_n_train_steps": 1.5}, r"every_n_train_steps=1\.5: expected a whole number"),
+    "a bool for a cadence": ({"every_n_epochs": True}, r"every_n_epochs=True: expected a whole number, got bool"),
+    "one step for steps": ({"at_steps": 5}, r"at_steps=5: expected a list of steps, such as"),
+    "text for steps": ({"at_steps": "5,10"}, r"at_steps='5,10': expected a list of steps, such as"),
+    "half a step": ({"at_steps": [2, 1.5]}, r"at_steps=\[2, 1\.5\]: expected whole numbers, got 1\.5.*float"),
     "a sampler's name": ({"sampler": "SGLD"}, r"sampler='SGLD': .*SGLD\(\)"),
     "a sampler's class": ({"sampler": SGLD}, r"sampler=SGLD: is a class.*SGLD\(\)"),
     "a tensor to restrict": ({"restrict": torch.zeros(3, 2)}, r"restrict: got a Tensor.*name of the parameter"),
@@ -93,6 +99,37 @@ def test_module_with_nothing_to_move_is_refused(restrict: Any, tmp_path: Path) -
 
     with pytest.raises(MisconfigurationException, match="requires_grad"):
         Scenario(frozen, loaders).run(tmp_path, tiny_monitor(restrict=restrict))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        ({"every_n_train_steps": 500}, "every_n_train_steps=500"),
+        ({"at_steps": [50, 100], "every_n_epochs": 9}, r"every_n_epochs=9, at_steps=\[50, 100\]"),
+        ({"at_steps": [50], "max_overhead": 0.05}, r"at_steps=\[50\]"),
+    ],
+    ids=["cadence", "steps", "budget"],
+)
+def test_a_run_that_is_over_before_its_first_firing_says_so(
+    schedule: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match=rf"SLTMonitor\({said}\): nothing was measured: .* at step 4, .*spread over"):
+        trace = Scenario(Plain, loaders, lambda: {"max_steps": 4}).run(tmp_path, SLTMonitor(**schedule, **TINY))
+    assert trace.trainer.global_step == 4
+
+
+def test_a_run_whose_firings_failed_is_not_said_to_have_had_none(tmp_path: Path) -> None:
+    def fails(module: Any, batch: Any) -> torch.Tensor:
+        raise RuntimeError("no loss today")
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Scenario(Plain, loaders, lambda: {"max_steps": 4}).run(
+            tmp_path, SLTMonitor(at_steps=[2], loss_fn=fails, **TINY)
+        )
+    texts = [str(warning.message) for warning in caught]
+    assert any("no loss today" in text for text in texts)
+    assert not any("nothing was measured" in text for text in texts)
 
 
 def test_no_data_leaves_the_run_to_lightning(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Optional
 import pytest
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
+from lightning_slt import TransitionMonitor
 from lightning_slt.record import RunRecord
 from tests.integration.harness import RecordingLogger, Scenario, SLTMonitor, assert_same, steps_of, tiny_monitor
 from tests.integration.models import Net, loaders, with_validation
@@ -131,10 +132,22 @@ def test_logger_that_raises_costs_nothing(tmp_path: Path) -> None:
 def test_folder_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file where the folder should be")
     monitor = tiny_monitor(dirpath=str(tmp_path / "taken"))
-    with pytest.warns(UserWarning, match="local"):
+    with pytest.warns(UserWarning, match="local") as caught:
         trace = Scenario(Net, loaders).run(tmp_path, monitor)
     assert trace.num_batches == 12
     assert steps_of(monitor) == [4, 8, 12]
+    assert any("3 estimates" in str(w.message) and "with dirpath=" in str(w.message) for w in caught)
+
+
+def test_a_folder_below_the_home_is_not_one_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    monitor, watching = tiny_monitor(dirpath="~/slt"), TransitionMonitor(dirpath="~/kept")
+    Scenario(Net, loaders).run(tmp_path, monitor, watching)
+    assert monitor.folder == tmp_path / "home" / "slt"
+    assert len(list(RunRecord(monitor.folder).read())) == 3
+    assert len(list((tmp_path / "home" / "kept" / "snapshots").iterdir())) == 3
+    assert not (tmp_path / "~").exists()
 
 
 # --------------------------------------------------------------------------------------------------------------- wandb

@@ -69,6 +69,21 @@ def test_history_marks_invalid_points_and_passes_them_by():
     assert top.get_xlim() == bottom.get_xlim()
 
 
+def test_an_estimate_alone_has_its_error_in_the_history():
+    alone = make_estimate(mean=12.0, se=0.5, step=200)
+    top, _ = history_figure([make_estimate(mean=math.nan, step=100, valid=False), alone]).axes
+    bars = [path.vertices.tolist() for each in top.collections for path in each.get_paths()]
+    assert [[200.0, 12.0 - 0.98], [200.0, 12.0 + 0.98]] in bars
+
+
+def test_long_reasons_stay_within_the_picture():
+    reasons = ("chains wandered: mean motion was much more than a minimum allows, near 1,000 momenta",) * 4
+    figure = chains_figure(make_estimate(reasons=reasons))
+    pixels(figure)
+    for text in figure.texts:
+        assert text.get_window_extent().x1 < 1000
+
+
 def test_points_beyond_the_frame_are_marked_on_it():
     estimates = [
         make_estimate(mean=float(m), step=100 * k, valid=k > 2) for k, m in enumerate((-90, -80, 500, 5, 6, 7))

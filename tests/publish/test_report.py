@@ -14,8 +14,11 @@ import pytest
 
 from lightning_slt.cli import main
 from lightning_slt.publish import RunPublisher
+from lightning_slt.publish.chart_rows import component_rows
 from lightning_slt.publish.html import report_html
 from lightning_slt.publish.run import load_run
+from lightning_slt.publish.spec_parts import ABOVE, BELOW, VALID
+from lightning_slt.publish.specs import components
 from tests.publish.helpers import make_estimate
 from tests.publish.recorded import DIVERGED, HOSTILE, write_run
 
@@ -78,6 +81,17 @@ def test_components_transitions_energies_and_samples_are_all_there(page: str) ->
     rules = [r for r in data["charts"]["curve"]["datasets"]["rows"] if r["row"] == "transition"]
     assert [(r["step"], r["end"], r["kind"]) for r in rules] == [(280.0, 330.0, "A")]
     assert len(data["samples"]) == 20
+
+
+def test_a_component_beyond_its_frame_is_marked_as_such() -> None:
+    """Cut at the frame, it would else look as if it were there."""
+    estimates = [make_estimate(mean=mean, step=10 * k, valid=k > 1) for k, mean in enumerate((-90.0, 400.0, 5.0, 6.0))]
+    states = [row["state"] for row in component_rows("attn", estimates)]
+    assert states == [BELOW, ABOVE, VALID, VALID]
+    points = components()["spec"]["layer"][-1]["encoding"]["shape"]
+    marks = dict(zip(points["scale"]["domain"], points["scale"]["range"], strict=True))
+    assert points["field"] == "state"
+    assert [marks[state] for state in states] == ["triangle-down", "triangle-up", "circle", "circle"]
 
 
 def test_a_monitor_whose_chains_are_lost_is_not_to_be_chosen(tmp_path: Path) -> None:

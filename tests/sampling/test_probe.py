@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections import UserDict
 from collections.abc import Callable
 from typing import Any
@@ -71,6 +72,36 @@ def total(probe: Probe, weights: Tensor) -> Tensor:
 
 def per_sample(module: nn.Module, batch: Any) -> Tensor:
     return functional.cross_entropy(module(batch[0]), batch[1], reduction="none")
+
+
+class Flash(LightningModule):
+    """Attention by the kernel of the CPU, which has no batching rule, and a warning of the user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(8, 8), nn.Linear(8, 8)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        warnings.warn("an old habit", stacklevel=1)
+        x = self.embed(batch[0]).view(len(batch[0]), -1, 2, 4).transpose(1, 2)
+        x = functional.scaled_dot_product_attention(x, x, x, is_causal=True).transpose(1, 2).flatten(2)
+        return functional.cross_entropy(self.head(x).flatten(0, 1), batch[1].flatten())
+
+
+def test_the_user_is_not_asked_to_report_what_torch_cannot_batch() -> None:
+    numbers = torch.randint(8, (12, 6), generator=gen(0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        probe = probe_of(seeded(Flash), TensorDataset(numbers[:, :-1], numbers[:, 1:]))
+        total(probe, elsewhere(probe))
+        gradients = probe.gradients(10**9)
+    assert probe.method == "vmap" and gradients is not None
+    texts = {str(warning.message) for warning in caught}
+    assert "an old habit" in texts
+    assert not any("performance drop" in text for text in texts)
+    attend = torch.vmap(lambda x: functional.scaled_dot_product_attention(x, x, x, is_causal=True))
+    with pytest.warns(UserWarning, match="performance drop"):  # others are told as before
+        attend(torch.randn(3, 1, 2, 5, 4))
 
 
 # ------------------------------------------------------------------------------------------ three ways, one answer

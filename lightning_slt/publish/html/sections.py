@@ -13,7 +13,7 @@ from lightning_slt.publish.html.data import MAX_POINTS, with_influence
 from lightning_slt.publish.influence_tables import pair_rows
 from lightning_slt.publish.run import MonitorRecord, Run
 from lightning_slt.publish.words import (
-    cost_sentence,
+    cost_of,
     count_of,
     diagnosis,
     diagnostics,
@@ -23,6 +23,7 @@ from lightning_slt.publish.words import (
     number,
     offline_only,
     pairs_sentence,
+    seconds_of,
     signed,
     transition_sentences,
     transition_title,
@@ -100,9 +101,8 @@ def _overview(run: Run, title: str) -> Section:
     source = with_influence(run)
     if source is not None:
         tiles.append(_tile(f"{len(source.influences[-1].train_index):,}", "samples whose influence was read"))
-    spent = [e.seconds for e in estimates if math.isfinite(e.seconds)]
-    if spent:
-        tiles.append(_tile(duration(sum(spent)), "spent measuring"))
+    if math.isfinite(seconds_of(run)):
+        tiles.append(_tile(duration(seconds_of(run)), "spent measuring"))
     story = "".join(f"<li>{_t(sentence)}</li>" for sentence in headline(run))
     markup = (
         f'<section id="overview"><h1>{_t(title)}</h1><p class="under">Structure over training: the local learning '
@@ -308,7 +308,7 @@ def _sample(index: int, samples: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def _cost(run: Run, charts: Mapping[str, Any]) -> Optional[Section]:
-    sentence = cost_sentence(run.main.estimates)
+    sentence = cost_of(run)
     if not sentence:
         return None
     return _section("cost", "Cost", "What measuring cost", f"<p>{_t(sentence)}</p>", _place("cost", charts))
