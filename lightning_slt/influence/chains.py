@@ -17,7 +17,7 @@ from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
-from lightning_slt.sampling.kinetic import COLD_BURNIN, STEP, KineticSampling, MakeSampler, run_kinetic
+from lightning_slt.sampling.kinetic import STEP, Beginning, KineticSampling, MakeSampler, run_kinetic
 from lightning_slt.sampling.metric import curvature_at
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged
@@ -56,7 +56,7 @@ class InfluenceChains:
         return self._kinetic() if self.settings.sampler is None else self._of_sampler()
 
     def _of_sampler(self) -> InfluenceEstimate:
-        drawn, chains = self._run(None, False)
+        drawn, chains = self._run(None, Beginning())
         good = ~diverged(drawn.segment, chains.posterior.nbeta, len(self.objective.anchor))
         reasons, notes = fit_for_covariances(drawn, chains)
         reasons += misfit_of_sum(self.objective, self.train, chains.posterior.nbeta)
@@ -65,7 +65,7 @@ class InfluenceChains:
     def _kinetic(self) -> InfluenceEstimate:
         ran = run_kinetic(self.objective, self.train, self.settings.seed, self._propose, self._run)
         found = self._read(ran.drawn, ran.chains, ran.good)
-        found = found.with_verdict(ran.cooled.reasons(), ran.cooled.notes(self.train.batch_size))
+        found = found.with_verdict(ran.reasons(), ran.cooled.notes(self.train.batch_size))
         if self.nbeta is not None or self.localization is not None:
             return found
         reader, method = self._make_reader(), ran.chains.method
@@ -80,14 +80,13 @@ class InfluenceChains:
         reader.control_with(sampling)
         return sampling
 
-    def _run(self, make_sampler: Optional[MakeSampler], cold: bool) -> tuple[Drawn, Chains]:
-        """Args: ``cold``, they start from ``w*``, not spread over the posterior as far as it is known."""
+    def _run(self, make_sampler: Optional[MakeSampler], beginning: Beginning) -> tuple[Drawn, Chains]:
         settings = self.settings
         if make_sampler is not None:
-            settings = dataclasses.replace(settings, sampler=KineticLangevin(STEP**2))
-        if cold:
+            burnin = beginning.burnin(settings.num_burnin_steps or 0)
+            settings = dataclasses.replace(settings, sampler=KineticLangevin(STEP**2), num_burnin_steps=burnin)
+        if beginning.cold:
             self._reader = None
-            settings = dataclasses.replace(settings, num_burnin_steps=max(settings.num_burnin_steps or 0, COLD_BURNIN))
         return run_chains(
             self.objective,
             self.train,
@@ -95,7 +94,7 @@ class InfluenceChains:
             make_reader=self._make_reader,
             read_every=settings.num_steps_bw_draws or 1,
             make_sampler=make_sampler,
-            spread=not cold,
+            spread=not beginning.cold,
         )
 
     def _make_reader(self) -> InfluenceReader:

@@ -77,7 +77,7 @@ def estimate_influence(
         localization: None for ``d / (0.35 |w*|)²`` (with nbeta given: ``2.5 x mean curvature x nbeta``).
         num_chains: independent chains.
         num_draws: readings of each.
-        num_burnin_steps: steps before the first.
+        num_burnin_steps: steps before the first; more where chains are seen to be on their way from the weights still.
         num_steps_bw_draws: steps between them.
         batch_size: of the chains; None for all the data up to 2,048 samples, else 512 or the DataLoader's where larger.
         weights: a ``state_dict`` (or a Lightning checkpoint with one) to study in place of the module's weights.

@@ -14,7 +14,7 @@ from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
-from lightning_slt.sampling.kinetic import COLD_BURNIN, KineticSampling, MakeSampler, run_kinetic
+from lightning_slt.sampling.kinetic import Beginning, KineticSampling, MakeSampler, run_kinetic
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.sums import misfit_of_sum
 
@@ -45,8 +45,8 @@ def with_wide_means(
     assert sampling.sampler.lr is not None
     wide = KineticSampling.of(posterior, sampling.curvature, sampling.sampler.lr)
 
-    def run(make_sampler: MakeSampler, cold: bool) -> tuple[Drawn, Chains]:
-        burnin = COLD_BURNIN if cold else WIDE_BURNIN
+    def run(make_sampler: MakeSampler, beginning: Beginning) -> tuple[Drawn, Chains]:
+        burnin = beginning.burnin(WIDE_BURNIN)
         return run_chains(
             objective,
             train,
@@ -56,7 +56,7 @@ def with_wide_means(
             make_reader=lambda: lambda weights, slopes: reader.train_losses(weights),
             read_every=settings.num_steps_bw_draws or 1,
             make_sampler=make_sampler,
-            spread=not cold,
+            spread=not beginning.cold,
         )
 
     ran = run_kinetic(objective, train, settings.seed, lambda *_: wide, run, max_shortenings=MAX_SHORTENINGS)
@@ -70,7 +70,7 @@ def with_wide_means(
         return found
     mean, error = mean_and_error(losses)
     misfit = misfit_of_sum(objective, train, ran.chains.posterior.nbeta)
-    said = (*ran.cooled.reasons(), *ran.cooled.notes(train.batch_size), *misfit)
+    said = (*ran.reasons(), *ran.cooled.notes(train.batch_size), *misfit)
     return found.replace(
         notes=(*found.notes, *(f"mean_loss: {note}" for note in said)),
         mean_loss=found.init_loss + mean,

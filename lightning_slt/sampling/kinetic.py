@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
+from lightning_slt.functional.shared_course import shared_course
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
@@ -32,6 +33,9 @@ SHORTENING = 0.5
 COLD_BURNIN = 40
 """Steps from ``w*``, where the Gaussian of the curvature is no start: it may reach out to where the loss is far
 steeper."""
+MORE_BURNIN = (24, 96)
+"""Steps of burn-in beyond those that are asked for, at the second and the third try, where chains are seen to be on
+their way from ``w*`` still: weights may be many widths of the posterior from its mean."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +56,27 @@ Propose = Callable[[Chains, list[int], torch.Generator], KineticSampling]
 """From the chains at ``w*``, the numbers of the minibatches that may be looked at, and a stream of random numbers to
 the sampling with the longest step. It is asked for once before every try."""
 MakeSampler = Callable[[Chains], tuple[LocalPosterior, Sampler]]
-Run = Callable[[MakeSampler, bool], tuple[Drawn, Chains]]
-"""One try: from what makes the sampler of the chains at ``w*``, and whether they have to start there, to what they
-showed."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """How the chains of a try begin.
+
+    Attributes:
+        cold: at ``w*``, and not at draws of the Gaussian of the curvature.
+        more: steps of burn-in beyond those asked for.
+    """
+
+    cold: bool = False
+    more: int = 0
+
+    def burnin(self, steps: int) -> int:
+        """Steps before the first reading, of those that are asked for."""
+        return (max(steps, COLD_BURNIN) if self.cold else steps) + self.more
+
+
+Run = Callable[[MakeSampler, Beginning], tuple[Drawn, Chains]]
+"""One try: from what makes the sampler of the chains at ``w*``, and how they begin, to what they showed."""
 Left = Callable[[int, float, bool], None]
 """Told how many chains left the region, at which share of the time step, and whether a shorter one is tried."""
 
@@ -69,6 +91,7 @@ class KineticRun:
         good: ``[num_chains]`` bool, chains that stayed in the region.
         sampling: with the step they were made with.
         cooled: what the minibatches allowed, before chains left.
+        course: share of what was read that is still the way from ``w*``; 0 where that is not seen.
     """
 
     drawn: Drawn
@@ -76,6 +99,17 @@ class KineticRun:
     good: Tensor
     sampling: KineticSampling
     cooled: Cooled
+    course: float = 0.0
+
+    def reasons(self) -> tuple[str, ...]:
+        """Why covariances over these draws are not those of the posterior; empty where nothing says so."""
+        if not self.course:
+            return self.cooled.reasons()
+        way = (
+            f"{self.course:.0%} of the variance is the way that all chains take from these weights, which are far from "
+            "the posterior's mean: more num_burnin_steps"
+        )
+        return (*self.cooled.reasons(), way)
 
 
 def _log(count: int, share: float, again: bool) -> None:
@@ -93,7 +127,7 @@ def run_kinetic(
     max_shortenings: int = MAX_SHORTENINGS,
 ) -> KineticRun:
     """Run kinetic chains, with a shorter step where minibatches would heat them, and again with half of it as long as
-    any of them leave the region.
+    any of them leave the region, or with a longer burn-in where their readings show that they are still on their way.
 
     Args:
         objective: the loss.
@@ -106,8 +140,9 @@ def run_kinetic(
     """
     cooled: list[Cooled] = []
     samplings: list[KineticSampling] = []
-    for shortenings in range(max_shortenings + 1):
-        share = SHORTENING**shortenings
+    shortenings, longer = 0, 0
+    while True:
+        share, course = SHORTENING**shortenings, 0.0
 
         def make_sampler(chains: Chains, share: float = share) -> tuple[LocalPosterior, Sampler]:
             batches = list(source.window(0).anchor_loss)
@@ -120,12 +155,18 @@ def run_kinetic(
             samplings.append(dataclasses.replace(wanted, sampler=cooled[0].shorter(share)))
             return samplings[-1].posterior, samplings[-1].sampler
 
-        drawn, chains = run(make_sampler, shortenings > 0)
+        drawn, chains = run(make_sampler, Beginning(shortenings > 0, (0, *MORE_BURNIN)[longer]))
         good = ~diverged(drawn.segment, chains.posterior.nbeta, len(objective.anchor))
         if bool(good.all()):
-            break
-        again = shortenings < max_shortenings
-        left(int((~good).sum()), share, again)
-        if again:
-            source.forget()
-    return KineticRun(drawn, chains, good, samplings[-1], cooled[0])
+            course = shared_course(drawn.segment.read) if drawn.segment.read is not None else 0.0
+            again = course > 0 and longer < len(MORE_BURNIN)
+            longer += 1
+        else:
+            again = shortenings < max_shortenings
+            left(int((~good).sum()), share, again)
+            shortenings += 1
+        if not again:
+            return KineticRun(drawn, chains, good, samplings[-1], cooled[0], course)
+        if course > 0:
+            log.info(f"{course:.0%} of the readings' variance is the way from w*: a longer burn-in")
+        source.forget()

@@ -14,9 +14,8 @@ from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.collective import Collective
-from lightning_slt.sampling.kinetic import COLD_BURNIN, STEP, KineticSampling, MakeSampler, run_kinetic
+from lightning_slt.sampling.kinetic import STEP, Beginning, KineticRun, KineticSampling, MakeSampler, run_kinetic
 from lightning_slt.sampling.metric import curvature_at
-from lightning_slt.sampling.minibatch_heat import Cooled
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.samplers import KineticLangevin
 from lightning_slt.susceptibility.shift import ShiftReader
@@ -30,7 +29,7 @@ def run_component(
     settings: ChainSettings,
     collective: Collective,
     make_reader: Callable[[], ShiftReader],
-) -> tuple[Drawn, Chains, Optional[Cooled]]:
+) -> tuple[Drawn, Chains, Optional[KineticRun]]:
     """The sampler that was asked for; else kinetic Langevin, with a shorter step where minibatches would heat it or
     chains leave the region, and what there is to say of that."""
     between = settings.num_steps_bw_draws or BETWEEN
@@ -51,14 +50,14 @@ def run_component(
             proposed.append(KineticSampling.of(posterior, curvature))
         return proposed[0]
 
-    def run(make_sampler: MakeSampler, cold: bool) -> tuple[Drawn, Chains]:
+    def run(make_sampler: MakeSampler, beginning: Beginning) -> tuple[Drawn, Chains]:
         chosen = dataclasses.replace(
             settings,
             sampler=KineticLangevin(STEP**2),
             nbeta=nbeta,
             localization=gamma,
             num_steps_bw_draws=between,
-            num_burnin_steps=max(burnin, COLD_BURNIN) if cold else burnin,
+            num_burnin_steps=beginning.burnin(burnin),
         )
         return run_chains(
             objective,
@@ -68,8 +67,8 @@ def run_component(
             make_reader=make_reader,
             read_every=between,
             make_sampler=make_sampler,
-            spread=not cold,
+            spread=not beginning.cold,
         )
 
     ran = run_kinetic(objective, source, settings.seed, propose, run)
-    return ran.drawn, ran.chains, ran.cooled
+    return ran.drawn, ran.chains, ran

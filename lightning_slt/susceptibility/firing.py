@@ -106,12 +106,12 @@ def _measure(
         readers.append(ShiftReader(objective, shift, settings.seed))
         return readers[-1]
 
-    drawn, chains, cooled = run_component(objective, source, settings, collective, make_reader)
+    drawn, chains, ran = run_component(objective, source, settings, collective, make_reader)
     index = readers[-1].shifted.index
     group = shift.groups_of(index)
     found = read_component(name, drawn.segment, chains.posterior, len(objective.anchor), index, group)
-    if cooled is not None:
-        reasons, notes = cooled.reasons(), cooled.notes(source.batch_size)
+    if ran is not None:
+        reasons, notes = ran.reasons(), ran.cooled.notes(source.batch_size)
     else:
         reasons, notes = fit_for_covariances(drawn, chains)
     misfits = (*misfit_of_eval(objective), *misfit_of_sum(objective, source, chains.posterior.nbeta))

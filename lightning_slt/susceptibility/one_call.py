@@ -67,7 +67,8 @@ def estimate_susceptibility(
         localization: None for ``d / |w*|²`` of the component within [1, 100].
         num_chains: independent chains of each component.
         num_draws: readings of each.
-        num_burnin_steps: None for 8 (with a sampler given: until the trace is flat).
+        num_burnin_steps: None for 8, and more where chains are seen to be on their way from the weights still (with a
+            sampler given: until the trace is flat).
         num_steps_bw_draws: steps between readings; None for 2.
         batch_size: None for all the data up to 2,048 samples; of more, for that of the loader, 512 at the least.
         weights: a ``state_dict`` (or a Lightning checkpoint with one) to study in place of the module's weights.

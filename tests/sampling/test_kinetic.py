@@ -12,7 +12,17 @@ from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.sampling.budget import Drawn
-from lightning_slt.sampling.kinetic import MAX_SHORTENINGS, STEP, KineticRun, KineticSampling, MakeSampler, run_kinetic
+from lightning_slt.sampling.kinetic import (
+    COLD_BURNIN,
+    MAX_SHORTENINGS,
+    MORE_BURNIN,
+    STEP,
+    Beginning,
+    KineticRun,
+    KineticSampling,
+    MakeSampler,
+    run_kinetic,
+)
 from lightning_slt.sampling.metric import Curvature
 from lightning_slt.sampling.minibatch_heat import ALLOWED
 from lightning_slt.sampling.segment import Segment
@@ -22,12 +32,14 @@ SAMPLING = KineticSampling.of(POSTERIOR, Curvature(torch.tensor([3.0]), torch.ey
 
 
 class Tries:
-    """Chains that leave the region for a number of tries, and what they were run with."""
+    """Chains that leave the region for a number of tries, or are on their way for so many, and what they were run
+    with."""
 
-    def __init__(self, leaving: int, slope: float = 0.0) -> None:
-        self.leaving, self.slope = leaving, slope
+    def __init__(self, leaving: int, slope: float = 0.0, on_their_way: int = 0) -> None:
+        self.leaving, self.slope, self.on_their_way = leaving, slope, on_their_way
         self.steps: list[float] = []
         self.cold: list[bool] = []
+        self.more: list[int] = []
         self.said: list[tuple[int, float, bool]] = []
         self.forgotten = self.proposed = 0
 
@@ -39,16 +51,20 @@ class Tries:
     def gradients(self, weights: Tensor, batches: Any) -> Tensor:
         return 3 * weights + self.slope * batches[0]
 
-    def run(self, make_sampler: MakeSampler, cold: bool) -> tuple[Any, Any]:
+    def run(self, make_sampler: MakeSampler, beginning: Beginning) -> tuple[Any, Any]:
         chains: Any = SimpleNamespace(gradients=self.gradients, posterior=POSTERIOR)
         posterior, sampler = make_sampler(chains)
         assert posterior is POSTERIOR and sampler.lr is not None
         level = 1e6 if len(self.steps) < self.leaving else 0.0
         self.steps.append(math.sqrt(sampler.lr))
-        self.cold.append(cold)
+        self.cold.append(beginning.cold)
+        self.more.append(beginning.more)
         zeros = torch.zeros(3, 8, dtype=torch.float64)
         difference = zeros + torch.tensor([[level], [level], [0.0]])
-        return Drawn(Segment([0, 1, 2], difference, zeros, zeros, zeros, {}), sampler.lr, 0, 1), chains
+        scatter = torch.randn(8, 20, 4, generator=torch.Generator().manual_seed(0))
+        way = 9 * torch.exp(-torch.arange(20.0) / 3)[:, None]
+        read = scatter + way if len(self.steps) - self.leaving <= self.on_their_way else scatter
+        return Drawn(Segment([0, 1, 2], difference, zeros, zeros, zeros, {}, read=read), sampler.lr, 0, 1), chains
 
     def left(self, count: int, share: float, again: bool) -> None:
         self.said.append((count, share, again))
@@ -92,3 +108,22 @@ def test_what_minibatches_allow_is_measured_once_and_shortened_further_where_cha
     found = tries.outcome()
     assert found.cooled.shortened and found.cooled.heat == pytest.approx(ALLOWED, rel=0.01)
     assert tries.steps[0] < STEP and tries.steps[1] == pytest.approx(tries.steps[0] / 2)
+
+
+@pytest.mark.parametrize(("ways", "tries"), [(0, 1), (1, 2), (2, 3), (9, 3)])
+def test_chains_that_are_on_their_way_burn_in_for_longer_and_are_not_valid_where_that_does_not_end(
+    ways: int, tries: int
+) -> None:
+    run = Tries(leaving=0, on_their_way=ways)
+    found = run.outcome()
+    assert run.more == [0, *MORE_BURNIN][:tries] and run.cold == [False] * tries and run.forgotten == tries - 1
+    assert run.steps == pytest.approx([STEP] * tries) and not run.said
+    assert (found.course > 0.5) == (ways > 2)
+    assert any("more num_burnin_steps" in reason for reason in found.reasons()) == (ways > 2)
+
+
+def test_chains_that_have_left_and_are_on_their_way_then_start_at_the_weights_for_longer() -> None:
+    run = Tries(leaving=1, on_their_way=1)
+    found = run.outcome()
+    assert run.cold == [False, True, True] and run.more == [0, 0, MORE_BURNIN[0]] and not found.reasons()
+    assert Beginning(True, 24).burnin(6) == COLD_BURNIN + 24 and Beginning(False, 24).burnin(6) == 30
