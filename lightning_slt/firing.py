@@ -46,12 +46,14 @@ class Course:
         method: how chains are computed; ``"sequential"`` from the first firing on that had to be.
         warm_start: chains start from the displacements of an earlier firing.
         memory: those displacements, and the step size.
+        method_reason: why chains go one after another from some firing on, where nobody asked for it.
     """
 
     localization: Optional[float] = None
     method: str = "auto"
     warm_start: bool = True
     memory: ChainMemory = field(default_factory=ChainMemory)
+    method_reason: str = ""
 
     def measure(
         self,
@@ -89,7 +91,10 @@ class Course:
             self.memory = ChainMemory(lr=self.memory.lr)
         if estimate.method == "sequential":
             # it always works, so it stays: another path rounds otherwise, and points would not share their noise
-            self.method = "sequential"
+            if self.method != "sequential":
+                self.method, self.method_reason = "sequential", estimate.method_reason
+            elif self.method_reason:
+                estimate = estimate.replace(method_reason=self.method_reason)
         return estimate, influence
 
     def settle(self, anchor: Tensor, layout: Optional[Layout] = None) -> None:
@@ -104,10 +109,16 @@ class Course:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors; displacements only where they are small."""
-        return {"localization": self.localization, "method": self.method, "memory": self.memory.state_dict()}
+        return {
+            "localization": self.localization,
+            "method": self.method,
+            "method_reason": self.method_reason,
+            "memory": self.memory.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there; what is not in it stays."""
         self.localization = state["localization"]
         self.method = state.get("method", self.method)
+        self.method_reason = state.get("method_reason", "")
         self.memory.load_state_dict(state["memory"])
