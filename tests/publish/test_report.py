@@ -18,7 +18,7 @@ from lightning_slt.publish.chart_rows import component_rows
 from lightning_slt.publish.html import report_html
 from lightning_slt.publish.run import load_run
 from lightning_slt.publish.spec_parts import ABOVE, BELOW, VALID
-from lightning_slt.publish.specs import components
+from lightning_slt.publish.specs import components, curve
 from tests.publish.helpers import make_estimate
 from tests.publish.recorded import DIVERGED, HOSTILE, write_run
 
@@ -120,6 +120,15 @@ def test_of_a_long_run_some_estimates_are_drawn_and_that_is_said(
     assert len(charts["components"]["datasets"]["rows"]) == 33
     assert len({row["step"] for row in charts["diagnostics"]["datasets"]["rows"]}) == 11
     assert "Of 41 estimates 11 are drawn; all are in history.csv." in text
+
+
+def test_points_of_a_long_run_are_small_where_they_are_valid() -> None:
+    layers = curve(points=1000)["vconcat"][0]["layer"]
+    (size,) = [part["encoding"]["size"] for part in layers if part.get("params")]
+    assert size["condition"]["test"].endswith(f"=== '{VALID}'") and size["condition"]["value"] < 10
+    assert size["value"] > 20
+    assert f"'{VALID}'" in components(points=1000)["spec"]["layer"][-1]["encoding"]["size"]["condition"]["test"]
+    assert curve(points=100) == curve() and components(points=50) == components()
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
