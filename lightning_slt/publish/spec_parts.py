@@ -55,6 +55,8 @@ DIAGNOSTICS: Mapping[str, Optional[float]] = {
 COSTS = ("seconds of a firing", "share of the run so far")
 TRAJECTORIES = ("mean loss over the posterior", "self-influence")
 
+WHOLE, FEW_DIGITS = ",.12~g", ",~r"
+"""Formats of counts and of measured numbers: the library's own has a row of zeros where an axis has one value."""
 ROOMY = 100
 """Points of a line that are told apart at their full size."""
 
@@ -103,7 +105,7 @@ def frame(measure: str, scale: Scale, limit: Optional[float], zero: bool = False
         [],
         {
             "x": steps(scale, "step"),
-            "y": {**y, "axis": {"tickCount": 4, "format": ",~r"}},
+            "y": {**y, "axis": {"tickCount": 4, "format": FEW_DIGITS}},
             "tooltip": plain_tooltip("words"),
         },
     )
@@ -164,6 +166,8 @@ def steps(scale: Scale, field: str, title: Optional[str] = "optimiser step") -> 
         "log": {"type": "log", "nice": False},
         "symlog": {"type": "symlog", "constant": "@first", "nice": False},
     }
+    if scale == "linear":
+        axis["format"] = WHOLE
     if scale == "symlog":
         axis["values"] = "@ticks"  # the library's own are those of a linear axis, all at one end
     return {"field": field, "type": "quantitative", "scale": {**kinds[scale], "padding": 8}, "axis": axis}

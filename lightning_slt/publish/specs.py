@@ -21,12 +21,14 @@ from lightning_slt.publish.spec_parts import (
     CATEGORIES,
     COSTS,
     DIAGNOSTICS,
+    FEW_DIGITS,
     INVALID,
     LEFT_OUT,
     LIGHT,
     SCHEMA,
     STATES,
     VALID,
+    WHOLE,
     Scale,
     Spec,
     column,
@@ -103,7 +105,13 @@ def curve(
         ),
     ]
     rules = [*(spans if transitions else []), *(changes if boundaries else [])]
-    llc = {"field": column("llc"), "type": "quantitative", "title": "LLC", "scale": {"zero": False}}
+    llc = {
+        "field": column("llc"),
+        "type": "quantitative",
+        "title": "LLC",
+        "scale": {"zero": False},
+        "axis": {"format": FEW_DIGITS},
+    }
     band = {
         "x": x,
         "y": {**llc, "field": column("low")},
@@ -198,7 +206,7 @@ def curve(
         "type": "quantitative",
         "title": "loss",
         "scale": {"type": "log"} if log_loss else {"zero": False},
-        "axis": {"tickCount": 4, "grid": not log_loss, "format": "~g" if log_loss else ",~r"},
+        "axis": {"tickCount": 4, "grid": not log_loss, "format": "~g" if log_loss else FEW_DIGITS},
     }
     below = steps(scale, column("step"))
     bottom = {
@@ -239,7 +247,13 @@ def components(scale: Scale = "linear", points: int = 0) -> Spec:
     """
     valid = f"datum.state === '{VALID}'"
     x = steps(scale, "step")
-    y = {"field": "llc", "type": "quantitative", "title": "LLC", "scale": {"zero": False}}
+    y = {
+        "field": "llc",
+        "type": "quantitative",
+        "title": "LLC",
+        "scale": {"zero": False},
+        "axis": {"format": FEW_DIGITS},
+    }
     return {
         "$schema": SCHEMA,
         "description": "The learning coefficient of every component over training.",
@@ -334,7 +348,7 @@ def chains(running: bool = True, band: bool = True) -> Spec:
                         "field": column("draw"),
                         "type": "quantitative",
                         "title": "draw",
-                        "axis": {"grid": False, "tickCount": 8},
+                        "axis": {"grid": False, "tickCount": 8, "format": WHOLE},
                     },
                     "y": y,
                     "color": {

@@ -6,9 +6,11 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +20,7 @@ from lightning_slt.publish.chart_rows import component_rows
 from lightning_slt.publish.html import report_html
 from lightning_slt.publish.run import load_run
 from lightning_slt.publish.spec_parts import ABOVE, BELOW, VALID
-from lightning_slt.publish.specs import components, curve
+from lightning_slt.publish.specs import components, cost, curve, diagnostics
 from tests.publish.helpers import make_estimate
 from tests.publish.recorded import DIVERGED, HOSTILE, write_run
 
@@ -129,6 +131,25 @@ def test_points_of_a_long_run_are_small_where_they_are_valid() -> None:
     assert size["value"] > 20
     assert f"'{VALID}'" in components(points=1000)["spec"]["layer"][-1]["encoding"]["size"]["condition"]["test"]
     assert curve(points=100) == curve() and components(points=50) == components()
+
+
+def axes_of(spec: Any) -> Iterator[Any]:
+    """The axes of measured numbers and of counts in a spec."""
+    if isinstance(spec, list):
+        for part in spec:
+            yield from axes_of(part)
+    elif isinstance(spec, dict):
+        for name, part in spec.items():
+            if name in ("x", "y") and "type" in part and part.get("axis", {}).get("labels", True):
+                yield part.get("axis", {})
+            yield from axes_of(part)
+
+
+@pytest.mark.parametrize("spec", [curve(), components(), diagnostics(), cost()], ids=["curve", "parts", "diag", "cost"])
+def test_an_axis_of_one_value_has_no_row_of_zeros(spec: Any) -> None:
+    """The library writes 100.000000 and 12.0000000 where nothing is said of the format."""
+    axes = list(axes_of(spec))
+    assert axes and all(axis.get("format") in (",.12~g", ",~r") for axis in axes)
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
