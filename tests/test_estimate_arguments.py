@@ -114,6 +114,17 @@ def test_an_argument_of_another_kind_is_named_with_the_remedy(call: str, changes
         calls[call]()
 
 
+def _forgets_its_loss(module: nn.Module, batch: Any) -> None:
+    mean_squared(module, batch)
+
+
+@pytest.mark.parametrize("call", [estimate_llc, estimate_influence])
+def test_a_loss_function_that_returns_none_is_named_itself(call: Any) -> None:
+    with pytest.raises(ValueError, match=r"loss_fn=_forgets_its_loss: returned None .*Return it") as caught:
+        call(mlp(), regression(), loss_fn=_forgets_its_loss, **TINY)
+    assert "training_step" not in str(caught.value) and "Give loss_fn" not in str(caught.value)
+
+
 def test_a_parameter_to_restrict_is_named() -> None:
     module = mlp()
     with pytest.raises(TypeError, match=r"restrict: got a Parameter.*restrict='0\.weight'"):
