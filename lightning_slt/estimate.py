@@ -111,6 +111,7 @@ def tolerance_settings(tolerance: float | str | None) -> dict[str, float]:
 
     Raises:
         ValueError: for text that is not a percentage, or a number that is not positive.
+        TypeError: for neither of the two.
 
     Example:
         >>> tolerance_settings("5%"), tolerance_settings(0.5), tolerance_settings(None)
@@ -119,6 +120,12 @@ def tolerance_settings(tolerance: float | str | None) -> dict[str, float]:
     if tolerance is None:
         return {}
     if not isinstance(tolerance, str):
+        check_number("tolerance", tolerance)
+        if not (math.isfinite(tolerance) and tolerance > 0):
+            raise ValueError(
+                f"tolerance={tolerance}: the standard error to reach, in units of the LLC, must be positive; leave it "
+                "None for 3 % of it."
+            )
         return {"tolerance_llc": float(tolerance)}
     try:
         share = float(tolerance.strip().removesuffix("%")) / 100

@@ -41,6 +41,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no steps a draw": ({"num_steps_bw_draws": 0}, r"num_steps_bw_draws=0.*at least 1.*None"),
     "negative nbeta": ({"nbeta": -1.0}, r"nbeta=-1\.0.*positive.*None"),
     "negative localization": ({"localization": -1.0}, r"localization=-1\.0.*negative.*None"),
+    "no tolerance": ({"tolerance": 0}, r"^tolerance=0: .*positive.*None"),
+    "infinite tolerance": ({"tolerance": math.inf}, r"^tolerance=inf: .*positive.*None"),
     "wrong method": ({"method": "fast"}, r"method='fast'.*'auto', 'sequential' or 'batched'"),
     "no batch": ({"batch_size": 0}, r"batch_size=0.*at least 1"),
     "no loss": ({"loss_fn": None}, r"loss_fn is None.*Sequential.*loss_fn\(module, batch\)"),
