@@ -43,13 +43,18 @@ def check_count(name: str, value: Any, least: int = 1, otherwise: str = "", opti
         raise ValueError(f"{name}={value}: must be at least {least}{otherwise}.")
 
 
-def check_number(name: str, value: Any) -> None:
-    """Refuse what is no number. None is let through.
+def check_number(name: str, value: Any, optional: bool = True) -> None:
+    """Refuse what is no number.
+
+    Args:
+        optional: None is let through.
 
     Raises:
         TypeError: for text, a bool or anything else that is none.
     """
-    if value is not None and (isinstance(value, (str, bool)) or not hasattr(value, "__float__")):
+    if value is None and optional:
+        return
+    if isinstance(value, (str, bool)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}. Give a float.")
 
 
