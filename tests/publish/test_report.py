@@ -173,6 +173,18 @@ def test_the_command_writes_one_file_where_it_is_told(tmp_path: Path, capsys: py
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["page.html"]
 
 
+@pytest.mark.parametrize("output", ["", "file/report.html"], ids=["a folder", "a file for a folder"])
+def test_an_output_that_cannot_be_written_is_named(
+    output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path / "run", firings=2, draws=4)
+    (tmp_path / "file").write_text("")
+    assert main(["report", str(folder), "-o", str(tmp_path / output)]) == 1
+    said = capsys.readouterr().err
+    assert str(tmp_path / output) in said and "-o" in said and "such as" in said
+    assert ".tmp" not in said and "Errno" not in said
+
+
 def test_a_folder_without_a_record_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "none")]) == 1
     assert "none': no such folder" in capsys.readouterr().err
