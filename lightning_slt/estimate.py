@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.anchor import open_window
-from lightning_slt.sampling.arguments import check_count, check_data, check_number
+from lightning_slt.sampling.arguments import check_count, check_data, check_flag, check_number
 from lightning_slt.sampling.batches import MinibatchSource, source_of
 from lightning_slt.sampling.budget import MAX_STEPS_BW_DRAWS, Budget, Drawn
 from lightning_slt.sampling.calibration import draw
@@ -353,6 +353,7 @@ def estimate_llc(
     )
     check_count("batch_size", batch_size)
     check_count("num_samples", num_samples, otherwise=", or None to take it from the data")
+    check_flag("full_batch", full_batch)
     check_data("data", data, num_samples)
     seed = settings.seed
     # a validation hook of Lightning's runs in inference mode, in which there are no gradients

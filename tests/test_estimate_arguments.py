@@ -98,6 +98,8 @@ OF_ANOTHER_KIND: dict[str, tuple[dict[str, Any], str]] = {
     "True for a seed": ({"seed": True}, r"seed=True: expected a whole number, got bool"),
     "True for chains": ({"num_chains": True}, r"num_chains=True: expected a whole number, got bool"),
     "True for nbeta": ({"nbeta": True}, r"nbeta=True: expected a number, got bool"),
+    "text for a flag": ({"full_batch": "yes"}, r"full_batch='yes': expected True or False, got str"),
+    "a number for a flag": ({"full_batch": 2}, r"full_batch=2: expected True or False, got int"),
     "text for nbeta": ({"nbeta": "10"}, r"nbeta='10': expected a number, got str"),
 }
 

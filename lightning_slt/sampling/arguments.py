@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from lightning.fabric.wrappers import _FabricDataLoader, _FabricModule
 from torch import Tensor, nn
@@ -56,6 +57,16 @@ def check_number(name: str, value: Any, optional: bool = True) -> None:
         return
     if isinstance(value, (str, bool)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}. Give a float.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False, such as text, which is always true. None is let through.
+
+    Raises:
+        TypeError: naming what it is.
+    """
+    if value is not None and not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}={value!r}: expected True or False, got {type(value).__name__}. Give a bool.")
 
 
 def check_module(name: str, module: Any) -> None:
@@ -180,6 +191,7 @@ __all__ = [
     "check_count",
     "check_data",
     "check_device",
+    "check_flag",
     "check_module",
     "check_number",
     "no_restriction",
