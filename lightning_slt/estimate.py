@@ -71,7 +71,9 @@ class ChainSettings:
     def __post_init__(self) -> None:
         for name in ("num_chains", "num_draws"):
             check_count(name, getattr(self, name), optional=False)
-        check_count("seed", self.seed, -(2**64), optional=False)
+        check_count("seed", self.seed, -(2**63), optional=False)
+        if self.seed >= 2**64:  # generators take 64 bits, and would give the numbers of another seed
+            raise ValueError(f"seed={self.seed}: must be below 2**64. Give a smaller one.")
         for name, least in (("num_burnin_steps", 0), ("num_steps_bw_draws", 1)):
             check_count(name, getattr(self, name), least, ", or None to have it chosen")
         for name in ("num_chains", "num_draws", "num_burnin_steps", "num_steps_bw_draws", "seed"):
