@@ -369,8 +369,9 @@ def load(source: Source, overrides: Sequence[str] = (), *, schema: type[Any] = M
 
     Raises:
         ValueError: for an unknown key, a wrong type or a missing value, naming the key, the value and the keys that
-            exist there; for an override that is not ``key=value``; for a file that is no YAML mapping.
+            exist there; for an override that is not ``key=value``; for a file that is no YAML mapping; for a folder.
         FileNotFoundError: where there is no such file.
+        TypeError: for a source that is neither a path nor a mapping.
 
     Example:
         >>> load({"num_chains": 8}, ["num_draws=50", "sampler.lr=1e-5"]).sampler

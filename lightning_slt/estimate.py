@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.anchor import open_window
-from lightning_slt.sampling.arguments import check_count, check_data, check_number
+from lightning_slt.sampling.arguments import check_count, check_data, check_flag, check_number
 from lightning_slt.sampling.batches import MinibatchSource, source_of
 from lightning_slt.sampling.budget import MAX_STEPS_BW_DRAWS, Budget, Drawn
 from lightning_slt.sampling.calibration import draw
@@ -71,7 +71,9 @@ class ChainSettings:
     def __post_init__(self) -> None:
         for name in ("num_chains", "num_draws"):
             check_count(name, getattr(self, name), optional=False)
-        check_count("seed", self.seed, -(2**64), optional=False)
+        check_count("seed", self.seed, -(2**63), optional=False)
+        if self.seed >= 2**64:  # generators take 64 bits, and would give the numbers of another seed
+            raise ValueError(f"seed={self.seed}: must be below 2**64. Give a smaller one.")
         for name, least in (("num_burnin_steps", 0), ("num_steps_bw_draws", 1)):
             check_count(name, getattr(self, name), least, ", or None to have it chosen")
         for name in ("num_chains", "num_draws", "num_burnin_steps", "num_steps_bw_draws", "seed"):
@@ -111,6 +113,7 @@ def tolerance_settings(tolerance: float | str | None) -> dict[str, float]:
 
     Raises:
         ValueError: for text that is not a percentage, or a number that is not positive.
+        TypeError: for neither of the two.
 
     Example:
         >>> tolerance_settings("5%"), tolerance_settings(0.5), tolerance_settings(None)
@@ -119,6 +122,12 @@ def tolerance_settings(tolerance: float | str | None) -> dict[str, float]:
     if tolerance is None:
         return {}
     if not isinstance(tolerance, str):
+        check_number("tolerance", tolerance)
+        if not (math.isfinite(tolerance) and tolerance > 0):
+            raise ValueError(
+                f"tolerance={tolerance}: the standard error to reach, in units of the LLC, must be positive; leave it "
+                "None for 3 % of it."
+            )
         return {"tolerance_llc": float(tolerance)}
     try:
         share = float(tolerance.strip().removesuffix("%")) / 100
@@ -346,6 +355,7 @@ def estimate_llc(
     )
     check_count("batch_size", batch_size)
     check_count("num_samples", num_samples, otherwise=", or None to take it from the data")
+    check_flag("full_batch", full_batch)
     check_data("data", data, num_samples)
     seed = settings.seed
     # a validation hook of Lightning's runs in inference mode, in which there are no gradients

@@ -204,6 +204,7 @@ class InfluenceEstimate:
 
         Raises:
             IndexError: where there is no such row.
+            ValueError: for a negative ``k``.
         """
         return self._ranked(query, k, min_z, descending=True)
 
@@ -214,6 +215,7 @@ class InfluenceEstimate:
     def suspects(self, k: int = 20) -> list[int]:
         """Columns of the likeliest mislabels and outliers: the ``k`` largest posterior mean losses, largest first; over
         all firings of a run so far, where there is ``suspicion``."""
+        _check_number_of(k)
         score = self.mean_loss if self.suspicion is None else self.suspicion
         return score.argsort(descending=True, stable=True)[:k].tolist()
 
@@ -228,6 +230,7 @@ class InfluenceEstimate:
 
         The covariance finds large losses instead of duplicates, so it is not used here.
         """
+        _check_number_of(k)
         row = self.correlation[self._row(query)].clone()
         row[self._same()[query]] = -math.inf
         order = row.argsort(descending=True, stable=True)[:k]
@@ -239,6 +242,7 @@ class InfluenceEstimate:
         return query
 
     def _ranked(self, query: int, k: int, min_z: float, descending: bool) -> list[tuple[int, float, float]]:
+        _check_number_of(k)
         row = self.matrix[self._row(query)]
         allowed = (row > 0 if descending else row < 0) & ~self._same()[query]
         allowed &= self.z[query].abs() >= min_z
@@ -313,6 +317,12 @@ class InfluenceEstimate:
     def __repr__(self) -> str:
         shape = tuple(self.matrix.shape)
         return f"InfluenceEstimate(matrix={shape}, valid={self.valid}, step={self.step})"
+
+
+def _check_number_of(k: int) -> None:
+    """Refuse a negative number, which would be read as all but so many."""
+    if k < 0:
+        raise ValueError(f"k={k}: must be at least 0, how many are wanted at the most.")
 
 
 def suspicion_of(firings: Sequence[InfluenceEstimate]) -> Optional[Tensor]:

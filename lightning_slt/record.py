@@ -191,7 +191,11 @@ class Estimate:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Estimate:
-        """The inverse of :meth:`state_dict`; keys of a newer version are passed over."""
+        """The inverse of :meth:`state_dict`; keys of a newer version are passed over.
+
+        Raises:
+            KeyError, TypeError, ValueError: where it is no estimate.
+        """
         names = {f.name for f in dataclasses.fields(cls)}
         values = {k: v for k, v in state.items() if k in names}
         values |= {k: math.inf for k in MAY_BE_INFINITE if values.get(k) == INFINITE}
@@ -204,6 +208,8 @@ class Estimate:
         for f in dataclasses.fields(cls):
             if f.type in ("float",) and values.get(f.name) is None and f.name in values:
                 values[f.name] = math.nan
+            if f.name in values and f.type in ("int", "float", "Optional[int]", "Optional[float]"):
+                values[f.name] = _number(f.name, values[f.name], f.type)
         return cls(**values)
 
     def __str__(self) -> str:
@@ -227,6 +233,22 @@ def _finite_or_none(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite_or_none(v) for v in value]
     return value
+
+
+def _number(name: str, value: Any, kind: str) -> Any:
+    """A number of a record, which another tool may have written as text, or a whole one with a point.
+
+    Raises:
+        TypeError, ValueError: where it is none.
+    """
+    if value is None and kind.startswith("Optional"):
+        return None
+    number = float(value) if "float" in kind or isinstance(value, float) else int(value)
+    if "int" not in kind:
+        return number
+    if number != number // 1:  # NaN and infinity too
+        raise ValueError(f"{name}={value!r} is no whole number")
+    return int(number)
 
 
 def _is_cut_off(file: BinaryIO) -> bool:
@@ -316,13 +338,13 @@ class RunRecord:
         """The lines that are estimates, and what they say."""
         if not self.path.exists():
             return
-        # what is no text is no line of ours
-        with open(self.path, encoding="utf-8", errors="replace") as file:
+        # what is no text is no line of ours; another tool may have put its mark at the beginning
+        with open(self.path, encoding="utf-8-sig", errors="replace") as file:
             for line in file:
                 line = line.rstrip("\n")
                 try:
                     found = json.loads(line)
-                except json.JSONDecodeError:
+                except ValueError:  # also of a number of thousands of digits
                     continue
                 if not isinstance(found, dict):
                     continue

@@ -56,6 +56,11 @@ def _read(source: Source) -> DictConfig:
         raw: Any = OmegaConf.create(OmegaConf.to_container(source, resolve=True))
     elif isinstance(source, Mapping):
         raw = OmegaConf.create(dict(source))
+    elif not isinstance(source, (str, os.PathLike)):
+        kind = type(source).__name__
+        raise TypeError(f"source={source!r}: expected settings, got {kind}. Give the path of a YAML file, or a dict.")
+    elif not os.fspath(source) or os.path.isdir(source):
+        raise ValueError(f"source={os.fspath(source)!r}: is no file. Give the path of a YAML file, or a dict.")
     else:
         where = str(Path(source))
         try:

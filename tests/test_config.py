@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,18 @@ def test_text_that_is_no_settings(tmp_path: Path) -> None:
             load(path)
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("source", [None, [], 3])
+def test_a_source_of_another_kind(source: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^source={re.escape(repr(source))}: .*YAML file, or a dict"):
+        load(source)
+
+
+@pytest.mark.parametrize("source", ["", "."])
+def test_a_source_that_is_no_file(source: str) -> None:
+    with pytest.raises(ValueError, match=rf"^source='{re.escape(source)}': is no file.*YAML file, or a dict"):
+        load(source)
 
 
 # ------------------------------------------------------------------------------------------------------- a whole run

@@ -41,6 +41,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no steps a draw": ({"num_steps_bw_draws": 0}, r"num_steps_bw_draws=0.*at least 1.*None"),
     "negative nbeta": ({"nbeta": -1.0}, r"nbeta=-1\.0.*positive.*None"),
     "negative localization": ({"localization": -1.0}, r"localization=-1\.0.*negative.*None"),
+    "a seed beyond 64 bits": ({"seed": 2**70}, rf"^seed={2**70}: must be below 2\*\*64"),
+    "a seed far below zero": ({"seed": -(2**64)}, rf"^seed=-{2**64}: must be at least"),
+    "no tolerance": ({"tolerance": 0}, r"^tolerance=0: .*positive.*None"),
+    "infinite tolerance": ({"tolerance": math.inf}, r"^tolerance=inf: .*positive.*None"),
     "wrong method": ({"method": "fast"}, r"method='fast'.*'auto', 'sequential' or 'batched'"),
     "no batch": ({"batch_size": 0}, r"batch_size=0.*at least 1"),
     "no loss": ({"loss_fn": None}, r"loss_fn is None.*Sequential.*loss_fn\(module, batch\)"),
@@ -96,6 +100,8 @@ OF_ANOTHER_KIND: dict[str, tuple[dict[str, Any], str]] = {
     "True for a seed": ({"seed": True}, r"seed=True: expected a whole number, got bool"),
     "True for chains": ({"num_chains": True}, r"num_chains=True: expected a whole number, got bool"),
     "True for nbeta": ({"nbeta": True}, r"nbeta=True: expected a number, got bool"),
+    "text for a flag": ({"full_batch": "yes"}, r"full_batch='yes': expected True or False, got str"),
+    "a number for a flag": ({"full_batch": 2}, r"full_batch=2: expected True or False, got int"),
     "text for nbeta": ({"nbeta": "10"}, r"nbeta='10': expected a number, got str"),
 }
 
@@ -112,6 +118,17 @@ def test_an_argument_of_another_kind_is_named_with_the_remedy(call: str, changes
     }
     with pytest.raises(TypeError, match=message):
         calls[call]()
+
+
+def _forgets_its_loss(module: nn.Module, batch: Any) -> None:
+    mean_squared(module, batch)
+
+
+@pytest.mark.parametrize("call", [estimate_llc, estimate_influence])
+def test_a_loss_function_that_returns_none_is_named_itself(call: Any) -> None:
+    with pytest.raises(ValueError, match=r"loss_fn=_forgets_its_loss: returned None .*Return it") as caught:
+        call(mlp(), regression(), loss_fn=_forgets_its_loss, **TINY)
+    assert "training_step" not in str(caught.value) and "Give loss_fn" not in str(caught.value)
 
 
 def test_a_parameter_to_restrict_is_named() -> None:

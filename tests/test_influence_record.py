@@ -113,6 +113,13 @@ def test_most_helpful_and_most_harmful_by_their_number_in_the_dataset() -> None:
             e.top(row)
 
 
+@pytest.mark.parametrize("method", ["top", "bottom", "suspects", "nearest"])
+def test_a_negative_number_of_samples_is_refused(method: str) -> None:
+    with pytest.raises(ValueError, match=r"^k=-1: must be at least 0"):
+        getattr(estimate(), method)(k=-1)
+    assert getattr(estimate(), method)(k=0) == []
+
+
 def test_a_limit_on_z_leaves_out_what_chance_makes() -> None:
     """z is 8, -4, 2 and 0 in the first row; a value at the limit stays."""
     e = estimate()

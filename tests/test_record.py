@@ -141,7 +141,7 @@ def test_a_last_line_cut_off_by_a_crash_is_passed_over_and_does_not_swallow_the_
     assert [e.step for e in record.read()] == [10, 30]
 
 
-@pytest.mark.parametrize("line", ["{}", '{"step": 3, "mean": 1.0}', '{"per_chain": 3}', "[1]", "3"])
+@pytest.mark.parametrize("line", ["{}", '{"step": 3, "mean": 1.0}', '{"per_chain": 3}', "[1]", "3", "9" * 5000])
 def test_a_line_that_is_no_estimate_is_passed_over(line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     record = RunRecord(tmp_path)
     record.append(estimate(10))
@@ -152,6 +152,40 @@ def test_a_line_that_is_no_estimate_is_passed_over(line: str, tmp_path: Path, ca
     assert ("no estimate" in caplog.text) is line.startswith("{")
     record.drop_after(20)
     assert len(record.path.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("step", ["7", 7.0])
+def test_a_step_that_another_tool_wrote_otherwise_is_read(step: Any, tmp_path: Path) -> None:
+    record = RunRecord(tmp_path)
+    record.append(estimate(7))
+    line = {**json.loads(record.path.read_text()), "step": step, "mean": "1.5"}
+    record.path.write_text(json.dumps(line) + "\n")
+    (found,) = record.read()
+    assert (found.step, type(found.step), found.mean) == (7, int, 1.5)
+    assert found.trace.numel()
+
+
+@pytest.mark.parametrize("changes", [{"step": "a"}, {"step": 2.5}, {"step": math.inf}, {"step": [3]}, {"mean": "a"}])
+def test_a_line_with_a_number_that_is_none_is_passed_over(
+    changes: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = RunRecord(tmp_path)
+    record.append(estimate(7))
+    line = json.dumps({**json.loads(record.path.read_text()), **changes})
+    with open(record.path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    assert [e.step for e in record.read()] == [7]
+    assert "no estimate" in caplog.text
+
+
+def test_a_mark_at_the_beginning_of_the_file_costs_no_line(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path)
+    record.append(estimate(10))
+    record.append(estimate(20))
+    record.path.write_bytes(b"\xef\xbb\xbf" + record.path.read_bytes())
+    assert [e.step for e in record.read()] == [10, 20]
+    record.drop_after(20)
+    assert [e.step for e in record.read()] == [10, 20]
 
 
 def test_a_line_without_its_line_end_is_whole_and_stays_so(tmp_path: Path) -> None:

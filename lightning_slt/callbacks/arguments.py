@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -59,12 +60,34 @@ def local_folder(folder: str | os.PathLike[str]) -> Optional[Path]:
     return None if "://" in path else Path(path)
 
 
-def check_dirpath(dirpath: Optional[str]) -> None:
-    """Refuse an address.
+def check_name(name: Optional[str]) -> None:
+    """Refuse what cannot be part of a key.
 
     Raises:
-        ValueError: naming it.
+        TypeError: for what is no text.
+        ValueError: for text with other characters.
     """
+    if name is None:
+        return
+    if not isinstance(name, str):
+        raise TypeError(
+            f"name={name!r}: expected text, got {type(name).__name__}. Give lower-case letters, digits and "
+            f"underscores, such as {'run_3' if isinstance(name, int) else 'head'!r}."
+        )
+    if not re.fullmatch(r"[a-z0-9_]+", name):
+        raise ValueError(f"name={name!r}: only lower-case letters, digits and underscores (it becomes a log key).")
+
+
+def check_dirpath(dirpath: Optional[str]) -> None:
+    """Refuse an address, and what is no path.
+
+    Raises:
+        ValueError: naming the address.
+        TypeError: for anything but text and paths.
+    """
+    if dirpath is not None and not isinstance(dirpath, (str, os.PathLike)):
+        kind = type(dirpath).__name__
+        raise TypeError(f"dirpath={dirpath!r}: expected the path of a folder, got {kind}. Give text or a Path.")
     if dirpath is not None and "://" in os.fspath(dirpath):
         raise ValueError(f"dirpath={dirpath!r}: is an address, and files are kept locally. Give the path of a folder.")
 
@@ -136,6 +159,7 @@ def listed(restrict: Any) -> list[Any]:
 __all__ = [
     "as_sampler",
     "check_dirpath",
+    "check_name",
     "is_smoke_test",
     "listed",
     "local_folder",

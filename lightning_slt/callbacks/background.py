@@ -34,6 +34,7 @@ from lightning_slt.callbacks.travel import (
 from lightning_slt.callbacks.worker import FOLDER, kit_path, probes_path, result_path, snapshot_path
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.influence import ProbeSet
+from lightning_slt.sampling.arguments import check_count, check_number
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.shadow import CopyError
 from lightning_slt.sampling.steps import LossFn
@@ -66,6 +67,7 @@ class BackgroundFirings:
 
     Raises:
         ValueError: for an argument out of range.
+        TypeError: for one of another kind.
     """
 
     def __init__(
@@ -74,12 +76,17 @@ class BackgroundFirings:
         if devices is not None:
             if isinstance(devices, str):
                 raise ValueError(f"devices={devices!r}: give a list, such as [{devices!r}].")
+            if not isinstance(devices, Sequence):
+                raise TypeError(
+                    f"devices={devices!r}: expected a list of names, got {type(devices).__name__}. Give one such as "
+                    "['cuda:1'] or ['cpu'], a process each."
+                )
             devices = [str(name) for name in devices]
             worker_devices(devices, None)
-        if max_pending < 1:
-            raise ValueError(f"max_pending={max_pending}: must be at least 1.")
+        check_count("max_pending", max_pending, optional=False)
         if when_full not in ("skip", "wait"):
             raise ValueError(f"when_full={when_full!r}: must be 'skip' or 'wait'.")
+        check_number("max_wait", max_wait, optional=False)
         if max_wait < 0:
             raise ValueError(f"max_wait={max_wait}: must not be negative.")
         self._names, self._max_pending, self._when_full, self.max_wait = devices, max_pending, when_full, max_wait

@@ -95,7 +95,7 @@ class LateFirings(Reporting):
             self._skipped += 1
             self._account(trainer, begin)
             if self._said.first("full"):
-                rank_zero_warn(f"SLTMonitor: the firing at step {step} is left out, since {beside.full_text()}")
+                rank_zero_warn(f"{self._who}: the firing at step {step} is left out, since {beside.full_text()}")
             return
         notes: dict[str, Any] = {"step": step, "x": x, "epoch": trainer.current_epoch}
         if decision is not None:
@@ -202,8 +202,8 @@ class LateFirings(Reporting):
                 self._take_late(trainer, pl_module, late)
         if beside.pending:
             rank_zero_warn(
-                f"SLTMonitor: the results of steps {beside.pending} did not come within max_wait={beside.max_wait:g} s "
-                "of the end of fit, and are left out."
+                f"{self._who}: the results of steps {beside.pending} did not come within max_wait={beside.max_wait:g} "
+                "s of the end of fit, and are left out."
             )
 
 

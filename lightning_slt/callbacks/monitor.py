@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import nn
 from lightning_slt.callbacks.arguments import (
     as_sampler,
     check_dirpath,
+    check_name,
     is_smoke_test,
     listed,
     plain,
@@ -120,6 +120,7 @@ class SLTMonitor(InsideFirings):
 
     Raises:
         ValueError: for an argument out of range.
+        TypeError: for one of another kind.
         MisconfigurationException: before training starts, where the module, data or strategy cannot be measured.
 
     Attributes:
@@ -201,10 +202,8 @@ class SLTMonitor(InsideFirings):
         if on_failure not in ("warn", "raise"):
             raise ValueError(f"on_failure={on_failure!r}: must be 'warn' or 'raise'.")
         check_count("batch_size", batch_size, otherwise=", or None for that of the training loader")
-        if num_samples is not None and num_samples < 2:
-            raise ValueError(f"num_samples={num_samples}: must be at least 2, or None to take it from the data.")
-        if name is not None and not re.fullmatch(r"[a-z0-9_]+", name):
-            raise ValueError(f"name={name!r}: only lower-case letters, digits and underscores (it becomes a log key).")
+        check_count("num_samples", num_samples, 2, ", or None to take it from the data")
+        check_name(name)
         check_dirpath(dirpath)
         self._loss_fn = loss_fn
         self._restrict = plain(restrict)

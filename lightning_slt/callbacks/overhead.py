@@ -23,6 +23,8 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any, NamedTuple, Optional
 
+from lightning_slt.sampling.arguments import check_number
+
 CAP = 1.5
 """The most that credit may cover, in predicted firings. A long validation, or a first firing that took less than was
 feared, would else be followed by a burst of firings at neighbouring steps: so half a firing's credit is left after
@@ -86,6 +88,7 @@ class OverheadBudget:
     """
 
     def __init__(self, max_overhead: float, planned_steps: int = 1, least_size: float = 1.0) -> None:
+        check_number("max_overhead", max_overhead)
         if not 0 < max_overhead < 1:
             raise ValueError(
                 f"max_overhead={max_overhead}: must lie between 0 and 1, such as 0.05 for 5 % of wall-clock; None for "

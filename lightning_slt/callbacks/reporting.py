@@ -79,6 +79,11 @@ class Reporting(KeepsHistory):
         """The group in front of every key of this monitor; known from ``setup`` on."""
         return self._prefix
 
+    @property
+    def _who(self) -> str:
+        """What it calls itself where it says something: with its prefix, where others may speak too."""
+        return "SLTMonitor" if self._prefix == "slt" else f"SLTMonitor ({self._prefix})"
+
     def add_listener(self, listener: EstimateListener) -> None:
         """Tell ``listener`` of every estimate from now on; adding it twice is adding it once."""
         if listener not in self._listeners:
@@ -131,10 +136,10 @@ class Reporting(KeepsHistory):
             return
         count = count_of(len(self.estimates), "estimate")
         if RunRecord(self.folder).path.exists():
-            rank_zero_info(f"SLTMonitor: {count} in {self.folder}")
+            rank_zero_info(f"{self._who}: {count} in {self.folder}")
         elif trainer.is_global_zero:
             rank_zero_warn(
-                f"SLTMonitor: {count} in monitor.estimates and in the loggers, and none in files: {self.folder} could "
+                f"{self._who}: {count} in monitor.estimates and in the loggers, and none in files: {self.folder} could "
                 "not be written. Name a folder that can be with dirpath=."
             )
 
@@ -302,13 +307,13 @@ class Reporting(KeepsHistory):
             # the other ranks log nothing
             rendered = self._samples.rendered(influence) if trainer.is_global_zero else {}
         except Exception as error:
-            rank_zero_warn(f"SLTMonitor: the suspects could not be shown: {type(error).__name__}: {error}")
+            rank_zero_warn(f"{self._who}: the suspects could not be shown: {type(error).__name__}: {error}")
         large = influence.num_chains * influence.num_draws >= LARGE_BUDGET
         self._publisher.influence(influence, rendered, pairs=large)
 
     def _warn_of_failure(self, step: int, reason: str) -> None:
         """A step that fails in chains fails at every firing: the whole reason is said once, not at each of them."""
-        left_out = f"SLTMonitor: the measurement at step {step} failed and is left out"
+        left_out = f"{self._who}: the measurement at step {step} failed and is left out"
         if self._said_failure is not None and self._said_failure[1] == reason:
             rank_zero_warn(f"{left_out}, for the reason given at step {self._said_failure[0]}; training goes on.")
             return
@@ -320,8 +325,8 @@ class Reporting(KeepsHistory):
         if not self._samples.failed:
             self._samples.failed = True
             rank_zero_warn(
-                "SLTMonitor: influence is left out of this run from here on, the learning coefficient is measured all "
-                f"the same. {reason}"
+                f"{self._who}: influence is left out of this run from here on, the learning coefficient is measured "
+                f"all the same. {reason}"
             )
 
     def _warn_if_large(self) -> None:
@@ -332,7 +337,7 @@ class Reporting(KeepsHistory):
         if self._budget is not None or not large or not self._said.first("overhead"):
             return
         rank_zero_warn(
-            f"SLTMonitor: measuring has taken {overhead:.0%} of this run's wall-clock so far. "
+            f"{self._who}: measuring has taken {overhead:.0%} of this run's wall-clock so far. "
             "SLTMonitor(max_overhead=0.05) keeps it to 5 %, by leaving firings out; or choose a wider cadence."
         )
 
@@ -340,7 +345,7 @@ class Reporting(KeepsHistory):
         """What there is to be said of the first firing, of the first notes, and of the first samples left out."""
         if self._said.first("method"):
             rank_zero_info(
-                f"SLTMonitor: {estimate.num_chains} {estimate.method} chains over {estimate.num_weights} weights "
+                f"{self._who}: {estimate.num_chains} {estimate.method} chains over {estimate.num_weights} weights "
                 f"({estimate.method_reason}), n = {estimate.num_samples}, nbeta = {estimate.nbeta:.4g}, localization = "
                 f"{estimate.localization:.4g}, step size {estimate.step_size:.2g}"
             )
@@ -350,14 +355,14 @@ class Reporting(KeepsHistory):
                     self._said.first("notes")
                 invalid = f"; not valid: {'; '.join(influence.reasons)}" if influence.reasons else ""
                 rank_zero_info(
-                    f"SLTMonitor: influence of {len(influence.train_index)} training samples on "
+                    f"{self._who}: influence of {len(influence.train_index)} training samples on "
                     f"{len(influence.query_index)} queries{notes}{invalid}"
                 )
         if influence is not None and influence.notes and self._said.first("notes"):
-            rank_zero_info(f"SLTMonitor: of influence from here on: {'; '.join(influence.notes)}")
+            rank_zero_info(f"{self._who}: of influence from here on: {'; '.join(influence.notes)}")
         if influence is not None and influence.dropped and self._said.first("dropped"):
             named = ", ".join(f"{d.kind} {d.index} ({d.reason})" for d in influence.dropped[:5])
-            rank_zero_warn(f"SLTMonitor: {len(influence.dropped)} samples are left out of influence: {named}")
+            rank_zero_warn(f"{self._who}: {len(influence.dropped)} samples are left out of influence: {named}")
 
 
 __all__ = ["Reporting"]

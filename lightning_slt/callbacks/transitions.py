@@ -21,6 +21,7 @@ from lightning_slt.callbacks.monitor import SLTMonitor
 from lightning_slt.callbacks.what_changed import moved_components, moved_samples, with_phases
 from lightning_slt.publish import RunPublisher
 from lightning_slt.record import Estimate
+from lightning_slt.sampling.arguments import check_count
 from lightning_slt.transition_record import TransitionLog, TransitionReport
 from lightning_slt.transitions import Transition, TransitionDetector, detect_transitions
 
@@ -64,6 +65,7 @@ class TransitionMonitor(KeepsHistory):
 
     Raises:
         ValueError: for an argument out of range.
+        TypeError: for one of another kind.
         MisconfigurationException: at setup, where no SLTMonitor in the trainer has the key.
 
     Attributes:
@@ -91,14 +93,13 @@ class TransitionMonitor(KeepsHistory):
         max_snapshots: int = 12,
         dirpath: Optional[str] = None,
     ) -> None:
-        match = _MONITOR.fullmatch(monitor)
+        match = _MONITOR.fullmatch(monitor) if isinstance(monitor, str) else None
         if match is None:
             raise ValueError(
                 f"monitor={monitor!r}: expected the key of an SLTMonitor's curve, 'slt/llc/mean' or "
                 "'slt_<name>/llc/mean' for SLTMonitor(name=<name>)."
             )
-        if max_snapshots < 4:
-            raise ValueError(f"max_snapshots={max_snapshots}: must be at least 4; pin_checkpoints=False keeps none.")
+        check_count("max_snapshots", max_snapshots, 4, "; pin_checkpoints=False keeps none", optional=False)
         if on_transition is not None and not callable(on_transition):
             raise TypeError(
                 f"on_transition: expected a callable of (transition, trainer, module), got {on_transition!r}."

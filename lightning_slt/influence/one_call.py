@@ -14,7 +14,7 @@ from lightning_slt.functional.influence import shrink
 from lightning_slt.influence.chains import InfluenceChains
 from lightning_slt.influence.probes import probe_set
 from lightning_slt.influence_record import InfluenceEstimate
-from lightning_slt.sampling.arguments import check_count
+from lightning_slt.sampling.arguments import check_count, check_flag
 from lightning_slt.sampling.eval_mode import misfit_of_eval
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.restriction import Restriction
@@ -134,6 +134,7 @@ def estimate_influence(
     )
     check_count("batch_size", batch_size)
     check_count("num_samples", num_samples, otherwise=", or None to take it from the data")
+    check_flag("full_batch", full_batch)
     seed = settings.seed
     if sampler is None and localization == 0 and nbeta is None:
         raise ValueError(f"localization={localization}: gives no nbeta. Give nbeta= too, or a positive localization.")

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image  # a dependency of matplotlib
 
+from lightning_slt.publish.spec_parts import point_scale
 from lightning_slt.publish.tables import are_log_spaced, step_of
 from lightning_slt.publish.words import count_of
 from lightning_slt.record import Estimate
@@ -151,12 +152,14 @@ def history_figure(estimates: Sequence[Estimate], transitions: Sequence[Transiti
         _style(axes, True)
 
     top.fill_between(steps[valid], (llc - error)[valid], (llc + error)[valid], color=_GOOD, alpha=0.18, lw=0)
-    top.plot(steps[valid], llc[valid], "-o", color=_GOOD, lw=1.8, ms=5, mec="white", mew=0.6, label="LLC ± 1.96 se")
+    size, marks = point_scale(len(points)), _marks(point_scale(int(valid.sum())), 5, 0.6)
+    top.plot(steps[valid], llc[valid], color=_GOOD, lw=1.8, label="LLC ± 1.96 se", **marks)
     if valid.sum() == 1:  # a band of no width cannot be seen
         top.errorbar(steps[valid], llc[valid], error[valid], fmt="none", ecolor=_GOOD, elinewidth=1.4, alpha=0.5)
     if doubtful.any():
         top.errorbar(steps[doubtful], llc[doubtful], error[doubtful], fmt="none", ecolor=_BAD, elinewidth=1, alpha=0.5)
-        top.plot(steps[doubtful], llc[doubtful], "o", color=_BAD, mfc="white", ms=6, mew=1.6, label="not valid")
+        hollow: dict[str, Any] = {"ms": max(6 * size, 4), "mew": 1.6 if size == 1 else 1.2}
+        top.plot(steps[doubtful], llc[doubtful], "o", color=_BAD, mfc="white", label="not valid", **hollow)
     if lost.any():
         foot = np.full(int(lost.sum()), 0.05)
         top.plot(
@@ -167,7 +170,7 @@ def history_figure(estimates: Sequence[Estimate], transitions: Sequence[Transiti
         _fit_y(top, llc[valid], error[valid], llc[doubtful])
         _mark_outside(top, steps[doubtful], llc[doubtful])
 
-    bottom.plot(steps, loss, "-o", color="#444444", lw=1.4, ms=4, mec="white", mew=0.5, label="loss at the weights")
+    bottom.plot(steps, loss, color="#444444", lw=1.4, label="loss at the weights", **_marks(size, 4, 0.5))
 
     if are_log_spaced(steps.tolist()):
         if steps.min() > 0:
@@ -192,6 +195,11 @@ def history_figure(estimates: Sequence[Estimate], transitions: Sequence[Transiti
         title += f", {len(points) - int(valid.sum())} not valid"
     figure.suptitle(title, x=0.085, y=0.965, ha="left", fontsize=12, fontweight="bold", color=_TEXT)
     return figure
+
+
+def _marks(size: float, width: float, edge: float) -> dict[str, Any]:
+    """The points of a line: smaller where they are many, and none where their white edges would make the line pale."""
+    return {"marker": "o" if width * size > 3 else "", "ms": width * size, "mec": "white", "mew": edge * size}
 
 
 def _mark_transitions(top: Axes, bottom: Axes, transitions: Sequence[Transition]) -> None:

@@ -90,11 +90,14 @@ def _heat_map(figure: Figure, axes: Axes, estimate: InfluenceEstimate, bottom: f
     scale = 10.0 ** math.floor(math.log10(most))
     known = np.isfinite(matrix)
     unclear = known & ~(np.abs(matrix) > MIN_Z * error)
-    if unclear.any():
-        axes.add_artist(_hatched(unclear))
+    dark, pale = known & (np.abs(matrix) > 0.6 * most), np.abs(matrix) <= 0.3 * most
+    # white numbers are to stand out from the lines of a dark cell
+    for cells, colour in ((unclear & ~dark, "#d4d4d4"), (unclear & dark, "#d4d4d455")):
+        if cells.any():
+            axes.add_artist(_hatched(cells, colour))
     if n <= MAX_NUMBERED:
-        dark = np.abs(matrix) > 0.6 * most
-        for cells, colour in ((unclear, _FAINT), (known & ~unclear & dark, "white"), (known & ~unclear & ~dark, _TEXT)):
+        faint = unclear & pale  # grey cannot be read on a strong colour
+        for cells, colour in ((faint, _FAINT), (dark, "white"), (known & ~faint & ~dark, _TEXT)):
             # not add_patch, which measures each curve of each letter to fit the limits of the axes
             axes.add_artist(PathPatch(numbers_path(matrix / scale, cells), facecolor=colour, lw=0, gid="numbers"))
     short = [_short(name, 12) for name in names]
@@ -124,13 +127,13 @@ def _colour_scale(figure: Figure, axes: Axes, most: float) -> None:
         figure.text(0.477, height, f"{value:.2g}", fontsize=8, color=_TEXT, va="center", gid="scale")
 
 
-def _hatched(cells: npt.NDArray[np.bool_]) -> PathPatch:
+def _hatched(cells: npt.NDArray[np.bool_], colour: str) -> PathPatch:
     """All cells that are marked, as one patch."""
     rows, columns = np.nonzero(cells)
     square = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5), (-0.5, -0.5)])
     corners = (np.stack([columns, rows], axis=1)[:, None] + square).reshape(-1, 2)
     codes = np.tile([Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY], len(rows))
-    return PathPatch(Path(corners, codes), facecolor="none", edgecolor="#d4d4d4", hatch="///", lw=0)
+    return PathPatch(Path(corners, codes), facecolor="none", edgecolor=colour, hatch="///", lw=0)
 
 
 def cell_text(value: float) -> str:

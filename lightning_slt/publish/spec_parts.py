@@ -55,6 +55,11 @@ DIAGNOSTICS: Mapping[str, Optional[float]] = {
 COSTS = ("seconds of a firing", "share of the run so far")
 TRAJECTORIES = ("mean loss over the posterior", "self-influence")
 
+WHOLE, FEW_DIGITS = ",.12~g", ",~r"
+"""Formats of counts and of measured numbers: the library's own has a row of zeros where an axis has one value."""
+ROOMY = 100
+"""Points of a line that are told apart at their full size."""
+
 Spec = dict[str, Any]
 Scale = Literal["linear", "log", "symlog"]
 
@@ -65,6 +70,25 @@ def column(name: str) -> str:
 
 def datum(name: str) -> str:
     return f"datum['{column(name)}']"
+
+
+def point_scale(count: int) -> float:
+    """How large the points of a line of so many are drawn: smaller ones where they would hide it and its band.
+
+    Example:
+        >>> point_scale(40), point_scale(1000)
+        (1.0, 0.1)
+    """
+    return min(1.0, ROOMY / max(count, 1))
+
+
+def many_points(scale: float, valid: str, size: float, stroke: float) -> Spec:
+    """The sizes of the points of a long line: those that are not valid stay large enough to be seen."""
+    if scale == 1.0:
+        return {}
+    small = {"size": max(size * scale, 4.0), "strokeWidth": stroke * scale}
+    seen = {"size": max(size * scale, 24.0), "strokeWidth": stroke}
+    return {name: {"condition": {"test": valid, "value": small[name]}, "value": seen[name]} for name in small}
 
 
 def frames_of(description: str, frames: list[Spec]) -> Spec:
@@ -81,7 +105,7 @@ def frame(measure: str, scale: Scale, limit: Optional[float], zero: bool = False
         [],
         {
             "x": steps(scale, "step"),
-            "y": {**y, "axis": {"tickCount": 4, "format": ",~r"}},
+            "y": {**y, "axis": {"tickCount": 4, "format": FEW_DIGITS}},
             "tooltip": plain_tooltip("words"),
         },
     )
@@ -142,6 +166,8 @@ def steps(scale: Scale, field: str, title: Optional[str] = "optimiser step") -> 
         "log": {"type": "log", "nice": False},
         "symlog": {"type": "symlog", "constant": "@first", "nice": False},
     }
+    if scale == "linear":
+        axis["format"] = WHOLE
     if scale == "symlog":
         axis["values"] = "@ticks"  # the library's own are those of a linear axis, all at one end
     return {"field": field, "type": "quantitative", "scale": {**kinds[scale], "padding": 8}, "axis": axis}

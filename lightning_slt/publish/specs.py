@@ -21,12 +21,14 @@ from lightning_slt.publish.spec_parts import (
     CATEGORIES,
     COSTS,
     DIAGNOSTICS,
+    FEW_DIGITS,
     INVALID,
     LEFT_OUT,
     LIGHT,
     SCHEMA,
     STATES,
     VALID,
+    WHOLE,
     Scale,
     Spec,
     column,
@@ -35,8 +37,10 @@ from lightning_slt.publish.spec_parts import (
     frame,
     frames_of,
     layer,
+    many_points,
     nearest,
     plain_tooltip,
+    point_scale,
     steps,
     tooltip,
     with_x,
@@ -52,6 +56,7 @@ def curve(
     transitions: bool = True,
     boundaries: bool = True,
     states: Sequence[str] = STATES,
+    points: int = 0,
 ) -> Spec:
     """The LLC with its band and the rules of transitions, above the loss on the same steps.
 
@@ -62,7 +67,9 @@ def curve(
         log_loss: the loss on a logarithmic axis.
         transitions, boundaries: whether there may be rows of these; a layer without rows makes the library warn.
         states: those that points may have.
+        points: how many there are, where that is known: many are drawn smaller.
     """
+    size = point_scale(points)
     estimate, transition, boundary = (f"{datum('row')} === '{row}'" for row in ("estimate", "transition", "boundary"))
     valid = f"{datum('state')} === '{VALID}'"
     x = steps(scale, column("step"), title=None)
@@ -98,19 +105,27 @@ def curve(
         ),
     ]
     rules = [*(spans if transitions else []), *(changes if boundaries else [])]
-    llc = {"field": column("llc"), "type": "quantitative", "title": "LLC", "scale": {"zero": False}}
+    llc = {
+        "field": column("llc"),
+        "type": "quantitative",
+        "title": "LLC",
+        "scale": {"zero": False},
+        "axis": {"format": FEW_DIGITS},
+    }
     band = {
         "x": x,
         "y": {**llc, "field": column("low")},
         "y2": {"field": column("high")},
         "detail": {"field": column("segment")},
     }
-    colour = {
+    colour: Spec = {
         "field": column("state"),
         "type": "nominal",
         "scale": {"domain": list(STATES), "range": ["@good", "@bad", "@bad", "@bad", "@bad"]},
         "legend": {"title": None, "orient": "top", "symbolStrokeWidth": 2, "symbolOpacity": 1, "values": "@states"},
     }
+    if size < 1:
+        colour["legend"]["symbolSize"] = 55
     names = [
         layer(
             {"type": "text", "align": "center", "baseline": "bottom", "dy": -4, "fontWeight": "bold"},
@@ -140,6 +155,12 @@ def curve(
                 **{k: band[k] for k in ("x", "y", "y2")},
                 "color": colour,
                 "strokeDash": {"condition": {"test": valid, "value": [1, 0]}, "value": [3, 3]},
+                # side by side they would hide the band, which says the same
+                **(
+                    {}
+                    if size == 1
+                    else {"opacity": {"condition": {"test": valid, "value": 0.45 * size}, "value": 0.45}}
+                ),
             },
         ),
     ]
@@ -171,6 +192,7 @@ def curve(
                                 "range": ["@good", "@paper", "@paper", "@paper", "@paper"],
                             },
                         },
+                        **many_points(size, valid, 55, 1.6),
                         "tooltip": tooltip("words"),
                     },
                 ),
@@ -184,7 +206,7 @@ def curve(
         "type": "quantitative",
         "title": "loss",
         "scale": {"type": "log"} if log_loss else {"zero": False},
-        "axis": {"tickCount": 4, "grid": not log_loss, "format": "~g" if log_loss else ",~r"},
+        "axis": {"tickCount": 4, "grid": not log_loss, "format": "~g" if log_loss else FEW_DIGITS},
     }
     below = steps(scale, column("step"))
     bottom = {
@@ -195,7 +217,7 @@ def curve(
             layer({"type": "line", "color": "@loss", "strokeWidth": 1.6}, [estimate], {"x": below, "y": loss}),
             {
                 **layer(
-                    {"type": "point", "filled": True, "color": "@loss", "size": 28, "opacity": 1},
+                    {"type": "point", "filled": True, "color": "@loss", "size": 28 * size, "opacity": 1},
                     [estimate],
                     {"x": below, "y": loss, "tooltip": tooltip("words")},
                 ),
@@ -214,14 +236,24 @@ def curve(
     }
 
 
-def components(scale: Scale = "linear") -> Spec:
+def components(scale: Scale = "linear", points: int = 0) -> Spec:
     """The curve of each monitored component in a frame of its own, steps shared.
 
     Rows of :func:`~lightning_slt.publish.chart_rows.component_rows`.
+
+    Args:
+        scale: of the steps.
+        points: how many a component has, where that is known: many are drawn smaller.
     """
     valid = f"datum.state === '{VALID}'"
     x = steps(scale, "step")
-    y = {"field": "llc", "type": "quantitative", "title": "LLC", "scale": {"zero": False}}
+    y = {
+        "field": "llc",
+        "type": "quantitative",
+        "title": "LLC",
+        "scale": {"zero": False},
+        "axis": {"format": FEW_DIGITS},
+    }
     return {
         "$schema": SCHEMA,
         "description": "The learning coefficient of every component over training.",
@@ -247,6 +279,7 @@ def components(scale: Scale = "linear") -> Spec:
                         "color": {"condition": {"test": valid, "value": "@good"}, "value": "@bad"},
                         "fill": {"condition": {"test": valid, "value": "@good"}, "value": "@paper"},
                         "shape": {"field": "state", "type": "nominal", "scale": SHAPES, "legend": None},
+                        **many_points(point_scale(2 * points), valid, 30, 2),
                         "tooltip": plain_tooltip("words"),
                     },
                 ),
@@ -315,7 +348,7 @@ def chains(running: bool = True, band: bool = True) -> Spec:
                         "field": column("draw"),
                         "type": "quantitative",
                         "title": "draw",
-                        "axis": {"grid": False, "tickCount": 8},
+                        "axis": {"grid": False, "tickCount": 8, "format": WHOLE},
                     },
                     "y": y,
                     "color": {

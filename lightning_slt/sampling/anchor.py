@@ -13,7 +13,7 @@ from lightning_slt.sampling.eval_mode import only_in_training, refuse_without_gr
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import seed_globals
 from lightning_slt.sampling.shadow import CopyError
-from lightning_slt.sampling.steps import EVAL_MODE, NO_LOSS, NoLossError
+from lightning_slt.sampling.steps import EVAL_MODE, NoLossError, no_loss_of
 from lightning_slt.sampling.sums import is_sum
 from lightning_slt.sampling.window import Window
 
@@ -74,7 +74,7 @@ def _opened(objective: Objective, source: MinibatchSource) -> float:
                 objective.only_in_training = only_in_training(objective, window)
                 refuse_without_gradient(objective, window[next(iter(window.anchor_loss))])
         return next(iter(window.anchor_loss.values()))
-    raise NoLossError(NO_LOSS)
+    raise no_loss_of(objective.given_loss)
 
 
 def _remedy(error: Exception, objective: Objective, batch: Any) -> Optional[str]:
@@ -127,7 +127,7 @@ def measure_anchor(objective: Objective, window: Window, indices: Tensor) -> Ten
     if window.without_loss:
         usable = torch.tensor([i for i in range(len(window)) if i in window.anchor_loss])
         if not len(usable):
-            raise NoLossError(NO_LOSS)
+            raise no_loss_of(objective.given_loss)
         without = torch.isin(indices, torch.tensor(sorted(window.without_loss)))
         indices = torch.where(without, usable[indices % len(usable)], indices)
     return indices

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from lightning.fabric.wrappers import _FabricDataLoader, _FabricModule
 from torch import Tensor, nn
@@ -43,14 +44,29 @@ def check_count(name: str, value: Any, least: int = 1, otherwise: str = "", opti
         raise ValueError(f"{name}={value}: must be at least {least}{otherwise}.")
 
 
-def check_number(name: str, value: Any) -> None:
-    """Refuse what is no number. None is let through.
+def check_number(name: str, value: Any, optional: bool = True) -> None:
+    """Refuse what is no number.
+
+    Args:
+        optional: None is let through.
 
     Raises:
         TypeError: for text, a bool or anything else that is none.
     """
-    if value is not None and (isinstance(value, (str, bool)) or not hasattr(value, "__float__")):
+    if value is None and optional:
+        return
+    if isinstance(value, (str, bool)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}. Give a float.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False, such as text, which is always true. None is let through.
+
+    Raises:
+        TypeError: naming what it is.
+    """
+    if value is not None and not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}={value!r}: expected True or False, got {type(value).__name__}. Give a bool.")
 
 
 def check_module(name: str, module: Any) -> None:
@@ -175,6 +191,7 @@ __all__ = [
     "check_count",
     "check_data",
     "check_device",
+    "check_flag",
     "check_module",
     "check_number",
     "no_restriction",

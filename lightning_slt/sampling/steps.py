@@ -38,6 +38,21 @@ NO_LOSS = (
 )
 
 
+def no_loss_of(loss_fn: Any) -> NoLossError:
+    """What to say where no minibatch has a loss.
+
+    Args:
+        loss_fn: what was given; None where the module's own step is the loss.
+    """
+    if loss_fn is None:
+        return NoLossError(NO_LOSS)
+    name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+    return NoLossError(
+        f"loss_fn={name}: returned None for every minibatch: there is no loss to sample. Return it, as a tensor: "
+        f"def loss_fn(module, batch): ... return loss. {EVAL_MODE}"
+    )
+
+
 def check_gradient(loss: Tensor) -> None:
     """Before a gradient is taken.
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_slt.estimate import ChainSettings, state_dict_of
-from lightning_slt.sampling.arguments import check_count
+from lightning_slt.sampling.arguments import check_count, check_flag
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.rng import preserve_rng
@@ -108,6 +108,7 @@ def estimate_susceptibility(
     for name, value in (("batch_size", batch_size), ("max_shifted", max_shifted)):
         check_count(name, value)
     check_count("num_samples", num_samples, otherwise=", or None to take it from the data")
+    check_flag("full_batch", full_batch)
     sampler = as_sampler(sampler)
     settings = ChainSettings(
         sampler=sampler,

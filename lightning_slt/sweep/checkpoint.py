@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lightning_slt.sweep.settings import AVERAGED
 
-WRAPPER = "module."
-"""What every name begins with in the weights of a wrapped module."""
+WRAPPERS = ("_forward_module.", "_orig_mod.", "module.")
+"""What every name begins with in the weights of a module in wrappers: of Fabric, of ``torch.compile``, of DDP."""
 CURRENT, STATE = "current_model_state", "state_dict"
 """Where an averaging callback leaves the weights that train, and where the others are."""
 SUFFIX = ".ckpt"
@@ -49,8 +49,8 @@ class Checkpoint:
             ValueError: where it is no checkpoint, or says nowhere which step it is of.
         """
         state = read_state(path)
-        epoch = state.get("epoch")
-        return Checkpoint(path, _step_of(state, path), int(epoch) if epoch is not None else None, _digest(path))
+        epoch = _whole(state, "epoch", path) if state.get("epoch") is not None else None
+        return Checkpoint(path, _step_of(state, path), epoch, _digest(path))
 
 
 def read_state(path: Path) -> Mapping[str, Any]:
@@ -88,9 +88,11 @@ def weights_in(state: Mapping[str, Any], which: str, path: Path) -> dict[str, Te
 
 
 def unwrapped(weights: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """The weights by the names that ``module`` has, where they were stored from inside ``DistributedDataParallel``."""
-    if all(name.startswith(WRAPPER) for name in weights) and weights.keys().isdisjoint(module.state_dict()):
-        return {name.removeprefix(WRAPPER): weight for name, weight in weights.items()}
+    """The weights by the names that ``module`` has, where they were stored from inside wrappers of it."""
+    names = module.state_dict().keys()
+    for wrapper in WRAPPERS:
+        if all(name.startswith(wrapper) for name in weights) and names.isdisjoint(weights):
+            weights = {name.removeprefix(wrapper): weight for name, weight in weights.items()}
     return weights
 
 
@@ -149,7 +151,7 @@ def _step_of(state: Mapping[str, Any], path: Path) -> int:
     for key in ("global_step", "step"):
         if key not in state:
             continue
-        step, optimizers = int(state[key]), len(state.get("optimizer_states") or ())
+        step, optimizers = _whole(state, key, path), len(state.get("optimizer_states") or ())
         try:
             # one behind in a checkpoint that is written at the end of a batch
             batches = int(state["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"])
@@ -161,6 +163,18 @@ def _step_of(state: Mapping[str, Any], path: Path) -> int:
     if named is None:
         raise ValueError(f"{path}: says nowhere which step it is of. Name it like step=1000.ckpt.")
     return int(named[1])
+
+
+def _whole(state: Mapping[str, Any], key: str, path: Path) -> int:
+    """A whole number in a checkpoint.
+
+    Raises:
+        ValueError: where it is none.
+    """
+    try:
+        return int(state[key])
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: its {key!r} is {state[key]!r}, and no whole number.") from error
 
 
 def _digest(path: Path) -> str:

@@ -26,13 +26,14 @@ from tests.publish.helpers import make_estimate, make_influence, make_report, ma
     [
         ({"monitor": "val_loss"}, "monitor='val_loss': expected the key of an SLTMonitor's curve, 'slt/llc/mean'"),
         ({"monitor": "slt/llc/se"}, "monitor='slt/llc/se'"),
+        ({"monitor": 3}, "monitor=3: expected the key of an SLTMonitor's curve"),
         ({"dirpath": "s3://bucket/ring"}, "dirpath=.s3://bucket/ring.: is an address"),
         ({"max_snapshots": 3}, "max_snapshots=3: must be at least 4; pin_checkpoints=False keeps none"),
         ({"false_alarms": 0.0}, "false_alarms: expected a rate above 0"),
         ({"min_change": -1.0}, "min_change: expected a height of the LLC, at least 0, got -1.0"),
         ({"at_boundary": "ignore"}, "at_boundary: expected 'annotate' or 'suppress', got 'ignore'"),
     ],
-    ids=["no curve", "no mean", "address", "snapshots", "false alarms", "change", "boundary"],
+    ids=["no curve", "no mean", "no text", "address", "snapshots", "false alarms", "change", "boundary"],
 )
 def test_an_argument_out_of_range_is_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="^" + message.replace("(", r"\(").replace("|", r"\|")):
@@ -42,6 +43,11 @@ def test_an_argument_out_of_range_is_named(arguments: dict[str, Any], message: s
 def test_a_function_that_is_none_is_refused() -> None:
     with pytest.raises(TypeError, match=r"on_transition: expected a callable of .* got 'print'"):
         TransitionMonitor(on_transition="print")  # type: ignore[arg-type]
+
+
+def test_text_for_a_number_of_snapshots_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"max_snapshots='a': expected a whole number, got str"):
+        TransitionMonitor(max_snapshots="a")  # type: ignore[arg-type]
 
 
 def test_state_keys_differ_by_curve_only() -> None:

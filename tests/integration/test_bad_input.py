@@ -42,6 +42,7 @@ def test_argument_out_of_range(arguments: dict[str, Any], message: str) -> None:
         SLTMonitor(**arguments)
 
 
+BESIDE = {"execution": "background"}
 OF_ANOTHER_KIND: dict[str, tuple[dict[str, Any], str]] = {
     "text for chains": ({"num_chains": "2"}, r"num_chains='2': expected a whole number, got str"),
     "a float for draws": ({"num_draws": 20.0}, r"num_draws=20\.0: expected a whole number, got float"),
@@ -54,6 +55,14 @@ OF_ANOTHER_KIND: dict[str, tuple[dict[str, Any], str]] = {
     "half a step": ({"at_steps": [2, 1.5]}, r"at_steps=\[2, 1\.5\]: expected whole numbers, got 1\.5.*float"),
     "a sampler's name": ({"sampler": "SGLD"}, r"sampler='SGLD': .*SGLD\(\)"),
     "a sampler's class": ({"sampler": SGLD}, r"sampler=SGLD: is a class.*SGLD\(\)"),
+    "text for a budget": ({"max_overhead": "a"}, r"max_overhead='a': expected a number, got str.*float"),
+    "text for samples": ({"num_samples": "a"}, r"num_samples='a': expected a whole number, got str.*None"),
+    "a number for a name": ({"name": 3}, r"name=3: expected text, got int.*'run_3'"),
+    "a number for a folder": ({"dirpath": 3}, r"dirpath=3: expected the path of a folder, got int"),
+    "text for snapshots": ({**BESIDE, "max_pending": "a"}, r"max_pending='a': expected a whole number, got str"),
+    "text for seconds": ({**BESIDE, "max_wait": "a"}, r"max_wait='a': expected a number, got str"),
+    "no seconds": ({**BESIDE, "max_wait": None}, r"max_wait=None: expected a number"),
+    "a number of devices": ({**BESIDE, "devices": 3}, r"devices=3: expected a list of names, got int.*\['cuda:1'\]"),
     "a tensor to restrict": ({"restrict": torch.zeros(3, 2)}, r"restrict: got a Tensor.*name of the parameter"),
 }
 

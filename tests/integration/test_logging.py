@@ -12,6 +12,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from lightning_slt import TransitionMonitor
+from lightning_slt.callbacks import reporting
 from lightning_slt.record import RunRecord
 from tests.integration.harness import RecordingLogger, Scenario, SLTMonitor, assert_same, steps_of, tiny_monitor
 from tests.integration.models import Net, loaders, with_validation
@@ -190,6 +191,25 @@ def test_method_and_settings_are_said_once(tmp_path: Path, caplog: pytest.LogCap
     said = [record.getMessage() for record in caplog.records if "chains over" in record.getMessage()]
     assert len(said) == 1
     assert "n = 24" in said[0]
+
+
+def test_of_several_monitors_each_line_says_whose_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporting, "LARGE_OVERHEAD", 0.0)
+    steps = [2, 4, 6, 8]
+    monitors = [
+        tiny_monitor(at_steps=steps),
+        tiny_monitor(at_steps=steps, seed=1),
+        tiny_monitor(at_steps=steps, name="head"),
+    ]
+    with caplog.at_level("INFO", logger="lightning.pytorch"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Scenario(Net, loaders).run(tmp_path, *monitors)
+    told = [record.getMessage() for record in caplog.records] + [str(w.message) for w in caught]
+    for line in (" chains over ", "measuring has taken", "4 estimates in "):
+        whose = [text.partition(": ")[0] for text in told if line in text]
+        assert whose == ["SLTMonitor", "SLTMonitor (slt_2)", "SLTMonitor (slt_head)"], line
 
 
 @pytest.mark.parametrize(("steps", "said"), [([4], "1 estimate in "), ([4, 8], "2 estimates in ")])

@@ -69,6 +69,25 @@ def test_history_marks_invalid_points_and_passes_them_by():
     assert top.get_xlim() == bottom.get_xlim()
 
 
+def test_many_points_leave_the_band_to_be_seen_and_the_lines_as_dark():
+    def drawn(count):
+        estimates = [make_estimate(num_draws=2, step=k, valid=k != 7) for k in range(count)]
+        return history_figure(estimates).axes
+
+    for few, many in zip(drawn(20), drawn(1000), strict=True):
+        assert few.lines[0].get_marker() == "o" and few.lines[0].get_markersize() >= 4
+        assert many.lines[0].get_marker() == ""
+        assert many.lines[0].get_color() == few.lines[0].get_color()
+        assert many.lines[0].get_linewidth() == few.lines[0].get_linewidth()
+    (hollow,) = [line for line in drawn(1000)[0].lines if line.get_label() == "not valid"]
+    assert hollow.get_marker() == "o" and hollow.get_markersize() >= 4
+
+
+def test_the_one_valid_point_of_many_is_marked():
+    top, _ = history_figure([make_estimate(num_draws=2, step=k, valid=k == 7) for k in range(300)]).axes
+    assert top.lines[0].get_marker() == "o" and top.lines[0].get_markersize() == 5
+
+
 def test_an_estimate_alone_has_its_error_in_the_history():
     alone = make_estimate(mean=12.0, se=0.5, step=200)
     top, _ = history_figure([make_estimate(mean=math.nan, step=100, valid=False), alone]).axes

@@ -35,7 +35,7 @@ def texts(axes, gid=None):
 
 
 def numbers(axes):
-    """The outlines of the numbers in cells: those that may be zero, on dark cells, on light ones."""
+    """The outlines of the numbers in cells: pale ones that may be zero, dark ones, all others."""
     return [p.get_path() for p in axes.patches if p.get_gid() == "numbers"]
 
 
@@ -88,6 +88,17 @@ def test_heat_map_has_the_group_matrix_and_hatches_what_may_be_zero():
     assert figure.get_suptitle() == "step 1,200    Influence of 30 training samples on 6 queries"
     assert to_hex(figure._suptitle.get_color()) != RED
     assert pixels(figure).shape == (450, 1000, 4)
+
+
+def test_numbers_of_hatched_cells_can_be_read():
+    matrix = torch.tensor([[-1.0, 0.9], [-0.5, 0.1]], dtype=torch.float64)
+    estimate = make_influence(classes=2, groups=("a", "b"), group_matrix=matrix, group_se=torch.ones_like(matrix))
+    left = influence_figure(estimate).axes[0]
+    assert hatched(left) == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    written = {to_hex(p.get_facecolor()): p.get_path() for p in left.patches if p.get_gid() == "numbers"}
+    for colour, cells in (("#ffffff", [[1, 1], [0, 0]]), ("#333333", [[0, 0], [1, 0]]), ("#6f6f6f", [[0, 0], [0, 1]])):
+        expected = numbers_path(matrix.numpy(), np.array(cells, dtype=bool))
+        np.testing.assert_allclose(written[colour].vertices, expected.vertices)
 
 
 @pytest.mark.parametrize(

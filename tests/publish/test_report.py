@@ -6,9 +6,11 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +20,7 @@ from lightning_slt.publish.chart_rows import component_rows
 from lightning_slt.publish.html import report_html
 from lightning_slt.publish.run import load_run
 from lightning_slt.publish.spec_parts import ABOVE, BELOW, VALID
-from lightning_slt.publish.specs import components
+from lightning_slt.publish.specs import components, cost, curve, diagnostics
 from tests.publish.helpers import make_estimate
 from tests.publish.recorded import DIVERGED, HOSTILE, write_run
 
@@ -122,6 +124,34 @@ def test_of_a_long_run_some_estimates_are_drawn_and_that_is_said(
     assert "Of 41 estimates 11 are drawn; all are in history.csv." in text
 
 
+def test_points_of_a_long_run_are_small_where_they_are_valid() -> None:
+    layers = curve(points=1000)["vconcat"][0]["layer"]
+    (size,) = [part["encoding"]["size"] for part in layers if part.get("params")]
+    assert size["condition"]["test"].endswith(f"=== '{VALID}'") and size["condition"]["value"] < 10
+    assert size["value"] > 20
+    assert f"'{VALID}'" in components(points=1000)["spec"]["layer"][-1]["encoding"]["size"]["condition"]["test"]
+    assert curve(points=100) == curve() and components(points=50) == components()
+
+
+def axes_of(spec: Any) -> Iterator[Any]:
+    """The axes of measured numbers and of counts in a spec."""
+    if isinstance(spec, list):
+        for part in spec:
+            yield from axes_of(part)
+    elif isinstance(spec, dict):
+        for name, part in spec.items():
+            if name in ("x", "y") and "type" in part and part.get("axis", {}).get("labels", True):
+                yield part.get("axis", {})
+            yield from axes_of(part)
+
+
+@pytest.mark.parametrize("spec", [curve(), components(), diagnostics(), cost()], ids=["curve", "parts", "diag", "cost"])
+def test_an_axis_of_one_value_has_no_row_of_zeros(spec: Any) -> None:
+    """The library writes 100.000000 and 12.0000000 where nothing is said of the format."""
+    axes = list(axes_of(spec))
+    assert axes and all(axis.get("format") in (",.12~g", ",~r") for axis in axes)
+
+
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 def test_the_limits_of_very_many_draws_are_found() -> None:
     """A call of JavaScript takes no more than some ten thousand arguments."""
@@ -141,6 +171,18 @@ def test_the_command_writes_one_file_where_it_is_told(tmp_path: Path, capsys: py
     assert "page.html (" in capsys.readouterr().out
     assert "<h1>&lt;b&gt;</h1>" in (tmp_path / "out" / "page.html").read_text(encoding="utf-8")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["page.html"]
+
+
+@pytest.mark.parametrize("output", ["", "file/report.html"], ids=["a folder", "a file for a folder"])
+def test_an_output_that_cannot_be_written_is_named(
+    output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path / "run", firings=2, draws=4)
+    (tmp_path / "file").write_text("")
+    assert main(["report", str(folder), "-o", str(tmp_path / output)]) == 1
+    said = capsys.readouterr().err
+    assert str(tmp_path / output) in said and "-o" in said and "such as" in said
+    assert ".tmp" not in said and "Errno" not in said
 
 
 def test_a_folder_without_a_record_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

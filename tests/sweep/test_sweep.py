@@ -377,6 +377,27 @@ def test_pinned_snapshots_are_checkpoints_too(module: str, config: SweepConfig, 
     assert [(e.step, e.epoch) for e in result.estimates] == [(5, 0), (7, None)]
 
 
+@pytest.mark.parametrize("key", ["global_step", "epoch"])
+def test_a_checkpoint_of_no_step_costs_its_point_alone(key: str, config: SweepConfig, tmp_path: Path) -> None:
+    config.module, config.data, state = "tests.sweep.runs:plain", "tests.sweep.runs:dataset", runs.plain().state_dict()
+    good, bad = tmp_path / "a.pt", tmp_path / "b.pt"
+    torch.save({"state_dict": state, "global_step": 5}, good)
+    torch.save({"state_dict": state, "global_step": 6, key: None if key == "global_step" else []}, bad)
+    told: list[str] = []
+    result = sweep([good, bad], config, here([]), told.append)
+    assert [e.step for e in result.estimates] == [5]
+    assert list(result.unread) == [bad] and f"'{key}'" in result.unread[bad] and "whole number" in result.unread[bad]
+    assert sum(line.startswith(f"{bad}: failed: ") for line in told) == 1
+
+
+@pytest.mark.parametrize("prefix", ["_forward_module.", "_forward_module.module.", "_forward_module._orig_mod."])
+def test_weights_stored_from_inside_fabric(prefix: str) -> None:
+    module = runs.plain()
+    state = module.state_dict()
+    found = unwrapped({f"{prefix}{name}": w for name, w in state.items()}, module)
+    assert found.keys() == state.keys() and all(found[name] is w for name, w in state.items())
+
+
 def test_weights_stored_from_inside_ddp(config: SweepConfig, tmp_path: Path) -> None:
     """The point of the same weights; a module that has a ``module`` of its own keeps its names."""
     config.module, config.data, state = "tests.sweep.runs:plain", "tests.sweep.runs:dataset", runs.plain().state_dict()

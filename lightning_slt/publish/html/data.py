@@ -103,6 +103,7 @@ def _charts(run: Run, scale: Scale, ticks: dict[str, Any]) -> dict[str, Any]:
                 transitions=any(row["row"] == "transition" for row in rows),
                 boundaries=any(row["row"] == "boundary" for row in rows),
                 states=present["@states"],
+                points=len(estimates),
             ),
             rows,
             {**ticks, **present},
@@ -117,7 +118,8 @@ def _charts(run: Run, scale: Scale, ticks: dict[str, Any]) -> dict[str, Any]:
     }
     if len(run.monitors) > 1:
         parts = [row for m in run.monitors for row in component_rows(m.name, thinned(m.estimates, MAX_POINTS))]
-        charts["components"] = _chart(specs.components(scale), parts, {**ticks, **_order(parts, "component")})
+        most = min(MAX_POINTS, max(len(m.estimates) for m in run.monitors))
+        charts["components"] = _chart(specs.components(scale, most), parts, {**ticks, **_order(parts, "component")})
     for report in log.reports if log is not None else ():
         energies = free_energy_rows(report)
         if energies:

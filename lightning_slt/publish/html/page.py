@@ -40,12 +40,23 @@ def write_report(
 
     Raises:
         FileNotFoundError: where there is no record.
+        IsADirectoryError: where ``output`` is a folder.
         OSError: where the file cannot be written.
     """
+    if output is not None and Path(output).is_dir():
+        raise IsADirectoryError(
+            f"output={os.fspath(output)!r} (-o): is a folder. Name the file, such as {Path(output) / 'report.html'}."
+        )
     run = load_run(folder)
     path = Path(output) if output is not None else run.main.folder / "report.html"
     html = report_html(run, title)
-    write_whole(path, lambda temporary: temporary.write_text(html, encoding="utf-8", errors="replace"))
+    try:
+        write_whole(path, lambda temporary: temporary.write_text(html, encoding="utf-8", errors="replace"))
+    except OSError as error:  # that of the system names a temporary file
+        said = error.strerror or type(error).__name__
+        raise OSError(
+            f"{path}: cannot be written: {said}. Name another file with output (-o), such as report.html here."
+        ) from error
     return path
 
 
