@@ -193,6 +193,18 @@ def test_two_instances_keep_apart(names: tuple[Optional[str], Optional[str]], tm
     assert len({m.folder for m in again}) == 2
 
 
+def test_a_monitor_that_has_a_number_for_its_name_keeps_it(tmp_path: Path) -> None:
+    monitors = [tiny_monitor(every_n_train_steps=k, name=n) for k, n in ((4, None), (6, None), (12, "2"), (3, None))]
+    watch = TransitionMonitor("slt_2/llc/mean")
+    trace = Scenario(Net, loaders).run(tmp_path, watch, *monitors)
+    assert [m.prefix for m in monitors] == ["slt", "slt_3", "slt_2", "slt_4"]
+    assert [m.folder.name for m in monitors if m.folder] == ["slt", "slt_3", "slt_2", "slt_4"]
+    metrics = trace.trainer.callback_metrics
+    for monitor in monitors:
+        assert metrics[f"{monitor.prefix}/llc/mean"].item() == pytest.approx(monitor.estimates[-1].mean)
+    assert watch.state_dict()["fed"] == 12 and steps_of(monitors[2]) == [12]
+
+
 def test_two_instances_leave_training_the_same(tmp_path: Path) -> None:
     scenario, pair = Scenario(Net, loaders), [tiny_monitor(every_n_train_steps=k) for k in (4, 6)]
     assert_same(scenario.run(tmp_path), scenario.run(tmp_path, *pair))
