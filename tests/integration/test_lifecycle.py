@@ -120,6 +120,27 @@ def test_crash_and_resume(exception: BaseException, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "slt" / "summary.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.parametrize("others", [[], [4]], ids=["its first point", "a point before"])
+def test_a_point_measured_after_the_checkpoint_of_its_step_is_in_the_resumed_history(
+    others: list[int], tmp_path: Path
+) -> None:
+    """The checkpoint of the last batch is written before the end of the epoch, where the record gets the point."""
+    first, again = (
+        tiny_monitor(every_n_epochs=1, at_steps=others, probe=7, num_draws=20, measures=["influence", "susceptibility"])
+        for _ in range(2)
+    )
+    watch = TransitionMonitor()
+    Scenario(Net, loaders, lambda: {**saving(tmp_path)(), "max_epochs": 1}).run(tmp_path, first)
+    resume(tmp_path, str(tmp_path / "step=6.ckpt"), again, watch)
+    assert again.folder == first.folder
+    assert steps_of(again) == [e.step for e in RunRecord(again.folder or "").read()] == [*others, 6, 12]
+    assert [e.step for e in again.influences] == [e.step for e in again.susceptibilities] == [*others, 6, 12]
+    assert [len(e.matrix) for e in again.influences] == [*(0 for _ in others), 0, 7]
+    assert torch.equal(again.estimates[-2].trace, first.estimates[-1].trace)
+    assert {e.localization for e in again.estimates} == {first.estimates[0].localization}
+    assert watch.state_dict()["fed"] == 12
+
+
 def test_callback_removed_on_resume_is_a_warning(tmp_path: Path) -> None:
     checkpoint = stopped_at_5(tmp_path, tiny_monitor(every_n_train_steps=2))
     with pytest.warns(UserWarning, match="SLTMonitor"):
