@@ -99,13 +99,17 @@ def give_back(folder: Optional[Path]) -> None:
 
 def restore_record(
     record: RunRecord, last_step: int, estimates: Sequence[Estimate], influences: Sequence[InfluenceEstimate]
-) -> None:
+) -> dict[int, tuple[Estimate, Optional[InfluenceEstimate]]]:
     """The history of a resumed run, complete in its folder: what came after the checkpoint is forgotten.
 
     Args:
         record: of the run.
         last_step: of the checkpoint.
         estimates, influences: the history in the checkpoint.
+
+    Returns:
+        What the record has and the checkpoint does not, in order of steps: measured after it was written and at its own
+        step, as at the end of an epoch, or come late from the background.
     """
     try:
         record.drop_after(last_step)
@@ -120,9 +124,12 @@ def restore_record(
                 samples.save(influence)
     except OSError as error:
         rank_zero_warn(f"lightning_slt could not restore its record in {record.folder}: {error}")
+        return {}
+    lacking = known - {e.step for e in estimates}
+    return _recorded(record.folder, {step for step in lacking if step is not None})
 
 
-def recorded(folder: Path, steps: Collection[int]) -> dict[int, tuple[Estimate, Optional[InfluenceEstimate]]]:
+def _recorded(folder: Path, steps: Collection[int]) -> dict[int, tuple[Estimate, Optional[InfluenceEstimate]]]:
     """What the record has of these steps, in their order."""
     if not steps:
         return {}
@@ -145,4 +152,4 @@ def _influence(folder: Path, step: int) -> Optional[InfluenceEstimate]:
         return None
 
 
-__all__ = ["claim", "fresh", "give_back", "recorded", "restore_record", "run_folder"]
+__all__ = ["claim", "fresh", "give_back", "restore_record", "run_folder"]

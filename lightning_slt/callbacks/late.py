@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lightning_slt.callbacks.arguments import is_smoke_test, loss_context, second_moments
 from lightning_slt.callbacks.background import Late, warn_of_lost
-from lightning_slt.callbacks.folder import recorded
 from lightning_slt.callbacks.overhead import Decision
 from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.reporting import Reporting
@@ -61,12 +60,9 @@ class LateFirings(Reporting):
             course.state_dict,
             course.warm_start,
         )
-        known = {} if self.folder is None else recorded(self.folder, beside.awaited)
-        # what reached the record after the checkpoint is known, and not published a second time
-        for step, (estimate, influence) in known.items():
-            self.estimates.append(estimate)
-            if influence is not None:
-                self.influences.append(influence)
+        # what reached the record after the checkpoint is in the history, and not published a second time
+        known = {e.step for e in self.estimates if e.step is not None} & set(beside.awaited)
+        for step in sorted(known):
             left = beside.left_by(step)
             if left is not None:
                 course.load_state_dict(left)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -279,11 +280,16 @@ class SLTMonitor(InsideFirings):
         self.number_among(trainer)
 
     def number_among(self, trainer: Trainer) -> None:
-        """Find the prefix of a monitor without a name: they are numbered in the order of the trainer's callbacks."""
+        """Find the prefix of a monitor without a name: they are numbered in the order of the trainer's callbacks.
+
+        A number that another monitor has for its name is passed over.
+        """
         if self._name is None:
-            unnamed = [c for c in trainer.callbacks if isinstance(c, SLTMonitor) and c._name is None]  # type: ignore[attr-defined]
-            number = unnamed.index(self) + 1 if self in unnamed else 1
-            self._prefix = "slt" if number == 1 else f"slt_{number}"
+            monitors = [c for c in trainer.callbacks if isinstance(c, SLTMonitor)]  # type: ignore[attr-defined]
+            unnamed = [c for c in monitors if c._name is None]
+            place = unnamed.index(self) if self in unnamed else 0
+            free = (n for n in itertools.count(2) if str(n) not in {c._name for c in monitors})
+            self._prefix = f"slt_{next(itertools.islice(free, place - 1, None))}" if place else "slt"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not in setup: a module may build its layers in its own setup or configure_model, which come after

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, cast
+from typing import TYPE_CHECKING, Any, Optional, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -28,11 +29,14 @@ from lightning_slt.publish import RunPublisher
 from lightning_slt.publish.render import Rendered
 from lightning_slt.publish.words import count_of
 from lightning_slt.record import Estimate, RunRecord
+from lightning_slt.sampling.collective import Collective
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
 from lightning_slt.transitions import Transition
 
 if TYPE_CHECKING:
     from lightning_slt.callbacks.monitor import SLTMonitor
+
+Found = TypeVar("Found", Estimate, InfluenceEstimate, SusceptibilityEstimate)
 
 LARGE_BUDGET = 1600
 """Readings of a firing, over all chains, from which on single pairs are shown at once and not only at the end."""
@@ -49,6 +53,7 @@ class Reporting(KeepsHistory):
     folder: Optional[Path]
     _beside: Optional[BackgroundFirings]
     _budget: Optional[OverheadBudget]
+    _collective: Collective
     _course: Course
     _data: Optional[TrainingData]
     _listeners: list[EstimateListener]
@@ -214,16 +219,38 @@ class Reporting(KeepsHistory):
         folder = None
         if not getattr(trainer, "barebones", False):
             folder = run_folder(trainer, self._resumed_folder, self._dirpath, self._prefix)
-        resumed = bool(self.estimates) or (self._beside is not None and bool(self._beside.awaited))
-        if folder is not None and trainer.is_global_zero:
-            if not resumed or folder != self._resumed_folder or not claim(folder):
+        resumed = bool(self.estimates) or self._resumed_folder is not None
+        if folder is not None:
+            kept = resumed and folder == self._resumed_folder
+            if trainer.is_global_zero and not (kept and claim(folder)):
                 folder = fresh(folder)
             if resumed:
-                restore_record(RunRecord(folder), self._last_step, self.estimates, self.influences)
-                restore_susceptibilities(folder, self._last_step, self.susceptibilities)
+                self._restore(trainer, folder)
         self.folder = self._resumed_folder = folder
         self._publisher = RunPublisher(trainer.loggers, folder, self._prefix)
         self._publisher.start(self._config())
+
+    def _restore(self, trainer: Trainer, folder: Path) -> None:
+        """The record and the history of a resumed run: each has what the other had up to the checkpoint's step.
+
+        The first rank has the record, and tells the others: when to fire depends on the history.
+        """
+
+        def of_record() -> tuple[list[Estimate], list[InfluenceEstimate], list[SusceptibilityEstimate]]:
+            if not trainer.is_global_zero:
+                return [], [], []
+            found = restore_record(RunRecord(folder), self._last_step, self.estimates, self.influences).values()
+            others = restore_susceptibilities(folder, self._last_step, self.susceptibilities)
+            return [e for e, _ in found], [i for _, i in found if i is not None], others
+
+        estimates, influences, susceptibilities = self._collective.exchange(of_record)[0]
+        self.estimates = _in_order(self.estimates, estimates)
+        self.susceptibilities = _in_order(self.susceptibilities, susceptibilities)
+        self.influences = _in_order(self.influences, influences)
+        self.influences[:-1] = [influence.without_pairs() for influence in self.influences[:-1]]
+        if self._course.localization is None:  # the curve goes on in the region of its first point
+            chosen = (e.localization for e in estimates if math.isfinite(e.init_loss))
+            self._course.localization = next(chosen, None)
 
     def _take_up(
         self,
@@ -363,6 +390,11 @@ class Reporting(KeepsHistory):
         if influence is not None and influence.dropped and self._said.first("dropped"):
             named = ", ".join(f"{d.kind} {d.index} ({d.reason})" for d in influence.dropped[:5])
             rank_zero_warn(f"{self._who}: {len(influence.dropped)} samples are left out of influence: {named}")
+
+
+def _in_order(history: list[Found], more: list[Found]) -> list[Found]:
+    """By step; nothing is moved where there is no more."""
+    return sorted(history + more, key=lambda found: found.step or 0) if more else history
 
 
 __all__ = ["Reporting"]

@@ -10,7 +10,7 @@ from numbers import Integral
 from typing import Any, Optional
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 
 from lightning_slt.sampling.arguments import check_count
 
@@ -42,17 +42,23 @@ def log_spaced_steps(count: int, last: Optional[int]) -> tuple[int, ...]:
 def steps_of_run(trainer: Trainer) -> Optional[int]:
     """Batches that will step the optimiser, None where the run has no known end.
 
-    Lightning's own estimate takes the accumulation of the first epoch for every one.
+    Lightning's own estimate takes the accumulation of the first epoch for every one, and the epoch that
+    StochasticWeightAveraging adds for BatchNorm, in which no weight is trained, for one of training.
     """
     total = trainer.estimated_stepping_batches
     if total in (-1, math.inf):
         return None
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     scheduler = next((c for c in callbacks if isinstance(c, GradientAccumulationScheduler)), None)
+    adds_epoch = any(isinstance(c, StochasticWeightAveraging) and c._model_contains_batch_norm for c in callbacks)
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
-    if scheduler is None or not math.isfinite(batches) or epochs is None or epochs < 0:
+    if not (scheduler or adds_epoch) or not math.isfinite(batches) or epochs is None or epochs < 0:
         return int(total)
-    steps = sum(math.ceil(batches / scheduler.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+
+    def accumulated(epoch: int) -> int:
+        return scheduler.get_accumulate_grad_batches(epoch) if scheduler else trainer.accumulate_grad_batches
+
+    steps = sum(math.ceil(batches / accumulated(epoch)) for epoch in range(epochs - adds_epoch))
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
 

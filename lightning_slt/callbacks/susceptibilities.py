@@ -206,8 +206,14 @@ def publish(
     publisher.page(Page(keys_of(estimate, prefix), step=estimate.step), x or 0)
 
 
-def restore_susceptibilities(folder: Path, last_step: int, history: Sequence[SusceptibilityEstimate]) -> None:
-    """The record of a resumed run: what came after the checkpoint is forgotten, what is missing written."""
+def restore_susceptibilities(
+    folder: Path, last_step: int, history: Sequence[SusceptibilityEstimate]
+) -> list[SusceptibilityEstimate]:
+    """The record of a resumed run: what came after the checkpoint is forgotten, what is missing written.
+
+    Returns:
+        What the record has and the history lacks.
+    """
     record = SusceptibilityRecord(folder)
     try:
         record.drop_after(last_step)
@@ -216,3 +222,6 @@ def restore_susceptibilities(folder: Path, last_step: int, history: Sequence[Sus
                 record.save(estimate)
     except OSError as error:
         rank_zero_warn(f"SLTMonitor: the record of susceptibility could not be restored: {error}")
+        return []
+    known = {estimate.step for estimate in history}
+    return [estimate for estimate in record.read() if estimate.step not in known]

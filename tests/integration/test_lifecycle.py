@@ -120,6 +120,27 @@ def test_crash_and_resume(exception: BaseException, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "slt" / "summary.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.parametrize("others", [[], [4]], ids=["its first point", "a point before"])
+def test_a_point_measured_after_the_checkpoint_of_its_step_is_in_the_resumed_history(
+    others: list[int], tmp_path: Path
+) -> None:
+    """The checkpoint of the last batch is written before the end of the epoch, where the record gets the point."""
+    first, again = (
+        tiny_monitor(every_n_epochs=1, at_steps=others, probe=7, num_draws=20, measures=["influence", "susceptibility"])
+        for _ in range(2)
+    )
+    watch = TransitionMonitor()
+    Scenario(Net, loaders, lambda: {**saving(tmp_path)(), "max_epochs": 1}).run(tmp_path, first)
+    resume(tmp_path, str(tmp_path / "step=6.ckpt"), again, watch)
+    assert again.folder == first.folder
+    assert steps_of(again) == [e.step for e in RunRecord(again.folder or "").read()] == [*others, 6, 12]
+    assert [e.step for e in again.influences] == [e.step for e in again.susceptibilities] == [*others, 6, 12]
+    assert [len(e.matrix) for e in again.influences] == [*(0 for _ in others), 0, 7]
+    assert torch.equal(again.estimates[-2].trace, first.estimates[-1].trace)
+    assert {e.localization for e in again.estimates} == {first.estimates[0].localization}
+    assert watch.state_dict()["fed"] == 12
+
+
 def test_callback_removed_on_resume_is_a_warning(tmp_path: Path) -> None:
     checkpoint = stopped_at_5(tmp_path, tiny_monitor(every_n_train_steps=2))
     with pytest.warns(UserWarning, match="SLTMonitor"):
@@ -191,6 +212,18 @@ def test_two_instances_keep_apart(names: tuple[Optional[str], Optional[str]], tm
     for prefix, monitor in zip(prefixes, again, strict=True):
         assert trace.trainer.callback_metrics[f"{prefix}/llc/mean"].item() == pytest.approx(monitor.estimates[-1].mean)
     assert len({m.folder for m in again}) == 2
+
+
+def test_a_monitor_that_has_a_number_for_its_name_keeps_it(tmp_path: Path) -> None:
+    monitors = [tiny_monitor(every_n_train_steps=k, name=n) for k, n in ((4, None), (6, None), (12, "2"), (3, None))]
+    watch = TransitionMonitor("slt_2/llc/mean")
+    trace = Scenario(Net, loaders).run(tmp_path, watch, *monitors)
+    assert [m.prefix for m in monitors] == ["slt", "slt_3", "slt_2", "slt_4"]
+    assert [m.folder.name for m in monitors if m.folder] == ["slt", "slt_3", "slt_2", "slt_4"]
+    metrics = trace.trainer.callback_metrics
+    for monitor in monitors:
+        assert metrics[f"{monitor.prefix}/llc/mean"].item() == pytest.approx(monitor.estimates[-1].mean)
+    assert watch.state_dict()["fed"] == 12 and steps_of(monitors[2]) == [12]
 
 
 def test_two_instances_leave_training_the_same(tmp_path: Path) -> None:

@@ -124,6 +124,20 @@ def test_log_spaced_steps_end_with_the_run_where_accumulation_changes(
     assert steps_of(monitor) == steps
 
 
+@pytest.mark.parametrize("scheduling", [None, {0: 2, 1: 3}], ids=["plain", "accumulating"])
+@pytest.mark.parametrize(("module", "adds_epoch"), [(Net, True), (models.Plain, False)], ids=["BatchNorm", "without"])
+def test_log_spaced_steps_end_where_weights_are_trained_last(
+    scheduling: Any, module: Any, adds_epoch: bool, tmp_path: Path
+) -> None:
+    """Averaged weights get BatchNorm statistics in an epoch more, which counts a step or two and trains nothing."""
+    accumulates = [GradientAccumulationScheduler(dict(scheduling))] if scheduling else []
+    scenario = Scenario(module, loaders, lambda: {"callbacks": [*swa()["callbacks"], *accumulates]})
+    trace = scenario.run(tmp_path, monitor := tiny_monitor(log_spaced=3))
+    last = 5 if scheduling else 12
+    assert (trace.trainer.global_step > last) == adds_epoch
+    assert steps_of(monitor) == ([1, 2, 5] if scheduling else [1, 3, 12])
+
+
 @pytest.mark.parametrize("changes", [{}, {"probe": 7, "num_draws": 20, "measures": ["influence", "susceptibility"]}])
 def test_torchscript_is_compiled_by_the_calls_of_training_only(changes: dict[str, Any], tmp_path: Path) -> None:
     """A copy shares the count of calls after which it is optimised: chains before training must not move it on."""
