@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_slt.callbacks.folder import recorded
+from lightning_slt.callbacks.folder import restore_record
 from lightning_slt.cli import main
 from lightning_slt.influence_record import InfluenceRecord
 from lightning_slt.record import RunRecord
@@ -122,8 +122,10 @@ def test_what_a_resumed_run_finds_broken_is_left_out(content: bytes, tmp_path: P
     folder = write_run(tmp_path)
     (folder / "traces" / "step_000000200.npz").write_bytes(content)
     (folder / "influence" / "step_000000200.safetensors").write_bytes(content)
+    record = RunRecord(folder)
+    others = [e for e in record.read(traces=False) if e.step not in (100, 200)]
     with pytest.warns(UserWarning, match=r"influence at step 200.*step_000000200\.safetensors"):
-        found = recorded(folder, [100, 200])
+        found = restore_record(record, 500, others, [])
     assert list(found) == [100, 200]
     assert found[100][1] is not None and found[200][1] is None
 
