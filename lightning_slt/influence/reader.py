@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import dataclass
 from typing import Optional
 
 import torch
@@ -19,6 +20,7 @@ from lightning_slt.functional.influence import (
     shrink,
 )
 from lightning_slt.functional.posterior import LocalPosterior
+from lightning_slt.influence.columns import Columns, usable
 from lightning_slt.influence.probes import ProbeSet
 from lightning_slt.influence.sides import Sides, by_group
 from lightning_slt.influence_record import Dropped, InfluenceEstimate
@@ -26,7 +28,6 @@ from lightning_slt.sampling.control import SteinControl
 from lightning_slt.sampling.kinetic import KineticSampling
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.probe import MAX_GRADIENTS, Probe
-from lightning_slt.sampling.samples import Samples
 
 log = logging.getLogger(__name__)
 
@@ -135,62 +136,42 @@ class InfluenceReader:
             shrinkage: 1 for the plain covariance, above 1 see :func:`~lightning_slt.functional.influence.shrink`; None
                 to weight what is not known to first order by its James-Stein factor.
         """
-        train, query = self._train, self._query or self._train
-        n = train.n + (query.n if self._query is not None else 0)
-        losses, *linear = trace[good].split(n, dim=2)
-        x_all, y_all = losses[:, :, : train.n], losses[:, :, train.n :]
-        y_all = x_all if self._query is None else y_all
-        reasons = [] if len(x_all) else ["no chain has stayed finite and local"]
-        keep_x, dropped = _usable("train", x_all, train)
-        keep_y, more = _usable("query", y_all, query) if self._query is not None else (keep_x, [])
-        if not bool(keep_x.any()) or not bool(keep_y.any()):
+        x, y, linear = self._split(trace[good])
+        dropped = (*x.dropped, *(y.dropped if y is not x else ()))
+        chains, reads = x.losses.shape[:2]
+        reasons = [] if chains else ["no chain has stayed finite and local"]
+        if x.empty or y.empty:
             reasons.append("no sample has finite losses")
-        reads = x_all.shape[1]
-        if 0 < len(x_all) * (reads - 1) < MIN_DEGREES or reads < 2:
-            reasons.append(f"{reads} readings of {len(x_all)} chains are too few")
-        if not bool(keep_x.any()) or not bool(keep_y.any()) or not len(x_all) or reads < 2:
-            return self._nothing(posterior, num_samples, tuple(reasons), (*dropped, *more))
-        x, y = x_all[:, :, keep_x], y_all[:, :, keep_y]
-        share = between_share(x)
+        if 0 < chains * (reads - 1) < MIN_DEGREES or reads < 2:
+            reasons.append(f"{reads} readings of {chains} chains are too few")
+        if x.empty or y.empty or not chains or reads < 2:
+            return self._nothing(posterior, num_samples, tuple(reasons), dropped)
+        share = between_share(x.losses)
+        if share > MIXED:
+            reasons.append(f"{share:.0%} of the losses' variance lies between chains: they have not mixed")
         # a chain's own mean takes a part of the variance with it, the more the longer its memory: what lies between
         # chains that sample the same posterior says how much
         whole = factor_of(share, reads)
-        sides = self._sides(x, y, linear, keep_x, keep_y)
-        rest = sides.rest(whole)
-        # where nothing is known to first order there is nothing to lean on
-        weight = rest.stein_weight if shrinkage is None and sides.known is not None else 1.0
-        result, plain = rest.plus(sides.known, weight), rest.plus(sides.known)
-        own, own_se = sides.variance(whole, of_train=True)
-        own_query = own if self._query is None else sides.variance(whole, of_train=False)[0]
-        # both sides of a quotient from the same draws
-        rho = correlation(plain.matrix, own, own_query)
-        if self._query is None:
-            result.matrix.diagonal().copy_(own)  # the square of a loss is known better than products of two
-        mean, mean_se = mean_and_error(x)
-        anchor, query_anchor = train.anchor[keep_x], query.anchor[keep_y]
-        if share > MIXED:
-            reasons.append(f"{share:.0%} of the losses' variance lies between chains: they have not mixed")
-        train_group = _kept(self.probes.train_group, keep_x, self.probes.train, train)
-        query_group = train_group
-        if self._query is not None:
-            query_group = _kept(self.probes.query_group, keep_y, self.probes.query, query)
+        sides = self._sides(x, y, linear)
+        pairs = _pairs(sides, whole, shrinkage, y is x)
+        mean, mean_se = mean_and_error(x.losses)
+        train_group = x.groups(self.probes.train_group, self.probes.train)
+        query_group = train_group if y is x else y.groups(self.probes.query_group, self.probes.query)
         names, group_matrix, group_se = by_group(sides, train_group, query_group, whole)
-        exponent = shrinkage if shrinkage is not None else 1.0
-        power = f"shrunk with power {exponent:g}: no longer the plain covariance"
         return InfluenceEstimate(
-            matrix=shrink(result.matrix, rho, exponent),
-            correlation=rho,
-            se=result.se,
-            self_influence=own,
-            self_influence_se=own_se,
-            init_loss=anchor,
-            mean_loss=anchor + mean,
+            matrix=pairs.matrix,
+            correlation=pairs.correlation,
+            se=pairs.se,
+            self_influence=pairs.own,
+            self_influence_se=pairs.own_se,
+            init_loss=x.anchor,
+            mean_loss=x.anchor + mean,
             mean_loss_se=mean_se,
-            query_init_loss=query_anchor,
-            query_mean_loss=query_anchor + result.mean_y,
-            train_index=train.index[keep_x],
-            query_index=query.index[keep_y],
-            query_token=query.token[keep_y] if self.probes.per_token else None,
+            query_init_loss=y.anchor,
+            query_mean_loss=y.anchor + pairs.mean_y,
+            train_index=x.index,
+            query_index=y.index,
+            query_token=y.token if self.probes.per_token else None,
             train_group=train_group,
             query_group=query_group,
             groups=names,
@@ -199,37 +180,44 @@ class InfluenceReader:
             nbeta=posterior.nbeta,
             localization=posterior.localization,
             num_samples=num_samples,
-            num_chains=len(x),
+            num_chains=chains,
             num_draws=reads,
-            num_blocks=result.num_blocks,
-            rest_weight=weight,
+            num_blocks=pairs.num_blocks,
+            rest_weight=pairs.rest_weight,
             between_share=share,
-            dropped=(*dropped, *more),
+            dropped=dropped,
             valid=not reasons,
             reasons=tuple(reasons),
             notes=(
                 *self.probes.notes,
-                *_of_few(len(x), reads, whole),
-                *((power,) if exponent != 1 else ()),
+                *_of_few(chains, reads, whole),
+                *_of_power(pairs.shrinkage),
                 *((self._without_control,) if self._without_control else ()),
             ),
-            shrinkage=exponent,
-            queries_are_train=self._query is None,
+            shrinkage=pairs.shrinkage,
+            queries_are_train=y is x,
         )
 
-    def _sides(self, x: Tensor, y: Tensor, linear: list[Tensor], keep_x: Tensor, keep_y: Tensor) -> Sides:
+    def _split(self, trace: Tensor) -> tuple[Columns, Columns, list[Tensor]]:
+        """Readings ``[chains, reads, ...]`` as the columns of both sides, which are one where the training samples are
+        the queries, and the linear parts ``[chains, reads, n]`` where there are any."""
+        n = self._train.n + (self._query.n if self._query is not None else 0)
+        losses, *linear = trace.split(n, dim=2)
+        x = usable("train", losses[:, :, : self._train.n], self._train)
+        y = usable("query", losses[:, :, self._train.n :], self._query) if self._query is not None else x
+        return x, y, linear
+
+    def _sides(self, x: Columns, y: Columns, linear: list[Tensor]) -> Sides:
         """The losses of both sides, with their control variates where there are any."""
         if self._control is None or not linear:
-            return Sides(x, y)
-        n = self._train.n
-        train = LinearParts(*(part[:, :, :n][:, :, keep_x] for part in linear))
-        query = train
-        if self._query is not None:
-            query = LinearParts(*(part[:, :, n:][:, :, keep_y] for part in linear))
-        columns, rows = keep_x.nonzero().flatten(), keep_y.nonzero().flatten()
-        rows = rows if self._query is None else rows + n
-        x_parts, x_down, x_across = train.fitted(x)
-        y_parts, y_down, y_across = (x_parts, x_down, x_across) if self._query is None else query.fitted(y)
+            return Sides(x.losses, y.losses)
+        # where the samples of each side lie among the gradients, those of training first
+        columns = x.keep.nonzero().flatten()
+        rows = columns if y is x else y.keep.nonzero().flatten() + self._train.n
+        x_parts, x_down, x_across = LinearParts(*(part[:, :, columns] for part in linear)).fitted(x.losses)
+        y_parts, y_down, y_across = x_parts, x_down, x_across
+        if y is not x:
+            y_parts, y_down, y_across = LinearParts(*(part[:, :, rows] for part in linear)).fitted(y.losses)
 
         def known(of: Tensor, down: Tensor, across: Tensor, others: Tensor, slopes: tuple[Tensor, Tensor]) -> Tensor:
             assert self._control is not None
@@ -237,8 +225,8 @@ class InfluenceReader:
             return scale.mul_(self._control.expected(of, others))
 
         return Sides(
-            x,
-            y,
+            x.losses,
+            y.losses,
             x_parts,
             y_parts,
             known(rows, y_down, y_across, columns, (x_down, x_across)),
@@ -265,16 +253,37 @@ class InfluenceReader:
         )
 
 
-def _usable(kind: str, losses: Tensor, probe: Probe) -> tuple[Tensor, list[Dropped]]:
-    """``[n]`` bool: the loss is finite at ``w*`` and at every reading; and the others by name."""
-    at_anchor = torch.isfinite(probe.anchor)
-    along = torch.isfinite(losses).all(dim=1).all(dim=0) if len(losses) else torch.zeros_like(at_anchor)
-    dropped = [Dropped(kind, i, "the step gives no loss for it") for i in probe.without]
-    if len(losses):
-        for k in (~(at_anchor & along)).nonzero().flatten().tolist():
-            where = "along the chains" if bool(at_anchor[k]) else "at the current weights"
-            dropped.append(Dropped(kind, int(probe.index[k]), f"its loss is not finite {where}"))
-    return at_anchor & along, dropped
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """What the losses of both sides say of each pair, of each training sample and of each query's mean."""
+
+    matrix: Tensor
+    correlation: Tensor
+    se: Tensor
+    own: Tensor
+    own_se: Tensor
+    mean_y: Tensor
+    num_blocks: int
+    rest_weight: float
+    shrinkage: float
+
+
+def _pairs(sides: Sides, whole: float, shrinkage: Optional[float], same: bool) -> _Pairs:
+    """Covariances and variances times what chains miss within themselves; ``same`` where queries are the training
+    samples."""
+    rest = sides.rest(whole)
+    # where nothing is known to first order there is nothing to lean on
+    weight = rest.stein_weight if shrinkage is None and sides.known is not None else 1.0
+    power = 1.0 if shrinkage is None else shrinkage
+    result, plain = rest.plus(sides.known, weight), rest.plus(sides.known)
+    own, own_se = sides.variance(whole, of_train=True)
+    own_query = own if same else sides.variance(whole, of_train=False)[0]
+    # both sides of a quotient from the same draws
+    rho = correlation(plain.matrix, own, own_query)
+    if same:
+        result.matrix.diagonal().copy_(own)  # the square of a loss is known better than products of two
+    matrix = shrink(result.matrix, rho, power)
+    return _Pairs(matrix, rho, result.se, own, own_se, result.mean_y, result.num_blocks, weight, power)
 
 
 def _of_few(num_chains: int, reads: int, whole: float) -> list[str]:
@@ -293,11 +302,5 @@ def _of_few(num_chains: int, reads: int, whole: float) -> list[str]:
     return notes
 
 
-def _kept(
-    groups: Optional[list[Optional[str]]], keep: Tensor, samples: Optional[Samples], probe: Probe
-) -> Optional[tuple[str, ...]]:
-    """The groups of the columns that are kept; a sample without one is in the group ``""``."""
-    if groups is None or samples is None:
-        return None
-    of = dict(zip(samples.index, groups, strict=True))
-    return tuple(of[i] or "" for i in probe.index[keep].tolist())
+def _of_power(power: float) -> list[str]:
+    return [f"shrunk with power {power:g}: no longer the plain covariance"] if power != 1 else []

@@ -62,6 +62,96 @@ def _banks(num_sizes: int) -> _Banks:
     )
 
 
+@dataclass(frozen=True)
+class _Windows:
+    """The windows of all sizes that end at the newest point; two channels: the coefficient, the loss."""
+
+    sizes: Array  # [num_sizes]
+    steps: Array  # [reach], of the largest window
+    llc: Array  # [reach]
+    both: Array  # [reach, 2], above the newest point
+    noise: Array  # [2], scatter of the newest point
+    sums: Array  # [num_sizes, 2], of ``both``
+    total: Array  # [num_sizes, 2], sum of squares about the mean
+    largest: Array  # [num_sizes, 2], magnitude
+
+    @property
+    def reach(self) -> int:
+        return int(self.sizes[-1])
+
+
+def _windows(curve: Curve, hi: int, num_sizes: int) -> _Windows:
+    sizes = np.array(SIZES[:num_sizes])
+    reach = int(sizes[-1])
+    llc, loss = curve.llc[hi - reach : hi], curve.loss[hi - reach : hi]
+    both = np.stack([llc - llc[-1], loss - loss[-1]], axis=1)
+    # sums over each window, from sums from the newest point backwards
+    sums = np.cumsum(both[::-1], axis=0)[sizes - 1]
+    squares = np.cumsum(both[::-1] ** 2, axis=0)[sizes - 1]
+    return _Windows(
+        sizes=sizes,
+        steps=curve.steps[hi - reach : hi],
+        llc=llc,
+        both=both,
+        noise=np.array([curve.llc_scatter[hi - 1], curve.loss_scatter[hi - 1]]),
+        sums=sums,
+        total=np.maximum(squares - sums**2 / sizes[:, None], 0.0),
+        largest=np.maximum.accumulate(np.abs(np.stack([llc, loss], axis=1))[::-1], axis=0)[sizes - 1],
+    )
+
+
+@dataclass(frozen=True)
+class _Ramps:
+    """What each ramp says of its window; arrays ``[num_ramps, 2]``."""
+
+    height: Array
+    floor: Array  # least variance of a point
+    misfit: Array  # variance of a point about the ramp
+    evidence: Array  # above a smooth course
+    contrast: Array  # [num_ramps], squared height of the coefficient's ramp in units of its noise
+    rho: Array  # [num_ramps], autocorrelation of what the coefficient's ramp leaves
+
+
+def _ramps(windows: _Windows, b: _Banks) -> _Ramps:
+    coefficient, beside, smooth = _fitted(windows, b)
+    rss = np.maximum(windows.total[b.which] - coefficient**2, 0.0)
+    height = coefficient * b.scales[:, None]
+    misfit = rss / (windows.sizes[b.which, None] - 4)
+    # a constant curve has no scatter at all; what rounding leaves of it must not become evidence
+    rounding = 1e-10 * windows.largest[b.which] + 1e-150
+    floor = np.maximum((SHAPE_ERROR * height) ** 2, np.maximum(windows.noise**2, rounding**2))
+    evidence = (np.maximum(windows.total - smooth, 0.0)[b.which] - rss) / np.maximum(floor, misfit)
+    rho = _autocorrelation(windows, b, coefficient[:, 0], beside, rss[:, 0])
+    # what the ramp leaves may be far below the floor, of which its autocorrelation says nothing
+    contrast = coefficient[:, 0] ** 2 / np.maximum(floor[:, 0], misfit[:, 0] * (1 + rho) / (1 - rho))
+    return _Ramps(height, floor, misfit, evidence, contrast, rho)
+
+
+def _fitted(windows: _Windows, b: _Banks) -> tuple[Array, Array, Array]:
+    """The coefficients of all ramps ``[num_ramps, 2]``, those of the ramps beside their neighbours ``[num_ramps]``, and
+    what the best smooth course explains ``[num_sizes, 2]``."""
+    reach, both = windows.reach, windows.both
+    coefficients, beside, smooth = [], [], np.empty((len(windows.sizes), 2))
+    for i, rows in enumerate(b.rows):
+        fitted, count = rows @ both[reach - windows.sizes[i] :], b.count[i]
+        coefficients.append(fitted[:count])
+        beside.append(fitted[count : 2 * count, 0])
+        line, bend = np.moveaxis(fitted[2 * count :].reshape(-1, 2, 2), 1, 0)
+        bend[:, 1] = np.maximum(bend[:, 1], 0.0)
+        smooth[i] = (line**2 + bend**2).max(axis=0)
+    uneven = not evenly_spaced(windows.steps)
+    for i, size in enumerate(windows.sizes if uneven else ()):
+        window = both[reach - size :].T
+        courses = smooth_in_steps(
+            window - window.mean(axis=1, keepdims=True),
+            windows.steps[None, reach - size :],
+            True,
+            np.array([False, True]),
+        )
+        smooth[i] = np.maximum(smooth[i], courses)
+    return np.concatenate(coefficients), np.concatenate(beside), smooth
+
+
 def newest_step(curve: Curve, lo: int, hi: int, min_change: float) -> Step | None:
     """The step of the highest positive score in the windows ``lo <= start <= i < hi`` of all sizes that fit.
 
@@ -75,76 +165,23 @@ def newest_step(curve: Curve, lo: int, hi: int, min_change: float) -> Step | Non
     if num_sizes == 0:
         return None
     b = _banks(num_sizes)
-    sizes = np.array(SIZES[:num_sizes])
-    reach = int(sizes[-1])
-    llc, loss = curve.llc[hi - reach : hi], curve.loss[hi - reach : hi]
-    sigma, loss_sigma = float(curve.llc_scatter[hi - 1]), float(curve.loss_scatter[hi - 1])
-    both = np.stack([llc - llc[-1], loss - loss[-1]], axis=1)
-    # sums over each window, from sums from the newest point backwards
-    sums = np.cumsum(both[::-1], axis=0)[sizes - 1]
-    squares = np.cumsum(both[::-1] ** 2, axis=0)[sizes - 1]
-    total = np.maximum(squares - sums**2 / sizes[:, None], 0.0)
-    largest = np.maximum.accumulate(np.abs(np.stack([llc, loss], axis=1))[::-1], axis=0)[sizes - 1]
-    coefficients, beside, smooth = [], [], np.empty((num_sizes, 2))
-    for i, rows in enumerate(b.rows):
-        fitted, count = rows @ both[reach - sizes[i] :], b.count[i]
-        coefficients.append(fitted[:count])
-        beside.append(fitted[count : 2 * count, 0])
-        line, bend = np.moveaxis(fitted[2 * count :].reshape(-1, 2, 2), 1, 0)
-        bend[:, 1] = np.maximum(bend[:, 1], 0.0)
-        smooth[i] = (line**2 + bend**2).max(axis=0)
-    uneven = not evenly_spaced(curve.steps[hi - reach : hi])
-    for i, size in enumerate(sizes if uneven else ()):
-        window = both[reach - size :].T
-        courses = smooth_in_steps(
-            window - window.mean(axis=1, keepdims=True),
-            curve.steps[None, hi - size : hi],
-            True,
-            np.array([False, True]),
-        )
-        smooth[i] = np.maximum(smooth[i], courses)
-    coefficient = np.concatenate(coefficients)
-    rss = np.maximum(total[b.which] - coefficient**2, 0.0)
-    height = coefficient * b.scales[:, None]
-    misfit = rss / (sizes[b.which, None] - 4)
-    # a constant curve has no scatter at all; what rounding leaves of it must not become evidence
-    rounding = 1e-10 * largest[b.which] + 1e-150
-    floor = np.maximum((SHAPE_ERROR * height) ** 2, np.maximum(np.array([sigma, loss_sigma]) ** 2, rounding**2))
-    variance = np.maximum(floor, misfit)
-    evidence = (np.maximum(total - smooth, 0.0)[b.which] - rss) / variance
-
-    rho = _autocorrelation(both[:, 0], sums[:, 0], sizes, b, coefficient[:, 0], np.concatenate(beside), rss[:, 0])
-    rising = height[:, 0] > 0
-    # what the ramp leaves may be far below the floor, of which its autocorrelation says nothing
-    contrast = coefficient[:, 0] ** 2 / np.maximum(floor[:, 0], misfit[:, 0] * (1 + rho) / (1 - rho))
-    # what came before may have fallen, up to the middle of the ramp: a rise since then counts as well
-    first_half_of = reach - 1 - b.back, reach - 1 - b.half
-    since = largest_between(rises(llc, sigma), *first_half_of)
-    since *= (1 - curve.persistence) / (1 + curve.persistence)
-    contrast = np.maximum(np.where(rising, LARGEST * contrast, 0.0), HIDDEN * since)
-    joint = np.where((contrast > 0) & (height[:, 1] < 0), np.minimum(contrast, evidence[:, 1]), -math.inf)
-    # the plateau before a falling step
-    before = (llc[-1] + sums[:, 0] / sizes)[b.which] - height[:, 0] * b.means
-    # a loss that falls faster and faster while the coefficient turns negative: a saddle being left
-    threes = np.convolve(both[:, 1], np.ones(3) / 3, "valid")
-    first = reach - sizes
-    bend = threes[-1] - 2 * threes[first + sizes // 2 - 1] + threes[first]
-    leaving = (bend < -5 * loss_sigma)[b.which] & (before + height[:, 0] * b.seen < -3 * sigma)
-    out = ~rising & ((before < -3 * sigma) | leaving)
-
+    windows = _windows(curve, hi, num_sizes)
+    ramps = _ramps(windows, b)
+    height, rho = ramps.height[:, 0], ramps.rho
+    joint = _joint(windows, b, ramps, curve.persistence)
     # without a second witness the noise of the whole curve counts too: a window is too short to know it
     alone = np.maximum(rho, curve.persistence)
-    alone = evidence[:, 0] * (1 - alone) / (1 + alone)
+    alone = ramps.evidence[:, 0] * (1 - alone) / (1 + alone)
     score = _REPEATED * np.maximum(LARGEST * alone, joint)
     # a rise that a fall before it hides is one from the lowest point
-    risen = llc[-1] + largest_between(-llc, *first_half_of)
-    change = np.where(~rising & (joint > alone), risen, height[:, 0] * b.seen)
-    score[out | (np.abs(change) < min_change)] = -math.inf
+    risen = windows.llc[-1] + largest_between(-windows.llc, *_first_half(windows, b))
+    change = np.where(~(height > 0) & (joint > alone), risen, height * b.seen)
+    score[_out_of_a_saddle(windows, b, height) | (np.abs(change) < min_change)] = -math.inf
     place = int(np.argmax(score))
     if not score[place] > 0:
         return None
-    centre, width = float(hi - sizes[b.which[place]] + b.centres[place]), float(b.widths[place])
-    error = b.scales[place] * sigma * math.sqrt((1 + rho[place]) / (1 - rho[place]))
+    centre, width = float(hi - windows.sizes[b.which[place]] + b.centres[place]), float(b.widths[place])
+    error = b.scales[place] * float(windows.noise[0]) * math.sqrt((1 + rho[place]) / (1 - rho[place]))
     return Step(
         score=float(score[place]),
         onset=centre - width / 2,
@@ -155,13 +192,40 @@ def newest_step(curve: Curve, lo: int, hi: int, min_change: float) -> Step | Non
     )
 
 
-def _autocorrelation(
-    values: Array, sums: Array, sizes: Array, b: _Banks, coefficient: Array, beside: Array, rss: Array
-) -> Array:
+def _first_half(windows: _Windows, b: _Banks) -> tuple[Array, Array]:
+    """Of each ramp, the points of its onset and of its centre in the largest window."""
+    return windows.reach - 1 - b.back, windows.reach - 1 - b.half
+
+
+def _joint(windows: _Windows, b: _Banks, ramps: _Ramps, persistence: float) -> Array:
+    """``[num_ramps]``, the evidence of both channels: a rise of the coefficient while the loss falls; else -inf."""
+    # what came before may have fallen, up to the middle of the ramp: a rise since then counts as well
+    since = largest_between(rises(windows.llc, float(windows.noise[0])), *_first_half(windows, b))
+    since *= (1 - persistence) / (1 + persistence)
+    contrast = np.maximum(np.where(ramps.height[:, 0] > 0, LARGEST * ramps.contrast, 0.0), HIDDEN * since)
+    falling = ramps.height[:, 1] < 0
+    return np.where((contrast > 0) & falling, np.minimum(contrast, ramps.evidence[:, 1]), -math.inf)
+
+
+def _out_of_a_saddle(windows: _Windows, b: _Banks, height: Array) -> Array:
+    """``[num_ramps]`` bool: the coefficient falls from a negative plateau, or to one while a saddle is being left."""
+    sigma, loss_sigma = windows.noise
+    # the plateau before a falling step
+    before = (windows.llc[-1] + windows.sums[:, 0] / windows.sizes)[b.which] - height * b.means
+    # a loss that falls faster and faster while the coefficient turns negative: a saddle being left
+    threes = np.convolve(windows.both[:, 1], np.ones(3) / 3, "valid")
+    first = windows.reach - windows.sizes
+    bend = threes[-1] - 2 * threes[first + windows.sizes // 2 - 1] + threes[first]
+    leaving = (bend < -5 * loss_sigma)[b.which] & (before + height * b.seen < -3 * sigma)
+    return ~(height > 0) & ((before < -3 * sigma) | leaving)
+
+
+def _autocorrelation(windows: _Windows, b: _Banks, coefficient: Array, beside: Array, rss: Array) -> Array:
     """That of :func:`~lightning_slt.transitions.evidence.autocorrelation` for every ramp ``[num_ramps]``.
 
     Of the residual ``y - c r`` the lag-one product is ``sum y y' - c sum (r y' + r' y) + c^2 sum r r'``.
     """
+    values, sizes, sums = windows.both[:, 0], windows.sizes, windows.sums[:, 0]
     newest, oldest = values[-1], values[values.size - sizes]
     products = np.concatenate([[0.0], np.cumsum((values[1:] * values[:-1])[::-1])])[sizes - 1]
     mean = sums / sizes
