@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 from lightning_slt.callbacks.combined import Combined, Transfer, batches_of_epoch
 from lightning_slt.callbacks.marks import marks_of, same_marks
 from lightning_slt.sampling.batches import (
+    LEAST_BATCHES,
     MAX_RESIDENT_BATCHES,
     MAX_RESIDENT_BYTES,
     DatasetSource,
@@ -134,7 +135,7 @@ class TrainingData:
         """Clone a batch that training is about to use (on its device, hooks applied): a sample of all seen."""
         self._count += 1
         if self._seen and len(self._seen) >= min(
-            REPLAYED_BATCHES, max(1, MAX_RESIDENT_BYTES // max(1, self._seen_bytes // len(self._seen)))
+            REPLAYED_BATCHES, max(LEAST_BATCHES, MAX_RESIDENT_BYTES // max(1, self._seen_bytes // len(self._seen)))
         ):
             place = self._order.randrange(self._count)
             if place < len(self._seen):

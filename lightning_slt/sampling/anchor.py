@@ -133,6 +133,22 @@ def measure_anchor(objective: Objective, window: Window, indices: Tensor) -> Ten
     return indices
 
 
+def some_batch(objective: Objective, window: Window) -> int:
+    """A minibatch whose loss at ``w*`` is known, measured where none is yet.
+
+    Raises:
+        NoLossError: where no minibatch has a loss.
+    """
+    for i in range(len(window)):
+        if window.anchor_loss:
+            break
+        with suppress(NoLossError):
+            measure_anchor(objective, window, torch.tensor([i]))
+    if not window.anchor_loss:
+        raise no_loss_of(objective.given_loss)
+    return next(iter(window.anchor_loss))
+
+
 def anchor_of_steps(objective: Objective, window: Window, indices: Tensor, seeds: Tensor) -> Tensor:
     """The loss at ``w*`` of every step by itself, for a step that draws random numbers: with those numbers.
 

@@ -48,10 +48,15 @@ from lightning_slt.sampling.window import Window
 log = logging.getLogger(__name__)
 
 MAX_RESIDENT_BYTES = 256 * 2**20
+LEAST_BATCHES = 2
+"""Batches of a window however large they are: of a single one all chains would see the same at each step, and nothing
+would tell its noise."""
 MAX_RESIDENT_BATCHES = 1024
 WINDOW_BATCHES = 128
 MOST_SHUFFLED = 2**24
 """Of more samples than these no shuffled order is made: of a thousand million it would take 8 GB."""
+REPEATED = 100
+"""Samples for each one of a batch, beyond which it is drawn with replacement: one in 200 is in a batch twice then."""
 MAX_UNEVEN = 0.002
 """Share of the data that may be left out in any case where the batch size does not divide n."""
 MAX_SHIFT = 0.0015
@@ -104,7 +109,7 @@ class DatasetSource(MinibatchSource):
         transfer: applied to each collated batch (to the device, user's hooks).
         seed: order of the samples.
         num_workers: processes that read the data, see :class:`~lightning_slt.sampling.reading.Reader`.
-        max_bytes: how much of the data may be held at once.
+        max_bytes: how much of the data may be held at once, beyond :data:`LEAST_BATCHES`.
         worker_init_fn: as in a DataLoader, for those processes.
 
     Raises:
@@ -138,9 +143,9 @@ class DatasetSource(MinibatchSource):
         self._seed = seed
         self._max_bytes = max_bytes
         self._next_window = 0
-        first = self._read([self._stream_batches(0, 1)[0]])[0]
+        first = self._read(self._stream(0, 1))[0]
         self._bytes = max(num_bytes(first), 1)
-        affordable = max(1, max_bytes // self._bytes)
+        affordable = max(LEAST_BATCHES, max_bytes // self._bytes)
         total = n * _epochs_for_even_use(n, self.batch_size) // self.batch_size
         self.resident = total <= min(affordable, MAX_RESIDENT_BATCHES)
         self._window_batches = total if self.resident else min(affordable, WINDOW_BATCHES)
@@ -156,15 +161,26 @@ class DatasetSource(MinibatchSource):
         other.num_samples = self.num_samples
         return other
 
-    def _stream_batches(self, start: int, count: int) -> list[list[int]]:
-        """Batches ``start .. start + count`` of the endless stream of shuffled epochs, cut into batches."""
+    def _pool(self, count: int) -> list[list[int]]:
+        """The first so many batches of shuffled epochs, which are held for good."""
         n, b = self._count, self.batch_size
-        first, last = start * b, (start + count) * b
         if n > MOST_SHUFFLED and b < n:  # all of it at once is every sample once
-            return self._of_dataset(_some_of(n, count * b, self._seed, start).view(count, b))
-        epochs = range(first // n, (last - 1) // n + 1)
-        stream = torch.cat([_epoch_order(n, self._seed, e) for e in epochs])[first - epochs[0] * n :][: count * b]
+            return self._stream(0, count)
+        epochs = range((count * b - 1) // n + 1)
+        stream = torch.cat([_epoch_order(n, self._seed, e) for e in epochs])[: count * b]
         return self._of_dataset(stream.view(count, b))
+
+    def _stream(self, start: int, count: int) -> list[list[int]]:
+        """Batches ``start .. start + count`` of an endless stream, each by itself a draw from all the data.
+
+        Not the batches of shuffled epochs: a chain meets each after others of the epoch, which together pull away from
+        it. Its losses are too high for that, by about as much as the minibatches heat it.
+        """
+        n, b = self._count, self.batch_size
+        stream = generator(self._seed, LOADER, start)
+        if b * REPEATED < n:  # hardly any sample comes twice in a batch
+            return self._of_dataset(torch.randint(n, (count, b), generator=stream))
+        return self._of_dataset(torch.stack([torch.randperm(n, generator=stream)[:b] for _ in range(count)]))
 
     def _of_dataset(self, numbers: Tensor) -> list[list[int]]:
         out: list[list[int]] = numbers.tolist()
@@ -174,8 +190,8 @@ class DatasetSource(MinibatchSource):
         if self._kept is not None and (self.resident or self._next_window == index):
             return self._kept
         self._kept = None  # two windows are never held at once
-        start = 0 if self.resident else index * self._window_batches
-        window = Window(self._read(self._stream_batches(start, self._window_batches)))
+        count = self._window_batches
+        window = Window(self._read(self._pool(count) if self.resident else self._stream(index * count, count)))
         self._kept, self._next_window = window, index
         return window
 
@@ -238,7 +254,7 @@ class IterableSource(MinibatchSource):
         self._pending = [transfer(first[0])]
         leaves = [x for x in tree_flatten(self._pending[0])[0] if isinstance(x, Tensor) and x.ndim > 0]
         self.batch_size = len(leaves[0]) if leaves else 1
-        affordable = max(1, max_bytes // max(1, num_bytes(self._pending[0])))
+        affordable = max(LEAST_BATCHES, max_bytes // max(1, num_bytes(self._pending[0])))
         self._least, self._most = min(affordable, WINDOW_BATCHES), min(affordable, MAX_RESIDENT_BATCHES)
         self._index = -1
 
@@ -390,11 +406,6 @@ def _of_batches(source: IterableSource, count: Optional[int], num_samples: Optio
 def _refuse_full_batch(full_batch: bool) -> None:
     if full_batch:
         raise ValueError("full_batch=True needs a map-style Dataset, or a DataLoader that is uniform over one.")
-
-
-def _some_of(n: int, count: int, seed: int, start: int) -> Tensor:
-    """So many of n samples, with replacement: of more than :data:`MOST_SHUFFLED` hardly any comes twice."""
-    return torch.randint(n, (count,), generator=generator(seed, LOADER, start))
 
 
 def _epoch_order(n: int, seed: int, epoch: int) -> Tensor:

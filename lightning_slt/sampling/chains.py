@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
-from lightning_slt.sampling.anchor import anchor_of_steps, measure_anchor
+from lightning_slt.sampling.anchor import anchor_of_steps, measure_anchor, some_batch
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.chunk import Chunk, GradientMoments, num_noise_squares
 from lightning_slt.sampling.collective import Collective, RankLostError, own_chains
@@ -25,7 +25,7 @@ from lightning_slt.sampling.paths import Choice, choose_engine
 from lightning_slt.sampling.randomness import Randomness
 from lightning_slt.sampling.rng import START, STEP, derive_seed, generator, seed_globals
 from lightning_slt.sampling.samplers import Sampler, SamplerState, empty_state
-from lightning_slt.sampling.segment import READINGS, STATS_EVERY, Segment
+from lightning_slt.sampling.segment import NOISE_LAG, READINGS, STATS_EVERY, Segment
 from lightning_slt.sampling.weight_reader import Readout, WeightReader, join_reads, num_reads
 from lightning_slt.sampling.window import Window
 
@@ -146,9 +146,7 @@ class Chains:
         anchor, grad, direction = self.objective.anchor, self._grad[:1], self.weights[row]
         point = self.weights[-1:] if row + 1 < len(self.weights) else torch.empty_like(direction).unsqueeze(0)
         window = self.source.window(self._window_index)
-        if not window.anchor_loss:
-            measure_anchor(self.objective, window, torch.arange(len(window)))
-        batch = next(iter(window.anchor_loss))
+        batch = some_batch(self.objective, window)
 
         def look(share: float) -> tuple[float, float]:
             torch.add(anchor, direction, alpha=share, out=point[0])
@@ -286,8 +284,8 @@ class Chains:
         readings = torch.zeros(kinds, chains, reads, dtype=torch.float64)
         read: list[Tensor] = []
         noise: Tensor | None = None
-        if self.sampler.heating(lr).step > 0 and not self.sampler.full_batch and len(window) > 1:
-            noise = torch.zeros(chains, num_noise_squares(steps), dtype=torch.float64)
+        if self.sampler.heating(lr).step > 0 and not self.sampler.full_batch and min(len(window), steps) > 1:
+            noise = torch.zeros(chains, num_noise_squares(steps, before), dtype=torch.float64)
         tallies = [self._state.tensors.get(name) for name in ("accepted", "proposed")]
         tallied = [tally.clone() for tally in tallies if tally is not None]
         width = self._engine.width
@@ -296,7 +294,8 @@ class Chains:
                 rows = slice(start, min(start + width, chains))
                 readout = Readout(self.reader, self.read_every, before)
                 own = seeds[rows] if seeds is not None else None
-                moved = self._chunk(rows).move(window, indices[rows], lr, readout, noise is not None, own, before)
+                others = _partners(indices[rows]) if noise is not None else None
+                moved = self._chunk(rows).move(window, indices[rows], lr, readout, others, own, before)
                 losses[rows], readings[:, rows] = moved.losses, moved.readings
                 if noise is not None and moved.noise_square is not None:
                     noise[rows] = moved.noise_square
@@ -371,6 +370,14 @@ class Chains:
                 self._orders = [_order_of(window, g) for g in streams]
             picks = [order[self._window_used : self._window_used + steps] for order in self._orders]
         return torch.stack(picks) if picks else torch.empty(0, steps, dtype=torch.long)
+
+
+def _partners(indices: Tensor) -> Tensor:
+    """``[k, steps]``, the minibatch beside each by which the noise of both is told: that of
+    :data:`~lightning_slt.sampling.segment.NOISE_LAG` steps before, or the one before where there are not as many steps.
+    """
+    at = torch.arange(indices.shape[1])
+    return indices[:, torch.where(at < NOISE_LAG, at - 1, at - NOISE_LAG)]  # before the first comes the last
 
 
 def _drawn_from(window: Window, steps: int, stream: torch.Generator) -> Tensor:

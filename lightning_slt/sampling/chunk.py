@@ -19,7 +19,7 @@ from lightning_slt.sampling.noise import NormalStream, fill_rows_
 from lightning_slt.sampling.randomness import Randomness
 from lightning_slt.sampling.rng import seed_globals
 from lightning_slt.sampling.samplers import Sampler, SamplerState
-from lightning_slt.sampling.segment import NOISE_EVERY, STATS_EVERY
+from lightning_slt.sampling.segment import NOISE_EVERY, NOISE_LAG, STATS_EVERY
 from lightning_slt.sampling.steps import NoLossError
 from lightning_slt.sampling.weight_reader import Readout, num_reads
 from lightning_slt.sampling.window import Window
@@ -128,7 +128,7 @@ class Chunk:
         indices: Tensor,
         lr: float,
         readout: Readout,
-        reads_noise: bool,
+        partners: Tensor | None = None,
         seeds: Tensor | None = None,
         before: int = 0,
     ) -> Moved:
@@ -139,7 +139,8 @@ class Chunk:
             indices: ``[k, steps]``, which of them each chain sees at each step.
             lr: the step size.
             readout: offered the weights that each step begins with.
-            reads_noise: whether a second gradient is taken now and then (``Segment.noise_square``).
+            partners: ``[k, steps]``, the minibatch whose gradient is taken as well now and then
+                (``Segment.noise_square``); None for never.
             seeds: ``[k, steps]``, of the random numbers that the user's step draws; None where it draws none. Chains
                 go one after another then.
             before: steps of the same stretch that went before, on other windows: readings go on as if there were one.
@@ -150,7 +151,9 @@ class Chunk:
         """
         self._engine.bind(self._weights, self._grad)
         if not isinstance(self._engine, SequentialEngine):
-            indices = indices.to(self._weights.device)  # all at once: a copy at a step would make the GPU wait for it
+            # all at once: a copy at a step would make the GPU wait for it
+            indices = indices.to(self._weights.device)
+            partners = partners.to(self._weights.device) if partners is not None else None
         loss_at = self._losses(window, indices, seeds)
         steps = indices.shape[1]
         losses: list[Tensor] = []
@@ -171,8 +174,8 @@ class Chunk:
                     taken += 1
                     if self._moments is not None and self._layout.all_finite(self._grad):
                         self._moments.add(self._grad)
-                if reads_noise and t % NOISE_EVERY == NOISE_EVERY // 2:
-                    squares.append(self._noise_square(window, indices, t, loss_at))
+                if partners is not None and (before + t) % NOISE_EVERY == NOISE_LAG:
+                    squares.append(self._noise_square(window, partners[:, t], t, loss_at))
                 readout.offer(t, self._weights, self._grad, self._state)
                 loss = self._update(loss, lr)
             losses.append(loss)
@@ -181,7 +184,7 @@ class Chunk:
         return Moved(
             _padded(torch.stack(losses, dim=-1).reshape(k, -1) if losses else None, (k, steps)),
             _padded(read, (kinds, k, num_reads(steps, STATS_EVERY, before))),
-            _padded(noise, (k, num_noise_squares(steps))) if reads_noise else None,
+            _padded(noise, (k, num_noise_squares(steps, before))) if partners is not None else None,
             readout.table(steps, self._weights),
         )
 
@@ -237,12 +240,15 @@ class Chunk:
         for block, noise in self._drawn([own.last_noise for own in self._randomness if own.last_noise is not None]):
             self._sampler.share_(block.weights, noise, lr)  # type: ignore[attr-defined]
 
-    def _noise_square(self, window: Window, indices: Tensor, t: int, loss_at: Callable[[int], Tensor]) -> Tensor:
+    def _noise_square(self, window: Window, partners: Tensor, t: int, loss_at: Callable[[int], Tensor]) -> Tensor:
         """``[k]``, a draw of ``xi.P xi``, xi the part of a gradient that is its minibatch's own: on average it is half
         of the square of the difference of two minibatches' gradients. The gradients are left as they were.
 
-        The other batch is one that has been used before, so that none is met by a chain that has moved towards it
-        already.
+        Args:
+            window: the minibatches.
+            partners: ``[k]``, the other minibatch of each chain.
+            t: the step.
+            loss_at: see :meth:`_losses`.
         """
         engine, grad = self._engine, self._grad
         # larger ones would be a copy of the weights more: they are made anew for the step. Of all the weights and not
@@ -252,7 +258,7 @@ class Chunk:
         grad.neg_()
         try:
             with torch.enable_grad():
-                engine(window, indices[:, t - NOISE_EVERY // 2], keep=True)
+                engine(window, partners, keep=True)
             square = self._grad_square() / 2
         except (ValueError, RuntimeError, NoLossError) as error:
             if not self._diverged(error):
@@ -301,9 +307,10 @@ class Chunk:
                 row.copy_(value) if number == 0 else row.add_(value)
 
 
-def num_noise_squares(steps: int) -> int:
-    """At how many steps of so many the gradient of a second minibatch is taken as well."""
-    return len(range(NOISE_EVERY // 2, steps, NOISE_EVERY))
+def num_noise_squares(steps: int, before: int = 0) -> int:
+    """At how many steps of so many, after those of the same stretch before them, the gradient of a second minibatch is
+    taken as well."""
+    return len(range(NOISE_LAG, before + steps, NOISE_EVERY)) - len(range(NOISE_LAG, before, NOISE_EVERY))
 
 
 def _padded(table: Tensor | None, shape: tuple[int, ...]) -> Tensor:

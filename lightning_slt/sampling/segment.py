@@ -16,6 +16,8 @@ STATS_EVERY = 4
 
 NOISE_EVERY = 48
 """Steps between second gradients at the same weights, on another minibatch: what the minibatches' own noise is."""
+NOISE_LAG = NOISE_EVERY // 2
+"""Steps before the first of them; the other minibatch is that of so many steps before, where the window has them."""
 
 READINGS = ("grad_square", "grad_dot", "square", "pulled_dot", "pulled_square")
 
@@ -76,9 +78,11 @@ class Segment:
         """Stretches of the same chains, one after another, as one."""
         tables: dict[str, Any] = {
             name: torch.cat([getattr(piece, name) for piece in pieces], dim=1)
-            for name in ("difference", *READINGS, "read", "noise_square")
+            for name in ("difference", *READINGS, "read")
             if getattr(pieces[0], name) is not None
         }
+        known = [piece.noise_square for piece in pieces if piece.noise_square is not None]
+        tables["noise_square"] = torch.cat(known, dim=1) if known else None
         acceptance = None
         if pieces[0].acceptance is not None:
             shares = [piece.acceptance for piece in pieces if piece.acceptance is not None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
@@ -69,22 +71,26 @@ def test_a_few_samples_of_many_are_left_out_where_no_mean_moves_by_it(batch: int
     assert abs(float(seen.mean() - values.mean())) <= 4 * MAX_SHIFT * float(values.std())
 
 
-def test_every_sample_is_used_alike_where_few_batches_fit_in_memory() -> None:
-    """100 samples in batches of 64, of which four fit: the one batch of an epoch is not all there is to see."""
-    source = DatasetSource(numbered(100), 64, max_bytes=4 * 64 * 16)
-    counts = uses(source, windows=25)  # 25 windows of 4 batches are 64 epochs
-    assert set(counts) == set(range(100))
-    assert max(counts.values()) - min(counts.values()) <= 1 or source.resident
-    assert max(counts.values()) <= 1.1 * min(counts.values())
-
-
-def test_windows_walk_through_all_the_data() -> None:
-    source = DatasetSource(numbered(300), 10, max_bytes=5 * 10 * 16)
+@pytest.mark.parametrize(("n", "batch"), [(100, 64), (300, 10), (3000, 10)])
+def test_batches_that_pass_by_are_draws_from_all_the_data(n: int, batch: int) -> None:
+    """Of 1000 batches, five of which fit in memory: each sample is in each with chance p = b / n, whatever others are
+    in it or were before. Bounds of five standard deviations, of the counts and of how often a batch and the next share
+    a sample, which those of a shuffled epoch never do."""
+    source = DatasetSource(numbered(n), batch, max_bytes=5 * batch * 16)
     assert not source.resident and len(source.window(0)) == 5
-    counts = uses(source, windows=12)  # 60 batches: two epochs
-    assert set(counts.values()) == {2} and len(counts) == 300
+    windows = [source.window(i) for i in range(200)]
+    batches = [set(b[0].flatten().tolist()) for window in windows for b in window.batches]
+    counts = torch.bincount(torch.tensor([i for b in batches for i in b]), minlength=n).double()
+    p = batch / n
+    assert float((counts - 1000 * p).abs().max()) < 5 * math.sqrt(1000 * p * (1 - p)) + 1
+    shared = sum(len(one & other) for one, other in itertools.pairwise(batches)) / 999
+    assert abs(shared - batch * p) < 5 * math.sqrt(batch * p / 999)
+    assert all(len(b) == batch for b in batches) or n > 100 * batch
+
+
+def test_the_windows_of_a_source_are_the_same_in_another_one() -> None:
+    source, again = (DatasetSource(numbered(300), 10, max_bytes=5 * 10 * 16) for _ in range(2))
     assert source.window(3) is source.window(3)
-    again = DatasetSource(numbered(300), 10, max_bytes=5 * 10 * 16)
     assert torch.equal(again.window(3)[2][0], source.window(3)[2][0])
 
 
