@@ -79,6 +79,8 @@ def heat_of(
     alone. With noise in proportion to curvature the share that reaches the loss is
     ``g.P nbeta g / (g.P nbeta g + gamma g.P u)``. And a loss that rises faster than a square,
     ``nbeta E[g.u] > 2 LLC``, rises by ``2 LLC / nbeta E[g.u]`` of what ``g.u / 2`` does. Their product is ``weight``.
+    That ratio is below 1 on a square as well where ``w*`` lies beside the minimum, since chains run down to it first:
+    what the scatter of the loss says in its place (:func:`_steepness_by_scatter`) holds where it is larger.
 
     Where the steepness is above 1, discretisation and noise are both multiplied by it. Below 1 discretisation is left
     whole, see ``Heat.steepness``.
@@ -103,7 +105,10 @@ def heat_of(
     own = float((total - noise).mean()) - pull
     by_loss = own / (own + pull) if own > 0 and pull > 0 else 1.0
     level, steepness = nbeta * float(segment.difference[rows].mean()), steepness_of(segment, posterior, keep)
-    weight = by_loss * steepness
+    reached = steepness
+    if steepness < 1.0 and segment.noise_square is not None:
+        reached = max(steepness, min(_steepness_by_scatter(segment, posterior, keep), 1.0))
+    weight = by_loss * reached
     own_heat = (total - noise) * max(steepness, 1.0)
     each = weight * noise if shared else own_heat + weight * noise
     reaches = weight * float(noise.mean())
@@ -138,6 +143,30 @@ def steepness_of(segment: Segment, posterior: LocalPosterior, keep: Tensor) -> f
     excess = _block_means(segment.difference[keep]) - 0.5 * _block_means(segment.grad_dot[keep])
     sure = SURE * standard_error(excess) / (level - half_virial)
     return 1.0 + (1.0 - sure**2) * _share_of_kinks(segment, posterior, keep) if sure < 1.0 else 1.0
+
+
+def _steepness_by_scatter(segment: Segment, posterior: LocalPosterior, keep: Tensor) -> float:
+    """``2 Cov(f, U) / nbeta E[g.u]`` with ``f = nbeta (L - L(w*))`` and ``U = f + gamma/2 |u|²``, at the lower end of
+    its error; 0 where there is but one chain.
+
+    ``Cov(f, U)`` is what the LLC gains by where all directions become warmer by the same share: ``d/2`` on a quadratic
+    wherever ``w*`` is, the LLC itself on a sum of homogeneous potentials at their minimum. Around the mean over the
+    chains at each step, so that what they have in common on their way up from ``w*`` is no scatter; and from products
+    of neighbouring steps, whose minibatches are independent, carried on from two steps apart and one to none.
+    """
+    loss = posterior.nbeta * segment.difference[keep]
+    chains, steps = loss.shape
+    if chains < 2 or steps < 3:
+        return 0.0
+    loss = loss - loss.mean(dim=0)
+    near, far = ((loss[:, lag:] * loss[:, :-lag]).mean(dim=1) for lag in (1, 2))
+    each = 2.0 * near - far
+    square = segment.square[keep]
+    if steps == square.shape[1] * STATS_EVERY:
+        pull = 0.5 * posterior.localization * (square - square.mean(dim=0))
+        each = each + (loss.reshape(chains, -1, STATS_EVERY).mean(dim=2) * pull).mean(dim=1)
+    surely = float(each.mean() - each.std() / math.sqrt(chains)) * chains / (chains - 1)
+    return 2.0 * surely / (posterior.nbeta * float(segment.grad_dot[keep].mean()))
 
 
 def _share_of_kinks(segment: Segment, posterior: LocalPosterior, keep: Tensor) -> float:

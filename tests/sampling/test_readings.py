@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -94,3 +95,34 @@ def test_steepness_above_one_counts_only_beyond_its_error() -> None:
         )
         above += steepness_of(segment, LocalPosterior(1.0, 0.0), segment.finite) > 1.0
     assert above <= 6
+
+
+def weight_of(segment: Segment) -> float:
+    """Of the noise of minibatches, of which a little is put in."""
+    noisy = dataclasses.replace(segment, noise_square=1e-3 * torch.ones_like(segment.square))
+    return heat_of(noisy, 0.1, LocalPosterior(1.0, 0.0)).weight
+
+
+@pytest.mark.parametrize("beside", [0.5, 0.8])
+def test_noise_on_a_square_reaches_the_loss_wherever_its_minimum_is(beside: float) -> None:
+    """``2 LLC / E[g.u]`` is 0.77 and 0.42 at so many widths from the minimum, and that was taken for the share of it;
+    the scatter of the loss says 0.96. 3000 chains of 400 steps: it is known to 1 %."""
+    segment = segment_of(lambda u: 0.5 * u.square() - beside * u, 0.4)
+    assert 2.0 * float(segment.difference.mean() / segment.grad_dot.mean()) < 1.1 - beside**2
+    assert weight_of(segment) == pytest.approx(0.96, abs=0.03)
+
+
+def test_noise_on_what_rises_faster_than_a_square_reaches_the_loss_as_before() -> None:
+    """At the minimum of ``u^4 / 4`` it is a half. Of 375 sets of 8 chains the scatter less its error is above that in
+    4 %, by 0.2 % of it in the mean and by more than a tenth in two; more than 8 of them have a probability of 0.001."""
+    segment = segment_of(lambda u: 0.25 * u**4, 0.1)
+    assert weight_of(segment) == pytest.approx(0.5, rel=0.02)
+    raised = []
+    for k in range(0, CHAINS, 8):
+        rows = slice(k, k + 8)
+        tables = (x[rows] for x in (segment.difference, segment.grad_square, segment.grad_dot, segment.square))
+        few = Segment(list(range(8)), *tables, anchors={(0, 0, 0): 0.0})
+        raised.append(weight_of(few) / steepness_of(few, LocalPosterior(1.0, 0.0), few.finite) - 1.0)
+    assert min(raised) >= 0.0
+    assert sum(raised) / len(raised) < 0.01
+    assert sum(more > 0.1 for more in raised) <= 8
