@@ -59,6 +59,7 @@ class LateFirings(Reporting):
             loss_context(trainer) is not None,
             course.state_dict,
             course.warm_start,
+            self._prefix,
         )
         # what reached the record after the checkpoint is in the history, and not published a second time
         known = {e.step for e in self.estimates if e.step is not None} & set(beside.awaited)
@@ -67,7 +68,7 @@ class LateFirings(Reporting):
             if left is not None:
                 course.load_state_dict(left)
         late, lost = beside.recover(known)
-        warn_of_lost(lost)
+        warn_of_lost(lost, self._who)
         for result in late:
             self._take_late(trainer, pl_module, result)
         beside.begin()
@@ -151,7 +152,7 @@ class LateFirings(Reporting):
         if self._source is None or self._data.replays:
             self._hook_owner = shadow_copy(pl_module)
             self._source = self._data.source(self._transfer(trainer))
-        return self._samples.read(trainer, self._source, self._transfer(trainer))
+        return self._samples.read(trainer, self._source, self._transfer(trainer), self._prefix)
 
     def _moments_now(self, trainer: Trainer, pl_module: LightningModule) -> Optional[Tensor]:
         """Second moments for a worker, which alone knows whether its chains start cold."""

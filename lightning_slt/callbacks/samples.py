@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_slt.callbacks.data import datamodule_of
+from lightning_slt.callbacks.said import speaker
 from lightning_slt.callbacks.structure import collate_of
 from lightning_slt.influence import ProbeSet, probe_set
 from lightning_slt.influence_record import InfluenceEstimate
@@ -102,18 +103,21 @@ class ProbedSamples:
                 "a sampler of its own, or several loaders). Give probe=Dataset, with the samples to look at."
             )
 
-    def read(self, trainer: Trainer, source: MinibatchSource, transfer: Callable[[Any], Any]) -> ProbeSet:
+    def read(
+        self, trainer: Trainer, source: MinibatchSource, transfer: Callable[[Any], Any], prefix: str = "slt"
+    ) -> ProbeSet:
         """The samples; read once, so that every firing looks at the same ones.
 
         Args:
             trainer: gives the validation data.
             source: the chains' minibatches: their dataset is used.
             transfer: what the trainer does to a collated batch before its step.
+            prefix: of the monitor, for what is said.
         """
         if self._set is not None:
             return self._set
         train = self._train(trainer, source, transfer)
-        query = self._queries(trainer, transfer)
+        query = self._queries(trainer, transfer, prefix)
         limit = self._probe if isinstance(self._probe, int) and not isinstance(self._probe, bool) else None
         limit = MAX_SAMPLES if self._probe is True else limit
         most = self._query if isinstance(self._query, int) and not isinstance(self._query, bool) else None
@@ -130,7 +134,7 @@ class ProbedSamples:
         assert isinstance(source, DatasetSource), "checked before training"
         return source
 
-    def _queries(self, trainer: Trainer, transfer: Callable[[Any], Any]) -> Optional[DatasetSource]:
+    def _queries(self, trainer: Trainer, transfer: Callable[[Any], Any], prefix: str) -> Optional[DatasetSource]:
         if self._query is None:
             return None
         if not isinstance(self._query, (bool, int)):
@@ -138,8 +142,8 @@ class ProbedSamples:
         loader = _validation_loader(trainer)
         if not isinstance(loader, DataLoader) or not _is_map_style(loader.dataset):
             rank_zero_warn(
-                f"SLTMonitor(query={self._query}): there is no validation data that can be asked for a sample by "
-                "number, so the probed samples are the queries. Give query=Dataset."
+                f"{speaker(prefix, f'query={self._query}')}: there is no validation data that can be asked for a "
+                "sample by number, so the probed samples are the queries. Give query=Dataset."
             )
             return None
         return DatasetSource(loader.dataset, 1, loader.collate_fn, uniform_samples(loader)[1], transfer)

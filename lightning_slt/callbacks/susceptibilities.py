@@ -179,10 +179,10 @@ def labels_of(groups: Sequence[str]) -> list[str]:
     return labels
 
 
-def warn_of(error: Exception, step: int) -> None:
+def warn_of(error: Exception, step: int, who: str) -> None:
     """The learning coefficient of this step stands."""
     rank_zero_warn(
-        f"SLTMonitor: susceptibility at step {step} failed and is left out; the learning coefficient is kept; training "
+        f"{who}: susceptibility at step {step} failed and is left out; the learning coefficient is kept; training "
         f"goes on. {type(error).__name__}: {error}"
     )
 
@@ -193,21 +193,22 @@ def publish(
     folder: Optional[Path],
     prefix: str,
     first_rank: bool,
+    who: str,
 ) -> None:
-    """Into the local record and the loggers; what fails is warned about."""
+    """Into the local record and the loggers; what fails is warned about by ``who``."""
     if not first_rank or publisher is None:
         return
     if folder is not None:
         try:
             SusceptibilityRecord(folder).save(estimate)
         except OSError as error:
-            rank_zero_warn(f"SLTMonitor: the record of susceptibility could not be written: {error}")
+            rank_zero_warn(f"{who}: the record of susceptibility could not be written: {error}")
     x = estimate.x if estimate.x is not None else estimate.step
     publisher.page(Page(keys_of(estimate, prefix), step=estimate.step), x or 0)
 
 
 def restore_susceptibilities(
-    folder: Path, last_step: int, history: Sequence[SusceptibilityEstimate]
+    folder: Path, last_step: int, history: Sequence[SusceptibilityEstimate], who: str
 ) -> list[SusceptibilityEstimate]:
     """The record of a resumed run: what came after the checkpoint is forgotten, what is missing written.
 
@@ -221,7 +222,7 @@ def restore_susceptibilities(
             if not record.path(estimate.step).exists():
                 record.save(estimate)
     except OSError as error:
-        rank_zero_warn(f"SLTMonitor: the record of susceptibility could not be restored: {error}")
+        rank_zero_warn(f"{who}: the record of susceptibility could not be restored: {error}")
         return []
     known = {estimate.step for estimate in history}
     return [estimate for estimate in record.read() if estimate.step not in known]

@@ -18,6 +18,7 @@ from lightning_slt.callbacks.boundaries import LearningRateWatch
 from lightning_slt.callbacks.evaluation import KeepsHistory
 from lightning_slt.callbacks.kept_weights import KeptWeights
 from lightning_slt.callbacks.monitor import SLTMonitor
+from lightning_slt.callbacks.said import speaker
 from lightning_slt.callbacks.what_changed import moved_components, moved_samples, with_phases
 from lightning_slt.publish import RunPublisher
 from lightning_slt.record import Estimate
@@ -115,7 +116,7 @@ class TransitionMonitor(KeepsHistory):
         self._detector = TransitionDetector(**self._settings)
         self._pin, self._alert, self._on_transition = pin_checkpoints, alert, on_transition
         self._saddles = saddles
-        self._weights = KeptWeights(max_snapshots, dirpath)
+        self._weights = KeptWeights(max_snapshots, dirpath, self._who)
         self.reports: list[TransitionReport] = []
         self.boundaries: list[float] = []
         self._watch = LearningRateWatch()
@@ -136,6 +137,11 @@ class TransitionMonitor(KeepsHistory):
     def state_key(self) -> str:
         """Differs between monitors of different curves."""
         return self._generate_state_key(monitor=self._key)
+
+    @property
+    def _who(self) -> str:
+        """What it calls itself where it says something."""
+        return speaker(self._prefix, kind="TransitionMonitor")
 
     # --- before training ------------------------------------------------------------------------------------------
 
@@ -252,7 +258,7 @@ class TransitionMonitor(KeepsHistory):
         self._show(trainer, flag=bool(new) or (self._epoch_over and self._epoch_flag))
         reports = [self._report(trainer, monitor, t, estimate) for t in changed.values()]
         for report in reports:
-            rank_zero_info(f"TransitionMonitor: {report.sentence()}")
+            rank_zero_info(f"{self._who}: {report.sentence()}")
         if publisher is not None and estimate.step is not None:
             x = estimate.x if estimate.x is not None else estimate.step
             publisher.transition_point(
@@ -283,7 +289,7 @@ class TransitionMonitor(KeepsHistory):
             self._on_transition(transition, trainer, pl_module)
         except Exception as error:
             rank_zero_warn(
-                f"TransitionMonitor: on_transition failed for transition {transition.id}; training goes on. "
+                f"{self._who}: on_transition failed for transition {transition.id}; training goes on. "
                 f"{type(error).__name__}: {error}"
             )
 
