@@ -16,7 +16,6 @@ import logging
 import math
 import random
 import warnings
-from collections.abc import Iterator
 from typing import Any, Optional
 
 import numpy as np
@@ -31,6 +30,7 @@ from lightning_slt.sampling.samples import MAX_CHUNK, SampleGroup, Samples, grou
 from lightning_slt.sampling.steps import NoLossError
 from lightning_slt.sampling.structures import clone, num_bytes
 from lightning_slt.sampling.unreduced import Unreduced
+from lightning_slt.sampling.vmapped import without_advice
 
 log = logging.getLogger(__name__)
 
@@ -43,21 +43,6 @@ MAX_GRADIENTS = 2**26
 """Numbers in the gradients of all samples: 256 MB."""
 TOGETHER = 8
 """Samples whose loss together is compared with their losses alone."""
-
-
-@contextlib.contextmanager
-def _without_advice() -> Iterator[None]:
-    """torch asks for a report of operations without a batching rule: nothing that a user of chains can do about.
-
-    By its own switch, which is on where nobody has touched it and cannot be read: a filter of Python's, set and taken
-    away, has the user's warnings shown again at every call.
-    """
-    show = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", lambda shown: None)
-    show(False)
-    try:
-        yield
-    finally:
-        show(True)
 
 
 class CoupledLossError(ValueError):
@@ -174,7 +159,7 @@ class Probe:
                         columns = group.at[start : start + size]
                         batch, dims = group.part(start, start + len(columns))
                         self._reseed(group.places[start])
-                        with _without_advice():
+                        with without_advice():
                             found = torch.vmap(one, in_dims=(None, dims), randomness="different")(anchor, batch)
                         out[columns.flatten().to(out.device)] = found.reshape(-1, len(anchor)).to(out.dtype)
         except Exception as error:
@@ -235,7 +220,7 @@ class Probe:
                 in_dims=(None, dims),
                 randomness="same" if self._alike else "different",
             )
-            with _without_advice():
+            with without_advice():
                 if len(weights) == 1:
                     return over_samples(self._named(weights[0]), batch).unsqueeze(0)
                 return torch.vmap(over_samples, in_dims=(0, None), randomness="same")(self._named(weights), batch)
