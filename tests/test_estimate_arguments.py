@@ -103,6 +103,9 @@ OF_ANOTHER_KIND: dict[str, tuple[dict[str, Any], str]] = {
     "text for a flag": ({"full_batch": "yes"}, r"full_batch='yes': expected True or False, got str"),
     "a number for a flag": ({"full_batch": 2}, r"full_batch=2: expected True or False, got int"),
     "text for nbeta": ({"nbeta": "10"}, r"nbeta='10': expected a number, got str"),
+    "a list for nbeta": ({"nbeta": []}, r"nbeta=\[\]: expected a number, got list"),
+    "a tensor for localization": ({"localization": torch.ones(2)}, r"localization=tensor.*a number, got Tensor"),
+    "a mapping to restrict": ({"restrict": {"a": 1}}, r"restrict=\{'a': 1\}: got dict.*name of a parameter"),
 }
 
 
@@ -118,6 +121,35 @@ def test_an_argument_of_another_kind_is_named_with_the_remedy(call: str, changes
     }
     with pytest.raises(TypeError, match=message):
         calls[call]()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"per_token": "yes"}, r"per_token='yes': expected True or False, got str"),
+        ({"control_variates": 3}, r"control_variates=3: expected True or False, got int"),
+        ({"group_fn": []}, r"group_fn=\[\]: expected a callable of \(sample\), got list"),
+        ({"shrinkage": "a"}, r"shrinkage='a': expected a number, got str"),
+    ],
+    ids=["tokens", "control variates", "groups", "shrinkage"],
+)
+def test_an_argument_of_influence_of_another_kind_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        estimate_influence(mlp(), regression(), None, mean_squared, **{**TINY, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"components": ["a"]}, r"components=\['a'\]: expected a mapping, got list.*name: patterns"),
+        ({"groups": 3}, r"groups=3: expected a list, got int.*one group for each sample"),
+        ({"groups": "abc"}, r"groups='abc': expected a list, got str"),
+    ],
+    ids=["components", "a number for groups", "text for groups"],
+)
+def test_an_argument_of_susceptibility_of_another_kind_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        estimate_susceptibility(mlp(), regression(), regression(), mean_squared, **{**TINY, **changes})
 
 
 def _forgets_its_loss(module: nn.Module, batch: Any) -> None:

@@ -35,7 +35,7 @@ from lightning_slt.callbacks.travel import (
 from lightning_slt.callbacks.worker import FOLDER, kit_path, probes_path, result_path, snapshot_path
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.influence import ProbeSet
-from lightning_slt.sampling.arguments import check_count, check_number
+from lightning_slt.kinds import check_count, check_number
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.shadow import CopyError
 from lightning_slt.sampling.steps import LossFn
@@ -87,9 +87,8 @@ class BackgroundFirings:
         check_count("max_pending", max_pending, optional=False)
         if when_full not in ("skip", "wait"):
             raise ValueError(f"when_full={when_full!r}: must be 'skip' or 'wait'.")
-        check_number("max_wait", max_wait, optional=False)
-        if max_wait < 0:
-            raise ValueError(f"max_wait={max_wait}: must not be negative.")
+        remedy = "must not be negative; float('inf') waits for as long as it takes."
+        check_number("max_wait", max_wait, False, lambda seconds: seconds >= 0, remedy)
         self._names, self._max_pending, self._when_full, self.max_wait = devices, max_pending, when_full, max_wait
         self._pool: Optional[WorkerPool] = None
         self._folder: Optional[Path] = None

@@ -45,16 +45,16 @@ from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, siz
 from lightning_slt.callbacks.susceptibilities import Measures
 from lightning_slt.firing import Course, firing_settings
 from lightning_slt.influence_record import InfluenceEstimate
+from lightning_slt.kinds import check_count, check_flag
 from lightning_slt.publish import RunPublisher
 from lightning_slt.record import Estimate
-from lightning_slt.sampling.arguments import check_count
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.collective import Alone, Collective, RankLostError
 from lightning_slt.sampling.restriction import AllFrozenError, select_parameters
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import SGLD, SGNHT, LeimkuhlerMatthews, RMSpropSGLD
 from lightning_slt.sampling.samples import GroupFn
-from lightning_slt.sampling.steps import LossFn, loss_function
+from lightning_slt.sampling.steps import LossFn, check_loss_fn, loss_function
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
 
 
@@ -178,9 +178,8 @@ class SLTMonitor(InsideFirings):
                 f"devices={devices!r}: chains inside training run where training does; "
                 "execution='background' has devices of its own."
             )
-        self._beside: Optional[BackgroundFirings] = None
-        if execution == "background":
-            self._beside = BackgroundFirings(devices, max_pending, when_full, max_wait)
+        beside = BackgroundFirings(devices, max_pending, when_full, max_wait)
+        self._beside = beside if execution == "background" else None
         self._samples = ProbedSamples(probe, query, group_fn, render, seed)
         self._measures = Measures(measures, self._samples.wanted)
         self.susceptibilities: list[SusceptibilityEstimate] = []
@@ -204,6 +203,9 @@ class SLTMonitor(InsideFirings):
             raise ValueError(f"on_failure={on_failure!r}: must be 'warn' or 'raise'.")
         check_count("batch_size", batch_size, otherwise=", or None for that of the training loader")
         check_count("num_samples", num_samples, 2, ", or None to take it from the data")
+        check_flag("warm_start", warm_start, optional=False)
+        if loss_fn is not None:
+            check_loss_fn(loss_fn)
         check_name(name)
         check_dirpath(dirpath)
         self._loss_fn = loss_fn

@@ -15,6 +15,7 @@ from lightning_slt.callbacks.said import speaker
 from lightning_slt.callbacks.structure import collate_of
 from lightning_slt.influence import ProbeSet, probe_set
 from lightning_slt.influence_record import InfluenceEstimate
+from lightning_slt.kinds import check_callable
 from lightning_slt.publish.render import Rendered, render_sample, rendered_by
 from lightning_slt.sampling.batches import DatasetSource, MinibatchSource, uniform_samples
 from lightning_slt.sampling.rng import preserve_rng
@@ -38,6 +39,7 @@ class ProbedSamples:
 
     Raises:
         ValueError: for a number below 1; for queries or groups without ``probe``.
+        TypeError: for a ``group_fn`` or ``render`` that cannot be called.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class ProbedSamples:
                     f"{name}: expected a number of samples or a map-style Dataset (with __len__ and __getitem__), got "
                     f"{type(value).__name__}."
                 )
+        check_callable("group_fn", group_fn, "sample")
+        check_callable("render", render, "sample")
         if probe is None or probe is False:
             for name, other in (("query", query), ("group_fn", group_fn), ("render", render)):
                 if other is not None and other is not False:
@@ -95,8 +99,11 @@ class ProbedSamples:
             indexed: it can be asked for a sample by number.
 
         Raises:
-            ValueError: naming ``probe`` and the remedy.
+            ValueError: naming ``probe`` or ``query`` and the remedy.
         """
+        for name, value in (("probe", self._probe), ("query", self._query)):
+            if value is not None and not isinstance(value, (bool, int)) and len(value) == 0:  # type: ignore[arg-type]
+                raise ValueError(f"{name}: the dataset is empty. Give one with samples, or a number of those at hand.")
         if isinstance(self._probe, (bool, int)) and not indexed:
             raise ValueError(
                 f"probe={self._probe}: the training data cannot be asked for a sample by number (an iterable dataset, "

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_slt.callbacks.arguments import plain
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.influence import ProbeSet
 from lightning_slt.publish import RunPublisher
@@ -23,15 +24,16 @@ from lightning_slt.susceptibility_record import SusceptibilityEstimate, Suscepti
 
 NAMES = ("llc", "influence", "susceptibility")
 ALL = "all"
+EXAMPLE = {"name": "susceptibility", "components": {"head": ["fc.*"]}}
 
 
 class Measures:
     """What ``SLTMonitor(measures=...)`` asks for.
 
     Args:
-        measures: None for the LLC, and influence where samples are probed; else names out of ``"llc"``,
-            ``"influence"``, ``"susceptibility"``, and mappings ``{"name": "susceptibility", "components": {name:
-            patterns}}``. The LLC is always measured.
+        measures: None for the LLC, and influence where samples are probed; else a name or a list of names, out of
+            ``"llc"``, ``"influence"``, ``"susceptibility"``, and of mappings ``{"name": "susceptibility",
+            "components": {name: patterns}}``. The LLC is always measured.
         probed: whether there are samples to look at.
 
     Example:
@@ -40,7 +42,7 @@ class Measures:
     """
 
     def __init__(self, measures: Optional[Sequence[Any]], probed: bool) -> None:
-        self._given = None if measures is None else [measures] if isinstance(measures, str) else list(measures)
+        self._given = None if measures is None else _listed(measures)
         self._probed = probed
         self.components: dict[str, Restriction] = {}
         names = set()
@@ -48,8 +50,7 @@ class Measures:
             name = entry.get("name") if isinstance(entry, Mapping) else entry
             names.add(name)
             if name == "susceptibility" and isinstance(entry, Mapping):
-                for key, patterns in (entry.get("components") or {}).items():
-                    self.components[str(key)] = patterns if isinstance(patterns, str) else list(patterns)
+                self.components |= _components_of(entry.get("components"))
         self.influence = probed and (self._given is None or "influence" in names)
         self.susceptibility = "susceptibility" in names
 
@@ -94,6 +95,39 @@ class Measures:
     def describe(self) -> Optional[list[Any]]:
         """For the run's settings."""
         return None if self._given is None else [dict(e) if isinstance(e, Mapping) else e for e in self._given]
+
+
+def _listed(measures: Any) -> list[Any]:
+    """Names and mappings that have one.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if isinstance(measures, (str, Mapping)):
+        measures = [measures]
+    remedy = f"Give a list of names out of {', '.join(NAMES)}, or of mappings such as {EXAMPLE}."
+    if not isinstance(measures, Iterable):
+        raise TypeError(f"measures={measures!r}: expected a list, got {type(measures).__name__}. {remedy}")
+    entries = list(measures)
+    for entry in entries:
+        if not isinstance(entry.get("name") if isinstance(entry, Mapping) else entry, str):
+            kind = "a mapping without a name" if isinstance(entry, Mapping) else type(entry).__name__
+            raise TypeError(f"measures={entries!r}: got {entry!r} in it, which is {kind}. {remedy}")
+    return entries
+
+
+def _components_of(components: Any) -> dict[str, Restriction]:
+    """Which weights each component has, as plain lists.
+
+    Raises:
+        TypeError: for anything but a mapping; for weights as ``restrict`` refuses them.
+    """
+    if components is None:
+        return {}
+    if not isinstance(components, Mapping):
+        kind = type(components).__name__
+        raise TypeError(f"measures: components={components!r}: expected a mapping, got {kind}. Give {EXAMPLE}.")
+    return {str(name): plain(patterns) for name, patterns in components.items()}
 
 
 def measure_beside(

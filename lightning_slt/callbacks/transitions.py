@@ -20,9 +20,9 @@ from lightning_slt.callbacks.kept_weights import KeptWeights
 from lightning_slt.callbacks.monitor import SLTMonitor
 from lightning_slt.callbacks.said import speaker
 from lightning_slt.callbacks.what_changed import moved_components, moved_samples, with_phases
+from lightning_slt.kinds import check_callable, check_count, check_flag
 from lightning_slt.publish import RunPublisher
 from lightning_slt.record import Estimate
-from lightning_slt.sampling.arguments import check_count
 from lightning_slt.transition_record import TransitionLog, TransitionReport
 from lightning_slt.transitions import Transition, TransitionDetector, detect_transitions
 
@@ -101,10 +101,9 @@ class TransitionMonitor(KeepsHistory):
                 "'slt_<name>/llc/mean' for SLTMonitor(name=<name>)."
             )
         check_count("max_snapshots", max_snapshots, 4, "; pin_checkpoints=False keeps none", optional=False)
-        if on_transition is not None and not callable(on_transition):
-            raise TypeError(
-                f"on_transition: expected a callable of (transition, trainer, module), got {on_transition!r}."
-            )
+        check_callable("on_transition", on_transition, "transition, trainer, module")
+        for name, flag in (("pin_checkpoints", pin_checkpoints), ("alert", alert), ("saddles", saddles)):
+            check_flag(name, flag, optional=False)
         check_dirpath(dirpath)
         self._key = monitor
         self._prefix = match[1]

@@ -78,7 +78,7 @@ def loss_function(module: nn.Module, loss_fn: Optional[LossFn] = None) -> LossFn
             moves the optimisers), or a step that takes ``dataloader_iter``.
     """
     if loss_fn is not None:
-        _refuse_criterion(loss_fn)
+        check_loss_fn(loss_fn)
         return _user_loss(loss_fn)
     module = getattr(module, "_orig_mod", module)  # of torch.compile(module)
     if not isinstance(module, LightningModule):
@@ -102,7 +102,7 @@ def loss_function(module: nn.Module, loss_fn: Optional[LossFn] = None) -> LossFn
     return step_loss
 
 
-def _refuse_criterion(loss_fn: Any) -> None:
+def check_loss_fn(loss_fn: Any) -> None:
     """A loss of outputs and targets knows nothing of a module and a batch; what cannot be called is none at all.
 
     Raises:
