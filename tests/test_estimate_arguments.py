@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,40 @@ def test_an_argument_of_influence_of_another_kind_is_named(changes: dict[str, An
 def test_an_argument_of_susceptibility_of_another_kind_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         estimate_susceptibility(mlp(), regression(), regression(), mean_squared, **{**TINY, **changes})
+
+
+@dataclass(frozen=True)
+class Frozen:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class Movable(Frozen):
+    def to(self, device: torch.device) -> Movable:
+        return Movable(self.x.to(device), self.y.to(device))
+
+
+def _loader_of(kind: type[Frozen]) -> DataLoader[Any]:
+    def collate(samples: list[Any]) -> Frozen:
+        return kind(*map(torch.stack, zip(*samples, strict=True)))
+
+    return DataLoader(regression(), 8, collate_fn=collate)
+
+
+def _of_frozen(module: nn.Module, batch: Any) -> torch.Tensor:
+    return mean_squared(module, (batch.x, batch.y))
+
+
+@pytest.mark.parametrize("call", [estimate_llc, estimate_influence])
+def test_batches_that_are_frozen_are_named_with_what_can_be_done(call: Any) -> None:
+    with pytest.raises(ValueError, match=r"data: its batches are frozen dataclasses.*frozen=True away.*to\(device\)"):
+        call(mlp(), _loader_of(Frozen), loss_fn=_of_frozen, **TINY)
+    call(mlp(), _loader_of(Movable), loss_fn=_of_frozen, **TINY)
+
+
+def test_frozen_batches_that_can_be_moved_are_measured_as_others() -> None:
+    frozen = estimate_llc(mlp(), _loader_of(Movable), _of_frozen, **TINY)
+    assert frozen.mean == estimate_llc(mlp(), DataLoader(regression(), 8), mean_squared, **TINY).mean
 
 
 def _forgets_its_loss(module: nn.Module, batch: Any) -> None:

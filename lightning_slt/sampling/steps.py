@@ -325,6 +325,21 @@ class _NoStrategy:
         raise _no_trainer(f"strategy.{name}")
 
 
+class _NoTrainerError(AttributeError, IndexError):
+    """A step that does without an optimizer where there is none goes on doing so."""
+
+    __str__ = Exception.__str__
+
+
+class _NoOptimizers(list[Any]):
+    """None, for those who count them."""
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            return []
+        raise _NoTrainerError(_no_trainer(f"optimizers[{key!r}]").args[0])
+
+
 _OUTSIDE: dict[str, Any] = {
     "global_step": 0,
     "current_epoch": 0,
@@ -340,7 +355,7 @@ _OUTSIDE: dict[str, Any] = {
     "sanity_checking": False,
     "callback_metrics": {},
     "logged_metrics": {},
-    "optimizers": [],
+    "optimizers": _NoOptimizers(),
     "strategy": _NoStrategy(),
 }
 
