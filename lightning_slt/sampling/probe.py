@@ -41,6 +41,8 @@ MAX_ROWS = 16
 """Rows of weights whose losses are computed together."""
 MAX_GRADIENTS = 2**26
 """Numbers in the gradients of all samples: 256 MB."""
+NO_STATISTICS = "Expected more than 1 value"
+"""How torch's error begins where a layer normalises by the statistics of a single number."""
 TOGETHER = 8
 """Samples whose loss together is compared with their losses alone."""
 
@@ -265,7 +267,12 @@ class Probe:
     def _one(self, named: dict[str, Tensor], batch: Any) -> Tensor:
         """The losses of one batch, the ordinary way."""
         buffers = {f"module.{k}": b.clone() for k, b in self._module.named_buffers()}
-        return self._call({**named, **buffers}, clone(batch))
+        try:
+            return self._call({**named, **buffers}, clone(batch))
+        except ValueError as error:
+            if NO_STATISTICS not in str(error):
+                raise
+            raise CoupledLossError(_by_the_batch(self._module)) from error
 
     def _has_loss(self, named: dict[str, Tensor], batch: Any) -> bool:
         try:
@@ -429,6 +436,19 @@ class _LossesModule(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         return self._objective.losses_of(self.module, batch)
+
+
+def _by_the_batch(module: nn.Module) -> str:
+    """What is said of layers that normalise by the statistics of a batch, which a sample alone does not have."""
+    norm = nn.modules.batchnorm._BatchNorm
+    names = [name for name, m in module.named_modules() if isinstance(m, norm) and m.running_mean is None]
+    which = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+    return (
+        f"the loss of a sample depends on the others of its batch: a layer{which} normalises by the statistics of the "
+        "batch and keeps no running ones (track_running_stats=False), and one sample has none. Single samples have no "
+        "influence of their own there: use track_running_stats=True, GroupNorm or LayerNorm, give loss_fn(module, "
+        "batch) -> [batch] losses of single samples, or do without: probe=None."
+    )
 
 
 def _separate(alone: list[float], same: float, together: float) -> bool:
