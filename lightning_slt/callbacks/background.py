@@ -40,6 +40,7 @@ from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.shadow import CopyError
 from lightning_slt.sampling.steps import LossFn
 
+GONE = "their snapshots are gone"
 REMEMBERED = 2
 """Checkpoints whose pending results are kept after they were taken: the last may be half written at a crash."""
 
@@ -391,12 +392,12 @@ class BackgroundFirings:
         self._promised.append(set(self._notes))
 
 
-def warn_of_lost(steps: Sequence[int], who: str) -> None:
-    """Results that were pending at the checkpoint and of which there are no files any more."""
+def warn_of_lost(steps: Sequence[int], who: str, why: str = GONE) -> None:
+    """Results that were pending at the checkpoint and that this run cannot have."""
     if steps:
         rank_zero_warn(
-            f"{who}: the firings at steps {list(steps)} were still out when the checkpoint was written, and their "
-            "snapshots are gone: these points are left out."
+            f"{who}: the firings at steps {list(steps)} were still out when the checkpoint was written, and {why}: "
+            "these points are left out."
         )
 
 

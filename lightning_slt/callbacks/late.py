@@ -12,11 +12,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_slt.callbacks.arguments import is_smoke_test, loss_context, second_moments
-from lightning_slt.callbacks.background import Late, warn_of_lost
+from lightning_slt.callbacks.background import GONE, Late, warn_of_lost
 from lightning_slt.callbacks.overhead import Decision
 from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.reporting import Reporting
 from lightning_slt.callbacks.travel import flat_weights
+from lightning_slt.callbacks.worker import FOLDER
 from lightning_slt.influence import ProbeSet
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.restriction import select_parameters
@@ -68,7 +69,11 @@ class LateFirings(Reporting):
             if left is not None:
                 course.load_state_dict(left)
         late, lost = beside.recover(known)
-        warn_of_lost(lost, self._who)
+        held = self._held_folder
+        why = GONE
+        if held is not None and (held / FOLDER).exists():
+            why = f"their snapshots lie in {held}, which another run holds (resume after that one has ended)"
+        warn_of_lost(lost, self._who, why)
         for result in late:
             self._take_late(trainer, pl_module, result)
         beside.begin()

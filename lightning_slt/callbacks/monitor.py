@@ -219,6 +219,7 @@ class SLTMonitor(InsideFirings):
         self.folder: Optional[Path] = None
         self._prefix = f"slt_{name}" if name else "slt"
         self._resumed_folder: Optional[Path] = None
+        self._held_folder: Optional[Path] = None
         self._course = Course(localization, method, warm_start)
         self._last_step = 0
         self._seconds = 0.0
@@ -513,7 +514,8 @@ class SLTMonitor(InsideFirings):
         if self._beside is not None:
             self._beside.load_state_dict(state_dict.get("pending", []))
         else:
-            warn_of_lost([int(notes["step"]) for notes in state_dict.get("pending", [])], self._who)
+            steps = [int(notes["step"]) for notes in state_dict.get("pending", [])]
+            warn_of_lost(steps, self._who, "this monitor measures inside training (execution='inline')")
         if self._budget is not None and state_dict.get("budget") is not None:
             self._budget.load_state_dict(state_dict["budget"])
 

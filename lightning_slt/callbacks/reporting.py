@@ -69,6 +69,7 @@ class Reporting(KeepsHistory):
     _prefix: str
     _dirpath: Optional[str]
     _resumed_folder: Optional[Path]
+    _held_folder: Optional[Path]
     _on_failure: str
     _last_step: int
     _skipped: int
@@ -228,7 +229,9 @@ class Reporting(KeepsHistory):
         resumed = bool(self.estimates) or self._resumed_folder is not None
         if folder is not None:
             kept = resumed and folder == self._resumed_folder
+            self._held_folder = None
             if trainer.is_global_zero and not (kept and claim(folder)):
+                self._held_folder = folder if kept else None
                 folder = fresh(folder)
             if resumed:
                 self._restore(trainer, folder)
