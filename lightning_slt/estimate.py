@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
+from lightning_slt.kinds import check_count, check_flag, check_number, not_negative, positive
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.anchor import open_window
-from lightning_slt.sampling.arguments import check_count, check_data, check_flag, check_number
+from lightning_slt.sampling.arguments import check_data
 from lightning_slt.sampling.batches import MinibatchSource, source_of
 from lightning_slt.sampling.budget import MAX_STEPS_BW_DRAWS, Budget, Drawn
 from lightning_slt.sampling.calibration import draw
@@ -79,18 +80,11 @@ class ChainSettings:
         for name in ("num_chains", "num_draws", "num_burnin_steps", "num_steps_bw_draws", "seed"):
             if getattr(self, name) is not None:  # NumPy's whole numbers among them
                 object.__setattr__(self, name, int(getattr(self, name)))
-        for name in ("nbeta", "localization", "tolerance", "tolerance_llc"):
-            check_number(name, getattr(self, name))
-        if self.nbeta is not None and not (math.isfinite(self.nbeta) and self.nbeta > 0):
-            raise ValueError(f"nbeta={self.nbeta}: must be positive; leave it None for n / log n.")
-        if self.localization is not None and not (math.isfinite(self.localization) and self.localization >= 0):
-            raise ValueError(
-                f"localization={self.localization}: must not be negative; leave it None to have it chosen."
-            )
+        check_number("nbeta", self.nbeta, True, positive, "must be positive; leave it None for n / log n.")
+        remedy = "must not be negative; leave it None to have it chosen."
+        check_number("localization", self.localization, True, not_negative, remedy)
         for name in ("tolerance", "tolerance_llc"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}={value}: the standard error to reach must be positive.")
+            check_number(name, getattr(self, name), True, positive, "the standard error to reach must be positive.")
         if self.method not in ("auto", "sequential", "batched"):
             raise ValueError(f"method={self.method!r}: must be 'auto', 'sequential' or 'batched'.")
 
@@ -122,12 +116,8 @@ def tolerance_settings(tolerance: float | str | None) -> dict[str, float]:
     if tolerance is None:
         return {}
     if not isinstance(tolerance, str):
-        check_number("tolerance", tolerance)
-        if not (math.isfinite(tolerance) and tolerance > 0):
-            raise ValueError(
-                f"tolerance={tolerance}: the standard error to reach, in units of the LLC, must be positive; leave it "
-                "None for 3 % of it."
-            )
+        remedy = "the standard error to reach, in units of the LLC, must be positive; leave it None for 3 % of it."
+        check_number("tolerance", tolerance, False, positive, remedy)
         return {"tolerance_llc": float(tolerance)}
     try:
         share = float(tolerance.strip().removesuffix("%")) / 100

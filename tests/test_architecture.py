@@ -25,6 +25,7 @@ FLOORS = {
     "susceptibility": 3,
     "firing": 3,
     "durable": 1,
+    "kinds": 1,
     "schema": 1,
     "callbacks": 4,
     "config": 5,

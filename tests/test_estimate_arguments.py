@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,9 @@ OF_ANOTHER_KIND: dict[str, tuple[dict[str, Any], str]] = {
     "text for a flag": ({"full_batch": "yes"}, r"full_batch='yes': expected True or False, got str"),
     "a number for a flag": ({"full_batch": 2}, r"full_batch=2: expected True or False, got int"),
     "text for nbeta": ({"nbeta": "10"}, r"nbeta='10': expected a number, got str"),
+    "a list for nbeta": ({"nbeta": []}, r"nbeta=\[\]: expected a number, got list"),
+    "a tensor for localization": ({"localization": torch.ones(2)}, r"localization=tensor.*a number, got Tensor"),
+    "a mapping to restrict": ({"restrict": {"a": 1}}, r"restrict=\{'a': 1\}: got dict.*name of a parameter"),
 }
 
 
@@ -118,6 +122,69 @@ def test_an_argument_of_another_kind_is_named_with_the_remedy(call: str, changes
     }
     with pytest.raises(TypeError, match=message):
         calls[call]()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"per_token": "yes"}, r"per_token='yes': expected True or False, got str"),
+        ({"control_variates": 3}, r"control_variates=3: expected True or False, got int"),
+        ({"group_fn": []}, r"group_fn=\[\]: expected a callable of \(sample\), got list"),
+        ({"shrinkage": "a"}, r"shrinkage='a': expected a number, got str"),
+    ],
+    ids=["tokens", "control variates", "groups", "shrinkage"],
+)
+def test_an_argument_of_influence_of_another_kind_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        estimate_influence(mlp(), regression(), None, mean_squared, **{**TINY, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"components": ["a"]}, r"components=\['a'\]: expected a mapping, got list.*name: patterns"),
+        ({"groups": 3}, r"groups=3: expected a list, got int.*one group for each sample"),
+        ({"groups": "abc"}, r"groups='abc': expected a list, got str"),
+    ],
+    ids=["components", "a number for groups", "text for groups"],
+)
+def test_an_argument_of_susceptibility_of_another_kind_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        estimate_susceptibility(mlp(), regression(), regression(), mean_squared, **{**TINY, **changes})
+
+
+@dataclass(frozen=True)
+class Frozen:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class Movable(Frozen):
+    def to(self, device: torch.device) -> Movable:
+        return Movable(self.x.to(device), self.y.to(device))
+
+
+def _loader_of(kind: type[Frozen]) -> DataLoader[Any]:
+    def collate(samples: list[Any]) -> Frozen:
+        return kind(*map(torch.stack, zip(*samples, strict=True)))
+
+    return DataLoader(regression(), 8, collate_fn=collate)
+
+
+def _of_frozen(module: nn.Module, batch: Any) -> torch.Tensor:
+    return mean_squared(module, (batch.x, batch.y))
+
+
+@pytest.mark.parametrize("call", [estimate_llc, estimate_influence])
+def test_batches_that_are_frozen_are_named_with_what_can_be_done(call: Any) -> None:
+    with pytest.raises(ValueError, match=r"data: its batches are frozen dataclasses.*frozen=True away.*to\(device\)"):
+        call(mlp(), _loader_of(Frozen), loss_fn=_of_frozen, **TINY)
+    call(mlp(), _loader_of(Movable), loss_fn=_of_frozen, **TINY)
+
+
+def test_frozen_batches_that_can_be_moved_are_measured_as_others() -> None:
+    frozen = estimate_llc(mlp(), _loader_of(Movable), _of_frozen, **TINY)
+    assert frozen.mean == estimate_llc(mlp(), DataLoader(regression(), 8), mean_squared, **TINY).mean
 
 
 def _forgets_its_loss(module: nn.Module, batch: Any) -> None:

@@ -22,19 +22,19 @@ from lightning_slt.sampling.samplers import MALA
 from lightning_slt.sampling.sharded import local_of
 
 
-def warn_of_untrained(trainer: Trainer, module: nn.Module) -> None:
+def warn_of_untrained(trainer: Trainer, module: nn.Module, who: str) -> None:
     """Say which weights chains move and training does not; a run without an optimizer says nothing of its weights."""
     trained = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     names = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in trained]
     if trained and names:
         some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         rank_zero_warn(
-            f"SLTMonitor: {len(names)} parameters are in no optimizer and want a gradient ({some}): the chains move "
+            f"{who}: {len(names)} parameters are in no optimizer and want a gradient ({some}): the chains move "
             "them as well. restrict=[...] names those that are to move; requires_grad_(False) holds others."
         )
 
 
-def warn_of_other_curve(states: Mapping[str, Any], callback: Callback, trainer: Trainer) -> None:
+def warn_of_other_curve(states: Mapping[str, Any], callback: Callback, trainer: Trainer, who: str) -> None:
     """Say that a resumed run begins a curve of its own, where its checkpoint has one of a monitor of other settings."""
     kind = type(callback).__name__
     claimed = {other.state_key for other in trainer.callbacks}  # type: ignore[attr-defined]
@@ -44,7 +44,7 @@ def warn_of_other_curve(states: Mapping[str, Any], callback: Callback, trainer: 
         return
     gammas = ", ".join(f"{float(state['localization']):.4g}" for state in curves)
     rank_zero_warn(
-        f"{kind}: the checkpoint has the curve of a monitor of other settings or another name, which this one does not "
+        f"{who}: the checkpoint has the curve of a monitor of other settings or another name, which this one does not "
         "go on with: it begins a folder, chains and a localization of its own. Give it the settings that it had, or, "
         f"from the first run on, name=: then settings may change. localization={gammas} keeps the numbers comparable."
     )

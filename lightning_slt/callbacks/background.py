@@ -23,6 +23,7 @@ from lightning_slt.callbacks.data import TrainingData
 from lightning_slt.callbacks.data_files import DataFiles
 from lightning_slt.callbacks.devices import worker_devices
 from lightning_slt.callbacks.pool import Result, WorkerPool, read_result
+from lightning_slt.callbacks.said import speaker
 from lightning_slt.callbacks.travel import (
     CannotTravelError,
     Kit,
@@ -34,11 +35,12 @@ from lightning_slt.callbacks.travel import (
 from lightning_slt.callbacks.worker import FOLDER, kit_path, probes_path, result_path, snapshot_path
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.influence import ProbeSet
-from lightning_slt.sampling.arguments import check_count, check_number
+from lightning_slt.kinds import check_count, check_number
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.shadow import CopyError
 from lightning_slt.sampling.steps import LossFn
 
+GONE = "their snapshots are gone"
 REMEMBERED = 2
 """Checkpoints whose pending results are kept after they were taken: the last may be half written at a crash."""
 
@@ -86,9 +88,8 @@ class BackgroundFirings:
         check_count("max_pending", max_pending, optional=False)
         if when_full not in ("skip", "wait"):
             raise ValueError(f"when_full={when_full!r}: must be 'skip' or 'wait'.")
-        check_number("max_wait", max_wait, optional=False)
-        if max_wait < 0:
-            raise ValueError(f"max_wait={max_wait}: must not be negative.")
+        remedy = "must not be negative; float('inf') waits for as long as it takes."
+        check_number("max_wait", max_wait, False, lambda seconds: seconds >= 0, remedy)
         self._names, self._max_pending, self._when_full, self.max_wait = devices, max_pending, when_full, max_wait
         self._pool: Optional[WorkerPool] = None
         self._folder: Optional[Path] = None
@@ -98,11 +99,16 @@ class BackgroundFirings:
         self._has_probes = False
         self._data_files = DataFiles()
         self._said_data = False
+        self._prefix = "slt"
         self.last_step = -1
 
     def __getstate__(self) -> dict[str, Any]:
         """For strategies that spawn: processes and what is out belong to the process that has them."""
         return {**self.__dict__, "_pool": None, "_folder": None, "_notes": {}, "_data_files": DataFiles()}
+
+    @property
+    def _who(self) -> str:
+        return speaker(self._prefix, "execution='background'")
 
     def describe(self) -> dict[str, Any]:
         """For the run's settings."""
@@ -127,17 +133,19 @@ class BackgroundFirings:
         under_plugin: bool,
         course: Callable[[], Mapping[str, Any]],
         warm_start: bool,
+        prefix: str = "slt",
     ) -> None:
         """Hand over what stays the same over the run, and start the workers.
 
         Args:
             record: folder of the record; None where no files are written, for a temporary one.
             course: asked for what the firings so far have left.
+            prefix: of the monitor, for what is said.
 
         Raises:
             MisconfigurationException: where there is no such device, or something cannot be handed to another process.
         """
-        self._temporary = record is None
+        self._temporary, self._prefix = record is None, prefix
         folder = Path(tempfile.mkdtemp(prefix="slt_background_")) if record is None else record / FOLDER
         self._folder = folder
         try:
@@ -155,16 +163,13 @@ class BackgroundFirings:
             copy = take_snapshot(trainer, module, restrict, settings, data, probed=False, number=0).module
             found |= check_pickles(copy, type(module).__name__)
             main = main_script(found) or main
-        except CopyError as error:
+        except (CopyError, ValueError) as error:
             self._drop_folder()
-            raise MisconfigurationException(f"SLTMonitor(execution='background'): {error}") from error
-        except (CannotTravelError, ValueError) as error:
-            self._drop_folder()
-            raise MisconfigurationException(str(error)) from error
+            raise MisconfigurationException(f"{self._who}: {error}") from error
         self._pool = WorkerPool(folder, devices, course, warm_start, main)
         names = ", ".join(d.device if not d.cores else f"cpu:{','.join(map(str, d.cores))}" for d in devices)
         rank_zero_info(
-            f"SLTMonitor: chains run beside training on {names}; {self._max_pending} snapshots may be out, "
+            f"{speaker(prefix)}: chains run beside training on {names}; {self._max_pending} snapshots may be out, "
             f"a firing beyond that {'is left out' if self._when_full == 'skip' else 'waits'}"
         )
 
@@ -363,8 +368,8 @@ class BackgroundFirings:
             if not self._said_data:
                 self._said_data = True
                 rank_zero_warn(
-                    f"{error} The training data has been loaded anew and is other data: until then chains go on with "
-                    "that of before."
+                    f"{self._who}: {error} The training data has been loaded anew and is other data: until then chains "
+                    "go on with that of before."
                 )
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
@@ -387,12 +392,12 @@ class BackgroundFirings:
         self._promised.append(set(self._notes))
 
 
-def warn_of_lost(steps: Sequence[int]) -> None:
-    """Results that were pending at the checkpoint and of which there are no files any more."""
+def warn_of_lost(steps: Sequence[int], who: str, why: str = GONE) -> None:
+    """Results that were pending at the checkpoint and that this run cannot have."""
     if steps:
         rank_zero_warn(
-            f"SLTMonitor: the firings at steps {list(steps)} were still out when the checkpoint was written, and their "
-            "snapshots are gone: these points are left out."
+            f"{who}: the firings at steps {list(steps)} were still out when the checkpoint was written, and {why}: "
+            "these points are left out."
         )
 
 

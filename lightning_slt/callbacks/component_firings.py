@@ -69,7 +69,7 @@ class ComponentFirings(LateFirings):
                         self._hook_owner = shadow_copy(pl_module)
                     except CopyError:
                         self._hook_owner = pl_module  # its chains call it in place as well
-                    probes.append(self._samples.read(trainer, source, transfer))
+                    probes.append(self._samples.read(trainer, source, transfer, self._prefix))
 
                 self._collective.exchange(read)
                 found = measure_beside(
@@ -87,7 +87,7 @@ class ComponentFirings(LateFirings):
         except Exception as error:
             if self._on_failure == "raise" or is_smoke_test(trainer) or isinstance(error, RankLostError):
                 raise
-            warn_of(error, step)
+            warn_of(error, step, self._who)
             return
         finally:
             self._hook_owner = None
@@ -95,7 +95,7 @@ class ComponentFirings(LateFirings):
             step=step, x=estimate.x, epoch=estimate.epoch, monitor=self._prefix, seconds=time.monotonic() - begin
         )
         self.susceptibilities.append(found)
-        publish(found, self._publisher, self.folder, self._prefix, trainer.is_global_zero)
+        publish(found, self._publisher, self.folder, self._prefix, trainer.is_global_zero, self._who)
 
 
 __all__ = ["ComponentFirings"]

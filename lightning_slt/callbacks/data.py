@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
 from lightning_slt.callbacks.combined import Combined, Transfer, batches_of_epoch
 from lightning_slt.callbacks.marks import marks_of, same_marks
+from lightning_slt.callbacks.said import speaker
 from lightning_slt.sampling.batches import (
     LEAST_BATCHES,
     MAX_RESIDENT_BATCHES,
@@ -60,6 +61,7 @@ class TrainingData:
         batch_size: of the chains' minibatches; None for the loader's own.
         num_samples: n; None to take it from the data.
         seed: order of the chains' data.
+        prefix: of the monitor, for what is said.
 
     Attributes:
         num_samples: n, or None where it is not known.
@@ -68,8 +70,15 @@ class TrainingData:
         indexed: samples can be asked for by number: there is one loader, which can be rebuilt.
     """
 
-    def __init__(self, trainer: Trainer, batch_size: Optional[int], num_samples: Optional[int], seed: int) -> None:
-        self._seed = seed
+    def __init__(
+        self,
+        trainer: Trainer,
+        batch_size: Optional[int],
+        num_samples: Optional[int],
+        seed: int,
+        prefix: str = "slt",
+    ) -> None:
+        self._seed, self._prefix = seed, prefix
         self._batch_size = batch_size
         # weakly: the workers of loaders that are given up must not wait for this object
         self._loaded = weakref.ref(trainer.fit_loop._combined_loader)
@@ -197,9 +206,9 @@ class TrainingData:
         if not self._told_of_growth:
             self._told_of_growth = True
             rank_zero_warn(
-                f"SLTMonitor(num_samples=None): batches that training has seen are replayed, so n = {n} of {total} is "
-                "the number of samples seen so far. It grows along the curve, and nbeta with it unless that is given. "
-                "Give num_samples= to hold n fixed."
+                f"{speaker(self._prefix, 'num_samples=None')}: batches that training has seen are replayed, so n = {n} "
+                f"of {total} is the number of samples seen so far. It grows along the curve, and nbeta with it unless "
+                "that is given. Give num_samples= to hold n fixed."
             )
 
     def plan(self) -> SourcePlan:
@@ -386,7 +395,7 @@ def datamodule_of(trainer: Trainer) -> Any:
     return selector.datamodule if selector is not None else getattr(trainer, "datamodule", None)
 
 
-def check_num_samples(num_samples: Optional[int], nbeta: Optional[float]) -> None:
+def check_num_samples(num_samples: Optional[int], nbeta: Optional[float], who: str) -> None:
     """Refuse, before training, data from which nbeta cannot be derived.
 
     Raises:
@@ -396,12 +405,12 @@ def check_num_samples(num_samples: Optional[int], nbeta: Optional[float]) -> Non
         return
     if num_samples is None:
         raise MisconfigurationException(
-            "SLTMonitor: the training data has no length (an IterableDataset without __len__?), or does not show how "
+            f"{who}: the training data has no length (an IterableDataset without __len__?), or does not show how "
             "many samples a batch has (batch_size=None), so n is not known and nbeta = n / log n cannot be derived. "
-            "Give SLTMonitor(num_samples=...) or SLTMonitor(nbeta=...)."
+            "Give num_samples= or nbeta=."
         )
     if num_samples < 2:
         raise MisconfigurationException(
-            f"SLTMonitor: the training data has num_samples={num_samples}; nbeta = n / log n needs at least 2. "
-            "Give more data, or set SLTMonitor(nbeta=...)."
+            f"{who}: the training data has num_samples={num_samples}; nbeta = n / log n needs at least 2. "
+            "Give more data, or set nbeta=."
         )

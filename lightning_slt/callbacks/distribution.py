@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_slt.callbacks.apart import SeenTrainer
+from lightning_slt.callbacks.said import speaker
 from lightning_slt.sampling.batches import MinibatchSource, ReplaySource
 from lightning_slt.sampling.collective import Alone, Collective, RankLostError, Together
 from lightning_slt.sampling.common_batches import CommonBatches
@@ -156,7 +157,7 @@ def make_objective(trainer: Trainer, module: LightningModule, collective: Collec
     return Objective(module, trainer=SeenTrainer(trainer), **settings)
 
 
-def share_batches(source: MinibatchSource, collective: Collective) -> MinibatchSource:
+def share_batches(source: MinibatchSource, collective: Collective, prefix: str = "slt") -> MinibatchSource:
     """A source from which ranks that run chains together take the same minibatches; on all of them at once.
 
     Ranks that run chains of their own keep their own minibatches, with the n of the first: chains of one estimate are
@@ -169,8 +170,9 @@ def share_batches(source: MinibatchSource, collective: Collective) -> MinibatchS
         source.num_samples = sizes[0]
         if len(set(sizes)) > 1 and not isinstance(source, ReplaySource):  # of batches seen so far one may have more
             rank_zero_warn(
-                f"SLTMonitor(num_samples=None): the ranks train on data sets of different sizes, {sizes}, and n = "
-                f"{sizes[0]} is the first rank's. Give num_samples= where all of them together are what is trained on."
+                f"{speaker(prefix, 'num_samples=None')}: the ranks train on data sets of different sizes, {sizes}, and "
+                f"n = {sizes[0]} is the first rank's. Give num_samples= where all of them together are what is trained "
+                "on."
             )
     return source
 
@@ -186,33 +188,34 @@ def weights_to_keep(trainer: Trainer, module: LightningModule) -> dict[str, Any]
     return whole_weights(module, keep=trainer.is_global_zero)
 
 
-def check_strategy(trainer: Trainer, elementwise: bool = True, samples: bool = False) -> None:
+def check_strategy(trainer: Trainer, elementwise: bool = True, samples: bool = False, prefix: str = "slt") -> None:
     """Refuse, before training, a strategy under which chains could not run.
 
     Args:
         trainer: with its strategy.
         elementwise: the sampler moves each weight by itself.
         samples: losses of single samples are asked for.
+        prefix: of the monitor, for what is said.
 
     Raises:
         MisconfigurationException: for strategies that own the weights, and for what shards do not allow, naming what
             can be done.
     """
-    strategy = trainer.strategy
+    strategy, who = trainer.strategy, speaker(prefix)
     if type(strategy).__module__.startswith("pytorch_lightning"):
         raise MisconfigurationException(
-            "SLTMonitor is a callback of the package lightning, and this Trainer is of pytorch_lightning: they do not "
+            f"{who} is a callback of the package lightning, and this Trainer is of pytorch_lightning: they do not "
             "know each other's classes. Import the Trainer and the modules from lightning.pytorch."
         )
     precision = type(getattr(strategy, "_precision_plugin", None)).__name__
     if precision in ("TransformerEnginePrecision", "BitsandbytesPrecision"):
         raise MisconfigurationException(
-            f"SLTMonitor does not support {precision}: its scaling state is shared with training. Train with another "
+            f"{who} does not support {precision}: its scaling state is shared with training. Train with another "
             "precision, or measure stored checkpoints with estimate_llc(...)."
         )
     if isinstance(strategy, (XLAStrategy, SingleDeviceXLAStrategy)):
         raise MisconfigurationException(
-            f"SLTMonitor does not support {type(strategy).__name__}: chains were never tried on TPUs. Measure stored "
+            f"{who} does not support {type(strategy).__name__}: chains were never tried on TPUs. Measure stored "
             "checkpoints with estimate_llc(...) on another device."
         )
     # DeepSpeedStrategy derives from DDPStrategy, but its engine owns the weights
@@ -220,16 +223,17 @@ def check_strategy(trainer: Trainer, elementwise: bool = True, samples: bool = F
         return
     if not isinstance(strategy, ModelParallelStrategy):
         raise MisconfigurationException(
-            f"SLTMonitor does not support {type(strategy).__name__}, which keeps the weights to itself: train with "
+            f"{who} does not support {type(strategy).__name__}, which keeps the weights to itself: train with "
             "strategy='ddp' or ModelParallelStrategy (FSDP2), or measure stored checkpoints with estimate_llc(...)."
         )
     if samples:
         raise MisconfigurationException(
-            "SLTMonitor(probe=...) does not support ModelParallelStrategy: losses of single samples need whole weights "
-            "on each device. Leave probe=None, or measure stored checkpoints with estimate_influence(...)."
+            f"{speaker(prefix, 'probe=...')} does not support ModelParallelStrategy: losses of single samples need "
+            "whole weights on each device. Leave probe=None, or measure stored checkpoints with "
+            "estimate_influence(...)."
         )
     if not elementwise:
         raise MisconfigurationException(
-            "SLTMonitor(sampler=...) does not support this sampler under ModelParallelStrategy: its steps need sums "
-            "over all the weights. Use LeimkuhlerMatthews, SGLD or RMSpropSGLD."
+            f"{speaker(prefix, 'sampler=...')} does not support this sampler under ModelParallelStrategy: its steps "
+            "need sums over all the weights. Use LeimkuhlerMatthews, SGLD or RMSpropSGLD."
         )

@@ -14,7 +14,7 @@ class DataFollowing(ComponentFirings):
     """The part of a monitor that keeps its chains on the data that training is on."""
 
     def _data_of(self, trainer: Trainer) -> TrainingData:
-        return TrainingData(trainer, self._batch_size, self._num_samples, self._settings.seed)
+        return TrainingData(trainer, self._batch_size, self._num_samples, self._settings.seed, self._prefix)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Chains follow the data where ``reload_dataloaders_every_n_epochs`` has loaded it anew."""

@@ -54,7 +54,7 @@ class InsideFirings(DataFollowing):
             built: list[tuple[Objective, MinibatchSource]] = []
             self._collective.exchange(lambda: built.append(build()))
             objective, source = built[0]
-            self._source = source = share_batches(source, self._collective)
+            self._source = source = share_batches(source, self._collective, self._prefix)
             self._share_buffers(objective)
             return objective, source
 
@@ -71,7 +71,7 @@ class InsideFirings(DataFollowing):
             probes: list[ProbeSet] = []
             try:
                 self._collective.exchange(
-                    lambda: probes.append(self._samples.read(trainer, source, self._transfer(trainer)))
+                    lambda: probes.append(self._samples.read(trainer, source, self._transfer(trainer), self._prefix))
                 )
                 measured = self._course.measure(
                     objective, source, settings, probes[0], self._collective, progress, smoke_test

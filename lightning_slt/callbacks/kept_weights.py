@@ -21,10 +21,11 @@ class KeptWeights:
     Args:
         max_snapshots: files in the ring at the most.
         dirpath: folder of the files; None for the one that :meth:`begin` is told.
+        who: says what fails.
     """
 
-    def __init__(self, max_snapshots: int, dirpath: Optional[str]) -> None:
-        self.max_snapshots, self._dirpath = max_snapshots, dirpath
+    def __init__(self, max_snapshots: int, dirpath: Optional[str], who: str = "TransitionMonitor") -> None:
+        self.max_snapshots, self._dirpath, self._who = max_snapshots, dirpath, who
         self._ring: Optional[SnapshotRing] = None
         self._state: Optional[dict[str, Any]] = None  # of a ring to go on with
         self._warned = False
@@ -109,7 +110,7 @@ class KeptWeights:
         if not self._warned:
             self._warned = True
             rank_zero_warn(
-                f"TransitionMonitor could not keep weights: {type(error).__name__}: {error}. Training goes on; further "
+                f"{self._who} could not keep weights: {type(error).__name__}: {error}. Training goes on; further "
                 "failures are not reported. Free the disk, name another dirpath, or set pin_checkpoints=False."
             )
 

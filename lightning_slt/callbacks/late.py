@@ -12,11 +12,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_slt.callbacks.arguments import is_smoke_test, loss_context, second_moments
-from lightning_slt.callbacks.background import Late, warn_of_lost
+from lightning_slt.callbacks.background import GONE, Late, warn_of_lost
 from lightning_slt.callbacks.overhead import Decision
 from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.reporting import Reporting
 from lightning_slt.callbacks.travel import flat_weights
+from lightning_slt.callbacks.worker import FOLDER
 from lightning_slt.influence import ProbeSet
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.restriction import select_parameters
@@ -59,6 +60,7 @@ class LateFirings(Reporting):
             loss_context(trainer) is not None,
             course.state_dict,
             course.warm_start,
+            self._prefix,
         )
         # what reached the record after the checkpoint is in the history, and not published a second time
         known = {e.step for e in self.estimates if e.step is not None} & set(beside.awaited)
@@ -67,7 +69,11 @@ class LateFirings(Reporting):
             if left is not None:
                 course.load_state_dict(left)
         late, lost = beside.recover(known)
-        warn_of_lost(lost)
+        held = self._held_folder
+        why = GONE
+        if held is not None and (held / FOLDER).exists():
+            why = f"their snapshots lie in {held}, which another run holds (resume after that one has ended)"
+        warn_of_lost(lost, self._who, why)
         for result in late:
             self._take_late(trainer, pl_module, result)
         beside.begin()
@@ -151,7 +157,7 @@ class LateFirings(Reporting):
         if self._source is None or self._data.replays:
             self._hook_owner = shadow_copy(pl_module)
             self._source = self._data.source(self._transfer(trainer))
-        return self._samples.read(trainer, self._source, self._transfer(trainer))
+        return self._samples.read(trainer, self._source, self._transfer(trainer), self._prefix)
 
     def _moments_now(self, trainer: Trainer, pl_module: LightningModule) -> Optional[Tensor]:
         """Second moments for a worker, which alone knows whether its chains start cold."""

@@ -45,16 +45,16 @@ from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, siz
 from lightning_slt.callbacks.susceptibilities import Measures
 from lightning_slt.firing import Course, firing_settings
 from lightning_slt.influence_record import InfluenceEstimate
+from lightning_slt.kinds import check_count, check_flag
 from lightning_slt.publish import RunPublisher
 from lightning_slt.record import Estimate
-from lightning_slt.sampling.arguments import check_count
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.collective import Alone, Collective, RankLostError
 from lightning_slt.sampling.restriction import AllFrozenError, select_parameters
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import SGLD, SGNHT, LeimkuhlerMatthews, RMSpropSGLD
 from lightning_slt.sampling.samples import GroupFn
-from lightning_slt.sampling.steps import LossFn, loss_function
+from lightning_slt.sampling.steps import LossFn, check_loss_fn, loss_function
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
 
 
@@ -178,9 +178,8 @@ class SLTMonitor(InsideFirings):
                 f"devices={devices!r}: chains inside training run where training does; "
                 "execution='background' has devices of its own."
             )
-        self._beside: Optional[BackgroundFirings] = None
-        if execution == "background":
-            self._beside = BackgroundFirings(devices, max_pending, when_full, max_wait)
+        beside = BackgroundFirings(devices, max_pending, when_full, max_wait)
+        self._beside = beside if execution == "background" else None
         self._samples = ProbedSamples(probe, query, group_fn, render, seed)
         self._measures = Measures(measures, self._samples.wanted)
         self.susceptibilities: list[SusceptibilityEstimate] = []
@@ -204,6 +203,9 @@ class SLTMonitor(InsideFirings):
             raise ValueError(f"on_failure={on_failure!r}: must be 'warn' or 'raise'.")
         check_count("batch_size", batch_size, otherwise=", or None for that of the training loader")
         check_count("num_samples", num_samples, 2, ", or None to take it from the data")
+        check_flag("warm_start", warm_start, optional=False)
+        if loss_fn is not None:
+            check_loss_fn(loss_fn)
         check_name(name)
         check_dirpath(dirpath)
         self._loss_fn = loss_fn
@@ -217,6 +219,7 @@ class SLTMonitor(InsideFirings):
         self.folder: Optional[Path] = None
         self._prefix = f"slt_{name}" if name else "slt"
         self._resumed_folder: Optional[Path] = None
+        self._held_folder: Optional[Path] = None
         self._course = Course(localization, method, warm_start)
         self._last_step = 0
         self._seconds = 0.0
@@ -256,28 +259,28 @@ class SLTMonitor(InsideFirings):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        self.number_among(trainer)
         try:
             self._measures.check()
         except ValueError as error:
-            raise MisconfigurationException(f"SLTMonitor: {error}") from error
+            raise MisconfigurationException(f"{self._who}: {error}") from error
         if self._measures.susceptibility and self._beside is not None:
             raise MisconfigurationException(
-                "SLTMonitor(measures=['susceptibility']) is measured inside training: use execution='inline'."
+                self._called("measures=['susceptibility']") + " is measured inside training: use execution='inline'."
             )
         sampler = self._settings.sampler
-        check_strategy(trainer, sampler is None or sampler.elementwise, self._samples.wanted)
+        check_strategy(trainer, sampler is None or sampler.elementwise, self._samples.wanted, self._prefix)
         try:
             loss_function(pl_module, self._loss_fn)
         except ValueError as error:
-            raise MisconfigurationException(f"SLTMonitor: {error}") from error
+            raise MisconfigurationException(f"{self._who}: {error}") from error
         if self._beside is not None and (trainer.world_size > 1 or is_sharded(trainer)):
             raise MisconfigurationException(
-                f"SLTMonitor(execution='background') is for one training process with whole weights, and this run has "
-                f"{trainer.world_size} under {type(trainer.strategy).__name__}: use execution='inline', where ranks "
-                "share the chains."
+                self._called("execution='background'")
+                + f" is for one training process with whole weights, and this run has {trainer.world_size} under "
+                f"{type(trainer.strategy).__name__}: use execution='inline', where ranks share the chains."
             )
         self._collective = make_collective(trainer)
-        self.number_among(trainer)
 
     def number_among(self, trainer: Trainer) -> None:
         """Find the prefix of a monitor without a name: they are numbered in the order of the trainer's callbacks.
@@ -298,7 +301,7 @@ class SLTMonitor(InsideFirings):
         except ValueError as error:
             finetuning = any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks)  # type: ignore[attr-defined]
             if not (isinstance(error, AllFrozenError) and finetuning):  # what is frozen now may thaw
-                raise MisconfigurationException(f"SLTMonitor: {error}") from error
+                raise MisconfigurationException(f"{self._who}: {error}") from error
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._data = self._data_of(trainer)
@@ -308,9 +311,9 @@ class SLTMonitor(InsideFirings):
             self._samples.check(self._data.indexed)
             self._measures.check_data(self._data.indexed)
         except ValueError as error:
-            raise MisconfigurationException(f"SLTMonitor: {error}") from error
+            raise MisconfigurationException(f"{self._who}: {error}") from error
         if not self._data.counts_batches:
-            check_num_samples(self._data.num_samples, self._settings.nbeta)
+            check_num_samples(self._data.num_samples, self._settings.nbeta, self._who)
         self._explicit = self._schedule.explicit_steps(steps_of_run(trainer))
         before = trainer.fit_loop.epoch_loop._batches_that_stepped
         if self._begins(trainer):
@@ -326,7 +329,7 @@ class SLTMonitor(InsideFirings):
             # what passed since the last fit, or since a crash, is nobody's training; and every rank asks at once
             self._earned_until, self._ask_at = now, 0
         if self._restrict is None and not is_sharded(trainer):
-            warn_of_untrained(trainer, pl_module)
+            warn_of_untrained(trainer, pl_module, self._who)
         self._done_fast_run = False
         self._last_step = max(self._last_step, before)
         self._open_publisher(trainer)
@@ -488,7 +491,7 @@ class SLTMonitor(InsideFirings):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         if trainer.state.fn == TrainerFn.FITTING:
-            warn_of_other_curve(checkpoint.get("callbacks", {}), self, trainer)
+            warn_of_other_curve(checkpoint.get("callbacks", {}), self, trainer, self._who)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._keeps(bool(self.estimates)) or not state_dict:
@@ -511,7 +514,8 @@ class SLTMonitor(InsideFirings):
         if self._beside is not None:
             self._beside.load_state_dict(state_dict.get("pending", []))
         else:
-            warn_of_lost([int(notes["step"]) for notes in state_dict.get("pending", [])])
+            steps = [int(notes["step"]) for notes in state_dict.get("pending", [])]
+            warn_of_lost(steps, self._who, "this monitor measures inside training (execution='inline')")
         if self._budget is not None and state_dict.get("budget") is not None:
             self._budget.load_state_dict(state_dict["budget"])
 

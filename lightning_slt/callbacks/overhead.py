@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any, NamedTuple, Optional
 
-from lightning_slt.sampling.arguments import check_number
+from lightning_slt.kinds import check_number
 
 CAP = 1.5
 """The most that credit may cover, in predicted firings. A long validation, or a first firing that took less than was
@@ -88,12 +88,8 @@ class OverheadBudget:
     """
 
     def __init__(self, max_overhead: float, planned_steps: int = 1, least_size: float = 1.0) -> None:
-        check_number("max_overhead", max_overhead)
-        if not 0 < max_overhead < 1:
-            raise ValueError(
-                f"max_overhead={max_overhead}: must lie between 0 and 1, such as 0.05 for 5 % of wall-clock; None for "
-                "no bound."
-            )
+        remedy = "must lie between 0 and 1, such as 0.05 for 5 % of wall-clock; None for no bound."
+        check_number("max_overhead", max_overhead, False, lambda share: 0 < share < 1, remedy)
         if not 0 < least_size <= 1:
             raise ValueError(f"least_size={least_size}: must be a share of a full firing, above 0 and at most 1.")
         self.max_overhead = max_overhead

@@ -18,7 +18,7 @@ from lightning_slt.callbacks.evaluation import KeepsHistory
 from lightning_slt.callbacks.folder import claim, fresh, give_back, restore_record, run_folder
 from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.overhead import OverheadBudget
-from lightning_slt.callbacks.said import Said
+from lightning_slt.callbacks.said import Said, speaker
 from lightning_slt.callbacks.samples import ProbedSamples
 from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.callbacks.susceptibilities import Measures, restore_susceptibilities
@@ -69,6 +69,7 @@ class Reporting(KeepsHistory):
     _prefix: str
     _dirpath: Optional[str]
     _resumed_folder: Optional[Path]
+    _held_folder: Optional[Path]
     _on_failure: str
     _last_step: int
     _skipped: int
@@ -86,8 +87,12 @@ class Reporting(KeepsHistory):
 
     @property
     def _who(self) -> str:
-        """What it calls itself where it says something: with its prefix, where others may speak too."""
-        return "SLTMonitor" if self._prefix == "slt" else f"SLTMonitor ({self._prefix})"
+        """What it calls itself where it says something."""
+        return speaker(self._prefix)
+
+    def _called(self, arguments: str) -> str:
+        """The same with the arguments that are meant."""
+        return speaker(self._prefix, arguments)
 
     def add_listener(self, listener: EstimateListener) -> None:
         """Tell ``listener`` of every estimate from now on; adding it twice is adding it once."""
@@ -158,15 +163,17 @@ class Reporting(KeepsHistory):
             try:
                 transitions += listener.on_monitor_end(trainer, cast("SLTMonitor", self), publisher)
             except Exception as error:  # the record and the loggers must be closed whatever it met
-                rank_zero_warn(f"{type(listener).__name__} failed at the end: {type(error).__name__}: {error}")
+                rank_zero_warn(
+                    f"{self._who}: {type(listener).__name__} failed at the end: {type(error).__name__}: {error}"
+                )
         publisher.finish(self.estimates, status, transitions)  # last: it flushes
 
     def _warn_of_nothing(self, budget: OverheadBudget) -> None:
         """The budget never sufficed: what a firing would have cost, and what can be done."""
         predicted = budget.wanted_size * budget.predicted_seconds
         rank_zero_warn(
-            f"SLTMonitor(max_overhead={budget.max_overhead:g}): nothing was measured. The smallest firing would have "
-            f"cost about {predicted:.3g} s, which {predicted / budget.rate:.3g} s of training earn, and training "
+            f"{self._called(f'max_overhead={budget.max_overhead:g}')}: nothing was measured. The smallest firing would "
+            f"have cost about {predicted:.3g} s, which {predicted / budget.rate:.3g} s of training earn, and training "
             f"lasted {budget.trained_seconds:.3g} s. Raise max_overhead, make a firing cheaper (num_chains, num_draws, "
             "batch_size), or train for longer."
         )
@@ -174,8 +181,8 @@ class Reporting(KeepsHistory):
     def _warn_of_no_step(self, trainer: Trainer) -> None:
         """The run was over before the first step that the schedule names: nothing else would say so."""
         rank_zero_warn(
-            f"SLTMonitor({self._schedule}): nothing was measured: this run ended at step {self._last_step:,}, after "
-            f"{count_of(trainer.current_epoch, 'whole epoch')}, before the first firing. Name earlier steps, or "
+            f"{self._called(str(self._schedule))}: nothing was measured: this run ended at step {self._last_step:,}, "
+            f"after {count_of(trainer.current_epoch, 'whole epoch')}, before the first firing. Name earlier steps, or "
             "none: then 20 firings are spread over the run."
         )
 
@@ -222,7 +229,9 @@ class Reporting(KeepsHistory):
         resumed = bool(self.estimates) or self._resumed_folder is not None
         if folder is not None:
             kept = resumed and folder == self._resumed_folder
+            self._held_folder = None
             if trainer.is_global_zero and not (kept and claim(folder)):
+                self._held_folder = folder if kept else None
                 folder = fresh(folder)
             if resumed:
                 self._restore(trainer, folder)
@@ -240,7 +249,7 @@ class Reporting(KeepsHistory):
             if not trainer.is_global_zero:
                 return [], [], []
             found = restore_record(RunRecord(folder), self._last_step, self.estimates, self.influences).values()
-            others = restore_susceptibilities(folder, self._last_step, self.susceptibilities)
+            others = restore_susceptibilities(folder, self._last_step, self.susceptibilities, self._who)
             return [e for e, _ in found], [i for _, i in found if i is not None], others
 
         estimates, influences, susceptibilities = self._collective.exchange(of_record)[0]
@@ -272,7 +281,7 @@ class Reporting(KeepsHistory):
         before = self.estimates[-1].num_weights if self.estimates else estimate.num_weights
         if estimate.num_weights != before:
             rank_zero_warn(
-                f"{self._prefix}: from step {estimate.step} on {estimate.num_weights:,} weights move, before it "
+                f"{self._who}: from step {estimate.step} on {estimate.num_weights:,} weights move, before it "
                 f"{before:,} did: what is measured is another quantity. Another restrict=, or another model, that goes "
                 "on from a checkpoint wants a name= of its own; where layers were set free, read it in two parts."
             )
@@ -310,8 +319,8 @@ class Reporting(KeepsHistory):
                 raise
             if self._said.first("listener"):
                 rank_zero_warn(
-                    f"{type(listener).__name__} failed at step {estimate.step}; training goes on, further failures are "
-                    f"not reported. {type(error).__name__}: {error}"
+                    f"{self._who}: {type(listener).__name__} failed at step {estimate.step}; training goes on, further "
+                    f"failures are not reported. {type(error).__name__}: {error}"
                 )
 
     def _keep_influence(self, trainer: Trainer, influence: InfluenceEstimate, estimate: Estimate) -> None:

@@ -11,9 +11,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_slt.callbacks.data import datamodule_of
+from lightning_slt.callbacks.said import speaker
 from lightning_slt.callbacks.structure import collate_of
 from lightning_slt.influence import ProbeSet, probe_set
 from lightning_slt.influence_record import InfluenceEstimate
+from lightning_slt.kinds import check_callable
 from lightning_slt.publish.render import Rendered, render_sample, rendered_by
 from lightning_slt.sampling.batches import DatasetSource, MinibatchSource, uniform_samples
 from lightning_slt.sampling.rng import preserve_rng
@@ -37,6 +39,7 @@ class ProbedSamples:
 
     Raises:
         ValueError: for a number below 1; for queries or groups without ``probe``.
+        TypeError: for a ``group_fn`` or ``render`` that cannot be called.
     """
 
     def __init__(
@@ -55,6 +58,8 @@ class ProbedSamples:
                     f"{name}: expected a number of samples or a map-style Dataset (with __len__ and __getitem__), got "
                     f"{type(value).__name__}."
                 )
+        check_callable("group_fn", group_fn, "sample")
+        check_callable("render", render, "sample")
         if probe is None or probe is False:
             for name, other in (("query", query), ("group_fn", group_fn), ("render", render)):
                 if other is not None and other is not False:
@@ -94,26 +99,32 @@ class ProbedSamples:
             indexed: it can be asked for a sample by number.
 
         Raises:
-            ValueError: naming ``probe`` and the remedy.
+            ValueError: naming ``probe`` or ``query`` and the remedy.
         """
+        for name, value in (("probe", self._probe), ("query", self._query)):
+            if value is not None and not isinstance(value, (bool, int)) and len(value) == 0:  # type: ignore[arg-type]
+                raise ValueError(f"{name}: the dataset is empty. Give one with samples, or a number of those at hand.")
         if isinstance(self._probe, (bool, int)) and not indexed:
             raise ValueError(
                 f"probe={self._probe}: the training data cannot be asked for a sample by number (an iterable dataset, "
                 "a sampler of its own, or several loaders). Give probe=Dataset, with the samples to look at."
             )
 
-    def read(self, trainer: Trainer, source: MinibatchSource, transfer: Callable[[Any], Any]) -> ProbeSet:
+    def read(
+        self, trainer: Trainer, source: MinibatchSource, transfer: Callable[[Any], Any], prefix: str = "slt"
+    ) -> ProbeSet:
         """The samples; read once, so that every firing looks at the same ones.
 
         Args:
             trainer: gives the validation data.
             source: the chains' minibatches: their dataset is used.
             transfer: what the trainer does to a collated batch before its step.
+            prefix: of the monitor, for what is said.
         """
         if self._set is not None:
             return self._set
         train = self._train(trainer, source, transfer)
-        query = self._queries(trainer, transfer)
+        query = self._queries(trainer, transfer, prefix)
         limit = self._probe if isinstance(self._probe, int) and not isinstance(self._probe, bool) else None
         limit = MAX_SAMPLES if self._probe is True else limit
         most = self._query if isinstance(self._query, int) and not isinstance(self._query, bool) else None
@@ -130,7 +141,7 @@ class ProbedSamples:
         assert isinstance(source, DatasetSource), "checked before training"
         return source
 
-    def _queries(self, trainer: Trainer, transfer: Callable[[Any], Any]) -> Optional[DatasetSource]:
+    def _queries(self, trainer: Trainer, transfer: Callable[[Any], Any], prefix: str) -> Optional[DatasetSource]:
         if self._query is None:
             return None
         if not isinstance(self._query, (bool, int)):
@@ -138,8 +149,8 @@ class ProbedSamples:
         loader = _validation_loader(trainer)
         if not isinstance(loader, DataLoader) or not _is_map_style(loader.dataset):
             rank_zero_warn(
-                f"SLTMonitor(query={self._query}): there is no validation data that can be asked for a sample by "
-                "number, so the probed samples are the queries. Give query=Dataset."
+                f"{speaker(prefix, f'query={self._query}')}: there is no validation data that can be asked for a "
+                "sample by number, so the probed samples are the queries. Give query=Dataset."
             )
             return None
         return DatasetSource(loader.dataset, 1, loader.collate_fn, uniform_samples(loader)[1], transfer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any, Optional
@@ -12,7 +12,7 @@ from typing import Any, Optional
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 
-from lightning_slt.sampling.arguments import check_count
+from lightning_slt.kinds import check_count
 
 DEFAULT_LOG_SPACED = 20
 """Firings of a run where nothing is said: close together at first, when structure is built fast."""
@@ -68,7 +68,7 @@ def _named_steps(at_steps: Any) -> tuple[int, ...]:
     Raises:
         TypeError: for anything but a list of whole numbers, whose parts would be other steps.
     """
-    if isinstance(at_steps, str) or not isinstance(at_steps, Iterable):
+    if isinstance(at_steps, (str, Mapping)) or not isinstance(at_steps, Iterable):
         raise TypeError(f"at_steps={at_steps!r}: expected a list of steps, such as [0, 100, 1000].")
     steps = list(at_steps)
     for step in steps:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_slt.callbacks.arguments import plain
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.influence import ProbeSet
 from lightning_slt.publish import RunPublisher
@@ -23,15 +24,16 @@ from lightning_slt.susceptibility_record import SusceptibilityEstimate, Suscepti
 
 NAMES = ("llc", "influence", "susceptibility")
 ALL = "all"
+EXAMPLE = {"name": "susceptibility", "components": {"head": ["fc.*"]}}
 
 
 class Measures:
     """What ``SLTMonitor(measures=...)`` asks for.
 
     Args:
-        measures: None for the LLC, and influence where samples are probed; else names out of ``"llc"``,
-            ``"influence"``, ``"susceptibility"``, and mappings ``{"name": "susceptibility", "components": {name:
-            patterns}}``. The LLC is always measured.
+        measures: None for the LLC, and influence where samples are probed; else a name or a list of names, out of
+            ``"llc"``, ``"influence"``, ``"susceptibility"``, and of mappings ``{"name": "susceptibility",
+            "components": {name: patterns}}``. The LLC is always measured.
         probed: whether there are samples to look at.
 
     Example:
@@ -40,7 +42,7 @@ class Measures:
     """
 
     def __init__(self, measures: Optional[Sequence[Any]], probed: bool) -> None:
-        self._given = None if measures is None else [measures] if isinstance(measures, str) else list(measures)
+        self._given = None if measures is None else _listed(measures)
         self._probed = probed
         self.components: dict[str, Restriction] = {}
         names = set()
@@ -48,8 +50,7 @@ class Measures:
             name = entry.get("name") if isinstance(entry, Mapping) else entry
             names.add(name)
             if name == "susceptibility" and isinstance(entry, Mapping):
-                for key, patterns in (entry.get("components") or {}).items():
-                    self.components[str(key)] = patterns if isinstance(patterns, str) else list(patterns)
+                self.components |= _components_of(entry.get("components"))
         self.influence = probed and (self._given is None or "influence" in names)
         self.susceptibility = "susceptibility" in names
 
@@ -94,6 +95,39 @@ class Measures:
     def describe(self) -> Optional[list[Any]]:
         """For the run's settings."""
         return None if self._given is None else [dict(e) if isinstance(e, Mapping) else e for e in self._given]
+
+
+def _listed(measures: Any) -> list[Any]:
+    """Names and mappings that have one.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if isinstance(measures, (str, Mapping)):
+        measures = [measures]
+    remedy = f"Give a list of names out of {', '.join(NAMES)}, or of mappings such as {EXAMPLE}."
+    if not isinstance(measures, Iterable):
+        raise TypeError(f"measures={measures!r}: expected a list, got {type(measures).__name__}. {remedy}")
+    entries = list(measures)
+    for entry in entries:
+        if not isinstance(entry.get("name") if isinstance(entry, Mapping) else entry, str):
+            kind = "a mapping without a name" if isinstance(entry, Mapping) else type(entry).__name__
+            raise TypeError(f"measures={entries!r}: got {entry!r} in it, which is {kind}. {remedy}")
+    return entries
+
+
+def _components_of(components: Any) -> dict[str, Restriction]:
+    """Which weights each component has, as plain lists.
+
+    Raises:
+        TypeError: for anything but a mapping; for weights as ``restrict`` refuses them.
+    """
+    if components is None:
+        return {}
+    if not isinstance(components, Mapping):
+        kind = type(components).__name__
+        raise TypeError(f"measures: components={components!r}: expected a mapping, got {kind}. Give {EXAMPLE}.")
+    return {str(name): plain(patterns) for name, patterns in components.items()}
 
 
 def measure_beside(
@@ -179,10 +213,10 @@ def labels_of(groups: Sequence[str]) -> list[str]:
     return labels
 
 
-def warn_of(error: Exception, step: int) -> None:
+def warn_of(error: Exception, step: int, who: str) -> None:
     """The learning coefficient of this step stands."""
     rank_zero_warn(
-        f"SLTMonitor: susceptibility at step {step} failed and is left out; the learning coefficient is kept; training "
+        f"{who}: susceptibility at step {step} failed and is left out; the learning coefficient is kept; training "
         f"goes on. {type(error).__name__}: {error}"
     )
 
@@ -193,21 +227,22 @@ def publish(
     folder: Optional[Path],
     prefix: str,
     first_rank: bool,
+    who: str,
 ) -> None:
-    """Into the local record and the loggers; what fails is warned about."""
+    """Into the local record and the loggers; what fails is warned about by ``who``."""
     if not first_rank or publisher is None:
         return
     if folder is not None:
         try:
             SusceptibilityRecord(folder).save(estimate)
         except OSError as error:
-            rank_zero_warn(f"SLTMonitor: the record of susceptibility could not be written: {error}")
+            rank_zero_warn(f"{who}: the record of susceptibility could not be written: {error}")
     x = estimate.x if estimate.x is not None else estimate.step
     publisher.page(Page(keys_of(estimate, prefix), step=estimate.step), x or 0)
 
 
 def restore_susceptibilities(
-    folder: Path, last_step: int, history: Sequence[SusceptibilityEstimate]
+    folder: Path, last_step: int, history: Sequence[SusceptibilityEstimate], who: str
 ) -> list[SusceptibilityEstimate]:
     """The record of a resumed run: what came after the checkpoint is forgotten, what is missing written.
 
@@ -221,7 +256,7 @@ def restore_susceptibilities(
             if not record.path(estimate.step).exists():
                 record.save(estimate)
     except OSError as error:
-        rank_zero_warn(f"SLTMonitor: the record of susceptibility could not be restored: {error}")
+        rank_zero_warn(f"{who}: the record of susceptibility could not be restored: {error}")
         return []
     known = {estimate.step for estimate in history}
     return [estimate for estimate in record.read() if estimate.step not in known]

@@ -18,10 +18,11 @@ from lightning_slt.callbacks.boundaries import LearningRateWatch
 from lightning_slt.callbacks.evaluation import KeepsHistory
 from lightning_slt.callbacks.kept_weights import KeptWeights
 from lightning_slt.callbacks.monitor import SLTMonitor
+from lightning_slt.callbacks.said import speaker
 from lightning_slt.callbacks.what_changed import moved_components, moved_samples, with_phases
+from lightning_slt.kinds import check_callable, check_count, check_flag
 from lightning_slt.publish import RunPublisher
 from lightning_slt.record import Estimate
-from lightning_slt.sampling.arguments import check_count
 from lightning_slt.transition_record import TransitionLog, TransitionReport
 from lightning_slt.transitions import Transition, TransitionDetector, detect_transitions
 
@@ -100,10 +101,9 @@ class TransitionMonitor(KeepsHistory):
                 "'slt_<name>/llc/mean' for SLTMonitor(name=<name>)."
             )
         check_count("max_snapshots", max_snapshots, 4, "; pin_checkpoints=False keeps none", optional=False)
-        if on_transition is not None and not callable(on_transition):
-            raise TypeError(
-                f"on_transition: expected a callable of (transition, trainer, module), got {on_transition!r}."
-            )
+        check_callable("on_transition", on_transition, "transition, trainer, module")
+        for name, flag in (("pin_checkpoints", pin_checkpoints), ("alert", alert), ("saddles", saddles)):
+            check_flag(name, flag, optional=False)
         check_dirpath(dirpath)
         self._key = monitor
         self._prefix = match[1]
@@ -115,7 +115,7 @@ class TransitionMonitor(KeepsHistory):
         self._detector = TransitionDetector(**self._settings)
         self._pin, self._alert, self._on_transition = pin_checkpoints, alert, on_transition
         self._saddles = saddles
-        self._weights = KeptWeights(max_snapshots, dirpath)
+        self._weights = KeptWeights(max_snapshots, dirpath, self._who)
         self.reports: list[TransitionReport] = []
         self.boundaries: list[float] = []
         self._watch = LearningRateWatch()
@@ -136,6 +136,11 @@ class TransitionMonitor(KeepsHistory):
     def state_key(self) -> str:
         """Differs between monitors of different curves."""
         return self._generate_state_key(monitor=self._key)
+
+    @property
+    def _who(self) -> str:
+        """What it calls itself where it says something."""
+        return speaker(self._prefix, kind="TransitionMonitor")
 
     # --- before training ------------------------------------------------------------------------------------------
 
@@ -252,7 +257,7 @@ class TransitionMonitor(KeepsHistory):
         self._show(trainer, flag=bool(new) or (self._epoch_over and self._epoch_flag))
         reports = [self._report(trainer, monitor, t, estimate) for t in changed.values()]
         for report in reports:
-            rank_zero_info(f"TransitionMonitor: {report.sentence()}")
+            rank_zero_info(f"{self._who}: {report.sentence()}")
         if publisher is not None and estimate.step is not None:
             x = estimate.x if estimate.x is not None else estimate.step
             publisher.transition_point(
@@ -283,7 +288,7 @@ class TransitionMonitor(KeepsHistory):
             self._on_transition(transition, trainer, pl_module)
         except Exception as error:
             rank_zero_warn(
-                f"TransitionMonitor: on_transition failed for transition {transition.id}; training goes on. "
+                f"{self._who}: on_transition failed for transition {transition.id}; training goes on. "
                 f"{type(error).__name__}: {error}"
             )
 

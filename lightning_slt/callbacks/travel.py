@@ -291,8 +291,8 @@ def _named(value: Any, what: str, error: Exception) -> CannotTravelError:
     where, reason = _blocking(value, what) or (what, error)
     said = str(reason).splitlines()[0] if str(reason) else ""
     return CannotTravelError(
-        f"SLTMonitor(execution='background'): {where} cannot be pickled ({type(reason).__name__}: {said}), so no other "
-        f"process can have it. Define it at the top level of a module, {INLINE}"
+        f"{where} cannot be pickled ({type(reason).__name__}: {said}), so no other process can have it. Define it at "
+        f"the top level of a module, {INLINE}"
     )
 
 
@@ -346,14 +346,13 @@ def main_script(names: set[str]) -> dict[str, str]:
     path = getattr(main, "__file__", None)
     if path is None or not Path(path).exists():
         raise CannotTravelError(
-            f"SLTMonitor(execution='background'): {shown} {are} defined in a notebook or an interactive session, which "
-            f"no other process can import. Define it in a module, {INLINE}"
+            f"{shown} {are} defined in a notebook or an interactive session, which no other process can import. Define "
+            f"it in a module, {INLINE}"
         )
     if not _is_guarded(Path(path)):
         raise CannotTravelError(
-            f"SLTMonitor(execution='background'): {shown} {are} defined in {Path(path).name}, which a worker has to "
-            "import, and importing it would train again. Put what trains below if __name__ == '__main__':, define "
-            f"{shown} in a module, {INLINE}"
+            f"{shown} {are} defined in {Path(path).name}, which a worker has to import, and importing it would train "
+            f"again. Put what trains below if __name__ == '__main__':, define {shown} in a module, {INLINE}"
         )
     return {"name": name} if name is not None else {"path": str(Path(path).resolve())}
 

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from lightning_slt.functional.block_errors import block_edges, error_of_mean, error_of_sum, independent_stretches
+from lightning_slt.kinds import check_number
 
 MIXED = 0.5
 """Between-chain share of the variance above which chains have not seen the same posterior."""
@@ -377,10 +378,10 @@ def shrink(matrix: Tensor, rho: Tensor, power: float) -> Tensor:
         power: p >= 1; 1 changes nothing.
 
     Raises:
-        ValueError: for a power below 1.
+        ValueError: for a power below 1, or one that is not finite.
+        TypeError: for one that is no number.
     """
-    if power < 1:
-        raise ValueError(f"shrinkage={power}: must be at least 1 (1 is none).")
+    check_number("shrinkage", power, False, lambda p: 1 <= p < math.inf, "must be at least 1 (1 is none).")
     return matrix if power == 1 else matrix * rho.abs().pow(power - 1)
 
 

@@ -14,7 +14,7 @@ from lightning_slt.functional.influence import shrink
 from lightning_slt.influence.chains import InfluenceChains
 from lightning_slt.influence.probes import probe_set
 from lightning_slt.influence_record import InfluenceEstimate
-from lightning_slt.sampling.arguments import check_count, check_flag
+from lightning_slt.kinds import check_callable, check_count, check_flag, check_number
 from lightning_slt.sampling.eval_mode import misfit_of_eval
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.restriction import Restriction
@@ -121,6 +121,11 @@ def estimate_influence(
     start = time.perf_counter()
     shrink(torch.zeros(()), torch.zeros(()), 1.0 if shrinkage is None else shrinkage)
     sampler = as_sampler(sampler)
+    for name, value in (("nbeta", nbeta), ("localization", localization)):
+        check_number(name, value)
+    for name, flag in (("per_token", per_token), ("control_variates", control_variates)):
+        check_flag(name, flag, optional=False)
+    check_callable("group_fn", group_fn, "sample")
     settings = ChainSettings(
         sampler=sampler,
         num_chains=num_chains,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Optional
 
-from lightning_slt.sampling.arguments import check_count
+from lightning_slt.kinds import check_count
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samples import GroupFn, Samples, choose_samples, default_group

@@ -10,6 +10,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_slt.functional.learning_coefficient import Summary, learning_coefficient, summarise
+from lightning_slt.kinds import check_number, positive
 from lightning_slt.measures.draws import joined
 
 
@@ -41,8 +42,7 @@ class LearningCoefficient(Metric):
 
     def __init__(self, nbeta: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not nbeta > 0:
-            raise ValueError(f"nbeta={nbeta}: must be positive.")
+        check_number("nbeta", nbeta, False, positive, "must be positive; n / log n is usual.")
         self.nbeta = float(nbeta)
         # one tensor [num_chains, draws] in a list: draws are joined here, chains between processes by torchmetrics,
         # which gathers list states of unequal size

@@ -9,6 +9,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_slt.functional.susceptibility import Response, susceptibility
+from lightning_slt.kinds import check_number, positive
 from lightning_slt.measures.draws import joined
 
 
@@ -43,8 +44,7 @@ class Susceptibility(Metric):
 
     def __init__(self, nbeta: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not nbeta > 0:
-            raise ValueError(f"nbeta={nbeta}: must be positive.")
+        check_number("nbeta", nbeta, False, positive, "must be positive; n / log n is usual.")
         self.nbeta = float(nbeta)
         self.add_state("loss_trace", default=[], dist_reduce_fx="cat")
         self.add_state("shift_trace", default=[], dist_reduce_fx="cat")

@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 from collections import UserDict
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any, Optional
 
-import numpy as np
 import torch
 from lightning.fabric.wrappers import _FabricDataLoader, _FabricModule
 from torch import Tensor, nn
@@ -17,56 +15,6 @@ from torch.utils.data import DataLoader
 log = logging.getLogger(__name__)
 
 _ORDER = "Give the module first, then its data."
-
-
-def check_count(name: str, value: Any, least: int = 1, otherwise: str = "", optional: bool = True) -> None:
-    """Refuse what is no whole number, and one that is too small.
-
-    Args:
-        optional: None is let through.
-        otherwise: what else may be given, for the message.
-
-    Raises:
-        TypeError: for text, a float, a bool or anything else.
-        ValueError: below ``least``.
-
-    Example:
-        >>> check_count("num_chains", "2")
-        Traceback (most recent call last):
-        TypeError: num_chains='2': expected a whole number, got str. Give an int.
-    """
-    if value is None and optional:
-        return
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        kind = type(value).__name__
-        raise TypeError(f"{name}={value!r}: expected a whole number, got {kind}. Give an int{otherwise}.")
-    if int(value) < least:
-        raise ValueError(f"{name}={value}: must be at least {least}{otherwise}.")
-
-
-def check_number(name: str, value: Any, optional: bool = True) -> None:
-    """Refuse what is no number.
-
-    Args:
-        optional: None is let through.
-
-    Raises:
-        TypeError: for text, a bool or anything else that is none.
-    """
-    if value is None and optional:
-        return
-    if isinstance(value, (str, bool)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}. Give a float.")
-
-
-def check_flag(name: str, value: Any) -> None:
-    """Refuse what is neither True nor False, such as text, which is always true. None is let through.
-
-    Raises:
-        TypeError: naming what it is.
-    """
-    if value is not None and not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name}={value!r}: expected True or False, got {type(value).__name__}. Give a bool.")
 
 
 def check_module(name: str, module: Any) -> None:
@@ -188,12 +136,9 @@ def no_restriction(entry: Any, name: Optional[str] = None) -> TypeError:
 
 
 __all__ = [
-    "check_count",
     "check_data",
     "check_device",
-    "check_flag",
     "check_module",
-    "check_number",
     "no_restriction",
     "without_fabric",
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import FrozenInstanceError
 from functools import partial
 from typing import Any, Optional
 
@@ -284,7 +285,20 @@ def to_device(device: torch.device) -> Callable[[Any], Any]:
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
-    batch = move_data_to_device(batch, device)
+    """On the device.
+
+    Raises:
+        ValueError: for a frozen dataclass, whose fields Lightning would set.
+    """
+    try:
+        batch = move_data_to_device(batch, device)
+    except ValueError as error:
+        if not isinstance(error.__cause__, FrozenInstanceError):
+            raise
+        raise ValueError(
+            "data: its batches are frozen dataclasses or hold some, which Lightning cannot move to a device, here as "
+            "in training. Take frozen=True away, or give the class a method to(device) that returns another one."
+        ) from error
     # gradients cannot go through a tensor that was made in inference mode
     return tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, batch)
 

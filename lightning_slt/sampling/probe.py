@@ -16,7 +16,6 @@ import logging
 import math
 import random
 import warnings
-from collections.abc import Iterator
 from typing import Any, Optional
 
 import numpy as np
@@ -31,6 +30,7 @@ from lightning_slt.sampling.samples import MAX_CHUNK, SampleGroup, Samples, grou
 from lightning_slt.sampling.steps import NoLossError
 from lightning_slt.sampling.structures import clone, num_bytes
 from lightning_slt.sampling.unreduced import Unreduced
+from lightning_slt.sampling.vmapped import without_advice
 
 log = logging.getLogger(__name__)
 
@@ -41,23 +41,10 @@ MAX_ROWS = 16
 """Rows of weights whose losses are computed together."""
 MAX_GRADIENTS = 2**26
 """Numbers in the gradients of all samples: 256 MB."""
+NO_STATISTICS = "Expected more than 1 value"
+"""How torch's error begins where a layer normalises by the statistics of a single number."""
 TOGETHER = 8
 """Samples whose loss together is compared with their losses alone."""
-
-
-@contextlib.contextmanager
-def _without_advice() -> Iterator[None]:
-    """torch asks for a report of operations without a batching rule: nothing that a user of chains can do about.
-
-    By its own switch, which is on where nobody has touched it and cannot be read: a filter of Python's, set and taken
-    away, has the user's warnings shown again at every call.
-    """
-    show = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", lambda shown: None)
-    show(False)
-    try:
-        yield
-    finally:
-        show(True)
 
 
 class CoupledLossError(ValueError):
@@ -174,7 +161,7 @@ class Probe:
                         columns = group.at[start : start + size]
                         batch, dims = group.part(start, start + len(columns))
                         self._reseed(group.places[start])
-                        with _without_advice():
+                        with without_advice():
                             found = torch.vmap(one, in_dims=(None, dims), randomness="different")(anchor, batch)
                         out[columns.flatten().to(out.device)] = found.reshape(-1, len(anchor)).to(out.dtype)
         except Exception as error:
@@ -235,7 +222,7 @@ class Probe:
                 in_dims=(None, dims),
                 randomness="same" if self._alike else "different",
             )
-            with _without_advice():
+            with without_advice():
                 if len(weights) == 1:
                     return over_samples(self._named(weights[0]), batch).unsqueeze(0)
                 return torch.vmap(over_samples, in_dims=(0, None), randomness="same")(self._named(weights), batch)
@@ -280,7 +267,12 @@ class Probe:
     def _one(self, named: dict[str, Tensor], batch: Any) -> Tensor:
         """The losses of one batch, the ordinary way."""
         buffers = {f"module.{k}": b.clone() for k, b in self._module.named_buffers()}
-        return self._call({**named, **buffers}, clone(batch))
+        try:
+            return self._call({**named, **buffers}, clone(batch))
+        except ValueError as error:
+            if NO_STATISTICS not in str(error):
+                raise
+            raise CoupledLossError(_by_the_batch(self._module)) from error
 
     def _has_loss(self, named: dict[str, Tensor], batch: Any) -> bool:
         try:
@@ -444,6 +436,19 @@ class _LossesModule(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         return self._objective.losses_of(self.module, batch)
+
+
+def _by_the_batch(module: nn.Module) -> str:
+    """What is said of layers that normalise by the statistics of a batch, which a sample alone does not have."""
+    norm = nn.modules.batchnorm._BatchNorm
+    names = [name for name, m in module.named_modules() if isinstance(m, norm) and m.running_mean is None]
+    which = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+    return (
+        f"the loss of a sample depends on the others of its batch: a layer{which} normalises by the statistics of the "
+        "batch and keeps no running ones (track_running_stats=False), and one sample has none. Single samples have no "
+        "influence of their own there: use track_running_stats=True, GroupNorm or LayerNorm, give loss_fn(module, "
+        "batch) -> [batch] losses of single samples, or do without: probe=None."
+    )
 
 
 def _separate(alone: list[float], same: float, together: float) -> bool:

@@ -6,7 +6,7 @@ coefficient is that component's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Union
 
@@ -94,7 +94,7 @@ def restriction_entries(restrict: Restriction) -> list[Union[str, nn.Module]]:
         return []
     if isinstance(restrict, (str, nn.Module, Tensor)):
         return [restrict]  # type: ignore[list-item]
-    if not isinstance(restrict, Iterable):
+    if isinstance(restrict, Mapping) or not isinstance(restrict, Iterable):
         raise no_restriction(restrict)
     return list(restrict)
 

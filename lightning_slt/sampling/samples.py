@@ -106,9 +106,19 @@ class Samples:
 
     @staticmethod
     def of(source: DatasetSource, numbers: Sequence[int]) -> Samples:
-        """Read these samples (numbers within the source's ``indices``, where it has some)."""
+        """Read these samples (numbers within the source's ``indices``, where it has some).
+
+        Raises:
+            ValueError: for nested tensors, of which no sample can be put beside another.
+        """
         index = [source.indices[i] for i in numbers] if source.indices is not None else list(numbers)
         batches = source.read_samples(index)
+        if any(isinstance(leaf, Tensor) and leaf.is_nested for leaf in tree_flatten(batches[:1])[0]):
+            raise ValueError(
+                "the batches hold nested tensors, which torch cannot stack or take apart by samples, so the losses of "
+                "single samples cannot be had. Give samples whose collate function pads them (a tensor and its mask), "
+                "or do without influence and susceptibility: probe=None."
+            )
         # one more in front: a worker that starts from the same random state again gives each sample other numbers
         again = source.read_samples([*index[:1], *index[:CHECKED]])[1:]
         changed = [i for i, a, b in zip(index, batches, again, strict=False) if not _equal(a, b)]

@@ -78,7 +78,7 @@ def loss_function(module: nn.Module, loss_fn: Optional[LossFn] = None) -> LossFn
             moves the optimisers), or a step that takes ``dataloader_iter``.
     """
     if loss_fn is not None:
-        _refuse_criterion(loss_fn)
+        check_loss_fn(loss_fn)
         return _user_loss(loss_fn)
     module = getattr(module, "_orig_mod", module)  # of torch.compile(module)
     if not isinstance(module, LightningModule):
@@ -102,7 +102,7 @@ def loss_function(module: nn.Module, loss_fn: Optional[LossFn] = None) -> LossFn
     return step_loss
 
 
-def _refuse_criterion(loss_fn: Any) -> None:
+def check_loss_fn(loss_fn: Any) -> None:
     """A loss of outputs and targets knows nothing of a module and a batch; what cannot be called is none at all.
 
     Raises:
@@ -325,6 +325,21 @@ class _NoStrategy:
         raise _no_trainer(f"strategy.{name}")
 
 
+class _NoTrainerError(AttributeError, IndexError):
+    """A step that does without an optimizer where there is none goes on doing so."""
+
+    __str__ = Exception.__str__
+
+
+class _NoOptimizers(list[Any]):
+    """None, for those who count them."""
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            return []
+        raise _NoTrainerError(_no_trainer(f"optimizers[{key!r}]").args[0])
+
+
 _OUTSIDE: dict[str, Any] = {
     "global_step": 0,
     "current_epoch": 0,
@@ -340,7 +355,7 @@ _OUTSIDE: dict[str, Any] = {
     "sanity_checking": False,
     "callback_metrics": {},
     "logged_metrics": {},
-    "optimizers": [],
+    "optimizers": _NoOptimizers(),
     "strategy": _NoStrategy(),
 }
 

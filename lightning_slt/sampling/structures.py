@@ -77,14 +77,29 @@ class _OwnMapping(ABC):  # noqa: B024 - what belongs to it is told by the hook
         return issubclass(other, Mapping) and other not in (dict, OrderedDict, defaultdict)
 
 
+class _Frozen(ABC):  # noqa: B024 - as above
+    """A dataclass whose fields Lightning cannot set in a copy."""
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        return is_dataclass(other) and other.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+def _entries(value: Any) -> dict[Any, Any]:
+    """What is in a mapping, or in the fields of a dataclass."""
+    return (
+        dict(value.items()) if isinstance(value, Mapping) else {f.name: getattr(value, f.name) for f in fields(value)}
+    )
+
+
 def tensors_in_collections(batch: Any) -> list[Tensor]:
     """The tensors of a batch in their order, without those that an object of it holds as attributes."""
     found: list[Tensor] = []
 
     def see(value: Any) -> None:
-        found.extend([value] if isinstance(value, Tensor) else tensors_in_collections(dict(value.items())))
+        found.extend([value] if isinstance(value, Tensor) else tensors_in_collections(_entries(value)))
 
-    apply_to_collection(batch, (Tensor, _OwnMapping), see)
+    apply_to_collection(batch, (Tensor, _OwnMapping, _Frozen), see)
     return found
 
 
@@ -95,7 +110,12 @@ def over_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
     def changed(value: Any) -> Any:
         if isinstance(value, Tensor):
             return function(value)
-        entries = {key: over_tensors(value[key], function) for key in list(value.keys())}
+        entries = {key: over_tensors(entry, function) for key, entry in _entries(value).items()}
+        if isinstance(value, _Frozen) and not isinstance(value, _OwnMapping):
+            other = copy.copy(value)
+            for name, entry in entries.items():
+                object.__setattr__(other, name, entry)
+            return other
         try:
             # of the tensors, which are replaced, no second copy is made: where they have a graph they have none
             twin = copy.deepcopy(value, {id(tensor): tensor for tensor in tensors_in_collections(value)})
@@ -106,7 +126,7 @@ def over_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
             return type(value)(entries)
         return twin
 
-    return apply_to_collection(batch, (Tensor, _OwnMapping), changed)
+    return apply_to_collection(batch, (Tensor, _OwnMapping, _Frozen), changed)
 
 
 def _holds_objects(batch: Any) -> bool:

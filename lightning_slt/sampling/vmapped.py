@@ -7,7 +7,8 @@ of a small model these are 80 each (torch 2.13, 64 weights): more than its produ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
@@ -17,6 +18,21 @@ try:  # what torch.vmap is made of; where a version of torch has it no more, it 
     from torch._C._functorch import _add_batch_dim, _remove_batch_dim, _vmap_decrement_nesting, _vmap_increment_nesting
 except ImportError:  # pragma: no cover
     _add_batch_dim = None  # type: ignore[assignment]
+
+
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """torch asks for a report of operations without a batching rule: nothing that a user of chains can do about.
+
+    By its own switch, which is on where nobody has touched it and cannot be read: a filter of Python's, set and taken
+    away, has the user's warnings shown again at every call.
+    """
+    show = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", lambda shown: None)
+    show(False)
+    try:
+        yield
+    finally:
+        show(True)
 
 
 class Vmapped:
@@ -46,6 +62,10 @@ class Vmapped:
             inputs: of the function; the first one has rows.
             dims: which dimension of each has the rows: 0, or None where it is the same for all.
         """
+        with without_advice():
+            return self._rows(inputs, dims)
+
+    def _rows(self, inputs: Sequence[Any], dims: Sequence[Optional[int]]) -> tuple[Tensor, ...]:
         if not self._checked or _add_batch_dim is None:
             found: tuple[Tensor, ...] = torch.vmap(self._function, in_dims=tuple(dims), randomness="different")(*inputs)
             self._checked = True

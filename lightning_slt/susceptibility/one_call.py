@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_slt.estimate import ChainSettings, state_dict_of
-from lightning_slt.sampling.arguments import check_count, check_flag
+from lightning_slt.kinds import check_count, check_flag
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.rng import preserve_rng
@@ -103,6 +103,15 @@ def estimate_susceptibility(
     """
     if components is not None and restrict is not None:
         raise ValueError("components and restrict are both given: name the weights of each component in components.")
+    if components is not None and not isinstance(components, Mapping):
+        raise TypeError(
+            f"components={components!r}: expected a mapping, got {type(components).__name__}. Give {{name: patterns}}."
+        )
+    if groups is not None and (isinstance(groups, (str, Mapping)) or not hasattr(groups, "__len__")):
+        raise TypeError(
+            f"groups={groups!r}: expected a list, got {type(groups).__name__}. Give one group for each sample of "
+            "shifted_data."
+        )
     if components is not None and not components:
         raise ValueError("components is empty: leave it None for all weights, or give {name: patterns}.")
     for name, value in (("batch_size", batch_size), ("max_shifted", max_shifted)):

@@ -140,7 +140,7 @@ def measure_weights(
         objective, datamodule = make_objective(state, config, device, path, step)
         transfer = BatchTransfer(Precision(), datamodule, cast(LightningModule, objective.module), device)
         source = make_source(_loader_of(datamodule, config), config, transfer)
-        check_num_samples(source.num_samples, config.nbeta)
+        check_num_samples(source.num_samples, config.nbeta, "sweep")
         course = Course(localization, config.method, warm_start=False)
         return course.measure(objective, source, config.settings(), _probes(source, config, device))
 

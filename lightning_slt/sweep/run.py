@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -74,7 +75,14 @@ def sweep(
         FileNotFoundError: for a checkpoint that is not there.
         ValueError: for a setting out of range, a module or data that cannot be had, files none of which is a checkpoint
             of that module.
+        TypeError: for a single path, or something else than a :class:`~lightning_slt.sweep.SweepConfig`.
     """
+    if isinstance(checkpoints, (str, os.PathLike)):
+        given = os.fspath(checkpoints)
+        raise TypeError(f"checkpoints={given!r}: expected a list of paths, got one. Give [{given!r}].")
+    if not isinstance(config, SweepConfig):
+        kind = type(config).__name__
+        raise TypeError(f"config={config!r}: expected a SweepConfig, got {kind}. Give load(..., schema=SweepConfig).")
     config.check()
     unread: dict[Path, str] = {}
     points, left = in_order([Path(path) for path in checkpoints], unread)

@@ -16,6 +16,8 @@ from omegaconf import MISSING
 from lightning_slt.config import SamplerConfig
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.firing import firing_settings
+from lightning_slt.kinds import check_count
+from lightning_slt.transitions.settings import threshold_of
 
 RAW, AVERAGED = "raw", "averaged"
 
@@ -80,15 +82,15 @@ class SweepConfig:
 
         Raises:
             ValueError: naming the argument, its value and what to do.
+            TypeError: for one of another kind, likewise.
         """
         if self.weights not in (RAW, AVERAGED):
             raise ValueError(f"weights={self.weights!r}: must be 'raw' or 'averaged'.")
         for name, least in (("probe", 1), ("query", 1), ("batch_size", 1), ("num_samples", 2)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value}: must be at least {least}, or left out.")
+            check_count(name, getattr(self, name), least, ", or left out")
         if self.probe is None and (self.query is not None or self.query_data is not None):
             raise ValueError("query_data or query is given without probe: set probe to a number of training samples.")
+        threshold_of(self.false_alarms)  # not after all has been measured
         self.settings()
         return self
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lightning_slt.kinds import check_number
 from lightning_slt.transitions.curve import Curve, Step
 from lightning_slt.transitions.evidence import SIZES, persistence, scatter, without_spikes
 from lightning_slt.transitions.newest import newest_step
@@ -16,7 +17,7 @@ from lightning_slt.transitions.pauses import goes_on
 from lightning_slt.transitions.reading import LOCAL, loss_change, rolling_scatter, transition_of
 from lightning_slt.transitions.rises import rises, turn
 from lightning_slt.transitions.search import best_step
-from lightning_slt.transitions.settings import checked_min_change, threshold_of
+from lightning_slt.transitions.settings import checked_min_change, checked_point, threshold_of
 from lightning_slt.transitions.transition import Transition, kind_of
 
 _HISTORY = SIZES[-1]
@@ -108,9 +109,9 @@ class TransitionDetector:
 
         Raises:
             ValueError: not finite.
+            TypeError: no number.
         """
-        if not math.isfinite(step):
-            raise ValueError(f"step: expected a finite training step, got {step!r}.")
+        check_number("step", step, False, math.isfinite, "expected a finite training step.")
         self._boundaries.append(float(step))
 
     def update(self, step: float, llc: float, llc_se: float, loss: float, *, valid: bool = True) -> list[Transition]:
@@ -125,7 +126,9 @@ class TransitionDetector:
 
         Raises:
             ValueError: the step is not finite or lies before the last one.
+            TypeError: a value is no number, or ``valid`` neither True nor False.
         """
+        checked_point(step, llc, llc_se, loss, valid)
         if not math.isfinite(step) or step < self._last_step:
             raise ValueError(
                 f"step: expected a finite step from {self._last_step} on, got {step!r}; feed points in order of step, "

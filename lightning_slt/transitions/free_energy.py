@@ -27,6 +27,8 @@ from typing import Literal
 import numpy as np
 from scipy import optimize, special
 
+from lightning_slt.kinds import check_number
+
 _DRAWS = 4000
 _LEVEL = 0.95
 
@@ -44,6 +46,7 @@ class Phase:
 
     Raises:
         ValueError: a value is not finite, an error is negative, or the multiplicity is below 1.
+        TypeError: a value is no number.
     """
 
     loss: float
@@ -54,6 +57,7 @@ class Phase:
 
     def __post_init__(self) -> None:
         for name in ("loss", "loss_se", "llc", "llc_se", "multiplicity"):
+            check_number(name, getattr(self, name), optional=False)
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)!r}; drop bad points.")
         for name in ("loss_se", "llc_se"):
@@ -107,7 +111,9 @@ class PhaseComparison:
 
         Raises:
             ValueError: ``n * beta`` is not above e, where ``log log (n beta)`` of the free energy has no meaning.
+            TypeError: n is no number.
         """
+        check_number("n", n, optional=False)
         if not (math.isfinite(n) and n * self.beta > math.e):
             raise ValueError(f"n: expected n * beta above e, got n = {n!r} at beta = {self.beta}.")
         a, b, size = self.first, self.second, n * self.beta
@@ -181,6 +187,7 @@ def compare_phases(
 
     Raises:
         ValueError: beta or ``constant_se`` out of range.
+        TypeError: a phase or a number of another kind.
 
     Example:
         >>> simple, complex_ = Phase(0.12, 0.0, 2.0, 0.0), Phase(0.10, 0.0, 4.0, 0.0)
@@ -193,6 +200,14 @@ def compare_phases(
         >>> low < 647 < high
         True
     """
+    for name, phase in (("first", first), ("second", second)):
+        if not isinstance(phase, Phase):
+            raise TypeError(
+                f"{name}={phase!r}: expected a Phase, got {type(phase).__name__}. Give Phase(loss, loss_se, llc, "
+                "llc_se)."
+            )
+    for name, value in (("beta", beta), ("constant", constant), ("constant_se", constant_se)):
+        check_number(name, value, optional=False)
     if not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"beta: expected an inverse temperature above 0, got {beta!r}; 1 is the posterior itself.")
     if not (math.isfinite(constant) and math.isfinite(constant_se) and constant_se >= 0):

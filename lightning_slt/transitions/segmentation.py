@@ -15,7 +15,7 @@ from lightning_slt.transitions.newest import newest_step
 from lightning_slt.transitions.pauses import pauses
 from lightning_slt.transitions.reading import rolling_scatter, transition_of
 from lightning_slt.transitions.search import best_step
-from lightning_slt.transitions.settings import checked_boundaries, checked_min_change, threshold_of
+from lightning_slt.transitions.settings import checked_boundaries, checked_min_change, numbers_of, threshold_of
 from lightning_slt.transitions.transition import State, Transition
 
 
@@ -57,6 +57,7 @@ def detect_transitions(
 
     Raises:
         ValueError: lengths differ, steps decrease, ``valid`` holds something else, or a setting is out of range.
+        TypeError: something else than numbers.
 
     Example:
         >>> import numpy as np
@@ -65,7 +66,8 @@ def detect_transitions(
         >>> t.kind, abs(t.step - 3000) < 150, abs(t.llc_change - 15) < 2
         ('D', True, True)
     """
-    x, y, se, z = (np.asarray(values, dtype=np.float64).ravel() for values in (steps, llc, llc_se, loss))
+    named = {"steps": steps, "llc": llc, "llc_se": llc_se, "loss": loss}
+    x, y, se, z = (numbers_of(name, values) for name, values in named.items())
     ok = np.ones(x.size, dtype=bool) if valid is None else _flags(valid)
     for name, array in (("llc", y), ("llc_se", se), ("loss", z), ("valid", ok)):
         if array.size != x.size:

@@ -7,6 +7,10 @@ from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
+from lightning_slt.kinds import check_number
+
 _BASE_THRESHOLD = 12.0  # evidence at the base rate below
 _BASE_RATE = 0.05  # false alarms in 100 points, on curves without a step; docs/transitions.md has the measurement
 
@@ -23,7 +27,9 @@ def threshold_of(false_alarms: float) -> float:
         >>> threshold_of(0.05), round(threshold_of(0.5), 1)
         (12.0, 7.4)
     """
-    if not (isinstance(false_alarms, Real) and math.isfinite(false_alarms) and false_alarms > 0):
+    if isinstance(false_alarms, bool) or not (
+        isinstance(false_alarms, Real) and math.isfinite(false_alarms) and false_alarms > 0
+    ):
         raise ValueError(f"false_alarms: expected a rate above 0 per 100 points, got {false_alarms!r}; 0.05 is usual.")
     return max(6.0, _BASE_THRESHOLD - 2.0 * math.log(false_alarms / _BASE_RATE))
 
@@ -34,11 +40,42 @@ def checked_min_change(min_change: float) -> float:
     Raises:
         ValueError: negative or not finite.
     """
-    if not (isinstance(min_change, Real) and math.isfinite(min_change) and min_change >= 0):
+    if isinstance(min_change, bool) or not (
+        isinstance(min_change, Real) and math.isfinite(min_change) and min_change >= 0
+    ):
         raise ValueError(
             f"min_change: expected a height of the LLC, at least 0, got {min_change!r}; 0.0 flags any height."
         )
     return float(min_change)
+
+
+def checked_point(step: float, llc: float, llc_se: float, loss: float, valid: bool) -> None:
+    """Refuse a point of a curve that is none; its values may be NaN.
+
+    Raises:
+        TypeError: for a value that is no number, and for a ``valid`` that is neither True nor False (or 1 nor 0).
+    """
+    for name, value in (("step", step), ("llc", llc), ("llc_se", llc_se), ("loss", loss)):
+        check_number(name, value, optional=False)
+    if not isinstance(valid, (bool, np.bool_, Real)) or valid not in (0, 1):
+        raise TypeError(f"valid={valid!r}: expected True or False, got {type(valid).__name__}. Give a bool.")
+
+
+def numbers_of(name: str, values: Any) -> np.ndarray:
+    """``[n]`` numbers of a curve.
+
+    Raises:
+        TypeError: for what is no array of numbers.
+
+    Example:
+        >>> numbers_of("llc", ["a"])
+        Traceback (most recent call last):
+        TypeError: llc: expected an array of numbers, got list: could not convert string to float: 'a'.
+    """
+    try:
+        return np.asarray(values, dtype=np.float64).ravel()
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected an array of numbers, got {type(values).__name__}: {error}.") from error
 
 
 def checked_boundaries(boundaries: Any) -> list[float]:

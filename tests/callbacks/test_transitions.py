@@ -41,7 +41,7 @@ def test_an_argument_out_of_range_is_named(arguments: dict[str, Any], message: s
 
 
 def test_a_function_that_is_none_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"on_transition: expected a callable of .* got 'print'"):
+    with pytest.raises(TypeError, match=r"on_transition='print': expected a callable of .* got str\. Give a function"):
         TransitionMonitor(on_transition="print")  # type: ignore[arg-type]
 
 

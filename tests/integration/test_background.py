@@ -23,6 +23,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_slt import RMSpropSGLD
 from lightning_slt.callbacks.bench import plugin_on
+from lightning_slt.callbacks.folder import claim, give_back
 from lightning_slt.callbacks.travel import (
     CannotTravelError,
     StillTrainer,
@@ -31,6 +32,7 @@ from lightning_slt.callbacks.travel import (
     read_pickled,
     write_pickled,
 )
+from lightning_slt.callbacks.worker import FOLDER
 from lightning_slt.record import RunRecord
 from lightning_slt.sampling.objective import Objective
 from tests.integration import models
@@ -195,6 +197,31 @@ def test_batches_that_training_saw_travel_with_the_snapshot(tmp_path: Path) -> N
     assert_same(without, scenario.run(tmp_path / "background", background))
     assert len(inline.estimates) == 3
     assert_same_estimates(background, inline)
+
+
+@pytest.mark.parametrize("execution", ["background", "inline"])
+def test_snapshots_in_the_folder_of_a_run_that_goes_on_are_not_said_to_be_gone(execution: str, tmp_path: Path) -> None:
+    """Another live run holds the folder of the checkpoint; or the run that is resumed measures inside training."""
+    settings: dict[str, Any] = {"every_n_train_steps": 4, "dirpath": str(tmp_path / "slt"), "name": "a"}
+    first, path = beside(**settings), tmp_path / "last.ckpt"
+    Scenario(Net, loaders, lambda: {"max_steps": 4}).run(tmp_path, first).trainer.save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint["callbacks"][first.state_key]["pending"] = [{"step": 2, "x": 1, "epoch": 0, "data": None}]
+    torch.save(checkpoint, path)
+    folder = first.folder
+    assert folder is not None and claim(folder)
+    said = r"firings at steps \[2\] .* and this monitor measures inside training .*left out"
+    if execution == "background":
+        (folder / FOLDER).mkdir(exist_ok=True)
+        said = rf"firings at steps \[2\] .* their snapshots lie in {folder}, which another run holds \(resume after"
+    resumed = (beside if execution == "background" else tiny_monitor)(**settings)
+    try:
+        with pytest.warns(UserWarning, match=rf"^SLTMonitor \(slt_a\): the {said}") as caught:
+            Scenario(Net, loaders, lambda: {"max_steps": 6}).run(tmp_path / "b", resumed, ckpt_path=str(path))
+    finally:
+        give_back(folder)
+    assert not any("are gone" in str(warning.message) for warning in caught)
+    assert resumed.folder is not None and resumed.folder.name == "slt_a_run1" and steps_of(resumed) == [4]
 
 
 # ----------------------------------------------------------------------------------------------------------- the queue

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import TensorDataset
 
+from lightning_slt import TransitionMonitor
 from tests.integration import models
 from tests.integration.harness import SGLD, TINY, Scenario, SLTMonitor, tiny_monitor
 from tests.integration.models import Plain, loaders
@@ -32,6 +33,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown method": ({"method": "fast"}, r"method='fast'.*'sequential' or 'batched'"),
     "name that is no key": ({"name": "My Run"}, r"name='My Run'.*lower-case"),
     "an address for a folder": ({"dirpath": "s3://bucket/slt"}, r"dirpath='s3://bucket/slt'.*path of a folder"),
+    "no seconds to wait": ({"max_wait": float("nan")}, r"max_wait=nan: must not be negative"),
     "sampler of another kind": ({"sampler": {"step": 1e-4}}, r"sampler.*step.*lr"),
 }
 
@@ -63,6 +65,27 @@ OF_ANOTHER_KIND: dict[str, tuple[dict[str, Any], str]] = {
     "text for seconds": ({**BESIDE, "max_wait": "a"}, r"max_wait='a': expected a number, got str"),
     "no seconds": ({**BESIDE, "max_wait": None}, r"max_wait=None: expected a number"),
     "a number of devices": ({**BESIDE, "devices": 3}, r"devices=3: expected a list of names, got int.*\['cuda:1'\]"),
+    "text for warm chains": ({"warm_start": "a"}, r"warm_start='a': expected True or False, got str.*bool"),
+    "nothing for warm chains": ({"warm_start": None}, r"warm_start=None: expected True or False"),
+    "a tensor for nbeta": ({"nbeta": torch.ones(2)}, r"nbeta=tensor.*expected a number, got Tensor"),
+    "a tensor for a budget": ({"max_overhead": torch.ones(2)}, r"max_overhead=tensor.*expected a number, got Tensor"),
+    "text for snapshots inside": ({"max_pending": "a"}, r"max_pending='a': expected a whole number, got str"),
+    "text for a loss": ({"loss_fn": "mse"}, r"loss_fn='mse': expected a function of the module and a batch"),
+    "text for groups": ({"probe": True, "group_fn": "a"}, r"group_fn='a': expected a callable of \(sample\), got str"),
+    "a number to render": ({"probe": True, "render": 3}, r"render=3: expected a callable of \(sample\), got int"),
+    "a mapping for steps": ({"at_steps": {5: 1}}, r"at_steps=\{5: 1\}: expected a list of steps"),
+    "a mapping to restrict": ({"restrict": {"a": 1}}, r"restrict=\{'a': 1\}: got dict"),
+    "a number for measures": ({"measures": 3}, r"measures=3: expected a list, got int.*'susceptibility'"),
+    "a number in measures": ({"measures": ["llc", 3]}, r"measures=\['llc', 3\]: got 3 in it, which is int.*llc, infl"),
+    "a measure without a name": ({"measures": [{}]}, r"measures=.*a mapping without a name.*Give a list of names"),
+    "a list of components": (
+        {"probe": True, "measures": {"name": "susceptibility", "components": ["fc"]}},
+        r"components=\['fc'\]: expected a mapping, got list. Give \{'name'",
+    ),
+    "a number for a component": (
+        {"probe": True, "measures": {"name": "susceptibility", "components": {"head": 3}}},
+        r"restrict=3: got int",
+    ),
     "a tensor to restrict": ({"restrict": torch.zeros(3, 2)}, r"restrict: got a Tensor.*name of the parameter"),
 }
 
@@ -79,10 +102,38 @@ def test_step_size_out_of_range(lr: float) -> None:
         SGLD(lr=lr)
 
 
+@pytest.mark.parametrize("lr", ["a", True, [1e-4], torch.ones(2)], ids=repr)
+def test_step_size_of_another_kind(lr: Any) -> None:
+    with pytest.raises(TypeError, match=r"lr=.*: expected a number, got .*Give a float"):
+        SGLD(lr=lr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pin_checkpoints": "no"}, r"pin_checkpoints='no': expected True or False, got str"),
+        ({"alert": 3}, r"alert=3: expected True or False, got int"),
+        ({"saddles": None}, r"saddles=None: expected True or False"),
+        ({"on_transition": 3}, r"on_transition=3: expected a callable of \(transition, trainer, module\)"),
+    ],
+    ids=["pins", "alert", "saddles", "hook"],
+)
+def test_argument_of_another_kind_for_transitions(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        TransitionMonitor(**arguments)
+
+
+@pytest.mark.parametrize("measures", ["llc", {"name": "llc"}, ["llc"]], ids=repr)
+def test_one_measure_need_not_be_in_a_list(measures: Any) -> None:
+    monitor = SLTMonitor(measures=measures)
+    assert monitor._measures.describe() == (measures if isinstance(measures, list) else [measures])
+
+
 REFUSED: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]], str]] = {
     "empty restriction": ({"restrict": []}, loaders, r"restrict is empty.*None"),
     "restriction that matches nothing": ({"restrict": "body.*"}, loaders, r"'body\.\*' matches no.*net\.weight"),
     "one of two restrictions matches nothing": ({"restrict": ["net.*", "head"]}, loaders, r"'head' matches no"),
+    "no samples to look at": ({"probe": models.tensors(0)}, loaders, r"probe: the dataset is empty.*with samples"),
     "n = 1": ({}, lambda: loaders(1), r"num_samples=1.*nbeta"),
     "stream without length": ({}, lambda: loaders(dataset=models.Stream()), r"length.*num_samples=.*nbeta="),
 }

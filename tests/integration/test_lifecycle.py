@@ -17,7 +17,7 @@ from typing import Any, Optional
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 
 from lightning_slt import TransitionMonitor
 from lightning_slt.record import RunRecord
@@ -303,6 +303,27 @@ def test_a_folder_is_free_again_when_the_process_that_had_it_is_gone(tmp_path: P
             holder.kill()
             holder.wait()
     assert folders == ["slt_run1", "slt"]
+
+
+class CutOff(Net):
+    """Ctrl-C in the middle of its fifth batch."""
+
+    def on_after_backward(self) -> None:
+        if self.global_step == 4:
+            raise KeyboardInterrupt
+
+
+def test_after_a_batch_that_was_cut_off_steps_are_one_ahead_of_the_global_step(tmp_path: Path) -> None:
+    """Lightning's checkpoint has the batch among those that stepped, and not among the optimizer's steps."""
+    saver = OnExceptionCheckpoint(tmp_path)
+    settings: dict[str, Any] = {"every_n_train_steps": 1, "dirpath": str(tmp_path / "slt")}
+    with pytest.raises((KeyboardInterrupt, SystemExit)):  # which of them is up to Lightning's version
+        Scenario(CutOff, loaders, lambda: {"enable_checkpointing": True}).run(tmp_path, tiny_monitor(**settings), saver)
+    resumed = tiny_monitor(**settings)
+    trace = Scenario(Net, loaders, lambda: {"max_steps": 8}).run(
+        tmp_path / "b", resumed, ckpt_path=str(tmp_path / "on_exception.ckpt")
+    )
+    assert trace.trainer.global_step == 8 and steps_of(resumed) == [1, 2, 3, 4, 6, 7, 8, 9]
 
 
 def test_fit_that_goes_on(tmp_path: Path) -> None:

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any, Optional
 
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from lightning_slt import TransitionMonitor
-from lightning_slt.callbacks import reporting
+from lightning_slt.callbacks import component_firings, reporting
+from lightning_slt.callbacks.susceptibilities import Measures
 from lightning_slt.record import RunRecord
 from tests.integration.harness import RecordingLogger, Scenario, SLTMonitor, assert_same, steps_of, tiny_monitor
-from tests.integration.models import Net, loaders, with_validation
+from tests.integration.models import Net, Plain, loaders, tensors, with_validation
 from tests.wandb_runs import records
 
 EVERY_STEP = {"log_every_n_steps": 1}
@@ -210,6 +214,69 @@ def test_of_several_monitors_each_line_says_whose_it_is(
     for line in (" chains over ", "measuring has taken", "4 estimates in "):
         whose = [text.partition(": ")[0] for text in told if line in text]
         assert whose == ["SLTMonitor", "SLTMonitor (slt_2)", "SLTMonitor (slt_head)"], line
+
+
+class HasASpareLayer(Plain):
+    """Its second layer is in no optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = torch.nn.Linear(2, 2)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+
+def in_an_order_of_its_own() -> dict[str, Any]:
+    return {"train_dataloaders": DataLoader(tensors(24), 4, sampler=WeightedRandomSampler([1.0] * 24, 24))}
+
+
+def test_what_is_said_below_the_monitor_has_its_prefix_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the data, of the weights, of samples and of components."""
+
+    def fails(*args: object) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(component_firings, "measure_beside", fails)
+    settings: dict[str, Any] = {
+        "probe": tensors(5),
+        "query": 3,
+        "measures": ["influence", {"name": "susceptibility", "components": {"all": "*"}}],
+        "on_failure": "warn",
+    }
+    monkeypatch.setattr(Measures, "check_data", lambda self, indexed: None)
+    monitors = [tiny_monitor(**settings), tiny_monitor(seed=1, **settings), tiny_monitor(name="head", **settings)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Scenario(HasASpareLayer, in_an_order_of_its_own).run(tmp_path, *monitors)
+    told = [str(w.message) for w in caught]
+    for line, arguments in {
+        "are in no optimizer": "",
+        "batches that training has seen are replayed": "(num_samples=None)",
+        "there is no validation data": "(query=3)",
+        "susceptibility at step 4 failed": "",
+    }.items():
+        whose = [text.partition(": ")[0] for text in told if line in text]
+        assert whose == [f"SLTMonitor{arguments}{of}" for of in ("", " (slt_2)", " (slt_head)")], line
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"measures": ["influenc"], "probe": True}, r"^SLTMonitor \(slt_head\): measures: there is no 'influenc'"),
+        ({"restrict": "body.*"}, r"^SLTMonitor \(slt_head\): .*'body\.\*' matches no"),
+        ({"execution": "background"}, r"^SLTMonitor\(execution='background'\) \(slt_head\): .* cannot be pickled"),
+    ],
+    ids=["measures", "restrict", "background"],
+)
+def test_what_is_refused_before_training_is_said_by_the_monitor_that_refuses(
+    settings: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    class Local(Plain):
+        pass
+
+    with pytest.raises(MisconfigurationException, match=said):
+        Scenario(Local, loaders).run(tmp_path, tiny_monitor(), tiny_monitor(name="head", **settings))
 
 
 @pytest.mark.parametrize(("steps", "said"), [([4], "1 estimate in "), ([4, 8], "2 estimates in ")])

@@ -174,6 +174,10 @@ def test_errors() -> None:
         Influence().update(train[0])
     with pytest.raises(ValueError, match=r"shrinkage=0\.5"):
         Influence(shrinkage=0.5)
+    with pytest.raises(ValueError, match=r"shrinkage=nan: must be at least 1"):
+        Influence(shrinkage=float("nan"))
+    with pytest.raises(TypeError, match=r"shrinkage='a': expected a number, got str"):
+        Influence(shrinkage="a")  # type: ignore[arg-type]
     with pytest.warns(UserWarning, match="compute"), pytest.raises(ValueError, match="no draws"):
         Influence().compute()
 

@@ -72,6 +72,10 @@ def test_wrong_arguments_are_named() -> None:
     loss, shifted = traces()
     with pytest.raises(ValueError, match=r"nbeta=-1.0: must be positive"):
         Susceptibility(nbeta=-1.0)
+    with pytest.raises(ValueError, match=r"nbeta=inf: must be positive"):
+        Susceptibility(nbeta=float("inf"))
+    with pytest.raises(TypeError, match=r"nbeta='a': expected a number, got str"):
+        Susceptibility(nbeta="a")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"loss \(4, 299\), shifted_loss \(4, 300, 3\): expected"):
         Susceptibility(nbeta=1.0).update(loss[:, 1:], shifted)
     with pytest.raises(ValueError, match="no draws: call update"):

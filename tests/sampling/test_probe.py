@@ -104,6 +104,29 @@ def test_the_user_is_not_asked_to_report_what_torch_cannot_batch() -> None:
         attend(torch.randn(3, 1, 2, 5, 4))
 
 
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+def test_samples_in_nested_tensors_are_refused_with_what_can_be_done(layout: torch.layout) -> None:
+    rows = [torch.randn(2 + k % 3, 4, generator=gen(k)) for k in range(12)]
+    source = DatasetSource(
+        rows, 4, lambda some: torch.nested.nested_tensor(some, layout=layout), None, lambda batch: batch, 0
+    )
+    with pytest.raises(ValueError, match=r"hold nested tensors.*collate function pads.*probe=None"):
+        Samples.of(source, range(6))
+
+
+def test_layers_that_normalise_by_the_batch_are_named() -> None:
+    """A sample alone has no statistics; torch's own words stay the cause."""
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 1))
+    x = torch.randn(12, 3, generator=gen(0))
+
+    def loss(m: nn.Module, batch: Any) -> Tensor:
+        return m(batch[0]).square().mean()
+
+    with pytest.raises(CoupledLossError, match=r"a layer \(1\) normalises.*track_running_stats=True.*None") as caught:
+        probe_of(module, TensorDataset(x), loss)
+    assert "Expected more than 1 value per channel" in str(caught.value.__cause__)
+
+
 # ------------------------------------------------------------------------------------------ three ways, one answer
 
 

@@ -239,6 +239,15 @@ def test_outside_a_trainer_the_usual_attributes_are_there_and_others_say_what_to
         view.datamodule  # noqa: B018
 
 
+def test_outside_a_trainer_there_are_no_optimizers() -> None:
+    """A step that counts them goes on; one that asks for the first is told what to give."""
+    found = ReadThroughTrainer(None).optimizers
+    assert list(found) == [] and found[:1] == [] and not found
+    for kind in (AttributeError, IndexError):  # as it was, for a step that does without
+        with pytest.raises(kind, match=r"^training_step reads trainer\.optimizers\[0\], .*no trainer here.*loss_fn"):
+            found[0]
+
+
 def test_a_thread_beside_the_step_goes_on_sending_to_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that wait for a server are sent while chains run; what the step sends, in whichever thread, is not."""
     sent: list[str] = []

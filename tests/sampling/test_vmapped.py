@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,23 @@ def test_later_calls_give_what_torch_vmap_gives() -> None:
         assert [f.shape for f in found] == [(5,), (5, 4, 2), (5,)]
         for a, b in zip(found, expected, strict=True):
             assert torch.equal(a, b)
+
+
+def test_the_user_is_not_asked_to_report_what_torch_cannot_batch() -> None:
+    """Attention by the kernel of the CPU has no batching rule; a warning of the user's own is shown."""
+
+    def attend(x: Tensor) -> tuple[Tensor]:
+        warnings.warn("an old habit", stacklevel=1)
+        return (nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True),)
+
+    rows, x = Vmapped(attend), torch.randn(3, 1, 2, 5, 4, generator=gen(0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        (first,), (second,) = rows([x], [0]), rows([x], [0])
+    assert [str(warning.message) for warning in caught] == ["an old habit"] * 2
+    assert torch.equal(first, second)
+    with pytest.warns(UserWarning, match="performance drop"):  # others are told as before
+        torch.vmap(attend)(x)
 
 
 def test_later_calls_may_have_fewer_rows_and_are_differentiated() -> None:

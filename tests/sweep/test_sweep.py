@@ -256,6 +256,7 @@ def _descendants(pid: int) -> list[int]:
         ({"probe": 0}, r"probe=0: must be at least 1"),
         ({"query": 3}, r"given without probe"),
         ({"num_draws": 0}, r"num_draws=0: must be at least 1"),
+        ({"false_alarms": -1.0}, r"false_alarms: expected a rate above 0 .*got -1\.0"),
     ],
 )
 def test_what_cannot_be_measured_is_said(
@@ -265,6 +266,16 @@ def test_what_cannot_be_measured_is_said(
     for name, value in changes.items():
         setattr(config, name, value)
     with pytest.raises(ValueError, match=message):
+        sweep([tmp_path / "a.pt"], config, here([]))
+
+
+def test_what_is_of_another_kind_is_named(config: SweepConfig, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"checkpoints='last\.ckpt': expected a list of paths.*Give \['last\.ckpt'\]"):
+        sweep("last.ckpt", config, here([]))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"config=3: expected a SweepConfig, got int"):
+        sweep([tmp_path / "a.pt"], 3, here([]))  # type: ignore[arg-type]
+    config.probe = "a"  # type: ignore[assignment]
+    with pytest.raises(TypeError, match=r"probe='a': expected a whole number, got str.*or left out"):
         sweep([tmp_path / "a.pt"], config, here([]))
 
 

@@ -337,6 +337,33 @@ def test_mistakes_are_named() -> None:
         detector.load_state_dict({"version": 7})
 
 
+@pytest.mark.parametrize("value", ["a", None, [1.0], True], ids=repr)
+@pytest.mark.parametrize("name", ["step", "llc", "llc_se", "loss"])
+def test_a_point_of_another_kind_is_named(name: str, value: object) -> None:
+    point: dict[str, object] = {"step": 1.0, "llc": 1.0, "llc_se": 1.0, "loss": 1.0, name: value}
+    with pytest.raises(TypeError, match=rf"{name}=.*: expected a number, got {type(value).__name__}"):
+        TransitionDetector().update(**point)  # type: ignore[arg-type]
+
+
+def test_arguments_of_another_kind_are_named() -> None:
+    detector = TransitionDetector()
+    with pytest.raises(TypeError, match="valid='False': expected True or False, got str"):
+        detector.update(1.0, 1.0, 1.0, 1.0, valid="False")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="step='a': expected a number"):
+        detector.boundary("a")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="step=nan: expected a finite"):
+        detector.boundary(math.nan)
+    with pytest.raises(ValueError, match=r"false_alarms.*True"):
+        TransitionDetector(false_alarms=True)
+    with pytest.raises(ValueError, match=r"min_change.*True"):
+        TransitionDetector(min_change=True)
+    for name in ("steps", "llc", "llc_se", "loss"):
+        curve: dict[str, object] = {"steps": [1], "llc": [1], "llc_se": [1], "loss": [1], name: ["a"]}
+        with pytest.raises(TypeError, match=f"{name}: expected an array of numbers, got list"):
+            detect_transitions(**curve)  # type: ignore[arg-type]
+    assert detector.transitions == [] and detector.update(1, 1, 1, 1, valid=np.True_) == []
+
+
 def uneven_rise(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps, LLC and loss of one stage between plateaus; firings come in pairs, so every other point hardly moves."""
     steps = np.cumsum(np.where(np.arange(70) % 2 == 0, 180.0, 20.0))

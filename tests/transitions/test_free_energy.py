@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,3 +107,18 @@ def test_mistakes_are_named() -> None:
         compare_phases(a, a, beta=0.0)
     with pytest.raises(ValueError, match="n \\* beta above e"):
         compare_phases(a, a).preferred(2)
+
+
+def test_what_is_no_number_or_phase_is_named() -> None:
+    phase = Phase(0.1, 0.0, 2.0, 0.0)
+    for name in ("loss", "loss_se", "llc", "llc_se", "multiplicity"):
+        values: dict[str, Any] = {"loss": 0.1, "loss_se": 0.0, "llc": 2.0, "llc_se": 0.0, name: "a"}
+        with pytest.raises(TypeError, match=f"{name}='a': expected a number, got str"):
+            Phase(**values)
+    with pytest.raises(TypeError, match=r"second=3: expected a Phase, got int\. Give Phase\(loss"):
+        compare_phases(phase, 3)  # type: ignore[arg-type]
+    for name in ("beta", "constant", "constant_se"):
+        with pytest.raises(TypeError, match=f"{name}='a': expected a number, got str"):
+            compare_phases(phase, phase, **{name: "a"})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="n='a': expected a number"):
+        compare_phases(phase, phase).preferred("a")  # type: ignore[arg-type]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple, Optional, Protocol, runtime_checkable
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
+from lightning_slt.kinds import check_number, positive
 
 Calibration = Literal["heat", "curvature", "acceptance"]
 """How a step size that is not given is found: by the heat of the step that the chains show, as a share of the largest
@@ -146,6 +146,7 @@ def empty_state(sampler: Sampler, weights: Tensor) -> SamplerState:
 def check_step_size(lr: Optional[float]) -> None:
     """Raises:
     ValueError: for a step size that is not positive and finite.
+    TypeError: for one that is no number.
     """
-    if lr is not None and not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"lr={lr}: the step size must be positive; leave it None to have it calibrated.")
+    remedy = "the step size must be positive; leave it None to have it calibrated."
+    check_number("lr", lr, fits=positive, remedy=remedy)

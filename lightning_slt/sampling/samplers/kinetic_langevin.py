@@ -9,6 +9,7 @@ from typing import ClassVar, Optional
 from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
+from lightning_slt.kinds import check_number, positive
 from lightning_slt.sampling.metric import LowRankMetric
 from lightning_slt.sampling.samplers.base import Calibration, Heating, MinibatchSampler, SamplerState, check_step_size
 
@@ -53,8 +54,12 @@ class KineticLangevin(MinibatchSampler):
 
     def __post_init__(self) -> None:
         check_step_size(self.lr)
-        if not (math.isfinite(self.friction) and self.friction > 0):
-            raise ValueError(f"friction={self.friction}: must be positive; 0.7 is usual.")
+        check_number("friction", self.friction, False, positive, "must be positive; 0.7 is usual.")
+        if self.metric is not None and not isinstance(self.metric, LowRankMetric):
+            raise TypeError(
+                f"metric={self.metric!r}: expected a LowRankMetric, got {type(self.metric).__name__}. Leave it None "
+                "for the identity."
+            )
 
     def heating(self, lr: float) -> Heating:
         """A kick ``h nbeta xi`` in every step is a random force that friction holds at the temperature

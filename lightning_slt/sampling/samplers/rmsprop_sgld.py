@@ -9,6 +9,7 @@ from typing import ClassVar, Optional
 from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
+from lightning_slt.kinds import check_number, positive
 from lightning_slt.sampling.samplers.base import MinibatchSampler, SamplerState, check_step_size
 
 
@@ -51,8 +52,7 @@ class RMSpropSGLD(MinibatchSampler):
 
     def __post_init__(self) -> None:
         check_step_size(self.lr)
-        if not (math.isfinite(self.kappa) and self.kappa > 0):
-            raise ValueError(f"kappa={self.kappa}: must be positive; with 0.1 P goes up to 11.")
+        check_number("kappa", self.kappa, False, positive, "must be positive; with 0.1 P goes up to 11.")
 
     def preconditioner(self, second_moment: Tensor, mean: Optional[float] = None) -> Tensor:
         """P of the class's equation.

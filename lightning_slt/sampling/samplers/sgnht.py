@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
+from lightning_slt.kinds import check_number
 from lightning_slt.sampling.samplers.base import Calibration, Heating, MinibatchSampler, SamplerState, check_step_size
 
 
@@ -51,8 +52,8 @@ class SGNHT(MinibatchSampler):
 
     def __post_init__(self) -> None:
         check_step_size(self.lr)
-        if not (math.isfinite(self.diffusion_factor) and 0 < self.diffusion_factor < 1):
-            raise ValueError(f"diffusion_factor={self.diffusion_factor}: must be between 0 and 1; 0.01 is usual.")
+        remedy = "must be between 0 and 1; 0.01 is usual."
+        check_number("diffusion_factor", self.diffusion_factor, False, lambda a: 0 < a < 1, remedy)
 
     def heating(self, lr: float) -> Heating:
         """A kick ``sqrt(eps) nbeta xi`` in every step, held by the friction a alone, warms as SGLD at ``2 eps / a``."""
