@@ -41,6 +41,7 @@ from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.said import Said
 from lightning_slt.callbacks.samples import Probed, ProbedSamples
 from lightning_slt.callbacks.schedule import Schedule, steps_of_run
+from lightning_slt.callbacks.signals import SignalsHeld
 from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
 from lightning_slt.callbacks.susceptibilities import Measures
 from lightning_slt.firing import Course, firing_settings
@@ -409,17 +410,32 @@ class SLTMonitor(InsideFirings):
         self, trainer: Trainer, pl_module: LightningModule, step: int, x: int, decision: Optional[Decision] = None
     ) -> None:
         """Measure now, on all ranks, and publish; a failure follows ``on_failure``."""
-        begin = time.monotonic()
-        settings = self._settings if decision is None else sized(self._settings, decision.size)
         if self._beside is not None and not is_smoke_test(trainer):
             self._send(trainer, pl_module, step, x, decision)
             return
+        with SignalsHeld() as held:
+            self._fire_inside(trainer, pl_module, step, x, decision, held)
+
+    def _fire_inside(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        step: int,
+        x: int,
+        decision: Optional[Decision],
+        held: SignalsHeld,
+    ) -> None:
+        begin = time.monotonic()
+        settings = self._settings if decision is None else sized(self._settings, decision.size)
+        smoke_test = is_smoke_test(trainer)
+        # ranks with shards can only leave off together, and where failures raise a signal must not be one
+        check = None if is_sharded(trainer) or smoke_test or self._on_failure == "raise" else held.check
         try:
-            with preserve_rng(), FiringProgress(trainer, f"{self._prefix} at step {step}") as progress:
+            with preserve_rng(), FiringProgress(trainer, f"{self._prefix} at step {step}", check) as progress:
                 estimate, influence = self._measure(trainer, pl_module, progress, settings)
         except Exception as error:
             self._hook_owner = None
-            if self._on_failure == "raise" or is_smoke_test(trainer) or isinstance(error, RankLostError):
+            if self._on_failure == "raise" or smoke_test or isinstance(error, RankLostError):
                 raise
             self._warn_of_failure(step, f"{type(error).__name__}: {error}")
             self._account(trainer, begin, failed=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
@@ -244,6 +244,44 @@ def resume(folder: Path, world: int) -> Result:
     return said(again, before=[e.state_dict() for e in first.estimates])
 
 
+class Requeues(Callback):
+    """Answers a scheduler's signal with a checkpoint, at once, as Lightning does for SLURM."""
+
+    pids: list[int] = []
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        Requeues.pids = [0] * trainer.world_size
+        torch.distributed.all_gather_object(Requeues.pids, os.getpid())
+        signal.signal(signal.SIGUSR1, lambda *_: trainer.save_checkpoint(self.path))
+
+
+class SignalsAll(Net):
+    """The first rank's only chain is at work, the second rank waits for it, and the job is told to end."""
+
+    calls = 0
+
+    def loss(self, batch: Any) -> Tensor:
+        if not self.training and self.trainer.global_rank == 0 and self.trainer.global_step == 4:
+            SignalsAll.calls += 1
+            if SignalsAll.calls == 12:
+                time.sleep(0.5)  # the other one waits by now
+                for pid in Requeues.pids:
+                    os.kill(pid, signal.SIGUSR1)
+        return super().loss(batch)
+
+
+def signalled(folder: Path, world: int) -> Result:
+    """A checkpoint in the middle of the chains would wait for the rank that waits for them."""
+    path = folder / "requeue.ckpt"
+    monitor = tiny_monitor(every_n_train_steps=2, num_chains=1, on_failure="warn")
+    trace = Scenario(SignalsAll, loaders, ranks_of(world)).run(folder, Requeues(path), monitor)
+    step = torch.load(path, weights_only=False)["global_step"]
+    return said(monitor, num_batches=trace.num_batches, step=step)
+
+
 class Clock:
     """Stands in for the module ``time`` in the monitor: a step takes 1 s on the first rank, ever longer on others."""
 
@@ -360,6 +398,7 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
             one_rank_raises_warn,
             one_rank_raises_raise,
             resume,
+            signalled,
             budget,
             spawn,
             fork,

@@ -149,6 +149,13 @@ def test_a_rank_that_is_killed_ends_the_run_of_the_other(folder: Path) -> None:
     assert left["raised"].startswith("RuntimeError") and left["estimates"] == []
 
 
+def test_a_signal_in_a_firing_is_answered_when_no_rank_waits_for_another(folder: Path) -> None:
+    """Both leave the chains, and both write the checkpoint; where one is in its chains and one waits they hung."""
+    results = results_of(folder, "signalled", 2)
+    assert_ranks_agree(results, [2, 6])
+    assert [(r["num_batches"], r["step"]) for r in results] == [(6, 4)] * 2
+
+
 def test_resume_under_ddp(folder: Path) -> None:
     results = results_of(folder, "resume", 2)
     estimates = assert_ranks_agree(results, [2, 4, 6])
