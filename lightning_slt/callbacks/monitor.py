@@ -312,7 +312,7 @@ class SLTMonitor(InsideFirings):
             raise MisconfigurationException(f"SLTMonitor: {error}") from error
         if not self._data.counts_batches:
             check_num_samples(self._data.num_samples, self._settings.nbeta)
-        self._explicit = self._schedule.explicit_steps(steps_of_run(trainer))
+        self._explicit = self._steps_of_all(trainer)
         before = trainer.fit_loop.epoch_loop._batches_that_stepped
         if self._begins(trainer):
             self._forget()
@@ -335,6 +335,22 @@ class SLTMonitor(InsideFirings):
         self._show(trainer)  # a run that is resumed may be a while from its next firing
         if before == 0 and not self.estimates and 0 in self._explicit and not is_smoke_test(trainer):
             self._consider(trainer, pl_module, step=0, x=0)
+
+    def _steps_of_all(self, trainer: Trainer) -> tuple[int, ...]:
+        """The steps to measure at, those of the first rank for all: a rank that measures alone waits for the others.
+
+        Raises:
+            MisconfigurationException: where epochs are to be measured that end at another step on each rank.
+        """
+        told = self._collective.exchange(lambda: (trainer.num_training_batches, steps_of_run(trainer)))
+        lengths = [batches for batches, _ in told]
+        if self._schedule.every_n_epochs is not None and len(set(lengths)) > 1:
+            raise MisconfigurationException(
+                f"SLTMonitor(every_n_epochs={self._schedule.every_n_epochs}): an epoch has {lengths} batches on the "
+                "ranks, which would come to its end at different steps and wait for each other. Use "
+                "every_n_train_steps=, or loaders of one length."
+            )
+        return self._schedule.explicit_steps(told[0][1])
 
     def _forget(self) -> None:
         """Another run has no history, whatever this object has measured before."""

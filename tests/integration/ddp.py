@@ -198,6 +198,19 @@ def other_sizes(folder: Path, world: int) -> Result:
     return said(monitor, warnings=[str(w.message) for w in caught if "different sizes" in str(w.message)])
 
 
+def other_lengths(folder: Path, world: int) -> Result:
+    """8 batches an epoch on the first rank, 4 on the second: what epochs are refused with, and a run by steps."""
+    scenario = Scenario(Net, lambda: {"datamodule": OtherSizes()}, ranks_of(world, use_distributed_sampler=False))
+    epochs, steps = tiny_monitor(every_n_epochs=1), tiny_monitor(log_spaced=3)
+    raised = []
+    for monitor in (epochs, steps):
+        try:
+            scenario.run(folder, monitor)
+        except Exception as error:
+            raised.append(f"{type(error).__name__}: {error}")
+    return said(steps, raised=raised)
+
+
 def fewer_chains_than_ranks(folder: Path, world: int) -> Result:
     monitor = tiny_monitor(every_n_epochs=1, num_chains=1)
     Scenario(Net, loaders, ranks_of(world)).assert_undisturbed(folder, monitor)
@@ -387,6 +400,7 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
             rank_dies,
             unreadable_on_one_rank,
             other_sizes,
+            other_lengths,
             bf16_mixed,
             bf16_true,
             fp16_mixed,

@@ -141,6 +141,16 @@ def test_ranks_whose_data_differ_in_size_have_one_n(folder: Path) -> None:
     assert "[32, 16]" in results[0]["warnings"][0] and "num_samples=" in results[0]["warnings"][0]
 
 
+def test_ranks_with_epochs_of_different_lengths_measure_at_the_same_steps(folder: Path) -> None:
+    """The first rank's 16 steps are spaced for both; the second one's 8 gave 1, 3 and 8, and both waited for good."""
+    first, second = results_of(folder, "other_lengths", 2)
+    assert_ranks_agree([first, second], [1, 4])
+    refusals = [r["raised"][0] for r in (first, second)]
+    assert all("every_n_epochs=1" in r and "[8, 4] batches" in r and "every_n_train_steps=" in r for r in refusals)
+    # as without a monitor: the second rank has come to its end, and the first finds it gone
+    assert len(second["raised"]) == 1 and first["raised"][1].startswith("RuntimeError")
+
+
 def test_a_rank_that_is_killed_ends_the_run_of_the_other(folder: Path) -> None:
     """As without chains: the other rank finds nobody there, and does not wait."""
     here = place(folder, "rank_dies", 2)
