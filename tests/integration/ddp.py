@@ -377,6 +377,21 @@ def transitions(folder: Path, world: int) -> Result:
     return _scripted(world, folder)
 
 
+def transitions_fail(folder: Path, world: int) -> Result:
+    """What is called at the flag fails on the second rank alone."""
+
+    def call(transition: Any, trainer: Any, module: Any) -> None:
+        if trainer.global_rank == 1:
+            raise OSError("only this rank fails")
+
+    monitor, watch = Scripted(lambda step: jump(step, at=16)), TransitionMonitor(on_transition=call)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trace = Scenario(Plain, loaders, ranks_of(world, max_epochs=10)).run(folder, watch, monitor)
+    texts = [str(w.message) for w in caught if "on_transition failed" in str(w.message)]
+    return {"warnings": texts, "num_batches": trace.num_batches}
+
+
 def transitions_stop(folder: Path, world: int) -> Result:
     """Both ranks stop on the flag."""
     stop = EarlyStopping("slt/transition/flag", mode="max", stopping_threshold=0.5, patience=10**9)
@@ -408,6 +423,7 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
             double,
             transitions,
             transitions_stop,
+            transitions_fail,
             fewer_chains_than_ranks,
             one_rank_raises_warn,
             one_rank_raises_raise,

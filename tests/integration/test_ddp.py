@@ -384,3 +384,11 @@ def test_transitions_are_the_same_decision_on_both_ranks(name: str, folder: Path
     assert {path.name for path in place(folder, name, 2).rglob("transition_00_*.pt")} == pinned
     end = -(-found["known_at"] // 3) * 3  # 3 steps an epoch
     assert first["global_step"] == (end if name == "transitions_stop" else 30)
+
+
+def test_what_fails_at_a_flag_on_one_rank_is_said_there(folder: Path) -> None:
+    """It was said on the first rank alone, and so not at all."""
+    first, second = results_of(folder, "transitions_fail", 2)
+    assert first["num_batches"] == second["num_batches"] == 30
+    assert first["warnings"] == []
+    assert len(second["warnings"]) == 1 and "transition 0 on rank 1;" in second["warnings"][0]
