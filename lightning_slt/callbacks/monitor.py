@@ -41,6 +41,7 @@ from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.said import Said
 from lightning_slt.callbacks.samples import Probed, ProbedSamples
 from lightning_slt.callbacks.schedule import Schedule, steps_of_run
+from lightning_slt.callbacks.signals import SignalsHeld
 from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
 from lightning_slt.callbacks.susceptibilities import Measures
 from lightning_slt.firing import Course, firing_settings
@@ -314,7 +315,7 @@ class SLTMonitor(InsideFirings):
             raise MisconfigurationException(f"{self._who}: {error}") from error
         if not self._data.counts_batches:
             check_num_samples(self._data.num_samples, self._settings.nbeta, self._who)
-        self._explicit = self._schedule.explicit_steps(steps_of_run(trainer))
+        self._explicit = self._steps_of_all(trainer)
         before = trainer.fit_loop.epoch_loop._batches_that_stepped
         if self._begins(trainer):
             self._forget()
@@ -337,6 +338,22 @@ class SLTMonitor(InsideFirings):
         self._show(trainer)  # a run that is resumed may be a while from its next firing
         if before == 0 and not self.estimates and 0 in self._explicit and not is_smoke_test(trainer):
             self._consider(trainer, pl_module, step=0, x=0)
+
+    def _steps_of_all(self, trainer: Trainer) -> tuple[int, ...]:
+        """The steps to measure at, those of the first rank for all: a rank that measures alone waits for the others.
+
+        Raises:
+            MisconfigurationException: where epochs are to be measured that end at another step on each rank.
+        """
+        told = self._collective.exchange(lambda: (trainer.num_training_batches, steps_of_run(trainer)))
+        lengths = [batches for batches, _ in told]
+        if self._schedule.every_n_epochs is not None and len(set(lengths)) > 1:
+            raise MisconfigurationException(
+                f"SLTMonitor(every_n_epochs={self._schedule.every_n_epochs}): an epoch has {lengths} batches on the "
+                "ranks, which would come to its end at different steps and wait for each other. Use "
+                "every_n_train_steps=, or loaders of one length."
+            )
+        return self._schedule.explicit_steps(told[0][1])
 
     def _forget(self) -> None:
         """Another run has no history, whatever this object has measured before."""
@@ -412,17 +429,32 @@ class SLTMonitor(InsideFirings):
         self, trainer: Trainer, pl_module: LightningModule, step: int, x: int, decision: Optional[Decision] = None
     ) -> None:
         """Measure now, on all ranks, and publish; a failure follows ``on_failure``."""
-        begin = time.monotonic()
-        settings = self._settings if decision is None else sized(self._settings, decision.size)
         if self._beside is not None and not is_smoke_test(trainer):
             self._send(trainer, pl_module, step, x, decision)
             return
+        with SignalsHeld() as held:
+            self._fire_inside(trainer, pl_module, step, x, decision, held)
+
+    def _fire_inside(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        step: int,
+        x: int,
+        decision: Optional[Decision],
+        held: SignalsHeld,
+    ) -> None:
+        begin = time.monotonic()
+        settings = self._settings if decision is None else sized(self._settings, decision.size)
+        smoke_test = is_smoke_test(trainer)
+        # ranks with shards can only leave off together, and where failures raise a signal must not be one
+        check = None if is_sharded(trainer) or smoke_test or self._on_failure == "raise" else held.check
         try:
-            with preserve_rng(), FiringProgress(trainer, f"{self._prefix} at step {step}") as progress:
+            with preserve_rng(), FiringProgress(trainer, f"{self._prefix} at step {step}", check) as progress:
                 estimate, influence = self._measure(trainer, pl_module, progress, settings)
         except Exception as error:
             self._hook_owner = None
-            if self._on_failure == "raise" or is_smoke_test(trainer) or isinstance(error, RankLostError):
+            if self._on_failure == "raise" or smoke_test or isinstance(error, RankLostError):
                 raise
             self._warn_of_failure(step, f"{type(error).__name__}: {error}")
             self._account(trainer, begin, failed=True)

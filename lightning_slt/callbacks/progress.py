@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Optional
 
@@ -24,18 +25,21 @@ class FiringProgress:
     Args:
         trainer: its ``progress_bar_callback`` is respected.
         label: what is being measured.
+        check: called between stretches of steps, on every rank; what it raises ends the firing. None for nothing.
     """
 
-    def __init__(self, trainer: Trainer, label: str) -> None:
+    def __init__(self, trainer: Trainer, label: str, check: Optional[Callable[[], None]] = None) -> None:
         bar = trainer.progress_bar_callback
         self._bar: Optional[ProgressBar] = bar if trainer.is_global_zero and _enabled(bar) else None
-        self._label = label
+        self._label, self._check = label, check
         self._start = time.monotonic()
         self._done = 0
         self._line: Any = None
         self._task: Any = None
 
     def __call__(self, steps: int) -> None:
+        if self._check is not None:
+            self._check()
         self._done += steps
         if self._bar is None or time.monotonic() - self._start < DELAY:
             return

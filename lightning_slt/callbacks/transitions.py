@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Optional
@@ -11,7 +12,7 @@ from typing import Any, Literal, Optional
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_slt.callbacks.arguments import check_dirpath
 from lightning_slt.callbacks.boundaries import LearningRateWatch
@@ -287,9 +288,12 @@ class TransitionMonitor(KeepsHistory):
         try:
             self._on_transition(transition, trainer, pl_module)
         except Exception as error:
-            rank_zero_warn(
-                f"{self._who}: on_transition failed for transition {transition.id}; training goes on. "
-                f"{type(error).__name__}: {error}"
+            # called on every rank, and it may fail on another one than the first alone
+            rank = f" on rank {trainer.global_rank}" if trainer.world_size > 1 else ""
+            warnings.warn(
+                f"{self._who}: on_transition failed for transition {transition.id}{rank}; training goes on. "
+                f"{type(error).__name__}: {error}",
+                stacklevel=2,
             )
 
     # --- what is known of a transition ----------------------------------------------------------------------------

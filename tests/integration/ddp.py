@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
@@ -198,6 +198,19 @@ def other_sizes(folder: Path, world: int) -> Result:
     return said(monitor, warnings=[str(w.message) for w in caught if "different sizes" in str(w.message)])
 
 
+def other_lengths(folder: Path, world: int) -> Result:
+    """8 batches an epoch on the first rank, 4 on the second: what epochs are refused with, and a run by steps."""
+    scenario = Scenario(Net, lambda: {"datamodule": OtherSizes()}, ranks_of(world, use_distributed_sampler=False))
+    epochs, steps = tiny_monitor(every_n_epochs=1), tiny_monitor(log_spaced=3)
+    raised = []
+    for monitor in (epochs, steps):
+        try:
+            scenario.run(folder, monitor)
+        except Exception as error:
+            raised.append(f"{type(error).__name__}: {error}")
+    return said(steps, raised=raised)
+
+
 def fewer_chains_than_ranks(folder: Path, world: int) -> Result:
     monitor = tiny_monitor(every_n_epochs=1, num_chains=1)
     Scenario(Net, loaders, ranks_of(world)).assert_undisturbed(folder, monitor)
@@ -242,6 +255,44 @@ def resume(folder: Path, world: int) -> Result:
     with_monitor = Scenario(Net, loaders, ranks_of(world)).run(folder, again, ckpt_path=checkpoint)
     assert_same(without, with_monitor)
     return said(again, before=[e.state_dict() for e in first.estimates])
+
+
+class Requeues(Callback):
+    """Answers a scheduler's signal with a checkpoint, at once, as Lightning does for SLURM."""
+
+    pids: list[int] = []
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        Requeues.pids = [0] * trainer.world_size
+        torch.distributed.all_gather_object(Requeues.pids, os.getpid())
+        signal.signal(signal.SIGUSR1, lambda *_: trainer.save_checkpoint(self.path))
+
+
+class SignalsAll(Net):
+    """The first rank's only chain is at work, the second rank waits for it, and the job is told to end."""
+
+    calls = 0
+
+    def loss(self, batch: Any) -> Tensor:
+        if not self.training and self.trainer.global_rank == 0 and self.trainer.global_step == 4:
+            SignalsAll.calls += 1
+            if SignalsAll.calls == 12:
+                time.sleep(0.5)  # the other one waits by now
+                for pid in Requeues.pids:
+                    os.kill(pid, signal.SIGUSR1)
+        return super().loss(batch)
+
+
+def signalled(folder: Path, world: int) -> Result:
+    """A checkpoint in the middle of the chains would wait for the rank that waits for them."""
+    path = folder / "requeue.ckpt"
+    monitor = tiny_monitor(every_n_train_steps=2, num_chains=1, on_failure="warn")
+    trace = Scenario(SignalsAll, loaders, ranks_of(world)).run(folder, Requeues(path), monitor)
+    step = torch.load(path, weights_only=False)["global_step"]
+    return said(monitor, num_batches=trace.num_batches, step=step)
 
 
 class Clock:
@@ -326,6 +377,21 @@ def transitions(folder: Path, world: int) -> Result:
     return _scripted(world, folder)
 
 
+def transitions_fail(folder: Path, world: int) -> Result:
+    """What is called at the flag fails on the second rank alone."""
+
+    def call(transition: Any, trainer: Any, module: Any) -> None:
+        if trainer.global_rank == 1:
+            raise OSError("only this rank fails")
+
+    monitor, watch = Scripted(lambda step: jump(step, at=16)), TransitionMonitor(on_transition=call)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trace = Scenario(Plain, loaders, ranks_of(world, max_epochs=10)).run(folder, watch, monitor)
+    texts = [str(w.message) for w in caught if "on_transition failed" in str(w.message)]
+    return {"warnings": texts, "num_batches": trace.num_batches}
+
+
 def transitions_stop(folder: Path, world: int) -> Result:
     """Both ranks stop on the flag."""
     stop = EarlyStopping("slt/transition/flag", mode="max", stopping_threshold=0.5, patience=10**9)
@@ -349,6 +415,7 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
             rank_dies,
             unreadable_on_one_rank,
             other_sizes,
+            other_lengths,
             bf16_mixed,
             bf16_true,
             fp16_mixed,
@@ -356,10 +423,12 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
             double,
             transitions,
             transitions_stop,
+            transitions_fail,
             fewer_chains_than_ranks,
             one_rank_raises_warn,
             one_rank_raises_raise,
             resume,
+            signalled,
             budget,
             spawn,
             fork,

@@ -141,12 +141,29 @@ def test_ranks_whose_data_differ_in_size_have_one_n(folder: Path) -> None:
     assert "[32, 16]" in results[0]["warnings"][0] and "num_samples=" in results[0]["warnings"][0]
 
 
+def test_ranks_with_epochs_of_different_lengths_measure_at_the_same_steps(folder: Path) -> None:
+    """The first rank's 16 steps are spaced for both; the second one's 8 gave 1, 3 and 8, and both waited for good."""
+    first, second = results_of(folder, "other_lengths", 2)
+    assert_ranks_agree([first, second], [1, 4])
+    refusals = [r["raised"][0] for r in (first, second)]
+    assert all("every_n_epochs=1" in r and "[8, 4] batches" in r and "every_n_train_steps=" in r for r in refusals)
+    # as without a monitor: the second rank has come to its end, and the first finds it gone
+    assert len(second["raised"]) == 1 and first["raised"][1].startswith("RuntimeError")
+
+
 def test_a_rank_that_is_killed_ends_the_run_of_the_other(folder: Path) -> None:
     """As without chains: the other rank finds nobody there, and does not wait."""
     here = place(folder, "rank_dies", 2)
     assert not (here / "1.pt").exists()
     left = torch.load(here / "0.pt", weights_only=False)
     assert left["raised"].startswith("RuntimeError") and left["estimates"] == []
+
+
+def test_a_signal_in_a_firing_is_answered_when_no_rank_waits_for_another(folder: Path) -> None:
+    """Both leave the chains, and both write the checkpoint; where one is in its chains and one waits they hung."""
+    results = results_of(folder, "signalled", 2)
+    assert_ranks_agree(results, [2, 6])
+    assert [(r["num_batches"], r["step"]) for r in results] == [(6, 4)] * 2
 
 
 def test_resume_under_ddp(folder: Path) -> None:
@@ -367,3 +384,11 @@ def test_transitions_are_the_same_decision_on_both_ranks(name: str, folder: Path
     assert {path.name for path in place(folder, name, 2).rglob("transition_00_*.pt")} == pinned
     end = -(-found["known_at"] // 3) * 3  # 3 steps an epoch
     assert first["global_step"] == (end if name == "transitions_stop" else 30)
+
+
+def test_what_fails_at_a_flag_on_one_rank_is_said_there(folder: Path) -> None:
+    """It was said on the first rank alone, and so not at all."""
+    first, second = results_of(folder, "transitions_fail", 2)
+    assert first["num_batches"] == second["num_batches"] == 30
+    assert first["warnings"] == []
+    assert len(second["warnings"]) == 1 and "transition 0 on rank 1;" in second["warnings"][0]

@@ -1,7 +1,10 @@
-"""What Lightning does around a run beside training: finders, evaluation of checkpoints, manual optimisation, Ctrl-C."""
+"""What Lightning does around a run beside training: finders, evaluation of checkpoints, manual optimisation, Ctrl-C,
+the signal of a scheduler."""
 
 from __future__ import annotations
 
+import signal
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -297,3 +300,66 @@ def test_ctrl_c_in_the_middle_of_a_chain_leaves_training_as_it_was(
         )
     assert CALLS[0] == 9 and trainer.global_step == 4
     assert_same_state(left[1], left[0])
+
+
+# ------------------------------------------------------------------------------------------- the signal of a scheduler
+
+
+class Signalled(Net):
+    """The scheduler announces the end of the job in the middle of a chain, of the second firing."""
+
+    def loss(self, batch: Any) -> Tensor:
+        if not self.training and self.trainer.global_step == 4:
+            CALLS[0] += 1
+            if CALLS[0] == 12:
+                signal.raise_signal(signal.SIGUSR1)
+        return super().loss(batch)
+
+
+class SignalledInPlace(Signalled):
+    """Cannot be copied: its chains move the weights that train."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("a socket cannot be copied")
+
+
+class Requeues(Callback):
+    """Answers that signal with a checkpoint, at once, as Lightning does for SLURM."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        signal.signal(signal.SIGUSR1, lambda *_: trainer.save_checkpoint(self.path))
+
+
+@pytest.fixture
+def _usr1() -> Any:
+    before = signal.getsignal(signal.SIGUSR1)
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.usefixtures("_usr1")
+@pytest.mark.parametrize("module", [Signalled, SignalledInPlace])
+@pytest.mark.parametrize(("on_failure", "measured"), [("warn", [2, 6, 8]), ("raise", [2, 4, 6, 8])])
+def test_a_checkpoint_that_a_signal_asks_for_in_a_firing_is_of_training(
+    module: Any, on_failure: str, measured: list[int], tmp_path: Path
+) -> None:
+    """The chains are broken off, or run to their end where a failure would end the run; then it is written."""
+    CALLS[0] = 0
+    saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=4, save_on_train_epoch_end=False)
+    monitor = tiny_monitor(every_n_train_steps=2, on_failure=on_failure)
+    callbacks = [Requeues(tmp_path / "requeue.ckpt"), monitor, saver]
+    trainer = quiet_trainer(tmp_path, callbacks=callbacks, max_steps=8, max_epochs=-1, enable_checkpointing=True)
+    seed_everything()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module(), **loaders())
+    requeued, regular = (torch.load(tmp_path / f"{n}.ckpt", weights_only=False) for n in ("requeue", "step=4"))
+    assert requeued["global_step"] == regular["global_step"] == 4
+    assert_same_state(requeued["state_dict"], regular["state_dict"])
+    assert_same_state(requeued["optimizer_states"], regular["optimizer_states"])
+    assert steps_of(monitor) == measured
+    said = [str(w.message) for w in caught if "left out" in str(w.message)]
+    assert len(said) == (on_failure == "warn") and all("SIGUSR1 came" in text for text in said)

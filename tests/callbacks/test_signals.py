@@ -1,0 +1,65 @@
+"""Signals of a scheduler wait while a firing lasts, and no others do."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from lightning_slt.callbacks.signals import BrokenOffError, SignalsHeld
+
+
+@pytest.fixture
+def answered() -> Iterator[list[int]]:
+    """The signals that a handler for SIGUSR1 was told of."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+    yield heard
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_signal_is_answered_once_on_the_way_out(answered: list[int]) -> None:
+    handler = signal.getsignal(signal.SIGUSR1)
+    with SignalsHeld() as held:
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)
+        assert answered == []
+        with pytest.raises(BrokenOffError, match="SIGUSR1 came"):
+            held.check()
+    assert answered == [signal.SIGUSR1]
+    assert signal.getsignal(signal.SIGUSR1) is handler
+
+
+def test_a_signal_is_answered_where_the_firing_fails(answered: list[int]) -> None:
+    def fire() -> None:
+        with SignalsHeld():
+            signal.raise_signal(signal.SIGUSR1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fire()
+    assert answered == [signal.SIGUSR1]
+
+
+def test_ctrl_c_and_what_no_python_code_answers_are_left_alone() -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR2)]
+    assert handlers[1] == signal.SIG_DFL
+    with SignalsHeld():
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR2)] == handlers
+
+
+def test_other_threads_hold_nothing(answered: list[int]) -> None:
+    """Python lets the main thread alone answer signals."""
+    inside: list[bool] = []
+
+    def work() -> None:
+        with SignalsHeld() as held:
+            held.check()
+            inside.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert inside == [True] and answered == []
