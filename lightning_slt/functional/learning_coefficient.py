@@ -109,7 +109,8 @@ def summarise(trace: Tensor, diverged: Tensor | None = None) -> Summary:
     tolerance = max(MAX_RELATIVE_ERROR * abs(mean), MAX_RELATIVE_ERROR)
     if r > MAX_RHAT and se > tolerance / 2:
         verdict.append(Reason(Kind.NOT_MIXED, f"{NOT_MIXED}: R-hat {r:.2f} > {MAX_RHAT}, error {se:.2g}"))
-    drift, drift_se = half_change(kept)
+    drift, between = half_change(kept)
+    drift_se = max(between, _error_of_halves(kept))
     if abs(drift) > 3 * drift_se and abs(drift) > tolerance:
         said = f"{DRIFTING}: second half minus first half is {drift:+.2g} ± {drift_se:.1g}"
         verdict.append(Reason(Kind.DRIFTING, said))
@@ -128,8 +129,15 @@ def half_change(trace: Tensor) -> tuple[float, float]:
     half = trace.shape[1] // 2
     if half < 2:
         return 0.0, math.inf
-    first, second = trace[:, :half], trace[:, -half:]
-    change = second.mean(dim=1) - first.mean(dim=1)
+    change = trace[:, -half:].mean(dim=1) - trace[:, :half].mean(dim=1)
     if len(change) > 1:
         return float(change.mean()), float(change.std() / math.sqrt(len(change)))
-    return float(change.mean()), math.hypot(standard_error(first), standard_error(second))
+    return float(change.mean()), _error_of_halves(trace)
+
+
+def _error_of_halves(trace: Tensor) -> float:
+    """The error of the change from the errors of both halves, which few chains do not make a matter of chance."""
+    half = trace.shape[1] // 2
+    if half < 2:
+        return math.inf
+    return math.hypot(standard_error(trace[:, :half]), standard_error(trace[:, -half:]))
