@@ -287,7 +287,13 @@ class RunRecord:
 
         Raises:
             OSError: where the folder cannot be written.
+            ValueError: for a second estimate without a step, whose chains would take the place of the first one's.
         """
+        if estimate.step is None and self.trace_path(estimate).exists():
+            raise ValueError(
+                f"step=None: {self.folder} has an estimate without a step already. Give each its own: "
+                "estimate.replace(step=...)."
+            )
         self._write_traces(estimate)
         scalars = estimate.scalars()
         infinite = {k: INFINITE for k in MAY_BE_INFINITE if scalars[k] == math.inf}
@@ -314,7 +320,11 @@ class RunRecord:
         """Forget what was recorded after ``step``: a resumed run measures those steps again."""
         if not self.path.exists():
             return
-        kept = [line for line, estimate in self._lines() if (estimate.step or 0) <= step]
+        lines = list(self._lines())
+        for _, estimate in lines:
+            if (estimate.step or 0) > step:
+                self.trace_path(estimate).unlink(missing_ok=True)
+        kept = [line for line, estimate in lines if (estimate.step or 0) <= step]
         text = "".join(line + "\n" for line in kept)
         write_whole(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 

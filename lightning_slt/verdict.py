@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -200,6 +201,7 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
         step_size=drawn.lr,
         step_bias=summary.mean * (1.0 / cooled.kept - 1.0),
         virial=float(ratios.mean()),
+        acceptance=_acceptance(segment, good),
         owed=owed,
         lean=cooled.lean,
         finite_share=float(segment.finite.double().mean()),
@@ -214,6 +216,12 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
         method_reason=chains.reason,
     )
     return estimate, verdict
+
+
+def _acceptance(segment: Segment, good: Tensor) -> Optional[float]:
+    if segment.acceptance is None or not bool(good.any()):
+        return None
+    return float(segment.acceptance[good].mean())
 
 
 def _reasons_of_data(segment: Segment) -> tuple[Reason, ...]:

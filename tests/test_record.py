@@ -235,8 +235,24 @@ def test_drop_after_forgets_what_a_resumed_run_measures_again(tmp_path: Path) ->
     assert not list(tmp_path.glob("*.tmp"))
     record.append(estimate(30, mean=1.0))
     assert [(e.step, e.mean) for e in record.read()] == [(10, 12.25), (20, 12.25), (30, 1.0)]
+    record.append(estimate(40))
+    record.drop_after(20)
+    assert sorted(path.name for path in (tmp_path / "traces").iterdir()) == [
+        "step_000000010.npz",
+        "step_000000020.npz",
+    ]
     record.drop_after(5)
     assert list(record.read()) == []
+
+
+def test_a_second_estimate_without_a_step_does_not_take_the_chains_of_the_first(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path)
+    first = estimate(1).replace(step=None)
+    record.append(first)
+    with pytest.raises(ValueError, match=r"step=None: .*estimate\.replace\(step=\.\.\.\)"):
+        record.append(first.replace(trace=first.trace + 1))
+    (read,) = record.read()
+    assert read.step is None and torch.equal(read.trace, first.trace)
 
 
 def test_an_empty_folder_reads_as_nothing(tmp_path: Path) -> None:

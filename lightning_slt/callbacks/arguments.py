@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_slt.sampling import samplers
 from lightning_slt.sampling.arguments import no_restriction
 from lightning_slt.sampling.restriction import restriction_entries
-from lightning_slt.sampling.samplers import MALA
+from lightning_slt.sampling.samplers import KineticLangevin
 from lightning_slt.sampling.sharded import local_of
 
 
@@ -123,16 +123,25 @@ def as_sampler(sampler: Any) -> Any:
     """A sampler as it is, or built from a mapping (Hydra hands nested arguments over as untyped dicts).
 
     Raises:
-        ValueError: for an unknown key, naming it; for a sampler of full batches.
+        ValueError: for an unknown key, naming it; for a sampler that wants full batches.
         TypeError: for anything else.
     """
-    if isinstance(sampler, MALA):
+    found = samplers.as_sampler(sampler, samplers.BY_NAME)
+    name = type(found).__name__
+    instead = (
+        f"Use LeimkuhlerMatthews, SGLD, RMSpropSGLD or SGNHT here, and estimate_llc(..., sampler={name}(), "
+        "full_batch=True) on a stored checkpoint."
+    )
+    if found is not None and found.full_batch:
         raise ValueError(
-            "sampler=MALA(): needs the loss of all the data at every step, which is no way to measure while training. "
-            "Use LeimkuhlerMatthews, SGLD, RMSpropSGLD or SGNHT here, and estimate_llc(..., sampler=MALA()) on a "
-            "stored checkpoint."
+            f"sampler={name}(): needs the loss of all the data at every step, which is no way to measure while "
+            f"training. {instead}"
         )
-    return samplers.as_sampler(sampler, samplers.BY_NAME)
+    if isinstance(found, KineticLangevin):
+        raise ValueError(
+            f"sampler={name}(): minibatches heat its chains, and little of that can be taken off. {instead}"
+        )
+    return found
 
 
 def plain(restrict: Any) -> Any:

@@ -140,6 +140,7 @@ class SLTMonitor(InsideFirings):
     def __init__(
         self,
         every_n_train_steps: Optional[int] = None,
+        *,
         every_n_epochs: Optional[int] = None,
         at_steps: Optional[Sequence[int]] = None,
         log_spaced: Optional[int] = None,
@@ -252,7 +253,9 @@ class SLTMonitor(InsideFirings):
             restrict = [r if isinstance(r, str) else type(r).__name__ for r in listed(restrict)]
         if self._name is not None:
             return self._generate_state_key(name=self._name)
-        settings = repr(dataclasses.replace(self._settings, sampler=None))
+        # by what was asked for: a setting that a later version adds keeps the keys of the checkpoints of this one
+        asked = ((f.name, getattr(self._settings, f.name), f.default) for f in dataclasses.fields(self._settings))
+        settings = repr({name: value for name, value, default in asked if name != "sampler" and value != default})
         # a monitor without samples keeps the key that it had before there were any
         samples = {"samples": self._samples.describe()} if self._samples.wanted else {}
         return self._generate_state_key(schedule=repr(self._schedule), settings=settings, restrict=restrict, **samples)

@@ -14,18 +14,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import random
 import warnings
 from typing import Any, Optional
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.paths import ACTIVATION_BUDGET, observe
-from lightning_slt.sampling.rng import preserve_rng
+from lightning_slt.sampling.rng import preserve_rng, seed_globals
 from lightning_slt.sampling.samples import MAX_CHUNK, SampleGroup, Samples, grouped
 from lightning_slt.sampling.steps import NoLossError
 from lightning_slt.sampling.structures import clone, num_bytes
@@ -246,12 +244,7 @@ class Probe:
 
     def _reseed(self, number: int) -> None:
         """The random numbers inside the step from here on, the same for the same number; inside ``preserve_rng``."""
-        seed = (self._seed + number) % 2**32
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 - a step may draw from the global generator
-        torch.default_generator.manual_seed(seed)
-        if self._objective.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+        seed_globals((self._seed + number) % 2**32)
 
     def _reduced(self, losses: Tensor) -> Tensor:
         return losses.reshape(-1) if self._per_token else losses.mean().reshape(1)

@@ -40,6 +40,8 @@ from lightning_slt.sampling.rng import derive_seed, preserve_rng
 from lightning_slt.sweep.checkpoint import Checkpoint, read_state, unwrapped, weights_in
 from lightning_slt.sweep.settings import SweepConfig, find
 
+POINTS_FOLDER = "points"
+"""Of the results of a sweep, one file a point."""
 NOT_LOADED = "in loading state_dict"
 """What PyTorch says where weights are of other names or shapes."""
 
@@ -81,7 +83,7 @@ class Task:
         """The file of its result; another one where the weights or what was asked are others."""
         asked = json.dumps([self.content, self.decides, self.localization], sort_keys=True)
         key = hashlib.sha256(asked.encode()).hexdigest()[:16]
-        return Path(self.folder) / "points" / f"step_{self.step:09d}_{key}.pt"
+        return Path(self.folder) / POINTS_FOLDER / f"step_{self.step:09d}_{key}.pt"
 
 
 Point = tuple[Estimate, Optional[InfluenceEstimate]]

@@ -20,7 +20,7 @@ from lightning_slt.publish.files import FilesSink
 from lightning_slt.record import Estimate, RunRecord
 from lightning_slt.sweep.checkpoint import Checkpoint, in_order, read_state
 from lightning_slt.sweep.executors import Executor, locally, named_devices
-from lightning_slt.sweep.point import MisfitError, Point, Task, make_objective, read_point
+from lightning_slt.sweep.point import POINTS_FOLDER, MisfitError, Point, Task, make_objective, read_point
 from lightning_slt.sweep.settings import SweepConfig
 from lightning_slt.transition_record import TransitionLog
 from lightning_slt.transitions import Transition, detect_transitions
@@ -73,8 +73,8 @@ def sweep(
 
     Raises:
         FileNotFoundError: for a checkpoint that is not there.
-        ValueError: for a setting out of range, a module or data that cannot be had, files none of which is a checkpoint
-            of that module.
+        ValueError: for a setting out of range, a folder with the record of a monitor, a module or data that cannot be
+            had, files none of which is a checkpoint of that module.
         TypeError: for a single path, or something else than a :class:`~lightning_slt.sweep.SweepConfig`.
     """
     if isinstance(checkpoints, (str, os.PathLike)):
@@ -91,6 +91,11 @@ def sweep(
     for checkpoint in left:
         say(f"{checkpoint.path}: left out, another checkpoint is of step {checkpoint.step}")
     folder = Path(config.folder)
+    if RunRecord(folder).path.exists() and not (folder / POINTS_FOLDER).exists():
+        raise ValueError(
+            f"folder={config.folder!r}: holds the record of a run that a monitor measured, which a sweep would write "
+            "anew. Give another folder."
+        )
     localization = config.localization if config.localization is not None else _settle(points, config, folder)
     tasks = [Task.of(checkpoint, config, localization) for checkpoint in points]
     found: dict[int, Point] = {task.step: point for task in tasks if (point := read_point(task)) is not None}

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import TensorDataset
 
-from lightning_slt import TransitionMonitor
+from lightning_slt import MALA, KineticLangevin, TransitionMonitor
 from tests.integration import models
 from tests.integration.harness import SGLD, TINY, Scenario, SLTMonitor, tiny_monitor
 from tests.integration.models import Plain, loaders
@@ -42,6 +42,10 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_argument_out_of_range(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, MisconfigurationException), match=message):
         SLTMonitor(**arguments)
+
+
+class OfAllData(SGLD):
+    full_batch = True
 
 
 BESIDE = {"execution": "background"}
@@ -94,6 +98,20 @@ OF_ANOTHER_KIND: dict[str, tuple[dict[str, Any], str]] = {
 def test_argument_of_another_kind(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         SLTMonitor(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "reason"),
+    [
+        (MALA(), "needs the loss of all the data"),
+        (OfAllData(), "needs the loss of all the data"),
+        (KineticLangevin(), "minibatches heat its chains"),
+    ],
+    ids=["full batches", "one's own", "momenta"],
+)
+def test_samplers_that_minibatches_do_not_suit(sampler: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=rf"sampler={type(sampler).__name__}\(\): {reason}.*SGNHT here"):
+        SLTMonitor(every_n_train_steps=1, sampler=sampler)
 
 
 @pytest.mark.parametrize("lr", [-1e-4, 0.0, float("nan"), float("inf")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -935,6 +936,13 @@ def test_a_monitor_can_be_pickled_before_and_after_a_run(tmp_path: Path) -> None
     Scenario(Net, loaders).run(tmp_path, monitor)
     again = pickle.loads(pickle.dumps(monitor))
     assert [e.step for e in again.influences] == [4, 8, 12]
+
+
+def test_the_key_of_a_state_says_what_was_asked_for_alone() -> None:
+    """A setting that a later version adds is not in it: the checkpoints of this one are found."""
+    key = SLTMonitor(every_n_train_steps=5, num_draws=50, nbeta=3.0).state_key
+    assert "'num_draws': 50" in key and "'nbeta': 3.0" in key
+    assert not {"num_burnin_steps", "second_moment", "tolerance_llc", "method"} & set(re.findall(r"'(\w+)'", key))
 
 
 def test_monitors_that_look_at_other_samples_have_states_of_their_own() -> None:

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from lightning_slt import estimate_llc
 from lightning_slt.functional import LocalPosterior
-from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, LeimkuhlerMatthews, RMSpropSGLD, Sampler, empty_state
+from lightning_slt.sampling.samplers import (
+    MALA,
+    SGLD,
+    SGNHT,
+    KineticLangevin,
+    LeimkuhlerMatthews,
+    RMSpropSGLD,
+    Sampler,
+    empty_state,
+)
 from tests.cases.problems import regular
 from tests.sampling.helpers import gen, make_chains, mean_squared, mlp, on_ranks, regression
 
@@ -33,12 +42,16 @@ def test_update_without_localization_is_plain_langevin() -> None:
     assert w.item() == pytest.approx(1.0 - 0.05 * 20.0)
 
 
-def test_one_chain_and_several_move_alike() -> None:
+@pytest.mark.parametrize("sampler", [SGLD(), LeimkuhlerMatthews(), RMSpropSGLD(), SGNHT(), KineticLangevin()])
+def test_one_chain_and_several_move_alike(sampler: Sampler) -> None:
     many = torch.randn(3, 4, generator=gen(0))
-    anchor, grad, noise = torch.zeros(4), torch.randn(3, 4, generator=gen(1)), torch.randn(3, 4, generator=gen(2))
-    alone = many[1].clone()
-    SGLD().update_(alone, anchor, grad[1], noise[1].clone(), lr=0.03, posterior=LocalPosterior(7.0, 2.0))
-    SGLD().update_(many, anchor, grad, noise, lr=0.03, posterior=LocalPosterior(7.0, 2.0))
+    anchor, alone = torch.zeros(4), many[1].clone()
+    states = [empty_state(sampler, weights) for weights in (alone, many)]
+    for step in range(3):
+        grad, noise = (torch.randn(3, 4, generator=gen(10 * step + k)) for k in (1, 2))
+        for weights, state, rows in ((alone, states[0], 1), (many, states[1], slice(None))):
+            own = grad[rows].clone(), noise[rows].clone()
+            sampler.update_(weights, anchor, *own, lr=0.03, posterior=LocalPosterior(7.0, 2.0), state=state)
     torch.testing.assert_close(many[1], alone, rtol=1e-6, atol=1e-7)
 
 
@@ -304,6 +317,8 @@ def test_every_sampler_finds_the_learning_coefficient_of_a_regular_model(sampler
         assert math.isfinite(estimate.se) and estimate.se < 0.1 * case.truth
     if isinstance(sampler, (MALA, SGNHT)):
         assert found[0].step_bias == 0.0
+    acceptance = found[0].acceptance
+    assert acceptance is not None and 0.3 < acceptance < 1.0 if isinstance(sampler, MALA) else acceptance is None
 
 
 def test_samplers_out_of_range_and_without_a_state() -> None:

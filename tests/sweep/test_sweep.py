@@ -269,6 +269,16 @@ def test_what_cannot_be_measured_is_said(
         sweep([tmp_path / "a.pt"], config, here([]))
 
 
+def test_the_record_of_a_monitor_is_not_written_anew(config: SweepConfig, tmp_path: Path) -> None:
+    torch.save({"state_dict": runs.Model(0.1).state_dict(), "step": 5}, tmp_path / "a.pt")
+    record = Path(config.folder) / "estimates.jsonl"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text("kept\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"folder=.*holds the record of a run that a monitor measured.*another folder"):
+        sweep([tmp_path / "a.pt"], config, here([]))
+    assert record.read_text(encoding="utf-8") == "kept\n"
+
+
 def test_what_is_of_another_kind_is_named(config: SweepConfig, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"checkpoints='last\.ckpt': expected a list of paths.*Give \['last\.ckpt'\]"):
         sweep("last.ckpt", config, here([]))  # type: ignore[arg-type]

@@ -108,7 +108,7 @@ class KineticLangevin(MinibatchSampler):
         if bool(fresh.any()):
             # the noise of a chain's first step is its momentum, and half of a kick its first; at the bottom of a square
             # the momentum is all the energy that a chain has, and friction would be long in making up for the rest
-            at_anchor = (weights == anchor).all(dim=1)
+            at_anchor = (weights == anchor).all(dim=-1)
             noise[fresh & at_anchor] *= math.sqrt(2.0)
             momentum[fresh] = noise[fresh]
             noise[fresh] *= (1.0 - a) / b  # which the renewal leaves as it is
