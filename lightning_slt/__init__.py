@@ -11,7 +11,7 @@ from lightning_slt.susceptibility import estimate_susceptibility
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
 from lightning_slt.transitions import Phase, Transition, TransitionDetector, compare_phases, detect_transitions
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "MALA",
