@@ -84,8 +84,10 @@ class SnapshotRing:
         numbers = [number for _, number in self._entries]
         if len(numbers) <= _DENSE + 1 or self._number - numbers[0] > _REACH:
             return 0
-        inner = range(1, len(numbers) - _DENSE) if len(numbers) > _DENSE + 1 else range(1)
-        return min(inner, key=lambda i: (numbers[i + 1] - numbers[i - 1]) / (self._number - numbers[i]))
+        return min(
+            range(1, len(numbers) - _DENSE),
+            key=lambda i: (numbers[i + 1] - numbers[i - 1]) / (self._number - numbers[i]),
+        )
 
     def pin(self, roles: Mapping[str, float], label: str, stay: bool = False) -> dict[str, str]:
         """Keep the snapshots that play these roles; those that had one under the same label and have none now go.

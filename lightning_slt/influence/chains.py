@@ -34,7 +34,7 @@ class InfluenceChains:
         objective: the loss.
         train: the training samples, as minibatches.
         probes: the samples whose losses are read.
-        settings: of the chains; ``nbeta`` and ``localization`` of :meth:`kinetic` are its own two.
+        settings: of the chains; ``nbeta`` and ``localization`` of the kinetic chains are its own two.
         shrinkage: of :func:`~lightning_slt.estimate_influence`, as the next three.
         nbeta: None for what follows from ``localization``.
         localization: None for what follows from ``nbeta``, or from the weights.

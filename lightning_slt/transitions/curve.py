@@ -27,7 +27,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Curve:
-    """Both channels by point, spikes removed, with the scatter around each point."""
+    """Both channels by point, spikes of the coefficient removed, with the scatter around each point."""
 
     steps: Array
     llc: Array

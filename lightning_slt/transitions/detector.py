@@ -31,7 +31,8 @@ class TransitionDetector:
     """Flags transitions of the local learning coefficient online. Feed the points in order of step.
 
     At each point the windows that end there, of 8 to 256 points, are searched for a step between two plateaus (the
-    score is that of :mod:`lightning_slt.transitions.evidence` and :mod:`lightning_slt.transitions.search`). The first
+    score is that of :mod:`lightning_slt.transitions.evidence` and :mod:`lightning_slt.transitions.search`, times 0.85
+    for being asked at every point, with the smaller of both channels' evidence where both move). The first
     score above the threshold is a flag; the search then begins anew at the end of the step found, so that each
     transition is flagged once.
 

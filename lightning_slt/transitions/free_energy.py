@@ -211,7 +211,9 @@ def compare_phases(
     if not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"beta: expected an inverse temperature above 0, got {beta!r}; 1 is the posterior itself.")
     if not (math.isfinite(constant) and math.isfinite(constant_se) and constant_se >= 0):
-        raise ValueError(f"constant, constant_se: expected finite and at least 0, got {constant!r}, {constant_se!r}.")
+        raise ValueError(
+            f"constant={constant!r}, constant_se={constant_se!r}: expected a finite number and an error of at least 0."
+        )
     simple, rich, sign = (first, second, 1.0) if first.llc <= second.llc else (second, first, -1.0)
 
     def critical(loss: float, llc: float, extra: float) -> float | None:
