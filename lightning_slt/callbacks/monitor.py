@@ -127,7 +127,7 @@ class SLTMonitor(InsideFirings):
 
     Attributes:
         estimates: what was measured so far, oldest first.
-        influences: influence of the probed samples, oldest first; of the last one with its pairs, where the readings are
+        influences: influence of the probed samples, oldest first; the last one with its pairs, where the readings are
             enough for them; those of the others are in the record.
         folder: where the local record is, None where no files are written.
 
