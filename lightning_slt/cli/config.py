@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         choices=SECTIONS,
         default="run",
-        help="run: all that a run measures (%(default)s); monitor: SLTMonitor; transitions: TransitionMonitor; "
+        help="run: all that a run measures (the default); monitor: SLTMonitor; transitions: TransitionMonitor; "
         "llc: estimate_llc; influence: estimate_influence; detector: TransitionDetector and detect_transitions",
     )
 
