@@ -24,6 +24,7 @@ C = TypeVar("C")
 
 MEANING = {
     "negative": "chains ran downhill, the weights were not at a minimum yet: expected early in training",
+    "the chains have not reached": "chains had not spread to their full width; a larger num_draws gives them time",
     "chains drift": "chains were still moving away at their end; a larger num_draws gives them time",
     "chains have not mixed": "chains disagree with each other; a larger num_draws or num_chains helps",
     "step size": "the chains' step size did not suit these weights",
@@ -86,6 +87,8 @@ def summarise(monitor: SLTMonitor, logger: Union[Logger, bool], pictures: Sequen
     for picture in [*pictures, figures / "history.png"]:
         print(f"  picture of the run         {picture}")
     print(f"  pictures of the chains     {figures}{os.sep}chains_step_*.png ({len(list(figures.glob('chains_*')))})")
+    if (folder / "report.html").exists():  # not where a server shows the run
+        print(f"  the run as one page        {folder / 'report.html'}")
     print(f"  all numbers                {folder / 'estimates.jsonl'}, {folder / 'history.csv'}")
     if wandb_folder is not None:
         print(f"  wandb, offline             {wandb_folder}")

@@ -109,7 +109,8 @@ def _heat_noted(llc: Estimate) -> tuple[str, ...]:
     heat = max(llc.step_bias - llc.lean, 0.0) / (llc.mean + llc.step_bias) if llc.mean > 0 else 0.0
     if not heat > NOTED_HEAT:
         return ()
-    return (f"{heat:.0%} of the LLC of these chains is heat of the step; covariances have about twice that too much",)
+    said = f"the finite step adds {heat:.0%} to the LLC (taken off), and about {2 * heat:.0%} to covariances"
+    return (f"{said} (not taken off)",)
 
 
 def owed_by(llc: float, virial: float, error: float, d: int, steepness: float = 1.0) -> float:
@@ -312,7 +313,8 @@ def _reasons_of_width(ratios: Tensor, cooled: _WithoutHeat, summary: Summary, dr
     if virial < MIN_VIRIAL:
         batch = ", a larger batch_size (the minibatches' noise keeps the step small)" if cooled.noisy else ""
         steps = drawn.num_burnin_steps + drawn.segment.steps
-        said = f"{NOT_ARRIVED} in {steps} steps {at}: more draws{batch}, or a stronger localization"
+        more = f"more draws{batch}; a stronger localization settles sooner, but measures another number"
+        said = f"{NOT_ARRIVED} in {steps} steps {at}: {more}"
         yield Reason(Kind.NOT_ARRIVED, said)
     elif virial > MAX_VIRIAL and virial - 1.0 > error:
         yield Reason(Kind.TOO_WIDE, f"{TOO_WIDE} {at}: a larger batch_size, or more draws")

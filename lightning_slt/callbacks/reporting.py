@@ -27,7 +27,7 @@ from lightning_slt.firing import Course
 from lightning_slt.influence_record import InfluenceEstimate, suspicion_of
 from lightning_slt.publish import RunPublisher
 from lightning_slt.publish.render import Rendered
-from lightning_slt.publish.words import count_of
+from lightning_slt.publish.words import count_of, invalid_sentence, kind_of_reason, outcome_of
 from lightning_slt.record import Estimate, RunRecord
 from lightning_slt.sampling.collective import Collective
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
@@ -41,7 +41,7 @@ Found = TypeVar("Found", Estimate, InfluenceEstimate, SusceptibilityEstimate)
 LARGE_BUDGET = 1600
 """Readings of a firing, over all chains, from which on single pairs are shown at once and not only at the end."""
 LARGE_OVERHEAD = 0.25
-"""Share of wall-clock above which a monitor without a budget says that there is one."""
+"""Share of wall-clock above which a monitor without a budget says what can be done."""
 
 
 class Reporting(KeepsHistory):
@@ -144,10 +144,11 @@ class Reporting(KeepsHistory):
             give_back(self.folder)
         if not self.estimates or self.folder is None:
             return
-        count = count_of(len(self.estimates), "estimate")
         if RunRecord(self.folder).path.exists():
-            rank_zero_info(f"{self._who}: {count} in {self.folder}")
+            report = f"; report: {publisher.report}" if publisher.report is not None else ""
+            rank_zero_info(f"{self._who}: {outcome_of(self.estimates)}, in {self.folder}{report}")
         elif trainer.is_global_zero:
+            count = count_of(len(self.estimates), "estimate")
             rank_zero_warn(
                 f"{self._who}: {count} in monitor.estimates and in the loggers, and none in files: {self.folder} could "
                 "not be written. Name a folder that can be with dirpath=."
@@ -286,6 +287,7 @@ class Reporting(KeepsHistory):
                 "on from a checkpoint wants a name= of its own; where layers were set free, read it in two parts."
             )
         self.estimates.append(estimate)
+        self._say_why_not(trainer, estimate)
         self._show(trainer)
         if self._publisher is not None:
             self._publisher.estimate(estimate)
@@ -366,16 +368,25 @@ class Reporting(KeepsHistory):
             )
 
     def _warn_if_large(self) -> None:
-        """Say once that there is a budget, where the cadence alone takes much of the run."""
+        """Say once what can be done, where the cadence alone takes much of the run."""
         # the first firings of a run come close together, and prove nothing
         overhead = self.estimates[-1].overhead
         large = len(self.estimates) > 3 and overhead > LARGE_OVERHEAD
         if self._budget is not None or not large or not self._said.first("overhead"):
             return
         rank_zero_warn(
-            f"{self._who}: measuring has taken {overhead:.0%} of this run's wall-clock so far. "
-            "SLTMonitor(max_overhead=0.05) keeps it to 5 %, by leaving firings out; or choose a wider cadence."
+            f"{self._who}: measuring has taken {overhead:.0%} of this run's wall-clock so far. Measure more seldom, or "
+            "with fewer num_chains or num_draws. max_overhead=0.05 bounds the share, but suits runs of about 10,000 "
+            "batches and more: a shorter one may measure nothing."
         )
+
+    def _say_why_not(self, trainer: Trainer, estimate: Estimate) -> None:
+        """Why an estimate is not valid: each kind of reason once in a run. The few draws of a smoke test never are."""
+        if estimate.valid or is_smoke_test(trainer):
+            return
+        new = [reason for reason in estimate.reasons if self._said.first(f"not valid: {kind_of_reason(reason)}")]
+        if new:
+            rank_zero_info(f"{self._who}: {invalid_sentence(estimate, new)}")
 
     def _say_how(self, estimate: Estimate, influence: Optional[InfluenceEstimate]) -> None:
         """What there is to be said of the first firing, of the first notes, and of the first samples left out."""
@@ -386,14 +397,12 @@ class Reporting(KeepsHistory):
                 f"{estimate.localization:.4g}, step size {estimate.step_size:.2g}"
             )
             if influence is not None:
-                notes = "".join(f"; {note}" for note in influence.notes)
-                if notes:
+                if influence.notes:
                     self._said.first("notes")
-                invalid = f"; not valid: {'; '.join(influence.reasons)}" if influence.reasons else ""
-                rank_zero_info(
-                    f"{self._who}: influence of {len(influence.train_index)} training samples on "
-                    f"{len(influence.query_index)} queries{notes}{invalid}"
-                )
+                asked = f"of {len(influence.train_index)} training samples on {len(influence.query_index)} queries"
+                asked = "; ".join([asked, *influence.notes])
+                said = f"is not valid: {'; '.join(influence.reasons)} ({asked})" if influence.reasons else asked
+                rank_zero_info(f"{self._who}: influence {said}")
         if influence is not None and influence.notes and self._said.first("notes"):
             rank_zero_info(f"{self._who}: of influence from here on: {'; '.join(influence.notes)}")
         if influence is not None and influence.dropped and self._said.first("dropped"):

@@ -1,4 +1,4 @@
-"""``lightning-slt``: what is done with a run beside its training.
+"""``lightning-slt``: what is done with a run that is measured, beside its training.
 
 Each command is a module of this room with ``NAME``, ``HELP``, ``add_arguments(parser)`` and
 ``run(arguments) -> int``, listed in
@@ -13,12 +13,19 @@ import sys
 from collections.abc import Sequence
 from typing import Optional
 
+from lightning_slt import __version__
+
+ABOUT = (
+    "Tools for runs measured by lightning_slt: report, terminal view, wandb workspace, default settings, sweeps over "
+    "checkpoints."
+)
 COMMANDS: tuple[str, ...] = ("config", "publish", "report", "show", "sweep")
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    whole = argparse.ArgumentParser(prog="lightning-slt", description=__doc__.split("\n")[0])
+    whole = argparse.ArgumentParser(prog="lightning-slt", description=ABOUT)
+    whole.add_argument("--version", action="version", version=f"lightning_slt {__version__}")
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = importlib.import_module(f"{__name__}.{name}")

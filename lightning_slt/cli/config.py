@@ -28,8 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         choices=SECTIONS,
         default="run",
-        help="run: all that a run measures (%(default)s); monitor: SLTMonitor; transitions: TransitionMonitor; "
-        "llc: estimate_llc; influence: estimate_influence; detector: TransitionDetector and detect_transitions",
+        help="run: all that a run measures; monitor: SLTMonitor; transitions: TransitionMonitor; "
+        "llc: estimate_llc; influence: estimate_influence; detector: TransitionDetector and detect_transitions "
+        "(default: %(default)s)",
     )
 
 

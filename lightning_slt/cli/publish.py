@@ -12,7 +12,9 @@ HELP = "Put the workspace 'Structure over training' into a wandb project; needs 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where to, and of which keys."""
     parser.add_argument("project", metavar="ENTITY/PROJECT", help="the wandb project")
-    parser.add_argument("--prefix", default="slt", help="of the monitor's keys: slt, or slt_<name> (%(default)s)")
+    parser.add_argument(
+        "--prefix", default="slt", help="key prefix of the monitor, slt or slt_<name> (default: %(default)s)"
+    )
     parser.add_argument(
         "--loss",
         action="append",

@@ -13,7 +13,9 @@ HELP = "Show what a run showed, in the terminal: estimates, transitions, suspect
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The run, and how much of it."""
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the run's folder, or that of its record (.../slt)")
-    parser.add_argument("--rows", type=int, default=20, metavar="N", help="estimates in the table (%(default)s)")
+    parser.add_argument(
+        "--rows", type=int, default=20, metavar="N", help="estimates in the table (default: %(default)s)"
+    )
     parser.add_argument("--no-color", action="store_true", help="plain text, as where the output is a file")
 
 

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help="files, or a folder of *.ckpt")
     parser.add_argument("--config", required=True, help="a YAML file with module, data and what the chains shall do")
     parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a setting of the file"
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a setting of the file; repeatable"
     )
     parser.add_argument(
         "--cluster",
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="what a job needs, as submitit names it: timeout_min=60, gpus_per_node=1, slurm_partition=gpu",
+        help="what a job needs, as submitit names it: timeout_min=60, gpus_per_node=1, slurm_partition=gpu; repeatable",
     )
 
 

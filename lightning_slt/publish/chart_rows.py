@@ -23,6 +23,7 @@ from lightning_slt.publish.spec_parts import (
     TRAJECTORIES,
     VALID,
     Scale,
+    widened,
 )
 from lightning_slt.publish.tables import are_log_spaced, step_of
 from lightning_slt.publish.transition_charts import free_energy_line, free_energy_range
@@ -64,7 +65,7 @@ def curve_rows(
 ) -> list[list[Any]]:
     """The curve in the order of :data:`CURVE_COLUMNS`: estimates, then transitions that stand, then boundaries.
 
-    What is not valid widens the frame by no more than the height of what is: beyond, a point is put on the frame and
+    What is not valid widens the frame where it is within the height of what is: a point beyond is put on the frame, and
     its state says so. Neighbouring valid estimates share a ``segment``; what is not valid ends it.
     """
     low, high = _frame(estimates)
@@ -286,12 +287,7 @@ def _frame(estimates: Sequence[Estimate]) -> tuple[float, float]:
     bad = [e.mean for e in estimates if not e.valid and math.isfinite(e.mean)]
     if not good:
         return (min(bad), max(bad)) if bad else (0.0, 0.0)
-    low, high = min(b[0] for b in good), max(b[1] for b in good)
-    room = max(high - low, 0.1 * abs(high), 1e-12)
-    return (
-        max(min([low, *bad]), low - room),
-        min(max([high, *bad]), high + room),
-    )
+    return widened(min(b[0] for b in good), max(b[1] for b in good), bad)
 
 
 def _state(estimate: Estimate, low: float, high: float) -> str:

@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image  # a dependency of matplotlib
 
-from lightning_slt.publish.spec_parts import point_scale
+from lightning_slt.publish.spec_parts import point_scale, widened
 from lightning_slt.publish.tables import are_log_spaced, step_of
-from lightning_slt.publish.words import count_of
+from lightning_slt.publish.words import count_of, number, with_error
 from lightning_slt.record import Estimate
 from lightning_slt.transitions import Transition
 
@@ -35,6 +35,8 @@ _TEXT = "#333333"
 _MUTED = "#8a8a8a"
 _RULE = "#6a3d9a"
 _CHAINS = ("#1f77b4", "#e08214", "#2ca02c", "#9467bd", "#17a2b8", "#b5651d", "#d0559f", "#7a7a00")
+_NAMED = 5
+"""Points beyond the frame whose values are written beside them."""
 
 _drawn: WeakKeyDictionary[Figure, npt.NDArray[np.uint8]] = WeakKeyDictionary()
 _files: WeakKeyDictionary[Figure, bytes] = WeakKeyDictionary()
@@ -168,7 +170,6 @@ def history_figure(estimates: Sequence[Estimate], transitions: Sequence[Transiti
     if valid.any() and doubtful.any():
         # the error bars of a diverged chain would flatten everything that can be read
         _fit_y(top, llc[valid], error[valid], llc[doubtful])
-        _mark_outside(top, steps[doubtful], llc[doubtful])
 
     bottom.plot(steps, loss, color="#444444", lw=1.4, label="loss at the weights", **_marks(size, 4, 0.5))
 
@@ -177,6 +178,8 @@ def history_figure(estimates: Sequence[Estimate], transitions: Sequence[Transiti
             top.set_xscale("log")
         else:  # the weights at initialisation are at step 0, which a logarithmic axis would drop
             top.set_xscale("symlog", linthresh=float(steps[steps > 0].min()))
+    if valid.any() and doubtful.any():
+        _mark_outside(top, steps[doubtful], llc[doubtful])
     finite_loss = loss[np.isfinite(loss)]
     if finite_loss.size and finite_loss.min() > 0 and finite_loss.max() / finite_loss.min() > 50:
         bottom.set_yscale("log")
@@ -254,13 +257,13 @@ def _limits(
 
 
 def _headline(figure: Figure, estimate: Estimate) -> None:
-    def number(value: float, form: str) -> str:
+    def formatted(value: float, form: str) -> str:
         return format(value, form) if math.isfinite(value) else "n/a"
 
     parts = [f"step {estimate.step:,}"] if estimate.step is not None else []
-    parts.append(f"LLC {number(estimate.mean, '.4g')} ± {number(estimate.se, '.2g')}")
-    parts.append(f"R-hat {number(estimate.rhat, '.3f')}")
-    parts.append(f"ESS {number(estimate.ess, '.0f')}")
+    parts.append(f"LLC {with_error(estimate.mean, estimate.se)}")
+    parts.append(f"R-hat {formatted(estimate.rhat, '.3f')}")
+    parts.append(f"ESS {formatted(estimate.ess, '.0f')}")
     colour = _TEXT if estimate.valid else _BAD
     title = "    ".join(parts)
     figure.suptitle(title, x=0.075, y=0.965, ha="left", fontsize=13, fontweight="bold", color=colour)
@@ -276,8 +279,9 @@ def _headline(figure: Figure, estimate: Estimate) -> None:
 
 
 def _mark_outside(axes: Axes, steps: npt.NDArray[np.float64], llc: npt.NDArray[np.float64]) -> None:
-    """Triangles on the frame where a point that is not valid lies beyond it."""
+    """Triangles on the frame where a point that is not valid lies beyond it; a few of them with their values."""
     low, high = axes.get_ylim()
+    named = int(((llc < low) | (llc > high)).sum()) <= _NAMED
     for beyond, place, marker in ((llc < low, 0.03, "v"), (llc > high, 0.97, "^")):
         if beyond.any():
             axes.plot(
@@ -291,13 +295,45 @@ def _mark_outside(axes: Axes, steps: npt.NDArray[np.float64], llc: npt.NDArray[n
                 transform=axes.get_xaxis_transform(),
                 label=f"not valid, {'below' if marker == 'v' else 'above'} the frame",
             )
+            if named:
+                _name_values(axes, steps[beyond], llc[beyond], place, 1 if marker == "v" else -1)
+
+
+def _name_values(
+    axes: Axes, steps: npt.NDArray[np.float64], llc: npt.NDArray[np.float64], place: float, inwards: int
+) -> None:
+    """The values of points on the frame, beside their triangles; where these are close, one further in than the other.
+
+    Args:
+        axes: whose limits and scale are set.
+        steps: ``[n]`` of the points.
+        llc: ``[n]`` their values.
+        place: their height in the axes.
+        inwards: 1 where the frame is below, -1 above.
+    """
+    across = [axes.transData.transform((step, 0.0))[0] for step in steps]
+    left, right = axes.bbox.x0, axes.bbox.x1
+    level, taken = 0, -math.inf
+    for x, step, value in zip(across, steps, llc, strict=True):
+        level = level + 1 if x < taken else 0
+        text = number(float(value), 2)
+        taken = x + 14 + 7 * len(text)  # pixels
+        before = x > left + 0.93 * (right - left)
+        axes.annotate(
+            text,
+            (step, place),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(-6 if before else 6, 10 * level * inwards),
+            textcoords="offset points",
+            ha="right" if before else "left",
+            va="center",
+            fontsize=8,
+            color=_BAD,
+        )
 
 
 def _fit_y(
     axes: Axes, good: npt.NDArray[np.float64], error: npt.NDArray[np.float64], bad: npt.NDArray[np.float64]
 ) -> None:
-    low, high = float((good - error).min()), float((good + error).max())
-    room = max(high - low, 0.1 * abs(high), 1e-12)
-    # an invalid point widens the range, up to twice its height; further out it is cut by the frame
-    low, high = max(min(low, float(bad.min())), low - room), min(max(high, float(bad.max())), high + room)
+    low, high = widened(float((good - error).min()), float((good + error).max()), bad.tolist())
     axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))

@@ -32,6 +32,7 @@ MAX_NUMBERED = 12
 TRAJECTORIES = 10
 ACROSS, SIDE = 10, 89
 """Suspects in a row, and the side of the frame of each in pixels."""
+_LEGEND = "mean loss now; rank by plain loss"
 _FAINT = "#6f6f6f"
 
 
@@ -246,11 +247,12 @@ def suspects_figure(estimate: InfluenceEstimate, samples: Mapping[int, Rendered]
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.set_axis_off()
     axes.imshow(_sheet(estimate, samples, columns, height), aspect="auto", extent=(0, 1000, height, 0))
-    where = f"step {estimate.step:,}: " if estimate.step is not None else ""
+    what = "wrong labels" if estimate.train_group is not None else "wrong labels and outliers"
     # the numbers below are those of this firing, and need not fall from one to the next
-    over = " over the run" if estimate.suspicion is not None else ""
+    by = "ranked over all firings up to" if estimate.suspicion is not None else "ranked at"
+    when = f"step {estimate.step:,}" if estimate.step is not None else "this firing"
     figure.suptitle(
-        f"{where}largest posterior mean losses{over}: likely mislabels and outliers",
+        f"Likely {what}, {by} {when}",
         x=0.01,
         y=1 - 10 / height,
         va="top",
@@ -297,7 +299,8 @@ def _sheet(
     """All suspects as one picture, ``[height, 1000, 4]``: axes and texts of matplotlib for each cost tenfold."""
     sheet = Image.new("RGBA", (1000, height), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((990, 13), "“group”, posterior mean loss", _MUTED, _font(11), anchor="ra")
+    legend = f"given label; {_LEGEND}" if estimate.train_group is not None else _LEGEND
+    draw.text((990, 13), legend, _MUTED, _font(11), anchor="ra")
     ranks = estimate.loss_rank()
     for place, j in enumerate(columns):
         left, top = 10 + 99 * (place % ACROSS), 42 + 140 * (place // ACROSS)

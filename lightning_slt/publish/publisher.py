@@ -55,11 +55,11 @@ def is_online(sink: Sink) -> bool:
         return False
 
 
-def _write_report(folder: Path) -> None:
+def _write_report(folder: Path) -> Path:
     # late: its parts are read from disk, and a run that is watched on a server never needs them
     from lightning_slt.publish.html import write_report
 
-    write_report(folder)
+    return write_report(folder)
 
 
 def sink_for(logger: Any, prefix: str = "slt", has_folder: bool = False) -> Sink:
@@ -93,6 +93,9 @@ class RunPublisher:
         media_limit: Pictures of chains in a run. Later estimates are published without one (their traces are in
             the record).
 
+    Attributes:
+        report: what :meth:`finish` wrote of the run as one page; None before, and where it wrote none.
+
     Example:
         >>> publisher = RunPublisher(loggers=[], folder=None)
         >>> publisher.start({"num_chains": 4})
@@ -104,6 +107,7 @@ class RunPublisher:
     ) -> None:
         self.prefix = prefix
         self.media_limit = media_limit
+        self.report: Optional[Path] = None
         self.record = RunRecord(folder) if folder is not None else None
         # the folder first: a logger may hang on its server until the job is killed
         self._sinks: list[tuple[str, Sink]] = []
@@ -335,7 +339,7 @@ class RunPublisher:
         if self.record is None or not (self.record.folder / RECORD_FILE).exists():
             return  # no folder, or one that could not be written, as has been said
         if not any(is_online(sink) for _, sink in self._sinks):
-            self._guard(-13, "the report", partial(_write_report, self.record.folder))
+            self.report = self._guard(-13, "the report", partial(_write_report, self.record.folder))
 
     def _curve(self, estimates: Sequence[Estimate], transitions: Sequence[Transition]) -> None:
         """The curve with its transitions as rows: what wandb's custom chart of it draws."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Optional
 
 from lightning_slt.functional.learning_coefficient import MAX_RHAT
@@ -62,6 +62,33 @@ ROOMY = 100
 
 Spec = dict[str, Any]
 Scale = Literal["linear", "log", "symlog"]
+
+
+def widened(low: float, high: float, bad: Iterable[float]) -> tuple[float, float]:
+    """The frame of a curve, with what is not valid in it where that is near.
+
+    Args:
+        low: of what is valid, its errors included.
+        high: likewise.
+        bad: numbers that are not valid.
+
+    Returns:
+        The range widened to those of ``bad`` that are within its own height of it; on a side where others are further
+        away, there is room for their marks.
+
+    Example:
+        >>> widened(4.0, 8.0, [1.0, 9.0]), widened(4.0, 8.0, [-16.0])
+        ((1.0, 9.0), (3.4, 8.0))
+    """
+    height = max(high - low, 0.1 * abs(high), 1e-12)
+    values = list(bad)
+    for_marks = 0.15 * height
+    bottom = min([low, *(v for v in values if v >= low - height)])
+    top = max([high, *(v for v in values if v <= high + height)])
+    return (
+        bottom - for_marks if min(values, default=low) < bottom else bottom,
+        top + for_marks if max(values, default=high) > top else top,
+    )
 
 
 def column(name: str) -> str:

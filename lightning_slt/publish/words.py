@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Optional
@@ -13,6 +14,7 @@ from lightning_slt.reasons import DRIFTING, NEGATIVE, NOT_ARRIVED, NOT_MIXED, TO
 from lightning_slt.record import Estimate
 from lightning_slt.transition_record import TransitionLog, TransitionReport, Verdict, size_text
 from lightning_slt.transitions import Transition
+from lightning_slt.transitions.evidence import MIN_POINTS
 
 Level = Literal["good", "note", "bad"]
 
@@ -33,16 +35,22 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     (NEGATIVE, "chains ran downhill: the weights were at no minimum", "Usual early in training and at a saddle."),
     (DRIFTING, "chains were still moving at their end", "More draws (num_draws) give them time."),
     (NOT_MIXED, "chains disagree with each other", "More draws (num_draws) or chains (num_chains) help."),
-    (NOT_ARRIVED, "chains had not spread to their full width", "More burn-in (num_burnin_steps) or draws help."),
+    (
+        NOT_ARRIVED,
+        "chains had not spread to their full width",
+        "More draws (num_draws) help; leave num_burnin_steps to calibration.",
+    ),
     (TOO_WIDE, "chains had been thrown wide and not come back", "A larger batch_size makes their steps less noisy."),
     (
         "step size",
         "the chains' step size did not suit the weights",
-        "A longer burn-in gives time to find a better one.",
+        "Give a smaller lr, or leave lr and num_burnin_steps to calibration.",
     ),
     ("no chain", "every chain left the finite numbers", "A smaller step or a larger localization holds them."),
 )
 """Beginnings of the reasons of an estimate, what they mean in plain words, and what can be done."""
+_ADVISED = (NOT_ARRIVED, TOO_WIDE)
+"""Those that say themselves what can be done."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +155,7 @@ def headline(run: Run) -> list[str]:
     """What the run showed, in a few sentences."""
     monitor = run.main
     sentences = [_measured(monitor), *_course(monitor.estimates)]
-    sentences.append(transitions_sentence(monitor.transitions))
+    sentences.append(transitions_sentence(monitor.transitions, monitor.estimates))
     suspects = suspects_sentence(monitor.influences[-1]) if monitor.influences else ""
     others = run.monitors[1:]
     if others:
@@ -192,7 +200,7 @@ def _course(estimates: Sequence[Estimate]) -> list[str]:
     if len(valid) == 1:
         return [f"{_at(first)} it was {with_error(first.mean, first.se)} at a loss of {number(first.init_loss)}."]
     text = (
-        f"Over the valid estimates it went from {with_error(first.mean, first.se)} (step {first.step or 0:,}) to "
+        f"Over the valid estimates it went from {_beginning(first)} to "
         f"{with_error(last.mean, last.se)} (step {last.step or 0:,})"
     )
     peak = max(valid, key=lambda e: e.mean)
@@ -200,6 +208,12 @@ def _course(estimates: Sequence[Estimate]) -> list[str]:
     if peak is not first and peak is not last and peak.mean - max(first.mean, last.mean) > spread:
         text += f", with a peak of {with_error(peak.mean, peak.se)} at step {peak.step or 0:,}"
     return [f"{text}, while the loss went from {number(first.init_loss)} to {number(last.init_loss)}."]
+
+
+def _beginning(first: Estimate) -> str:
+    """Where the curve begins: a number that is not positive beyond its error is told as about 0."""
+    found, step = with_error(first.mean, first.se), f"step {first.step or 0:,}"
+    return f"{found} ({step})" if first.interval[0] > 0 else f"about 0 ({found}, {step})"
 
 
 def _at(estimate: Estimate) -> str:
@@ -213,12 +227,20 @@ def _finite(value: float) -> float:
 # ----------------------------------------------------------------------------------------------------- transitions
 
 
-def transitions_sentence(log: Optional[TransitionLog]) -> str:
-    """How many there were, when, and what changed."""
+def transitions_sentence(log: Optional[TransitionLog], estimates: Sequence[Estimate]) -> str:
+    """How many there were, when, and what changed.
+
+    Args:
+        log: None where they were not watched for.
+        estimates: the curve that they were looked for in.
+    """
     if log is None:
         return "Transitions were not watched for (TransitionMonitor does that)."
     standing = [report for report in log.reports if report.transition.state != "retracted"]
     text = "No structural transition was flagged."
+    usable = sum(e.comparable for e in estimates)
+    if usable < MIN_POINTS and not (standing or log.offline):
+        return f"Too few estimates to look for transitions ({usable:,}; at least {MIN_POINTS} are needed)."
     if standing:
         said = "; ".join(_change(report) for report in standing)
         many = f"{len(standing)} structural transitions were" if len(standing) > 1 else "One structural transition was"
@@ -350,6 +372,49 @@ def reason_words(reason: str) -> str:
 def _meaning(reason: str) -> tuple[str, str]:
     """What it means, and what can be done."""
     return next(((words, advice) for start, words, advice in _REASONS if reason.startswith(start)), (reason, ""))
+
+
+def kind_of_reason(reason: str) -> str:
+    """What reasons of one kind have in common, whatever their numbers are.
+
+    Example:
+        >>> kind_of_reason("chains drift: second half minus first half is -9 ± 2")
+        'chains were still moving at their end'
+        >>> kind_of_reason("losses of 0.25 are too coarse") == kind_of_reason("losses of 1e-05 are too coarse")
+        True
+    """
+    if _is_divergence(reason):
+        return "chains diverged"
+    words, _ = _meaning(reason)
+    return words if words != reason else re.sub(r"[\d\W]+", " ", re.sub(r"\d[\d.,]*(e[+-]?\d+)?", " ", reason))
+
+
+def invalid_sentence(estimate: Estimate, reasons: Sequence[str]) -> str:
+    """One estimate that is not valid, in a line of the log: the reasons as the record has them, and what helps.
+
+    Args:
+        estimate: that is not valid.
+        reasons: those of its reasons that are to be told.
+    """
+    found = f"LLC {with_error(estimate.mean, estimate.se)} is not valid" if math.isfinite(estimate.mean) else "no LLC"
+    advice = dict.fromkeys(_meaning(reason)[1] for reason in reasons if not reason.startswith(_ADVISED))
+    return " ".join([f"{_at_step(estimate)}{found}: {'; '.join(reasons)}.", *filter(None, advice)])
+
+
+def outcome_of(estimates: Sequence[Estimate]) -> str:
+    """How many there are of a run, how many of them are valid, and the last of these; else why the last one is not."""
+    count, valid = count_of(len(estimates), "estimate"), [e for e in estimates if e.valid]
+    if valid:
+        last = valid[-1]
+        many = ("all valid" if len(valid) > 1 else "valid") if len(valid) == len(estimates) else f"{len(valid):,} valid"
+        return f"{count}, {many}; {_at_step(last)}LLC {with_error(last.mean, last.se)}"
+    last = estimates[-1]
+    why = "; ".join(remark.text for remark in diagnosis(last))
+    return f"{count}, {'not' if len(estimates) == 1 else 'none'} valid ({_at_step(last)}{why})"
+
+
+def _at_step(estimate: Estimate) -> str:
+    return f"step {estimate.step}: " if estimate.step is not None else ""
 
 
 def diagnostics(estimates: Sequence[Estimate]) -> list[Remark]:

@@ -112,7 +112,7 @@ def sweep(
             say(f"step {task.step}: failed: {failed[task.step]}")
         else:
             found[task.step] = point
-            say(f"step {task.step}: {point[0]}")
+            say(str(point[0]))
     estimates = [found[task.step][0] for task in tasks if task.step in found]
     influences = [i for task in tasks if task.step in found and (i := found[task.step][1]) is not None]
     transitions = transitions_of(estimates, config.false_alarms)

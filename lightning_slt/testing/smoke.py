@@ -55,6 +55,14 @@ class SmokeReport:
     notes: tuple[str, ...]
     seconds: float
 
+    def __str__(self) -> str:
+        e = self.estimate
+        nbeta = f"{e.nbeta:,.0f}" if e.nbeta >= 10 else f"{e.nbeta:.2g}"
+        n = f"{e.num_samples:,}" if e.num_samples is not None else "not known"
+        seen = f"{e.num_weights:,} weights, n = {n}, nbeta = {nbeta}, {e.method} chains"
+        notes = "".join(f"\n- {note}" for note in self.notes) or " none."
+        return f"OK in {self.seconds:.1f} s: {seen}. Notes:{notes}"
+
 
 def smoke_test(
     module: LightningModule,
@@ -83,7 +91,7 @@ def smoke_test(
         trainer_arguments: of the Trainer, such as ``precision="bf16-mixed"``; on the CPU if it does not say where.
 
     Returns:
-        What was seen; look at ``notes``.
+        What was seen; look at ``notes``. Printed, it is one line and the notes.
 
     Raises:
         SmokeTestFailed: naming what about the module or its data is in the way, and the remedy.

@@ -11,7 +11,7 @@ import numpy as np
 
 from lightning_slt.kinds import check_number
 from lightning_slt.transitions.curve import Curve, Step
-from lightning_slt.transitions.evidence import SIZES, persistence, scatter, without_spikes
+from lightning_slt.transitions.evidence import MIN_POINTS, SIZES, persistence, scatter, without_spikes
 from lightning_slt.transitions.newest import newest_step
 from lightning_slt.transitions.pauses import goes_on
 from lightning_slt.transitions.reading import LOCAL, loss_change, rolling_scatter, transition_of
@@ -157,7 +157,7 @@ class TransitionDetector:
             persistence=persistence(llcs),
         )
         self._judge(curve, steps, llcs)
-        if n - lo < SIZES[0]:
+        if n - lo < MIN_POINTS:
             return []
         found = newest_step(curve, lo, n, self.min_change)
         if found is None or found.score <= self.threshold:

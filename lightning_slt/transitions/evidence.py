@@ -26,7 +26,9 @@ import numpy as np
 
 Array = np.ndarray
 
-SIZES = (8, 10, 12, 14, 16, 19, 22, 27, 32, 38, 45, 54, 64, 76, 90, 108, 128, 152, 180, 215, 256)
+MIN_POINTS = 8
+"""Points that there must be for a transition to be looked for."""
+SIZES = (MIN_POINTS, 10, 12, 14, 16, 19, 22, 27, 32, 38, 45, 54, 64, 76, 90, 108, 128, 152, 180, 215, 256)
 _WIDTHS = (1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90)
 _MARGIN = 2  # points that a plateau has at the least outside the 10 % to 90 % stretch
 _LOGISTIC = 2 * math.log(9)  # the 10 % to 90 % width of a logistic of scale one

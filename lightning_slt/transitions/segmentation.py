@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lightning_slt.transitions.curve import Curve, Step
-from lightning_slt.transitions.evidence import SIZES, Array, persistence, without_spikes
+from lightning_slt.transitions.evidence import MIN_POINTS, SIZES, Array, persistence, without_spikes
 from lightning_slt.transitions.newest import newest_step
 from lightning_slt.transitions.pauses import pauses
 from lightning_slt.transitions.reading import rolling_scatter, transition_of
@@ -80,7 +80,7 @@ def detect_transitions(
     boundaries = checked_boundaries(boundaries)
     ok = ok & np.isfinite(y) & np.isfinite(z)
     x, y, se, z = x[ok], y[ok], se[ok], z[ok]
-    if x.size < SIZES[0]:
+    if x.size < MIN_POINTS:
         return []
     sigma = rolling_scatter(y, se)
     curve = Curve(

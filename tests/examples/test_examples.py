@@ -73,6 +73,7 @@ def test_example_measures_draws_and_says_where(
     (wandb_run,) = (tmp_path / "out" / "wandb").glob("offline-run-*")
     assert f"Where the results are: {folder}" in done.stdout
     assert f"wandb sync {wandb_run}" in done.stdout
+    assert f"the run as one page        {folder / 'report.html'}" in done.stdout and (folder / "report.html").exists()
     assert f"3 estimates of the learning coefficient (LLC), {sum(e.valid for e in record)} valid" in done.stdout
     assert ("not valid" in done.stdout) == any(not e.valid for e in record)
 

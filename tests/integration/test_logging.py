@@ -17,9 +17,11 @@ from torch.utils.data import DataLoader, WeightedRandomSampler
 from lightning_slt import TransitionMonitor
 from lightning_slt.callbacks import component_firings, reporting
 from lightning_slt.callbacks.susceptibilities import Measures
+from lightning_slt.publish import publisher
 from lightning_slt.record import RunRecord
 from tests.integration.harness import RecordingLogger, Scenario, SLTMonitor, assert_same, steps_of, tiny_monitor
 from tests.integration.models import Net, Plain, loaders, tensors, with_validation
+from tests.publish.helpers import make_estimate, make_influence
 from tests.wandb_runs import records
 
 EVERY_STEP = {"log_every_n_steps": 1}
@@ -211,7 +213,7 @@ def test_of_several_monitors_each_line_says_whose_it_is(
         warnings.simplefilter("always")
         Scenario(Net, loaders).run(tmp_path, *monitors)
     told = [record.getMessage() for record in caplog.records] + [str(w.message) for w in caught]
-    for line in (" chains over ", "measuring has taken", "4 estimates in "):
+    for line in (" chains over ", "measuring has taken", "4 estimates, "):
         whose = [text.partition(": ")[0] for text in told if line in text]
         assert whose == ["SLTMonitor", "SLTMonitor (slt_2)", "SLTMonitor (slt_head)"], line
 
@@ -279,10 +281,61 @@ def test_what_is_refused_before_training_is_said_by_the_monitor_that_refuses(
         Scenario(Local, loaders).run(tmp_path, tiny_monitor(), tiny_monitor(name="head", **settings))
 
 
-@pytest.mark.parametrize(("steps", "said"), [([4], "1 estimate in "), ([4, 8], "2 estimates in ")])
+def test_influence_that_is_not_valid_says_so_and_why_first(caplog: pytest.LogCaptureFixture) -> None:
+    influence = make_influence(valid=False, reasons=("chains have not mixed",), notes=("the data changes",))
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        tiny_monitor()._say_how(make_estimate(), influence)
+    assert caplog.records[-1].getMessage() == (
+        "SLTMonitor: influence is not valid: chains have not mixed (of 30 training samples on 6 queries; the data "
+        "changes)"
+    )
+
+
+@pytest.mark.parametrize(("steps", "said"), [([4], "1 estimate, "), ([4, 8], "2 estimates, ")])
 def test_the_last_line_counts_the_estimates(
     steps: list[int], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", logger="lightning.pytorch"):
-        Scenario(Net, loaders).run(tmp_path, tiny_monitor(at_steps=steps))
-    assert any(f"SLTMonitor: {said}" in record.getMessage() for record in caplog.records)
+        monitor = tiny_monitor(at_steps=steps)
+        Scenario(Net, loaders).run(tmp_path, monitor)
+    last = caplog.records[-1].getMessage()
+    assert last.startswith(f"SLTMonitor: {said}")
+    assert last.endswith(f", in {monitor.folder}; report: {monitor.folder / 'report.html'}")
+    assert (monitor.folder / "report.html").exists()
+
+
+def test_the_last_line_names_no_report_where_none_was_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "_write_report", lambda folder: 1 / 0)
+    monitor = tiny_monitor(at_steps=[4])
+    with caplog.at_level("INFO", logger="lightning.pytorch"), pytest.warns(UserWarning, match="publish to the report"):
+        Scenario(Net, loaders).run(tmp_path, monitor)
+    assert caplog.records[-1].getMessage().endswith(f", in {monitor.folder}")
+
+
+def test_each_kind_of_reason_why_an_estimate_is_not_valid_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reasons = {
+        2: ("negative beyond its error: downhill",),
+        4: (),
+        6: ("negative beyond its error: downhill", "chains drift: by -3 ± 1"),
+        8: ("chains drift: by -2 ± 0.5",),
+    }
+    measure = SLTMonitor._measure
+
+    def judged(self: SLTMonitor, trainer: Any, *args: Any) -> Any:
+        found, influence = measure(self, trainer, *args)
+        why = reasons[trainer.global_step]
+        return found.replace(mean=-16.0, se=2.0, valid=not why, reasons=why), influence
+
+    monkeypatch.setattr(SLTMonitor, "_measure", judged)
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        Scenario(Net, loaders).run(tmp_path, tiny_monitor(at_steps=list(reasons)))
+    assert [r.getMessage() for r in caplog.records if "is not valid: " in r.getMessage()] == [
+        "SLTMonitor: step 2: LLC −16 ± 2 is not valid: negative beyond its error: downhill. Usual early in training "
+        "and at a saddle.",
+        "SLTMonitor: step 6: LLC −16 ± 2 is not valid: chains drift: by -3 ± 1. More draws (num_draws) give them time.",
+    ]
+    assert "SLTMonitor: 4 estimates, 1 valid; step 4: LLC −16 ± 2, in " in caplog.records[-1].getMessage()

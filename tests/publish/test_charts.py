@@ -1,4 +1,5 @@
 import io
+import itertools
 import math
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def test_one_line_for_each_chain_and_one_for_the_mean():
     band = left.patches[0].get_extents().transformed(left.transData.inverted())
     assert (band.y0, band.y1) == pytest.approx((11.02, 12.98))
     title = figure.get_suptitle()
-    assert "1,200" in title and "12 ± 0.5" in title and "R-hat 1.010" in title
+    assert "1,200" in title and "LLC 12.0 ± 0.5" in title and "R-hat 1.010" in title
     assert left.patches[0].get_hatch() is None
 
 
@@ -111,6 +112,44 @@ def test_points_beyond_the_frame_are_marked_on_it():
     marks = {x.get_label(): x.get_xdata().tolist() for x in top.lines}
     assert marks["not valid, below the frame"] == [0, 100]
     assert marks["not valid, above the frame"] == [200]
+    assert sorted(text.get_text() for text in top.texts) == ["500", "−80", "−90"]
+    heights = {text.get_text(): text.xyann[1] for text in top.texts}
+    assert heights["−90"] == heights["−80"] == 0, "they are far enough from each other"
+
+
+def test_values_beyond_the_frame_are_written_where_they_are_few_and_apart_where_they_are_close():
+    def drawn(count):
+        steps = [*range(count), 900, 1000]
+        figure = history_figure(
+            [make_estimate(mean=9.0 if s > 800 else -90.0 - s, step=s, valid=s > 800) for s in steps]
+        )
+        pixels(figure)
+        return figure.axes[0]
+
+    texts = drawn(5).texts
+    boxes = [text.get_window_extent() for text in texts]
+    assert [text.get_text() for text in texts] == ["−90", "−91", "−92", "−93", "−94"]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert not drawn(6).texts
+
+
+def test_the_value_beyond_the_frame_at_the_last_step_stays_in_the_picture():
+    figure = history_figure(
+        [make_estimate(mean=9.0, step=s) for s in (10, 20)] + [make_estimate(-1e5, step=30, valid=False)]
+    )
+    pixels(figure)
+    (text,) = figure.axes[0].texts
+    assert text.get_text() == "−100,000" and text.get_window_extent().x1 < 1000
+
+
+def test_the_frame_is_widened_to_what_is_not_valid_within_its_height_and_to_no_more():
+    def limits(bad):
+        good = [make_estimate(mean=m, se=0.0, step=s) for m, s in ((4.0, 20), (8.0, 30))]
+        return history_figure([make_estimate(mean=bad, step=10, valid=False), *good]).axes[0].get_ylim()
+
+    assert limits(0.5)[0] < 0.5 and limits(11.5)[1] > 11.5
+    low, high = limits(-16.0)
+    assert 2.8 < low < 3.5 and high < 8.5, "a little room for the mark"
 
 
 @pytest.mark.parametrize(

@@ -199,8 +199,11 @@ def test_a_matrix_without_numbers_is_drawn(fill):
 def test_suspects_in_the_order_of_a_run_say_so():
     estimate = make_influence(n=30, step=1200)
     over = estimate.replace(suspicion=torch.arange(30).double())
-    assert "mean losses over the run:" in suspects_figure(over, {}).get_suptitle()
-    assert "mean losses:" in suspects_figure(estimate, {}).get_suptitle()
+    said = "Likely wrong labels, ranked over all firings up to step 1,200"
+    assert suspects_figure(over, {}).get_suptitle() == said
+    assert suspects_figure(estimate, {}).get_suptitle() == "Likely wrong labels, ranked at step 1,200"
+    unlabelled = suspects_figure(over.replace(train_group=None), {}).get_suptitle()
+    assert unlabelled == "Likely wrong labels and outliers, ranked over all firings up to step 1,200"
     assert over.suspects(2) == [29, 28]
 
 
@@ -211,7 +214,7 @@ def test_suspects_are_shown_in_order_with_their_group_loss_and_plain_rank():
     assert [sheet[top + 44, left + 44].tolist() for left, top in FRAMES] == [
         [10 * k % 256] * 3 + [255] for k in range(20)
     ]
-    assert figure.get_suptitle().startswith("step 1,200: largest posterior mean losses")
+    assert figure.get_suptitle() == "Likely wrong labels, ranked at step 1,200"
     assert to_hex(figure._suptitle.get_color()) != RED
     assert to_hex(suspects_figure(make_influence(valid=False), {})._suptitle.get_color()) == RED
 

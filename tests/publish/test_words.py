@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
+import pytest
+
 from lightning_slt.publish.run import load_run
-from lightning_slt.publish.words import diagnostics, headline
-from lightning_slt.record import RunRecord
+from lightning_slt.publish.words import (
+    diagnostics,
+    headline,
+    invalid_sentence,
+    kind_of_reason,
+    outcome_of,
+    transitions_sentence,
+)
+from lightning_slt.record import Estimate, RunRecord
+from lightning_slt.transition_record import TransitionLog
+from lightning_slt.transitions.evidence import MIN_POINTS
 from tests.publish.helpers import make_estimate
 
 NOT_MIXED = "chains have not mixed: R-hat 1.38 > 1.1, error 5.9"
+DOWNHILL = "negative beyond its error: the weights are not at a minimum (chains run downhill)"
+SHORT = "the chains have not reached their width in 200 steps (virial ratio 0.40): more draws"
 
 
 def test_estimates_that_suffer_from_the_same_are_one_remark_however_many_reasons_each_has():
@@ -37,3 +51,76 @@ def test_what_measuring_took_is_that_of_all_monitors(tmp_path: Path):
         for step in (10, 20):
             record.append(make_estimate(step=step, component=name, seconds=seconds, overhead=share))
     assert "Measuring took 1 min 0 s in all, 38% of the run's wall-clock" in headline(load_run(tmp_path))[-2]
+
+
+# ---------------------------------------------------------------------------------------------------- lines of the log
+
+
+@pytest.mark.parametrize(
+    ("estimates", "said"),
+    [
+        ([make_estimate(step=4)], "1 estimate, valid; step 4: LLC 12.0 ± 0.5"),
+        ([make_estimate(step=4), make_estimate(step=8)], "2 estimates, all valid; step 8: LLC 12.0 ± 0.5"),
+        (
+            [make_estimate(step=4), make_estimate(step=8, reasons=(NOT_MIXED,))],
+            "2 estimates, 1 valid; step 4: LLC 12.0 ± 0.5",
+        ),
+        (
+            [make_estimate(step=step, reasons=(NOT_MIXED,)) for step in (4, 8)],
+            "2 estimates, none valid (step 8: chains disagree with each other (R-hat 1.38 > 1.1, error 5.9))",
+        ),
+        (
+            [make_estimate(step=4, reasons=(DOWNHILL,))],
+            "1 estimate, not valid (step 4: chains ran downhill: the weights were at no minimum)",
+        ),
+    ],
+)
+def test_the_outcome_of_a_run_is_its_last_valid_number_or_why_there_is_none(estimates: list[Estimate], said: str):
+    assert outcome_of(estimates) == said
+
+
+def test_an_estimate_that_is_not_valid_is_told_with_its_reason_and_what_helps():
+    estimate = make_estimate(mean=-16.0, se=2.0, step=100, reasons=(DOWNHILL,))
+    assert invalid_sentence(estimate, estimate.reasons) == (
+        f"step 100: LLC −16 ± 2 is not valid: {DOWNHILL}. Usual early in training and at a saddle."
+    )
+    lost = make_estimate(mean=math.nan, step=100, bad_chains=4, reasons=("no chain stayed finite",))
+    assert invalid_sentence(lost, lost.reasons).startswith("step 100: no LLC: no chain stayed finite. A smaller step")
+    short = make_estimate(reasons=(SHORT,))
+    assert invalid_sentence(short, short.reasons).endswith("(virial ratio 0.40): more draws."), "it says so itself"
+
+
+def test_reasons_are_of_one_kind_whatever_their_numbers():
+    pairs = [
+        (NOT_MIXED, "chains have not mixed: R-hat 2.1 > 1.1, error 1e+02"),
+        (SHORT, "the chains have not reached their width in 90 steps (virial ratio 0.1): more draws"),
+        ("1 of 4 chains diverged or became non-finite (chains [3]): left out",) * 2,
+        ("losses of 0.25 are too coarse in float32", "losses of 1e-05 are too coarse in float32"),
+    ]
+    assert all(kind_of_reason(one) == kind_of_reason(other) for one, other in pairs)
+    assert len({kind_of_reason(one) for one, _ in pairs}) == len(pairs)
+
+
+# ----------------------------------------------------------------------------------------------------------- the story
+
+
+def test_below_the_fewest_points_the_story_says_that_no_transition_was_looked_for():
+    log, estimate = TransitionLog("slt/llc/mean", 20.0), make_estimate(num_draws=2)
+    few = transitions_sentence(log, [estimate] * (MIN_POINTS - 1) + [make_estimate(bad_chains=1)])
+    assert few == f"Too few estimates to look for transitions ({MIN_POINTS - 1}; at least {MIN_POINTS} are needed)."
+    assert transitions_sentence(log, [estimate] * MIN_POINTS) == "No structural transition was flagged."
+
+
+def test_the_story_begins_at_a_number_that_is_positive_or_about_0(tmp_path: Path):
+    for name, mean, begin in (("a", 12.0, "12.0 ± 0.5 (step 10)"), ("b", -0.3, "about 0 (−0.3 ± 0.5, step 10)")):
+        record = RunRecord(tmp_path / name)
+        for estimate in (make_estimate(mean=mean, step=10), make_estimate(mean=20.0, step=20)):
+            record.append(estimate)
+        assert f"it went from {begin} to 20.0 ± 0.5 (step 20)" in " ".join(headline(load_run(tmp_path / name)))
+
+
+def test_no_advice_gives_a_fixed_burn_in_which_switches_calibration_off():
+    said = [invalid_sentence(make_estimate(reasons=(r,)), (r,)) for r in (NOT_MIXED, "step size 0.1 is too large")]
+    [remark] = diagnostics([make_estimate(reasons=(SHORT,))])
+    assert all("burn-in" not in text for text in [*said, remark.text])
+    assert remark.text.endswith("More draws (num_draws) help; leave num_burnin_steps to calibration.")

@@ -144,6 +144,8 @@ def test_raw_and_averaged_weights(config: SweepConfig, tmp_path: Path) -> None:
     lines: list[str] = []
     raw = sweep(paths, config, here([]), lines.append)
     assert "raw weights" in lines[0]
+    assert lines[1:] == [str(e) for e in raw.estimates]
+    assert all(line.startswith(f"step {e.step}: LLC") for line, e in zip(lines[1:], raw.estimates, strict=True))
     assert_same_points(raw.estimates, monitor.estimates)  # chains during training see raw weights
     config.weights = "averaged"
     averaged = sweep(paths, config, here([]), lines.append)

@@ -16,10 +16,11 @@ from lightning import LightningDataModule
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_slt.testing import SmokeTestFailed, smoke_test
+from lightning_slt.testing import SmokeReport, SmokeTestFailed, smoke_test
 from lightning_slt.testing.trace import flatten, rng_state
 from tests.integration import models
 from tests.integration.models import BATCH, IN, Net, Plain, tensors
+from tests.publish.helpers import make_estimate
 
 
 class Data(LightningDataModule):
@@ -70,6 +71,14 @@ def test_a_module_that_can_be_measured(
     after = flatten(rng_state())
     assert all(torch.equal(v, after[k]) if isinstance(v, torch.Tensor) else v == after[k] for k, v in before.items())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_is_printed_as_one_line_and_its_notes() -> None:
+    report = SmokeReport(make_estimate(num_weights=1130, num_samples=512, nbeta=82.07, method="batched"), (), 0.94)
+    assert str(report) == "OK in 0.9 s: 1,130 weights, n = 512, nbeta = 82, batched chains. Notes: none."
+    assert repr(report).startswith("SmokeReport(estimate=Estimate(mean=12")
+    noted = SmokeReport(make_estimate(num_samples=None, nbeta=2.5), ("It is slow.", "It is coupled."), 0.94)
+    assert str(noted).endswith("n = not known, nbeta = 2.5, sequential chains. Notes:\n- It is slow.\n- It is coupled.")
 
 
 def test_generators_are_put_back_after_a_failure() -> None:

@@ -179,7 +179,7 @@ def _transitions(monitor: MonitorRecord, charts: Mapping[str, Any]) -> Optional[
             f"<p>Only the whole curve shows it: kind {_t(t.kind)}, between steps {t.onset:,.0f} and {t.end:,.0f}; LLC "
             f"{signed(t.llc_change)}, loss {signed(t.loss_change)}.</p></div>"
         )
-    said = "" if cards else f"<p>{_t(transitions_sentence(log))}</p>"
+    said = "" if cards else f"<p>{_t(transitions_sentence(log, monitor.estimates))}</p>"
     return _section("transitions", "Transitions", "Transitions", said, *cards)
 
 
