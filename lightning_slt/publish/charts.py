@@ -302,7 +302,7 @@ def _mark_outside(axes: Axes, steps: npt.NDArray[np.float64], llc: npt.NDArray[n
 def _name_values(
     axes: Axes, steps: npt.NDArray[np.float64], llc: npt.NDArray[np.float64], place: float, inwards: int
 ) -> None:
-    """The values of points on the frame, beside their triangles; where these are close, one further in than the other.
+    """The values of points on the frame, over their triangles; where these are close, one further in than the other.
 
     Args:
         axes: whose limits and scale are set.
@@ -317,15 +317,15 @@ def _name_values(
     for x, step, value in zip(across, steps, llc, strict=True):
         level = level + 1 if x < taken else 0
         text = number(float(value), 2)
-        taken = x + 14 + 7 * len(text)  # pixels
-        before = x > left + 0.93 * (right - left)
+        taken = x + 8 * len(text)  # pixels
+        from_left = (x - left) / (right - left)
         axes.annotate(
             text,
             (step, place),
             xycoords=axes.get_xaxis_transform(),
-            xytext=(-6 if before else 6, 10 * level * inwards),
+            xytext=(0, (10 + 10 * level) * inwards),
             textcoords="offset points",
-            ha="right" if before else "left",
+            ha="left" if from_left < 0.02 else "right" if from_left > 0.98 else "center",
             va="center",
             fontsize=8,
             color=_BAD,
