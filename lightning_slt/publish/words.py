@@ -366,6 +366,9 @@ def reason_words(reason: str) -> str:
     words, _ = _meaning(reason)
     if words == reason or reason.startswith(NEGATIVE) or ": " not in reason:
         return words
+    if reason.startswith(_ADVISED):  # what follows is advice; the number is in brackets before it
+        found = re.search(r"\(([^)]*)\)", reason)
+        return f"{words} ({found[1]})" if found else words
     return f"{words} ({reason.split(': ', 1)[1]})"
 
 
@@ -397,7 +400,9 @@ def invalid_sentence(estimate: Estimate, reasons: Sequence[str]) -> str:
         reasons: those of its reasons that are to be told.
     """
     found = f"LLC {with_error(estimate.mean, estimate.se)} is not valid" if math.isfinite(estimate.mean) else "no LLC"
-    advice = dict.fromkeys(_meaning(reason)[1] for reason in reasons if not reason.startswith(_ADVISED))
+    # of chains that run downhill more draws make no estimate, whatever else is said of them
+    downhill = [reason for reason in estimate.reasons if reason.startswith(NEGATIVE)]
+    advice = dict.fromkeys(_meaning(reason)[1] for reason in downhill or reasons if not reason.startswith(_ADVISED))
     return " ".join([f"{_at_step(estimate)}{found}: {'; '.join(reasons)}.", *filter(None, advice)])
 
 

@@ -320,8 +320,8 @@ def test_each_kind_of_reason_why_an_estimate_is_not_valid_is_said_once(
     reasons = {
         2: ("negative beyond its error: downhill",),
         4: (),
-        6: ("negative beyond its error: downhill", "chains drift: by -3 ± 1"),
-        8: ("chains drift: by -2 ± 0.5",),
+        6: ("chains drift: by -3 ± 1", "chains have not mixed: R-hat 2"),
+        8: ("chains have not mixed: R-hat 3", "negative beyond its error: downhill"),
     }
     measure = SLTMonitor._measure
 
@@ -336,6 +336,7 @@ def test_each_kind_of_reason_why_an_estimate_is_not_valid_is_said_once(
     assert [r.getMessage() for r in caplog.records if "is not valid: " in r.getMessage()] == [
         "SLTMonitor: step 2: LLC −16 ± 2 is not valid: negative beyond its error: downhill. Usual early in training "
         "and at a saddle.",
-        "SLTMonitor: step 6: LLC −16 ± 2 is not valid: chains drift: by -3 ± 1. More draws (num_draws) give them time.",
+        "SLTMonitor: step 6: LLC −16 ± 2 is not valid: chains drift: by -3 ± 1; chains have not mixed: R-hat 2. More "
+        "draws (num_draws) give them time. More draws (num_draws) or chains (num_chains) help.",
     ]
     assert "SLTMonitor: 4 estimates, 1 valid; step 4: LLC −16 ± 2, in " in caplog.records[-1].getMessage()

@@ -15,6 +15,7 @@ from lightning_slt.publish.words import (
     invalid_sentence,
     kind_of_reason,
     outcome_of,
+    reason_words,
     transitions_sentence,
 )
 from lightning_slt.record import Estimate, RunRecord
@@ -84,6 +85,8 @@ def test_an_estimate_that_is_not_valid_is_told_with_its_reason_and_what_helps():
     assert invalid_sentence(estimate, estimate.reasons) == (
         f"step 100: LLC −16 ± 2 is not valid: {DOWNHILL}. Usual early in training and at a saddle."
     )
+    both = make_estimate(reasons=(NOT_MIXED, DOWNHILL))
+    assert invalid_sentence(both, both.reasons).endswith("downhill). Usual early in training and at a saddle.")
     lost = make_estimate(mean=math.nan, step=100, bad_chains=4, reasons=("no chain stayed finite",))
     assert invalid_sentence(lost, lost.reasons).startswith("step 100: no LLC: no chain stayed finite. A smaller step")
     short = make_estimate(reasons=(SHORT,))
@@ -122,5 +125,6 @@ def test_the_story_begins_at_a_number_that_is_positive_or_about_0(tmp_path: Path
 def test_no_advice_gives_a_fixed_burn_in_which_switches_calibration_off():
     said = [invalid_sentence(make_estimate(reasons=(r,)), (r,)) for r in (NOT_MIXED, "step size 0.1 is too large")]
     [remark] = diagnostics([make_estimate(reasons=(SHORT,))])
+    assert reason_words(SHORT) == "chains had not spread to their full width (virial ratio 0.40)"
     assert all("burn-in" not in text for text in [*said, remark.text])
     assert remark.text.endswith("More draws (num_draws) help; leave num_burnin_steps to calibration.")
