@@ -20,7 +20,7 @@ from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.eval_mode import misfit_of_eval
 from lightning_slt.sampling.lean import lean_of
 from lightning_slt.sampling.line_integral import misfit_of_gradient
-from lightning_slt.sampling.minibatch_heat import held_by_thermostat
+from lightning_slt.sampling.minibatch_heat import MAX_NOISE_HEAT, held_by_thermostat, too_hot
 from lightning_slt.sampling.readings import diverged, heat_of, steepness_of, virial_readings
 from lightning_slt.sampling.rounding import misfit_of_rounding
 from lightning_slt.sampling.segment import Segment
@@ -40,8 +40,6 @@ MAX_VIRIAL = 1.4
 have thrown them there, and the step that is right since is too small to bring them back."""
 MAX_HEAT = 0.25
 """Share of the estimate that may be step-size heat before it is called invalid."""
-MAX_NOISE_HEAT = 0.08
-"""The same of the minibatches' heat of a sampler with momenta: 0.4 to 1.0 of what is taken off was there."""
 NOTED_HEAT = 0.04
 """Share of the LLC that is heat of the step beyond which covariances over the same chains say so: it is in them."""
 BAD_FOR_COVARIANCES = frozenset(
@@ -293,8 +291,7 @@ def _reasons_of_heat(cooled: _WithoutHeat, summary: Summary, drawn: Drawn, chain
         return
     if _has_momenta(chains):
         if heat >= MAX_NOISE_HEAT:
-            said = f"{heat:.0%} of the estimate is heat of the minibatches: full_batch=True, or a larger batch_size"
-            yield Reason(Kind.HEAT_OF_MINIBATCHES, said)
+            yield Reason(Kind.HEAT_OF_MINIBATCHES, too_hot(heat, "estimate"))
     elif heat >= MAX_HEAT:
         too_large = f"step size {drawn.lr:.2g} is too large"
         if chains.sampler.heating(drawn.lr).noise_alone:

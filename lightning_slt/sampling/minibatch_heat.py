@@ -28,17 +28,22 @@ from lightning_slt.sampling.readings import heat_of
 from lightning_slt.sampling.samplers import KineticLangevin
 from lightning_slt.sampling.samplers.base import Heating
 from lightning_slt.sampling.segment import Segment
+from lightning_slt.sampling.step_size import NOISE_HEAT
 
-ALLOWED = 0.04
-"""Share of the LLC that minibatches may add to it: that of the search for SGLD's step."""
-MAX_HEAT = 0.08
-"""The same share, beyond which an estimate is not valid."""
+MAX_NOISE_HEAT = 0.08
+"""Share of the LLC that is heat of the minibatches of a sampler with momenta, beyond which it is not valid: 0.4 to 1.0
+of what is taken off was there."""
 LEAST_STEP = 1 / 64
 """The shortest time step, as a share of the longest one: with shorter ones chains go nowhere."""
 MAX_HELD, NOTED_HELD = 1.0, 0.08
 """What a thermostat has to hold, as a share of the LLC, beyond which covariances are not valid, or say so."""
 DRAWS, BATCHES = 8, 8
 """Of the Gaussian that the metric makes round; and minibatches, at the most, whose gradients are compared at each."""
+
+
+def too_hot(heat: float, of: str) -> str:
+    """That so large a share of something is heat of the minibatches, and what helps."""
+    return f"{heat:.0%} of the {of} is heat of the minibatches: full_batch=True, or a larger batch_size"
 
 
 def minibatch_noise(
@@ -148,7 +153,7 @@ class Cooled:
 
     @staticmethod
     def of(sampler: KineticLangevin, noise: float) -> Cooled:
-        """The time step shortened to where minibatches add no more than :data:`ALLOWED` to the LLC, or to
+        """The time step shortened to where minibatches add no more than :data:`NOISE_HEAT` to the LLC, or to
         :data:`LEAST_STEP` of what it was.
 
         Args:
@@ -162,12 +167,12 @@ class Cooled:
         """
         assert sampler.lr is not None
         low = high = math.sqrt(sampler.lr)
-        if sampler.noise_gain(sampler.lr) * noise > ALLOWED:
+        if sampler.noise_gain(sampler.lr) * noise > NOISE_HEAT:
             # the gain grows with the step: bisection to a thousandth of it
             low = LEAST_STEP * high
             while high - low > 1e-3 * low:
                 middle = 0.5 * (low + high)
-                cool = sampler.noise_gain(middle**2) * noise <= ALLOWED
+                cool = sampler.noise_gain(middle**2) * noise <= NOISE_HEAT
                 low, high = (middle, high) if cool else (low, middle)
         lr = sampler.lr if low == high else low**2
         found = dataclasses.replace(sampler, lr=lr)
@@ -180,9 +185,9 @@ class Cooled:
 
     def reasons(self) -> tuple[str, ...]:
         """Why an estimate from these chains is not valid; none where it may be."""
-        if self.heat < MAX_HEAT:
+        if self.heat < MAX_NOISE_HEAT:
             return ()
-        return (f"{self.heat:.0%} of the LLC is heat of the minibatches: full_batch=True, or a larger batch_size",)
+        return (too_hot(self.heat, "LLC"),)
 
     def notes(self, batch_size: int) -> tuple[str, ...]:
         """What should be known of them besides."""

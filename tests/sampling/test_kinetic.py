@@ -24,8 +24,8 @@ from lightning_slt.sampling.kinetic import (
     run_kinetic,
 )
 from lightning_slt.sampling.metric import Curvature
-from lightning_slt.sampling.minibatch_heat import ALLOWED
 from lightning_slt.sampling.segment import Segment
+from lightning_slt.sampling.step_size import NOISE_HEAT
 
 POSTERIOR = LocalPosterior(1.0, 1.0)
 SAMPLING = KineticSampling.of(POSTERIOR, Curvature(torch.tensor([3.0]), torch.eye(1), 3.0))
@@ -106,7 +106,7 @@ def test_what_the_last_try_shows_is_given_with_the_chains_that_stayed(most: int)
 def test_what_minibatches_allow_is_measured_once_and_shortened_further_where_chains_leave() -> None:
     tries = Tries(leaving=1, slope=4.0)
     found = tries.outcome()
-    assert found.cooled.shortened and found.cooled.heat == pytest.approx(ALLOWED, rel=0.01)
+    assert found.cooled.shortened and found.cooled.heat == pytest.approx(NOISE_HEAT, rel=0.01)
     assert tries.steps[0] < STEP and tries.steps[1] == pytest.approx(tries.steps[0] / 2)
 
 

@@ -9,8 +9,9 @@ import torch
 
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.sampling.metric import Curvature
-from lightning_slt.sampling.minibatch_heat import ALLOWED, LEAST_STEP, MAX_HEAT, Cooled, minibatch_noise
+from lightning_slt.sampling.minibatch_heat import LEAST_STEP, MAX_NOISE_HEAT, Cooled, minibatch_noise
 from lightning_slt.sampling.samplers import KineticLangevin, empty_state
+from lightning_slt.sampling.step_size import NOISE_HEAT
 from tests.sampling.helpers import gen
 
 
@@ -56,8 +57,8 @@ def test_a_step_is_shortened_to_what_is_allowed_and_no_further_than_the_least() 
     sampler = KineticLangevin(0.49)
     cool, warm, hot = (Cooled.of(sampler, noise) for noise in (0.05, 1.0, 1000.0))
     assert cool.sampler.lr == sampler.lr and not cool.shortened and not cool.notes(64) and not cool.reasons()
-    assert warm.shortened and warm.heat == pytest.approx(ALLOWED, rel=0.01) and not warm.reasons()
+    assert warm.shortened and warm.heat == pytest.approx(NOISE_HEAT, rel=0.01) and not warm.reasons()
     assert "minibatches of 64 hold the time step at 0.056" in warm.notes(64)[0]
     assert math.sqrt(hot.sampler.lr or 0) == pytest.approx(0.7 * LEAST_STEP, rel=0.01)
-    assert hot.heat > MAX_HEAT and "heat of the minibatches: full_batch=True" in hot.reasons()[0]
+    assert hot.heat > MAX_NOISE_HEAT and "heat of the minibatches: full_batch=True" in hot.reasons()[0]
     assert warm.shorter(0.5).lr == pytest.approx((warm.sampler.lr or 0) / 4)
