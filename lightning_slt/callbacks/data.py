@@ -26,7 +26,7 @@ from lightning_slt.callbacks.combined import Combined, Transfer, batches_of_epoc
 from lightning_slt.callbacks.marks import marks_of, same_marks
 from lightning_slt.callbacks.said import speaker
 from lightning_slt.sampling.batches import (
-    LEAST_BATCHES,
+    LEAST_WINDOW,
     MAX_RESIDENT_BATCHES,
     MAX_RESIDENT_BYTES,
     DatasetSource,
@@ -144,7 +144,7 @@ class TrainingData:
         """Clone a batch that training is about to use (on its device, hooks applied): a sample of all seen."""
         self._count += 1
         if self._seen and len(self._seen) >= min(
-            REPLAYED_BATCHES, max(LEAST_BATCHES, MAX_RESIDENT_BYTES // max(1, self._seen_bytes // len(self._seen)))
+            REPLAYED_BATCHES, max(LEAST_WINDOW, MAX_RESIDENT_BYTES // max(1, self._seen_bytes // len(self._seen)))
         ):
             place = self._order.randrange(self._count)
             if place < len(self._seen):

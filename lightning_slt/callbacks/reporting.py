@@ -26,8 +26,9 @@ from lightning_slt.estimate import ChainSettings
 from lightning_slt.firing import Course
 from lightning_slt.influence_record import InfluenceEstimate, suspicion_of
 from lightning_slt.publish import RunPublisher
+from lightning_slt.publish.diagnoses import invalid_sentence, kind_of_reason, outcome_of
+from lightning_slt.publish.phrases import count_of
 from lightning_slt.publish.render import Rendered
-from lightning_slt.publish.words import count_of, invalid_sentence, kind_of_reason, outcome_of
 from lightning_slt.record import Estimate, RunRecord
 from lightning_slt.sampling.collective import Collective
 from lightning_slt.susceptibility_record import SusceptibilityEstimate

@@ -12,23 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_slt.influence_record import InfluenceEstimate
+from lightning_slt.publish.diagnoses import diagnosis, diagnostics, diagnostics_sentence
 from lightning_slt.publish.influence_tables import suspect_rows
+from lightning_slt.publish.phrases import count_of, number, signed, with_error
 from lightning_slt.publish.render import clean
 from lightning_slt.publish.run import MonitorRecord, Run
-from lightning_slt.publish.words import (
-    KIND_WORDS,
-    cost_of,
-    count_of,
-    diagnosis,
-    diagnostics,
-    diagnostics_sentence,
-    headline,
-    number,
-    offline_only,
-    signed,
-    transition_sentences,
-    with_error,
-)
+from lightning_slt.publish.words import KIND_WORDS, cost_of, headline, offline_only, transition_sentences
 from lightning_slt.record import Estimate
 
 BLOCKS = "▁▂▃▄▅▆▇█"

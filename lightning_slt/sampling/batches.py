@@ -49,7 +49,7 @@ from lightning_slt.sampling.window import Window
 log = logging.getLogger(__name__)
 
 MAX_RESIDENT_BYTES = 256 * 2**20
-LEAST_BATCHES = 2
+LEAST_WINDOW = 2
 """Batches of a window however large they are: of a single one all chains would see the same at each step, and nothing
 would tell its noise."""
 MAX_RESIDENT_BATCHES = 1024
@@ -110,7 +110,7 @@ class DatasetSource(MinibatchSource):
         transfer: applied to each collated batch (to the device, user's hooks).
         seed: order of the samples.
         num_workers: processes that read the data, see :class:`~lightning_slt.sampling.reading.Reader`.
-        max_bytes: how much of the data may be held at once, beyond :data:`LEAST_BATCHES`.
+        max_bytes: how much of the data may be held at once, beyond :data:`LEAST_WINDOW`.
         worker_init_fn: as in a DataLoader, for those processes.
 
     Raises:
@@ -146,7 +146,7 @@ class DatasetSource(MinibatchSource):
         self._next_window = 0
         first = self._read(self._stream(0, 1))[0]
         self._bytes = max(num_bytes(first), 1)
-        affordable = max(LEAST_BATCHES, max_bytes // self._bytes)
+        affordable = max(LEAST_WINDOW, max_bytes // self._bytes)
         total = n * _epochs_for_even_use(n, self.batch_size) // self.batch_size
         self.resident = total <= min(affordable, MAX_RESIDENT_BATCHES)
         self._window_batches = total if self.resident else min(affordable, WINDOW_BATCHES)
@@ -255,7 +255,7 @@ class IterableSource(MinibatchSource):
         self._pending = [transfer(first[0])]
         leaves = [x for x in tree_flatten(self._pending[0])[0] if isinstance(x, Tensor) and x.ndim > 0]
         self.batch_size = len(leaves[0]) if leaves else 1
-        affordable = max(LEAST_BATCHES, max_bytes // max(1, num_bytes(self._pending[0])))
+        affordable = max(LEAST_WINDOW, max_bytes // max(1, num_bytes(self._pending[0])))
         self._least, self._most = min(affordable, WINDOW_BATCHES), min(affordable, MAX_RESIDENT_BATCHES)
         self._index = -1
 

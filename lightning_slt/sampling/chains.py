@@ -284,8 +284,10 @@ class Chains:
         readings = torch.zeros(kinds, chains, reads, dtype=torch.float64)
         read: list[Tensor] = []
         noise: Tensor | None = None
+        others: Tensor | None = None
         if self.sampler.heating(lr).step > 0 and not self.sampler.full_batch and min(len(window), steps) > 1:
             noise = torch.zeros(chains, num_noise_squares(steps, before), dtype=torch.float64)
+            others = _partners(indices)
         tallies = [self._state.tensors.get(name) for name in ("accepted", "proposed")]
         tallied = [tally.clone() for tally in tallies if tally is not None]
         width = self._engine.width
@@ -294,8 +296,8 @@ class Chains:
                 rows = slice(start, min(start + width, chains))
                 readout = Readout(self.reader, self.read_every, before)
                 own = seeds[rows] if seeds is not None else None
-                others = _partners(indices[rows]) if noise is not None else None
-                moved = self._chunk(rows).move(window, indices[rows], lr, readout, others, own, before)
+                beside = others[rows] if others is not None else None
+                moved = self._chunk(rows).move(window, indices[rows], lr, readout, beside, own, before)
                 losses[rows], readings[:, rows] = moved.losses, moved.readings
                 if noise is not None and moved.noise_square is not None:
                     noise[rows] = moved.noise_square

@@ -8,16 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from lightning_slt.publish.diagnoses import diagnostics, invalid_sentence, kind_of_reason, outcome_of, reason_words
 from lightning_slt.publish.run import load_run
-from lightning_slt.publish.words import (
-    diagnostics,
-    headline,
-    invalid_sentence,
-    kind_of_reason,
-    outcome_of,
-    reason_words,
-    transitions_sentence,
-)
+from lightning_slt.publish.words import headline, transitions_sentence
 from lightning_slt.record import Estimate, RunRecord
 from lightning_slt.transition_record import TransitionLog
 from lightning_slt.transitions.evidence import MIN_POINTS

@@ -33,11 +33,13 @@ from lightning_slt.publish.chart_rows import (
     steps_scale,
     trajectory_rows,
 )
+from lightning_slt.publish.diagnoses import verdict_sentence
 from lightning_slt.publish.influence_tables import media_id
+from lightning_slt.publish.phrases import number
 from lightning_slt.publish.run import MonitorRecord, Run
 from lightning_slt.publish.spec_parts import STATES, Scale, Spec
 from lightning_slt.publish.tables import step_of
-from lightning_slt.publish.words import number, offline_only, pairs_sentence, suspects_sentence, verdict_sentence
+from lightning_slt.publish.words import offline_only, pairs_sentence, suspects_sentence
 from lightning_slt.record import Estimate
 
 MAX_DRAWS = 300_000

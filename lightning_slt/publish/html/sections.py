@@ -9,26 +9,21 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 from lightning_slt.influence_record import InfluenceEstimate
+from lightning_slt.publish.diagnoses import diagnosis, diagnostics, diagnostics_sentence
 from lightning_slt.publish.html.data import MAX_POINTS, with_influence
 from lightning_slt.publish.influence_tables import pair_rows
+from lightning_slt.publish.phrases import count_of, number, signed, with_error
 from lightning_slt.publish.run import MonitorRecord, Run
 from lightning_slt.publish.words import (
     cost_of,
-    count_of,
-    diagnosis,
-    diagnostics,
-    diagnostics_sentence,
     duration,
     headline,
-    number,
     offline_only,
     pairs_sentence,
     seconds_of,
-    signed,
     transition_sentences,
     transition_title,
     transitions_sentence,
-    with_error,
 )
 from lightning_slt.record import Estimate
 

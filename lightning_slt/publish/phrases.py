@@ -1,0 +1,87 @@
+"""Numbers and lists as the sentences about a run have them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Optional
+
+
+def number(value: Optional[float], digits: int = 3) -> str:
+    """A number for a person: so many significant digits, and thousands apart.
+
+    Example:
+        >>> number(12.3456), number(0.00012345), number(1234567.0), number(float("nan"))
+        ('12.3', '0.000123', '1,230,000', 'n/a')
+    """
+    if value is None or not math.isfinite(value):
+        return "n/a"
+    if value == 0:
+        return "0"
+    size = math.floor(math.log10(abs(value)))
+    if size < -4 or size > 8:
+        return _scientific(value, digits)
+    rounded = round(value, digits - 1 - size)
+    return f"{rounded:,.{max(0, digits - 1 - size)}f}".replace("-", "−")
+
+
+def _scientific(value: float, digits: int = 3) -> str:
+    return f"{'−' if value < 0 else ''}{abs(value):.{digits - 1}e}"
+
+
+def signed(value: float) -> str:
+    """A change.
+
+    Example:
+        >>> signed(2.5), signed(-0.0361)
+        ('+2.50', '−0.0361')
+    """
+    return f"{'+' if value > 0 else ''}{number(value)}"
+
+
+_LARGE = 1e7
+"""From here on a number and its error together are too wide for a column."""
+
+
+def with_error(value: float, error: float) -> str:
+    """A number with its standard error, both to the digits that the error leaves.
+
+    Example:
+        >>> with_error(11.8234, 0.512), with_error(3.5, float("nan")), with_error(1234.5, 56.0)
+        ('11.8 ± 0.5', '3.50', '1,230 ± 60')
+        >>> with_error(-1.0612e13, 4.7e11)
+        '−1.06e+13 ± 5e+11'
+    """
+    if not math.isfinite(value):
+        return "n/a"
+    if not (math.isfinite(error) and error > 0):
+        return number(value)
+    size = math.floor(math.log10(error))
+    # rounding may carry over to the next power of ten
+    size = math.floor(math.log10(round(error, -size)))
+    places = max(0, -size)
+    if max(abs(value), error) >= _LARGE:
+        return f"{_scientific(value) if abs(value) >= _LARGE else number(value)} ± {error:.0e}"
+    if places > 6:
+        return f"{number(value)} ± {error:.0e}"
+    return f"{round(value, -size):,.{places}f}".replace("-", "−") + f" ± {round(error, -size):,.{places}f}"
+
+
+def listed(items: Sequence[str]) -> str:
+    """Items as a person lists them.
+
+    Example:
+        >>> listed(["a"]), listed(["a", "b", "c"])
+        ('a', 'a, b and c')
+    """
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + f" and {items[-1]}" if items else ""
+
+
+def count_of(count: int, one: str, many: Optional[str] = None) -> str:
+    """A number of things.
+
+    Example:
+        >>> count_of(1, "estimate"), count_of(3, "estimate"), count_of(0, "estimate")
+        ('1 estimate', '3 estimates', 'no estimates')
+    """
+    return f"{f'{count:,}' if count else 'no'} {one if count == 1 else many or one + 's'}"
