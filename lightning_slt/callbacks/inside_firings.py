@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -14,12 +13,9 @@ from torch import Tensor
 
 from lightning_slt.callbacks.arguments import is_smoke_test, second_moments
 from lightning_slt.callbacks.data import training_transfer
-from lightning_slt.callbacks.distribution import is_sharded, share_batches
+from lightning_slt.callbacks.distribution import share_batches
 from lightning_slt.callbacks.following import DataFollowing
-from lightning_slt.callbacks.overhead import Decision
 from lightning_slt.callbacks.progress import FiringProgress
-from lightning_slt.callbacks.signals import SignalsHeld
-from lightning_slt.callbacks.sizing import size_of, sized
 from lightning_slt.callbacks.structure import explained
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.influence import ProbeSet
@@ -28,7 +24,6 @@ from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.collective import RankLostError
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import SGLD
 from lightning_slt.sampling.sharded import ShardedObjective
 
@@ -38,48 +33,6 @@ SMOKE_SAMPLER = SGLD(lr=1e-6)
 
 class InsideFirings(DataFollowing):
     """The part of a monitor that measures the weights of now while training waits; its state is set by the monitor."""
-
-    def _fire_inside(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        step: int,
-        x: int,
-        decision: Optional[Decision],
-        held: SignalsHeld,
-    ) -> None:
-        """Measure and publish, on all ranks; a failure follows ``on_failure``."""
-        begin = time.monotonic()
-        settings = self._settings if decision is None else sized(self._settings, decision.size)
-        smoke_test = is_smoke_test(trainer)
-        # ranks with shards can only leave off together, and where failures raise a signal must not be one
-        check = None if is_sharded(trainer) or smoke_test or self._on_failure == "raise" else held.check
-        try:
-            with preserve_rng(), FiringProgress(trainer, f"{self._prefix} at step {step}", check) as progress:
-                estimate, influence = self._measure(trainer, pl_module, progress, settings)
-        except Exception as error:
-            self._hook_owner = None
-            if self._on_failure == "raise" or smoke_test or isinstance(error, RankLostError):
-                raise
-            self._warn_of_failure(step, f"{type(error).__name__}: {error}")
-            self._account(trainer, begin, failed=True)
-            return
-        size = size_of(settings, self._settings)
-        estimate = estimate.replace(seconds=time.monotonic() - begin, step=step, x=x, epoch=trainer.current_epoch)
-        if decision is not None:
-            estimate = estimate.replace(
-                firing_size=size,
-                credit_seconds=decision.credit_seconds,
-                predicted_seconds=decision.predicted_seconds,
-                skipped=self._skipped,
-            )
-            self._skipped = 0
-        self._take_up(trainer, pl_module, estimate, influence, begin)
-        if self._measures.susceptibility:
-            self._measure_beside(trainer, pl_module, estimate, settings)
-        # drawing and logging count as overhead too, from the next firing's figure on
-        self._account(trainer, begin, size)
-        self._warn_if_large()
 
     def _measure(
         self, trainer: Trainer, pl_module: LightningModule, progress: FiringProgress, settings: ChainSettings

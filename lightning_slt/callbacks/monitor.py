@@ -37,11 +37,12 @@ from lightning_slt.callbacks.distribution import (
 from lightning_slt.callbacks.inside_firings import InsideFirings
 from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.overhead import Decision, OverheadBudget
+from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.said import Said
 from lightning_slt.callbacks.samples import Probed, ProbedSamples
 from lightning_slt.callbacks.schedule import Schedule, steps_of_run
 from lightning_slt.callbacks.signals import SignalsHeld
-from lightning_slt.callbacks.sizing import chain_steps, least_size
+from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
 from lightning_slt.callbacks.susceptibilities import Measures
 from lightning_slt.firing import Course, firing_settings
 from lightning_slt.influence_record import InfluenceEstimate
@@ -49,8 +50,9 @@ from lightning_slt.kinds import check_count, check_flag
 from lightning_slt.publish import RunPublisher
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import MinibatchSource
-from lightning_slt.sampling.collective import Alone, Collective
+from lightning_slt.sampling.collective import Alone, Collective, RankLostError
 from lightning_slt.sampling.restriction import AllFrozenError, select_parameters
+from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import SGLD, SGNHT, LeimkuhlerMatthews, RMSpropSGLD
 from lightning_slt.sampling.samples import GroupFn
 from lightning_slt.sampling.steps import LossFn, check_loss_fn, loss_function
@@ -435,6 +437,47 @@ class SLTMonitor(InsideFirings):
             return
         with SignalsHeld() as held:
             self._fire_inside(trainer, pl_module, step, x, decision, held)
+
+    def _fire_inside(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        step: int,
+        x: int,
+        decision: Optional[Decision],
+        held: SignalsHeld,
+    ) -> None:
+        begin = time.monotonic()
+        settings = self._settings if decision is None else sized(self._settings, decision.size)
+        smoke_test = is_smoke_test(trainer)
+        # ranks with shards can only leave off together, and where failures raise a signal must not be one
+        check = None if is_sharded(trainer) or smoke_test or self._on_failure == "raise" else held.check
+        try:
+            with preserve_rng(), FiringProgress(trainer, f"{self._prefix} at step {step}", check) as progress:
+                estimate, influence = self._measure(trainer, pl_module, progress, settings)
+        except Exception as error:
+            self._hook_owner = None
+            if self._on_failure == "raise" or smoke_test or isinstance(error, RankLostError):
+                raise
+            self._warn_of_failure(step, f"{type(error).__name__}: {error}")
+            self._account(trainer, begin, failed=True)
+            return
+        size = size_of(settings, self._settings)
+        estimate = estimate.replace(seconds=time.monotonic() - begin, step=step, x=x, epoch=trainer.current_epoch)
+        if decision is not None:
+            estimate = estimate.replace(
+                firing_size=size,
+                credit_seconds=decision.credit_seconds,
+                predicted_seconds=decision.predicted_seconds,
+                skipped=self._skipped,
+            )
+            self._skipped = 0
+        self._take_up(trainer, pl_module, estimate, influence, begin)
+        if self._measures.susceptibility:
+            self._measure_beside(trainer, pl_module, estimate, settings)
+        # drawing and logging count as overhead too, from the next firing's figure on
+        self._account(trainer, begin, size)
+        self._warn_if_large()
 
     # --- after training -------------------------------------------------------------------------------------------
 
