@@ -107,6 +107,11 @@ class Course:
         if self.localization is None and (layout or Layout(anchor.numel())).all_finite(anchor):
             self.localization = default_localization(anchor, layout)
 
+    def forget(self, localization: Optional[float], method: str) -> None:
+        """Another run, which hands on nothing yet; with what is asked for it."""
+        self.localization, self.method, self.method_reason = localization, method, ""
+        self.memory = ChainMemory()
+
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors; displacements only where they are small."""
         return {

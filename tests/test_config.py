@@ -317,7 +317,7 @@ def test_a_whole_run_from_one_file(tmp_path: Path) -> None:
     config = load(tmp_path / "run.yaml", ["components.head.num_chains=8"], schema=RunConfig)
     assert config.components["encoder"] == MonitorConfig(restrict=["encoder.*"], num_chains=2)
     whole, encoder, head, *watches = config.build()
-    assert [monitor._name for monitor in (whole, encoder, head)] == [None, "encoder", "head"]
+    assert [monitor._asked.name for monitor in (whole, encoder, head)] == [None, "encoder", "head"]
     assert (head._settings.num_chains, head._restrict) == (8, ["head.*"])
     keys = ["slt/llc/mean", "slt_encoder/llc/mean", "slt_head/llc/mean"]
     assert [watch.state_key for watch in watches] == [TransitionMonitor(key).state_key for key in keys]

@@ -3,99 +3,86 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import time
-from typing import Any
+from collections.abc import Sequence
 
-from lightning.pytorch import LightningModule, Trainer
-
-from lightning_slt.callbacks.arguments import is_smoke_test, loss_context
-from lightning_slt.callbacks.distribution import make_objective
-from lightning_slt.callbacks.late import LateFirings
-from lightning_slt.callbacks.susceptibilities import measure_beside, publish, warn_of
+from lightning_slt.callbacks.asked import Asked
+from lightning_slt.callbacks.clock import RunClock
+from lightning_slt.callbacks.following import FollowedData
+from lightning_slt.callbacks.inside_firings import InsideFirings, share_buffers
+from lightning_slt.callbacks.moment import Moment
+from lightning_slt.callbacks.said import Voice
+from lightning_slt.callbacks.samples import ProbedSamples
+from lightning_slt.callbacks.susceptibilities import measure_beside
 from lightning_slt.estimate import ChainSettings
+from lightning_slt.firing import Course
 from lightning_slt.influence import ProbeSet
-from lightning_slt.record import Estimate
-from lightning_slt.sampling.collective import Collective, RankLostError
-from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.shadow import CopyError, shadow_copy
+from lightning_slt.susceptibility_record import SusceptibilityEstimate
 
-log = logging.getLogger(__name__)
 
+class ComponentFirings:
+    """Asks components, each with its own weights moving.
 
-class ComponentFirings(LateFirings):
-    """The part of a monitor that asks components, each with its own weights moving; its state is set by the monitor."""
+    Args:
+        asked, voice, samples, course, followed: as of :class:`~lightning_slt.callbacks.inside_firings.InsideFirings`.
+        inside: whose loss and data are those of the learning coefficient.
+    """
 
-    _collective: Collective
-
-    def _share_buffers(self, objective: Objective) -> None:
-        raise NotImplementedError
-
-    def _objective_of(self, trainer: Trainer, pl_module: LightningModule, restrict: Any) -> Objective:
-        """The loss of the module as it is now; the trainer's hooks are those of its private copy from here on."""
-        objective = make_objective(
-            trainer,
-            pl_module,
-            self._collective,
-            loss_fn=self._loss_fn,
-            restrict=restrict,
-            context=loss_context(trainer),
-            say=self._say_in_place,
-        )
-        self._hook_owner = objective.module
-        return objective
-
-    def _say_in_place(self, reason: str) -> None:
-        """Why the module is called in place, once a run: it is so at every firing."""
-        if self._said.first("in place"):
-            log.warning(reason)
-
-    def _measure_beside(
-        self, trainer: Trainer, pl_module: LightningModule, estimate: Estimate, settings: ChainSettings
+    def __init__(
+        self,
+        asked: Asked,
+        voice: Voice,
+        samples: ProbedSamples,
+        course: Course,
+        followed: FollowedData,
+        inside: InsideFirings,
     ) -> None:
-        """Susceptibility after the learning coefficient, which stands whatever becomes of it."""
-        source, step = self._source, estimate.step or 0
-        begin = time.monotonic()
+        self._asked, self._voice, self._samples = asked, voice, samples
+        self._course, self._followed, self._inside = course, followed, inside
+
+    def measure(
+        self, moment: Moment, settings: ChainSettings, before: Sequence[SusceptibilityEstimate]
+    ) -> SusceptibilityEstimate:
+        """Susceptibility after the learning coefficient of the same moment.
+
+        Args:
+            settings: what is asked of the chains of this firing.
+            before: the estimates of this run so far.
+        """
+        begin, followed = RunClock.now(), self._followed
+        source = followed.source
+        assert source is not None, "the learning coefficient comes first"
+        transfer = followed.transfer(moment.trainer)
+        probes: list[ProbeSet] = []
+
+        def read() -> None:
+            try:
+                followed.hooks_of = shadow_copy(moment.module)
+            except CopyError:
+                followed.hooks_of = moment.module  # its chains call it in place as well
+            probes.append(self._samples.read(moment.trainer, source, transfer, self._voice.prefix))
 
         try:
             with preserve_rng():
-                assert source is not None
-                transfer = self._transfer(trainer)
-                probes: list[ProbeSet] = []
-
-                def read() -> None:
-                    try:
-                        self._hook_owner = shadow_copy(pl_module)
-                    except CopyError:
-                        self._hook_owner = pl_module  # its chains call it in place as well
-                    probes.append(self._samples.read(trainer, source, transfer, self._prefix))
-
-                self._collective.exchange(read)
+                moment.collective.exchange(read)
                 found = measure_beside(
-                    self._measures,
-                    self._restrict,
-                    lambda restrict: self._objective_of(trainer, pl_module, restrict),
+                    self._asked.measures,
+                    self._asked.restrict,
+                    lambda restrict: self._inside.objective_of(moment, restrict),
                     source,
                     transfer,
                     probes[0],
                     dataclasses.replace(settings, method=self._course.method),
-                    self._collective,
-                    self._share_buffers,
-                    self.susceptibilities,
+                    moment.collective,
+                    lambda objective: share_buffers(objective, moment.collective),
+                    before,
                 )
-        except Exception as error:
-            if self._on_failure == "raise" or is_smoke_test(trainer) or isinstance(error, RankLostError):
-                raise
-            warn_of(error, step, self._who)
-            return
         finally:
-            self._hook_owner = None
-        found = found.replace(
-            step=step, x=estimate.x, epoch=estimate.epoch, monitor=self._prefix, seconds=time.monotonic() - begin
+            followed.hooks_of = None
+        return found.replace(
+            step=moment.step, x=moment.x, epoch=moment.epoch, monitor=self._voice.prefix, seconds=RunClock.now() - begin
         )
-        self.susceptibilities.append(found)
-        publish(found, self._publisher, self.folder, self._prefix, trainer.is_global_zero, self._who)
 
 
 __all__ = ["ComponentFirings"]

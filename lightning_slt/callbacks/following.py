@@ -1,56 +1,108 @@
-"""Training data that a monitor follows: data that is loaded anew or changed in place, and batches that were seen."""
+"""The training data of a monitor's chains: followed where it is loaded anew or changed in place, or as it was seen."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Optional
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
+from torch import nn
 
-from lightning_slt.callbacks.component_firings import ComponentFirings
-from lightning_slt.callbacks.data import TrainingData
+from lightning_slt.callbacks.asked import Asked
+from lightning_slt.callbacks.data import TrainingData, training_transfer
+from lightning_slt.callbacks.said import Voice
+from lightning_slt.sampling.batches import MinibatchSource
+from lightning_slt.sampling.collective import Collective
 
 
-class DataFollowing(ComponentFirings):
-    """The part of a monitor that keeps its chains on the data that training is on."""
+class FollowedData:
+    """Keeps the chains of a monitor on the data that training is on.
+
+    Args:
+        asked: what the monitor was asked for.
+        voice: of the monitor.
+
+    Attributes:
+        source: the chains' minibatches; None until they have been asked for, and where the data is other data since.
+        hooks_of: the module whose hooks move batches to its device; None where no measurement goes on.
+    """
+
+    def __init__(self, asked: Asked, voice: Voice) -> None:
+        self._asked, self._voice = asked, voice
+        self._data: Optional[TrainingData] = None
+        self.source: Optional[MinibatchSource] = None
+        self.hooks_of: Optional[nn.Module] = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For strategies that spawn: what was read belongs to the process that read it."""
+        return {**self.__dict__, "_data": None, "source": None, "hooks_of": None}
+
+    @property
+    def data(self) -> TrainingData:
+        """That of the run that goes on."""
+        assert self._data is not None, "asked for between two runs"
+        return self._data
+
+    @property
+    def num_samples(self) -> Optional[int]:
+        """n of the run that goes on; between two runs what was asked for."""
+        return self._data.num_samples if self._data is not None else self._asked.num_samples
+
+    def open(self, trainer: Trainer) -> TrainingData:
+        """A fit begins."""
+        self.close()
+        self._data = data = self._data_of(trainer)
+        return data
+
+    def close(self) -> None:
+        """A fit is over: nothing of its data is held."""
+        self._data, self.source, self.hooks_of = None, None, None
 
     def _data_of(self, trainer: Trainer) -> TrainingData:
-        return TrainingData(trainer, self._batch_size, self._num_samples, self._settings.seed, self._prefix)
+        asked = self._asked
+        return TrainingData(trainer, asked.batch_size, asked.num_samples, asked.settings.seed, self._voice.prefix)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Chains follow the data where ``reload_dataloaders_every_n_epochs`` has loaded it anew."""
+    def follow_loaders(self, trainer: Trainer) -> bool:
+        """Go on with what ``reload_dataloaders_every_n_epochs`` has loaded; whether that is other data."""
         before = self._data
         if before is None or before.is_of(trainer):
-            return
+            return False
         data = self._data_of(trainer)
         if data.replays and before.replays:
             before.follow(trainer)  # what training has seen stays seen
-            return
+            return False
         same = data.has_the_samples_of(before)
         if same:
             data.keep_marks_of(before)
+        else:
+            self.source = None
         self._data = data
-        if not same:
-            self._read_anew()
+        return not same
 
-    def _follow_changes(self, trainer: Trainer) -> None:
-        """At a firing, on all ranks: data that has been changed in place is read anew."""
-        data = self._data
-        assert data is not None
+    def follow_changes(self, trainer: Trainer, collective: Collective) -> bool:
+        """At a firing, on all ranks: whether the data has been changed in place; it is then read anew."""
         # ranks that read their data together must read it anew together
-        if any(self._collective.exchange(data.is_changed)):
-            self._data = self._data_of(trainer)
-            self._read_anew()
+        if not any(collective.exchange(self.data.is_changed)):
+            return False
+        self._data, self.source = self._data_of(trainer), None
+        return True
 
-    def _read_anew(self) -> None:
-        self._source = None
-        if self._beside is not None:
-            self._beside.data_is_other()
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # where a run is resumed Lightning's count is one behind until here
-        self._last_step = max(self._last_step, trainer.fit_loop.epoch_loop._batches_that_stepped)
+    def see(self, batch: Any) -> None:
+        """A batch that training is given, which is all there is of data that cannot be asked for."""
         if self._data is not None and self._data.replays:
             self._data.see(batch)
 
+    def read(self, trainer: Trainer) -> MinibatchSource:
+        """The minibatches as of now: those of earlier firings where they are kept."""
+        if self.source is None or self.data.replays:
+            self.source = self.data.source(self.transfer(trainer))
+        else:
+            self.source.forget()
+        return self.source
 
-__all__ = ["DataFollowing"]
+    def transfer(self, trainer: Trainer) -> Callable[[Any], Any]:
+        """What the trainer does to a batch, with the hooks of the private copy there is when it is read."""
+        return lambda batch: training_transfer(trainer, self.hooks_of)(batch)  # type: ignore[arg-type]
+
+
+__all__ = ["FollowedData"]

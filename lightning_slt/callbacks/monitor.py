@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -18,48 +16,59 @@ from torch import nn
 
 from lightning_slt.callbacks.arguments import (
     as_sampler,
-    check_dirpath,
-    check_name,
     is_smoke_test,
-    listed,
     plain,
     warn_of_other_curve,
     warn_of_untrained,
 )
+from lightning_slt.callbacks.asked import Asked
 from lightning_slt.callbacks.background import BackgroundFirings, warn_of_lost
-from lightning_slt.callbacks.data import TrainingData, check_num_samples
+from lightning_slt.callbacks.clock import RunClock
+from lightning_slt.callbacks.component_firings import ComponentFirings
+from lightning_slt.callbacks.data import check_num_samples
 from lightning_slt.callbacks.distribution import (
     check_strategy,
     close_collective,
     is_sharded,
     make_collective,
 )
+from lightning_slt.callbacks.evaluation import KeepsHistory
+from lightning_slt.callbacks.following import FollowedData
 from lightning_slt.callbacks.inside_firings import InsideFirings
+from lightning_slt.callbacks.late import LateFirings
 from lightning_slt.callbacks.listener import EstimateListener
+from lightning_slt.callbacks.moment import Moment
 from lightning_slt.callbacks.overhead import Decision, OverheadBudget
 from lightning_slt.callbacks.progress import FiringProgress
-from lightning_slt.callbacks.said import Said
+from lightning_slt.callbacks.remarks import (
+    leave_influence_out,
+    say_how,
+    warn_if_large,
+    warn_of_no_step,
+    warn_of_nothing,
+)
+from lightning_slt.callbacks.reporting import Reporting, first_localization
+from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.samples import Probed, ProbedSamples
 from lightning_slt.callbacks.schedule import Schedule, steps_of_run
 from lightning_slt.callbacks.signals import SignalsHeld
 from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
-from lightning_slt.callbacks.susceptibilities import Measures
+from lightning_slt.callbacks.susceptibilities import Measures, warn_of
+from lightning_slt.estimate import ChainSettings
 from lightning_slt.firing import Course, firing_settings
 from lightning_slt.influence_record import InfluenceEstimate
-from lightning_slt.kinds import check_count, check_flag
-from lightning_slt.publish import RunPublisher
+from lightning_slt.kinds import check_flag
 from lightning_slt.record import Estimate
-from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.collective import Alone, Collective, RankLostError
 from lightning_slt.sampling.restriction import AllFrozenError, select_parameters
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import SGLD, SGNHT, LeimkuhlerMatthews, RMSpropSGLD
 from lightning_slt.sampling.samples import GroupFn
-from lightning_slt.sampling.steps import LossFn, check_loss_fn, loss_function
+from lightning_slt.sampling.steps import LossFn, loss_function
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
 
 
-class SLTMonitor(InsideFirings):
+class SLTMonitor(KeepsHistory):
     """Measures the local learning coefficient while a model trains, and logs it with its error.
 
     At each firing SGLD chains start from the current weights, on a private copy of the module, with minibatches of
@@ -181,64 +190,91 @@ class SLTMonitor(InsideFirings):
                 "execution='background' has devices of its own."
             )
         beside = BackgroundFirings(devices, max_pending, when_full, max_wait)
-        self._beside = beside if execution == "background" else None
-        self._samples = ProbedSamples(probe, query, group_fn, render, seed)
-        self._measures = Measures(measures, self._samples.wanted)
-        self.susceptibilities: list[SusceptibilityEstimate] = []
-        self.influences: list[InfluenceEstimate] = []
-        self._budget = OverheadBudget(max_overhead) if max_overhead is not None else None
+        samples = ProbedSamples(probe, query, group_fn, render, seed)
+        budget = OverheadBudget(max_overhead) if max_overhead is not None else None
         if max_overhead is not None and (every_n_train_steps, every_n_epochs, at_steps, log_spaced) == (None,) * 4:
             every_n_train_steps = 1
-        self._schedule = Schedule.build(every_n_train_steps, every_n_epochs, at_steps, log_spaced)
-        self._settings = firing_settings(
-            sampler=as_sampler(sampler),
-            num_chains=num_chains,
-            num_draws=num_draws,
-            num_burnin_steps=num_burnin_steps,
-            num_steps_bw_draws=num_steps_bw_draws,
-            nbeta=nbeta,
-            localization=localization,
-            seed=seed,
-            method=method,
+        self._asked = asked = Asked(
+            schedule=Schedule.build(every_n_train_steps, every_n_epochs, at_steps, log_spaced),
+            settings=firing_settings(
+                sampler=as_sampler(sampler),
+                num_chains=num_chains,
+                num_draws=num_draws,
+                num_burnin_steps=num_burnin_steps,
+                num_steps_bw_draws=num_steps_bw_draws,
+                nbeta=nbeta,
+                localization=localization,
+                seed=seed,
+                method=method,
+            ),
+            measures=Measures(measures, samples.wanted),
+            restrict=plain(restrict),
+            loss_fn=loss_fn,
+            batch_size=batch_size,
+            num_samples=num_samples,
+            on_failure=on_failure,
+            name=name,
+            dirpath=dirpath,
         )
-        if on_failure not in ("warn", "raise"):
-            raise ValueError(f"on_failure={on_failure!r}: must be 'warn' or 'raise'.")
-        check_count("batch_size", batch_size, otherwise=", or None for that of the training loader")
-        check_count("num_samples", num_samples, 2, ", or None to take it from the data")
         check_flag("warm_start", warm_start, optional=False)
-        if loss_fn is not None:
-            check_loss_fn(loss_fn)
-        check_name(name)
-        check_dirpath(dirpath)
-        self._loss_fn = loss_fn
-        self._restrict = plain(restrict)
-        self._batch_size = batch_size
-        self._num_samples = num_samples
-        self._on_failure = on_failure
-        self._name = name
-        self._dirpath = dirpath
-        self.estimates: list[Estimate] = []
-        self.folder: Optional[Path] = None
-        self._prefix = f"slt_{name}" if name else "slt"
-        self._resumed_folder: Optional[Path] = None
-        self._held_folder: Optional[Path] = None
-        self._course = Course(localization, method, warm_start)
-        self._last_step = 0
-        self._seconds = 0.0
-        self._run_seconds = 0.0
-        self._start: Optional[float] = None
-        self._earned_until: Optional[float] = None
-        self._ask_at, self._skipped = 0, 0
+        self._samples = samples
+        self._voice = voice = Voice(f"slt_{name}" if name else "slt")
+        self._clock = clock = RunClock(budget)
+        self._course = course = Course(localization, method, warm_start)
+        self._followed = followed = FollowedData(asked, voice)
+        self._reporting = reporting = Reporting(self, asked, voice, clock, samples)
+        self._inside = inside = InsideFirings(asked, voice, samples, course, followed)
+        self._components = ComponentFirings(asked, voice, samples, course, followed, inside)
+        self._late: Optional[LateFirings] = None
+        if execution == "background":
+            self._late = LateFirings(beside, asked, voice, samples, course, followed, clock, reporting)
         self._collective: Collective = Alone()
-        self._data: Optional[TrainingData] = None
-        self._source: Optional[MinibatchSource] = None
-        self._hook_owner: Optional[nn.Module] = None
-        self._publisher: Optional[RunPublisher] = None
         self._explicit: tuple[int, ...] = ()
-        self._said = Said()
-        self._said_failure: Optional[tuple[int, str]] = None
+        self._last_step = 0
+        self._ask_at, self._skipped = 0, 0
         self._done_fast_run = False
-        self._listeners: list[EstimateListener] = []
+
+    # --- what others see ------------------------------------------------------------------------------------------
+
+    @property
+    def estimates(self) -> list[Estimate]:
+        """What was measured so far, oldest first."""
+        return self._reporting.history.estimates
+
+    @property
+    def influences(self) -> list[InfluenceEstimate]:
+        """Influence of the probed samples, oldest first."""
+        return self._reporting.history.influences
+
+    @property
+    def susceptibilities(self) -> list[SusceptibilityEstimate]:
+        """Susceptibility of components, oldest first."""
+        return self._reporting.history.susceptibilities
+
+    @property
+    def folder(self) -> Optional[Path]:
+        """Where the local record is, None where no files are written."""
+        return self._reporting.folder
+
+    @property
+    def prefix(self) -> str:
+        """The group in front of every key of this monitor; known from ``setup`` on."""
+        return self._voice.prefix
+
+    @property
+    def measures_later(self) -> bool:
+        """Whether estimates come after training has gone on from their weights."""
+        return self._late is not None
+
+    def add_listener(self, listener: EstimateListener) -> None:
+        """Tell ``listener`` of every estimate from now on; adding it twice is adding it once."""
+        if listener not in self._reporting.listeners:
+            self._reporting.listeners.append(listener)
+
+    def remove_listener(self, listener: EstimateListener) -> None:
+        """Tell it no more; nothing happens where it is not told."""
+        listeners = self._reporting.listeners
+        self._reporting.listeners = [other for other in listeners if other is not listener]
 
     # --- before training ------------------------------------------------------------------------------------------
 
@@ -248,39 +284,34 @@ class SLTMonitor(InsideFirings):
 
         Two monitors of the same settings on different submodules, or with different samplers, need names.
         """
-        restrict = self._restrict
-        if restrict is not None and not isinstance(restrict, str):
-            restrict = [r if isinstance(r, str) else type(r).__name__ for r in listed(restrict)]
-        if self._name is not None:
-            return self._generate_state_key(name=self._name)
-        # by what was asked for: a setting that a later version adds keeps the keys of the checkpoints of this one
-        asked = ((f.name, getattr(self._settings, f.name), f.default) for f in dataclasses.fields(self._settings))
-        settings = repr({name: value for name, value, default in asked if name != "sampler" and value != default})
+        if self._asked.name is not None:
+            return self._generate_state_key(name=self._asked.name)
         # a monitor without samples keeps the key that it had before there were any
         samples = {"samples": self._samples.describe()} if self._samples.wanted else {}
-        return self._generate_state_key(schedule=repr(self._schedule), settings=settings, restrict=restrict, **samples)
+        return self._generate_state_key(**self._asked.key(), **samples)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         self.number_among(trainer)
         try:
-            self._measures.check()
+            self._asked.measures.check()
         except ValueError as error:
-            raise MisconfigurationException(f"{self._who}: {error}") from error
-        if self._measures.susceptibility and self._beside is not None:
+            raise MisconfigurationException(f"{self._voice.who}: {error}") from error
+        if self._asked.measures.susceptibility and self._late is not None:
             raise MisconfigurationException(
-                self._called("measures=['susceptibility']") + " is measured inside training: use execution='inline'."
+                self._voice.called("measures=['susceptibility']")
+                + " is measured inside training: use execution='inline'."
             )
-        sampler = self._settings.sampler
-        check_strategy(trainer, sampler is None or sampler.elementwise, self._samples.wanted, self._prefix)
+        sampler = self._asked.settings.sampler
+        check_strategy(trainer, sampler is None or sampler.elementwise, self._samples.wanted, self._voice.prefix)
         try:
-            loss_function(pl_module, self._loss_fn)
+            loss_function(pl_module, self._asked.loss_fn)
         except ValueError as error:
-            raise MisconfigurationException(f"{self._who}: {error}") from error
-        if self._beside is not None and (trainer.world_size > 1 or is_sharded(trainer)):
+            raise MisconfigurationException(f"{self._voice.who}: {error}") from error
+        if self._late is not None and (trainer.world_size > 1 or is_sharded(trainer)):
             raise MisconfigurationException(
-                self._called("execution='background'")
+                self._voice.called("execution='background'")
                 + f" is for one training process with whole weights, and this run has {trainer.world_size} under "
                 f"{type(trainer.strategy).__name__}: use execution='inline', where ranks share the chains."
             )
@@ -291,56 +322,75 @@ class SLTMonitor(InsideFirings):
 
         A number that another monitor has for its name is passed over.
         """
-        if self._name is None:
+        if self._asked.name is None:
             monitors = [c for c in trainer.callbacks if isinstance(c, SLTMonitor)]  # type: ignore[attr-defined]
-            unnamed = [c for c in monitors if c._name is None]
+            unnamed = [c for c in monitors if c._asked.name is None]
             place = unnamed.index(self) if self in unnamed else 0
-            free = (n for n in itertools.count(2) if str(n) not in {c._name for c in monitors})
-            self._prefix = f"slt_{next(itertools.islice(free, place - 1, None))}" if place else "slt"
+            free = (n for n in itertools.count(2) if str(n) not in {c._asked.name for c in monitors})
+            self._voice.prefix = f"slt_{next(itertools.islice(free, place - 1, None))}" if place else "slt"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not in setup: a module may build its layers in its own setup or configure_model, which come after
         try:
-            select_parameters(pl_module, self._restrict)
+            select_parameters(pl_module, self._asked.restrict)
         except ValueError as error:
             finetuning = any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks)  # type: ignore[attr-defined]
             if not (isinstance(error, AllFrozenError) and finetuning):  # what is frozen now may thaw
-                raise MisconfigurationException(f"{self._who}: {error}") from error
+                raise MisconfigurationException(f"{self._voice.who}: {error}") from error
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._data = self._data_of(trainer)
-        self._source = None
+        asked, voice, smoke_test = self._asked, self._voice, is_smoke_test(trainer)
+        data = self._followed.open(trainer)
         self._samples.forget()
         try:
-            self._samples.check(self._data.indexed)
-            self._measures.check_data(self._data.indexed)
+            self._samples.check(data.indexed)
+            asked.measures.check_data(data.indexed)
         except ValueError as error:
-            raise MisconfigurationException(f"{self._who}: {error}") from error
-        if not self._data.counts_batches:
-            check_num_samples(self._data.num_samples, self._settings.nbeta, self._who)
+            raise MisconfigurationException(f"{voice.who}: {error}") from error
+        if not data.counts_batches:
+            check_num_samples(data.num_samples, asked.settings.nbeta, voice.who)
         self._explicit = self._steps_of_all(trainer)
         before = trainer.fit_loop.epoch_loop._batches_that_stepped
         if self._begins(trainer):
             self._forget()
-        now = time.monotonic()
-        self._start = now - self._run_seconds
-        if self._budget is not None and not is_smoke_test(trainer):
-            share = math.ceil(self._settings.num_chains / self._collective.world_size)
-            beside = self._beside is not None
-            # of a firing beside training only the snapshot costs it time, whatever its size; about that of a batch
-            self._budget.planned_steps = 1 if beside else share * chain_steps(self._settings)
-            self._budget.least_size = 1.0 if beside else least_size(self._settings)
-            # what passed since the last fit, or since a crash, is nobody's training; and every rank asks at once
-            self._earned_until, self._ask_at = now, 0
-        if self._restrict is None and not is_sharded(trainer):
-            warn_of_untrained(trainer, pl_module, self._who)
+        self._start_clock(trainer, earns=self._clock.budget is not None and not smoke_test)
+        if asked.restrict is None and not is_sharded(trainer):
+            warn_of_untrained(trainer, pl_module, voice.who)
         self._done_fast_run = False
         self._last_step = max(self._last_step, before)
-        self._open_publisher(trainer)
-        self._open_background(trainer, pl_module)
-        self._show(trainer)  # a run that is resumed may be a while from its next firing
-        if before == 0 and not self.estimates and 0 in self._explicit and not is_smoke_test(trainer):
+        restored = self._reporting.open(trainer, self._last_step, self._collective)
+        if self._course.localization is None:  # the curve goes on in the region of its first point
+            self._course.localization = first_localization(restored)
+        self._reporting.start(self._config())
+        if self._late is not None and not smoke_test:
+            self._late.open(trainer, pl_module)
+        self._reporting.show(trainer)  # a run that is resumed may be a while from its next firing
+        if before == 0 and not self.estimates and 0 in self._explicit and not smoke_test:
             self._consider(trainer, pl_module, step=0, x=0)
+
+    def _start_clock(self, trainer: Trainer, earns: bool) -> None:
+        others = [other._clock for other in trainer.callbacks if isinstance(other, SLTMonitor)]  # type: ignore[attr-defined]
+        self._clock.start(earns, others)
+        budget, settings = self._clock.budget, self._asked.settings
+        if budget is not None and earns:
+            share = math.ceil(settings.num_chains / self._collective.world_size)
+            # of a firing beside training only the snapshot costs it time, whatever its size; about that of a batch
+            budget.planned_steps = 1 if self.measures_later else share * chain_steps(settings)
+            budget.least_size = 1.0 if self.measures_later else least_size(settings)
+            self._ask_at = 0  # every rank asks at once
+
+    def _config(self) -> dict[str, Any]:
+        """The settings of the run, for the record and the loggers."""
+        budget = self._clock.budget
+        return {
+            **self._asked.describe(),
+            "max_overhead": budget.max_overhead if budget is not None else None,
+            "num_samples": self._followed.num_samples,
+            "localization": self._course.localization,
+            "warm_start": self._course.warm_start,
+            "samples": self._samples.describe(),
+            "background": self._late.beside.describe() if self._late is not None else None,
+        }
 
     def _steps_of_all(self, trainer: Trainer) -> tuple[int, ...]:
         """The steps to measure at, those of the first rank for all: a rank that measures alone waits for the others.
@@ -350,37 +400,42 @@ class SLTMonitor(InsideFirings):
         """
         told = self._collective.exchange(lambda: (trainer.num_training_batches, steps_of_run(trainer)))
         lengths = [batches for batches, _ in told]
-        if self._schedule.every_n_epochs is not None and len(set(lengths)) > 1:
+        if self._asked.schedule.every_n_epochs is not None and len(set(lengths)) > 1:
             raise MisconfigurationException(
-                self._called(f"every_n_epochs={self._schedule.every_n_epochs}")
+                self._voice.called(f"every_n_epochs={self._asked.schedule.every_n_epochs}")
                 + f": an epoch has {lengths} batches on the ranks, which would come to its end at different steps and "
                 "wait for each other. Use every_n_train_steps=, or loaders of one length."
             )
-        return self._schedule.explicit_steps(told[0][1])
+        return self._asked.schedule.explicit_steps(told[0][1])
 
     def _forget(self) -> None:
         """Another run has no history, whatever this object has measured before."""
-        self.estimates, self.influences, self.susceptibilities = [], [], []
-        settings = self._settings
-        self._course = Course(settings.localization, settings.method, self._course.warm_start)
-        self._last_step, self._seconds, self._run_seconds = 0, 0.0, 0.0
-        self._said.forget()
-        self._said_failure = None
-        self._resumed_folder = None
-        self._skipped = 0
-        if self._beside is not None:
-            self._beside.forget()
-        if self._budget is not None:
-            self._budget.forget()
+        self._reporting.forget()
+        self._course.forget(self._asked.settings.localization, self._asked.settings.method)
+        self._clock.forget()
+        self._voice.forget()
+        self._last_step, self._skipped = 0, 0
+        if self._late is not None:
+            self._late.beside.forget()
 
     # --- while training -------------------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Chains follow the data where ``reload_dataloaders_every_n_epochs`` has loaded it anew."""
+        if self._followed.follow_loaders(trainer) and self._late is not None:
+            self._late.beside.data_is_other()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # where a run is resumed Lightning's count is one behind until here
+        self._last_step = max(self._last_step, trainer.fit_loop.epoch_loop._batches_that_stepped)
+        self._followed.see(batch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._collect(trainer, pl_module)
-        if self._budget is not None and self._earned_until is not None:
-            self._budget.saw_batch(self._earn())
+        if self._late is not None:
+            self._late.collect(trainer, pl_module)
+        self._clock.saw_batch()
         loop = trainer.fit_loop.epoch_loop
         if loop._should_accumulate():
             return
@@ -393,17 +448,18 @@ class SLTMonitor(InsideFirings):
         if is_smoke_test(trainer):
             if not self._done_fast_run:
                 self._done_fast_run = True
-                self._fire(trainer, pl_module, step, x)
-        elif self._schedule.due(last, step, self._explicit):
+                self._fire(Moment(trainer, pl_module, step, x, self._collective))
+        elif self._asked.schedule.due(last, step, self._explicit):
             self._consider(trainer, pl_module, step, x)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._collect(trainer, pl_module)
-        if is_smoke_test(trainer) or not self._schedule.due_epoch(trainer.current_epoch + 1):
+        if self._late is not None:
+            self._late.collect(trainer, pl_module)
+        if is_smoke_test(trainer) or not self._asked.schedule.due_epoch(trainer.current_epoch + 1):
             return
         if self.estimates and self.estimates[-1].step == self._last_step:
             return
-        if self._beside is not None and self._beside.last_step == self._last_step:
+        if self._late is not None and self._late.beside.last_step == self._last_step:
             return
         # Lightning takes its count one back to log an epoch's values: they share the x of the last batch
         self._consider(trainer, pl_module, self._last_step, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
@@ -414,56 +470,47 @@ class SLTMonitor(InsideFirings):
         The first rank decides, and tells the others at which step to ask next: clocks differ between ranks, and an
         exchange at every step would be dear.
         """
-        budget = self._budget
+        budget = self._clock.budget
         if budget is None:
-            self._fire(trainer, pl_module, step, x)
+            self._fire(Moment(trainer, pl_module, step, x, self._collective))
             return
         decision: Optional[Decision] = None
         if step >= self._ask_at:
-            self._earn()
+            self._clock.earn()
             decision = self._collective.exchange(lambda: budget.decide(step))[0]
             self._ask_at = decision.ask_at
         if decision is not None and decision.fire:
-            self._fire(trainer, pl_module, step, x, decision)
+            self._fire(Moment(trainer, pl_module, step, x, self._collective, decision))
         else:
             self._skipped += 1
 
-    def _fire(
-        self, trainer: Trainer, pl_module: LightningModule, step: int, x: int, decision: Optional[Decision] = None
-    ) -> None:
+    def _fire(self, moment: Moment) -> None:
         """Measure now, on all ranks, and publish; a failure follows ``on_failure``."""
-        if self._beside is not None and not is_smoke_test(trainer):
-            self._send(trainer, pl_module, step, x, decision)
+        if self._late is not None and not moment.is_smoke_test:
+            self._skipped = self._late.send(moment, self._skipped)
             return
         with SignalsHeld() as held:
-            self._fire_inside(trainer, pl_module, step, x, decision, held)
+            self._fire_inside(moment, held)
 
-    def _fire_inside(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        step: int,
-        x: int,
-        decision: Optional[Decision],
-        held: SignalsHeld,
-    ) -> None:
-        begin = time.monotonic()
-        settings = self._settings if decision is None else sized(self._settings, decision.size)
-        smoke_test = is_smoke_test(trainer)
+    def _fire_inside(self, moment: Moment, held: SignalsHeld) -> None:
+        asked, clock, decision = self._asked, self._clock, moment.decision
+        begin = clock.now()
+        settings = asked.settings if decision is None else sized(asked.settings, decision.size)
+        raises = asked.raises or moment.is_smoke_test
         # ranks with shards can only leave off together, and where failures raise a signal must not be one
-        check = None if is_sharded(trainer) or smoke_test or self._on_failure == "raise" else held.check
+        check = None if is_sharded(moment.trainer) or raises else held.check
         try:
-            with preserve_rng(), FiringProgress(trainer, f"{self._prefix} at step {step}", check) as progress:
-                estimate, influence = self._measure(trainer, pl_module, progress, settings)
+            label = f"{self.prefix} at step {moment.step}"
+            with preserve_rng(), FiringProgress(moment.trainer, label, check) as progress:
+                estimate, influence = self._measure(moment, settings, progress)
         except Exception as error:
-            self._hook_owner = None
-            if self._on_failure == "raise" or smoke_test or isinstance(error, RankLostError):
+            if raises or isinstance(error, RankLostError):
                 raise
-            self._warn_of_failure(step, f"{type(error).__name__}: {error}")
-            self._account(trainer, begin, failed=True)
+            self._voice.failed(moment.step, f"{type(error).__name__}: {error}")
+            clock.took(begin, failed=True)
             return
-        size = size_of(settings, self._settings)
-        estimate = estimate.replace(seconds=time.monotonic() - begin, step=step, x=x, epoch=trainer.current_epoch)
+        size = size_of(settings, asked.settings)
+        estimate = estimate.replace(seconds=clock.now() - begin, step=moment.step, x=moment.x, epoch=moment.epoch)
         if decision is not None:
             estimate = estimate.replace(
                 firing_size=size,
@@ -472,95 +519,109 @@ class SLTMonitor(InsideFirings):
                 skipped=self._skipped,
             )
             self._skipped = 0
-        self._take_up(trainer, pl_module, estimate, influence, begin)
-        if self._measures.susceptibility:
-            self._measure_beside(trainer, pl_module, estimate, settings)
+        self._reporting.take_up(moment.trainer, moment.module, estimate, influence, begin)
+        if asked.measures.susceptibility:
+            self._measure_components(moment, settings, raises)
         # drawing and logging count as overhead too, from the next firing's figure on
-        self._account(trainer, begin, size)
-        self._warn_if_large()
+        clock.took(begin, size)
+        if clock.budget is None:
+            warn_if_large(self._voice, self.estimates)
+
+    def _measure(
+        self, moment: Moment, settings: ChainSettings, progress: FiringProgress
+    ) -> tuple[Estimate, Optional[InfluenceEstimate]]:
+        """What the chains say, and what there is to be said of how they were run."""
+        estimate, influence, problem = self._inside.measure(moment, settings, progress)
+        if problem:
+            leave_influence_out(self._voice, self._samples, problem)
+        say_how(self._voice, estimate, influence)
+        return estimate, influence
+
+    def _measure_components(self, moment: Moment, settings: ChainSettings, raises: bool) -> None:
+        """Susceptibility after the learning coefficient, which stands whatever becomes of it."""
+        try:
+            found = self._components.measure(moment, settings, self.susceptibilities)
+        except Exception as error:
+            if raises or isinstance(error, RankLostError):
+                raise
+            warn_of(error, moment.step, self._voice.who)
+            return
+        self._reporting.take_up_susceptibility(moment.trainer, found)
 
     # --- after training -------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._await_the_last(trainer, pl_module)
+        if self._late is not None:
+            self._late.await_the_last(trainer, pl_module)
         self._finish(trainer, "finished")
-        if self.estimates or self._seconds > 0 or not self._last_step:
+        if self.estimates or self._clock.measured_seconds > 0 or not self._last_step:
             return
+        budget = self._clock.budget
         if not self._skipped:
-            self._warn_of_no_step(trainer)
-        elif self._budget is not None and math.isfinite(self._budget.predicted_seconds):
-            self._warn_of_nothing(self._budget)
+            warn_of_no_step(self._voice, self._asked.schedule, trainer, self._last_step)
+        elif budget is not None and math.isfinite(budget.predicted_seconds):
+            warn_of_nothing(self._voice, budget)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._beside is not None:
-            self._beside.close()  # what is out stays on disk, for a resume
+        if self._late is not None:
+            self._late.beside.close()  # what is out stays on disk, for a resume
         self._finish(trainer, "failed")
 
+    def _finish(self, trainer: Trainer, status: str) -> None:
+        self._clock.stop()
+        try:
+            if self._late is not None and self._reporting.publisher is not None:
+                self._late.beside.close(finished=status == "finished")
+        finally:
+            self._reporting.finish(trainer, status)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._beside is not None:
-            self._beside.close()
-        self._source, self._data, self._hook_owner = None, None, None
+        if self._late is not None:
+            self._late.beside.close()
+        self._followed.close()
         close_collective(self._collective)
         self._collective = Alone()
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        if self._earned_until is not None:
-            self._earn()
-        run_seconds = time.monotonic() - self._start if self._start is not None else self._run_seconds
         return {
-            "estimates": [estimate.state_dict() for estimate in self.estimates],
-            "influences": [influence.without_pairs().state_dict() for influence in self.influences],
-            "susceptibilities": [found.state_dict() for found in self.susceptibilities],
+            **self._reporting.history.state_dict(),
             "last_step": self._last_step,
             **self._course.state_dict(),
-            "seconds": self._seconds,
-            "run_seconds": run_seconds,
+            **self._clock.state_dict(),
             "folder": str(self.folder) if self.folder is not None else None,
-            "budget": self._budget.state_dict() if self._budget is not None else None,
             "skipped": self._skipped,
-            "pending": self._beside.state_dict() if self._beside is not None else [],
+            "pending": self._late.beside.state_dict() if self._late is not None else [],
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         if trainer.state.fn == TrainerFn.FITTING:
-            warn_of_other_curve(checkpoint.get("callbacks", {}), self, trainer, self._who)
+            warn_of_other_curve(checkpoint.get("callbacks", {}), self, trainer, self._voice.who)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._keeps(bool(self.estimates)) or not state_dict:
             return  # an empty state is of no run
         self._given = True
-        self.estimates = [Estimate.from_state_dict(state) for state in state_dict["estimates"]]
-        self.influences = [InfluenceEstimate.from_state_dict(state) for state in state_dict.get("influences", [])]
-        self.susceptibilities = [
-            SusceptibilityEstimate.from_state_dict(state) for state in state_dict.get("susceptibilities", [])
-        ]
+        self._reporting.history.load_state_dict(state_dict)
         self._last_step = int(state_dict["last_step"])
         self._course.load_state_dict(state_dict)
-        if self._settings.localization is not None:
-            self._course.localization = self._settings.localization
-        self._seconds = float(state_dict["seconds"])
-        self._run_seconds = float(state_dict["run_seconds"])
+        if self._asked.settings.localization is not None:
+            self._course.localization = self._asked.settings.localization
+        self._clock.load_state_dict(state_dict)
         folder = state_dict.get("folder")
-        self._resumed_folder = Path(folder) if folder else None
+        self._reporting.resumed_folder = Path(folder) if folder else None
         self._skipped = int(state_dict.get("skipped", 0))
-        if self._beside is not None:
-            self._beside.load_state_dict(state_dict.get("pending", []))
+        if self._late is not None:
+            self._late.beside.load_state_dict(state_dict.get("pending", []))
         else:
             steps = [int(notes["step"]) for notes in state_dict.get("pending", [])]
-            warn_of_lost(steps, self._who, "this monitor measures inside training (execution='inline')")
-        if self._budget is not None and state_dict.get("budget") is not None:
-            self._budget.load_state_dict(state_dict["budget"])
+            warn_of_lost(steps, self._voice.who, "this monitor measures inside training (execution='inline')")
 
     def __getstate__(self) -> dict[str, Any]:
-        """For strategies that spawn: what belongs to a running process stays behind."""
-        state = super().__getstate__()
-        state.update(_collective=Alone(), _publisher=None, _data=None, _source=None, _hook_owner=None, _start=None)
-        state["_earned_until"] = state["_trained_by"] = None
-        state["_listeners"] = []  # they come again in their own setup
-        return state
+        """For strategies that spawn: what belongs to a running process stays behind, as its parts do."""
+        return {**super().__getstate__(), "_collective": Alone(), "_trained_by": None}
 
 
 __all__ = ["SLTMonitor"]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 
 def speaker(prefix: str = "slt", arguments: str = "", kind: str = "SLTMonitor") -> str:
     """What a callback calls itself where it says something: with its prefix, where others may speak too.
@@ -18,27 +22,51 @@ def speaker(prefix: str = "slt", arguments: str = "", kind: str = "SLTMonitor") 
     return kind + (f"({arguments})" if arguments else "") + ("" if prefix == "slt" else f" ({prefix})")
 
 
-class Said:
-    """What a run has been told already, by topic.
+class Voice:
+    """One callback of a trainer, where it says something: who it is, and what it has said in this run.
+
+    Args:
+        prefix: the group in front of its keys, as far as it is known yet.
 
     Example:
-        >>> said = Said()
-        >>> said.first("full"), said.first("full"), said.first("notes")
-        (True, False, True)
+        >>> voice = Voice("slt_2")
+        >>> voice.who, voice.called("num_samples=None"), voice.first("full"), voice.first("full")
+        ('SLTMonitor (slt_2)', 'SLTMonitor(num_samples=None) (slt_2)', True, False)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = "slt") -> None:
+        self.prefix = prefix
         self._topics: set[str] = set()
+        self._failure: Optional[tuple[int, str]] = None
+
+    @property
+    def who(self) -> str:
+        """What it calls itself."""
+        return speaker(self.prefix)
+
+    def called(self, arguments: str) -> str:
+        """The same with the arguments that are meant."""
+        return speaker(self.prefix, arguments)
 
     def first(self, topic: str) -> bool:
-        """Whether it is said for the first time; from then on it has been."""
+        """Whether something is said for the first time in this run; from then on it has been."""
         new = topic not in self._topics
         self._topics.add(topic)
         return new
 
+    def failed(self, step: int, reason: str) -> None:
+        """A step that fails in chains fails at every firing: the whole reason is said once, not at each of them."""
+        left_out = f"{self.who}: the measurement at step {step} failed and is left out"
+        if self._failure is not None and self._failure[1] == reason:
+            rank_zero_warn(f"{left_out}, for the reason given at step {self._failure[0]}; training goes on.")
+            return
+        self._failure = (step, reason)
+        rank_zero_warn(f"{left_out}; training goes on. {reason}")
+
     def forget(self) -> None:
         """Another run has been told nothing."""
         self._topics.clear()
+        self._failure = None
 
 
-__all__ = ["Said", "speaker"]
+__all__ = ["Voice", "speaker"]

@@ -22,7 +22,7 @@ FILES = {name: text for text, name in re.findall(r"```yaml\n(# (\S+)\n.*?)```", 
 
 def check(monitor: Callback, transitions: Callback) -> None:
     assert isinstance(monitor, SLTMonitor) and isinstance(transitions, TransitionMonitor)
-    assert isinstance(monitor._settings.sampler, RMSpropSGLD)
+    assert isinstance(monitor._asked.settings.sampler, RMSpropSGLD)
     assert transitions._settings["min_change"] == 2.0
 
 

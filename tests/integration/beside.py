@@ -31,8 +31,9 @@ class Ends(Callback):
         self.monitor, self.folder, self.last, self.pause = monitor, folder, last, pause
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        beside = self.monitor._beside
-        assert beside is not None and beside._pool is not None
+        assert self.monitor._late is not None
+        beside = self.monitor._late.beside
+        assert beside._pool is not None
         with open(self.folder / "workers.txt", "a") as file:
             file.write("".join(f"{pid}\n" for pid in beside._pool.processes))
         if trainer.global_step == self.last:

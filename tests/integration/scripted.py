@@ -8,6 +8,7 @@ from typing import Any, Optional
 import numpy as np
 
 from lightning_slt import SLTMonitor
+from lightning_slt.callbacks.moment import Moment
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.record import Estimate
 from tests.publish.helpers import make_estimate, make_influence
@@ -45,16 +46,16 @@ class Scripted(SLTMonitor):
     ) -> None:
         if not {"every_n_epochs", "at_steps", "log_spaced"} & set(settings):
             settings.setdefault("every_n_train_steps", 1)
-        super().__init__(on_failure="raise", **settings)
-        self._said.first("overhead")  # a curve costs nothing, and neither do these steps
+        super().__init__(**{"on_failure": "raise", **settings})
+        self._voice.first("overhead")  # a curve costs nothing, and neither do these steps
         self._curve, self._scripted_influence = curve, influence
 
     def _forget(self) -> None:
         super()._forget()
-        self._said.first("overhead")
+        self._voice.first("overhead")
 
-    def _measure(self, trainer: Any, *_: Any) -> tuple[Estimate, Optional[InfluenceEstimate]]:
-        step = self._last_step
+    def _measure(self, moment: Moment, *_: Any) -> tuple[Estimate, Optional[InfluenceEstimate]]:
+        step = moment.step
         influence = self._scripted_influence(step) if self._scripted_influence is not None else None
         fields = {"se": 0.3, "num_chains": 2, "num_draws": 2, "nbeta": 150.0, "num_samples": 1000, **self._curve(step)}
         return make_estimate(**fields), influence

@@ -70,8 +70,8 @@ def beside(**changes: Any) -> SLTMonitor:
 
 
 def workers_of(monitor: SLTMonitor) -> list[int]:
-    assert monitor._beside is not None and monitor._beside._pool is not None
-    return monitor._beside._pool.processes
+    assert monitor._late is not None and monitor._late.beside._pool is not None
+    return monitor._late.beside._pool.processes
 
 
 def assert_same_estimates(ours: SLTMonitor, theirs: SLTMonitor, atol: float = 0.0) -> None:
@@ -255,11 +255,12 @@ class Stalled(Callback):
 def test_a_firing_beyond_the_queue_is_left_out(when_full: str, max_wait: float, tmp_path: Path) -> None:
     """At once, or after the time that it may wait; what is in the queue comes at the end."""
     monitor = beside(every_n_train_steps=1, max_pending=2, when_full=when_full, max_wait=max_wait)
-    assert monitor._beside is not None
+    assert monitor._late is not None
     stalled = Stalled(monitor)
     if when_full == "wait":
         # the end of fit has a limit of its own here: only the wait in training is without time
-        stalled.on_train_end = lambda *_: (stalled._signal(signal.SIGCONT), setattr(monitor._beside, "max_wait", 60.0))  # type: ignore[method-assign]
+        late = monitor._late.beside
+        stalled.on_train_end = lambda *_: (stalled._signal(signal.SIGCONT), setattr(late, "max_wait", 60.0))  # type: ignore[method-assign]
     with pytest.warns(
         UserWarning, match=r"the firing at step 3 is left out, since 2 snapshots are out and max_pending=2"
     ):
@@ -312,8 +313,8 @@ class WaitsForTheNews(Callback):
         self.monitor = monitor
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        beside, until = self.monitor._beside, time.monotonic() + 10.0
-        assert beside is not None
+        assert self.monitor._late is not None
+        beside, until = self.monitor._late.beside, time.monotonic() + 10.0
         while beside.broken is None and time.monotonic() < until:
             assert beside.take() == []
             time.sleep(0.02)

@@ -144,7 +144,7 @@ def test_argument_of_another_kind_for_transitions(arguments: dict[str, Any], mes
 @pytest.mark.parametrize("measures", ["llc", {"name": "llc"}, ["llc"]], ids=repr)
 def test_one_measure_need_not_be_in_a_list(measures: Any) -> None:
     monitor = SLTMonitor(measures=measures)
-    assert monitor._measures.describe() == (measures if isinstance(measures, list) else [measures])
+    assert monitor._asked.measures.describe() == (measures if isinstance(measures, list) else [measures])
 
 
 REFUSED: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]], str]] = {

@@ -146,7 +146,7 @@ def test_hydra_builds_it(sampler: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [SGLD, RMSpropSGLD, SGNHT], ids=lambda kind: kind.__name__)
 def test_a_nested_dict_names_any_sampler(kind: type) -> None:
     monitor = SLTMonitor(sampler={"name": kind.__name__, "lr": 1e-4})  # type: ignore[arg-type]
-    assert monitor._settings.sampler == kind(lr=1e-4)
+    assert monitor._asked.settings.sampler == kind(lr=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -464,14 +464,14 @@ def test_chains_follow_data_that_is_loaded_anew(tmp_path: Path) -> None:
     """A curriculum: 8 samples of 1, then 16 of 2, then 24 of 3; n and the batches are those of the epoch."""
     monitor = tiny_monitor(every_n_epochs=1)
     seen: list[set[float]] = []
-    publish = monitor._take_up
+    publish = monitor._reporting.take_up
 
     def listens(*arguments: Any) -> None:
         seen.append({float(batch.unique()) for batch in models.CHAIN_SAW})
         models.CHAIN_SAW.clear()
         publish(*arguments)
 
-    monitor._take_up = listens  # type: ignore[method-assign]
+    monitor._reporting.take_up = listens  # type: ignore[method-assign]
     reloading(lambda number: constant(number, 8 * number)).assert_undisturbed(tmp_path, monitor)
     assert [e.num_samples for e in monitor.estimates] == [8, 16, 24]
     assert seen == [{1.0}, {2.0}, {3.0}]
@@ -588,14 +588,14 @@ def test_labels_that_change_without_a_reload_are_followed(tmp_path: Path) -> Non
             return super().training_step((batch[1].float().unsqueeze(1).expand(-1, models.IN), batch[1]), batch_idx)
 
     monitor = tiny_monitor(at_steps=[6, 12])
-    publish, seen = monitor._take_up, []
+    publish, seen = monitor._reporting.take_up, []
 
     def listens(*arguments: Any) -> None:
         seen.append({float(value) for batch in models.CHAIN_SAW for value in batch.unique()})
         models.CHAIN_SAW.clear()
         publish(*arguments)
 
-    monitor._take_up = listens  # type: ignore[method-assign]
+    monitor._reporting.take_up = listens  # type: ignore[method-assign]
     Scenario(Module, lambda: loaders(dataset=data)).run(tmp_path, monitor)
     assert steps_of(monitor) == [6, 12] and seen == [{0.0}, {1.0}]
 

@@ -15,7 +15,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from lightning_slt import TransitionMonitor
-from lightning_slt.callbacks import component_firings, reporting
+from lightning_slt.callbacks import component_firings, remarks
+from lightning_slt.callbacks.moment import Moment
+from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.susceptibilities import Measures
 from lightning_slt.publish import publisher
 from lightning_slt.record import RunRecord
@@ -202,7 +204,7 @@ def test_method_and_settings_are_said_once(tmp_path: Path, caplog: pytest.LogCap
 def test_of_several_monitors_each_line_says_whose_it_is(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reporting, "LARGE_OVERHEAD", 0.0)
+    monkeypatch.setattr(remarks, "LARGE_OVERHEAD", 0.0)
     steps = [2, 4, 6, 8]
     monitors = [
         tiny_monitor(at_steps=steps),
@@ -284,7 +286,7 @@ def test_what_is_refused_before_training_is_said_by_the_monitor_that_refuses(
 def test_influence_that_is_not_valid_says_so_and_why_first(caplog: pytest.LogCaptureFixture) -> None:
     influence = make_influence(valid=False, reasons=("chains have not mixed",), notes=("the data changes",))
     with caplog.at_level("INFO", logger="lightning.pytorch"):
-        tiny_monitor()._say_how(make_estimate(), influence)
+        remarks.say_how(Voice(), make_estimate(), influence)
     assert caplog.records[-1].getMessage() == (
         "SLTMonitor: influence is not valid: chains have not mixed (of 30 training samples on 6 queries; the data "
         "changes)"
@@ -325,9 +327,9 @@ def test_each_kind_of_reason_why_an_estimate_is_not_valid_is_said_once(
     }
     measure = SLTMonitor._measure
 
-    def judged(self: SLTMonitor, trainer: Any, *args: Any) -> Any:
-        found, influence = measure(self, trainer, *args)
-        why = reasons[trainer.global_step]
+    def judged(self: SLTMonitor, moment: Moment, *args: Any) -> Any:
+        found, influence = measure(self, moment, *args)
+        why = reasons[moment.step]
         return found.replace(mean=-16.0, se=2.0, valid=not why, reasons=why), influence
 
     monkeypatch.setattr(SLTMonitor, "_measure", judged)

@@ -14,8 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_slt.callbacks import late, reporting
-from lightning_slt.callbacks import monitor as monitor_module
+from lightning_slt.callbacks import clock as clock_module
 from lightning_slt.callbacks.background import BackgroundFirings, Late
 from lightning_slt.callbacks.overhead import CAP
 from lightning_slt.callbacks.pool import Result
@@ -49,8 +48,7 @@ class Timed(Plain):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (monitor_module, reporting, late):  # one clock decides
-        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(clock_module, "time", clock)
     monkeypatch.setattr(Timed, "clock", clock)
     return clock
 
@@ -330,7 +328,8 @@ def test_waiting_for_room_is_measuring_and_counts_once(clock: Clock, tmp_path: P
     inline = tiny_monitor(at_steps=[1])
     scenario(1).run(tmp_path / "inline", inline)
     monitor = tiny_monitor(every_n_train_steps=None, at_steps=[40], max_overhead=0.5, execution="background")
-    beside = monitor._beside = WaitsAlways(clock)
+    assert monitor._late is not None
+    beside = monitor._late.beside = WaitsAlways(clock)
     beside.result = Late(Result(40, inline.estimates[0].replace(step=None), None, None, None), {"step": 20, "x": 19})
 
     class Listens:

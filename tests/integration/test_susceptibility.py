@@ -38,7 +38,7 @@ def test_a_checkpoint_brings_the_history_back() -> None:
 
     found = measured(num_chains=2, num_draws=16).replace(step=3)
     monitor = tiny_monitor(probe=True, measures=BESIDE)
-    monitor.susceptibilities = [found]
+    monitor.susceptibilities.append(found)
     other = tiny_monitor(probe=True, measures=BESIDE)
     other.load_state_dict(monitor.state_dict())
     assert torch.equal(other.susceptibilities[0].matrix, found.matrix) and other.susceptibilities[0].step == 3
@@ -180,4 +180,4 @@ def test_data_without_an_index_is_refused_before_training(tmp_path: Path) -> Non
 def test_a_mapping_as_from_yaml_builds_it() -> None:
     config = load({"probe": True, "measures": ["llc", {"name": "susceptibility", "components": {"head": ["fc.*"]}}]})
     built = config.build()
-    assert built._measures.components == {"head": ["fc.*"]} and not built._measures.influence
+    assert built._asked.measures.components == {"head": ["fc.*"]} and not built._asked.measures.influence

@@ -476,8 +476,7 @@ def test_a_failure_of_the_detector_follows_the_monitors_policy(tmp_path: Path, m
         raise ArithmeticError("broken")
 
     monkeypatch.setattr(module.TransitionDetector, "update", broken)
-    monitor = Scripted()
-    monitor._on_failure = "warn"
+    monitor = Scripted(on_failure="warn")
     with pytest.warns(UserWarning, match="TransitionMonitor failed at step 1;.*ArithmeticError: broken") as caught:
         trace = train(tmp_path, monitor, TransitionMonitor())
     assert trace.trainer.global_step == 60 and len(monitor.estimates) == 60

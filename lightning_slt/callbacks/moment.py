@@ -1,0 +1,44 @@
+"""A moment of training at which its weights are measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_slt.callbacks.arguments import is_smoke_test
+from lightning_slt.callbacks.overhead import Decision
+from lightning_slt.sampling.collective import Collective
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """Where training stands when a firing begins.
+
+    Args:
+        trainer, module: of the run.
+        step: optimiser steps done.
+        x: the step under which loggers have it.
+        collective: the ranks that measure it together.
+        decision: of the overhead budget; None where there is none.
+    """
+
+    trainer: Trainer
+    module: LightningModule
+    step: int
+    x: int
+    collective: Collective
+    decision: Optional[Decision] = None
+
+    @property
+    def epoch(self) -> int:
+        return self.trainer.current_epoch
+
+    @property
+    def is_smoke_test(self) -> bool:
+        """Whether the run is one of ``fast_dev_run``."""
+        return is_smoke_test(self.trainer)
+
+
+__all__ = ["Moment"]

@@ -1,0 +1,114 @@
+"""What a monitor says of a run beside its numbers: how it measures, why a number is none, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_slt.callbacks.overhead import OverheadBudget
+from lightning_slt.callbacks.said import Voice
+from lightning_slt.callbacks.samples import ProbedSamples
+from lightning_slt.callbacks.schedule import Schedule
+from lightning_slt.influence_record import InfluenceEstimate
+from lightning_slt.publish.diagnoses import invalid_sentence, kind_of_reason
+from lightning_slt.publish.phrases import count_of
+from lightning_slt.record import Estimate
+
+LARGE_OVERHEAD = 0.25
+"""Share of wall-clock above which a monitor without a budget says what can be done."""
+
+
+def say_how(voice: Voice, estimate: Estimate, influence: Optional[InfluenceEstimate]) -> None:
+    """What there is to be said of the first firing, of the first notes, and of the first samples left out."""
+    if voice.first("method"):
+        rank_zero_info(
+            f"{voice.who}: {estimate.num_chains} {estimate.method} chains over {estimate.num_weights} weights "
+            f"({estimate.method_reason}), n = {estimate.num_samples}, nbeta = {estimate.nbeta:.4g}, localization = "
+            f"{estimate.localization:.4g}, step size {estimate.step_size:.2g}"
+        )
+        if influence is not None:
+            if influence.notes:
+                voice.first("notes")
+            asked = f"of {len(influence.train_index)} training samples on {len(influence.query_index)} queries"
+            asked = "; ".join([asked, *influence.notes])
+            said = f"is not valid: {'; '.join(influence.reasons)} ({asked})" if influence.reasons else asked
+            rank_zero_info(f"{voice.who}: influence {said}")
+    if influence is not None and influence.notes and voice.first("notes"):
+        rank_zero_info(f"{voice.who}: of influence from here on: {'; '.join(influence.notes)}")
+    if influence is not None and influence.dropped and voice.first("dropped"):
+        named = ", ".join(f"{d.kind} {d.index} ({d.reason})" for d in influence.dropped[:5])
+        rank_zero_warn(f"{voice.who}: {len(influence.dropped)} samples are left out of influence: {named}")
+
+
+def say_why_not(voice: Voice, estimate: Estimate) -> None:
+    """Why an estimate is not valid: each kind of reason once in a run."""
+    if estimate.valid:
+        return
+    new = [reason for reason in estimate.reasons if voice.first(f"not valid: {kind_of_reason(reason)}")]
+    if new:
+        rank_zero_info(f"{voice.who}: {invalid_sentence(estimate, new)}")
+
+
+def warn_of_other_weights(voice: Voice, estimate: Estimate, before: int) -> None:
+    """That the newest point of a curve is of another number of weights than ``before``."""
+    if estimate.num_weights != before:
+        rank_zero_warn(
+            f"{voice.who}: from step {estimate.step} on {estimate.num_weights:,} weights move, before it "
+            f"{before:,} did: what is measured is another quantity. Another restrict=, or another model, that goes "
+            "on from a checkpoint wants a name= of its own; where layers were set free, read it in two parts."
+        )
+
+
+def warn_if_large(voice: Voice, estimates: Sequence[Estimate]) -> None:
+    """Say once what can be done, where the cadence alone takes much of the run."""
+    # the first firings of a run come close together, and prove nothing
+    if len(estimates) > 3 and estimates[-1].overhead > LARGE_OVERHEAD and voice.first("overhead"):
+        rank_zero_warn(
+            f"{voice.who}: measuring has taken {estimates[-1].overhead:.0%} of this run's wall-clock so far. Measure "
+            "more seldom, or with fewer num_chains or num_draws. max_overhead=0.05 bounds the share, but suits runs of "
+            "about 10,000 batches and more: a shorter one may measure nothing."
+        )
+
+
+def leave_influence_out(voice: Voice, samples: ProbedSamples, reason: str) -> None:
+    """What fails on the samples would fail at every firing: no more influence in this run."""
+    if not samples.failed:
+        samples.failed = True
+        rank_zero_warn(
+            f"{voice.who}: influence is left out of this run from here on, the learning coefficient is measured "
+            f"all the same. {reason}"
+        )
+
+
+def warn_of_nothing(voice: Voice, budget: OverheadBudget) -> None:
+    """The budget never sufficed: what a firing would have cost, and what can be done."""
+    predicted = budget.wanted_size * budget.predicted_seconds
+    rank_zero_warn(
+        f"{voice.called(f'max_overhead={budget.max_overhead:g}')}: nothing was measured. The smallest firing would "
+        f"have cost about {predicted:.3g} s, which {predicted / budget.rate:.3g} s of training earn, and training "
+        f"lasted {budget.trained_seconds:.3g} s. Raise max_overhead, make a firing cheaper (num_chains, num_draws, "
+        "batch_size), or train for longer."
+    )
+
+
+def warn_of_no_step(voice: Voice, schedule: Schedule, trainer: Trainer, last_step: int) -> None:
+    """The run was over before the first step that the schedule names: nothing else would say so."""
+    rank_zero_warn(
+        f"{voice.called(str(schedule))}: nothing was measured: this run ended at step {last_step:,}, after "
+        f"{count_of(trainer.current_epoch, 'whole epoch')}, before the first firing. Name earlier steps, or none: then "
+        "20 firings are spread over the run."
+    )
+
+
+__all__ = [
+    "leave_influence_out",
+    "say_how",
+    "say_why_not",
+    "warn_if_large",
+    "warn_of_no_step",
+    "warn_of_nothing",
+    "warn_of_other_weights",
+]
