@@ -318,7 +318,7 @@ def test_a_whole_run_from_one_file(tmp_path: Path) -> None:
     assert config.components["encoder"] == MonitorConfig(restrict=["encoder.*"], num_chains=2)
     whole, encoder, head, *watches = config.build()
     assert [monitor._asked.name for monitor in (whole, encoder, head)] == [None, "encoder", "head"]
-    assert (head._settings.num_chains, head._restrict) == (8, ["head.*"])
+    assert (head._asked.settings.num_chains, head._asked.restrict) == (8, ["head.*"])
     keys = ["slt/llc/mean", "slt_encoder/llc/mean", "slt_head/llc/mean"]
     assert [watch.state_key for watch in watches] == [TransitionMonitor(key).state_key for key in keys]
     assert {watch._settings["min_change"] for watch in watches} == {1.0}
