@@ -50,6 +50,7 @@ def calibrate(
         FileNotFoundError: for a checkpoint that is not there.
         ValueError: for a setting out of range, a module, data or weights that cannot be had or do not fit, a module
             without a usable loss, a loss that is not finite.
+        Exception: what the user's step raises.
     """
     config.check()
     device = torch.device(named_devices(config.devices)[0].device)
@@ -64,6 +65,8 @@ def _calibrate(
     config: SweepConfig, path: Optional[Path], device: torch.device, say: Callable[[str], None]
 ) -> Calibration:
     if path is not None:
+        if path.is_dir():
+            raise ValueError(f"{path}: is a folder. Give one checkpoint, a file.")
         stored = Checkpoint.of(path)
         state, of, step, epoch = read_state(path), f"{path} (step {stored.step:,})", stored.step, stored.epoch
     else:

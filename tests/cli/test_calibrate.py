@@ -114,6 +114,7 @@ def test_what_cannot_be_done_is_one_line(checkpoint: str, tmp_path: Path, capsys
     for call, said in (
         ([str(tmp_path / "none.ckpt"), "--config", file], "none.ckpt"),
         ([str(broken), "--config", file], "broken.ckpt: cannot be read as a checkpoint"),
+        ([str(tmp_path), "--config", file], "is a folder. Give one checkpoint, a file"),
         ([checkpoint, "--config", str(tmp_path / "none.yaml")], "none.yaml"),
         ([checkpoint, "--config", file, "num_chain=2"], "num_chain=2: no such setting (did you mean num_chains?)"),
         ([checkpoint, "--config", file, "num_chains"], "override 'num_chains': write it as key=value"),
