@@ -66,7 +66,7 @@ def _chains(found: Calibration) -> Rows:
     n = f"{e.num_samples:,}" if e.num_samples is not None else "n"
     draws = f"{count_of(e.num_chains, 'chain')} of {count_of(e.num_draws, 'draw')}, each of "
     return [
-        ("path", f"{many} ({e.method}, not compiled): {e.method_reason}"),
+        ("path", f"{many} ({e.method}): {e.method_reason}"),
         ("step size", f"{number(e.step_size)}, {step}{of_limit}"),
         ("burn-in", count_of(e.num_burnin_steps, "step")),
         ("draws", draws + count_of(e.num_steps_bw_draws, "step")),

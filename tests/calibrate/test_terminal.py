@@ -50,7 +50,7 @@ def test_every_number_is_told() -> None:
     said = lines(made())
     assert said["LLC 9.0 ± 0.5"] == "valid  of a.ckpt (step 40), loss 0.250"
     assert said["path"] == (
-        "one after another (sequential, not compiled): batched would be 1.07 times as fast, which is no gain"
+        "one after another (sequential): batched would be 1.07 times as fast, which is no gain"
     )
     assert said["step size"] == "3.00e-05, found, 10% of the largest stable one"
     assert (said["burn-in"], said["draws"]) == ("70 steps", "4 chains of 100 draws, each of 2 steps")
@@ -85,7 +85,7 @@ def test_what_is_not_known_is_left_out(limit: float | None) -> None:
 
 def test_chains_at_a_time_and_memory() -> None:
     said = lines(made({"method": "batched", "method_reason": "asked for"}, chunk=2, peak_bytes=3 * 2**20))
-    assert said["path"] == "2 of 4 at a time (batched, not compiled): asked for"
+    assert said["path"] == "2 of 4 at a time (batched): asked for"
     assert said["GPU memory"] == "3 MiB at the most, beside the model"
 
 
