@@ -31,7 +31,8 @@ FLOORS = {
     "config": 5,
     "testing": 5,
     "sweep": 6,
-    "cli": 7,
+    "calibrate": 7,
+    "cli": 8,
 }
 
 TOP = 5

@@ -17,9 +17,9 @@ from lightning_slt import __version__
 
 ABOUT = (
     "Tools for runs measured by lightning_slt: report, terminal view, wandb workspace, default settings, sweeps over "
-    "checkpoints."
+    "checkpoints, one firing ahead of a run."
 )
-COMMANDS: tuple[str, ...] = ("config", "publish", "report", "show", "sweep")
+COMMANDS: tuple[str, ...] = ("calibrate", "config", "publish", "report", "show", "sweep")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,7 +43,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     Returns:
         The exit status: 0 where it went well, 1 where what was asked for could not be done (one line on stderr says
-        why), 2 for a command line that cannot be understood.
+        why), 2 for a command line that cannot be understood, 3 for an estimate that is not valid (``calibrate``).
     """
     arguments = parser().parse_args(argv)
     try:

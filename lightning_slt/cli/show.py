@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import io
-import sys
+
+from lightning_slt.cli.output import add_color, display
 
 NAME = "show"
 HELP = "Show what a run showed, in the terminal: estimates, transitions, suspects, diagnostics and cost."
@@ -16,21 +16,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows", type=int, default=20, metavar="N", help="estimates in the table (default: %(default)s)"
     )
-    parser.add_argument("--no-color", action="store_true", help="plain text, as where the output is a file")
+    add_color(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the story."""
     if arguments.rows < 1:
         raise ValueError(f"--rows={arguments.rows}: must be at least 1.")
-    from rich.console import Console
-
     from lightning_slt.publish.run import load_run
     from lightning_slt.publish.terminal import story
 
-    # a terminal without these letters shows question marks, and no traceback
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    console = Console(no_color=True if arguments.no_color else None, highlight=False)
-    console.print(story(load_run(arguments.run_dir), arguments.rows))
+    display(story(load_run(arguments.run_dir), arguments.rows), arguments.no_color)
     return 0

@@ -62,6 +62,9 @@ ACCEPTANCE = 0.57
 """Share of MALA's proposals to be accepted."""
 SAFE = 0.3
 """The first step, over the largest posterior precision."""
+UNSTABLE = 4.0
+"""The step at which a chain leaves the steepest direction, in the same units; of samplers with momenta the squared time
+step."""
 NEAR = 0.01
 """Where the curvature is looked at first, in standard deviations of the posterior."""
 TURNS = 4
@@ -164,6 +167,20 @@ def largest_step(sampler: Sampler, safe: float) -> float:
     if sampler.calibration == "curvature":
         return sampler.curvature_share / SAFE * safe
     return (MOST_PROPOSED if sampler.calibration == "acceptance" else CEILING) * safe
+
+
+def unstable_step(sampler: Sampler, safe: float) -> float | None:
+    """The step at which chains no longer hold, where :func:`first_step` gave this one; None where another metric or a
+    rule of acceptance decides.
+
+    Example:
+        >>> from lightning_slt.sampling.samplers import SGLD, RMSpropSGLD
+        >>> round(unstable_step(SGLD(), 0.003), 6), unstable_step(RMSpropSGLD(), 0.003)
+        (0.04, None)
+    """
+    if sampler.preconditioned or sampler.calibration == "acceptance":
+        return None
+    return UNSTABLE / SAFE * safe
 
 
 def next_step(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Optional, cast
+from typing import Any, Optional
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -139,12 +139,48 @@ def measure_weights(
         NonFiniteLossError, NoLossError: as :func:`~lightning_slt.estimate.measure_llc`.
     """
     with preserve_rng(config.seed):
-        objective, datamodule = make_objective(state, config, device, path, step)
-        transfer = BatchTransfer(Precision(), datamodule, cast(LightningModule, objective.module), device)
-        source = make_source(_loader_of(datamodule, config), config, transfer)
-        check_num_samples(source.num_samples, config.nbeta, "sweep")
+        opened = open_point(state, config, device, path, step)
         course = Course(localization, config.method, warm_start=False)
-        return course.measure(objective, source, config.settings(), _probes(source, config, device))
+        return course.measure(opened.objective, opened.source, config.settings(), opened.probes)
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedPoint:
+    """What a firing at the weights of a checkpoint needs.
+
+    Attributes:
+        objective: the loss at those weights.
+        source: the chains' minibatches.
+        probes: samples whose influence is read off the same chains; None for none.
+        loader: the training data as it was given: a Dataset, a DataLoader, or batches.
+        transfer: what becomes of a batch before the step.
+    """
+
+    objective: Objective
+    source: MinibatchSource
+    probes: Optional[ProbeSet]
+    loader: Any
+    transfer: BatchTransfer
+
+
+def open_point(
+    state: Mapping[str, Any], config: SweepConfig, device: torch.device, path: Path, step: int = 0
+) -> OpenedPoint:
+    """Module, data and weights put together; nothing is measured yet.
+
+    Raises:
+        ValueError: where one of them cannot be had, or they do not fit.
+        MisconfigurationException: where nbeta cannot be derived from the data.
+    """
+    objective, datamodule = make_objective(state, config, device, path, step)
+    module = objective.module
+    # a plain module has no hooks for a batch on its way: those that a LightningModule has if it says nothing
+    hooks = module if isinstance(module, LightningModule) else LightningModule()
+    transfer = BatchTransfer(Precision(), datamodule, hooks, device)
+    loader = datamodule.train_dataloader() if datamodule is not None else _data_of(config)
+    source = make_source(loader, config, transfer)
+    check_num_samples(source.num_samples, config.nbeta, "sweep")
+    return OpenedPoint(objective, source, _probes(source, config, device), loader, transfer)
 
 
 def make_objective(
@@ -162,7 +198,7 @@ def make_objective(
         if NOT_LOADED not in str(error):
             raise
         raise _misfit(path, config, error) from error
-    data = _data(json.dumps(config.decides(), sort_keys=True))
+    data = _data_of(config)
     datamodule = data if isinstance(data, LightningDataModule) else None
     view = StillTrainer(_as_stored(state, step), datamodule, device)
     loss_fn = find(config.loss_fn, "loss_fn") if config.loss_fn is not None else None
@@ -233,20 +269,18 @@ def _as_stored(state: Mapping[str, Any], step: int) -> dict[str, Any]:
     }
 
 
+def _data_of(config: SweepConfig) -> Any:
+    return _data(config.data, json.dumps(config.data_args, sort_keys=True))
+
+
 @lru_cache(maxsize=1)
-def _data(decides: str) -> Any:
+def _data(name: str, arguments: str) -> Any:
     """Dataset, loader or datamodule; read once by a process."""
-    config = load(json.loads(decides), schema=SweepConfig)
-    data = find(config.data, "data")(**config.data_args)
+    data = find(name, "data")(**json.loads(arguments))
     if isinstance(data, LightningDataModule):
         data.prepare_data()
         data.setup("fit")
     return data
-
-
-def _loader_of(datamodule: Any, config: SweepConfig) -> Any:
-    data = datamodule if datamodule is not None else _data(json.dumps(config.decides(), sort_keys=True))
-    return data.train_dataloader() if isinstance(data, LightningDataModule) else data
 
 
 def make_source(data: Any, config: SweepConfig, transfer: BatchTransfer) -> MinibatchSource:
@@ -300,4 +334,16 @@ def _probes(source: MinibatchSource, config: SweepConfig, device: torch.device) 
     return probe_set(source, query, config.probe, config.query, config.seed)
 
 
-__all__ = ["MisfitError", "Point", "Task", "make_objective", "measure_point", "measure_weights", "read_point"]
+__all__ = [
+    "MisfitError",
+    "OpenedPoint",
+    "Point",
+    "Task",
+    "make_module",
+    "make_objective",
+    "make_source",
+    "measure_point",
+    "measure_weights",
+    "open_point",
+    "read_point",
+]

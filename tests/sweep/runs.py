@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.integration.harness import quiet_trainer, seed_everything, tiny_monitor
@@ -27,6 +29,15 @@ class Model(Net):
 def plain(lr: float = 1e-2) -> Net:
     """A module from a function."""
     return Net(lr)
+
+
+def bare() -> nn.Module:
+    """Knows no trainer; of the names that the weights of :class:`Model` have."""
+    return nn.ModuleDict({"net": Net().net})
+
+
+def loss_of_bare(module: Any, batch: Any) -> torch.Tensor:
+    return cross_entropy(module["net"](batch[0]), batch[1])
 
 
 class Dies(Model):

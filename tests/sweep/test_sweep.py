@@ -108,6 +108,22 @@ def test_queries_of_a_datamodule_are_those_it_validates_on(config: SweepConfig, 
     assert "query_data='tests.sweep.runs:number': expected a Dataset, a DataLoader" in failed and "got int" in failed
 
 
+@pytest.mark.parametrize("data", ["loader", "Data"])
+def test_a_plain_module_has_the_curve_of_the_one_that_was_trained(
+    data: str, config: SweepConfig, tmp_path: Path
+) -> None:
+    """With a loss of the user's; it has none of the hooks for a batch on its way to the step."""
+    paths, _ = runs.train(tmp_path)
+    config.data = f"tests.sweep.runs:{data}"
+    trained = sweep(paths[:2], config, here([]))
+    config.module, config.loss_fn = "tests.sweep.runs:bare", "tests.sweep.runs:loss_of_bare"
+    config.folder = str(tmp_path / "plain")
+    config.localization = trained.estimates[0].localization
+    plain = sweep(paths[:2], config, here([]))
+    assert not plain.failed
+    assert_same_points(plain.estimates, trained.estimates)
+
+
 def test_what_is_done_is_not_done_again(config: SweepConfig, tmp_path: Path) -> None:
     paths, _ = runs.train(tmp_path)
     first: list[int] = []
