@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_slt.callbacks.arguments import (
@@ -320,7 +321,8 @@ class SLTMonitor(InsideFirings):
             check_num_samples(self._data.num_samples, self._settings.nbeta, self._who)
         self._explicit = self._steps_of_all(trainer)
         before = trainer.fit_loop.epoch_loop._batches_that_stepped
-        if self._begins(trainer):
+        begins = self._begins(trainer)
+        if begins:
             self._forget()
         now = time.monotonic()
         self._start = now - self._run_seconds
@@ -335,12 +337,47 @@ class SLTMonitor(InsideFirings):
         if self._restrict is None and not is_sharded(trainer):
             warn_of_untrained(trainer, pl_module, self._who)
         self._done_fast_run = False
-        self._last_step = max(self._last_step, before)
+        last = self._last_step
+        self._last_step = max(last, before)
         self._open_publisher(trainer)
         self._open_background(trainer, pl_module)
         self._show(trainer)  # a run that is resumed may be a while from its next firing
         if before == 0 and not self.estimates and 0 in self._explicit and not is_smoke_test(trainer):
             self._consider(trainer, pl_module, step=0, x=0)
+        elif not begins and not is_smoke_test(trainer):
+            self._make_up_for(trainer, pl_module, last)
+
+    def _make_up_for(self, trainer: Trainer, pl_module: LightningModule, last: int) -> None:
+        """Measure at the step of a checkpoint that was written between the end of its batch and the firing there.
+
+        Another callback may have written it at the end of the batch, before this one's turn; and Lightning does not
+        come to the end of an epoch again whose last batch a checkpoint has.
+
+        Args:
+            last: the step that this monitor was told of last, by the checkpoint.
+        """
+        fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+        batches: Any = loop.batch_progress.total  # a tracker with more counts than its declared class has
+        epochs = fit.epoch_progress.current
+        at_batch_end = loop.restarting and batches.ready == batches.processed == batches.completed + 1
+        if not at_batch_end or loop._should_accumulate():
+            return
+        x = loop._batches_that_stepped
+        step = x + 1
+        due = self._schedule.due(last, step, self._explicit)
+        if epochs.completed == epochs.ready:  # the epoch is over
+            due |= self._schedule.due_epoch(epochs.completed)
+        sent = self._beside is not None and self._beside.last_step == step
+        if not due or sent or any(estimate.step == step for estimate in self.estimates):
+            return
+        self._last_step = step
+        if self._data is not None and self._data.replays:
+            rank_zero_warn(
+                f"{self._who}: the measurement at step {step} is left out: the checkpoint was written before it, and "
+                "the batches that training had seen, which chains replay, are not in it."
+            )
+            return
+        self._consider(trainer, pl_module, step, x)
 
     def _steps_of_all(self, trainer: Trainer) -> tuple[int, ...]:
         """The steps to measure at, those of the first rank for all: a rank that measures alone waits for the others.
