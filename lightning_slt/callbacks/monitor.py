@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_slt.callbacks.arguments import (
@@ -367,8 +367,7 @@ class SLTMonitor(InsideFirings):
         due = self._schedule.due(last, step, self._explicit)
         if epochs.completed == epochs.ready:  # the epoch is over
             due |= self._schedule.due_epoch(epochs.completed)
-        sent = self._beside is not None and self._beside.last_step == step
-        if not due or sent or any(estimate.step == step for estimate in self.estimates):
+        if not due or self._has(step):
             return
         self._last_step = step
         if self._data is not None and self._data.replays:
@@ -469,11 +468,23 @@ class SLTMonitor(InsideFirings):
         self, trainer: Trainer, pl_module: LightningModule, step: int, x: int, decision: Optional[Decision] = None
     ) -> None:
         """Measure now, on all ranks, and publish; a failure follows ``on_failure``."""
-        if self._beside is not None and not is_smoke_test(trainer):
-            self._send(trainer, pl_module, step, x, decision)
-            return
-        with SignalsHeld() as held:
-            self._fire_inside(trainer, pl_module, step, x, decision, held)
+        try:
+            if self._beside is not None and not is_smoke_test(trainer):
+                self._send(trainer, pl_module, step, x, decision)
+                return
+            with SignalsHeld() as held:
+                self._fire_inside(trainer, pl_module, step, x, decision, held)
+        except KeyboardInterrupt:
+            if not self._has(step):
+                # a checkpoint of now is of the weights that were to be measured: a resume makes up for it
+                self._last_step = min(self._last_step, max(step - 1, 0))
+                rank_zero_info(f"{self._who}: the measurement at step {step} was interrupted and is not recorded.")
+            raise
+
+    def _has(self, step: int) -> bool:
+        """Whether a step has been measured, or sent to be."""
+        sent = self._beside is not None and self._beside.last_step == step
+        return sent or any(estimate.step == step for estimate in self.estimates)
 
     def _fire_inside(
         self,
