@@ -224,14 +224,14 @@ class Estimate:
         return f"Estimate(mean={self.mean:.6g}, se={self.se:.3g}, valid={self.valid}, step={self.step})"
 
 
-def _finite_or_none(value: Any) -> Any:
+def finite_or_none(value: Any) -> Any:
     """JSON has no NaN: it becomes null, so that any reader can parse the file."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {k: _finite_or_none(v) for k, v in value.items()}
+        return {k: finite_or_none(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite_or_none(v) for v in value]
+        return [finite_or_none(v) for v in value]
     return value
 
 
@@ -297,7 +297,7 @@ class RunRecord:
         self._write_traces(estimate)
         scalars = estimate.scalars()
         infinite = {k: INFINITE for k in MAY_BE_INFINITE if scalars[k] == math.inf}
-        line = json.dumps({**_finite_or_none(scalars), **infinite}, allow_nan=False)
+        line = json.dumps({**finite_or_none(scalars), **infinite}, allow_nan=False)
         with open(self.path, "a+b") as file:
             # a crash may have cut the last line off: it must not swallow this one
             file.write((b"\n" if _is_cut_off(file) else b"") + line.encode() + b"\n")
