@@ -41,15 +41,15 @@ class ComponentFirings(LateFirings):
             loss_fn=self._loss_fn,
             restrict=restrict,
             context=loss_context(trainer),
-            say=self._say_in_place,
+            say=self._say_once,
         )
         self._hook_owner = objective.module
         return objective
 
-    def _say_in_place(self, reason: str) -> None:
-        """Why the module is called in place, once a run: it is so at every firing."""
-        if self._said.first("in place"):
-            log.warning(reason)
+    def _say_once(self, topic: str, sentence: str) -> None:
+        """What is so at every firing, once a run."""
+        if self._said.first(topic):
+            log.warning(f"{self._who}: {sentence}")
 
     def _measure_beside(
         self, trainer: Trainer, pl_module: LightningModule, estimate: Estimate, settings: ChainSettings

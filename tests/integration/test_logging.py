@@ -19,6 +19,7 @@ from lightning_slt.callbacks import component_firings, reporting
 from lightning_slt.callbacks.susceptibilities import Measures
 from lightning_slt.publish import publisher
 from lightning_slt.record import RunRecord
+from lightning_slt.sampling import paths
 from tests.integration.harness import RecordingLogger, Scenario, SLTMonitor, assert_same, steps_of, tiny_monitor
 from tests.integration.models import Net, Plain, loaders, tensors, with_validation
 from tests.publish.helpers import make_estimate, make_influence
@@ -197,6 +198,19 @@ def test_method_and_settings_are_said_once(tmp_path: Path, caplog: pytest.LogCap
     said = [record.getMessage() for record in caplog.records if "chains over" in record.getMessage()]
     assert len(said) == 1
     assert "n = 24" in said[0]
+
+
+def test_chains_that_are_slow_as_they_were_asked_for_are_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths._Trial, "gain", property(lambda trial: 0.07))
+    monitor = tiny_monitor(
+        method="batched", measures=[{"name": "susceptibility", "components": {"all": ["*"]}}], probe=5
+    )
+    Scenario(Net, with_validation).run(tmp_path, monitor, tiny_monitor(method="auto", name="head"))
+    assert [e.method for e in monitor.estimates] == ["batched"] * 3
+    (said,) = [r.getMessage() for r in caplog.records if "speed" in r.getMessage()]
+    assert said.startswith("SLTMonitor: method='batched': ") and "0.07 times the speed of one after another" in said
 
 
 def test_of_several_monitors_each_line_says_whose_it_is(
