@@ -250,7 +250,8 @@ class Reporting(KeepsHistory):
         def of_record() -> tuple[list[Estimate], list[InfluenceEstimate], list[SusceptibilityEstimate]]:
             if not trainer.is_global_zero:
                 return [], [], []
-            found = restore_record(RunRecord(folder), self._last_step, self.estimates, self.influences).values()
+            record = RunRecord(folder)
+            found = restore_record(record, self._last_step, self.estimates, self.influences, self._prefix).values()
             others = restore_susceptibilities(folder, self._last_step, self.susceptibilities, self._who)
             return [e for e, _ in found], [i for _, i in found if i is not None], others
 
