@@ -41,7 +41,7 @@ from lightning_slt.callbacks.overhead import Decision, OverheadBudget
 from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.said import Said
 from lightning_slt.callbacks.samples import Probed, ProbedSamples
-from lightning_slt.callbacks.schedule import Schedule, steps_of_run
+from lightning_slt.callbacks.schedule import Schedule, is_of_batch_norm, steps_of_run
 from lightning_slt.callbacks.signals import SignalsHeld
 from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
 from lightning_slt.callbacks.susceptibilities import Measures
@@ -430,12 +430,14 @@ class SLTMonitor(InsideFirings):
             if not self._done_fast_run:
                 self._done_fast_run = True
                 self._fire(trainer, pl_module, step, x)
-        elif self._schedule.due(last, step, self._explicit):
+        elif self._schedule.due(last, step, self._explicit) and not is_of_batch_norm(trainer):
             self._consider(trainer, pl_module, step, x)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._collect(trainer, pl_module)
         if is_smoke_test(trainer) or not self._schedule.due_epoch(trainer.current_epoch + 1):
+            return
+        if is_of_batch_norm(trainer):
             return
         if self.estimates and self.estimates[-1].step == self._last_step:
             return
