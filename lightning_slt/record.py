@@ -62,6 +62,8 @@ class Estimate:
         ess: Bulk effective sample size over the good chains, in draws.
         valid: Whether the number may be read as a learning coefficient; ``reasons`` says why not.
         reasons: Sentences, each a reason why ``valid`` is false.
+        kinds: Of each of them, the name of its :class:`~lightning_slt.reasons.Kind`; empty where none is known, as in
+            older records.
         nbeta: ``n * beta``, the inverse temperature times the number of samples.
         localization: gamma, the strength of the quadratic pull to ``w*``.
         init_loss: ``L_n(w*)``, the mean loss at the weights under study on the chains' minibatches.
@@ -141,6 +143,7 @@ class Estimate:
     predicted_seconds: float = math.nan
     firing_size: float = math.nan
     skipped: Optional[int] = None
+    kinds: tuple[str, ...] = ()
 
     @property
     def comparable(self) -> bool:
@@ -166,7 +169,9 @@ class Estimate:
         return self.mean - 1.96 * self.se, self.mean + 1.96 * self.se
 
     def replace(self, **changes: Any) -> Estimate:
-        """A copy with some fields changed."""
+        """A copy with some fields changed; reasons that are given without their kinds have none."""
+        if "reasons" in changes:
+            changes.setdefault("kinds", ())
         return dataclasses.replace(self, **changes)
 
     def scalars(self) -> dict[str, Any]:
@@ -202,7 +207,8 @@ class Estimate:
         values["per_chain"] = torch.tensor(
             [math.nan if v is None else v for v in values["per_chain"]], dtype=torch.float64
         )
-        values["reasons"] = tuple(values.get("reasons", ()))
+        for name in ("reasons", "kinds"):
+            values[name] = tuple(values.get(name) or ())
         if "trace" not in values:
             values["trace"] = torch.empty(len(values["per_chain"]), 0)
         for f in dataclasses.fields(cls):

@@ -26,7 +26,7 @@ from lightning_slt.estimate import ChainSettings
 from lightning_slt.firing import Course
 from lightning_slt.influence_record import InfluenceEstimate, suspicion_of
 from lightning_slt.publish import RunPublisher
-from lightning_slt.publish.diagnoses import invalid_sentence, kind_of_reason, outcome_of
+from lightning_slt.publish.diagnoses import invalid_sentence, kinds_of, outcome_of
 from lightning_slt.publish.phrases import count_of
 from lightning_slt.publish.render import Rendered
 from lightning_slt.record import Estimate, RunRecord
@@ -386,7 +386,9 @@ class Reporting(KeepsHistory):
         """Why an estimate is not valid: each kind of reason once in a run. The few draws of a smoke test never are."""
         if estimate.valid or is_smoke_test(trainer):
             return
-        new = [reason for reason in estimate.reasons if self._said.first(f"not valid: {kind_of_reason(reason)}")]
+        kinds = kinds_of(estimate)
+        fresh = {kind for kind in dict.fromkeys(kinds) if self._said.first(f"not valid: {kind}")}
+        new = [reason for reason, kind in zip(estimate.reasons, kinds, strict=True) if kind in fresh]
         if new:
             rank_zero_info(f"{self._who}: {invalid_sentence(estimate, new)}")
 

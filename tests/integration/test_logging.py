@@ -18,6 +18,7 @@ from lightning_slt import TransitionMonitor
 from lightning_slt.callbacks import component_firings, reporting
 from lightning_slt.callbacks.susceptibilities import Measures
 from lightning_slt.publish import publisher
+from lightning_slt.reasons import Kind, Reason, sentences
 from lightning_slt.record import RunRecord
 from lightning_slt.sampling import paths
 from tests.integration.harness import RecordingLogger, Scenario, SLTMonitor, assert_same, steps_of, tiny_monitor
@@ -326,6 +327,30 @@ def test_the_last_line_names_no_report_where_none_was_written(
     with caplog.at_level("INFO", logger="lightning.pytorch"), pytest.warns(UserWarning, match="publish to the report"):
         Scenario(Net, loaders).run(tmp_path, monitor)
     assert caplog.records[-1].getMessage().endswith(f", in {monitor.folder}")
+
+
+def test_reasons_of_one_kind_are_said_once_however_they_are_worded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And those of two kinds both, though they are worded alike; two of a kind at one firing are both told."""
+    verdicts = {
+        2: (Reason(Kind.EVAL_MODE, "no loss of a"), Reason(Kind.EVAL_MODE, "in eval mode b has none")),
+        4: (Reason(Kind.EVAL_MODE, "c has none"), Reason(Kind.SUM, "the loss is wrong")),
+        6: (Reason(Kind.GRADIENT, "the loss is wrong"), Reason(Kind.SUM, "the loss is a sum")),
+    }
+    measure = SLTMonitor._measure
+
+    def judged(self: SLTMonitor, trainer: Any, *args: Any) -> Any:
+        found, influence = measure(self, trainer, *args)
+        why = verdicts[trainer.global_step]
+        kinds = tuple(reason.kind.name for reason in why)
+        return found.replace(mean=1.0, se=0.5, valid=False, reasons=sentences(why), kinds=kinds), influence
+
+    monkeypatch.setattr(SLTMonitor, "_measure", judged)
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        Scenario(Net, loaders).run(tmp_path, tiny_monitor(at_steps=list(verdicts)))
+    said = [r.getMessage().split(" is not valid: ")[1] for r in caplog.records if "is not valid: " in r.getMessage()]
+    assert said == ["no loss of a; in eval mode b has none.", "the loss is wrong.", "the loss is wrong."]
 
 
 def test_each_kind_of_reason_why_an_estimate_is_not_valid_is_said_once(
