@@ -1,4 +1,4 @@
-"""Reasons why an estimate is not valid, as data: of what kind, and the sentence that records have of it."""
+"""Reasons why an estimate is not valid, as data: of what kind, and the sentence that says it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ NOT_ARRIVED = "the chains have not reached their width"
 TOO_WIDE = "the chains are wider than the posterior"
 UNSETTLED = (NOT_MIXED, DRIFTING, NEGATIVE, NOT_ARRIVED)
 """How the reasons begin that are a state of the weights: away from a minimum chains have nowhere to settle. For
-sentences that were read back from a file, where there is no kind."""
+sentences that were read back from a file, which may have no kind."""
 
 
 class Kind(Enum):
-    """What is wrong."""
+    """What is wrong. Records have the names: they stay as they are."""
 
     NO_CHAIN = auto()
     """No chain stayed finite."""

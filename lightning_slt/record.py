@@ -62,6 +62,8 @@ class Estimate:
         ess: Bulk effective sample size over the good chains, in draws.
         valid: Whether the number may be read as a learning coefficient; ``reasons`` says why not.
         reasons: Sentences, each a reason why ``valid`` is false.
+        kinds: Of each of them, the name of its :class:`~lightning_slt.reasons.Kind`; empty where none is known, as in
+            older records.
         nbeta: ``n * beta``, the inverse temperature times the number of samples.
         localization: gamma, the strength of the quadratic pull to ``w*``.
         init_loss: ``L_n(w*)``, the mean loss at the weights under study on the chains' minibatches.
@@ -141,6 +143,7 @@ class Estimate:
     predicted_seconds: float = math.nan
     firing_size: float = math.nan
     skipped: Optional[int] = None
+    kinds: tuple[str, ...] = ()
 
     @property
     def comparable(self) -> bool:
@@ -166,7 +169,9 @@ class Estimate:
         return self.mean - 1.96 * self.se, self.mean + 1.96 * self.se
 
     def replace(self, **changes: Any) -> Estimate:
-        """A copy with some fields changed."""
+        """A copy with some fields changed; reasons that are given without their kinds have none."""
+        if "reasons" in changes:
+            changes.setdefault("kinds", ())
         return dataclasses.replace(self, **changes)
 
     def scalars(self) -> dict[str, Any]:
@@ -202,7 +207,8 @@ class Estimate:
         values["per_chain"] = torch.tensor(
             [math.nan if v is None else v for v in values["per_chain"]], dtype=torch.float64
         )
-        values["reasons"] = tuple(values.get("reasons", ()))
+        for name in ("reasons", "kinds"):
+            values[name] = tuple(values.get(name) or ())
         if "trace" not in values:
             values["trace"] = torch.empty(len(values["per_chain"]), 0)
         for f in dataclasses.fields(cls):
@@ -224,14 +230,14 @@ class Estimate:
         return f"Estimate(mean={self.mean:.6g}, se={self.se:.3g}, valid={self.valid}, step={self.step})"
 
 
-def _finite_or_none(value: Any) -> Any:
+def finite_or_none(value: Any) -> Any:
     """JSON has no NaN: it becomes null, so that any reader can parse the file."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {k: _finite_or_none(v) for k, v in value.items()}
+        return {k: finite_or_none(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite_or_none(v) for v in value]
+        return [finite_or_none(v) for v in value]
     return value
 
 
@@ -297,7 +303,7 @@ class RunRecord:
         self._write_traces(estimate)
         scalars = estimate.scalars()
         infinite = {k: INFINITE for k in MAY_BE_INFINITE if scalars[k] == math.inf}
-        line = json.dumps({**_finite_or_none(scalars), **infinite}, allow_nan=False)
+        line = json.dumps({**finite_or_none(scalars), **infinite}, allow_nan=False)
         with open(self.path, "a+b") as file:
             # a crash may have cut the last line off: it must not swallow this one
             file.write((b"\n" if _is_cut_off(file) else b"") + line.encode() + b"\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_slt.durable import write_whole
-from lightning_slt.record import UNREADABLE
+from lightning_slt.record import UNREADABLE, finite_or_none
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class SusceptibilityEstimate:
     x: Optional[int] = None
     epoch: Optional[int] = None
     monitor: str = ""
-    seconds: float = float("nan")
+    seconds: float = math.nan
 
     @property
     def response(self) -> Tensor:
@@ -94,9 +95,15 @@ class SusceptibilityEstimate:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> SusceptibilityEstimate:
-        """The inverse of :meth:`state_dict`; keys of a newer version are passed over."""
-        names = {f.name for f in dataclasses.fields(cls)}
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in state.items() if k in names}
+        """The inverse of :meth:`state_dict`; keys of a newer version are passed over. None, as files have NaN, is NaN
+        again."""
+        kinds = {f.name: str(f.type) for f in dataclasses.fields(cls)}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in state.items() if k in kinds}
+        for name, value in values.items():
+            if kinds[name] == "float" and value is None:
+                values[name] = math.nan
+            elif kinds[name] == "tuple[float, ...]":
+                values[name] = tuple(math.nan if v is None else v for v in value)
         return cls(**values)
 
 
@@ -126,7 +133,7 @@ class SusceptibilityRecord:
         """
         state = estimate.state_dict()
         arrays: dict[str, Any] = {k: v.numpy(force=True) for k, v in state.items() if isinstance(v, Tensor)}
-        plain = json.dumps({k: v for k, v in state.items() if k not in arrays})
+        plain = json.dumps(finite_or_none({k: v for k, v in state.items() if k not in arrays}), allow_nan=False)
 
         def write(temporary: Path) -> None:
             with open(temporary, "wb") as file:

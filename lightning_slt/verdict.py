@@ -191,6 +191,7 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
         ess=summary.ess,
         valid=not verdict,
         reasons=sentences(verdict),
+        kinds=tuple(reason.kind.name for reason in verdict),
         nbeta=posterior.nbeta,
         localization=posterior.localization,
         init_loss=init_loss,

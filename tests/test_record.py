@@ -13,6 +13,7 @@ import torch
 
 from lightning_slt.functional import rhat
 from lightning_slt.functional.learning_coefficient import summarise
+from lightning_slt.reasons import Kind
 from lightning_slt.record import RECORD_FILE, Estimate, RunRecord
 
 
@@ -77,6 +78,19 @@ def test_roundtrip_through_a_checkpoint_that_is_loaded_weights_only(original: Es
 def test_keys_of_a_newer_version_are_passed_over() -> None:
     state = {**estimate().state_dict(), "susceptibility": 3.0}
     assert_same(Estimate.from_state_dict(state), estimate())
+
+
+def test_kinds_of_reasons_are_in_the_record_and_older_ones_have_none(tmp_path: Path) -> None:
+    record, original = RunRecord(tmp_path), not_valid()
+    kinds = tuple(Kind.DIVERGED.name for _ in original.reasons)
+    record.append(original.replace(kinds=kinds))
+    line = json.loads(record.path.read_text())
+    assert line["kinds"] == list(kinds) and line["reasons"] == list(original.reasons)
+    older = {name: value for name, value in line.items() if name != "kinds"}
+    with open(record.path, "a") as file:
+        file.write(json.dumps(older) + "\n")
+    assert [found.kinds for found in record.read()] == [kinds, ()]
+    assert original.replace(kinds=kinds).replace(reasons=("another",)).kinds == ()
 
 
 def test_nan_and_infinity_are_null_in_the_file(tmp_path: Path) -> None:

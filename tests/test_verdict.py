@@ -73,6 +73,7 @@ def test_records_have_plain_sentences() -> None:
     drawn, chains = drawn_by(SGLD(lr=0.05))
     estimate = read_llc(drawn, chains)
     assert not estimate.valid and all(type(reason) is str for reason in estimate.reasons)
+    assert len(estimate.kinds) == len(estimate.reasons) and set(estimate.kinds) <= set(Kind.__members__)
     assert (estimate.num_chains, estimate.num_draws, estimate.num_steps_bw_draws, estimate.seed) == (4, 40, 2, 7)
 
 

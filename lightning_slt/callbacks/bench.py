@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import time
 import traceback
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from lightning_slt.callbacks.data import BatchTransfer, SeenBatches
 from lightning_slt.callbacks.data_files import RunData
 from lightning_slt.callbacks.devices import WorkerDevice
 from lightning_slt.callbacks.distribution import Ranks
+from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.structure import explained
 from lightning_slt.callbacks.travel import Kit, Snapshot, StillTrainer, read_pickled
 from lightning_slt.callbacks.worker import (
@@ -45,6 +47,8 @@ from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.collective import Alone, Collective, RankLostError
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import preserve_rng
+
+log = logging.getLogger(__name__)
 
 
 class Bench:
@@ -78,6 +82,7 @@ class Bench:
         self._source: Optional[MinibatchSource] = None
         self._probes: Optional[ProbeSet] = None
         self._owner: Optional[nn.Module] = None
+        self._voice = Voice()
 
     def measure(self, step: int, mail: Mail) -> None:
         """Measure the snapshot of a step and write what came of it; an error is a result as well."""
@@ -152,7 +157,13 @@ class Bench:
             if kit.under_plugin:
                 context = kit.plugin.train_step_context
             objective = Objective(
-                snapshot.module, kit.loss_fn, snapshot.restrict, self._device, trainer=view, context=context
+                snapshot.module,
+                kit.loss_fn,
+                snapshot.restrict,
+                self._device,
+                trainer=view,
+                context=context,
+                say=self._say_once,
             )
             self._owner = objective.module
             if snapshot.batches is not None:
@@ -169,6 +180,11 @@ class Bench:
 
         self._collective.exchange(build)
         return built[0]
+
+    def _say_once(self, topic: str, sentence: str) -> None:
+        """What is so at every firing, once a worker."""
+        if self._voice.first(topic):
+            log.warning(sentence)
 
     def _transfer(self, batch: Any) -> Any:
         """With the hooks of the private copy there is when it is read."""

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_slt.callbacks.arguments import local_folder
+from lightning_slt.callbacks.said import speaker
 from lightning_slt.callbacks.worker import FOLDER
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
 from lightning_slt.record import Estimate, RunRecord
@@ -40,20 +41,20 @@ def run_folder(trainer: Trainer, resumed: Optional[Path], dirpath: Optional[str]
         return folder if prefix == "slt" else folder / prefix
     logger = trainer.loggers[0] if trainer.loggers else None
     if logger is None or logger.version is None:
-        return _local_root(trainer, trainer.default_root_dir) / prefix
-    root = _local_root(trainer, logger.save_dir or trainer.default_root_dir)
+        return _local_root(trainer, trainer.default_root_dir, prefix) / prefix
+    root = _local_root(trainer, logger.save_dir or trainer.default_root_dir, prefix)
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     return root / str(logger.name or "") / version / prefix
 
 
-def _local_root(trainer: Trainer, wanted: str | os.PathLike[str]) -> Path:
+def _local_root(trainer: Trainer, wanted: str | os.PathLike[str], prefix: str) -> Path:
     """``wanted`` where it is a folder of this machine, else the trainer's root or the current directory, and said."""
     found = local_folder(wanted)
     if found is None:
         found = local_folder(trainer.default_root_dir) or Path.cwd()
         rank_zero_warn(
-            f"lightning_slt keeps its record in local files: it is below {found}, and not in {wanted}. Name a local "
-            "folder with dirpath=."
+            f"{speaker(prefix)}: the record is kept in local files: it is below {found}, and not in {wanted}. Name a "
+            "local folder with dirpath=."
         )
     return found
 
@@ -98,7 +99,11 @@ def give_back(folder: Optional[Path]) -> None:
 
 
 def restore_record(
-    record: RunRecord, last_step: int, estimates: Sequence[Estimate], influences: Sequence[InfluenceEstimate]
+    record: RunRecord,
+    last_step: int,
+    estimates: Sequence[Estimate],
+    influences: Sequence[InfluenceEstimate],
+    prefix: str = "slt",
 ) -> dict[int, tuple[Estimate, Optional[InfluenceEstimate]]]:
     """The history of a resumed run, complete in its folder: what came after the checkpoint is forgotten.
 
@@ -106,6 +111,7 @@ def restore_record(
         record: of the run.
         last_step: of the checkpoint.
         estimates, influences: the history in the checkpoint.
+        prefix: of the monitor.
 
     Returns:
         What the record has and the checkpoint does not, in order of steps: measured after it was written and at its own
@@ -123,32 +129,34 @@ def restore_record(
             if not all(path.exists() for path in samples.paths(influence.step)):
                 samples.save(influence)
     except OSError as error:
-        rank_zero_warn(f"lightning_slt could not restore its record in {record.folder}: {error}")
+        rank_zero_warn(f"{speaker(prefix)}: the record in {record.folder} could not be restored: {error}")
         return {}
     lacking = known - {e.step for e in estimates}
-    return _recorded(record.folder, {step for step in lacking if step is not None})
+    return _recorded(record.folder, {step for step in lacking if step is not None}, speaker(prefix))
 
 
-def _recorded(folder: Path, steps: Collection[int]) -> dict[int, tuple[Estimate, Optional[InfluenceEstimate]]]:
+def _recorded(
+    folder: Path, steps: Collection[int], who: str
+) -> dict[int, tuple[Estimate, Optional[InfluenceEstimate]]]:
     """What the record has of these steps, in their order."""
     if not steps:
         return {}
     try:
         found = {e.step: e for e in RunRecord(folder).read() if e.step in steps}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        rank_zero_warn(f"lightning_slt could not read its record in {folder}: {error}")
+        rank_zero_warn(f"{who}: the record in {folder} could not be read: {error}")
         return {}
-    return {step: (found[step], _influence(folder, step)) for step in sorted(steps) if step in found}
+    return {step: (found[step], _influence(folder, step, who)) for step in sorted(steps) if step in found}
 
 
-def _influence(folder: Path, step: int) -> Optional[InfluenceEstimate]:
+def _influence(folder: Path, step: int, who: str) -> Optional[InfluenceEstimate]:
     samples = InfluenceRecord(folder)
     if not all(path.exists() for path in samples.paths(step)):
         return None
     try:
         return samples.load(step)
     except (OSError, ValueError) as error:
-        rank_zero_warn(f"lightning_slt could not read the influence at step {step}, and goes on without it: {error}")
+        rank_zero_warn(f"{who}: the influence at step {step} could not be read, and is left out: {error}")
         return None
 
 

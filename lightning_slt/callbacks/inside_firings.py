@@ -133,15 +133,15 @@ class InsideFirings:
             loss_fn=self._asked.loss_fn,
             restrict=restrict,
             context=loss_context(moment.trainer),
-            say=self._say_in_place,
+            say=self._say_once,
         )
         self._followed.hooks_of = objective.module
         return objective
 
-    def _say_in_place(self, reason: str) -> None:
-        """Why the module is called in place, once a run: it is so at every firing."""
-        if self._voice.first("in place"):
-            log.warning(reason)
+    def _say_once(self, topic: str, sentence: str) -> None:
+        """What is so at every firing, once a run."""
+        if self._voice.first(topic):
+            log.warning(f"{self._voice.who}: {sentence}")
 
     def _moments(self, moment: Moment, objective: Objective) -> Optional[Tensor]:
         """``[d]`` second moments of the optimisers, the first rank's, for a sampler that wants them and starts cold."""

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_slt.callbacks.arguments import (
@@ -48,9 +49,10 @@ from lightning_slt.callbacks.remarks import (
     warn_of_nothing,
 )
 from lightning_slt.callbacks.reporting import Reporting, first_localization
+from lightning_slt.callbacks.resuming import step_before_its_firing
 from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.samples import Probed, ProbedSamples
-from lightning_slt.callbacks.schedule import Schedule, steps_of_run
+from lightning_slt.callbacks.schedule import Schedule, is_of_batch_norm, steps_of_run
 from lightning_slt.callbacks.signals import SignalsHeld
 from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
 from lightning_slt.callbacks.susceptibilities import Measures, warn_of
@@ -351,13 +353,15 @@ class SLTMonitor(KeepsHistory):
             check_num_samples(data.num_samples, asked.settings.nbeta, voice.who)
         self._explicit = self._steps_of_all(trainer)
         before = trainer.fit_loop.epoch_loop._batches_that_stepped
-        if self._begins(trainer):
+        begins = self._begins(trainer)
+        if begins:
             self._forget()
         self._start_clock(trainer, earns=self._clock.budget is not None and not smoke_test)
         if asked.restrict is None and not is_sharded(trainer):
             warn_of_untrained(trainer, pl_module, voice.who)
         self._done_fast_run = False
-        self._last_step = max(self._last_step, before)
+        last = self._last_step
+        self._last_step = max(last, before)
         restored = self._reporting.open(trainer, self._last_step, self._collective)
         if self._course.localization is None:  # the curve goes on in the region of its first point
             self._course.localization = first_localization(restored)
@@ -367,6 +371,27 @@ class SLTMonitor(KeepsHistory):
         self._reporting.show(trainer)  # a run that is resumed may be a while from its next firing
         if before == 0 and not self.estimates and 0 in self._explicit and not smoke_test:
             self._consider(trainer, pl_module, step=0, x=0)
+        elif not begins and not smoke_test:
+            self._make_up_for(trainer, pl_module, last)
+
+    def _make_up_for(self, trainer: Trainer, pl_module: LightningModule, last: int) -> None:
+        """Measure at the step of a checkpoint that was written between the end of its batch and the firing there."""
+        step = step_before_its_firing(trainer, self._asked.schedule, last, self._explicit)
+        if step is None or self._has(step):
+            return
+        self._last_step = step
+        if self._followed.data.replays:
+            rank_zero_warn(
+                f"{self._voice.who}: the measurement at step {step} is left out: the checkpoint was written before it, "
+                "and the batches that training had seen, which chains replay, are not in it."
+            )
+            return
+        self._consider(trainer, pl_module, step, step - 1)
+
+    def _has(self, step: int) -> bool:
+        """Whether a step has been measured, or sent to be."""
+        sent = self._late is not None and self._late.beside.last_step == step
+        return sent or any(estimate.step == step for estimate in self.estimates)
 
     def _start_clock(self, trainer: Trainer, earns: bool) -> None:
         others = [other._clock for other in trainer.callbacks if isinstance(other, SLTMonitor)]  # type: ignore[attr-defined]
@@ -449,13 +474,15 @@ class SLTMonitor(KeepsHistory):
             if not self._done_fast_run:
                 self._done_fast_run = True
                 self._fire(Moment(trainer, pl_module, step, x, self._collective))
-        elif self._asked.schedule.due(last, step, self._explicit):
+        elif self._asked.schedule.due(last, step, self._explicit) and not is_of_batch_norm(trainer):
             self._consider(trainer, pl_module, step, x)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._late is not None:
             self._late.collect(trainer, pl_module)
         if is_smoke_test(trainer) or not self._asked.schedule.due_epoch(trainer.current_epoch + 1):
+            return
+        if is_of_batch_norm(trainer):
             return
         if self.estimates and self.estimates[-1].step == self._last_step:
             return
@@ -486,11 +513,21 @@ class SLTMonitor(KeepsHistory):
 
     def _fire(self, moment: Moment) -> None:
         """Measure now, on all ranks, and publish; a failure follows ``on_failure``."""
-        if self._late is not None and not moment.is_smoke_test:
-            self._skipped = self._late.send(moment, self._skipped)
-            return
-        with SignalsHeld() as held:
-            self._fire_inside(moment, held)
+        try:
+            if self._late is not None and not moment.is_smoke_test:
+                self._skipped = self._late.send(moment, self._skipped)
+                return
+            with SignalsHeld() as held:
+                self._fire_inside(moment, held)
+        except KeyboardInterrupt:
+            step = moment.step
+            if not self._has(step):
+                # a checkpoint of now is of the weights that were to be measured: a resume makes up for it
+                self._last_step = min(self._last_step, max(step - 1, 0))
+                rank_zero_info(
+                    f"{self._voice.who}: the measurement at step {step} was interrupted and is not recorded."
+                )
+            raise
 
     def _fire_inside(self, moment: Moment, held: SignalsHeld) -> None:
         asked, clock, decision = self._asked, self._clock, moment.decision

@@ -13,7 +13,7 @@ from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.samples import ProbedSamples
 from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.influence_record import InfluenceEstimate
-from lightning_slt.publish.diagnoses import invalid_sentence, kind_of_reason
+from lightning_slt.publish.diagnoses import invalid_sentence, kinds_of
 from lightning_slt.publish.phrases import count_of
 from lightning_slt.record import Estimate
 
@@ -47,7 +47,9 @@ def say_why_not(voice: Voice, estimate: Estimate) -> None:
     """Why an estimate is not valid: each kind of reason once in a run."""
     if estimate.valid:
         return
-    new = [reason for reason in estimate.reasons if voice.first(f"not valid: {kind_of_reason(reason)}")]
+    kinds = kinds_of(estimate)
+    fresh = {kind for kind in dict.fromkeys(kinds) if voice.first(f"not valid: {kind}")}
+    new = [reason for reason, kind in zip(estimate.reasons, kinds, strict=True) if kind in fresh]
     if new:
         rank_zero_info(f"{voice.who}: {invalid_sentence(estimate, new)}")
 

@@ -124,7 +124,9 @@ class Reporting:
         def of_record() -> tuple[list[Estimate], list[InfluenceEstimate], list[SusceptibilityEstimate]]:
             if not trainer.is_global_zero:
                 return [], [], []
-            found = restore_record(RunRecord(folder), last_step, history.estimates, history.influences).values()
+            found = restore_record(
+                RunRecord(folder), last_step, history.estimates, history.influences, self._voice.prefix
+            ).values()
             others = restore_susceptibilities(folder, last_step, history.susceptibilities, self._voice.who)
             return [e for e, _ in found], [i for _, i in found if i is not None], others
 

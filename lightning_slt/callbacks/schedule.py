@@ -62,6 +62,15 @@ def steps_of_run(trainer: Trainer) -> Optional[int]:
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
 
+def is_of_batch_norm(trainer: Trainer) -> bool:
+    """Whether this is the epoch that StochasticWeightAveraging adds after the last: the module holds the mean of the
+    weights, which is no point of training's course, until BatchNorm has its statistics."""
+    return any(
+        isinstance(c, StochasticWeightAveraging) and c._model_contains_batch_norm and trainer.current_epoch > c.swa_end
+        for c in trainer.callbacks  # type: ignore[attr-defined]
+    )
+
+
 def _named_steps(at_steps: Any) -> tuple[int, ...]:
     """The steps in their order, each once.
 

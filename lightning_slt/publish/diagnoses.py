@@ -122,6 +122,13 @@ def kind_of_reason(reason: str) -> str:
     return words if words != reason else re.sub(r"[\d\W]+", " ", re.sub(r"\d[\d.,]*(e[+-]?\d+)?", " ", reason))
 
 
+def kinds_of(estimate: Estimate) -> tuple[str, ...]:
+    """The kind of each of its reasons, whatever it is worded like; by the wording where no kind is known."""
+    if len(estimate.kinds) == len(estimate.reasons):
+        return estimate.kinds
+    return tuple(kind_of_reason(reason) for reason in estimate.reasons)
+
+
 def invalid_sentence(estimate: Estimate, reasons: Sequence[str]) -> str:
     """One estimate that is not valid, in a line of the log: the reasons as the record has them, and what helps.
 

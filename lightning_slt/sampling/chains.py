@@ -21,7 +21,7 @@ from lightning_slt.sampling.collective import Collective, RankLostError, own_cha
 from lightning_slt.sampling.engines import Engine
 from lightning_slt.sampling.layout import BLOCK
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.paths import Choice, choose_engine
+from lightning_slt.sampling.paths import SLOW, Choice, choose_engine
 from lightning_slt.sampling.randomness import Randomness
 from lightning_slt.sampling.rng import START, STEP, derive_seed, generator, seed_globals
 from lightning_slt.sampling.samplers import Sampler, SamplerState, empty_state
@@ -87,12 +87,19 @@ class Chains:
                     raise
                 self.method = "sequential"
                 self.reason = collective.exchange(lambda: self._choose(self.method))[0][1]
+        if method == "batched" and self._gain < SLOW and collective.rank == 0:
+            objective.say(
+                "slow",
+                f"method='batched': with this module several chains at once have {self._gain:.2g} times the speed of "
+                "one after another. method='auto' takes the faster of the two.",
+            )
         collective.exchange(self._allocate)
 
     def _choose(self, method: str) -> tuple[str, str]:
         window = self.source.window(0)
         choice: Choice = choose_engine(self.objective, window, min(self.num_chains, max(len(self.numbers), 1)), method)
         self._engine: Engine = choice.engine
+        self._gain = choice.gain
         return choice.engine.method, choice.reason
 
     def _allocate(self) -> None:

@@ -43,7 +43,8 @@ class Objective:
         trainer: what the copy may read as ``self.trainer``.
         context: makes the context in which the loss is computed (autocast); None for none.
         weights: a ``state_dict`` to study in place of the module's own weights.
-        say: told why the module is called in place, where it could not be copied; None for the log.
+        say: told what a user should know, as a topic and a sentence: that the module is called in place, or that chains
+            are slow as they were asked for. It is so at every estimate; None for the log.
 
     Raises:
         TypeError: for a module that is none.
@@ -82,12 +83,12 @@ class Objective:
         trainer: Any = None,
         context: Optional[Callable[[], AbstractContextManager[Any]]] = None,
         weights: Optional[dict[str, Tensor]] = None,
-        say: Optional[Callable[[str], None]] = None,
+        say: Optional[Callable[[str, str], None]] = None,
     ) -> None:
         module = without_fabric(module)
         check_module("module", module)
         check_device("device", device)
-        self._say = say or log.warning
+        self.say = say or (lambda topic, sentence: log.warning(sentence))
         self._live, self._live_names = module, select_parameters(module, restrict)
         refuse_lazy(module)
         self._may_borrow = device is None and weights is None
@@ -120,7 +121,7 @@ class Objective:
         prepare(self.module, self._trainer)
 
     def _call_in_place(self, why: str) -> None:
-        self._say(f"{why} Chains call the module in place instead, and put it back after.")
+        self.say("in place", f"{why} Chains call the module in place instead, and put it back after.")
         self.module, self.names, self.borrowed = self._live, self._live_names, True
 
     def _load(self, weights: dict[str, Tensor]) -> None:

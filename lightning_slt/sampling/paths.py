@@ -37,6 +37,8 @@ TIMED_STEPS, LEAST_TIMED = 8, 4
 machine a long step is seldom left alone, and the fastest of two is not what it takes."""
 BATCHED_GAIN = 1.25
 """How much faster the batched path must be to be kept: near ties go to the path that always works, at every run."""
+SLOW = 0.5
+"""How fast the batched path is at the least without a warning, where it was asked for: a tie, on a busy machine too."""
 HOPELESS = 2.0
 """Batched steps of which the fastest takes this many times what it may are not timed any more, ..."""
 HICCUP = 0.05
@@ -111,10 +113,15 @@ def chunk_width(objective: Objective, saved_bytes: int, num_chains: int, least: 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which engine was kept and why, for the log."""
+    """Which engine was kept and why, for the log.
+
+    Attributes:
+        gain: times the speed of one after another, of several chains at once; NaN where they are not.
+    """
 
     engine: Engine
     reason: str
+    gain: float = math.nan
 
 
 def choose_engine(objective: Objective, window: Window, num_chains: int, method: str = "auto") -> Choice:
@@ -171,7 +178,8 @@ def choose_engine(objective: Objective, window: Window, num_chains: int, method:
             raise ValueError(f"method='batched' cannot be used: {trial.reason}.")
         return Choice(sequential, trial.reason)
     if method == "batched" or trial.gain > BATCHED_GAIN:
-        return Choice(trial.engine, f"{trial.gain:.1f} times the speed of one after another, same numbers")
+        how = f"{trial.gain:{'.1f' if trial.gain >= 1 else '.2g'}} times the speed of one after another, same numbers"
+        return Choice(trial.engine, how, trial.gain)
     return Choice(sequential, f"batched would be {trial.gain:.2f} times as fast, which is no gain")
 
 

@@ -196,7 +196,7 @@ class ShardedObjective(Objective):
         restrict: Restriction = None,
         trainer: Any = None,
         context: Optional[Callable[[], AbstractContextManager[Any]]] = None,
-        say: Optional[Callable[[str], None]] = None,
+        say: Optional[Callable[[str, str], None]] = None,
     ) -> None:
         self._ranks, self._world_size = ranks, world_size
         self._passes = Passes(module, ranks)

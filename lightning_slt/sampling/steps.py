@@ -297,6 +297,8 @@ def _silent_parts(trainer: Any) -> dict[str, Any]:
     parts: dict[str, Any] = {"logger": SILENT, "loggers": [SILENT] if trainer is None else [], "profiler": SILENT}
     parts |= {"_results": SILENT, "_logger_connector": SILENT}
     parts |= {name: value for name, value in _ASKED_BY_LOG.items() if not hasattr(trainer, name)}
+    if trainer is None:  # what a step may write to
+        parts |= {"callback_metrics": {}, "logged_metrics": {}, "optimizers": _NoOptimizers()}
     if getattr(trainer, "profiler", None) is not None:
         parts["profiler"] = Silenced(trainer.profiler)
     if hasattr(trainer, "loggers"):
@@ -340,7 +342,7 @@ class _NoOptimizers(list[Any]):
         raise _NoTrainerError(_no_trainer(f"optimizers[{key!r}]").args[0])
 
 
-_OUTSIDE: dict[str, Any] = {
+_OUTSIDE: Mapping[str, Any] = {
     "global_step": 0,
     "current_epoch": 0,
     "max_epochs": None,
@@ -353,9 +355,6 @@ _OUTSIDE: dict[str, Any] = {
     "accumulate_grad_batches": 1,
     "training": True,
     "sanity_checking": False,
-    "callback_metrics": {},
-    "logged_metrics": {},
-    "optimizers": _NoOptimizers(),
     "strategy": _NoStrategy(),
 }
 

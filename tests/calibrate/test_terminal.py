@@ -49,9 +49,7 @@ def lines(found: Calibration) -> dict[str, str]:
 def test_every_number_is_told() -> None:
     said = lines(made())
     assert said["LLC 9.0 ± 0.5"] == "valid  of a.ckpt (step 40), loss 0.250"
-    assert said["path"] == (
-        "one after another (sequential): batched would be 1.07 times as fast, which is no gain"
-    )
+    assert said["path"] == ("one after another (sequential): batched would be 1.07 times as fast, which is no gain")
     assert said["step size"] == "3.00e-05, found, 10% of the largest stable one"
     assert (said["burn-in"], said["draws"]) == ("70 steps", "4 chains of 100 draws, each of 2 steps")
     assert said["batch size"] == "50 samples"

@@ -302,6 +302,24 @@ def test_ctrl_c_in_the_middle_of_a_chain_leaves_training_as_it_was(
     assert_same_state(left[1], left[0])
 
 
+def test_ctrl_c_in_a_firing_is_said_and_the_point_is_measured_on_resume(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The checkpoint that is written then is of the weights that were to be measured."""
+    CALLS[0] = 0
+    first, again, whole = (tiny_monitor() for _ in range(3))
+    saver = OnExceptionCheckpoint(tmp_path, "interrupted")
+    with caplog.at_level("INFO", logger="lightning.pytorch"), pytest.raises((KeyboardInterrupt, SystemExit)):
+        Scenario(Interrupted, loaders, lambda: {"enable_checkpointing": True}).run(tmp_path / "a", first, saver)
+    said = [r.getMessage() for r in caplog.records if "interrupted and" in r.getMessage()]
+    assert said == ["SLTMonitor: the measurement at step 4 was interrupted and is not recorded."]
+    assert steps_of(first) == []
+    Scenario(Net, loaders).run(tmp_path / "a", again, ckpt_path=str(tmp_path / "interrupted.ckpt"))
+    Scenario(Net, loaders).run(tmp_path / "b", whole)
+    assert steps_of(again) == steps_of(whole) == [4, 8, 12]
+    assert torch.equal(again.estimates[0].trace, whole.estimates[0].trace)
+
+
 # ------------------------------------------------------------------------------------------- the signal of a scheduler
 
 

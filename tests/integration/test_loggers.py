@@ -176,6 +176,17 @@ def test_with_a_logger_on_a_remote_filesystem_the_record_is_local(
     assert len(said) == 1 and f"not in memory://logs-{tmp_path.name}" in said[0]
 
 
+def test_each_of_two_monitors_says_where_its_own_local_record_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    logger = CSVLogger(f"memory://logs-{tmp_path.name}", "run", "0")
+    monitors = [tiny_monitor(at_steps=[2]), tiny_monitor(at_steps=[2], name="head")]
+    Scenario(Net, loaders, lambda: {"logger": logger, "max_steps": 2}).run(tmp_path, *monitors)
+    said = [str(w.message).split(": the record is kept")[0] for w in recwarn if "dirpath=" in str(w.message)]
+    assert said == ["SLTMonitor", "SLTMonitor (slt_head)"]
+
+
 # ---------------------------------------------------------------------------------------------------- loggers that fail
 
 

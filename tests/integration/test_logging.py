@@ -20,7 +20,9 @@ from lightning_slt.callbacks.moment import Moment
 from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.susceptibilities import Measures
 from lightning_slt.publish import publisher
+from lightning_slt.reasons import Kind, Reason, sentences
 from lightning_slt.record import RunRecord
+from lightning_slt.sampling import paths
 from tests.integration.harness import RecordingLogger, Scenario, SLTMonitor, assert_same, steps_of, tiny_monitor
 from tests.integration.models import Net, Plain, loaders, tensors, with_validation
 from tests.publish.helpers import make_estimate, make_influence
@@ -201,6 +203,19 @@ def test_method_and_settings_are_said_once(tmp_path: Path, caplog: pytest.LogCap
     assert "n = 24" in said[0]
 
 
+def test_chains_that_are_slow_as_they_were_asked_for_are_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths._Trial, "gain", property(lambda trial: 0.07))
+    monitor = tiny_monitor(
+        method="batched", measures=[{"name": "susceptibility", "components": {"all": ["*"]}}], probe=5
+    )
+    Scenario(Net, with_validation).run(tmp_path, monitor, tiny_monitor(method="auto", name="head"))
+    assert [e.method for e in monitor.estimates] == ["batched"] * 3
+    (said,) = [r.getMessage() for r in caplog.records if "speed" in r.getMessage()]
+    assert said.startswith("SLTMonitor: method='batched': ") and "0.07 times the speed of one after another" in said
+
+
 def test_of_several_monitors_each_line_says_whose_it_is(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,6 +329,30 @@ def test_the_last_line_names_no_report_where_none_was_written(
     with caplog.at_level("INFO", logger="lightning.pytorch"), pytest.warns(UserWarning, match="publish to the report"):
         Scenario(Net, loaders).run(tmp_path, monitor)
     assert caplog.records[-1].getMessage().endswith(f", in {monitor.folder}")
+
+
+def test_reasons_of_one_kind_are_said_once_however_they_are_worded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And those of two kinds both, though they are worded alike; two of a kind at one firing are both told."""
+    verdicts = {
+        2: (Reason(Kind.EVAL_MODE, "no loss of a"), Reason(Kind.EVAL_MODE, "in eval mode b has none")),
+        4: (Reason(Kind.EVAL_MODE, "c has none"), Reason(Kind.SUM, "the loss is wrong")),
+        6: (Reason(Kind.GRADIENT, "the loss is wrong"), Reason(Kind.SUM, "the loss is a sum")),
+    }
+    measure = SLTMonitor._measure
+
+    def judged(self: SLTMonitor, trainer: Any, *args: Any) -> Any:
+        found, influence = measure(self, trainer, *args)
+        why = verdicts[trainer.global_step]
+        kinds = tuple(reason.kind.name for reason in why)
+        return found.replace(mean=1.0, se=0.5, valid=False, reasons=sentences(why), kinds=kinds), influence
+
+    monkeypatch.setattr(SLTMonitor, "_measure", judged)
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        Scenario(Net, loaders).run(tmp_path, tiny_monitor(at_steps=list(verdicts)))
+    said = [r.getMessage().split(" is not valid: ")[1] for r in caplog.records if "is not valid: " in r.getMessage()]
+    assert said == ["no loss of a; in eval mode b has none.", "the loss is wrong.", "the loss is wrong."]
 
 
 def test_each_kind_of_reason_why_an_estimate_is_not_valid_is_said_once(

@@ -138,6 +138,24 @@ def test_log_spaced_steps_end_where_weights_are_trained_last(
     assert steps_of(monitor) == ([1, 2, 5] if scheduling else [1, 3, 12])
 
 
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [
+        ({"every_n_train_steps": 1}, list(range(1, 13))),
+        ({"every_n_epochs": 1}, [6, 12]),
+        ({"at_steps": [11, 13]}, [11]),
+    ],
+    ids=str,
+)
+def test_the_epoch_of_batch_norm_after_averaging_is_not_measured(
+    schedule: dict[str, Any], steps: list[int], tmp_path: Path
+) -> None:
+    """The module holds the mean of the weights then, and Lightning counts a step at its end."""
+    monitor = tiny_monitor(**schedule)
+    trace = Scenario(Net, loaders, swa).assert_undisturbed(tmp_path, monitor)
+    assert trace.trainer.global_step == 13 and steps_of(monitor) == steps
+
+
 @pytest.mark.parametrize("changes", [{}, {"probe": 7, "num_draws": 20, "measures": ["influence", "susceptibility"]}])
 def test_torchscript_is_compiled_by_the_calls_of_training_only(changes: dict[str, Any], tmp_path: Path) -> None:
     """A copy shares the count of calls after which it is optimised: chains before training must not move it on."""

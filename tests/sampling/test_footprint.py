@@ -217,6 +217,36 @@ def test_a_machine_that_is_busy_for_a_moment_does_not_decide_the_path(
     assert calls == 1 + timed
 
 
+@pytest.mark.parametrize(("each", "ratio"), [(14.2, "0.07"), (3.0, "0.33"), (1.5, None), (0.1, None)])
+def test_several_chains_at_once_are_said_to_be_slow_where_they_were_asked_for(
+    each: float, ratio: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A step of k chains at once takes ``each`` k on this clock, one alone takes 1."""
+    clock = 0.0
+    step, batched = SequentialEngine.step, BatchedEngine.__call__
+
+    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal clock
+        clock += 1.0
+        return step(self, *args, **kwargs)
+
+    def together(self: Any, window: Any, indices: torch.Tensor, **kwargs: Any) -> Any:
+        nonlocal clock
+        clock += each * len(indices)
+        return batched(self, window, indices, **kwargs)
+
+    monkeypatch.setattr(SequentialEngine, "step", alone)
+    monkeypatch.setattr(BatchedEngine, "__call__", together)
+    monkeypatch.setattr(paths, "_now", lambda device: clock)
+    net, data = nn.Linear(4, 4), regression(8, 4, 4)
+    for method in ("batched", "auto", "sequential"):
+        caplog.clear()
+        make_chains(net, data, mean_squared, num_chains=4, method=method)
+        said = [r.getMessage() for r in caplog.records if "speed" in r.getMessage()]
+        assert len(said) == (method == "batched" and ratio is not None)
+        assert all(f"have {ratio} times the speed of one after another. method='auto'" in text for text in said)
+
+
 def _high_water() -> float:
     """Megabytes that the process has held at once since the mark was set to what it holds."""
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -239,6 +239,17 @@ def test_outside_a_trainer_the_usual_attributes_are_there_and_others_say_what_to
         view.datamodule  # noqa: B018
 
 
+def test_outside_a_trainer_what_a_step_writes_stays_with_its_module() -> None:
+    """Two modules that are measured in one process at once; a module reads back what it wrote."""
+    one, other = ReadThroughTrainer(None), ReadThroughTrainer(None)
+    for metrics in (one.callback_metrics, one.logged_metrics):
+        metrics["loss"] = torch.tensor(1.0)
+    one.optimizers.append("mine")
+    assert list(one.callback_metrics) == list(one.logged_metrics) == ["loss"] and one.optimizers == ["mine"]
+    assert other.callback_metrics == other.logged_metrics == {} and other.optimizers == []
+    assert ReadThroughTrainer(None).callback_metrics == {}
+
+
 def test_outside_a_trainer_there_are_no_optimizers() -> None:
     """A step that counts them goes on; one that asks for the first is told what to give."""
     found = ReadThroughTrainer(None).optimizers
