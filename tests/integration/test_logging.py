@@ -342,9 +342,9 @@ def test_reasons_of_one_kind_are_said_once_however_they_are_worded(
     }
     measure = SLTMonitor._measure
 
-    def judged(self: SLTMonitor, trainer: Any, *args: Any) -> Any:
-        found, influence = measure(self, trainer, *args)
-        why = verdicts[trainer.global_step]
+    def judged(self: SLTMonitor, moment: Moment, *args: Any) -> Any:
+        found, influence = measure(self, moment, *args)
+        why = verdicts[moment.step]
         kinds = tuple(reason.kind.name for reason in why)
         return found.replace(mean=1.0, se=0.5, valid=False, reasons=sentences(why), kinds=kinds), influence
 
