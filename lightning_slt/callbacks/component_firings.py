@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from lightning_slt.callbacks.asked import Asked
 from lightning_slt.callbacks.clock import RunClock
-from lightning_slt.callbacks.following import FollowedData
+from lightning_slt.callbacks.data.following import FollowedData
+from lightning_slt.callbacks.data.samples import ProbedSamples
 from lightning_slt.callbacks.inside_firings import InsideFirings, share_buffers
 from lightning_slt.callbacks.moment import Moment
 from lightning_slt.callbacks.said import Voice
-from lightning_slt.callbacks.samples import ProbedSamples
 from lightning_slt.callbacks.susceptibilities import measure_beside
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.firing import Course

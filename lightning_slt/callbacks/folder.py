@@ -11,8 +11,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_slt.callbacks.arguments import local_folder
+from lightning_slt.callbacks.background.worker import FOLDER
 from lightning_slt.callbacks.said import speaker
-from lightning_slt.callbacks.worker import FOLDER
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
 from lightning_slt.record import Estimate, RunRecord
 

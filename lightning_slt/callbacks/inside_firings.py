@@ -12,13 +12,13 @@ from torch import Tensor
 
 from lightning_slt.callbacks.arguments import loss_context, second_moments
 from lightning_slt.callbacks.asked import Asked
+from lightning_slt.callbacks.data.following import FollowedData
+from lightning_slt.callbacks.data.samples import ProbedSamples
+from lightning_slt.callbacks.data.structure import explained
 from lightning_slt.callbacks.distribution import make_objective, share_batches
-from lightning_slt.callbacks.following import FollowedData
 from lightning_slt.callbacks.moment import Moment
 from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.said import Voice
-from lightning_slt.callbacks.samples import ProbedSamples
-from lightning_slt.callbacks.structure import explained
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.firing import Course
 from lightning_slt.influence import ProbeSet

@@ -23,10 +23,13 @@ from lightning_slt.callbacks.arguments import (
     warn_of_untrained,
 )
 from lightning_slt.callbacks.asked import Asked
-from lightning_slt.callbacks.background import BackgroundFirings, warn_of_lost
+from lightning_slt.callbacks.background.firings import BackgroundFirings, warn_of_lost
+from lightning_slt.callbacks.background.late import LateFirings
 from lightning_slt.callbacks.clock import RunClock
 from lightning_slt.callbacks.component_firings import ComponentFirings
-from lightning_slt.callbacks.data import check_num_samples
+from lightning_slt.callbacks.data.following import FollowedData
+from lightning_slt.callbacks.data.samples import Probed, ProbedSamples
+from lightning_slt.callbacks.data.training import check_num_samples
 from lightning_slt.callbacks.distribution import (
     check_strategy,
     close_collective,
@@ -34,9 +37,7 @@ from lightning_slt.callbacks.distribution import (
     make_collective,
 )
 from lightning_slt.callbacks.evaluation import KeepsHistory
-from lightning_slt.callbacks.following import FollowedData
 from lightning_slt.callbacks.inside_firings import InsideFirings
-from lightning_slt.callbacks.late import LateFirings
 from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.moment import Moment
 from lightning_slt.callbacks.overhead import Decision, OverheadBudget
@@ -51,7 +52,6 @@ from lightning_slt.callbacks.remarks import (
 from lightning_slt.callbacks.reporting import Reporting, first_localization
 from lightning_slt.callbacks.resuming import step_before_its_firing
 from lightning_slt.callbacks.said import Voice
-from lightning_slt.callbacks.samples import Probed, ProbedSamples
 from lightning_slt.callbacks.schedule import Schedule, is_of_batch_norm, steps_of_run
 from lightning_slt.callbacks.signals import SignalsHeld
 from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized

@@ -8,9 +8,9 @@ from typing import Optional
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_slt.callbacks.data.samples import ProbedSamples
 from lightning_slt.callbacks.overhead import OverheadBudget
 from lightning_slt.callbacks.said import Voice
-from lightning_slt.callbacks.samples import ProbedSamples
 from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish.diagnoses import invalid_sentence, kinds_of

@@ -14,12 +14,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_slt.callbacks.arguments import is_smoke_test
 from lightning_slt.callbacks.asked import Asked
 from lightning_slt.callbacks.clock import RunClock
+from lightning_slt.callbacks.data.samples import ProbedSamples
 from lightning_slt.callbacks.folder import claim, fresh, give_back, restore_record, run_folder
 from lightning_slt.callbacks.history import History
 from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.remarks import say_why_not, warn_of_other_weights
 from lightning_slt.callbacks.said import Voice
-from lightning_slt.callbacks.samples import ProbedSamples
 from lightning_slt.callbacks.susceptibilities import publish, restore_susceptibilities
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish import RunPublisher

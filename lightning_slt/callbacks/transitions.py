@@ -15,12 +15,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_slt.callbacks.arguments import check_dirpath
-from lightning_slt.callbacks.boundaries import LearningRateWatch
 from lightning_slt.callbacks.evaluation import KeepsHistory
-from lightning_slt.callbacks.kept_weights import KeptWeights
+from lightning_slt.callbacks.flags.boundaries import LearningRateWatch
+from lightning_slt.callbacks.flags.kept_weights import KeptWeights
+from lightning_slt.callbacks.flags.what_changed import moved_components, moved_samples, with_phases
 from lightning_slt.callbacks.monitor import SLTMonitor
 from lightning_slt.callbacks.said import speaker
-from lightning_slt.callbacks.what_changed import moved_components, moved_samples, with_phases
 from lightning_slt.kinds import check_callable, check_count, check_flag
 from lightning_slt.publish import RunPublisher
 from lightning_slt.record import Estimate

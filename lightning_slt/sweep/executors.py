@@ -16,7 +16,7 @@ from typing import Any, Optional
 
 import torch
 
-from lightning_slt.callbacks.devices import WorkerDevice
+from lightning_slt.callbacks.background.devices import WorkerDevice
 from lightning_slt.sweep.point import Task, measure_point
 
 MAX_DEATHS = 2

@@ -19,8 +19,8 @@ from lightning.pytorch.plugins.precision import Precision
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_slt.callbacks.data import BatchTransfer, LoaderPart, SourcePlan, check_num_samples
-from lightning_slt.callbacks.travel import StillTrainer
+from lightning_slt.callbacks.background.travel import StillTrainer
+from lightning_slt.callbacks.data.training import BatchTransfer, LoaderPart, SourcePlan, check_num_samples
 from lightning_slt.config import load
 from lightning_slt.durable import DamagedFileError, read_checked, write_checked
 from lightning_slt.firing import Course

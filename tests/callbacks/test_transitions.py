@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from lightning_slt import SLTMonitor, TransitionMonitor
-from lightning_slt.callbacks.boundaries import LearningRateWatch
-from lightning_slt.callbacks.snapshots import SnapshotRing
+from lightning_slt.callbacks.flags.boundaries import LearningRateWatch
+from lightning_slt.callbacks.flags.snapshots import SnapshotRing
+from lightning_slt.callbacks.flags.what_changed import moved_components, moved_samples, phase_of, sides, with_phases
 from lightning_slt.callbacks.transitions import refined
-from lightning_slt.callbacks.what_changed import moved_components, moved_samples, phase_of, sides, with_phases
 from lightning_slt.transition_record import TransitionReport
 from tests.publish.helpers import make_estimate, make_influence, make_report, make_transition
 

@@ -22,9 +22,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import TensorDataset
 
 from lightning_slt import RMSpropSGLD
-from lightning_slt.callbacks.bench import plugin_on
-from lightning_slt.callbacks.folder import claim, give_back
-from lightning_slt.callbacks.travel import (
+from lightning_slt.callbacks.background.bench import plugin_on
+from lightning_slt.callbacks.background.travel import (
     CannotTravelError,
     StillTrainer,
     flat_weights,
@@ -32,7 +31,8 @@ from lightning_slt.callbacks.travel import (
     read_pickled,
     write_pickled,
 )
-from lightning_slt.callbacks.worker import FOLDER
+from lightning_slt.callbacks.background.worker import FOLDER
+from lightning_slt.callbacks.folder import claim, give_back
 from lightning_slt.record import RunRecord
 from lightning_slt.sampling.objective import Objective
 from tests.integration import models
@@ -324,7 +324,7 @@ class WaitsForTheNews(Callback):
 def test_workers_that_cannot_start_are_reported_where_nothing_was_sent_yet(
     on_failure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_slt.callbacks.pool._LIFE", CANNOT_START)
+    monkeypatch.setattr("lightning_slt.callbacks.background.pool._LIFE", CANNOT_START)
     monitor = beside(on_failure=on_failure)
     said = r"at step 4 .*a worker could not start: ImportError: no such thing"
     if on_failure == "raise":

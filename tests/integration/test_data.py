@@ -27,7 +27,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_slt.callbacks.data import TrainingData
+from lightning_slt.callbacks.data.training import TrainingData
 from lightning_slt.sampling import reading
 from tests.integration import models
 from tests.integration.harness import Scenario, quiet_trainer, steps_of, tiny_monitor

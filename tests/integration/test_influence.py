@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, WeightedRandomSampler
 
 from lightning_slt.callbacks import reporting
-from lightning_slt.callbacks.samples import ProbedSamples, tokenizer_of
+from lightning_slt.callbacks.data.samples import ProbedSamples, tokenizer_of
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
 from lightning_slt.publish import render as render_module
 from lightning_slt.record import RunRecord

@@ -15,9 +15,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_slt.callbacks import clock as clock_module
-from lightning_slt.callbacks.background import BackgroundFirings, Late
+from lightning_slt.callbacks.background.firings import BackgroundFirings, Late
+from lightning_slt.callbacks.background.pool import Result
 from lightning_slt.callbacks.overhead import CAP
-from lightning_slt.callbacks.pool import Result
 from tests.integration.harness import RecordingLogger, Scenario, SLTMonitor, steps_of, tiny_monitor
 from tests.integration.models import Plain, loaders
 

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from lightning_slt import SGLD, estimate_llc
-from lightning_slt.callbacks.travel import StillTrainer
+from lightning_slt.callbacks.background.travel import StillTrainer
 from lightning_slt.sampling.belongings import services_of
 from lightning_slt.sampling.borrowing import prepare
 from lightning_slt.sampling.services import stand_in

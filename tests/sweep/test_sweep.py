@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
 from lightning_slt import RMSpropSGLD
-from lightning_slt.callbacks.devices import WorkerDevice
+from lightning_slt.callbacks.background.devices import WorkerDevice
 from lightning_slt.cli import main
 from lightning_slt.config import load
 from lightning_slt.influence_record import InfluenceRecord

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_slt.callbacks.distribution import weights_to_keep
-from lightning_slt.callbacks.snapshots import SnapshotRing
+from lightning_slt.callbacks.flags.snapshots import SnapshotRing
 from lightning_slt.transitions import Transition
 
 

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from lightning_slt.callbacks.arguments import loss_context, second_moments
 from lightning_slt.callbacks.asked import Asked
-from lightning_slt.callbacks.background import GONE, BackgroundFirings, Late, warn_of_lost
+from lightning_slt.callbacks.background.firings import GONE, BackgroundFirings, Late, warn_of_lost
+from lightning_slt.callbacks.background.travel import flat_weights
+from lightning_slt.callbacks.background.worker import FOLDER
 from lightning_slt.callbacks.clock import RunClock
-from lightning_slt.callbacks.following import FollowedData
+from lightning_slt.callbacks.data.following import FollowedData
+from lightning_slt.callbacks.data.samples import ProbedSamples
 from lightning_slt.callbacks.moment import Moment
 from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.remarks import leave_influence_out, say_how
 from lightning_slt.callbacks.reporting import Reporting
 from lightning_slt.callbacks.said import Voice
-from lightning_slt.callbacks.samples import ProbedSamples
-from lightning_slt.callbacks.travel import flat_weights
-from lightning_slt.callbacks.worker import FOLDER
 from lightning_slt.firing import Course
 from lightning_slt.influence import ProbeSet
 from lightning_slt.sampling.restriction import select_parameters

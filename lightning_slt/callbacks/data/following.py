@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_slt.callbacks.asked import Asked
-from lightning_slt.callbacks.data import TrainingData, training_transfer
+from lightning_slt.callbacks.data.training import TrainingData, training_transfer
 from lightning_slt.callbacks.said import Voice
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.collective import Collective

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
-from lightning_slt.callbacks.combined import Combined, Transfer, batches_of_epoch
-from lightning_slt.callbacks.marks import marks_of, same_marks
+from lightning_slt.callbacks.data.combined import Combined, Transfer, batches_of_epoch
+from lightning_slt.callbacks.data.marks import marks_of, same_marks
 from lightning_slt.callbacks.said import speaker
 from lightning_slt.sampling.batches import (
     LEAST_WINDOW,

@@ -10,9 +10,9 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_slt.callbacks.data import datamodule_of
+from lightning_slt.callbacks.data.structure import collate_of
+from lightning_slt.callbacks.data.training import datamodule_of
 from lightning_slt.callbacks.said import speaker
-from lightning_slt.callbacks.structure import collate_of
 from lightning_slt.influence import ProbeSet, probe_set
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.kinds import check_callable

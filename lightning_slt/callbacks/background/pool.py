@@ -23,9 +23,9 @@ from typing import Any, Optional
 
 import torch
 
-from lightning_slt.callbacks.devices import WorkerDevice
-from lightning_slt.callbacks.travel import read_pickled
-from lightning_slt.callbacks.worker import Orders, result_path, snapshot_path, torch_flags
+from lightning_slt.callbacks.background.devices import WorkerDevice
+from lightning_slt.callbacks.background.travel import read_pickled
+from lightning_slt.callbacks.background.worker import Orders, result_path, snapshot_path, torch_flags
 from lightning_slt.durable import save_tensors, write_durably
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.record import Estimate
@@ -45,7 +45,7 @@ PATIENCE = 5.0
 _LIFE = (
     # first of all: Ctrl-C goes to all of a terminal, and it is for training to say what ends
     "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-    "from lightning_slt.callbacks.worker import main; main(sys.argv[1])"
+    "from lightning_slt.callbacks.background.worker import main; main(sys.argv[1])"
 )
 
 
@@ -93,7 +93,7 @@ class WorkerPool:
         devices: one worker each.
         course: asked for what the firings so far have left, whenever workers are started.
         warm_start: see :class:`~lightning_slt.firing.Course`.
-        main: see :func:`~lightning_slt.callbacks.travel.main_script`.
+        main: see :func:`~lightning_slt.callbacks.background.travel.main_script`.
 
     Attributes:
         restarts: how often workers had to be started again.

@@ -15,9 +15,9 @@ from typing import Any, Optional
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_slt.callbacks.data import BATCH_HOOKS, SourcePlan, TrainingData, datamodule_of
-from lightning_slt.callbacks.travel import CannotTravelError, main_script, pickles, write_pickled
-from lightning_slt.callbacks.worker import data_path
+from lightning_slt.callbacks.background.travel import CannotTravelError, main_script, pickles, write_pickled
+from lightning_slt.callbacks.background.worker import data_path
+from lightning_slt.callbacks.data.training import BATCH_HOOKS, SourcePlan, TrainingData, datamodule_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class DataFiles:
 
         Returns:
             How a worker finds what it needs of the running script, see
-            :func:`~lightning_slt.callbacks.travel.main_script`.
+            :func:`~lightning_slt.callbacks.background.travel.main_script`.
 
         Raises:
             CannotTravelError: where it cannot be handed to another process; the newest file is the one before.

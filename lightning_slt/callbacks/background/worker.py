@@ -1,4 +1,4 @@
-"""The process beside training that runs chains; :mod:`lightning_slt.callbacks.pool` starts it.
+"""The process beside training that runs chains; :mod:`lightning_slt.callbacks.background.pool` starts it.
 
 It is told on a pipe which snapshots to measure, and answers on it; snapshots and results are files. It ends when it is
 told to, and when training is gone: at the end of the pipe, or when its parent is another process than it was (a process
@@ -39,13 +39,13 @@ class Orders:
         parent: process id of training.
         folder: of kit, snapshots and results.
         rank, world_size: which of the workers that share the chains it is.
-        device, cores: see :class:`~lightning_slt.callbacks.devices.WorkerDevice`.
+        device, cores: see :class:`~lightning_slt.callbacks.background.devices.WorkerDevice`.
         threads: of torch.
         course: file with what the firings so far have left.
         rendezvous: file by which the workers find each other.
         warm_start: see :class:`~lightning_slt.firing.Course`.
         sys_path: where Python finds modules.
-        main: see :func:`~lightning_slt.callbacks.travel.main_script`.
+        main: see :func:`~lightning_slt.callbacks.background.travel.main_script`.
         torch_flags: see :func:`torch_flags`.
     """
 
@@ -181,7 +181,7 @@ def main(text: str) -> None:
 def _set_up(orders: Orders) -> Any:
     sys.path[:] = list(orders.sys_path)
     _import_main(orders.main)
-    from lightning_slt.callbacks.bench import Bench
+    from lightning_slt.callbacks.background.bench import Bench
 
     return Bench(orders)
 

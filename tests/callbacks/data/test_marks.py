@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
-from lightning_slt.callbacks.marks import MAX_SUMMED_BYTES, marks_of, same_marks
+from lightning_slt.callbacks.data.marks import MAX_SUMMED_BYTES, marks_of, same_marks
 
 
 class Samples(Dataset[Any]):

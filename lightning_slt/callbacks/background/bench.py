@@ -20,14 +20,10 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
-from lightning_slt.callbacks.data import BatchTransfer, SeenBatches
-from lightning_slt.callbacks.data_files import RunData
-from lightning_slt.callbacks.devices import WorkerDevice
-from lightning_slt.callbacks.distribution import Ranks
-from lightning_slt.callbacks.said import Voice
-from lightning_slt.callbacks.structure import explained
-from lightning_slt.callbacks.travel import Kit, Snapshot, StillTrainer, read_pickled
-from lightning_slt.callbacks.worker import (
+from lightning_slt.callbacks.background.data_files import RunData
+from lightning_slt.callbacks.background.devices import WorkerDevice
+from lightning_slt.callbacks.background.travel import Kit, Snapshot, StillTrainer, read_pickled
+from lightning_slt.callbacks.background.worker import (
     TELL_EVERY,
     Mail,
     Orders,
@@ -38,6 +34,10 @@ from lightning_slt.callbacks.worker import (
     snapshot_path,
     take_over,
 )
+from lightning_slt.callbacks.data.structure import explained
+from lightning_slt.callbacks.data.training import BatchTransfer, SeenBatches
+from lightning_slt.callbacks.distribution import Ranks
+from lightning_slt.callbacks.said import Voice
 from lightning_slt.durable import save_tensors, write_durably
 from lightning_slt.firing import Course
 from lightning_slt.influence import ProbeSet

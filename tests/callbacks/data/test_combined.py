@@ -10,8 +10,8 @@ import torch
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import TensorDataset
 
-from lightning_slt.callbacks.combined import Combined
-from lightning_slt.callbacks.data import LoaderPart, SourcePlan
+from lightning_slt.callbacks.data.combined import Combined
+from lightning_slt.callbacks.data.training import LoaderPart, SourcePlan
 
 LARGE = 2**20
 

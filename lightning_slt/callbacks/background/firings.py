@@ -1,8 +1,8 @@
 """Firings beside training: what of a monitor's work is done elsewhere, and how it comes back.
 
-A firing takes a snapshot and sends it to a :class:`~lightning_slt.callbacks.pool.WorkerPool`; its result is taken up at
-a later batch, under the step of the snapshot. What is still out when a checkpoint is written stands in it, and is found
-again by its files: the snapshot, or the result that came too late.
+A firing takes a snapshot and sends it to a :class:`~lightning_slt.callbacks.background.pool.WorkerPool`; its result is
+taken up at a later batch, under the step of the snapshot. What is still out when a checkpoint is written stands in it,
+and is found again by its files: the snapshot, or the result that came too late.
 """
 
 from __future__ import annotations
@@ -19,12 +19,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_slt.callbacks.data import TrainingData
-from lightning_slt.callbacks.data_files import DataFiles
-from lightning_slt.callbacks.devices import worker_devices
-from lightning_slt.callbacks.pool import Result, WorkerPool, read_result
-from lightning_slt.callbacks.said import speaker
-from lightning_slt.callbacks.travel import (
+from lightning_slt.callbacks.background.data_files import DataFiles
+from lightning_slt.callbacks.background.devices import worker_devices
+from lightning_slt.callbacks.background.pool import Result, WorkerPool, read_result
+from lightning_slt.callbacks.background.travel import (
     CannotTravelError,
     Kit,
     check_pickles,
@@ -32,7 +30,9 @@ from lightning_slt.callbacks.travel import (
     take_snapshot,
     write_pickled,
 )
-from lightning_slt.callbacks.worker import FOLDER, kit_path, probes_path, result_path, snapshot_path
+from lightning_slt.callbacks.background.worker import FOLDER, kit_path, probes_path, result_path, snapshot_path
+from lightning_slt.callbacks.data.training import TrainingData
+from lightning_slt.callbacks.said import speaker
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.influence import ProbeSet
 from lightning_slt.kinds import check_count, check_number

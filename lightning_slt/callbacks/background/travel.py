@@ -23,7 +23,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_slt.callbacks.data import SeenBatches, TrainingData
+from lightning_slt.callbacks.data.training import SeenBatches, TrainingData
 from lightning_slt.durable import save_tensors, write_durably
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.sampling.restriction import Restriction, select_parameters

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_slt.callbacks import pool as pool_room
-from lightning_slt.callbacks.devices import WorkerDevice
-from lightning_slt.callbacks.pool import Result, WorkerPool
-from lightning_slt.callbacks.travel import write_pickled
+from lightning_slt.callbacks.background import pool as pool_room
+from lightning_slt.callbacks.background.devices import WorkerDevice
+from lightning_slt.callbacks.background.pool import Result, WorkerPool
+from lightning_slt.callbacks.background.travel import write_pickled
 from lightning_slt.durable import save_tensors
 
 
