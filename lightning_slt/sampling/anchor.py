@@ -8,7 +8,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from lightning_slt.sampling.batches import MinibatchSource
+from lightning_slt.sampling.batches import DatasetSource, MinibatchSource
+from lightning_slt.sampling.coupled import couples_samples
 from lightning_slt.sampling.eval_mode import only_in_training, refuse_without_gradient
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import seed_globals
@@ -68,6 +69,13 @@ def _opened(objective: Objective, source: MinibatchSource) -> float:
             raise _as(error, f"{str(error).rstrip('.') or type(error).__name__}. {remedy}") from error
         if len(window.anchor_loss) >= PROBED_BATCHES:
             break
+    if isinstance(source, DatasetSource) and source.resident and len(window.anchor_loss) > 1:
+        first, second = (window[i] for i in list(window.anchor_loss)[:2])
+        with objective.active():
+            if couples_samples(objective, (first, second), source.batch_size):
+                source.let_pass()
+                window = source.window(0)
+                measure_anchor(objective, window, torch.arange(min(PROBED_BATCHES, len(window))))
     if window.anchor_loss:
         if objective.unreached:
             with objective.active():

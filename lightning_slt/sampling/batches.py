@@ -146,10 +146,10 @@ class DatasetSource(MinibatchSource):
         self._next_window = 0
         first = self._read(self._stream(0, 1))[0]
         self._bytes = max(num_bytes(first), 1)
-        affordable = max(LEAST_WINDOW, max_bytes // self._bytes)
+        self._affordable = max(LEAST_WINDOW, max_bytes // self._bytes)
         total = n * _epochs_for_even_use(n, self.batch_size) // self.batch_size
-        self.resident = total <= min(affordable, MAX_RESIDENT_BATCHES)
-        self._window_batches = total if self.resident else min(affordable, WINDOW_BATCHES)
+        self.resident = total <= min(self._affordable, MAX_RESIDENT_BATCHES)
+        self._window_batches = total if self.resident else min(self._affordable, WINDOW_BATCHES)
 
     @property
     def num_indexed(self) -> int:
@@ -195,6 +195,13 @@ class DatasetSource(MinibatchSource):
         window = Window(self._read(self._pool(count) if self.resident else self._stream(index * count, count)))
         self._kept, self._next_window = window, index
         return window
+
+    def let_pass(self) -> None:
+        """No batch may come back, since the loss depends on which samples are together in one: from now on windows
+        pass by."""
+        if self.resident and self.batch_size < self._count:
+            self.resident, self._kept = False, None
+            self._window_batches = min(self._affordable, WINDOW_BATCHES)
 
     def read_samples(self, numbers: Sequence[int]) -> list[Any]:
         """A batch of each sample alone; ``numbers`` are those of the dataset itself."""
