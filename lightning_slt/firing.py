@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -106,6 +107,12 @@ class Course:
         """
         if self.localization is None and (layout or Layout(anchor.numel())).all_finite(anchor):
             self.localization = default_localization(anchor, layout)
+
+    def go_on_from(self, estimates: Sequence[Estimate]) -> None:
+        """Points of this run that were measured before: the curve stays in the region of the first with a loss."""
+        if self.localization is None:
+            found = (estimate.localization for estimate in estimates if math.isfinite(estimate.init_loss))
+            self.localization = next(found, None)
 
     def forget(self, localization: Optional[float], method: str) -> None:
         """Another run, which hands on nothing yet; with what is asked for it."""

@@ -1,7 +1,6 @@
 """The wall-clock of a run, and what of it measuring takes.
 
-The only room that asks the time for a monitor: everything that is not measuring is the run to its user, validation,
-loading data and checkpoints as much as batches.
+Everything that is not measuring is the run to its user: validation, loading data and checkpoints as much as batches.
 """
 
 from __future__ import annotations
@@ -52,11 +51,6 @@ class RunClock:
         """Of all fits of this run, up to now."""
         return self._run_seconds if self._started is None else time.monotonic() - self._started
 
-    @property
-    def earns(self) -> bool:
-        """Whether training earns credit now."""
-        return self.budget is not None and self._earned_until is not None
-
     def forget(self) -> None:
         """Another run, of which no time has passed."""
         self.measured_seconds, self._run_seconds = 0.0, 0.0
@@ -67,14 +61,13 @@ class RunClock:
         """A fit begins; what passed since the last one, or since a crash, is nobody's.
 
         Args:
-            earns: whether training earns credit from now on.
+            earns: whether training earns credit from now on, where there is a budget.
             others: those of other monitors of the same run, for which this one's measuring is no training either.
         """
         now = time.monotonic()
         self._started = now - self._run_seconds
         self._others = tuple(other for other in others if other is not self)
-        if earns:
-            self._earned_until = now
+        self._earned_until = now if earns else None
 
     def stop(self) -> None:
         """A fit is over: what comes between two of them is neither training nor measuring."""
@@ -82,6 +75,7 @@ class RunClock:
             self.earn()
             self._run_seconds = time.monotonic() - self._started
             self._started = self._earned_until = None
+            self._others = ()
 
     def earn(self) -> float:
         """Credit the budget with the time since it was last credited, and return it; 0 where nothing is earned."""

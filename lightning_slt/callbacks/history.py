@@ -19,6 +19,7 @@ class History:
         estimates: of the learning coefficient.
         influences: of the probed samples; the last one alone has its pairs.
         susceptibilities: of components.
+        skipped: firings that were due and left out since the last one.
     """
 
     def __init__(self) -> None:
@@ -29,6 +30,7 @@ class History:
         self.estimates: list[Estimate] = []
         self.influences: list[InfluenceEstimate] = []
         self.susceptibilities: list[SusceptibilityEstimate] = []
+        self.skipped = 0
 
     def add_influence(self, influence: InfluenceEstimate, estimate: Estimate) -> InfluenceEstimate:
         """One more, read off the chains of ``estimate``; returned as it is kept, with what earlier ones say of it."""
@@ -63,6 +65,7 @@ class History:
             "estimates": [estimate.state_dict() for estimate in self.estimates],
             "influences": [influence.without_pairs().state_dict() for influence in self.influences],
             "susceptibilities": [found.state_dict() for found in self.susceptibilities],
+            "skipped": self.skipped,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -72,6 +75,11 @@ class History:
         self.susceptibilities = [
             SusceptibilityEstimate.from_state_dict(found) for found in state.get("susceptibilities", [])
         ]
+        self.skipped = int(state.get("skipped", 0))
+
+    def has(self, step: int) -> bool:
+        """Whether there is an estimate at this step."""
+        return any(estimate.step == step for estimate in self.estimates)
 
 
 def _in_order(history: list[Found], more: list[Found]) -> list[Found]:

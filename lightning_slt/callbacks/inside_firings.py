@@ -18,6 +18,7 @@ from lightning_slt.callbacks.data.structure import explained
 from lightning_slt.callbacks.distribution import make_objective, share_batches
 from lightning_slt.callbacks.moment import Moment
 from lightning_slt.callbacks.progress import FiringProgress
+from lightning_slt.callbacks.remarks import say_how, warn_of_no_influence
 from lightning_slt.callbacks.said import Voice
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.firing import Course
@@ -56,14 +57,11 @@ class InsideFirings:
 
     def measure(
         self, moment: Moment, settings: ChainSettings, progress: FiringProgress
-    ) -> tuple[Estimate, Optional[InfluenceEstimate], str]:
-        """The learning coefficient, and the influence of the samples where they are asked for.
+    ) -> tuple[Estimate, Optional[InfluenceEstimate]]:
+        """The learning coefficient, and the influence of the samples where they are asked for and do not fail.
 
         Args:
             settings: what is asked of the chains of this firing.
-
-        Returns:
-            The estimate; the influence, or None; and why there is none where it could not be measured.
         """
         try:
             return self._measure(moment, settings, progress)
@@ -72,7 +70,7 @@ class InsideFirings:
 
     def _measure(
         self, moment: Moment, settings: ChainSettings, progress: FiringProgress
-    ) -> tuple[Estimate, Optional[InfluenceEstimate], str]:
+    ) -> tuple[Estimate, Optional[InfluenceEstimate]]:
         followed, samples, collective = self._followed, self._samples, moment.collective
         followed.follow_changes(moment.trainer, collective)
         objective, source = self._open(moment)
@@ -108,7 +106,10 @@ class InsideFirings:
             measured = self._course.measure(
                 objective, source, settings, None, collective, progress, moment.is_smoke_test
             )
-        return *measured, problem
+            if problem and samples.leave_out():
+                warn_of_no_influence(self._voice, problem)
+        say_how(self._voice, *measured)
+        return measured
 
     def _open(self, moment: Moment) -> tuple[Objective, MinibatchSource]:
         """The loss and the minibatches of now, the same on all ranks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -34,6 +34,23 @@ class Moment:
     @property
     def epoch(self) -> int:
         return self.trainer.current_epoch
+
+    def notes(self, skipped: int) -> dict[str, Any]:
+        """Fields of its estimate that are known before anything is measured.
+
+        Args:
+            skipped: firings that were due and left out since the last one.
+        """
+        notes: dict[str, Any] = {"step": self.step, "x": self.x, "epoch": self.epoch}
+        if self.decision is not None:
+            notes |= {
+                "firing_size": self.decision.size,
+                "credit_seconds": self.decision.credit_seconds,
+                "predicted_seconds": self.decision.predicted_seconds,
+            }
+        if self.decision is not None or skipped:
+            notes["skipped"] = skipped
+        return notes
 
     @property
     def is_smoke_test(self) -> bool:

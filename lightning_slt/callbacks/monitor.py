@@ -42,18 +42,12 @@ from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.moment import Moment
 from lightning_slt.callbacks.overhead import Decision, OverheadBudget
 from lightning_slt.callbacks.progress import FiringProgress
-from lightning_slt.callbacks.remarks import (
-    leave_influence_out,
-    say_how,
-    warn_if_large,
-    warn_of_no_step,
-    warn_of_nothing,
-)
-from lightning_slt.callbacks.reporting import Reporting, first_localization
+from lightning_slt.callbacks.remarks import warn_if_large, warn_of_no_step, warn_of_nothing
+from lightning_slt.callbacks.reporting import Reporting
 from lightning_slt.callbacks.resuming import step_before_its_firing
 from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.schedule import Schedule, is_of_batch_norm, steps_of_run
-from lightning_slt.callbacks.signals import SignalsHeld
+from lightning_slt.callbacks.signals import BrokenOffError, SignalsHeld
 from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
 from lightning_slt.callbacks.susceptibilities import Measures, warn_of
 from lightning_slt.estimate import ChainSettings
@@ -224,7 +218,7 @@ class SLTMonitor(KeepsHistory):
         self._clock = clock = RunClock(budget)
         self._course = course = Course(localization, method, warm_start)
         self._followed = followed = FollowedData(asked, voice)
-        self._reporting = reporting = Reporting(self, asked, voice, clock, samples)
+        self._reporting = reporting = Reporting(asked, voice, clock, samples)
         self._inside = inside = InsideFirings(asked, voice, samples, course, followed)
         self._components = ComponentFirings(asked, voice, samples, course, followed, inside)
         self._late: Optional[LateFirings] = None
@@ -233,7 +227,7 @@ class SLTMonitor(KeepsHistory):
         self._collective: Collective = Alone()
         self._explicit: tuple[int, ...] = ()
         self._last_step = 0
-        self._ask_at, self._skipped = 0, 0
+        self._ask_at = 0
         self._done_fast_run = False
 
     # --- what others see ------------------------------------------------------------------------------------------
@@ -270,13 +264,11 @@ class SLTMonitor(KeepsHistory):
 
     def add_listener(self, listener: EstimateListener) -> None:
         """Tell ``listener`` of every estimate from now on; adding it twice is adding it once."""
-        if listener not in self._reporting.listeners:
-            self._reporting.listeners.append(listener)
+        self._reporting.add_listener(listener, self)
 
     def remove_listener(self, listener: EstimateListener) -> None:
         """Tell it no more; nothing happens where it is not told."""
-        listeners = self._reporting.listeners
-        self._reporting.listeners = [other for other in listeners if other is not listener]
+        self._reporting.remove_listener(listener)
 
     # --- before training ------------------------------------------------------------------------------------------
 
@@ -356,15 +348,13 @@ class SLTMonitor(KeepsHistory):
         begins = self._begins(trainer)
         if begins:
             self._forget()
-        self._start_clock(trainer, earns=self._clock.budget is not None and not smoke_test)
+        self._start_clock(trainer, earns=not smoke_test)
         if asked.restrict is None and not is_sharded(trainer):
             warn_of_untrained(trainer, pl_module, voice.who)
         self._done_fast_run = False
         last = self._last_step
         self._last_step = max(last, before)
-        restored = self._reporting.open(trainer, self._last_step, self._collective)
-        if self._course.localization is None:  # the curve goes on in the region of its first point
-            self._course.localization = first_localization(restored)
+        self._course.go_on_from(self._reporting.open(trainer, self._last_step, self._collective))
         self._reporting.start(self._config())
         if self._late is not None and not smoke_test:
             self._late.open(trainer, pl_module)
@@ -390,8 +380,7 @@ class SLTMonitor(KeepsHistory):
 
     def _has(self, step: int) -> bool:
         """Whether a step has been measured, or sent to be."""
-        sent = self._late is not None and self._late.beside.last_step == step
-        return sent or any(estimate.step == step for estimate in self.estimates)
+        return self._reporting.history.has(step) or (self._late is not None and self._late.has(step))
 
     def _start_clock(self, trainer: Trainer, earns: bool) -> None:
         others = [other._clock for other in trainer.callbacks if isinstance(other, SLTMonitor)]  # type: ignore[attr-defined]
@@ -414,7 +403,7 @@ class SLTMonitor(KeepsHistory):
             "localization": self._course.localization,
             "warm_start": self._course.warm_start,
             "samples": self._samples.describe(),
-            "background": self._late.beside.describe() if self._late is not None else None,
+            "background": self._late.describe() if self._late is not None else None,
         }
 
     def _steps_of_all(self, trainer: Trainer) -> tuple[int, ...]:
@@ -439,16 +428,16 @@ class SLTMonitor(KeepsHistory):
         self._course.forget(self._asked.settings.localization, self._asked.settings.method)
         self._clock.forget()
         self._voice.forget()
-        self._last_step, self._skipped = 0, 0
+        self._last_step = 0
         if self._late is not None:
-            self._late.beside.forget()
+            self._late.forget()
 
     # --- while training -------------------------------------------------------------------------------------------
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Chains follow the data where ``reload_dataloaders_every_n_epochs`` has loaded it anew."""
         if self._followed.follow_loaders(trainer) and self._late is not None:
-            self._late.beside.data_is_other()
+            self._late.follow_loaders()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # where a run is resumed Lightning's count is one behind until here
@@ -482,11 +471,7 @@ class SLTMonitor(KeepsHistory):
             self._late.collect(trainer, pl_module)
         if is_smoke_test(trainer) or not self._asked.schedule.due_epoch(trainer.current_epoch + 1):
             return
-        if is_of_batch_norm(trainer):
-            return
-        if self.estimates and self.estimates[-1].step == self._last_step:
-            return
-        if self._late is not None and self._late.beside.last_step == self._last_step:
+        if is_of_batch_norm(trainer) or self._has(self._last_step):
             return
         # Lightning takes its count one back to log an epoch's values: they share the x of the last batch
         self._consider(trainer, pl_module, self._last_step, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
@@ -509,25 +494,28 @@ class SLTMonitor(KeepsHistory):
         if decision is not None and decision.fire:
             self._fire(Moment(trainer, pl_module, step, x, self._collective, decision))
         else:
-            self._skipped += 1
+            self._reporting.history.skipped += 1
 
     def _fire(self, moment: Moment) -> None:
         """Measure now, on all ranks, and publish; a failure follows ``on_failure``."""
         try:
             if self._late is not None and not moment.is_smoke_test:
-                self._skipped = self._late.send(moment, self._skipped)
+                self._late.send(moment)
                 return
             with SignalsHeld() as held:
                 self._fire_inside(moment, held)
         except KeyboardInterrupt:
             step = moment.step
             if not self._has(step):
-                # a checkpoint of now is of the weights that were to be measured: a resume makes up for it
-                self._last_step = min(self._last_step, max(step - 1, 0))
+                self._take_back(step)
                 rank_zero_info(
                     f"{self._voice.who}: the measurement at step {step} was interrupted and is not recorded."
                 )
             raise
+
+    def _take_back(self, step: int) -> None:
+        """A checkpoint of now is of weights that were to be measured: a run that resumes from it makes up for that."""
+        self._last_step = min(self._last_step, max(step - 1, 0))
 
     def _fire_inside(self, moment: Moment, held: SignalsHeld) -> None:
         asked, clock, decision = self._asked, self._clock, moment.decision
@@ -537,25 +525,23 @@ class SLTMonitor(KeepsHistory):
         # ranks with shards can only leave off together, and where failures raise a signal must not be one
         check = None if is_sharded(moment.trainer) or raises else held.check
         try:
-            label = f"{self.prefix} at step {moment.step}"
+            label = f"{self._voice.prefix} at step {moment.step}"
             with preserve_rng(), FiringProgress(moment.trainer, label, check) as progress:
                 estimate, influence = self._measure(moment, settings, progress)
         except Exception as error:
             if raises or isinstance(error, RankLostError):
                 raise
+            if isinstance(error, BrokenOffError):
+                self._take_back(moment.step)
             self._voice.failed(moment.step, f"{type(error).__name__}: {error}")
             clock.took(begin, failed=True)
             return
         size = size_of(settings, asked.settings)
-        estimate = estimate.replace(seconds=clock.now() - begin, step=moment.step, x=moment.x, epoch=moment.epoch)
+        history = self._reporting.history
+        estimate = estimate.replace(**moment.notes(history.skipped), seconds=clock.now() - begin)
         if decision is not None:
-            estimate = estimate.replace(
-                firing_size=size,
-                credit_seconds=decision.credit_seconds,
-                predicted_seconds=decision.predicted_seconds,
-                skipped=self._skipped,
-            )
-            self._skipped = 0
+            estimate = estimate.replace(firing_size=size)
+            history.skipped = 0
         self._reporting.take_up(moment.trainer, moment.module, estimate, influence, begin)
         if asked.measures.susceptibility:
             self._measure_components(moment, settings, raises)
@@ -567,12 +553,7 @@ class SLTMonitor(KeepsHistory):
     def _measure(
         self, moment: Moment, settings: ChainSettings, progress: FiringProgress
     ) -> tuple[Estimate, Optional[InfluenceEstimate]]:
-        """What the chains say, and what there is to be said of how they were run."""
-        estimate, influence, problem = self._inside.measure(moment, settings, progress)
-        if problem:
-            leave_influence_out(self._voice, self._samples, problem)
-        say_how(self._voice, estimate, influence)
-        return estimate, influence
+        return self._inside.measure(moment, settings, progress)
 
     def _measure_components(self, moment: Moment, settings: ChainSettings, raises: bool) -> None:
         """Susceptibility after the learning coefficient, which stands whatever becomes of it."""
@@ -590,31 +571,28 @@ class SLTMonitor(KeepsHistory):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._late is not None:
             self._late.await_the_last(trainer, pl_module)
+            self._late.close(finished=True)
         self._finish(trainer, "finished")
         if self.estimates or self._clock.measured_seconds > 0 or not self._last_step:
             return
         budget = self._clock.budget
-        if not self._skipped:
+        if not self._reporting.history.skipped:
             warn_of_no_step(self._voice, self._asked.schedule, trainer, self._last_step)
         elif budget is not None and math.isfinite(budget.predicted_seconds):
             warn_of_nothing(self._voice, budget)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._late is not None:
-            self._late.beside.close()  # what is out stays on disk, for a resume
+            self._late.close()  # what is out stays on disk, for a resume
         self._finish(trainer, "failed")
 
     def _finish(self, trainer: Trainer, status: str) -> None:
         self._clock.stop()
-        try:
-            if self._late is not None and self._reporting.publisher is not None:
-                self._late.beside.close(finished=status == "finished")
-        finally:
-            self._reporting.finish(trainer, status)
+        self._reporting.finish(trainer, status)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._late is not None:
-            self._late.beside.close()
+            self._late.close()
         self._followed.close()
         close_collective(self._collective)
         self._collective = Alone()
@@ -628,8 +606,7 @@ class SLTMonitor(KeepsHistory):
             **self._course.state_dict(),
             **self._clock.state_dict(),
             "folder": str(self.folder) if self.folder is not None else None,
-            "skipped": self._skipped,
-            "pending": self._late.beside.state_dict() if self._late is not None else [],
+            "pending": self._late.state_dict() if self._late is not None else [],
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -649,9 +626,8 @@ class SLTMonitor(KeepsHistory):
         self._clock.load_state_dict(state_dict)
         folder = state_dict.get("folder")
         self._reporting.resumed_folder = Path(folder) if folder else None
-        self._skipped = int(state_dict.get("skipped", 0))
         if self._late is not None:
-            self._late.beside.load_state_dict(state_dict.get("pending", []))
+            self._late.load_state_dict(state_dict.get("pending", []))
         else:
             steps = [int(notes["step"]) for notes in state_dict.get("pending", [])]
             warn_of_lost(steps, self._voice.who, "this monitor measures inside training (execution='inline')")

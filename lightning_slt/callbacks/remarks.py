@@ -8,7 +8,6 @@ from typing import Optional
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_slt.callbacks.data.samples import ProbedSamples
 from lightning_slt.callbacks.overhead import OverheadBudget
 from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.schedule import Schedule
@@ -75,14 +74,12 @@ def warn_if_large(voice: Voice, estimates: Sequence[Estimate]) -> None:
         )
 
 
-def leave_influence_out(voice: Voice, samples: ProbedSamples, reason: str) -> None:
-    """What fails on the samples would fail at every firing: no more influence in this run."""
-    if not samples.failed:
-        samples.failed = True
-        rank_zero_warn(
-            f"{voice.who}: influence is left out of this run from here on, the learning coefficient is measured "
-            f"all the same. {reason}"
-        )
+def warn_of_no_influence(voice: Voice, reason: str) -> None:
+    """Why influence is left out."""
+    rank_zero_warn(
+        f"{voice.who}: influence is left out of this run from here on, the learning coefficient is measured all the "
+        f"same. {reason}"
+    )
 
 
 def warn_of_nothing(voice: Voice, budget: OverheadBudget) -> None:
@@ -106,10 +103,10 @@ def warn_of_no_step(voice: Voice, schedule: Schedule, trainer: Trainer, last_ste
 
 
 __all__ = [
-    "leave_influence_out",
     "say_how",
     "say_why_not",
     "warn_if_large",
+    "warn_of_no_influence",
     "warn_of_no_step",
     "warn_of_nothing",
     "warn_of_other_weights",

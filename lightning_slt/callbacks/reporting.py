@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -42,34 +41,38 @@ class Reporting:
     """Begins where a measurement ends.
 
     Args:
-        monitor: whose estimates they are, as listeners are told.
-        asked: what it was asked for.
-        voice, clock: of it.
+        asked: what the monitor was asked for.
+        voice, clock: of the monitor.
         samples: those that influence is read of.
 
     Attributes:
         history: what was measured so far.
         folder: where the record is; None where no files are written.
-        held_folder: that of the run that is resumed, where another run has it now.
-        publisher: to the record and the loggers, while a fit goes on.
-        listeners: who is told of every estimate.
+        resumed_folder: that of the run that a checkpoint is of.
+        held_folder: the same, where another run has it now.
     """
 
-    def __init__(
-        self, monitor: SLTMonitor, asked: Asked, voice: Voice, clock: RunClock, samples: ProbedSamples
-    ) -> None:
-        self._monitor, self._asked, self._voice = monitor, asked, voice
-        self._clock, self._samples = clock, samples
+    def __init__(self, asked: Asked, voice: Voice, clock: RunClock, samples: ProbedSamples) -> None:
+        self._asked, self._voice, self._clock, self._samples = asked, voice, clock, samples
         self.history = History()
         self.folder: Optional[Path] = None
         self.held_folder: Optional[Path] = None
         self.resumed_folder: Optional[Path] = None
-        self.publisher: Optional[RunPublisher] = None
-        self.listeners: list[EstimateListener] = []
+        self._publisher: Optional[RunPublisher] = None
+        self._listeners: list[tuple[EstimateListener, SLTMonitor]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """For strategies that spawn: listeners come again in their own setup."""
-        return {**self.__dict__, "publisher": None, "listeners": []}
+        return {**self.__dict__, "_publisher": None, "_listeners": []}
+
+    def add_listener(self, listener: EstimateListener, monitor: SLTMonitor) -> None:
+        """Tell ``listener`` of every estimate, and that it is of ``monitor``; adding it twice is adding it once."""
+        if all(listener != other for other, _ in self._listeners):
+            self._listeners.append((listener, monitor))
+
+    def remove_listener(self, listener: EstimateListener) -> None:
+        """Tell it no more; nothing happens where it is not told."""
+        self._listeners = [told for told in self._listeners if told[0] is not listener]
 
     def forget(self) -> None:
         """Another run has no history and a folder of its own."""
@@ -90,7 +93,7 @@ class Reporting:
         """
         prefix = self._voice.prefix
         if is_smoke_test(trainer):
-            self.publisher = RunPublisher([], None, prefix)
+            self._publisher = RunPublisher([], None, prefix)
             return []
         folder = None
         if not getattr(trainer, "barebones", False):
@@ -106,13 +109,13 @@ class Reporting:
             if resumed:
                 restored = self._restore(trainer, folder, last_step, collective)
         self.folder = self.resumed_folder = folder
-        self.publisher = RunPublisher(trainer.loggers, folder, prefix)
+        self._publisher = RunPublisher(trainer.loggers, folder, prefix)
         return restored
 
     def start(self, config: Mapping[str, Any]) -> None:
-        """Publish the settings of the run that has been opened; nothing is measured in a smoke test's."""
-        if self.publisher is not None:
-            self.publisher.start(config)
+        """Publish the settings of the run that has been opened."""
+        assert self._publisher is not None
+        self._publisher.start(config)
 
     def _restore(self, trainer: Trainer, folder: Path, last_step: int, collective: Collective) -> list[Estimate]:
         """The record and the history of a resumed run: each has what the other had up to the checkpoint's step.
@@ -136,7 +139,7 @@ class Reporting:
 
     def finish(self, trainer: Trainer, status: str) -> None:
         """A fit is over: close the record and the loggers, and say how the run came out."""
-        publisher, self.publisher = self.publisher, None
+        publisher, self._publisher = self._publisher, None
         if publisher is None:
             return
         estimates = self.history.estimates
@@ -159,9 +162,9 @@ class Reporting:
         if self.history.influences:
             publisher.finish_influence(self.history.influences)
         transitions: list[Transition] = []
-        for listener in self.listeners:
+        for listener, monitor in self._listeners:
             try:
-                transitions += listener.on_monitor_end(trainer, self._monitor, publisher)
+                transitions += listener.on_monitor_end(trainer, monitor, publisher)
             except Exception as error:  # the record and the loggers must be closed whatever it met
                 rank_zero_warn(
                     f"{self._voice.who}: {type(listener).__name__} failed at the end: {type(error).__name__}: {error}"
@@ -191,21 +194,21 @@ class Reporting:
         if not is_smoke_test(trainer):  # the few draws of one are never valid
             say_why_not(self._voice, estimate)
         self.show(trainer)
-        if self.publisher is not None:
-            self.publisher.estimate(estimate)
+        if self._publisher is not None:
+            self._publisher.estimate(estimate)
         if influence is not None:
             self._publish_influence(trainer, self.history.add_influence(influence, estimate))
-        for listener in self.listeners:
-            self._tell(listener, trainer, pl_module, estimate)
+        for listener, monitor in self._listeners:
+            self._tell(listener, monitor, trainer, pl_module, estimate)
 
     def take_up_susceptibility(self, trainer: Trainer, found: SusceptibilityEstimate) -> None:
         """Into the history, the record and the loggers."""
         self.history.susceptibilities.append(found)
-        publish(found, self.publisher, self.folder, self._voice.prefix, trainer.is_global_zero, self._voice.who)
+        publish(found, self._publisher, self.folder, self._voice.prefix, trainer.is_global_zero, self._voice.who)
 
     def tell_of_snapshot(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Listeners have the weights before them that an estimate will be of, which comes later."""
-        for listener in self.listeners:
+        for listener, _ in self._listeners:
             listener.on_snapshot(trainer, pl_module, step)
 
     def show(self, trainer: Trainer) -> None:
@@ -224,11 +227,16 @@ class Reporting:
         )
 
     def _tell(
-        self, listener: EstimateListener, trainer: Trainer, pl_module: LightningModule, estimate: Estimate
+        self,
+        listener: EstimateListener,
+        monitor: SLTMonitor,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        estimate: Estimate,
     ) -> None:
         """What fails in it follows ``on_failure``, and is warned about once."""
         try:
-            listener.on_estimate(trainer, pl_module, self._monitor, estimate, self.publisher)
+            listener.on_estimate(trainer, pl_module, monitor, estimate, self._publisher)
         except Exception as error:
             if self._asked.raises:
                 raise
@@ -239,7 +247,7 @@ class Reporting:
                 )
 
     def _publish_influence(self, trainer: Trainer, influence: InfluenceEstimate) -> None:
-        if self.publisher is None:
+        if self._publisher is None:
             return
         rendered: dict[int, Rendered] = {}
         try:
@@ -248,12 +256,7 @@ class Reporting:
         except Exception as error:
             rank_zero_warn(f"{self._voice.who}: the suspects could not be shown: {type(error).__name__}: {error}")
         large = influence.num_chains * influence.num_draws >= LARGE_BUDGET
-        self.publisher.influence(influence, rendered, pairs=large)
+        self._publisher.influence(influence, rendered, pairs=large)
 
 
-def first_localization(estimates: list[Estimate]) -> Optional[float]:
-    """gamma of the first of these points that was measured at weights where there is a loss."""
-    return next((estimate.localization for estimate in estimates if math.isfinite(estimate.init_loss)), None)
-
-
-__all__ = ["Reporting", "first_localization"]
+__all__ = ["Reporting"]

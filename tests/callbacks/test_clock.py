@@ -67,7 +67,7 @@ def test_measuring_earns_nothing_for_any_monitor(time: Time) -> None:
     assert clock.budget is not None and clock.budget.predicted_seconds == 4.0
     assert credit(other) == pytest.approx(5.0) and other.budget is not None and other.budget.trained_seconds == 10.0
     assert clock.state_dict()["run_seconds"] == 14.0 and clock.budget.trained_seconds == 10.0
-    assert not idle.earns and idle.measured_seconds == 0.0
+    assert idle.measured_seconds == 0.0 and credit(idle) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -131,4 +131,5 @@ def test_another_process_has_another_clock(time: Time) -> None:
     clock.stop()
     clock.start(earns=True)
     copy = pickle.loads(pickle.dumps(clock))
-    assert not copy.earns and copy.run_seconds == 5.0 and copy._others == ()
+    time.passes(7.0)
+    assert copy.run_seconds == 5.0 and copy.earn() == 0.0 and copy._others == ()

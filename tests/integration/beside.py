@@ -32,7 +32,7 @@ class Ends(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert self.monitor._late is not None
-        beside = self.monitor._late.beside
+        beside = self.monitor._late._beside
         assert beside._pool is not None
         with open(self.folder / "workers.txt", "a") as file:
             file.write("".join(f"{pid}\n" for pid in beside._pool.processes))

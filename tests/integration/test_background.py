@@ -70,8 +70,8 @@ def beside(**changes: Any) -> SLTMonitor:
 
 
 def workers_of(monitor: SLTMonitor) -> list[int]:
-    assert monitor._late is not None and monitor._late.beside._pool is not None
-    return monitor._late.beside._pool.processes
+    assert monitor._late is not None and monitor._late._beside._pool is not None
+    return monitor._late._beside._pool.processes
 
 
 def assert_same_estimates(ours: SLTMonitor, theirs: SLTMonitor, atol: float = 0.0) -> None:
@@ -259,14 +259,14 @@ def test_a_firing_beyond_the_queue_is_left_out(when_full: str, max_wait: float, 
     stalled = Stalled(monitor)
     if when_full == "wait":
         # the end of fit has a limit of its own here: only the wait in training is without time
-        late = monitor._late.beside
+        late = monitor._late._beside
         stalled.on_train_end = lambda *_: (stalled._signal(signal.SIGCONT), setattr(late, "max_wait", 60.0))  # type: ignore[method-assign]
     with pytest.warns(
         UserWarning, match=r"the firing at step 3 is left out, since 2 snapshots are out and max_pending=2"
     ):
         Scenario(Net, loaders).run(tmp_path, stalled, monitor)
     assert steps_of(monitor) == [1, 2]
-    assert monitor._skipped == 10
+    assert monitor._reporting.history.skipped == 10
 
 
 def test_the_end_of_fit_waits_no_longer_than_it_says(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ class WaitsForTheNews(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert self.monitor._late is not None
-        beside, until = self.monitor._late.beside, time.monotonic() + 10.0
+        beside, until = self.monitor._late._beside, time.monotonic() + 10.0
         while beside.broken is None and time.monotonic() < until:
             assert beside.take() == []
             time.sleep(0.02)

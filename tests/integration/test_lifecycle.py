@@ -143,33 +143,37 @@ def test_a_point_measured_after_the_checkpoint_of_its_step_is_in_the_resumed_his
 
 
 class SavesFirst(Callback):
-    """Keeps a checkpoint at the end of a batch, before the callbacks that come after it have their turn."""
+    """Keeps a checkpoint at an end, of a batch or an epoch, before the callbacks that come after it have their turn."""
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, hook: str = "on_train_batch_end") -> None:
         self.path, self.step = path, step
+        setattr(self, hook, self.save)
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def save(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step == self.step and not self.path.exists():
             trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.parametrize(
-    ("schedule", "step", "steps"),
+    ("schedule", "step", "steps", "end"),
     [
-        pytest.param({"every_n_train_steps": 2}, 4, [2, 4, 6, 8, 10, 12], id="steps"),
-        pytest.param({"every_n_train_steps": 2}, 5, [2, 4, 6, 8, 10, 12], id="not due"),
-        pytest.param({"at_steps": [3, 12]}, 12, [3, 12], id="the last step"),
-        pytest.param({"every_n_epochs": 1}, 6, [6, 12], id="epochs"),
-        pytest.param({"every_n_epochs": 1, "at_steps": [6]}, 6, [6, 12], id="both"),
+        pytest.param({"every_n_train_steps": 2}, 4, [2, 4, 6, 8, 10, 12], "batch", id="steps"),
+        pytest.param({"every_n_train_steps": 2}, 5, [2, 4, 6, 8, 10, 12], "batch", id="not due"),
+        pytest.param({"at_steps": [3, 12]}, 12, [3, 12], "batch", id="the last step"),
+        pytest.param({"every_n_epochs": 1}, 6, [6, 12], "batch", id="epochs"),
+        pytest.param({"every_n_epochs": 1, "at_steps": [6]}, 6, [6, 12], "batch", id="both"),
+        pytest.param({"every_n_epochs": 1}, 6, [6, 12], "epoch", id="at the end of an epoch"),
+        pytest.param({"every_n_epochs": 2}, 6, [12], "epoch", id="at the end of an epoch that is not due"),
+        pytest.param({"every_n_train_steps": 3}, 6, [3, 6, 9, 12], "epoch", id="measured before the end of the epoch"),
     ],
 )
 @pytest.mark.parametrize("kept", [True, False], ids=["record kept", "record lost"])
 def test_the_point_of_a_checkpoint_written_before_its_firing_is_measured_on_resume(
-    schedule: dict[str, Any], step: int, steps: list[int], kept: bool, tmp_path: Path
+    schedule: dict[str, Any], step: int, steps: list[int], end: str, kept: bool, tmp_path: Path
 ) -> None:
     """Its weights are those that are restored: the point is that of the run that was not broken off."""
     whole, again = tiny_monitor(**schedule), tiny_monitor(**schedule)
-    saver = SavesFirst(tmp_path / "saved.ckpt", step)
+    saver = SavesFirst(tmp_path / "saved.ckpt", step, f"on_train_{end}_end")
     Scenario(Net, loaders, lambda: {"callbacks": [saver]}).run(tmp_path, whole)
     if not kept and whole.folder is not None:
         shutil.rmtree(whole.folder)

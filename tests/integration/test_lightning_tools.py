@@ -302,21 +302,26 @@ def test_ctrl_c_in_the_middle_of_a_chain_leaves_training_as_it_was(
     assert_same_state(left[1], left[0])
 
 
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [({"every_n_train_steps": 4}, [4, 8, 12]), ({"every_n_epochs": 1}, [6, 12])],
+    ids=["at a step", "at the end of an epoch"],
+)
 def test_ctrl_c_in_a_firing_is_said_and_the_point_is_measured_on_resume(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    schedule: dict[str, Any], steps: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The checkpoint that is written then is of the weights that were to be measured."""
     CALLS[0] = 0
-    first, again, whole = (tiny_monitor() for _ in range(3))
+    first, again, whole = (tiny_monitor(**schedule) for _ in range(3))
     saver = OnExceptionCheckpoint(tmp_path, "interrupted")
     with caplog.at_level("INFO", logger="lightning.pytorch"), pytest.raises((KeyboardInterrupt, SystemExit)):
         Scenario(Interrupted, loaders, lambda: {"enable_checkpointing": True}).run(tmp_path / "a", first, saver)
     said = [r.getMessage() for r in caplog.records if "interrupted and" in r.getMessage()]
-    assert said == ["SLTMonitor: the measurement at step 4 was interrupted and is not recorded."]
+    assert said == [f"SLTMonitor: the measurement at step {steps[0]} was interrupted and is not recorded."]
     assert steps_of(first) == []
     Scenario(Net, loaders).run(tmp_path / "a", again, ckpt_path=str(tmp_path / "interrupted.ckpt"))
     Scenario(Net, loaders).run(tmp_path / "b", whole)
-    assert steps_of(again) == steps_of(whole) == [4, 8, 12]
+    assert steps_of(again) == steps_of(whole) == steps
     assert torch.equal(again.estimates[0].trace, whole.estimates[0].trace)
 
 
@@ -381,3 +386,8 @@ def test_a_checkpoint_that_a_signal_asks_for_in_a_firing_is_of_training(
     assert steps_of(monitor) == measured
     said = [str(w.message) for w in caught if "left out" in str(w.message)]
     assert len(said) == (on_failure == "warn") and all("SIGUSR1 came" in text for text in said)
+    if module is Signalled:
+        again = tiny_monitor(every_n_train_steps=2, on_failure=on_failure)
+        steps = {"max_steps": 8, "max_epochs": -1}
+        Scenario(Net, loaders, lambda: steps).run(tmp_path, again, ckpt_path=str(tmp_path / "requeue.ckpt"))
+        assert steps_of(again) == [2, 4, 6, 8]  # the one that was broken off too

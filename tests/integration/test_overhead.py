@@ -329,7 +329,7 @@ def test_waiting_for_room_is_measuring_and_counts_once(clock: Clock, tmp_path: P
     scenario(1).run(tmp_path / "inline", inline)
     monitor = tiny_monitor(every_n_train_steps=None, at_steps=[40], max_overhead=0.5, execution="background")
     assert monitor._late is not None
-    beside = monitor._late.beside = WaitsAlways(clock)
+    beside = monitor._late._beside = WaitsAlways(clock)
     beside.result = Late(Result(40, inline.estimates[0].replace(step=None), None, None, None), {"step": 20, "x": 19})
 
     class Listens:

@@ -489,7 +489,7 @@ def test_it_pickles_for_strategies_that_spawn(tmp_path: Path) -> None:
     Scenario(Plain, loaders).run(tmp_path / "a", monitor, watch)
     monitor.add_listener(watch)
     again, watching = pickle.loads(pickle.dumps((monitor, watch)))
-    assert again._reporting.listeners == [] and watching.state_dict() == watch.state_dict()
+    assert again._reporting._listeners == [] and watching.state_dict() == watch.state_dict()
     Scenario(Plain, loaders).run(tmp_path / "b", watching, again)
     assert watching.state_dict()["fed"] == 12 and len(again.estimates) == 3
 

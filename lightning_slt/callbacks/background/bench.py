@@ -37,7 +37,6 @@ from lightning_slt.callbacks.background.worker import (
 from lightning_slt.callbacks.data.structure import explained
 from lightning_slt.callbacks.data.training import BatchTransfer, SeenBatches
 from lightning_slt.callbacks.distribution import Ranks
-from lightning_slt.callbacks.said import Voice
 from lightning_slt.durable import save_tensors, write_durably
 from lightning_slt.firing import Course
 from lightning_slt.influence import ProbeSet
@@ -82,7 +81,7 @@ class Bench:
         self._source: Optional[MinibatchSource] = None
         self._probes: Optional[ProbeSet] = None
         self._owner: Optional[nn.Module] = None
-        self._voice = Voice()
+        self._said: set[str] = set()
 
     def measure(self, step: int, mail: Mail) -> None:
         """Measure the snapshot of a step and write what came of it; an error is a result as well."""
@@ -183,7 +182,8 @@ class Bench:
 
     def _say_once(self, topic: str, sentence: str) -> None:
         """What is so at every firing, once a worker."""
-        if self._voice.first(topic):
+        if topic not in self._said:
+            self._said.add(topic)
             log.warning(sentence)
 
     def _transfer(self, batch: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 from lightning.pytorch import LightningModule, Trainer
@@ -19,7 +20,7 @@ from lightning_slt.callbacks.data.following import FollowedData
 from lightning_slt.callbacks.data.samples import ProbedSamples
 from lightning_slt.callbacks.moment import Moment
 from lightning_slt.callbacks.progress import FiringProgress
-from lightning_slt.callbacks.remarks import leave_influence_out, say_how
+from lightning_slt.callbacks.remarks import say_how, warn_of_no_influence
 from lightning_slt.callbacks.reporting import Reporting
 from lightning_slt.callbacks.said import Voice
 from lightning_slt.firing import Course
@@ -37,9 +38,6 @@ class LateFirings:
         asked, voice, samples, course, followed: as of :class:`~lightning_slt.callbacks.inside_firings.InsideFirings`.
         clock: of the monitor.
         reporting: where estimates go.
-
-    Attributes:
-        beside: as given.
     """
 
     def __init__(
@@ -53,14 +51,14 @@ class LateFirings:
         clock: RunClock,
         reporting: Reporting,
     ) -> None:
-        self.beside = beside
+        self._beside = beside
         self._asked, self._voice, self._samples = asked, voice, samples
         self._course, self._followed = course, followed
         self._clock, self._reporting = clock, reporting
 
     def open(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the workers, and find again what was out when the run broke off."""
-        beside, course, asked = self.beside, self._course, self._asked
+        beside, course, asked = self._beside, self._course, self._asked
         beside.open(
             trainer,
             pl_module,
@@ -91,16 +89,9 @@ class LateFirings:
             self._take(trainer, pl_module, result)
         beside.begin()
 
-    def send(self, moment: Moment, skipped: int) -> int:
-        """Have the weights as they are measured beside training; leave it out where the queue is full.
-
-        Args:
-            skipped: firings left out since the last one.
-
-        Returns:
-            The same from here on.
-        """
-        beside, clock, voice = self.beside, self._clock, self._voice
+    def send(self, moment: Moment) -> None:
+        """Have the weights as they are measured beside training; leave it out where the queue is full."""
+        beside, clock, voice, history = self._beside, self._clock, self._voice, self._reporting.history
         begin, accounted = clock.now(), clock.measured_seconds
         label = f"{voice.prefix} at step {moment.step}, waiting for the background"
         with FiringProgress(moment.trainer, label) as progress:
@@ -110,31 +101,32 @@ class LateFirings:
         if beside.broken is not None:
             clock.took(begin)
             self._say_broken(moment.step, beside.broken)
-            return skipped
+            return
         if beside.full:
+            history.skipped += 1
             clock.took(begin)
             if voice.first("full"):
                 rank_zero_warn(f"{voice.who}: the firing at step {moment.step} is left out, since {beside.full_text()}")
-            return skipped + 1
+            return
         try:
             with preserve_rng():
-                self._send(moment, skipped)
+                self._send(moment, moment.notes(history.skipped))
         except Exception as error:
             if self._asked.raises:
                 raise
             voice.failed(moment.step, f"{type(error).__name__}: {error}")
             clock.took(begin, failed=True)
-            return skipped
+            return
         finally:
             self._followed.hooks_of = None
+        history.skipped = 0
         self._reporting.tell_of_snapshot(moment.trainer, moment.module, moment.step)
         clock.took(begin, size=1.0)
-        return 0
 
-    def _send(self, moment: Moment, skipped: int) -> None:
+    def _send(self, moment: Moment, notes: dict[str, Any]) -> None:
         asked, course = self._asked, self._course
         if self._followed.follow_changes(moment.trainer, moment.collective):
-            self.beside.data_is_other()
+            self._beside.data_is_other()
         probes: Optional[ProbeSet] = None
         problem = ""
         if asked.measures.influence and not self._samples.failed:
@@ -149,17 +141,10 @@ class LateFirings:
         settings = dataclasses.replace(
             asked.settings, localization=course.localization, second_moment=self._moments_now(moment)
         )
-        self.beside.send(
-            moment.trainer,
-            moment.module,
-            asked.restrict,
-            settings,
-            self._followed.data,
-            probes,
-            _notes_of(moment, skipped),
-        )
-        if problem:  # what is not the samples' fault fails here as well, and is said as any failure is
-            leave_influence_out(self._voice, self._samples, problem)
+        self._beside.send(moment.trainer, moment.module, asked.restrict, settings, self._followed.data, probes, notes)
+        # what is not the samples' fault fails here as well, and is said as any failure is
+        if problem and self._samples.leave_out():
+            warn_of_no_influence(self._voice, problem)
 
     def _say_broken(self, step: int, reason: str) -> None:
         """Nothing is measured from here on; said at the first firing that is left out for it."""
@@ -171,7 +156,7 @@ class LateFirings:
     def _probes_of(self, moment: Moment) -> ProbeSet:
         """The samples to look at, read at the first firing."""
         followed = self._followed
-        if followed.source is None or followed.data.replays:
+        if not followed.is_read:
             followed.hooks_of = shadow_copy(moment.module)
             followed.read(moment.trainer)
         assert followed.source is not None
@@ -188,7 +173,7 @@ class LateFirings:
 
     def collect(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up what has come back."""
-        for late in self.beside.take():
+        for late in self._beside.take():
             self._take(trainer, pl_module, late)
 
     def _take(self, trainer: Trainer, pl_module: LightningModule, late: Late) -> None:
@@ -205,16 +190,25 @@ class LateFirings:
                 raise RuntimeError(
                     f"influence at step {result.step} failed in the background: {result.influence_error}"
                 )
-            leave_influence_out(self._voice, self._samples, result.influence_error)
+            if self._samples.leave_out():
+                warn_of_no_influence(self._voice, result.influence_error)
         with preserve_rng():
             say_how(self._voice, result.estimate, result.influence)
             estimate = result.estimate.replace(**late.notes)
             self._reporting.take_up(trainer, pl_module, estimate, result.influence, begin)
         self._clock.took(begin)
 
+    def follow_loaders(self) -> None:
+        """Training has been given other data: snapshots from here on are of that."""
+        self._beside.data_is_other()
+
+    def has(self, step: int) -> bool:
+        """Whether the weights of this step are the last that were sent."""
+        return self._beside.last_step == step
+
     def await_the_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """At the end of fit: what is still out, within the limit."""
-        beside = self.beside
+        beside = self._beside
         if not beside.pending:
             return
         label = f"{self._voice.prefix}: waiting for the results of {len(beside.pending)} snapshots"
@@ -227,20 +221,25 @@ class LateFirings:
                 f"max_wait={beside.max_wait:g} s of the end of fit, and are left out."
             )
 
+    def close(self, finished: bool = False) -> None:
+        """End the workers; what is out stays on disk, for a resume, unless the run is ``finished``."""
+        self._beside.close(finished)
 
-def _notes_of(moment: Moment, skipped: int) -> dict[str, Any]:
-    """Fields of the estimate that are known when its weights are sent."""
-    notes: dict[str, Any] = {"step": moment.step, "x": moment.x, "epoch": moment.epoch}
-    decision = moment.decision
-    if decision is not None:
-        notes |= {
-            "firing_size": decision.size,
-            "credit_seconds": decision.credit_seconds,
-            "predicted_seconds": decision.predicted_seconds,
-        }
-    if decision is not None or skipped:
-        notes["skipped"] = skipped
-    return notes
+    def forget(self) -> None:
+        """Another run has nothing out."""
+        self._beside.forget()
+
+    def describe(self) -> dict[str, Any]:
+        """For the run's settings."""
+        return self._beside.describe()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """What is out, as plain types."""
+        return self._beside.state_dict()
+
+    def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
+        """What was out; found again when training begins."""
+        self._beside.load_state_dict(state)
 
 
 __all__ = ["LateFirings"]

@@ -92,6 +92,11 @@ class FollowedData:
         if self._data is not None and self._data.replays:
             self._data.see(batch)
 
+    @property
+    def is_read(self) -> bool:
+        """Whether the minibatches of an earlier firing are those of now."""
+        return self.source is not None and not self.data.replays
+
     def read(self, trainer: Trainer) -> MinibatchSource:
         """The minibatches as of now: those of earlier firings where they are kept."""
         if self.source is None or self.data.replays:

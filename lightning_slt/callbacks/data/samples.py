@@ -92,6 +92,11 @@ class ProbedSamples:
         """A new run, maybe on other data."""
         self._set, self._train_source, self._tokenizer, self._shown, self.failed = None, None, None, {}, False
 
+    def leave_out(self) -> bool:
+        """No more influence in this run: what fails on the samples would fail at every firing. Whether that is news."""
+        before, self.failed = self.failed, True
+        return not before
+
     def check(self, indexed: bool) -> None:
         """Before training: whether the training data has what is asked of it.
 
