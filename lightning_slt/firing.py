@@ -47,6 +47,8 @@ class Course:
         method: how chains are computed; ``"sequential"`` from the first firing on that had to be.
         warm_start: chains start from the displacements of an earlier firing.
         memory: those displacements, and the step size.
+        coupled: whether the loss depends on which samples are together in a batch, as far as it is known: the points of
+            a curve have minibatches of one kind.
         method_reason: why chains go one after another from some firing on, where nobody asked for it.
     """
 
@@ -55,6 +57,7 @@ class Course:
     warm_start: bool = True
     memory: ChainMemory = field(default_factory=ChainMemory)
     method_reason: str = ""
+    coupled: Optional[bool] = None
 
     def measure(
         self,
@@ -81,6 +84,8 @@ class Course:
             NonFiniteLossError, NoLossError, ValueError: as :func:`~lightning_slt.estimate.measure_llc`.
         """
         self.settle(objective.anchor, objective.layout)
+        if source.coupled is None:
+            source.coupled = self.coupled
         settings = dataclasses.replace(settings, localization=self.localization, method=self.method)
         memory = None if smoke_test else self.memory
         influence: Optional[InfluenceEstimate] = None
@@ -88,6 +93,7 @@ class Course:
             estimate, influence = measure_both(objective, source, settings, probes, collective, progress, memory)
         else:
             estimate = measure_llc(objective, source, settings, collective, progress, memory)
+        self.coupled = source.coupled
         if not self.warm_start:
             self.memory = ChainMemory(lr=self.memory.lr)
         if estimate.method == "sequential":
@@ -117,7 +123,7 @@ class Course:
     def forget(self, localization: Optional[float], method: str) -> None:
         """Another run, which hands on nothing yet; with what is asked for it."""
         self.localization, self.method, self.method_reason = localization, method, ""
-        self.memory = ChainMemory()
+        self.memory, self.coupled = ChainMemory(), None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors; displacements only where they are small."""
@@ -125,6 +131,7 @@ class Course:
             "localization": self.localization,
             "method": self.method,
             "method_reason": self.method_reason,
+            "coupled": self.coupled,
             "memory": self.memory.state_dict(),
         }
 
@@ -133,4 +140,5 @@ class Course:
         self.localization = state["localization"]
         self.method = state.get("method", self.method)
         self.method_reason = state.get("method_reason", "")
+        self.coupled = state.get("coupled")
         self.memory.load_state_dict(state["memory"])

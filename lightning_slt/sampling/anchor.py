@@ -8,7 +8,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from lightning_slt.sampling.batches import DatasetSource, MinibatchSource
+from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.coupled import couples_samples
 from lightning_slt.sampling.eval_mode import only_in_training, refuse_without_gradient
 from lightning_slt.sampling.objective import Objective
@@ -44,6 +44,8 @@ def open_window(objective: Objective, source: MinibatchSource) -> float:
 
 
 def _opened(objective: Objective, source: MinibatchSource) -> float:
+    if source.coupled:
+        source.let_pass()
     window = source.window(0)
     adapted: Optional[int] = None
     summed = False
@@ -69,12 +71,12 @@ def _opened(objective: Objective, source: MinibatchSource) -> float:
             raise _as(error, f"{str(error).rstrip('.') or type(error).__name__}. {remedy}") from error
         if len(window.anchor_loss) >= PROBED_BATCHES:
             break
-    if isinstance(source, DatasetSource) and source.resident and len(window.anchor_loss) > 1:
-        first, second = (window[i] for i in list(window.anchor_loss)[:2])
-        with objective.active():
-            if couples_samples(objective, (first, second), source.batch_size):
-                source.let_pass()
-                window = source.window(0)
+    if source.coupled is None and source.can_pass and len(window.anchor_loss) > 1:
+        source.coupled = _couples(objective, source, window)
+        if source.coupled:
+            source.let_pass()
+            window = source.window(0)
+            with objective.active():
                 measure_anchor(objective, window, torch.arange(min(PROBED_BATCHES, len(window))))
     if window.anchor_loss:
         if objective.unreached:
@@ -83,6 +85,13 @@ def _opened(objective: Objective, source: MinibatchSource) -> float:
                 refuse_without_gradient(objective, window[next(iter(window.anchor_loss))])
         return next(iter(window.anchor_loss.values()))
     raise no_loss_of(objective.given_loss)
+
+
+def _couples(objective: Objective, source: MinibatchSource, window: Window) -> bool:
+    """Asked once: a loss that couples samples does so wherever its weights are."""
+    (first, one), (second, other) = list(window.anchor_loss.items())[:2]
+    with objective.active():
+        return couples_samples(objective, (window[first], window[second]), (one, other), source.batch_size)
 
 
 def _remedy(error: Exception, objective: Objective, batch: Any) -> Optional[str]:

@@ -73,17 +73,27 @@ class MinibatchSource:
         num_samples: n, or None where it cannot be known.
         batch_size: samples in a minibatch.
         resident: every window is the same one.
+        coupled: the loss depends on which samples are together in a batch; None where that has not been asked.
     """
 
     num_samples: Optional[int]
     batch_size: int
     resident: bool
     shared: bool = True
+    coupled: Optional[bool] = None
     _kept: Optional[Window] = None
 
     def window(self, index: int) -> Window:
         """The ``index``-th window; the same for the same seed, on every rank."""
         raise NotImplementedError
+
+    @property
+    def can_pass(self) -> bool:
+        """Whether its batches come back, and need not."""
+        return False
+
+    def let_pass(self) -> None:
+        """Have no batch come back, where that can be."""
 
     def forget(self) -> None:
         """The weights under study have changed: what is known of the losses at ``w*`` no longer holds."""
@@ -159,7 +169,9 @@ class DatasetSource(MinibatchSource):
     def with_batches(self, batch_size: int, transfer: Callable[[Any], Any], seed: int) -> DatasetSource:
         """The same samples in minibatches of another size."""
         other = DatasetSource(self.dataset, batch_size, self._collate, self.indices, transfer, seed)
-        other.num_samples = self.num_samples
+        other.num_samples, other.coupled = self.num_samples, self.coupled
+        if other.coupled:
+            other.let_pass()
         return other
 
     def _pool(self, count: int) -> list[list[int]]:
@@ -196,10 +208,12 @@ class DatasetSource(MinibatchSource):
         self._kept, self._next_window = window, index
         return window
 
+    @property
+    def can_pass(self) -> bool:
+        return self.resident and self.batch_size < self._count  # not all the data in one batch
+
     def let_pass(self) -> None:
-        """No batch may come back, since the loss depends on which samples are together in one: from now on windows
-        pass by."""
-        if self.resident and self.batch_size < self._count:
+        if self.can_pass:
             self.resident, self._kept = False, None
             self._window_batches = min(self._affordable, WINDOW_BATCHES)
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from lightning_slt import estimate_llc
+from lightning_slt import SGLD, estimate_llc
+from lightning_slt.firing import Course, firing_settings
 from lightning_slt.sampling.anchor import open_window
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.objective import Objective
@@ -101,3 +102,58 @@ def test_pairs_within_a_batch_have_the_coefficient_of_all_the_pairs(seed: int) -
     est = estimate_llc(module, data, pairs, batch_size=8, localization=1.0, seed=seed)
     assert est.valid, est.reasons
     assert abs(est.mean - truth) <= max(0.05 * truth, 2 * est.se)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_rounding_of_half_precision_couples_nothing(dtype: torch.dtype) -> None:
+    def loss_fn(module: nn.Module, batch: Any) -> Tensor:
+        return mean_squared(module, batch).to(dtype)
+
+    data = regression(96)
+    source = DatasetSource(TensorDataset(*(x.to(dtype) for x in data.tensors)), 9)
+    open_window(Objective(mlp().to(dtype), loss_fn), source)
+    assert source.coupled is False and source.resident
+
+
+def test_losses_near_zero_are_looked_at_beside_the_weights() -> None:
+    """At the weights they differ by their last digits alone, which say nothing."""
+
+    def weighted(module: nn.Module, batch: Any) -> Tensor:
+        weights = batch[0][:, 0].abs()
+        return ((module(batch[0]) - batch[1]).square().mean(1) * weights).sum() / weights.sum()
+
+    module = mlp()
+    x, y = regression(96).tensors
+    with torch.no_grad():
+        fitted = TensorDataset(x, module(x) + 1e-7 * torch.randn(y.shape, generator=gen(1)))
+    for loss_fn, coupled in ((mean_squared, False), (weighted, True)):
+        source = DatasetSource(fitted, 9)
+        open_window(Objective(module, loss_fn), source)
+        assert source.coupled is coupled
+
+
+def test_it_is_asked_once_and_stays_so_for_the_run() -> None:
+    """Also of a run that is resumed, and of data that has been loaded anew."""
+    calls = []
+
+    def counted(module: nn.Module, batch: Any) -> Tensor:
+        calls.append(1)
+        return in_batch_negatives(module, batch)
+
+    settings = firing_settings(
+        num_chains=2, num_draws=4, num_burnin_steps=2, sampler=SGLD(lr=1e-4), method="sequential"
+    )
+    course, counts = Course(), []
+    source = DatasetSource(regression(96), 9)
+    for _ in range(2):
+        course.measure(Objective(mlp(), counted), source, settings)
+        counts.append(len(calls))
+        source.forget()
+    assert course.coupled is True and counts[1] - counts[0] < counts[0]
+    resumed = Course()
+    resumed.load_state_dict(course.state_dict())
+    other = DatasetSource(regression(96), 9)
+    resumed.measure(Objective(mlp(), mean_squared), other, settings)
+    assert resumed.coupled is True and not other.resident
+    resumed.forget(None, "auto")
+    assert resumed.coupled is None
