@@ -11,7 +11,14 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from lightning_slt import SGLD, InfluenceEstimate, estimate_influence
 from lightning_slt.functional.block_errors import blocks_per_chain
@@ -511,3 +518,10 @@ def test_shrinkage_is_noted() -> None:
 def test_reading_interval_is_a_multiple_of_four_and_grows_with_the_samples() -> None:
     found = [reading_interval(n, 64, 10**6) for n in (10, 1000, 10_000)]
     assert found == sorted(found) and all(k % 4 == 0 for k in found) and found[0] == 4
+
+
+def test_a_weighted_sampler_is_refused_by_its_name() -> None:
+    x, y = torch.randn(20, 3), torch.randn(20, 1)
+    loader = DataLoader(TensorDataset(x, y), 4, sampler=WeightedRandomSampler([1.0] * 20, 20))
+    with pytest.raises(ValueError, match="without a sampler or a batch sampler of its own"):
+        estimate_influence(nn.Linear(3, 1), loader, None, lambda m, b: (m(b[0]) - b[1]).square().mean())

@@ -349,3 +349,30 @@ def test_mean_of_the_integrand_is_the_learning_coefficient() -> None:
     found = measured(components={"both": None}, num_draws=800)
     est = estimate_llc(net, data, half_square, nbeta=NBETA, localization=GAMMA, full_batch=True)
     assert abs(float(found.llc[0]) - est.mean) < 3 * est.se + 0.03 * est.mean
+
+
+def test_beyond_2048_samples_the_errors_count_which_of_them_were_read() -> None:
+    """Two random subsets of 1,024 of 3,000 have other losses than all of them: over 8 seeds the distances from the
+    closed form had a root mean square of 2.8 errors without that, of single samples 3.6, and have 0.8 and 0.9 with
+    it."""
+    distances = []
+    for seed in range(8):
+        g = torch.Generator().manual_seed(seed)
+        x, shifted = torch.randn(3000, D, generator=g), 2 * torch.randn(M, D, generator=g)
+        truth = torch.randn(D, generator=g)
+        y = (x @ truth + 0.5 * torch.randn(3000, generator=g))[:, None]
+        target = (shifted @ truth + 0.5 * torch.randn(M, generator=g) + 0.5)[:, None]
+        net = Two()
+        with torch.no_grad():
+            solution = torch.linalg.lstsq(x, y).solution.T + 0.02
+            net.parts[0].weight.copy_(solution[:, :2])
+            net.parts[1].weight.copy_(solution[:, 2:])
+        data, other = TensorDataset(x, y), TensorDataset(shifted, target)
+        found = estimate_susceptibility(net, data, other, half_square, nbeta=NBETA, localization=GAMMA, seed=seed)
+        exact = Exact(net, data, other, COLUMNS["both"])
+        assert found.valid
+        distances.append((float(found.chi[0]) - exact.chi()) / float(found.se[0]))
+        singles = torch.tensor([exact.chi(single) for single in exact.singles], dtype=torch.float64)
+        distances.append(float(((found.matrix[0] - singles) / found.matrix_se[0]).square().mean().sqrt()))
+    whole, single = torch.tensor(distances).reshape(-1, 2).square().mean(dim=0).sqrt().tolist()
+    assert 0.5 < whole < 1.6 and 0.5 < single < 1.6, (whole, single)

@@ -73,3 +73,20 @@ def susceptibility(integrand: Tensor, shift: Tensor) -> Response:
     per_chain = products.mean(dim=1)
     se = torch.tensor([standard_error(products[:, :, j]) for j in range(delta.shape[2])], dtype=torch.float64)
     return Response(per_chain.mean(dim=0), se, per_chain, share)
+
+
+def error_of_parts(parts: Tensor, others: Tensor) -> Tensor:
+    """``[m]``, how far the covariance of a mean over parts with m others may be off by which samples are in the parts.
+
+    Args:
+        parts: ``[num_chains, num_draws, k]``, mean losses of k random parts of the samples.
+        others: ``[num_chains, num_draws, m]``, at the same draws.
+
+    Example:
+        >>> error_of_parts(torch.tensor([[[0.0, 0.0], [1.0, 3.0]]]), torch.tensor([[[0.0], [2.0]]])).tolist()
+        [1.0]
+    """
+    chains, draws, k = parts.shape
+    above, delta = (x.double() - x.double().mean(dim=1, keepdim=True) for x in (parts, others))
+    each = torch.einsum("ctk,ctm->km", above, delta) / (chains * (draws - 1))
+    return each.std(dim=0) / k**0.5

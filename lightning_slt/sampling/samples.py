@@ -53,7 +53,7 @@ def indexed_source(
     """
     no_index = (
         f"{name}: {purpose} needs samples that can be asked for by number. Give a map-style Dataset (with __len__ and "
-        "__getitem__), or a DataLoader over one without a batch sampler of its own."
+        "__getitem__), or a DataLoader over one without a sampler or a batch sampler of its own."
     )
     data = without_fabric(data)
     check_data(name, data)

@@ -64,7 +64,7 @@ def measure_susceptibility(
     if shift.base is not None:
         notes.append(
             f"the loss of the original data is that of two random subsets of {len(shift.observed.index)}: their own "
-            "sampling error is not in se"
+            "sampling error is in se"
         )
     reasons = tuple(reason for part in parts for reason in part.reasons)
     return SusceptibilityEstimate(
@@ -109,7 +109,10 @@ def _measure(
     drawn, chains, ran = run_component(objective, source, settings, collective, make_reader)
     index = readers[-1].shifted.index
     group = shift.groups_of(index)
-    found = read_component(name, drawn.segment, chains.posterior, len(objective.anchor), index, group)
+    unread = 1 - len(shift.observed.index) / source.num_indexed if readers[-1].parts else 0.0
+    found = read_component(
+        name, drawn.segment, chains.posterior, len(objective.anchor), index, group, readers[-1].parts, unread
+    )
     if ran is not None:
         reasons, notes = ran.reasons(), ran.cooled.notes(source.batch_size)
     else:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-from lightning_slt.functional.influence import MIXED, group_means
+from lightning_slt.functional.influence import MIXED, factor_of, group_means
 from lightning_slt.functional.posterior import LocalPosterior
-from lightning_slt.functional.susceptibility import Response, susceptibility
+from lightning_slt.functional.susceptibility import Response, error_of_parts, susceptibility
 from lightning_slt.sampling.readings import diverged
 from lightning_slt.sampling.segment import Segment
 
@@ -55,6 +55,8 @@ def read_component(
     num_weights: int,
     index: Tensor,
     group: Optional[Sequence[Optional[str]]],
+    parts: int = 0,
+    unread: float = 0.0,
 ) -> Component:
     """Covariances of the integrand with the losses, over the chains that have not diverged and the samples with a loss.
 
@@ -62,9 +64,11 @@ def read_component(
         segment: with what a :class:`~lightning_slt.susceptibility.shift.ShiftReader` has read.
         index: of the shifted samples that it read.
         group: of each of them, None where there are none.
+        parts: of each subset of the original data that were read besides; 0 where all of it was read.
+        unread: share of the original data that is not in a subset.
     """
     assert segment.read is not None
-    read = segment.read
+    read, of_parts = segment.read.split([segment.read.shape[2] - 2 * parts, 2 * parts], dim=2)
     losses_read = torch.isfinite(read[:, :, :2]).all(2).all(1)
     good = ~diverged(segment, posterior.nbeta, num_weights) & losses_read
     reasons: list[str] = []
@@ -87,11 +91,22 @@ def read_component(
     if bool(good.any()) and bool(usable.any()) and draws >= 2:
         kept = read[good].double()
         phi, base, losses = posterior.nbeta * kept[:, :, 0], kept[:, :, 1:2], kept[:, :, 2:][:, :, usable]
-        whole = susceptibility(phi, losses.mean(dim=2, keepdim=True) - base)
-        single = _among(susceptibility(phi, losses - base), usable)
+        pieces = of_parts[good].double()
+
+        def answer(shifted: Tensor) -> Response:
+            found = susceptibility(phi, shifted - base)
+            if not parts:
+                return found
+            of_observed = posterior.nbeta * error_of_parts(pieces[:, :, :parts], shifted - base)
+            of_base = error_of_parts(pieces[:, :, parts:], phi.unsqueeze(2))
+            sampled = unread**0.5 * factor_of(found.share, draws) * torch.hypot(of_observed, of_base)
+            return replace(found, se=torch.hypot(found.se, sampled))
+
+        whole = answer(losses.mean(dim=2, keepdim=True))
+        single = _among(answer(losses), usable)
         if group:
             own = [g for g, kept_one in zip(group, usable.tolist(), strict=True) if kept_one]
-            grouped = susceptibility(phi, group_means(losses, own, names) - base)
+            grouped = answer(group_means(losses, own, names))
         per_chain[good] = whole.per_chain[:, 0]
         llc = float(phi.mean())
         if whole.share > MIXED:

@@ -11,8 +11,11 @@ from torch import Tensor
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.probe import Probe
+from lightning_slt.sampling.rng import CHOICE, generator
 from lightning_slt.sampling.samples import ALL_AT_ONCE, LARGE_BATCH, Samples, choose_samples
 
+PARTS = 32
+"""Random parts of such a subset: how the answers differ between them says what another subset would give."""
 MAX_BASE = ALL_AT_ONCE
 """Samples of the original data whose loss is read at every draw; more are represented by two random subsets."""
 
@@ -52,17 +55,37 @@ class Shift:
 
 
 class ShiftReader:
-    """``[chains, d]`` weights to ``[chains, 2 + m]``: mean losses of both original sets, and losses of m samples."""
+    """``[chains, d]`` weights to ``[chains, 2 + m + 2 k]``: mean losses of both original sets, losses of m samples, and
+    those of the k parts of either subset.
+
+    Attributes:
+        parts: k; 0 where all the original data is read.
+    """
 
     def __init__(self, objective: Objective, shift: Shift, seed: int) -> None:
         self._observed = Probe(objective, shift.observed, seed=seed)
         self._base = Probe(objective, shift.base, seed=seed) if shift.base is not None else None
         self.shifted = Probe(objective, shift.shifted, seed=seed)
+        self.parts = 0
+        self._orders: list[Tensor] = []
+        if self._base is not None:
+            least = min(self._observed.n, self._base.n)
+            self.parts = min(PARTS, least) if least > 1 else 0
+            numbers = generator(seed, CHOICE)  # the order of the data may carry meaning
+            self._orders = [torch.randperm(probe.n, generator=numbers) for probe in (self._observed, self._base)]
 
     def __call__(self, weights: Tensor, slopes: Optional[Tensor] = None) -> Tensor:
-        observed = self._observed(weights).double().mean(dim=1, keepdim=True)
-        base = observed if self._base is None else self._base(weights).double().mean(dim=1, keepdim=True)
-        return torch.cat([observed, base, self.shifted(weights).double()], dim=1)
+        observed = self._observed(weights).double()
+        mean, shifted = observed.mean(dim=1, keepdim=True), self.shifted(weights).double()
+        if self._base is None:
+            return torch.cat([mean, mean, shifted], dim=1)
+        base = self._base(weights).double()
+        parts = [
+            part.mean(dim=1, keepdim=True)
+            for losses, order in zip((observed, base), self._orders, strict=True)
+            for part in losses[:, order].tensor_split(max(self.parts, 1), dim=1)[: self.parts]
+        ]
+        return torch.cat([mean, base.mean(dim=1, keepdim=True), shifted, *parts], dim=1)
 
 
 def chain_batch(n: int) -> int:
