@@ -22,6 +22,10 @@ from lightning_slt.verdict import read_both
 
 READ_COST = 0.3
 """Cost of reading the samples' losses, in units of that of moving the chains, in a firing of the monitor."""
+ALONE = (
+    "the loss of a batch depends on which samples are together in it (weights that divide, as of classes or of "
+    "unmasked tokens): what is read of a sample is its loss alone, without its weight"
+)
 CALLS = 3_000_000
 """Products that would take as long as the calls of a step do by themselves."""
 
@@ -88,6 +92,6 @@ def measure_both(
     assert segment.read is not None
     good = ~diverged(segment, chains.posterior.nbeta, len(objective.anchor))
     influence = readers[0].read(segment.read, good, chains.posterior, source.num_samples)
-    influence = influence.with_verdict(more, notes)
+    influence = influence.with_verdict(more, (*notes, ALONE) if source.coupled else notes)
     seconds = time.perf_counter() - start
     return estimate.replace(seconds=seconds), influence.replace(seconds=seconds)

@@ -412,6 +412,21 @@ def test_a_loss_that_couples_samples_raises_where_failures_raise(tmp_path: Path)
         Scenario(Contrastive, loaders).run(tmp_path, probing(on_failure="raise"))
 
 
+class Weighs(Net):
+    """Classes count by weights whose sum divides."""
+
+    def loss(self, batch: Any) -> Tensor:
+        return cross_entropy(self.net(batch[0]), batch[1], weight=torch.linspace(1.0, 9.0, models.CLASSES))
+
+
+def test_a_weighted_mean_is_said_to_read_samples_without_their_weights(tmp_path: Path) -> None:
+    weighted, plain = probing(), probing()
+    Scenario(Weighs, loaders).run(tmp_path / "a", weighted)
+    Scenario(Net, loaders).run(tmp_path / "b", plain)
+    assert all("its loss alone, without its weight" in found.notes[-1] for found in weighted.influences)
+    assert len(weighted.influences) == 3 and not any("alone" in note for i in plain.influences for note in i.notes)
+
+
 def refuses(sample: Any) -> str:
     raise KeyError("no such field")
 
