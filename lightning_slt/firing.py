@@ -93,7 +93,8 @@ class Course:
             estimate, influence = measure_both(objective, source, settings, probes, collective, progress, memory)
         else:
             estimate = measure_llc(objective, source, settings, collective, progress, memory)
-        self.coupled = source.coupled
+        if not smoke_test:
+            self.coupled = source.coupled
         if not self.warm_start:
             self.memory = ChainMemory(lr=self.memory.lr)
         if estimate.method == "sequential":
@@ -136,9 +137,9 @@ class Course:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there; what is not in it stays."""
+        """Go on from there. One of before it was asked has minibatches that come back, and keeps them."""
         self.localization = state["localization"]
         self.method = state.get("method", self.method)
         self.method_reason = state.get("method_reason", "")
-        self.coupled = state.get("coupled")
+        self.coupled = state.get("coupled", False)
         self.memory.load_state_dict(state["memory"])

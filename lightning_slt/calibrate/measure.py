@@ -82,13 +82,13 @@ def _calibrate(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device)
-    first, first_seconds = _fire(course, opened.objective, opened, config)
+    first, first_seconds = _fire(course, lambda: opened.objective, opened, config)
     peak = torch.cuda.max_memory_allocated(device) - held if device.type == "cuda" else None
     warm = course.memory.displacements is not None
 
     opened.source.forget()
     say(f"took {first_seconds:.2g} s; a second one ...")
-    later, later_seconds = _fire(course, objective_of(config), opened, config)
+    later, later_seconds = _fire(course, lambda: objective_of(config), opened, config)
 
     say(f"took {later_seconds:.2g} s; steps of training ...")
     chunk, limit = _look(objective_of(config), opened.source, first, config)
@@ -111,11 +111,14 @@ def _calibrate(
     )
 
 
-def _fire(course: Course, objective: Objective, opened: OpenedPoint, config: SweepConfig) -> tuple[Estimate, float]:
-    """One firing of a run, and its seconds."""
-    start = clock(objective.device)
-    estimate, _ = course.measure(objective, opened.source, config.settings(), opened.probes)
-    return estimate, clock(objective.device) - start
+def _fire(
+    course: Course, make: Callable[[], Objective], opened: OpenedPoint, config: SweepConfig
+) -> tuple[Estimate, float]:
+    """One firing of a run, and its seconds, those of making its copy of the module with them."""
+    device = opened.objective.device
+    start = clock(device)
+    estimate, _ = course.measure(make(), opened.source, config.settings(), opened.probes)
+    return estimate, clock(device) - start
 
 
 def _look(

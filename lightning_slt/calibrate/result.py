@@ -53,9 +53,10 @@ class Calibration:
 
     @property
     def heat_share(self) -> float:
-        """What the step added to the estimate and was taken off, as a share of it before; NaN without an estimate."""
+        """What the heat of the step added to the estimate and was taken off, without the lean, as a share of it before;
+        NaN without an estimate."""
         raw = self.estimate.mean + self.estimate.step_bias
-        return self.estimate.step_bias / raw if raw > 0 else math.nan
+        return max(self.estimate.step_bias - self.estimate.lean, 0.0) / raw if raw > 0 else math.nan
 
     @property
     def every_n_train_steps(self) -> int:

@@ -471,10 +471,12 @@ class SLTMonitor(KeepsHistory):
             self._late.collect(trainer, pl_module)
         if is_smoke_test(trainer) or not self._asked.schedule.due_epoch(trainer.current_epoch + 1):
             return
-        if is_of_batch_norm(trainer) or self._has(self._last_step):
+        # not the step told of last: a firing that was broken off has taken it back
+        step = max(self._last_step, trainer.fit_loop.epoch_loop._batches_that_stepped)
+        if is_of_batch_norm(trainer) or self._has(step):
             return
         # Lightning takes its count one back to log an epoch's values: they share the x of the last batch
-        self._consider(trainer, pl_module, self._last_step, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+        self._consider(trainer, pl_module, step, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
 
     def _consider(self, trainer: Trainer, pl_module: LightningModule, step: int, x: int) -> None:
         """Fire at a step that the schedule names, where the budget covers it or there is none.
@@ -531,7 +533,8 @@ class SLTMonitor(KeepsHistory):
         except Exception as error:
             if raises or isinstance(error, RankLostError):
                 raise
-            if isinstance(error, BrokenOffError):
+            # on one rank, for all of them
+            if held.waits or BrokenOffError.__name__ in str(error):
                 self._take_back(moment.step)
             self._voice.failed(moment.step, f"{type(error).__name__}: {error}")
             clock.took(begin, failed=True)

@@ -34,6 +34,11 @@ class SignalsHeld:
         self._handlers: dict[signal.Signals, Any] = {}
         self._came: list[signal.Signals] = []
 
+    @property
+    def waits(self) -> bool:
+        """Whether a signal has come that is to be answered."""
+        return bool(self._came)
+
     def check(self) -> None:
         """To be called now and then by what can be broken off.
 

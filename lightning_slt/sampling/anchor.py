@@ -72,12 +72,9 @@ def _opened(objective: Objective, source: MinibatchSource) -> float:
         if len(window.anchor_loss) >= PROBED_BATCHES:
             break
     if source.coupled is None and source.can_pass and len(window.anchor_loss) > 1:
-        source.coupled = _couples(objective, source, window)
-        if source.coupled:
-            source.let_pass()
-            window = source.window(0)
-            with objective.active():
-                measure_anchor(objective, window, torch.arange(min(PROBED_BATCHES, len(window))))
+        first, second = (window[i] for i in list(window.anchor_loss)[:2])
+        with objective.active():
+            source.coupled = couples_samples(objective, (first, second), source.batch_size)
     if window.anchor_loss:
         if objective.unreached:
             with objective.active():
@@ -87,11 +84,14 @@ def _opened(objective: Objective, source: MinibatchSource) -> float:
     raise no_loss_of(objective.given_loss)
 
 
-def _couples(objective: Objective, source: MinibatchSource, window: Window) -> bool:
-    """Asked once: a loss that couples samples does so wherever its weights are."""
-    (first, one), (second, other) = list(window.anchor_loss.items())[:2]
-    with objective.active():
-        return couples_samples(objective, (window[first], window[second]), (one, other), source.batch_size)
+def let_pass(objective: Objective, source: MinibatchSource) -> None:
+    """Have no batch come back; the first window is another one from now on."""
+    source.coupled = True
+    if source.can_pass:
+        source.let_pass()
+        window = source.window(0)
+        with objective.active():
+            measure_anchor(objective, window, torch.arange(min(PROBED_BATCHES, len(window))))
 
 
 def _remedy(error: Exception, objective: Objective, batch: Any) -> Optional[str]:

@@ -99,7 +99,10 @@ def read_component(
                 return found
             of_observed = posterior.nbeta * error_of_parts(pieces[:, :, :parts], shifted - base)
             of_base = error_of_parts(pieces[:, :, parts:], phi.unsqueeze(2))
-            sampled = unread**0.5 * factor_of(found.share, draws) * torch.hypot(of_observed, of_base)
+            # no sample is in both subsets: where one has too many of a kind the other has too few
+            shared = 2 * min(1.0, (1 - unread) / unread) * of_observed * of_base
+            either = (of_observed.square() + of_base.square() + shared).sqrt()
+            sampled = unread**0.5 * factor_of(found.share, draws) * either
             return replace(found, se=torch.hypot(found.se, sampled))
 
         whole = answer(losses.mean(dim=2, keepdim=True))

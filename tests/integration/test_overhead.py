@@ -111,13 +111,13 @@ def test_the_steps_of_a_cadence_are_the_candidates(clock: Clock, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("cadence", "candidates"),
-    [({"at_steps": [0, 5, 60, 61, 200]}, [60, 200]), ({"log_spaced": 3}, [210]), ({"every_n_epochs": 11}, [66, 198])],
+    [({"at_steps": [0, 5, 60, 61, 210]}, [60, 210]), ({"log_spaced": 3}, [220]), ({"every_n_epochs": 12}, [72, 216])],
     ids=["steps", "log-spaced", "epochs"],
 )
 def test_any_cadence(cadence: dict[str, Any], candidates: list[int], clock: Clock, tmp_path: Path) -> None:
-    """Six batches an epoch, 210 in all; step 0 comes before anything is earned."""
+    """Six batches an epoch, 220 in all; step 0 comes before anything is earned."""
     monitor = budgeted(**cadence)
-    scenario(210).run(tmp_path, monitor)
+    scenario(220).run(tmp_path, monitor)
     assert steps_of(monitor) == candidates
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_slt import SGLD, estimate_llc
 from lightning_slt.firing import Course, firing_settings
-from lightning_slt.sampling.anchor import open_window
+from lightning_slt.sampling.anchor import let_pass, open_window
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.objective import Objective
 from tests.sampling.helpers import cross_entropy, gen, mean_squared, mlp, regression
@@ -48,6 +48,15 @@ def drawn(module: nn.Module, batch: Any) -> Tensor:
     return mean_squared(module, (batch[0] + 0.1 * torch.randn_like(batch[0]), batch[1]))
 
 
+def weighted_samples(module: nn.Module, batch: Any) -> Tensor:
+    weights = batch[0][:, 0].abs()
+    return ((module(batch[0]) - batch[1]).square().mean(1) * weights).sum() / weights.sum()
+
+
+def augmented_negatives(module: nn.Module, batch: Any) -> Tensor:
+    return in_batch_negatives(module, (batch[0] + 0.1 * torch.randn_like(batch[0]), batch[1]))
+
+
 @pytest.mark.parametrize(
     ("loss_fn", "coupled"),
     [
@@ -60,6 +69,7 @@ def drawn(module: nn.Module, batch: Any) -> Tensor:
         (lambda module, batch: len(batch[0]) * mean_squared(module, batch), False),  # a sum
         (lambda module, batch: (module(batch[0]) - batch[1]).square().sum(1), False),  # one loss a sample
         (drawn, False),
+        (augmented_negatives, True),
     ],
 )
 def test_no_batch_comes_back_where_a_loss_couples_its_samples(
@@ -67,7 +77,11 @@ def test_no_batch_comes_back_where_a_loss_couples_its_samples(
 ) -> None:
     source = DatasetSource(regression(96), 9)
     held = source.window(0)
-    open_window(Objective(mlp(), loss_fn), source)
+    objective = Objective(mlp(), loss_fn)
+    open_window(objective, source)
+    assert source.coupled is coupled
+    if coupled:
+        let_pass(objective, source)
     assert source.resident is not coupled
     assert (source.window(0) is held) is not coupled
     if coupled:
@@ -79,8 +93,9 @@ def test_no_batch_comes_back_where_a_loss_couples_its_samples(
 
 def test_all_the_data_in_one_batch_stays_one_batch() -> None:
     source = DatasetSource(regression(32), 32)
-    held = source.window(0)
-    open_window(Objective(mlp(), in_batch_negatives), source)
+    held, objective = source.window(0), Objective(mlp(), in_batch_negatives)
+    open_window(objective, source)
+    let_pass(objective, source)
     assert source.resident and source.window(0) is held
 
 
@@ -115,18 +130,40 @@ def test_the_rounding_of_half_precision_couples_nothing(dtype: torch.dtype) -> N
     assert source.coupled is False and source.resident
 
 
-def test_losses_near_zero_are_looked_at_beside_the_weights() -> None:
+@pytest.mark.parametrize("loss_fn", [weighted_classes, unmasked])
+def test_it_is_seen_where_all_samples_have_the_same_loss(loss_fn: Callable[[nn.Module, Any], Tensor]) -> None:
+    """A head that begins at zero."""
+    module = mlp()
+    head = [m for m in module.modules() if isinstance(m, nn.Linear)][-1]
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.zero_()
+    source = DatasetSource(regression(96), 9)
+    open_window(Objective(module, loss_fn), source)
+    assert source.coupled is True
+    assert not head.weight.any()
+
+
+def test_labels_that_stay_behind_couple_nothing() -> None:
+    """A list beside the tensors is not exchanged with them."""
+    data = regression(96).tensors[0]
+    samples = [(x, "a" if x[0] > 0 else "b") for x in data]
+
+    def by_name(module: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(module(batch[0]), torch.tensor([{"a": 0, "b": 1}[name] for name in batch[1]]))
+
+    source = DatasetSource(samples, 8, lambda s: (torch.stack([x for x, _ in s]), [name for _, name in s]))
+    open_window(Objective(mlp(), by_name), source)
+    assert source.coupled is False and source.resident
+
+
+def test_losses_near_zero_couple_nothing() -> None:
     """At the weights they differ by their last digits alone, which say nothing."""
-
-    def weighted(module: nn.Module, batch: Any) -> Tensor:
-        weights = batch[0][:, 0].abs()
-        return ((module(batch[0]) - batch[1]).square().mean(1) * weights).sum() / weights.sum()
-
     module = mlp()
     x, y = regression(96).tensors
     with torch.no_grad():
         fitted = TensorDataset(x, module(x) + 1e-7 * torch.randn(y.shape, generator=gen(1)))
-    for loss_fn, coupled in ((mean_squared, False), (weighted, True)):
+    for loss_fn, coupled in ((mean_squared, False), (weighted_samples, True)):
         source = DatasetSource(fitted, 9)
         open_window(Objective(module, loss_fn), source)
         assert source.coupled is coupled

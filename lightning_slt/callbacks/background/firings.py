@@ -204,7 +204,6 @@ class BackgroundFirings:
         assert self._pool is not None and self._folder is not None
         late, lost = [], []
         for step in self.awaited:
-            self.last_step = max(self.last_step, step)
             result = self.result_of(step)
             if step in known:
                 self._drop(step)
@@ -213,6 +212,8 @@ class BackgroundFirings:
             elif not snapshot_path(self._folder, step).exists():
                 lost.append(step)
                 self._drop(step)
+                continue
+            self.last_step = max(self.last_step, step)
         return late, lost
 
     def _drop(self, step: int) -> dict[str, Any]:
