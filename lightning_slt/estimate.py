@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 from lightning_slt.kinds import check_count, check_flag, check_number, not_negative, positive
 from lightning_slt.record import Estimate
-from lightning_slt.sampling.anchor import let_pass, open_window
+from lightning_slt.sampling.anchor import coupling, let_pass, open_window
 from lightning_slt.sampling.arguments import check_data
 from lightning_slt.sampling.batches import MinibatchSource, source_of
 from lightning_slt.sampling.budget import MAX_STEPS_BW_DRAWS, Budget, Drawn
@@ -214,9 +214,15 @@ def run_chains(
 
     with preserve_rng(settings.seed):
         # before active(): only the first batches show whether the module has to be called in place
-        told = collective.exchange(lambda: (_start(objective, source, sampler), source.coupled))
-        log.debug(f"loss at w* on the first minibatch: {told[0][0]:.6g}")
-        if any(coupled for _, coupled in told):  # on one rank: minibatches are of one kind on all
+        first = collective.rank == 0
+
+        def begin() -> tuple[float, Optional[bool]]:
+            loss = _start(objective, source, sampler)
+            return loss, coupling(objective, source) if first else None  # minibatches are of one kind on all ranks
+
+        loss, source.coupled = collective.exchange(begin)[0]
+        log.debug(f"loss at w* on the first minibatch: {loss:.6g}")
+        if source.coupled:
             collective.exchange(lambda: let_pass(objective, source))
         with objective.active():
             chains = Chains(

@@ -71,10 +71,6 @@ def _opened(objective: Objective, source: MinibatchSource) -> float:
             raise _as(error, f"{str(error).rstrip('.') or type(error).__name__}. {remedy}") from error
         if len(window.anchor_loss) >= PROBED_BATCHES:
             break
-    if source.coupled is None and source.can_pass and len(window.anchor_loss) > 1:
-        first, second = (window[i] for i in list(window.anchor_loss)[:2])
-        with objective.active():
-            source.coupled = couples_samples(objective, (first, second), source.batch_size)
     if window.anchor_loss:
         if objective.unreached:
             with objective.active():
@@ -84,9 +80,21 @@ def _opened(objective: Objective, source: MinibatchSource) -> float:
     raise no_loss_of(objective.given_loss)
 
 
+def coupling(objective: Objective, source: MinibatchSource) -> Optional[bool]:
+    """Whether the loss couples the samples of a batch, asked where it is not known; None where no batch need come back
+    or it cannot be told. The first window has been opened."""
+    if source.coupled is not None or not source.can_pass:
+        return source.coupled
+    window = source.window(0)
+    known = list(window.anchor_loss)[:2]
+    if len(known) < 2:
+        return None
+    with objective.active():
+        return couples_samples(objective, (window[known[0]], window[known[1]]), source.batch_size)
+
+
 def let_pass(objective: Objective, source: MinibatchSource) -> None:
     """Have no batch come back; the first window is another one from now on."""
-    source.coupled = True
     if source.can_pass:
         source.let_pass()
         window = source.window(0)

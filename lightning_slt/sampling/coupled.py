@@ -68,7 +68,7 @@ def couples_samples(objective: Objective, batches: tuple[Any, Any], batch_size: 
             return [mixed(a, b) for a, b in ((one, one), (other, other), (one, other), (other, one))]
 
     try:
-        found = losses_at(nullcontext() if objective.borrowed else scattered(objective.module.parameters()))
+        found = losses_at(nullcontext() if objective.borrowed else scattered(objective.parameters()))
         if not all(map(math.isfinite, found)):
             found = losses_at(objective.elsewhere())
     except Exception as error:

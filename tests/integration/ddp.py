@@ -331,7 +331,7 @@ def budget(folder: Path, world: int) -> Result:
         return original(self, work)
 
     Ranks.exchange = counted  # type: ignore[method-assign]
-    trainer = ranks_of(world, max_epochs=-1, max_steps=150)
+    trainer = ranks_of(world, max_epochs=-1, max_steps=200)
     trace = Scenario(Timed, loaders, trainer).assert_undisturbed(folder, monitor)
     return said(monitor, num_batches=trace.num_batches, now=CLOCK.now, exchanges=exchanges)
 

@@ -178,7 +178,7 @@ def test_the_first_rank_spends_the_budget_for_all(folder: Path) -> None:
     steps = [e.step for e in estimates_of(results[0])]
     estimates = assert_ranks_agree(results, steps)
     assert results[1]["now"] > 1e6 * results[0]["now"]
-    assert [r["num_batches"] for r in results] == [150, 150]
+    assert [r["num_batches"] for r in results] == [200, 200]
     # one of the two chains on each rank, of six steps: priced at a batch's second each
     assert estimates[0].predicted_seconds == 6.0 and estimates[0].step == 24 and len(estimates) >= 2
     assert estimates[1].overhead <= 0.2

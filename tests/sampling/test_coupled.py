@@ -14,10 +14,15 @@ from torch.utils.data import TensorDataset
 
 from lightning_slt import SGLD, estimate_llc
 from lightning_slt.firing import Course, firing_settings
-from lightning_slt.sampling.anchor import let_pass, open_window
+from lightning_slt.sampling.anchor import coupling, let_pass, open_window
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.objective import Objective
 from tests.sampling.helpers import cross_entropy, gen, mean_squared, mlp, regression
+
+
+def asked(objective: Objective, source: DatasetSource) -> bool | None:
+    open_window(objective, source)
+    return coupling(objective, source)
 
 
 def in_batch_negatives(module: nn.Module, batch: Any) -> Tensor:
@@ -78,8 +83,7 @@ def test_no_batch_comes_back_where_a_loss_couples_its_samples(
     source = DatasetSource(regression(96), 9)
     held = source.window(0)
     objective = Objective(mlp(), loss_fn)
-    open_window(objective, source)
-    assert source.coupled is coupled
+    assert asked(objective, source) is coupled
     if coupled:
         let_pass(objective, source)
     assert source.resident is not coupled
@@ -94,7 +98,7 @@ def test_no_batch_comes_back_where_a_loss_couples_its_samples(
 def test_all_the_data_in_one_batch_stays_one_batch() -> None:
     source = DatasetSource(regression(32), 32)
     held, objective = source.window(0), Objective(mlp(), in_batch_negatives)
-    open_window(objective, source)
+    assert asked(objective, source) is None
     let_pass(objective, source)
     assert source.resident and source.window(0) is held
 
@@ -126,8 +130,7 @@ def test_the_rounding_of_half_precision_couples_nothing(dtype: torch.dtype) -> N
 
     data = regression(96)
     source = DatasetSource(TensorDataset(*(x.to(dtype) for x in data.tensors)), 9)
-    open_window(Objective(mlp().to(dtype), loss_fn), source)
-    assert source.coupled is False and source.resident
+    assert asked(Objective(mlp().to(dtype), loss_fn), source) is False and source.resident
 
 
 @pytest.mark.parametrize("loss_fn", [weighted_classes, unmasked])
@@ -139,8 +142,7 @@ def test_it_is_seen_where_all_samples_have_the_same_loss(loss_fn: Callable[[nn.M
         head.weight.zero_()
         head.bias.zero_()
     source = DatasetSource(regression(96), 9)
-    open_window(Objective(module, loss_fn), source)
-    assert source.coupled is True
+    assert asked(Objective(module, loss_fn), source) is True
     assert not head.weight.any()
 
 
@@ -153,8 +155,7 @@ def test_labels_that_stay_behind_couple_nothing() -> None:
         return F.cross_entropy(module(batch[0]), torch.tensor([{"a": 0, "b": 1}[name] for name in batch[1]]))
 
     source = DatasetSource(samples, 8, lambda s: (torch.stack([x for x, _ in s]), [name for _, name in s]))
-    open_window(Objective(mlp(), by_name), source)
-    assert source.coupled is False and source.resident
+    assert asked(Objective(mlp(), by_name), source) is False and source.resident
 
 
 def test_losses_near_zero_couple_nothing() -> None:
@@ -165,8 +166,7 @@ def test_losses_near_zero_couple_nothing() -> None:
         fitted = TensorDataset(x, module(x) + 1e-7 * torch.randn(y.shape, generator=gen(1)))
     for loss_fn, coupled in ((mean_squared, False), (weighted_samples, True)):
         source = DatasetSource(fitted, 9)
-        open_window(Objective(module, loss_fn), source)
-        assert source.coupled is coupled
+        assert asked(Objective(module, loss_fn), source) is coupled
 
 
 def test_it_is_asked_once_and_stays_so_for_the_run() -> None:
