@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_slt import SGLD
 from lightning_slt.estimate import ChainSettings, measure_llc
-from lightning_slt.sampling.batches import source_of
+from lightning_slt.sampling.given_data import source_of
 from lightning_slt.sampling.objective import Objective
 
 Context = Callable[[], AbstractContextManager[Any]]

@@ -19,11 +19,12 @@ from lightning_slt.kinds import check_count, check_flag, check_number, not_negat
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.anchor import coupling, let_pass, open_window
 from lightning_slt.sampling.arguments import check_data
-from lightning_slt.sampling.batches import MinibatchSource, source_of
+from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.budget import MAX_STEPS_BW_DRAWS, Budget, Drawn
 from lightning_slt.sampling.calibration import draw
 from lightning_slt.sampling.chains import Chains, Progress
 from lightning_slt.sampling.collective import Alone, Collective
+from lightning_slt.sampling.given_data import source_of
 from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective

@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.firing import Course
 from lightning_slt.record import Estimate
-from lightning_slt.sampling.batches import source_of
+from lightning_slt.sampling.given_data import source_of
 from lightning_slt.sampling.objective import Objective
 
 

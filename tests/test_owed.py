@@ -10,7 +10,7 @@ import torch
 from lightning_slt import Estimate
 from lightning_slt.callbacks.sizing import sized
 from lightning_slt.firing import Course, firing_settings
-from lightning_slt.sampling.batches import source_of
+from lightning_slt.sampling.given_data import source_of
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sweep.run import transitions_of
 from lightning_slt.verdict import owed_by

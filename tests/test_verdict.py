@@ -14,10 +14,10 @@ from lightning_slt import verdict as verdict_module
 from lightning_slt.estimate import ChainSettings, run_chains
 from lightning_slt.functional import LocalPosterior, summarise
 from lightning_slt.reasons import Kind, Reason
-from lightning_slt.sampling.batches import source_of
 from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.collective import Alone
+from lightning_slt.sampling.given_data import source_of
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rounding import weight_rounding
 from lightning_slt.sampling.samplers import SGLD, KineticLangevin, Sampler

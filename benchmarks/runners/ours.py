@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_slt import SGLD, __version__, estimate_llc
 from lightning_slt.estimate import ChainSettings, measure_llc, tolerance_settings
-from lightning_slt.sampling.batches import source_of
+from lightning_slt.sampling.given_data import source_of
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 

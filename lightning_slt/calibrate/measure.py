@@ -12,12 +12,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from lightning_slt.calibrate.result import Calibration
-from lightning_slt.calibrate.training_step import clock, training_step_seconds
+from lightning_slt.calibrate.training_step import training_step_seconds
 from lightning_slt.firing import Course
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.anchor import open_window
 from lightning_slt.sampling.batches import MinibatchSource
+from lightning_slt.sampling.device_clock import seconds_on
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.paths import chunk_width, observe
 from lightning_slt.sampling.rng import preserve_rng
@@ -116,9 +117,9 @@ def _fire(
 ) -> tuple[Estimate, float]:
     """One firing of a run, and its seconds, those of making its copy of the module with them."""
     device = opened.objective.device
-    start = clock(device)
+    start = seconds_on(device)
     estimate, _ = course.measure(make(), opened.source, config.settings(), opened.probes)
-    return estimate, clock(device) - start
+    return estimate, seconds_on(device) - start
 
 
 def _look(

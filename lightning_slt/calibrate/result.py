@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Optional
 
+from lightning_slt.callbacks.overhead import OverheadBudget
 from lightning_slt.record import Estimate
 from lightning_slt.sweep.settings import SweepConfig
 
@@ -77,7 +78,7 @@ def cadence(firing_seconds: float, step_seconds: float, share: float = MAX_OVERH
         >>> cadence(1.0, 0.01), cadence(1.0, 19.0), cadence(1.0, 0.0085)
         (1900, 1, 2300)
     """
-    steps = math.ceil(firing_seconds * (1 - share) / (share * step_seconds) * (1 - 1e-9))
+    steps = math.ceil(firing_seconds / (OverheadBudget(share).rate * step_seconds) * (1 - 1e-9))
     unit = 10 ** max(0, len(str(steps)) - _DIGITS)
     return -(-steps // unit) * unit
 

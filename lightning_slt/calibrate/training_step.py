@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from statistics import median
 
 import torch
 
 from lightning_slt.sampling.anchor import open_window
 from lightning_slt.sampling.batches import MinibatchSource
+from lightning_slt.sampling.device_clock import seconds_on
 from lightning_slt.sampling.engines import sequential_engine
 from lightning_slt.sampling.objective import Objective
 
@@ -16,13 +16,6 @@ FIRST, LEAST, MOST = 3, 5, 100
 """Steps that load kernels and are not counted; those that are timed at the least, and at the most ..."""
 LONG = 1.0
 """... within so many seconds."""
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, once the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def training_step_seconds(objective: Objective, source: MinibatchSource) -> float:
@@ -44,9 +37,9 @@ def training_step_seconds(objective: Objective, source: MinibatchSource) -> floa
         engine.bind(objective.anchor.clone().unsqueeze(0), torch.zeros_like(objective.anchor).unsqueeze(0))
         try:
             for k in range(FIRST + MOST):
-                start = clock(objective.device)
+                start = seconds_on(objective.device)
                 engine.step(window[usable[k % len(usable)]])
-                seconds.append(clock(objective.device) - start)
+                seconds.append(seconds_on(objective.device) - start)
                 if len(seconds) >= FIRST + LEAST and sum(seconds) > LONG:
                     break
         finally:
@@ -54,4 +47,4 @@ def training_step_seconds(objective: Objective, source: MinibatchSource) -> floa
     return median(seconds[FIRST:])
 
 
-__all__ = ["clock", "training_step_seconds"]
+__all__ = ["training_step_seconds"]

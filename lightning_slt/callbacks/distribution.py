@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from typing import Any, Optional, TypeVar
 
@@ -43,7 +43,15 @@ GONE = -1
 
 
 class RankFailedError(RuntimeError):
-    """Another rank failed in its share of the chains; this firing is skipped on all of them."""
+    """Another rank failed in its share of the chains; this firing is skipped on all of them.
+
+    Attributes:
+        kinds: names of the classes of what they failed with.
+    """
+
+    def __init__(self, message: str, kinds: Collection[str] = ()) -> None:
+        super().__init__(message)
+        self.kinds = frozenset(kinds)
 
 
 class Ranks:
@@ -78,14 +86,15 @@ class Ranks:
             raise  # nobody is there to be told
         except Exception as raised:
             error = raised
-        told = None if error is None else f"{type(error).__name__}: {error}"
+        told = None if error is None else (type(error).__name__, str(error))
         answers: list[Any] = [None] * self.world_size
         dist.all_gather_object(answers, (told, mine), group=self._group)
         if error is not None:
             raise error
         failed = [(rank, what) for rank, (what, _) in enumerate(answers) if what is not None]
         if failed:
-            raise RankFailedError("; ".join(f"rank {rank} failed: {what}" for rank, what in failed))
+            said = "; ".join(f"rank {rank} failed: {kind}: {what}" for rank, (kind, what) in failed)
+            raise RankFailedError(said, {kind for _, (kind, _) in failed})
         return [value for _, value in answers]
 
     def arrive(self, alone: bool) -> None:

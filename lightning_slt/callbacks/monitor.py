@@ -31,6 +31,7 @@ from lightning_slt.callbacks.data.following import FollowedData
 from lightning_slt.callbacks.data.samples import Probed, ProbedSamples
 from lightning_slt.callbacks.data.training import check_num_samples
 from lightning_slt.callbacks.distribution import (
+    RankFailedError,
     check_strategy,
     close_collective,
     is_sharded,
@@ -437,7 +438,7 @@ class SLTMonitor(KeepsHistory):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Chains follow the data where ``reload_dataloaders_every_n_epochs`` has loaded it anew."""
         if self._followed.follow_loaders(trainer) and self._late is not None:
-            self._late.follow_loaders()
+            self._late.data_is_other()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # where a run is resumed Lightning's count is one behind until here
@@ -534,7 +535,8 @@ class SLTMonitor(KeepsHistory):
             if raises or isinstance(error, RankLostError):
                 raise
             # on one rank, for all of them
-            if held.waits or BrokenOffError.__name__ in str(error):
+            elsewhere = isinstance(error, RankFailedError) and BrokenOffError.__name__ in error.kinds
+            if held.waits or elsewhere:
                 self._take_back(moment.step)
             self._voice.failed(moment.step, f"{type(error).__name__}: {error}")
             clock.took(begin, failed=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import preserve_rng, seed_globals
-from lightning_slt.sampling.structures import over_tensors, tensors_in, tensors_in_collections
+from lightning_slt.sampling.structures import data_in, over_tensors, tensors_in_collections
+from lightning_slt.sampling.trials import moved
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def couples_samples(objective: Objective, batches: tuple[Any, Any], batch_size: 
         batch_size: samples in each.
     """
     shaped = [[x for x in tensors_in_collections(batch) if x.ndim > 0] for batch in batches]
-    if any(len(tensors_in(b)) != len(tensors_in_collections(b)) for b in batches):  # some are held by an object
+    if any(len(data_in(b)) != len(tensors_in_collections(b)) for b in batches):  # arrays, or held by an object
         return False
     if objective.layout.sharded or batch_size < 2 or not shaped[0]:
         return False
@@ -48,9 +49,8 @@ def couples_samples(objective: Objective, batches: tuple[Any, Any], batch_size: 
         return False
     if [x.shape for x in shaped[0]] != [x.shape for x in shaped[1]]:
         return False
-    others = [leaf for leaf in tree_leaves(batches[0]) if not isinstance(leaf, Tensor)]
-    if len(others) >= batch_size or any(hasattr(leaf, "__array__") for leaf in others):  # of the samples, and stay
-        return False
+    if sum(not isinstance(leaf, Tensor) for leaf in tree_leaves(batches[0])) >= batch_size:
+        return False  # of the samples, which they would not go with
     half = batch_size // 2
 
     def mixed(front: Any, back: Any) -> float:
@@ -68,7 +68,8 @@ def couples_samples(objective: Objective, batches: tuple[Any, Any], batch_size: 
             return [mixed(a, b) for a, b in ((one, one), (other, other), (one, other), (other, one))]
 
     try:
-        found = losses_at(nullcontext() if objective.borrowed else scattered(objective.parameters()))
+        scatter = _scatter(torch.Generator().manual_seed(0))
+        found = losses_at(nullcontext() if objective.borrowed else moved(objective.parameters(), scatter))
         if not all(map(math.isfinite, found)):
             found = losses_at(objective.elsewhere())
     except Exception as error:
@@ -81,23 +82,18 @@ def couples_samples(objective: Objective, batches: tuple[Any, Any], batch_size: 
     return math.isfinite(size) and not abs(one + other - sum(exchanged)) <= slack * size
 
 
-@contextmanager
-def scattered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Weights with noise of half their size, and of half of what layers begin with at the least; and put back."""
-    home = [(p, p.detach().clone()) for p in parameters if p.is_floating_point()]
-    noise = torch.Generator().manual_seed(0)
-    try:
-        with torch.no_grad():
-            for parameter, value in home:
-                least = value[0].numel() ** -0.5 if value.ndim > 1 and value.numel() else 0.1
-                size = max(float(value.float().square().mean()) ** 0.5, least) if value.numel() else 0.0
-                drawn = torch.randn(value.shape, generator=noise).to(value.device, value.dtype)
-                parameter.add_(drawn, alpha=0.5 * size)
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in home:
-                parameter.copy_(value)
+def _scatter(noise: torch.Generator) -> Callable[[nn.Parameter], object]:
+    """Adds noise of half the size of the weights, and of half of what layers begin with at the least."""
+
+    def scattered(parameter: nn.Parameter) -> None:
+        if not parameter.is_floating_point() or not parameter.numel():
+            return
+        least = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+        size = max(float(parameter.float().square().mean()) ** 0.5, least)
+        drawn = torch.randn(parameter.shape, generator=noise).to(parameter.device, parameter.dtype)
+        parameter.add_(drawn, alpha=0.5 * size)
+
+    return scattered
 
 
 __all__ = ["couples_samples"]

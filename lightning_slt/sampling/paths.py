@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_slt.sampling.device_clock import seconds_on as _now
 from lightning_slt.sampling.engines import BatchedEngine, Engine, SequentialEngine, sequential_engine
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.steps import NoGradientError
@@ -338,13 +339,6 @@ def _tensor_float(device: torch.device, module: nn.Module) -> bool:
             return bool(torch.backends.cuda.matmul.allow_tf32 or (layers and torch.backends.cudnn.allow_tf32))
     except RuntimeError:  # set through torch's newer names, of which the older do not speak
         return True
-
-
-def _now(device: torch.device) -> float:
-    """The clock, once the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _one_step_seconds(objective: Objective, engine: SequentialEngine, window: Window) -> tuple[float, float]:

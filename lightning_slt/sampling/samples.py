@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_slt.sampling.arguments import check_data, without_fabric
-from lightning_slt.sampling.batches import MOST_SHUFFLED, DatasetSource, source_of
+from lightning_slt.sampling.batches import MOST_SHUFFLED, DatasetSource
 from lightning_slt.sampling.counting import batch_size_of
+from lightning_slt.sampling.given_data import source_of
 from lightning_slt.sampling.rng import CHOICE, generator
 
 MAX_SAMPLES = 1000

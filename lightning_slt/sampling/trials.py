@@ -269,14 +269,23 @@ def ask_in_training(make: Callable[[], nn.Module], ask: Callable[[nn.Module], _T
         return otherwise
 
 
+def _a_little(parameter: nn.Parameter) -> None:
+    parameter.mul_(1.05).add_(1e-3)
+
+
 @contextmanager
-def moved(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Weights a little beside where they are, and put back."""
+def moved(parameters: Iterable[nn.Parameter], move: Callable[[nn.Parameter], object] = _a_little) -> Iterator[None]:
+    """Weights elsewhere than where they are, and put back.
+
+    Args:
+        parameters: of a copy.
+        move: writes to one of them.
+    """
     home = [(p, p.detach().clone()) for p in parameters]
     try:
         with torch.no_grad():
             for parameter, _ in home:
-                parameter.mul_(1.05).add_(1e-3)
+                move(parameter)
         yield
     finally:
         with torch.no_grad():

@@ -65,7 +65,7 @@ def read_component(
         index: of the shifted samples that it read.
         group: of each of them, None where there are none.
         parts: of each subset of the original data that were read besides; 0 where all of it was read.
-        unread: share of the original data that is not in a subset.
+        unread: share of the original data that is not in a subset; of two that have no sample in common, half and more.
     """
     assert segment.read is not None
     read, of_parts = segment.read.split([segment.read.shape[2] - 2 * parts, 2 * parts], dim=2)
@@ -100,7 +100,7 @@ def read_component(
             of_observed = posterior.nbeta * error_of_parts(pieces[:, :, :parts], shifted - base)
             of_base = error_of_parts(pieces[:, :, parts:], phi.unsqueeze(2))
             # no sample is in both subsets: where one has too many of a kind the other has too few
-            shared = 2 * min(1.0, (1 - unread) / unread) * of_observed * of_base
+            shared = 2 * (1 - unread) / unread * of_observed * of_base
             either = (of_observed.square() + of_base.square() + shared).sqrt()
             sampled = unread**0.5 * factor_of(found.share, draws) * either
             return replace(found, se=torch.hypot(found.se, sampled))

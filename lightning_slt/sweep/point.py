@@ -27,14 +27,9 @@ from lightning_slt.firing import Course
 from lightning_slt.influence import ProbeSet, probe_set
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.record import Estimate
-from lightning_slt.sampling.batches import (
-    MAX_RESIDENT_BYTES,
-    DatasetSource,
-    MinibatchSource,
-    source_of,
-    uniform_samples,
-)
+from lightning_slt.sampling.batches import MAX_RESIDENT_BYTES, DatasetSource, MinibatchSource
 from lightning_slt.sampling.counting import batch_size_of
+from lightning_slt.sampling.given_data import source_of, uniform_samples
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import derive_seed, preserve_rng
 from lightning_slt.sweep.checkpoint import Checkpoint, read_state, unwrapped, weights_in

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import pickle
 import re
-import shutil
 import subprocess
 import sys
 import warnings
@@ -140,60 +139,6 @@ def test_a_point_measured_after_the_checkpoint_of_its_step_is_in_the_resumed_his
     assert torch.equal(again.estimates[-2].trace, first.estimates[-1].trace)
     assert {e.localization for e in again.estimates} == {first.estimates[0].localization}
     assert watch.state_dict()["fed"] == 12
-
-
-class SavesFirst(Callback):
-    """Keeps a checkpoint at an end, of a batch or an epoch, before the callbacks that come after it have their turn."""
-
-    def __init__(self, path: Path, step: int, hook: str = "on_train_batch_end") -> None:
-        self.path, self.step = path, step
-        setattr(self, hook, self.save)
-
-    def save(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step and not self.path.exists():
-            trainer.save_checkpoint(self.path)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "step", "steps", "end"),
-    [
-        pytest.param({"every_n_train_steps": 2}, 4, [2, 4, 6, 8, 10, 12], "batch", id="steps"),
-        pytest.param({"every_n_train_steps": 2}, 5, [2, 4, 6, 8, 10, 12], "batch", id="not due"),
-        pytest.param({"at_steps": [3, 12]}, 12, [3, 12], "batch", id="the last step"),
-        pytest.param({"every_n_epochs": 1}, 6, [6, 12], "batch", id="epochs"),
-        pytest.param({"every_n_epochs": 1, "at_steps": [6]}, 6, [6, 12], "batch", id="both"),
-        pytest.param({"every_n_epochs": 1}, 6, [6, 12], "epoch", id="at the end of an epoch"),
-        pytest.param({"every_n_epochs": 2}, 6, [12], "epoch", id="at the end of an epoch that is not due"),
-        pytest.param({"every_n_train_steps": 3}, 6, [3, 6, 9, 12], "epoch", id="measured before the end of the epoch"),
-    ],
-)
-@pytest.mark.parametrize("kept", [True, False], ids=["record kept", "record lost"])
-def test_the_point_of_a_checkpoint_written_before_its_firing_is_measured_on_resume(
-    schedule: dict[str, Any], step: int, steps: list[int], end: str, kept: bool, tmp_path: Path
-) -> None:
-    """Its weights are those that are restored: the point is that of the run that was not broken off."""
-    whole, again = tiny_monitor(**schedule), tiny_monitor(**schedule)
-    saver = SavesFirst(tmp_path / "saved.ckpt", step, f"on_train_{end}_end")
-    Scenario(Net, loaders, lambda: {"callbacks": [saver]}).run(tmp_path, whole)
-    if not kept and whole.folder is not None:
-        shutil.rmtree(whole.folder)
-    plain, monitored = (resume(tmp_path, str(saver.path), *callbacks) for callbacks in ([], [again]))
-    assert_same(plain, monitored)
-    assert steps_of(again) == steps_of(whole) == steps == [e.step for e in RunRecord(again.folder or "").read()]
-    for before, after in zip(whole.estimates, again.estimates, strict=True):
-        if before.step is not None and before.step <= step:
-            assert torch.equal(before.trace, after.trace) and before.x == after.x
-
-
-def test_a_point_that_cannot_be_measured_on_resume_is_said_to_be_left_out(tmp_path: Path) -> None:
-    """Chains replay what training has seen, and after a resume it has seen nothing yet."""
-    saver = SavesFirst(tmp_path / "saved.ckpt", 4)
-    first, again = (tiny_monitor(every_n_train_steps=2, num_samples=24) for _ in range(2))
-    streamed = lambda: loaders(dataset=models.Stream())  # noqa: E731
-    Scenario(Net, streamed, lambda: {"callbacks": [saver]}).run(tmp_path, first)
-    with pytest.warns(UserWarning, match="SLTMonitor: the measurement at step 4 is left out: the checkpoint"):
-        Scenario(Net, streamed).run(tmp_path, again, ckpt_path=str(saver.path))
-    assert steps_of(again)[:3] == [2, 6, 8]
 
 
 def test_callback_removed_on_resume_is_a_warning(tmp_path: Path) -> None:

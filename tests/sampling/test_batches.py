@@ -33,11 +33,9 @@ from lightning_slt.sampling.batches import (
     DatasetSource,
     IterableSource,
     ReplaySource,
-    source_of,
-    to_device,
-    uniform_samples,
 )
 from lightning_slt.sampling.common_batches import CommonBatches
+from lightning_slt.sampling.given_data import source_of, to_device, uniform_samples
 from lightning_slt.sampling.structures import num_bytes
 from tests.sampling.helpers import numbered, uses
 

@@ -14,11 +14,12 @@ from torch.utils.data import TensorDataset
 from lightning_slt import SGLD, estimate_llc
 from lightning_slt.functional import LocalPosterior
 from lightning_slt.sampling.anchor import open_window
-from lightning_slt.sampling.batches import MAX_RESIDENT_BYTES, DatasetSource, source_of
+from lightning_slt.sampling.batches import MAX_RESIDENT_BYTES, DatasetSource
 from lightning_slt.sampling.budget import FIRST_ROUNDS, MAX_STEPS_BW_DRAWS, Budget
 from lightning_slt.sampling.calibration import draw
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.chunk import KEPT_GRADIENT
+from lightning_slt.sampling.given_data import source_of
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import heat_of, transient, virial_readings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from torch.utils.data import TensorDataset
 
 from lightning_slt import estimate_llc
 from lightning_slt.sampling import paths
-from lightning_slt.sampling.batches import source_of
 from lightning_slt.sampling.engines import BatchedEngine, SequentialEngine, sequential_engine
+from lightning_slt.sampling.given_data import source_of
 from lightning_slt.sampling.layout import BLOCK
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.paths import GRADIENT_BUDGET, choose_engine, chunk_width
@@ -136,6 +137,29 @@ def test_the_twin_of_the_batched_path_takes_the_anchors_memory_and_none_of_train
     assert dict(twin.named_parameters())["2.bias"].data_ptr() != frozen.data_ptr()
 
 
+def on_a_clock(monkeypatch: pytest.MonkeyPatch, alone: float, together: Callable[[int, int], float]) -> list[int]:
+    """A step of one chain takes ``alone``, the n-th of k chains at once ``together(k, n)``; how many there were in each
+    of those."""
+    clock, sizes = 0.0, []
+    step, batched = SequentialEngine.step, BatchedEngine.__call__
+
+    def one(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal clock
+        clock += alone
+        return step(self, *args, **kwargs)
+
+    def several(self: Any, window: Any, indices: torch.Tensor, **kwargs: Any) -> Any:
+        nonlocal clock
+        sizes.append(len(indices))
+        clock += together(len(indices), len(sizes))
+        return batched(self, window, indices, **kwargs)
+
+    monkeypatch.setattr(SequentialEngine, "step", one)
+    monkeypatch.setattr(BatchedEngine, "__call__", several)
+    monkeypatch.setattr(paths, "_now", lambda device: clock)
+    return sizes
+
+
 @pytest.mark.parametrize(
     ("fixed", "each", "method", "tried"),
     [
@@ -149,24 +173,7 @@ def test_two_chains_are_tried_before_as_many_as_fit_where_those_would_fill_a_gpu
     fixed: float, each: float, method: str, tried: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step of k chains at once takes fixed + each k on this clock, one alone takes 1: 8 gain 8 / (fixed + 8 each)."""
-    clock = 0.0
-    step, batched = SequentialEngine.step, BatchedEngine.__call__
-
-    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal clock
-        clock += 1.0
-        return step(self, *args, **kwargs)
-
-    def together(self: Any, window: Any, indices: torch.Tensor, **kwargs: Any) -> Any:
-        nonlocal clock
-        clock += fixed + each * len(indices)
-        sizes.append(len(indices))
-        return batched(self, window, indices, **kwargs)
-
-    sizes: list[int] = []
-    monkeypatch.setattr(SequentialEngine, "step", alone)
-    monkeypatch.setattr(BatchedEngine, "__call__", together)
-    monkeypatch.setattr(paths, "_now", lambda device: clock)
+    sizes = on_a_clock(monkeypatch, 1.0, lambda chains, calls: fixed + each * chains)
     monkeypatch.setattr(paths, "COMPUTE_BOUND", 10.0)
     monkeypatch.setattr(paths, "FEW_FIRST", ("cpu",))
     objective = Objective(nn.Linear(4, 4), mean_squared)
@@ -192,29 +199,13 @@ def test_a_machine_that_is_busy_for_a_moment_does_not_decide_the_path(
     unit: float, slow: int, method: str, timed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step of one chain takes a unit on this clock, of two at once a unit too, but 20 for the first ``slow``."""
-    clock, calls = 0.0, 0
-    step, batched = SequentialEngine.step, BatchedEngine.__call__
-
-    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal clock
-        clock += unit
-        return step(self, *args, **kwargs)
-
-    def together(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal clock, calls
-        calls += 1
-        # the first is compared with the other path, not timed
-        clock += 20 * unit if 1 < calls <= 1 + slow else unit
-        return batched(self, *args, **kwargs)
-
-    monkeypatch.setattr(SequentialEngine, "step", alone)
-    monkeypatch.setattr(BatchedEngine, "__call__", together)
-    monkeypatch.setattr(paths, "_now", lambda device: clock)
+    # the first is compared with the other path, not timed
+    sizes = on_a_clock(monkeypatch, unit, lambda chains, calls: 20 * unit if 1 < calls <= 1 + slow else unit)
     monkeypatch.setattr(paths, "COMPUTE_BOUND", 10.0)
     objective = Objective(nn.Linear(4, 4), mean_squared)
     window = source_of(TensorDataset(torch.randn(8, 4), torch.randn(8, 4)), 2, objective.device, 0).window(0)
     assert choose_engine(objective, window, 2).engine.method == method
-    assert calls == 1 + timed
+    assert len(sizes) == 1 + timed
 
 
 @pytest.mark.parametrize(("each", "ratio"), [(14.2, "0.07"), (3.0, "0.33"), (1.5, None), (0.1, None)])
@@ -222,22 +213,7 @@ def test_several_chains_at_once_are_said_to_be_slow_where_they_were_asked_for(
     each: float, ratio: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A step of k chains at once takes ``each`` k on this clock, one alone takes 1."""
-    clock = 0.0
-    step, batched = SequentialEngine.step, BatchedEngine.__call__
-
-    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal clock
-        clock += 1.0
-        return step(self, *args, **kwargs)
-
-    def together(self: Any, window: Any, indices: torch.Tensor, **kwargs: Any) -> Any:
-        nonlocal clock
-        clock += each * len(indices)
-        return batched(self, window, indices, **kwargs)
-
-    monkeypatch.setattr(SequentialEngine, "step", alone)
-    monkeypatch.setattr(BatchedEngine, "__call__", together)
-    monkeypatch.setattr(paths, "_now", lambda device: clock)
+    on_a_clock(monkeypatch, 1.0, lambda chains, calls: each * chains)
     net, data = nn.Linear(4, 4), regression(8, 4, 4)
     for method in ("batched", "auto", "sequential"):
         caplog.clear()

@@ -198,7 +198,7 @@ class LateFirings:
             self._reporting.take_up(trainer, pl_module, estimate, result.influence, begin)
         self._clock.took(begin)
 
-    def follow_loaders(self) -> None:
+    def data_is_other(self) -> None:
         """Training has been given other data: snapshots from here on are of that."""
         self._beside.data_is_other()
 

@@ -17,7 +17,8 @@ from lightning_slt.influence import ProbeSet, probe_set
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.kinds import check_callable
 from lightning_slt.publish.render import Rendered, render_sample, rendered_by
-from lightning_slt.sampling.batches import DatasetSource, MinibatchSource, uniform_samples
+from lightning_slt.sampling.batches import DatasetSource, MinibatchSource
+from lightning_slt.sampling.given_data import uniform_samples
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samples import MAX_SAMPLES, GroupFn
 

@@ -32,9 +32,9 @@ from lightning_slt.sampling.batches import (
     DatasetSource,
     MinibatchSource,
     ReplaySource,
-    uniform_samples,
 )
 from lightning_slt.sampling.counting import batch_length, batch_size_of, length_of, makes_batches, samples_of_batches
+from lightning_slt.sampling.given_data import uniform_samples
 from lightning_slt.sampling.rng import derive_seed
 from lightning_slt.sampling.structures import clone, num_bytes, tensors_in_collections
 
