@@ -243,8 +243,8 @@ class TransitionDetector:
             if flag["judged_at"] == _JUDGED:
                 waiting += [flag] if number == len(self._transitions) - 1 else []
                 continue
-            # a second step soon after the first has its own level: judge the first by what lies between
-            later = [other["after"] for other in self._open if other["id"] > flag["id"]]
+            # a second step soon after the first has its own level: the first is measured by what lies between
+            later = number < len(self._transitions) - 1
             old = self._transitions[number]
             # an early flag saw the beginning of a ramp: what is left of it has no plateau yet to be judged by
             reach = max(_SETTLE + 1, int(min(flag["width"], (seen - flag["flagged_at"]) / 2)))
@@ -254,42 +254,51 @@ class TransitionDetector:
             if seen < flag["judged_at"] and not later:
                 waiting.append(flag)
                 continue
+            state: Literal["confirmed", "retracted"] = "confirmed"
+            kept = 1.0
             place = max(0, int(flag["after"]) - self._dropped)
-            since = llcs[place:]
-            if later or since.size == 0:
-                state: Literal["confirmed", "retracted"] = "confirmed"
-            else:
-                kept = (float(np.median(since)) - flag["before"]) / old.llc_change
+            if place < llcs.size and not later:
+                height = float(np.median(llcs[place:])) - flag["before"]
+                kept = height / old.llc_change
                 state = "confirmed" if kept >= 0.5 or old.state == "confirmed" else "retracted"
-                if kept >= 0.5:  # one that was confirmed before and has fallen back since stays as it was measured
+                if kept >= 0.5:
                     lower = float(np.median(losses[place:])) - flag["loss_before"]
-                    height = float(np.median(since)) - flag["before"]
                     kind = kind_of(height, lower, old.loss_change_se)
                     old = replace(old, kind=kind, llc_change=height, loss_change=lower)
-                    old = self._placed(old, curve, steps)
+            if kept >= 0.5:  # one that was confirmed before and has fallen back since stays as it was measured
+                old = self._placed(old, curve, steps)
             self._transitions[number] = replace(old, state=state)
             self._changes.append(self._transitions[number])
             waiting += [{**flag, "judged_at": _JUDGED}] if not later else []
         self._open = waiting
 
-    @staticmethod
-    def _placed(old: Transition, curve: Curve, steps: np.ndarray) -> Transition:
+    def _placed(self, old: Transition, curve: Curve, steps: np.ndarray) -> Transition:
         """The transition where the points since its flag put it: an early flag saw only the beginning of its ramp.
 
-        A step that begins after the flag is another one, or the rest of this one.
+        It is looked for between the flags before and after it. A step that ends before it began is not it, nor is one
+        that begins after it was flagged, unless it went on to that without a pause.
         """
         index = np.arange(steps.size)
         onset, end = (float(np.interp(step, steps, index)) for step in (old.onset, old.end))
-        lo = max(0, math.floor(onset) - _BEFORE)
-        found = best_step(curve, lo, steps.size, SIZES, threshold=0.0, min_change=0.0)
-        if found is None or found.height * old.llc_change < 0 or found.onset > end + _SETTLE:
+        lo, hi = max(0, math.floor(onset) - _BEFORE), steps.size
+        for other in self._transitions:
+            if other.state != "retracted" and other.id < old.id:
+                # not above the onset: of the one before only the beginning may have been seen
+                lo = max(lo, math.ceil(min(onset, float(np.interp(other.end, steps, index)))))
+            elif other.id > old.id:
+                hi = min(hi, max(math.ceil(end), math.floor(np.interp(other.onset, steps, index))) + 1)
+        found = best_step(curve, lo, hi, SIZES, threshold=0.0, min_change=0.0)
+        if found is None or found.height * old.llc_change < 0 or found.end < onset or found.onset > end + _SETTLE:
             return old
-        places = [float(np.interp(place, index, steps)) for place in found.places]
-        if places[0] >= old.known_at:
-            return old
+        began, step, ended = (float(np.interp(place, index, steps)) for place in found.places)
+        if began >= old.known_at:
+            if not goes_on(curve, (onset, end), (found.onset, found.end)):
+                return old
+            if hi == steps.size:  # both levels have been seen; the flag saw some of the change that this lacks
+                return replace(old, onset=began, step=step, end=ended)
         change, error = loss_change(curve.loss, curve.loss_scatter, found)
         return replace(
-            old, onset=places[0], step=places[1], end=places[2], kind=kind_of(found.height, change, error),
+            old, onset=began, step=step, end=ended, kind=kind_of(found.height, change, error),
             llc_change=found.height, llc_change_se=found.height_se, loss_change=change, loss_change_se=error,
         )  # fmt: skip
 

@@ -29,6 +29,7 @@ from lightning_slt.transitions.curve import Curve, Step
 from lightning_slt.transitions.evidence import Array, Bank, Fits, autocorrelation, bank, evenly_spaced, fits
 from lightning_slt.transitions.pauses import pauses
 from lightning_slt.transitions.rises import first_half, largest_between, rises
+from lightning_slt.transitions.sloping import between_slopes, slopes
 
 LARGEST = 0.85  # of a contrast counts beside a step of the loss: it is the largest of many
 HIDDEN = 0.4  # of a rise that a fall hides, which may begin anywhere
@@ -132,7 +133,9 @@ def _scored(windows: _Windows, b: Bank, min_change: float, in_steps: bool = Fals
     # what came before may have fallen, up to the middle of the ramp: a rise since then counts as well
     since = largest_between(rises(llc, sigma[:, None]), *first_half(b))
     contrast = np.maximum(np.where(rising, LARGEST * first.contrast, 0.0), HIDDEN * since)
-    joint = np.where((contrast > 0) & (second.height < 0), np.minimum(contrast, second.evidence), -math.inf)
+    falling = np.where(second.height < 0, second.evidence, -math.inf)
+    falling = np.maximum(falling, between_slopes(loss, second.least, second.rest, slopes(b.size), steps))
+    joint = np.where(contrast > 0, np.minimum(contrast, falling), -math.inf)
     score = np.maximum(first.evidence, joint)
     if min_change > 0:
         # at the most: from the lowest point, where a fall hides a rise

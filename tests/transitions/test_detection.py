@@ -114,6 +114,27 @@ def test_curves_without_a_transition_are_left_alone_online() -> None:
     assert np.mean(np.array(found) > 0) <= 0.05
 
 
+@pytest.mark.parametrize("gap", [10, 12, 14, 18])
+@pytest.mark.parametrize("height", [50, 100, 300])
+def test_stages_that_follow_soon_are_placed_apart(height: float, gap: int) -> None:
+    """The first is flagged before a tenth of it is done; the second soon after, before the first has been judged."""
+    x = np.arange(80.0)
+    for seed in range(3):
+        noise, blur = np.random.default_rng(seed).normal(size=(2, x.size))
+        one, two = (1 / (1 + np.exp(-(x - at) * 2 * np.log(9) / width)) for at, width in ((30, 6), (30 + gap, 5)))
+        llc, loss = 20 + height * one + 15 * two + noise, 4 - one - 0.3 * two + 0.003 * blur
+        detector = TransitionDetector()
+        for i in range(x.size):
+            detector.update(100.0 * i, llc[i], 1.0, loss[i])
+        first, second = detector.transitions
+        assert (first.state, second.state) == ("confirmed", "confirmed")
+        assert abs(first.step - 3000) <= 50
+        assert abs(second.step - 3000 - 100 * gap) <= 50
+        assert first.end < second.onset
+        assert first.llc_change == pytest.approx(height, rel=0.06)
+        assert second.llc_change == pytest.approx(15, abs=5)
+
+
 def test_the_rest_of_a_flagged_ramp_is_no_second_transition() -> None:
     """The flag sees the beginning of the ramp only; what follows makes the same transition larger."""
     x = np.arange(120)
