@@ -267,6 +267,8 @@ class TransitionDetector:
                     old = replace(old, kind=kind, llc_change=height, loss_change=lower)
             if kept >= 0.5:  # one that was confirmed before and has fallen back since stays as it was measured
                 old = self._placed(old, curve, steps)
+                last = float(np.interp(old.end, steps, np.arange(steps.size)))
+                self._base = max(self._base, self._dropped + math.ceil(last))
             self._transitions[number] = replace(old, state=state)
             self._changes.append(self._transitions[number])
             waiting += [{**flag, "judged_at": _JUDGED}] if not later else []
