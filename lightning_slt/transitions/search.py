@@ -5,10 +5,10 @@ The two channels of a monitored run are the learning coefficient and the loss. A
 - on its own, where a ramp between plateaus explains the coefficient better than a smooth course
   (:mod:`~lightning_slt.transitions.evidence`);
 - jointly, where the coefficient rises (ramp against no change at all) AND the loss falls in the same places as a ramp
-  between plateaus, or between slopes (:mod:`~lightning_slt.transitions.sloping`), rather than smoothly: the score is the smaller of the two. The loss has little noise, so this is what
-  tells a stage from a curve that only rises, and what finds small stages. The rise may begin from a dip within the
-  first half of the ramp, as chains at a saddle show one; then half of it is done later than half of the loss, and the
-  step lies between the two.
+  between plateaus, or between slopes (:mod:`~lightning_slt.transitions.sloping`), rather than smoothly: the score is
+  the smaller of the two. The loss has little noise, so this is what tells a stage from a curve that only rises, and
+  what finds small stages. The rise may begin from a dip within the first half of the ramp, as chains at a saddle show
+  one; then half of it is done later than half of the loss, and the step lies between the two.
 
 Smooth means smooth by point or by training step.
 
