@@ -115,8 +115,6 @@ class Fits:
     height: Array  # the fitted step, in the units of the curve
     floor: Array  # variance that the scatter and the shape of real steps stand for
     misfit: Array  # variance of what the ramp leaves
-    least: Array  # [num_windows], variance that the scatter and rounding stand for
-    rest: Array  # [num_windows], sum of squares that the best smooth course leaves
 
 
 def evenly_spaced(steps: Array) -> bool:
@@ -169,14 +167,16 @@ def fits(windows: Array, sigma: Array, b: Bank, steps: Array | None = None) -> F
     smooth = np.max([((centred @ q.T) ** 2).sum(axis=1) for q in b.smooth], axis=0)
     if steps is not None:
         smooth = np.maximum(smooth, smooth_in_steps(centred, steps))
-    rest = np.maximum(total[:, 0] - smooth, 0.0)
+    smooth = smooth[:, None]
     height = coefficient * b.scales
+    floor = np.maximum(sigma[:, None] ** 2, (SHAPE_ERROR * height) ** 2)
     # a constant curve has no scatter at all; what rounding leaves of it must not become evidence
-    rounding = 1e-10 * np.abs(windows).max(axis=1) + 1e-150
-    least = np.maximum(sigma**2, rounding**2)
-    floor, misfit = np.maximum(least[:, None], (SHAPE_ERROR * height) ** 2), rss / (size - 4)
+    rounding = 1e-10 * np.abs(windows).max(axis=1, keepdims=True) + 1e-150
+    floor, misfit = np.maximum(floor, rounding**2), rss / (size - 4)
     variance = np.maximum(floor, misfit)
-    return Fits((rest[:, None] - rss) / variance, coefficient**2 / variance, height, floor, misfit, least, rest)
+    return Fits(
+        (np.maximum(total - smooth, 0.0) - rss) / variance, coefficient**2 / variance, height, floor, misfit
+    )  # fmt: skip
 
 
 def autocorrelation(window: Array, b: Bank, ramp: int) -> float:

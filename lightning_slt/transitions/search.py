@@ -5,10 +5,10 @@ The two channels of a monitored run are the learning coefficient and the loss. A
 - on its own, where a ramp between plateaus explains the coefficient better than a smooth course
   (:mod:`~lightning_slt.transitions.evidence`);
 - jointly, where the coefficient rises (ramp against no change at all) AND the loss falls in the same places as a ramp
-  between plateaus, or between slopes (:mod:`~lightning_slt.transitions.sloping`), rather than smoothly: the score is
-  the smaller of the two. The loss has little noise, so this is what tells a stage from a curve that only rises, and
-  what finds small stages. The rise may begin from a dip within the first half of the ramp, as chains at a saddle show
-  one; then half of it is done later than half of the loss, and the step lies between the two.
+  between plateaus rather than smoothly: the score is the smaller of the two. The loss has little noise, so this is what
+  tells a stage from a curve that only rises, and what finds small stages. The rise may begin from a dip within the
+  first half of the ramp, as chains at a saddle show one; then half of it is done later than half of the loss, and the
+  step lies between the two.
 
 Smooth means smooth by point or by training step.
 
@@ -29,7 +29,6 @@ from lightning_slt.transitions.curve import Curve, Step
 from lightning_slt.transitions.evidence import Array, Bank, Fits, autocorrelation, bank, evenly_spaced, fits
 from lightning_slt.transitions.pauses import pauses
 from lightning_slt.transitions.rises import first_half, largest_between, rises
-from lightning_slt.transitions.sloping import between_slopes, slopes
 
 LARGEST = 0.85  # of a contrast counts beside a step of the loss: it is the largest of many
 HIDDEN = 0.4  # of a rise that a fall hides, which may begin anywhere
@@ -133,9 +132,7 @@ def _scored(windows: _Windows, b: Bank, min_change: float, in_steps: bool = Fals
     # what came before may have fallen, up to the middle of the ramp: a rise since then counts as well
     since = largest_between(rises(llc, sigma[:, None]), *first_half(b))
     contrast = np.maximum(np.where(rising, LARGEST * first.contrast, 0.0), HIDDEN * since)
-    falling = np.where(second.height < 0, second.evidence, -math.inf)
-    falling = np.maximum(falling, between_slopes(loss, second.least, second.rest, slopes(b.size), steps))
-    joint = np.where(contrast > 0, np.minimum(contrast, falling), -math.inf)
+    joint = np.where((contrast > 0) & (second.height < 0), np.minimum(contrast, second.evidence), -math.inf)
     score = np.maximum(first.evidence, joint)
     if min_change > 0:
         # at the most: from the lowest point, where a fall hides a rise
