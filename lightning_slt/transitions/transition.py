@@ -38,7 +38,7 @@ class Transition:
         llc_change_se: standard error of that height, from the scatter between points.
         loss_change: loss after less loss before.
         loss_change_se: standard error of the loss change.
-        known_at: step at which it was flagged.
+        known_at: step at which it was flagged; of a clear change before its onset, when less than 10 % had happened.
         boundary: step of a learning-rate or data boundary that lies within the transition, or between its onset
             and its flag, or None.
 
