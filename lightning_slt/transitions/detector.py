@@ -283,12 +283,12 @@ class TransitionDetector:
         index = np.arange(steps.size)
         onset, end = (float(np.interp(step, steps, index)) for step in (old.onset, old.end))
         lo, hi = max(0, math.floor(onset) - _BEFORE), steps.size
-        for other in self._transitions:
-            if other.state != "retracted" and other.id < old.id:
-                # not above the onset: of the one before only the beginning may have been seen
-                lo = max(lo, math.ceil(min(onset, float(np.interp(other.end, steps, index)))))
-            elif other.id > old.id:
-                hi = min(hi, max(math.ceil(end), math.floor(np.interp(other.onset, steps, index))) + 1)
+        before = [other.end for other in self._transitions[: old.id] if other.state != "retracted"]
+        after = [other.onset for other in self._transitions[old.id + 1 :]]
+        if before:  # not above the onset: of that one only the beginning may have been seen
+            lo = max(lo, math.ceil(min(onset, float(np.interp(before[-1], steps, index)))))
+        if after:
+            hi = max(math.ceil(end), math.floor(np.interp(after[0], steps, index))) + 1
         found = best_step(curve, lo, hi, SIZES, threshold=0.0, min_change=0.0)
         if found is None or found.height * old.llc_change < 0 or found.end < onset or found.onset > end + _SETTLE:
             return old
@@ -296,7 +296,7 @@ class TransitionDetector:
         if began >= old.known_at:
             if not goes_on(curve, (onset, end), (found.onset, found.end)):
                 return old
-            if hi == steps.size:  # both levels have been seen; the flag saw some of the change that this lacks
+            if not after:  # both levels have been seen; the flag saw some of the change that this lacks
                 return replace(old, onset=began, step=step, end=ended)
         change, error = loss_change(curve.loss, curve.loss_scatter, found)
         return replace(
