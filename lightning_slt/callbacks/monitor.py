@@ -505,7 +505,8 @@ class SLTMonitor(KeepsHistory):
             if self._late is not None and not moment.is_smoke_test:
                 self._late.send(moment)
                 return
-            with SignalsHeld() as held:
+            # chains over shards run to their end on all ranks, which Ctrl-C need not wait for
+            with SignalsHeld(1 if is_sharded(moment.trainer) else self._collective.world_size) as held:
                 self._fire_inside(moment, held)
         except KeyboardInterrupt:
             step = moment.step
@@ -526,12 +527,14 @@ class SLTMonitor(KeepsHistory):
         settings = asked.settings if decision is None else sized(asked.settings, decision.size)
         raises = asked.raises or moment.is_smoke_test
         # ranks with shards can only leave off together, and where failures raise a signal must not be one
-        check = None if is_sharded(moment.trainer) or raises else held.check
+        check = None if is_sharded(moment.trainer) else held.check_interrupt if raises else held.check
         try:
             label = f"{self._voice.prefix} at step {moment.step}"
             with preserve_rng(), FiringProgress(moment.trainer, label, check) as progress:
                 estimate, influence = self._measure(moment, settings, progress)
         except Exception as error:
+            if held.interrupted:
+                return  # a KeyboardInterrupt comes now, whatever this is
             if raises or isinstance(error, RankLostError):
                 raise
             # on one rank, for all of them

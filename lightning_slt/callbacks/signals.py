@@ -1,4 +1,5 @@
-"""Signals of a scheduler, held back while a firing lasts: what answers them may write a checkpoint there and then."""
+"""Signals of a scheduler, and Ctrl-C where ranks measure together, held back while a firing lasts: what answers them
+may write a checkpoint there and then."""
 
 from __future__ import annotations
 
@@ -22,15 +23,20 @@ class SignalsHeld:
     runs. In the middle of a firing the weights may be those of a chain (shards, a module that is called in place), and
     a rank that writes a checkpoint with the others would wait for one that waits for its chains.
 
-    SIGINT is not held back, nor is what is answered by other means than a function in Python, nor anything outside of
-    the main thread, which alone is told of signals.
+    SIGINT is not held back in a single process, nor is what is answered by other means than a function in Python, nor
+    anything outside of the main thread, which alone is told of signals.
+
+    Args:
+        ranks: that measure together. One that Ctrl-C takes out of its chains alone may wait for the others to write a
+            checkpoint, while they wait for its chains: of several, Ctrl-C is held back as well where it ends the run.
 
     Example:
         >>> with SignalsHeld() as held:
         ...     held.check()
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: int = 1) -> None:
+        self._several = ranks > 1
         self._handlers: dict[signal.Signals, Any] = {}
         self._came: list[signal.Signals] = []
 
@@ -38,6 +44,11 @@ class SignalsHeld:
     def waits(self) -> bool:
         """Whether a signal has come that is to be answered."""
         return bool(self._came)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C waits, a KeyboardInterrupt on the way out."""
+        return signal.SIGINT in self._came
 
     def check(self) -> None:
         """To be called now and then by what can be broken off.
@@ -48,13 +59,25 @@ class SignalsHeld:
         if self._came:
             raise BrokenOffError(f"{self._came[0].name} came, and is answered now and not when the chains have ended.")
 
+    def check_interrupt(self) -> None:
+        """The same for what must run to its end unless the run ends with it.
+
+        Raises:
+            BrokenOffError: where Ctrl-C waits.
+        """
+        if self.interrupted:
+            self.check()
+
     def __enter__(self) -> SignalsHeld:
         if threading.current_thread() is threading.main_thread():
             for number in (getattr(signal, name) for name in NAMES if hasattr(signal, name)):
                 handler = signal.getsignal(number)
                 if callable(handler):
                     self._handlers[number] = handler
-                    signal.signal(number, self._hold)
+            if self._several and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                self._handlers[signal.SIGINT] = signal.default_int_handler
+            for number in self._handlers:
+                signal.signal(number, self._hold)
         return self
 
     def __exit__(
@@ -62,7 +85,8 @@ class SignalsHeld:
     ) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        for number in dict.fromkeys(self._came):
+        # Ctrl-C last: nothing is sent after what it raises
+        for number in sorted(dict.fromkeys(self._came), key=lambda number: number == signal.SIGINT):
             signal.raise_signal(number)
 
     def _hold(self, number: int, frame: Optional[FrameType]) -> None:

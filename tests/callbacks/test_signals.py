@@ -50,6 +50,34 @@ def test_ctrl_c_and_what_no_python_code_answers_are_left_alone() -> None:
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR2)] == handlers
 
 
+def test_ctrl_c_waits_where_other_ranks_wait_for_the_chains(answered: list[int]) -> None:
+    """It breaks off what else runs to its end, and comes last, since nothing is sent after what it raises."""
+
+    def fire() -> None:
+        with SignalsHeld(ranks=2) as held:
+            held.check_interrupt()
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGUSR1)
+            assert held.interrupted
+            with pytest.raises(BrokenOffError, match="SIGINT came"):
+                held.check_interrupt()
+
+    with pytest.raises(KeyboardInterrupt):
+        fire()
+    assert answered == [signal.SIGUSR1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_that_does_not_end_the_run_does_not_wait() -> None:
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        handler = signal.getsignal(signal.SIGINT)
+        with SignalsHeld(ranks=2):
+            assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_other_threads_hold_nothing(answered: list[int]) -> None:
     """Python lets the main thread alone answer signals."""
     inside: list[bool] = []

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
@@ -274,6 +274,7 @@ class SignalsAll(Net):
     """The first rank's only chain is at work, the second rank waits for it, and the job is told to end."""
 
     calls = 0
+    number = signal.SIGUSR1
 
     def loss(self, batch: Any) -> Tensor:
         if not self.training and self.trainer.global_rank == 0 and self.trainer.global_step == 4:
@@ -281,7 +282,7 @@ class SignalsAll(Net):
             if SignalsAll.calls == 12:
                 time.sleep(0.5)  # the other one waits by now
                 for pid in Requeues.pids:
-                    os.kill(pid, signal.SIGUSR1)
+                    os.kill(pid, self.number)
         return super().loss(batch)
 
 
@@ -292,6 +293,33 @@ def signalled(folder: Path, world: int) -> Result:
     trace = Scenario(SignalsAll, loaders, ranks_of(world)).run(folder, Requeues(path), monitor)
     step = torch.load(path, weights_only=False)["global_step"]
     return said(monitor, num_batches=trace.num_batches, step=step)
+
+
+class InterruptsAll(SignalsAll):
+    number = signal.SIGINT
+
+
+def _ctrl_c(folder: Path, world: int, on_failure: str) -> Result:
+    """Ctrl-C, as a terminal sends it to all ranks; they write a checkpoint together."""
+    monitor = tiny_monitor(every_n_train_steps=2, num_chains=1, on_failure=on_failure)
+    callbacks = [Requeues(folder / "requeue.ckpt"), OnExceptionCheckpoint(folder, "interrupted"), monitor]
+    ended: list[str] = []
+    try:
+        make = ranks_of(world, enable_checkpointing=True)
+        Scenario(InterruptsAll, loaders, make).run(folder, *callbacks)
+    except SystemExit as error:  # which Lightning makes of it
+        ended.append(type(error.__context__).__name__)
+    saved = torch.load(folder / "interrupted.ckpt", weights_only=False)
+    (state,) = (state for key, state in saved["callbacks"].items() if key.startswith("SLTMonitor"))
+    return said(monitor, ended=ended, step=saved["global_step"], last=state["last_step"])
+
+
+def ctrl_c(folder: Path, world: int) -> Result:
+    return _ctrl_c(folder, world, "warn")
+
+
+def ctrl_c_raise(folder: Path, world: int) -> Result:
+    return _ctrl_c(folder, world, "raise")
 
 
 class Clock:
@@ -428,6 +456,8 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
             one_rank_raises_raise,
             resume,
             signalled,
+            ctrl_c,
+            ctrl_c_raise,
             budget,
             spawn,
             fork,

@@ -166,6 +166,14 @@ def test_a_signal_in_a_firing_is_answered_when_no_rank_waits_for_another(folder:
     assert [(r["num_batches"], r["step"]) for r in results] == [(6, 4)] * 2
 
 
+@pytest.mark.parametrize("name", ["ctrl_c", "ctrl_c_raise"])
+def test_ctrl_c_in_a_firing_is_answered_when_no_rank_waits_for_another(name: str, folder: Path) -> None:
+    """Both write the checkpoint, of weights whose point is still to be measured, also where failures are raised."""
+    results = results_of(folder, name, 2)
+    assert_ranks_agree(results, [2])
+    assert [(r["ended"], r["step"], r["last"]) for r in results] == [(["KeyboardInterrupt"], 4, 3)] * 2
+
+
 def test_resume_under_ddp(folder: Path) -> None:
     results = results_of(folder, "resume", 2)
     estimates = assert_ranks_agree(results, [2, 4, 6])
