@@ -95,7 +95,8 @@ class Reader:
             worker_init_fn=self.worker_init_fn if workers else None,
         )
         with preserve_generators(self.dataset):
-            batches_read = iter(loader)
+            with may_have_children():
+                batches_read = iter(loader)
             try:
                 return list(batches_read)
             finally:
@@ -124,6 +125,24 @@ def _plain_rows(dataset: Any) -> Optional[Callable[[Tensor], list[Tensor]]]:
 
 def _can_fork() -> bool:
     return "fork" in multiprocessing.get_all_start_methods()
+
+
+@contextmanager
+def may_have_children() -> Iterator[None]:
+    """Let a daemonic process, such as one of ``multiprocessing.Pool``, start processes.
+
+    It may not, since it is ended without a word and would leave them behind. Those of a loader end with their parent.
+    """
+    config: dict[str, Any] = getattr(multiprocessing.current_process(), "_config", {})
+    daemonic = config.get("daemon")
+    if not daemonic:
+        yield
+        return
+    config["daemon"] = False
+    try:
+        yield
+    finally:
+        config["daemon"] = daemonic
 
 
 @contextmanager

@@ -645,3 +645,20 @@ def test_data_that_a_forked_process_never_gives_is_read_here(tmp_path: Path, mon
     quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(Plain(), **loaders(dataset=Locked()))
     assert len(monitor.estimates) == 3
     assert waits.count(1) == 1 and 0 in waits  # one process is waited for, and none after it
+
+
+def _train_with_samples(folder: Path, seen: Any) -> None:
+    monitor = tiny_monitor(every_n_train_steps=4, probe=6, num_draws=12)
+    Scenario(Net, lambda: loaders(dataset=models.OwnsGenerator())).assert_undisturbed(folder, monitor)
+    seen.put((steps_of(monitor), len(monitor.influences)))
+
+
+def test_training_in_a_process_that_may_start_none_is_the_same(tmp_path: Path) -> None:
+    """Such are those of ``multiprocessing.Pool``, in which tools that search for settings train."""
+    fork = multiprocessing.get_context("fork")
+    seen = fork.Queue()
+    process = fork.Process(target=_train_with_samples, args=(tmp_path, seen), daemon=True)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert seen.get(timeout=5) == ([4, 8, 12], 3)
