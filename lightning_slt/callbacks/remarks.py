@@ -54,8 +54,9 @@ def say_why_not(voice: Voice, estimate: Estimate) -> None:
 
 
 def warn_of_other_weights(voice: Voice, estimate: Estimate, before: int) -> None:
-    """That the newest point of a curve is of another number of weights than ``before``."""
-    if estimate.num_weights != before:
+    """That the newest point of a curve is of another number of weights than ``before``: once of the same two numbers,
+    since layers that are held and set free in turn may change them at every firing."""
+    if estimate.num_weights != before and voice.first(f"{before} weights, then {estimate.num_weights}"):
         rank_zero_warn(
             f"{voice.who}: from step {estimate.step} on {estimate.num_weights:,} weights move, before it "
             f"{before:,} did: what is measured is another quantity. Another restrict=, or another model, that goes "

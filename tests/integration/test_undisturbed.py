@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,28 @@ def test_weights_that_are_unfrozen_midway_move_from_then_on(tmp_path: Path) -> N
     Scenario(models.WithBackbone, loaders, finetuned).assert_undisturbed(tmp_path, monitor)
     assert [(e.step, e.num_weights) for e in monitor.estimates] == [(6, 34), (12, 74)]
     assert all(e.trace.isfinite().all() for e in monitor.estimates)
+
+
+class FrozenInTurn(Net):
+    """Its first layer trains at every other batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.training:
+            self.net[0].requires_grad_(batch_idx % 2 == 0)
+        return super().training_step(batch, batch_idx)
+
+
+def test_weights_that_are_frozen_in_turn_are_said_to_be_once(tmp_path: Path) -> None:
+    monitor = tiny_monitor(every_n_train_steps=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Scenario(FrozenInTurn, loaders).assert_undisturbed(tmp_path, monitor)
+    assert [e.num_weights for e in monitor.estimates] == [74, 34] * 6
+    said = [text for text in (str(w.message) for w in caught) if "weights move, before it" in text]
+    assert [text.split(": what")[0] for text in said] == [
+        "SLTMonitor: from step 2 on 34 weights move, before it 74 did",
+        "SLTMonitor: from step 3 on 74 weights move, before it 34 did",
+    ]
 
 
 def test_a_lazy_module_is_measured_from_its_first_batch_on(tmp_path: Path) -> None:
