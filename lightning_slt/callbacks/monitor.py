@@ -536,6 +536,7 @@ class SLTMonitor(KeepsHistory):
             if held.interrupted:
                 return  # a KeyboardInterrupt comes now, whatever this is
             if raises or isinstance(error, RankLostError):
+                self._take_back(moment.step)
                 raise
             # on one rank, for all of them
             elsewhere = isinstance(error, RankFailedError) and BrokenOffError.__name__ in error.kinds

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from torch import Tensor
 
 from lightning_slt.record import RunRecord
 from tests.integration import models
@@ -59,6 +61,33 @@ def test_the_point_of_a_checkpoint_written_before_its_firing_is_measured_on_resu
     for before, after in zip(whole.estimates, again.estimates, strict=True):
         if before.step is not None and before.step <= step:
             assert torch.equal(before.trace, after.trace) and before.x == after.x
+
+
+class Mended(Net):
+    """Fails in the chains of the second firing until it is mended."""
+
+    broken = True
+
+    def loss(self, batch: Any) -> Tensor:
+        if self.broken and not self.training and self.trainer.global_step == 4:
+            raise RuntimeError("inside a chain")
+        return super().loss(batch)
+
+
+@pytest.mark.parametrize("schedule", [{"every_n_train_steps": 2}, {"at_steps": [2, 4, 12]}], ids=["steps", "named"])
+def test_a_failure_that_ended_the_run_is_measured_on_resume(
+    schedule: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint that is written then is of the weights that were to be measured."""
+    first, again, whole = (tiny_monitor(**schedule, on_failure="raise") for _ in range(3))
+    saver = OnExceptionCheckpoint(tmp_path, "failed")
+    with pytest.raises(RuntimeError, match="inside a chain"):
+        Scenario(Mended, loaders, lambda: {"enable_checkpointing": True}).run(tmp_path / "a", first, saver)
+    monkeypatch.setattr(Mended, "broken", False)
+    Scenario(Mended, loaders).run(tmp_path / "a", again, ckpt_path=str(tmp_path / "failed.ckpt"))
+    Scenario(Mended, loaders).run(tmp_path / "b", whole)
+    assert steps_of(first) == [2] and steps_of(again) == steps_of(whole)
+    assert torch.equal(again.estimates[1].trace, whole.estimates[1].trace)
 
 
 def test_a_point_that_cannot_be_measured_on_resume_is_said_to_be_left_out(tmp_path: Path) -> None:
