@@ -50,6 +50,18 @@ def warn_of_other_curve(states: Mapping[str, Any], callback: Callback, trainer: 
     )
 
 
+def warn_of_other_number(state: Mapping[str, Any], prefix: str, who: str) -> None:
+    """Say that the keys of a monitor without a name begin otherwise than in the run that its state is of."""
+    before = state.get("prefix", prefix)
+    if before != prefix and state.get("estimates"):
+        rank_zero_warn(
+            f"{who}: the keys of this monitor began with '{before}/' in the run that goes on, and begin with "
+            f"'{prefix}/' from here on: monitors without a name are numbered in their order among the trainer's "
+            "callbacks, and what follows a key, in loggers and in callbacks, follows another monitor now. Give the "
+            "trainer the monitors that it had, in that order, or, from the first run on, name=."
+        )
+
+
 def is_smoke_test(trainer: Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 

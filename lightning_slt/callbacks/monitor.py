@@ -20,6 +20,7 @@ from lightning_slt.callbacks.arguments import (
     is_smoke_test,
     plain,
     warn_of_other_curve,
+    warn_of_other_number,
     warn_of_untrained,
 )
 from lightning_slt.callbacks.asked import Asked
@@ -615,13 +616,16 @@ class SLTMonitor(KeepsHistory):
             **self._course.state_dict(),
             **self._clock.state_dict(),
             "folder": str(self.folder) if self.folder is not None else None,
+            "prefix": self._voice.prefix,
             "pending": self._late.state_dict() if self._late is not None else [],
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         if trainer.state.fn == TrainerFn.FITTING:
-            warn_of_other_curve(checkpoint.get("callbacks", {}), self, trainer, self._voice.who)
+            states = checkpoint.get("callbacks", {})
+            warn_of_other_curve(states, self, trainer, self._voice.who)
+            warn_of_other_number(states.get(self.state_key) or {}, self._voice.prefix, self._voice.who)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._keeps(bool(self.estimates)) or not state_dict:

@@ -214,6 +214,25 @@ def test_two_instances_keep_apart(names: tuple[Optional[str], Optional[str]], tm
     assert len({m.folder for m in again}) == 2
 
 
+@pytest.mark.parametrize("names", [(None, None), ("a", "b")], ids=["numbered", "named"])
+def test_monitors_in_another_order_on_resume_are_said_to_have_other_keys(
+    names: tuple[Optional[str], Optional[str]], tmp_path: Path
+) -> None:
+    """Curves go on in their folders, and where only numbers tell the keys apart these have changed hands."""
+    make = lambda: [tiny_monitor(every_n_train_steps=n, name=name) for n, name in zip((2, 3), names, strict=True)]  # noqa: E731
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=6, save_top_k=-1, save_on_train_epoch_end=False)
+    first, again = make(), make()
+    Scenario(Net, loaders, lambda: {"enable_checkpointing": True}).run(tmp_path, *first, saver)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Scenario(Net, loaders).run(tmp_path, *again[::-1], ckpt_path=str(tmp_path / "step=6.ckpt"))
+    said = [text.split(" in the run")[0] for text in (str(w.message) for w in caught) if "keys of this" in text]
+    began = "the keys of this monitor began with"
+    swapped = [f"SLTMonitor: {began} 'slt_2/'", f"SLTMonitor (slt_2): {began} 'slt/'"]
+    assert said == ([] if names[0] else swapped)
+    assert [m.folder for m in again] == [m.folder for m in first]
+
+
 def test_a_monitor_that_has_a_number_for_its_name_keeps_it(tmp_path: Path) -> None:
     monitors = [tiny_monitor(every_n_train_steps=k, name=n) for k, n in ((4, None), (6, None), (12, "2"), (3, None))]
     watch = TransitionMonitor("slt_2/llc/mean")
