@@ -305,12 +305,13 @@ class TransitionMonitor(KeepsHistory):
         number = transition.id
         old = next((report for report in self.reports if report.transition.id == number), None)
         report = old if old is not None else TransitionReport(transition, x=estimate.x if estimate else None)
-        report = with_phases(report.replace(transition=transition), monitor.estimates, self._detector.transitions)
+        all_known = self._detector.transitions
+        report = with_phases(report.replace(transition=transition), monitor.estimates, all_known)
         others = [c for c in trainer.callbacks if isinstance(c, SLTMonitor)]  # type: ignore[attr-defined]
         curves = {c.prefix.removeprefix("slt_"): c.estimates for c in others}
         report = report.replace(
             samples=moved_samples(transition, monitor.influences),
-            components=moved_components(transition, curves) if len(others) > 1 else (),
+            components=moved_components(transition, curves, all_known) if len(others) > 1 else (),
         )
         if old is None or (transition.state == "confirmed" and transition != old.transition):
             # a flag comes early: where the change was is measured anew when it is confirmed

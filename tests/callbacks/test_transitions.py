@@ -282,6 +282,15 @@ def test_components_are_compared_in_their_own_scatter() -> None:
     assert moved[0].scatters > 3 * moved[1].scatters > 0
 
 
+def test_what_a_component_moved_by_at_the_next_transition_is_not_counted_at_this_one() -> None:
+    """Two points lie on the plateau between the two; the second component moves at the later one only."""
+    later = make_transition(id=1, onset=340.0, step=345.0, end=350.0)
+    still = [e.replace(mean=5 + 40 * (e.step > 345) + (-1) ** (e.step // 10) * 0.1) for e in curve()]
+    moved = moved_components(make_transition(), {"slt": curve(), "still": still}, [make_transition(), later])
+    assert [c.name for c in moved] == ["slt", "still"]
+    assert moved[0].change == pytest.approx(15.0) and abs(moved[1].change) < 0.2
+
+
 def test_offline_transitions_go_to_one_report_each() -> None:
     up = make_transition(id=0, onset=281.0, step=299.0)
     down = make_transition(id=1, onset=285.0, step=300.0, llc_change=-5.0, kind="B")

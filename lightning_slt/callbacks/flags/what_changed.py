@@ -157,16 +157,19 @@ def _in_medians(change: torch.Tensor) -> torch.Tensor:
     return size / size.median().clamp_min(torch.finfo(size.dtype).tiny)
 
 
-def moved_components(transition: Transition, curves: Mapping[str, Sequence[Estimate]]) -> tuple[MovedComponent, ...]:
+def moved_components(
+    transition: Transition, curves: Mapping[str, Sequence[Estimate]], others: Sequence[Transition] = ()
+) -> tuple[MovedComponent, ...]:
     """The change of each component's LLC across a transition, in units of its own scatter, the largest first.
 
     Args:
         transition: the boundary.
         curves: estimates by the component's name; one with fewer than one usable point on a side is left out.
+        others: transitions beside it: what moved at one of them did not move at this.
     """
     found = []
     for name, estimates in curves.items():
-        left, right = sides(transition, estimates, counts=_comparable)
+        left, right = sides(transition, estimates, others, counts=_comparable)
         if not left or not right:
             continue
         change = float(np.mean([e.mean for e in right]) - np.mean([e.mean for e in left]))
