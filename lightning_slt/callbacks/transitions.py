@@ -314,7 +314,7 @@ class TransitionMonitor(KeepsHistory):
         others = [c for c in trainer.callbacks if isinstance(c, SLTMonitor)]  # type: ignore[attr-defined]
         curves = {c.prefix.removeprefix("slt_"): c.estimates for c in others}
         report = report.replace(
-            samples=moved_samples(transition, monitor.influences),
+            samples=moved_samples(transition, monitor.influences, others=all_known),
             components=moved_components(transition, curves, all_known) if len(others) > 1 else (),
         )
         if old is None or (transition.state == "confirmed" and transition != old.transition):

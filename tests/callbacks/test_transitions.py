@@ -274,6 +274,30 @@ def test_samples_are_compared_across_the_transition_only() -> None:
     assert moved_samples(make_transition(), [e.replace(valid=False) for e in history]) == ()
 
 
+def test_samples_that_moved_at_the_next_transition_are_not_named_at_this_one() -> None:
+    """Where nothing valid lies on the plateau between the two, nothing is said."""
+    later = make_transition(id=1, onset=340.0, step=345.0, end=350.0)
+    changed = make_influence(step=360)
+    loss = changed.mean_loss.clone()
+    loss[4] += 2.0
+    history = [make_influence(step=280), changed.replace(mean_loss=loss)]
+    assert moved_samples(make_transition(), history)[0].index == 40
+    assert (
+        moved_samples(make_transition(), history, others=[later])
+        == moved_samples(
+            later,
+            history,
+            others=[
+                make_transition(),
+            ],
+        )
+        == ()
+    )
+    between = [history[0], make_influence(step=335), history[1]]
+    assert not any(s.stands_out for s in moved_samples(make_transition(), between, others=[later]))
+    assert moved_samples(later, between, others=[make_transition()])[0].index == 40
+
+
 def test_components_are_compared_in_their_own_scatter() -> None:
     quiet = [e.replace(mean=5 + 0.01 * (e.step >= 330) + (-1) ** (e.step // 10) * 1e-4, se=1e-4) for e in curve()]
     moved = moved_components(make_transition(), {"loud": curve(), "quiet": quiet, "late": curve()[40:]})
