@@ -122,6 +122,7 @@ class TransitionMonitor(KeepsHistory):
         self._watch = LearningRateWatch()
         self._seen_step = -1
         self._fed = -1
+        self._step_flag = False  # since the last optimiser step: results from the background come several at once
         self._epoch_flag = False
         self._epoch_over = False
         self._unvalidated = False  # a flag that no validation has followed yet
@@ -169,7 +170,7 @@ class TransitionMonitor(KeepsHistory):
             self._forget()
         self._weights.begin()
         self._loader = None
-        self._epoch_flag = self._epoch_over = False
+        self._step_flag = self._epoch_flag = self._epoch_over = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._show(trainer, flag=False)
@@ -201,11 +202,13 @@ class TransitionMonitor(KeepsHistory):
         self._loader = weakref.ref(loader)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # not at the end of a batch: the firing may come before this callback's turn there, or after it
-        self._show(trainer, flag=False)
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        if step == self._seen_step:
-            return  # within an accumulation window no rate moves
+        within = step == self._seen_step  # an accumulation window
+        # not at the end of a batch: the firing may come before this callback's turn there, or after it
+        self._step_flag &= within
+        self._show(trainer, flag=self._step_flag)
+        if within:
+            return  # no rate moves
         self._seen_step = step
         rates = [
             float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups if "lr" in group
@@ -253,9 +256,10 @@ class TransitionMonitor(KeepsHistory):
             )
             new += flags
             changed |= {t.id: t for t in [*flags, *self._detector.changes]}
+        self._step_flag |= bool(new)
         self._epoch_flag |= bool(new)
         self._unvalidated |= bool(new)
-        self._show(trainer, flag=bool(new) or (self._epoch_over and self._epoch_flag))
+        self._show(trainer, flag=self._step_flag or (self._epoch_over and self._epoch_flag))
         reports = [self._report(trainer, monitor, t, estimate) for t in changed.values()]
         for report in reports:
             rank_zero_info(f"{self._who}: {report.sentence()}")
@@ -305,12 +309,13 @@ class TransitionMonitor(KeepsHistory):
         number = transition.id
         old = next((report for report in self.reports if report.transition.id == number), None)
         report = old if old is not None else TransitionReport(transition, x=estimate.x if estimate else None)
-        report = with_phases(report.replace(transition=transition), monitor.estimates, self._detector.transitions)
+        all_known = self._detector.transitions
+        report = with_phases(report.replace(transition=transition), monitor.estimates, all_known)
         others = [c for c in trainer.callbacks if isinstance(c, SLTMonitor)]  # type: ignore[attr-defined]
         curves = {c.prefix.removeprefix("slt_"): c.estimates for c in others}
         report = report.replace(
-            samples=moved_samples(transition, monitor.influences),
-            components=moved_components(transition, curves) if len(others) > 1 else (),
+            samples=moved_samples(transition, monitor.influences, others=all_known),
+            components=moved_components(transition, curves, all_known) if len(others) > 1 else (),
         )
         if old is None or (transition.state == "confirmed" and transition != old.transition):
             # a flag comes early: where the change was is measured anew when it is confirmed

@@ -174,7 +174,7 @@ def transition_metrics_of(
         threshold: from which on there is a flag.
         flag: whether a transition became known here.
         count: transitions so far that were not retracted.
-        log_odds: of the newest one's phase after against its phase before, for the posterior that is sampled.
+        log_odds: of the newest standing one's phase after against its phase before, for the posterior that is sampled.
         prefix: The group in front of every key.
 
     Example:

@@ -238,7 +238,7 @@ class RunPublisher:
         if not _is_rank_zero():
             return
         standing = log.standing
-        odds = log.reports[-1].tempered if log.reports else None
+        odds = next((r.tempered for r in reversed(log.reports) if r.transition.state != "retracted"), None)
         scalars = transition_metrics_of(
             score, log.threshold, flag, len(standing), odds.log_odds if odds is not None else None, self.prefix
         )

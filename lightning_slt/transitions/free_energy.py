@@ -120,22 +120,22 @@ class PhaseComparison:
         log = math.log(size)
         odds = size * (b.loss - a.loss) + (b.llc - a.llc) * log + self.constant
         odds -= (b.multiplicity - a.multiplicity) * math.log(log)
-        variance = size**2 * (a.loss_se**2 + b.loss_se**2) + log**2 * (a.llc_se**2 + b.llc_se**2) + self.constant_se**2
-        error = math.sqrt(variance)
+        error = math.hypot(size * a.loss_se, size * b.loss_se, log * a.llc_se, log * b.llc_se, self.constant_se)
         phase: Literal["first", "second", "undecided"] = "first" if odds > 0 else "second"
         return Preference("undecided" if abs(odds) <= 2 * error else phase, odds, error)
 
 
 def _without_multiplicity(loss: float, llc: float, constant: float) -> float | None:
     """The larger N at which ``N loss = llc log N + constant``, or None."""
-    # r N = log N + c is r' N' = log N' for N' = N e^c, r' = r e^-c
-    exponent = constant / llc
-    rate = loss / llc * math.exp(min(max(-exponent, -700.0), 700.0))
-    if rate >= 1 / math.e:
+    # with w = N loss / llc it is w - log w = y; beyond y = 1 the larger w is -W_{-1}(-exp(-y))
+    rate = loss / llc
+    y = constant / llc - math.log(rate) if rate > 0 else math.inf
+    if y <= 1.0:
         return None
-    if rate == 0.0:
-        return math.inf
-    size = float(-special.lambertw(-rate, -1).real / (loss / llc)) if rate > 1e-300 else math.inf
+    if y < 700.0:
+        size = float(-special.lambertw(-math.exp(-y), -1).real) / rate
+    else:  # exp(-y) is no number any more, and log w is small beside w: twice is enough
+        size = (y + math.log(y + math.log(y))) / rate if math.isfinite(y) else math.inf
     return size if size > math.e else None
 
 

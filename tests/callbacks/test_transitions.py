@@ -274,12 +274,45 @@ def test_samples_are_compared_across_the_transition_only() -> None:
     assert moved_samples(make_transition(), [e.replace(valid=False) for e in history]) == ()
 
 
+def test_samples_that_moved_at_the_next_transition_are_not_named_at_this_one() -> None:
+    """Where nothing valid lies on the plateau between the two, nothing is said."""
+    later = make_transition(id=1, onset=340.0, step=345.0, end=350.0)
+    changed = make_influence(step=360)
+    loss = changed.mean_loss.clone()
+    loss[4] += 2.0
+    history = [make_influence(step=280), changed.replace(mean_loss=loss)]
+    assert moved_samples(make_transition(), history)[0].index == 40
+    assert (
+        moved_samples(make_transition(), history, others=[later])
+        == moved_samples(
+            later,
+            history,
+            others=[
+                make_transition(),
+            ],
+        )
+        == ()
+    )
+    between = [history[0], make_influence(step=335), history[1]]
+    assert not any(s.stands_out for s in moved_samples(make_transition(), between, others=[later]))
+    assert moved_samples(later, between, others=[make_transition()])[0].index == 40
+
+
 def test_components_are_compared_in_their_own_scatter() -> None:
     quiet = [e.replace(mean=5 + 0.01 * (e.step >= 330) + (-1) ** (e.step // 10) * 1e-4, se=1e-4) for e in curve()]
     moved = moved_components(make_transition(), {"loud": curve(), "quiet": quiet, "late": curve()[40:]})
     assert [c.name for c in moved] == ["quiet", "loud"]
     assert moved[0].change == pytest.approx(0.01, rel=0.05) and moved[1].change == pytest.approx(15.0)
     assert moved[0].scatters > 3 * moved[1].scatters > 0
+
+
+def test_what_a_component_moved_by_at_the_next_transition_is_not_counted_at_this_one() -> None:
+    """Two points lie on the plateau between the two; the second component moves at the later one only."""
+    later = make_transition(id=1, onset=340.0, step=345.0, end=350.0)
+    still = [e.replace(mean=5 + 40 * (e.step > 345) + (-1) ** (e.step // 10) * 0.1) for e in curve()]
+    moved = moved_components(make_transition(), {"slt": curve(), "still": still}, [make_transition(), later])
+    assert [c.name for c in moved] == ["slt", "still"]
+    assert moved[0].change == pytest.approx(15.0) and abs(moved[1].change) < 0.2
 
 
 def test_offline_transitions_go_to_one_report_each() -> None:

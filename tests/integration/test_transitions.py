@@ -78,6 +78,36 @@ def test_checkpoint_on_a_flag_is_that_of_the_flagged_step(tmp_path: Path) -> Non
     assert float(saver.best_model_score) == 1.0
 
 
+class InFives(Scripted):
+    """What it finds comes five firings at once and a batch late, as results from the background may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: list[Any] = []
+        self._told = self._reporting.take_up
+        self._reporting.take_up = lambda *found: self._held.append(found)  # type: ignore[method-assign]
+
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        if len(self._held) == 5:
+            for found in self._held:
+                self._told(*found)
+            self._held.clear()
+        super().on_train_batch_end(*arguments)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_flag_is_seen_where_later_points_come_in_the_same_hook(accumulate: int, tmp_path: Path) -> None:
+    """The points of steps 31 to 35 come together on the way to step 36; the second or third of them flags."""
+    saver = ModelCheckpoint(
+        tmp_path, "{step}", monitor="slt/transition/flag", mode="max", every_n_train_steps=1, save_top_k=-1
+    )
+    watch = TransitionMonitor()
+    settings = {"max_epochs": 10 * accumulate, "accumulate_grad_batches": accumulate, "enable_checkpointing": True}
+    train(tmp_path, watch, InFives(), saver, **settings)
+    assert 31 < watch.transitions[0].known_at < 35
+    assert Path(saver.best_model_path).name == "step=36.ckpt" and float(saver.best_model_score) == 1.0
+
+
 @pytest.mark.parametrize("validation", [False, True], ids=["at the epoch's end", "at a validation's end"])
 def test_early_stop_on_a_flag_is_at_the_end_of_its_epoch(validation: bool, tmp_path: Path) -> None:
     stop = EarlyStopping(

@@ -126,6 +126,19 @@ def test_any_logger_gets_the_rows(tmp_path):
     assert rows[1][1]["slt/transition/log_odds"] == -7.0
 
 
+def test_a_retracted_transition_has_no_odds():
+    """They are those of the newest that stands."""
+    logger = Memory()
+    run_of_three(logger, state="retracted")
+    rows = [row for _, row in logger.rows if "slt/transition/flag" in row]
+    assert ["slt/transition/log_odds" in row for row in rows] == [False, True, False]
+    logger = Memory()
+    publisher = RunPublisher([logger], None)
+    gone = make_report(make_transition(id=1, state="retracted"), tempered=None)
+    publisher.transition_point(1.0, log_of(make_report(), gone), False, 399, 400)
+    assert [row["slt/transition/log_odds"] for _, row in logger.rows] == [-7.0]
+
+
 def test_other_ranks_publish_no_transition(monkeypatch, tmp_path):
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     logger = Memory()

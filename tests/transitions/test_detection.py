@@ -283,6 +283,21 @@ def test_a_course_that_is_smooth_in_steps_is_none_on_any_grid() -> None:
     assert found == 0
 
 
+def test_a_course_that_is_smooth_in_the_summed_learning_rate_is_none_where_that_is_given_as_steps() -> None:
+    """A long warm-up makes a loss that decays look like a step; a stage is found all the same."""
+    rng, n = np.random.default_rng(8), 120
+    rates = np.minimum(1.0, np.arange(1, n + 1) / (0.3 * n))
+    summed = np.cumsum(rates)
+    for stage_at in (None, None, None, 80):
+        llc, loss = 20 + 15 * (1 - np.exp(-np.arange(n) / 40)), 2.5 - 1.5 * (1 - np.exp(-summed / 20))
+        if stage_at is not None:
+            share = 1 / (1 + np.exp(-(np.arange(n) - stage_at)))
+            llc, loss = llc + 15 * share, loss - 0.5 * share
+        llc, loss = llc + rng.normal(size=n), loss + 0.005 * rng.normal(size=n)
+        found = detect_transitions(summed, llc, np.ones(n), loss)
+        assert [abs(t.step - summed[80]) < 2 for t in found] == ([True] if stage_at is not None else [])
+
+
 def test_chains_that_leave_a_saddle_are_no_transition() -> None:
     x = np.arange(60)
     noise = np.random.default_rng(0).normal(size=60)

@@ -74,6 +74,22 @@ def test_the_critical_n_scales_with_the_temperature() -> None:
     assert compare_phases(a, b, beta=0.25).critical_n == pytest.approx(4 * compare_phases(a, b).critical_n)
 
 
+@pytest.mark.parametrize("gap", [1e-6, 1e-3, 1.0])
+def test_what_the_constant_does_to_a_critical_n_of_phases_of_nearly_the_same_llc(gap: float) -> None:
+    """There it is the constant that the loss catches up with: 0.02 N = 5 at N = 250."""
+    first, second = Phase(0.12, 0.0, 2.0, 0.0), Phase(0.10, 0.0, 2.0 + gap, 0.0)
+    compared = compare_phases(first, second, constant=5.0)
+    exact = optimize.brentq(lambda n: 0.02 * n - gap * math.log(n) - 5.0, 100.0, 1e4)
+    assert compared.critical_n == pytest.approx(exact)
+    low, high = ((c + gap * math.log(exact)) / 0.02 for c in (5 - 1.96, 5 + 1.96))
+    assert compared.critical_n_interval == pytest.approx((low, high), rel=0.02)
+
+
+def test_an_error_of_any_size_leaves_the_odds_undecided() -> None:
+    compared = compare_phases(Phase(0.12, 1e200, 2.0, 1e180), Phase(0.10, 0.0, 4.0, 0.0))
+    assert compared.preferred(100).phase == "undecided" and compared.preferred(100).log_odds_se == pytest.approx(1e202)
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [

@@ -40,13 +40,18 @@ def sides(
 
     A plateau ends where another transition begins; retracted ones end nothing.
     """
-    standing = [t for t in others if t.id != transition.id and t.state != "retracted"]
-    first = max((t.end for t in standing if t.end <= transition.onset), default=-math.inf)
-    last = min((t.onset for t in standing if t.onset >= transition.end), default=math.inf)
+    first, last = _neighbours(transition, others)
     points = [(float(e.step or 0), e) for e in estimates if counts(e)]
     left = [e for step, e in points if first <= step <= transition.onset]
     right = [e for step, e in points if transition.end <= step <= last]
     return left[-REACH:], right[:REACH]
+
+
+def _neighbours(transition: Transition, others: Sequence[Transition]) -> tuple[float, float]:
+    """Where the transition before this one ends, and where the next begins; infinite where there is none."""
+    standing = [t for t in others if t.id != transition.id and t.state != "retracted"]
+    first = max((t.end for t in standing if t.end <= transition.onset), default=-math.inf)
+    return first, min((t.onset for t in standing if t.onset >= transition.end), default=math.inf)
 
 
 def _comparable(estimate: Estimate) -> bool:
@@ -115,16 +120,21 @@ def with_phases(
 
 
 def moved_samples(
-    transition: Transition, influences: Sequence[InfluenceEstimate], k: int = 10
+    transition: Transition,
+    influences: Sequence[InfluenceEstimate],
+    k: int = 10,
+    others: Sequence[Transition] = (),
 ) -> tuple[MovedSample, ...]:
     """The samples whose posterior mean loss or self-influence moved most across a transition.
 
     Compared are the last estimate at or before the onset and the first at or after the end (else the last after the
-    onset). The two changes are put on one scale by the median size of each, and a sample counts by its larger one.
+    onset), between the neighbours among ``others``: nothing is said where a side has none. The two changes are put on
+    one scale by the median size of each, and a sample counts by its larger one.
     """
-    good = [e for e in influences if e.valid and e.step is not None and len(e.train_index)]
-    before = [e for e in good if float(e.step or 0) <= transition.onset]
-    behind = [e for e in good if float(e.step or 0) > transition.onset]
+    first, last = _neighbours(transition, others)
+    good = [(float(e.step), e) for e in influences if e.valid and e.step is not None and len(e.train_index)]
+    before = [e for step, e in good if first <= step <= transition.onset]
+    behind = [e for step, e in good if transition.onset < step <= last]
     after = [e for e in behind if float(e.step or 0) >= transition.end]
     if not before or not behind:
         return ()
@@ -157,16 +167,19 @@ def _in_medians(change: torch.Tensor) -> torch.Tensor:
     return size / size.median().clamp_min(torch.finfo(size.dtype).tiny)
 
 
-def moved_components(transition: Transition, curves: Mapping[str, Sequence[Estimate]]) -> tuple[MovedComponent, ...]:
+def moved_components(
+    transition: Transition, curves: Mapping[str, Sequence[Estimate]], others: Sequence[Transition] = ()
+) -> tuple[MovedComponent, ...]:
     """The change of each component's LLC across a transition, in units of its own scatter, the largest first.
 
     Args:
         transition: the boundary.
         curves: estimates by the component's name; one with fewer than one usable point on a side is left out.
+        others: transitions beside it: what moved at one of them did not move at this.
     """
     found = []
     for name, estimates in curves.items():
-        left, right = sides(transition, estimates, counts=_comparable)
+        left, right = sides(transition, estimates, others, counts=_comparable)
         if not left or not right:
             continue
         change = float(np.mean([e.mean for e in right]) - np.mean([e.mean for e in left]))
