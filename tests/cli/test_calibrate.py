@@ -133,6 +133,9 @@ def test_what_cannot_be_done_is_one_line(checkpoint: str, tmp_path: Path, capsys
         ([checkpoint, "--config", file, "num_chains"], "override 'num_chains': write it as key=value"),
         (["--config", file, checkpoint], "a checkpoint stands before --config"),
         ([checkpoint, "--config", file, "-o", str(tmp_path)], "is a folder. Give the path of a YAML file"),
+        ([checkpoint, "--config", str(bare)], "module: is missing, and has no default. SweepConfig needs module and"),
+        ([checkpoint, "--config", str(tmp_path / "none.yaml")], "none.yaml: no such file. Give the path of a YAML"),
+        ([checkpoint, "--config", checkpoint], "not a YAML file"),
         ([checkpoint, "--config", file, "module=nowhere:Net"], "module='nowhere:Net': cannot be imported"),
     ):
         assert main(["calibrate", *call]) == 1, call
