@@ -224,7 +224,8 @@ def diagnostics_sentence(estimates: Sequence[Estimate]) -> str:
     valid = [e for e in estimates if e.valid]
     bad = sum(e.num_bad_chains for e in estimates)
     total = sum(e.num_chains for e in estimates)
-    text = f"{len(valid):,} of {count_of(len(estimates), 'estimate')} {'is' if len(estimates) == 1 else 'are'} valid"
+    are = "is" if 1 in (len(valid), len(estimates)) else "are"
+    text = f"{len(valid):,} of {count_of(len(estimates), 'estimate')} {are} valid"
     text += f"; {bad:,} of {total:,} chains were left out" if bad else "; no chain was left out"
     worst = max((e.rhat for e in valid if math.isfinite(e.rhat)), default=math.nan)
     least = min((e.ess for e in valid if math.isfinite(e.ess)), default=math.nan)
