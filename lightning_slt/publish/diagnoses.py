@@ -30,7 +30,9 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     (
         "step size",
         "the chains' step size did not suit the weights",
-        "Give a smaller lr, or leave lr and num_burnin_steps to calibration.",
+        # calibration holds the heat against the scatter of the chains, where that is more than the LLC
+        "Where lr or num_burnin_steps is given, leave both to calibration, or give a smaller lr; where neither is, the "
+        "LLC is near zero, which is usual early in training.",
     ),
     ("no chain", "every chain left the finite numbers", "A smaller step or a larger localization holds them."),
 )
