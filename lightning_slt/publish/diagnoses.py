@@ -185,12 +185,19 @@ def diagnostics(estimates: Sequence[Estimate]) -> list[Remark]:
         text = f"chains diverged at {_where(estimates, places)}; {count_of(len(lost), 'estimate')} left out"
         diverged = [Remark("bad" if lost else "note", text, tuple(step for r in diverged for step in r.steps))]
     found = [Remark(r.level, _sentence(r.text), r.steps) for r in diverged]
+    downhill, _ = _meaning(NEGATIVE)
     for (words, advice), places in reasons.items():
         steps = tuple(step for place in places if (step := estimates[place].step) is not None)
         many = f"{count_of(len(places), 'estimate')}: " if len(places) > 1 else ""
         text = f"{_sentence(words)[:-1]} ({many}{_where(estimates, places)})."
+        if words != downhill and all(_ran_downhill(estimates[place]) for place in places):
+            advice = ""  # more draws make no estimate of these
         found.append(Remark("bad", f"{text} {advice}".strip(), steps))
     return found
+
+
+def _ran_downhill(estimate: Estimate) -> bool:
+    return any(reason.startswith(NEGATIVE) for reason in estimate.reasons)
 
 
 def _is_divergence(reason: str) -> bool:

@@ -129,3 +129,13 @@ def test_the_advice_on_a_step_that_is_too_large_is_for_those_who_left_it_to_cali
     said = invalid_sentence(make_estimate(reasons=(reason,)), (reason,))
     assert "Where lr or num_burnin_steps is given, leave both to calibration, or give a smaller lr" in said
     assert said.endswith("where neither is, the LLC is near zero, which is usual early in training.")
+
+
+def test_of_chains_that_run_downhill_more_draws_are_not_advised():
+    downhill = "negative beyond its error: the weights are not at a minimum (chains run downhill)"
+    both, mixing = make_estimate(step=10, reasons=(NOT_MIXED, downhill)), make_estimate(step=20, reasons=(NOT_MIXED,))
+    assert [remark.text for remark in diagnostics([both])] == [
+        "Chains disagree with each other (step 10).",
+        "Chains ran downhill: the weights were at no minimum (step 10). Usual early in training and at a saddle.",
+    ]
+    assert "More draws (num_draws)" in diagnostics([both, mixing])[0].text
