@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Optional, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml  # OmegaConf's own parser
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 Source = Union[str, os.PathLike[str], Mapping[str, Any], DictConfig]
 """A YAML file, or what such a file holds."""
@@ -65,7 +65,9 @@ def _read(source: Source) -> DictConfig:
         where = str(Path(source))
         try:
             raw = OmegaConf.load(Path(source))
-        except yaml.YAMLError as error:
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{where}: no such file. Give the path of a YAML file with settings.") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{where}: not a YAML file: {error}") from error
     if not isinstance(raw, DictConfig):
         raise ValueError(f"{where}: expected settings as 'key: value', got a {type(raw).__name__}.")
@@ -119,11 +121,18 @@ def _explain(error: OmegaConfBaseException, given: DictConfig, schema: type[Any]
         what = f"expected the settings of a {expected.__name__}"
     if owner is None:
         return f"{full_key}={value!r}: {what}."
+    if isinstance(error, MissingMandatoryValue):
+        return f"{full_key}: is missing, and has no default. {owner.__name__} needs {_needed(owner)}."
     names = [f.name for f in dataclasses.fields(owner)]
     if last not in names:
         near = difflib.get_close_matches(last, names, n=1)
         what = "no such setting" + (f" (did you mean {near[0]}?)" if near else "")
     return f"{full_key}={value!r}: {what}. {owner.__name__} has {', '.join(names)}."
+
+
+def _needed(schema: type[Any]) -> str:
+    """The fields without a default."""
+    return " and ".join(f.name for f in dataclasses.fields(schema) if f.default == MISSING)
 
 
 def _item(value: Any, key: str) -> Any:

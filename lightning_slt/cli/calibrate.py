@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from lightning_slt.cli.given import add_settings, settings_of
 from lightning_slt.cli.output import add_color, display
 
 NAME = "calibrate"
@@ -21,13 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", nargs="?", help="a file; left out, the module as it is initialised"
     )
-    parser.add_argument(
-        "--config",
-        nargs="+",
-        required=True,
-        metavar=("FILE", "KEY=VALUE"),
-        help="the YAML file of a sweep, with module, data and what the chains shall do; then settings to override",
-    )
+    add_settings(parser)
     parser.add_argument("-o", "--output", metavar="FILE", help="write the settings of a monitor there, as YAML")
     parser.add_argument(
         "--pin",
@@ -44,18 +39,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     from lightning_slt.calibrate import calibrate, settings_text
     from lightning_slt.calibrate.terminal import told
-    from lightning_slt.config import load
     from lightning_slt.durable import write_durably
-    from lightning_slt.sweep import SweepConfig
     from lightning_slt.sweep.checkpoint import SUFFIX
 
-    file, *overrides = arguments.config
     if arguments.output is not None and Path(arguments.output).is_dir():
         raise ValueError(f"--output {arguments.output}: is a folder. Give the path of a YAML file.")
-    for item in overrides:
+    for item in arguments.config[1:]:
         if item.endswith(SUFFIX):
             raise ValueError(f"{item}: a checkpoint stands before --config; after its file are settings as key=value.")
-    config = load(file, overrides, schema=SweepConfig)
+    config = settings_of(arguments)
     checkpoint = Path(arguments.checkpoint) if arguments.checkpoint is not None else None
     found = calibrate(config, checkpoint, lambda line: print(line, file=sys.stderr, flush=True))
     text = settings_text(found, arguments.pin)

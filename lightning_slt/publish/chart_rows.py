@@ -278,10 +278,11 @@ def _band(estimate: Estimate) -> tuple[float, float]:
 def _frame(estimates: Sequence[Estimate]) -> tuple[float, float]:
     """The heights between which points are drawn."""
     good = [_band(e) for e in estimates if e.valid and math.isfinite(e.mean)]
-    bad = [e.mean for e in estimates if not e.valid and math.isfinite(e.mean)]
-    if not good:
-        return (min(bad), max(bad)) if bad else (0.0, 0.0)
-    return widened(min(b[0] for b in good), max(b[1] for b in good), bad)
+    doubtful = [e for e in estimates if not e.valid and math.isfinite(e.mean)]
+    if not good:  # nothing that wide errors could flatten: cut, they would look small
+        bands = [_band(e) for e in doubtful] or [(0.0, 0.0)]
+        return min(b[0] for b in bands), max(b[1] for b in bands)
+    return widened(min(b[0] for b in good), max(b[1] for b in good), [e.mean for e in doubtful])
 
 
 def _state(estimate: Estimate, low: float, high: float) -> str:

@@ -155,7 +155,8 @@ def history_figure(estimates: Sequence[Estimate], transitions: Sequence[Transiti
 
     top.fill_between(steps[valid], (llc - error)[valid], (llc + error)[valid], color=_GOOD, alpha=0.18, lw=0)
     size, marks = point_scale(len(points)), _marks(point_scale(int(valid.sum())), 5, 0.6)
-    top.plot(steps[valid], llc[valid], color=_GOOD, lw=1.8, label="LLC ± 1.96 se", **marks)
+    named = "LLC ± 1.96 se" if valid.any() else None
+    top.plot(steps[valid], llc[valid], color=_GOOD, lw=1.8, label=named, **marks)
     if valid.sum() == 1:  # a band of no width cannot be seen
         top.errorbar(steps[valid], llc[valid], error[valid], fmt="none", ecolor=_GOOD, elinewidth=1.4, alpha=0.5)
     if doubtful.any():

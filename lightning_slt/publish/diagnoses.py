@@ -30,7 +30,9 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     (
         "step size",
         "the chains' step size did not suit the weights",
-        "Give a smaller lr, or leave lr and num_burnin_steps to calibration.",
+        # calibration holds the heat against the scatter of the chains, where that is more than the LLC
+        "Where lr or num_burnin_steps is given, leave both to calibration, or give a smaller lr; where neither is, the "
+        "LLC is near zero, which is usual early in training.",
     ),
     ("no chain", "every chain left the finite numbers", "A smaller step or a larger localization holds them."),
 )
@@ -183,12 +185,19 @@ def diagnostics(estimates: Sequence[Estimate]) -> list[Remark]:
         text = f"chains diverged at {_where(estimates, places)}; {count_of(len(lost), 'estimate')} left out"
         diverged = [Remark("bad" if lost else "note", text, tuple(step for r in diverged for step in r.steps))]
     found = [Remark(r.level, _sentence(r.text), r.steps) for r in diverged]
+    downhill, _ = _meaning(NEGATIVE)
     for (words, advice), places in reasons.items():
         steps = tuple(step for place in places if (step := estimates[place].step) is not None)
         many = f"{count_of(len(places), 'estimate')}: " if len(places) > 1 else ""
         text = f"{_sentence(words)[:-1]} ({many}{_where(estimates, places)})."
+        if words != downhill and all(_ran_downhill(estimates[place]) for place in places):
+            advice = ""  # more draws make no estimate of these
         found.append(Remark("bad", f"{text} {advice}".strip(), steps))
     return found
+
+
+def _ran_downhill(estimate: Estimate) -> bool:
+    return any(reason.startswith(NEGATIVE) for reason in estimate.reasons)
 
 
 def _is_divergence(reason: str) -> bool:
@@ -224,7 +233,8 @@ def diagnostics_sentence(estimates: Sequence[Estimate]) -> str:
     valid = [e for e in estimates if e.valid]
     bad = sum(e.num_bad_chains for e in estimates)
     total = sum(e.num_chains for e in estimates)
-    text = f"{len(valid):,} of {count_of(len(estimates), 'estimate')} {'is' if len(estimates) == 1 else 'are'} valid"
+    are = "is" if 1 in (len(valid), len(estimates)) else "are"
+    text = f"{len(valid):,} of {count_of(len(estimates), 'estimate')} {are} valid"
     text += f"; {bad:,} of {total:,} chains were left out" if bad else "; no chain was left out"
     worst = max((e.rhat for e in valid if math.isfinite(e.rhat)), default=math.nan)
     least = min((e.ess for e in valid if math.isfinite(e.ess)), default=math.nan)

@@ -359,8 +359,10 @@ class RunPublisher:
         except Exception as error:
             if place not in self._warned:
                 self._warned.add(place)
+                # whose it is, where several monitors publish to the same place
+                whose = "" if self.prefix == "slt" else f" ({self.prefix})"
                 rank_zero_warn(
-                    f"lightning_slt could not publish to {name}: {type(error).__name__}: {error}. Training and the "
-                    "other loggers go on; further failures there are not reported."
+                    f"lightning_slt{whose} could not publish to {name}: {type(error).__name__}: {error}. Training "
+                    "and the other loggers go on; further failures there are not reported."
                 )
             return None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
@@ -23,6 +24,10 @@ from lightning_slt.record import Estimate
 BLOCKS = "▁▂▃▄▅▆▇█"
 GOOD, BAD, RULE, MUTED = "cyan", "yellow", "magenta", "bright_black"
 WIDTH = 72
+"""Columns of a curve, at the most."""
+LEAST_WIDTH = 10
+NARROW = 66
+"""Columns of a terminal below which the table of estimates has its numbers and whether they are valid alone."""
 SUSPECTS = 10
 
 
@@ -36,8 +41,9 @@ def story(run: Run, rows: int = 20) -> RenderableType:
     monitor = run.main
     parts: list[RenderableType] = [Panel(_bullets(headline(run)), title=_plain(run.title), title_align="left")]
     for each in run.monitors:
-        parts.append(_curves(each, named=len(run.monitors) > 1))
-    parts.append(_estimates(monitor.estimates, rows))
+        curves = _Fitted(partial(_curves, each))
+        parts.append(Group(_plain(each.name, style="bold"), curves) if len(run.monitors) > 1 else curves)
+    parts.append(_Fitted(partial(_estimates, monitor.estimates, rows)))
     for found in (_transitions(monitor), _suspects(monitor)):
         parts += [found] if found is not None else []
     parts.append(_diagnostics(run))
@@ -49,9 +55,23 @@ def story(run: Run, rows: int = 20) -> RenderableType:
     return Group(*spaced[:-1])
 
 
-def _plain(text: str) -> Text:
+class _Fitted:
+    """What is drawn for the width that there is.
+
+    Args:
+        draw: is given the columns of the terminal.
+    """
+
+    def __init__(self, draw: Callable[[int], RenderableType]) -> None:
+        self._draw = draw
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._draw(options.max_width)
+
+
+def _plain(text: str, style: str = "") -> Text:
     """A text of the run as it is: neither control characters nor markup act on the terminal."""
-    return Text(clean(text))
+    return Text(clean(text), style=style)
 
 
 def _bullets(sentences: Sequence[str]) -> Text:
@@ -87,18 +107,23 @@ def _columns(values: Sequence[float], width: int) -> list[float]:
     return columns
 
 
-def _curves(monitor: MonitorRecord, named: bool) -> Table:
-    """LLC (valid estimates only) and loss over training."""
+def _curves(monitor: MonitorRecord, width: int) -> Table:
+    """LLC (valid estimates only) and loss over training, the whole of both in ``width`` columns."""
     estimates = monitor.estimates
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    if named:
-        table.add_row(Text(monitor.name, style="bold"), "", "")
+    rows = []
     llc = [e.mean if e.valid else math.nan for e in estimates]
-    for name, values, style in (("LLC", llc, GOOD), ("loss", [e.init_loss for e in estimates], "")):
+    for name, values, style, none in (
+        ("LLC", llc, GOOD, "nothing valid"),
+        ("loss", [e.init_loss for e in estimates], "", "not finite"),
+    ):
         known = [v for v in values if math.isfinite(v)]
-        ends = f"{number(min(known))} to {number(max(known))}" if known else "nothing valid"
-        table.add_row(Text(name, style="bold"), Text(sparkline(values), style=style), Text(ends, style=MUTED))
-    marks = _marks(monitor)
+        rows.append((name, values, style, f"{number(min(known))} to {number(max(known))}" if known else none))
+    beside = max(len(name) for name, *_ in rows) + max(len(ends) for *_, ends in rows) + 6
+    columns = max(LEAST_WIDTH, min(WIDTH, width - beside, len(estimates)))
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, values, style, ends in rows:
+        table.add_row(Text(name, style="bold"), Text(sparkline(values, columns), style=style), Text(ends, style=MUTED))
+    marks = _marks(monitor, columns)
     if marks.strip():
         table.add_row("", Text(marks, style=RULE), Text("transitions", style=MUTED))
     if not all(e.valid for e in estimates):
@@ -106,10 +131,10 @@ def _curves(monitor: MonitorRecord, named: bool) -> Table:
     return table
 
 
-def _marks(monitor: MonitorRecord) -> str:
+def _marks(monitor: MonitorRecord, columns: int) -> str:
     """The kind of each standing transition below the column it happened in."""
     estimates, log = monitor.estimates, monitor.transitions
-    width = min(WIDTH, len(estimates))
+    width = min(columns, len(estimates))
     marks = [" "] * width
     for t in log.standing if log is not None else ():
         later = sum((e.step or 0) < t.step for e in estimates)
@@ -117,29 +142,34 @@ def _marks(monitor: MonitorRecord) -> str:
     return "".join(marks)
 
 
-def _estimates(estimates: Sequence[Estimate], rows: int) -> Table:
+def _estimates(estimates: Sequence[Estimate], rows: int, width: int) -> Table:
     few = list(estimates)
     title = count_of(len(estimates), "estimate")
     if len(few) > rows:
         few = [few[round(k * (len(few) - 1) / max(rows - 1, 1))] for k in range(rows)] if rows > 1 else few[-1:]
         title += f", {rows} of them"
+    whole = width >= NARROW
     table = Table(title=title, title_justify="left", title_style="bold", header_style=MUTED, pad_edge=False, box=None)
-    for name in ("step", "LLC", "loss", "R-hat", "ESS", "seconds"):
+    for name in ("step", "LLC", "loss", *(("R-hat", "ESS", "seconds") if whole else ())):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    table.add_column("remarks", overflow="fold", ratio=1)
+    if whole:
+        table.add_column("remarks", overflow="fold", ratio=1)
+    above = ""
     for e in few:
         remarks = "; ".join(remark.text for remark in diagnosis(e))
-        table.add_row(
+        cells: list[RenderableType] = [
             f"{e.step:,}" if e.step is not None else "",
             Text(with_error(e.mean, e.se), style=GOOD if e.valid else BAD),
             number(e.init_loss),
-            number(e.rhat),
-            number(e.ess),
-            number(e.seconds),
-            Text("valid", style=GOOD) if e.valid else Text("NOT VALID", style=f"bold {BAD}"),
-            _plain(remarks),
-        )
+        ]
+        verdict = Text("valid", style=GOOD) if e.valid else Text("NOT VALID", style=f"bold {BAD}")
+        if whole:
+            said = "as above" if remarks and remarks == above else remarks
+            table.add_row(*cells, number(e.rhat), number(e.ess), number(e.seconds), verdict, _plain(said))
+        else:
+            table.add_row(*cells, verdict)
+        above = remarks
     return table
 
 

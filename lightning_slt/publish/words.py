@@ -63,7 +63,7 @@ def _measured(monitor: MonitorRecord) -> str:
         return f"{text}; {'the estimate is' if valid == 1 else 'all estimates are'} valid."
     if valid == 0:
         return f"{text}; not one estimate is valid, so no number here may be read as a learning coefficient."
-    return f"{text}; {valid:,} of the {len(estimates):,} estimates are valid."
+    return f"{text}; {valid:,} of the {len(estimates):,} estimates {'is' if valid == 1 else 'are'} valid."
 
 
 def _times(count: int) -> str:

@@ -62,8 +62,8 @@ def read_state(path: Path) -> Mapping[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=False)
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such checkpoint. Give a file that is there.") from error
     except Exception as error:
         raise ValueError(f"{path}: cannot be read as a checkpoint: {type(error).__name__}: {error}") from error
     if not isinstance(state, Mapping) or not isinstance(state.get(STATE), Mapping):

@@ -101,9 +101,8 @@ def sweep(
     found: dict[int, Point] = {task.step: point for task in tasks if (point := read_point(task)) is not None}
     known, failed = len(found), dict[int, str]()
     todo = [task for task in tasks if task.step not in found]
-    say(
-        f"{len(tasks)} checkpoints, {known} measured already; {config.weights} weights, localization {localization:.4g}"
-    )
+    many = f"{len(tasks)} checkpoint{'' if len(tasks) == 1 else 's'}"
+    say(f"{many}, {known} measured already; {config.weights} weights, localization {localization:.4g}")
     run = executor if executor is not None else locally(named_devices(config.devices))
     for task, error in run(todo):
         point = read_point(task) if error is None else None

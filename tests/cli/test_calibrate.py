@@ -107,10 +107,23 @@ def test_an_estimate_that_is_not_valid_has_a_status_of_its_own(
     assert "was not valid" in output.read_text(encoding="utf-8").splitlines()[2]
 
 
+def test_settings_stand_behind_the_file_or_after_set(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a sweep, so that one command line serves both."""
+    file = written(tmp_path)
+    settings = ["num_draws=30", "num_chains=3", "--set", "num_chains=2"]
+    assert main(["calibrate", checkpoint, "--config", file, *settings]) in (0, 3)
+    out = capsys.readouterr().out
+    assert "num_draws: 30" in out and "num_chains: 2" in out
+
+
 def test_what_cannot_be_done_is_one_line(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = written(tmp_path)
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(b"PK\x03\x04")
+    bare = tmp_path / "bare.yaml"
+    bare.write_text("num_chains: 2\n", encoding="utf-8")
     for call, said in (
         ([str(tmp_path / "none.ckpt"), "--config", file], "none.ckpt"),
         ([str(broken), "--config", file], "broken.ckpt: cannot be read as a checkpoint"),
@@ -120,6 +133,9 @@ def test_what_cannot_be_done_is_one_line(checkpoint: str, tmp_path: Path, capsys
         ([checkpoint, "--config", file, "num_chains"], "override 'num_chains': write it as key=value"),
         (["--config", file, checkpoint], "a checkpoint stands before --config"),
         ([checkpoint, "--config", file, "-o", str(tmp_path)], "is a folder. Give the path of a YAML file"),
+        ([checkpoint, "--config", str(bare)], "module: is missing, and has no default. SweepConfig needs module and"),
+        ([checkpoint, "--config", str(tmp_path / "none.yaml")], "none.yaml: no such file. Give the path of a YAML"),
+        ([checkpoint, "--config", checkpoint], "not a YAML file"),
         ([checkpoint, "--config", file, "module=nowhere:Net"], "module='nowhere:Net': cannot be imported"),
     ):
         assert main(["calibrate", *call]) == 1, call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -60,6 +61,53 @@ def test_a_long_run_is_thinned_to_the_rows_asked_for(tmp_path: Path, capsys: pyt
     assert "5 estimates, 2 of them" in out
     assert main(["show", str(tmp_path), "--rows", "0"]) == 1
     assert "--rows=0: must be at least 1" in capsys.readouterr().err
+
+
+def written_in(columns: int, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["show", str(folder), "--no-color"]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_whole_curve_of_a_long_run_fits_into_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end is what a person looks for, and is not cut off; nor are numbers in a narrow one."""
+    record = RunRecord(tmp_path / "slt")
+    for k in range(200):
+        record.append(make_estimate(mean=10.0 + (k > 195), step=50 * (k + 1)))
+    for columns in (80, 50):
+        out = written_in(columns, tmp_path, capsys, monkeypatch)
+        assert "…" not in out and max(map(len, out.splitlines())) <= columns
+        curve = next(line for line in out.splitlines() if line.startswith("LLC"))
+        assert curve.split()[1].endswith("█") and "10.0 to 11.0" in curve
+        assert ("R-hat" in out.split("How far")[0]) == (columns == 80)
+        assert "10,000  11.0 ± 0.5" in out
+
+
+def test_a_long_name_of_a_monitor_leaves_its_curve_where_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "encoder.layers.0.self_attention.projection"
+    RunRecord(tmp_path / "slt").append(make_estimate(mean=10.0, step=100))
+    RunRecord(tmp_path / "slt_part").append(make_estimate(mean=3.0, step=100, component=name))
+    lines = written_in(80, tmp_path, capsys, monkeypatch).splitlines()
+    assert lines[lines.index(name) + 1].split()[:3] == ["LLC", "▁", "3.00"]
+
+
+def test_the_reasons_of_the_row_above_are_not_told_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = RunRecord(tmp_path / "slt")
+    reason = "negative beyond its error: the weights are not at a minimum (chains run downhill)"
+    for k in range(4):
+        bad = {"valid": False, "reasons": (reason,)} if k < 3 else {}
+        record.append(dataclasses.replace(make_estimate(mean=-10.0, step=100 * (k + 1)), **bad))
+    out = written_in(160, tmp_path, capsys, monkeypatch)
+    rows = [line.split("valid", 1)[-1] for line in out.splitlines() if line.strip().startswith(tuple("1234"))]
+    rows = [row.split("NOT VALID")[-1].strip() for row in rows if "NOT VALID" in row]
+    assert rows == ["chains ran downhill: the weights were at no minimum", "as above", "as above"]
+    assert "1 of the 4 estimates is valid" in out and "1 of 4 estimates is valid" in out
 
 
 def test_a_mean_loss_of_zero_is_a_number(

@@ -117,6 +117,14 @@ def test_points_beyond_the_frame_are_marked_on_it():
     assert heights["−90"] == heights["−80"] == -heights["500"] > 0, "they are far enough from each other"
 
 
+def test_the_legend_of_the_history_names_what_there_is():
+    def said(**changes):
+        top, _ = history_figure([make_estimate(step=100, **changes)]).axes
+        return [text.get_text() for text in top.get_legend().get_texts()]
+
+    assert (said(valid=False), said()) == (["not valid"], ["LLC ± 1.96 se"])
+
+
 def test_values_beyond_the_frame_are_written_where_they_are_few_and_apart_where_they_are_close():
     def drawn(count):
         steps = [*range(count), 900, 1000]

@@ -68,6 +68,12 @@ def test_a_dead_logger_warns_once_and_stops_nothing(tmp_path):
     assert len((tmp_path / "estimates.jsonl").read_text().splitlines()) == 3
 
 
+def test_with_several_monitors_the_warning_says_whose_it_is(tmp_path):
+    publisher = RunPublisher([Dead()], tmp_path, "slt_head")
+    (said,) = warnings_of(publisher, [make_estimate(step=10)])
+    assert said.startswith("lightning_slt (slt_head) could not publish to Dead: ConnectionError: no route to host")
+
+
 def test_a_folder_that_cannot_be_written_warns_and_the_loggers_go_on(tmp_path):
     (tmp_path / "file").write_text("")
     logger = Memory()

@@ -16,7 +16,7 @@ import pytest
 
 from lightning_slt.cli import main
 from lightning_slt.publish import RunPublisher
-from lightning_slt.publish.chart_rows import component_rows
+from lightning_slt.publish.chart_rows import CURVE_COLUMNS, component_rows, curve_rows
 from lightning_slt.publish.html import report_html
 from lightning_slt.publish.run import load_run
 from lightning_slt.publish.spec_parts import ABOVE, BELOW, VALID
@@ -94,6 +94,16 @@ def test_a_component_beyond_its_frame_is_marked_as_such() -> None:
     marks = dict(zip(points["scale"]["domain"], points["scale"]["range"], strict=True))
     assert points["field"] == "state"
     assert [marks[state] for state in states] == ["triangle-down", "triangle-up", "circle", "circle"]
+
+
+def test_where_nothing_is_valid_the_whole_errors_are_drawn() -> None:
+    """Cut at the other estimates, -8 ± 5 would look as if it could not be below -8."""
+    estimates = [make_estimate(mean=m, se=se, step=s, valid=False) for m, se, s in ((-8.0, 5.0, 10), (-6.0, 2.0, 20))]
+    rows = [dict(zip(CURVE_COLUMNS, row, strict=True)) for row in curve_rows(estimates)]
+    assert [(row["low"], row["llc"], row["high"]) for row in rows] == [
+        pytest.approx((-17.8, -8.0, 1.8)),
+        pytest.approx((-9.92, -6.0, -2.08)),
+    ]
 
 
 def test_a_monitor_whose_chains_are_lost_is_not_to_be_chosen(tmp_path: Path) -> None:

@@ -121,3 +121,21 @@ def test_no_advice_gives_a_fixed_burn_in_which_switches_calibration_off():
     assert reason_words(SHORT) == "chains had not spread to their full width (virial ratio 0.40)"
     assert all("burn-in" not in text for text in [*said, remark.text])
     assert remark.text.endswith("More draws (num_draws) help; leave num_burnin_steps to calibration.")
+
+
+def test_the_advice_on_a_step_that_is_too_large_is_for_those_who_left_it_to_calibration_too():
+    """Near zero the heat is much of an LLC at any step: nothing is to be done there."""
+    reason = "step size 0.00017 is too large: 59% of the estimate is heat of the step"
+    said = invalid_sentence(make_estimate(reasons=(reason,)), (reason,))
+    assert "Where lr or num_burnin_steps is given, leave both to calibration, or give a smaller lr" in said
+    assert said.endswith("where neither is, the LLC is near zero, which is usual early in training.")
+
+
+def test_of_chains_that_run_downhill_more_draws_are_not_advised():
+    downhill = "negative beyond its error: the weights are not at a minimum (chains run downhill)"
+    both, mixing = make_estimate(step=10, reasons=(NOT_MIXED, downhill)), make_estimate(step=20, reasons=(NOT_MIXED,))
+    assert [remark.text for remark in diagnostics([both])] == [
+        "Chains disagree with each other (step 10).",
+        "Chains ran downhill: the weights were at no minimum (step 10). Usual early in training and at a saddle.",
+    ]
+    assert "More draws (num_draws)" in diagnostics([both, mixing])[0].text

@@ -221,6 +221,30 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "weights='mean': must be 'raw' or 'averaged'" in capsys.readouterr().err
 
 
+def test_settings_stand_behind_the_file_or_after_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checkpoints, whose names have equals signs too, may stand behind the file as well."""
+    paths, _ = runs.train(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lightning_slt.sweep.run.locally", lambda devices: here([]))
+    path = tmp_path / "epoch=0-step=2.ckpt"
+    path.write_bytes(Path(paths[0]).read_bytes())
+    file = tmp_path / "cfg.yaml"
+    file.write_text(yaml.safe_dump(runs.settings(folder="found")))
+    quick = ["num_draws=8", "num_chains=3"]
+    assert main(["sweep", str(path), "--config", str(file), *quick, "--set", "num_chains=2"]) == 0
+    out = capsys.readouterr().out
+    assert "1 checkpoint, 0 measured already" in out and "2 chains x 8 draws" in out
+    assert "1 point of raw weights (1 measured now), 0 transitions, in found" in out
+    assert main(["sweep", "--config", str(file), *quick, str(path), "--set", "num_chains=2"]) == 0
+    assert "1 checkpoint, 1 measured already" in capsys.readouterr().out
+    assert main(["sweep", "--config", str(file), *quick]) == 1
+    assert "no checkpoints were given" in capsys.readouterr().err
+    assert main(["sweep", "none=1.ckpt", "--config", str(file)]) == 1
+    assert "none=1.ckpt: no such checkpoint. Give a file that is there." in capsys.readouterr().err
+
+
 def test_a_sweep_that_is_killed_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
     paths, monitor = runs.train(tmp_path)
     file = tmp_path / "cfg.yaml"
