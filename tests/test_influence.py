@@ -503,6 +503,30 @@ def test_a_coupled_loss_is_refused() -> None:
         tiny(mlp(), regression(16), None, contrastive)
 
 
+def by_class(module: nn.Module, batch: Any, reduction: str = "mean") -> Tensor:
+    weight = torch.tensor([1.0, 4.0, 16.0])
+    return functional.cross_entropy(module(batch[0]), batch[1], weight=weight, reduction=reduction)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "changes", "said"),
+    [
+        (by_class, {}, True),  # all the data at once: its halves are compared
+        (by_class, {"batch_size": 6}, True),
+        (by_class, {"sampler": SGLD(lr=1e-4)}, True),
+        (lambda m, b: by_class(m, b, "none"), {}, False),  # losses of single samples that have their weight
+        (lambda m, b: by_class(m, b, "sum") / len(b[0]), {}, False),
+        (lambda m, b: functional.cross_entropy(m(b[0]), b[1]), {}, False),
+    ],
+)
+def test_a_weighted_mean_is_said_to_read_samples_without_their_weights(
+    loss_fn: Any, changes: dict[str, Any], said: bool
+) -> None:
+    """The loss of a sample alone is the same for every weight of its class, its share of a batch's is not."""
+    found = tiny(mlp(), classification([5], 3, 25), None, loss_fn, **changes)
+    assert any("its loss alone, without its weight" in note for note in found.notes) is said
+
+
 def test_a_list_of_samples_with_a_number_of_them() -> None:
     data = regression(16)
     inf = tiny(mlp(), [data[i] for i in range(16)], num_samples=1000)

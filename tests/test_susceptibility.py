@@ -306,6 +306,22 @@ def test_minibatches_do_not_heat_the_chains() -> None:
     assert all(f.valid and any("minibatches of 16 hold the time step at" in note for note in f.notes) for f in found)
 
 
+def test_weights_that_divide_are_said_to_be_left_out_of_what_is_read() -> None:
+    """Of the mean over ``|x_0| l / sum |x_0|`` the loss of a sample alone has no weight; of ``|x_0| l / n`` it has."""
+    net, data, shifted = problem()
+
+    def loss(module: nn.Module, batch: tuple[Tensor, Tensor], divide: bool) -> Tensor:
+        weight = batch[0][:, :1].abs()
+        total = weight.sum() if divide else len(weight)
+        return (weight * (module(batch[0]) - batch[1]).square()).sum() / total / 2
+
+    for divide in (True, False):
+        found = estimate_susceptibility(
+            net, data, shifted, lambda m, b, d=divide: loss(m, b, d), components=WANTED, num_chains=4, num_draws=20
+        )
+        assert sum("its loss alone, without its weight" in note for note in found.notes) == int(divide)
+
+
 def test_a_sampler_of_ones_own_that_is_too_hot_is_not_valid() -> None:
     """Momenta on minibatches: chi is far too large, in an error that grows with it, and was called valid."""
     asked: dict[str, Any] = {"components": {"both": None}, "num_chains": 8, "num_draws": 200, "num_burnin_steps": 100}

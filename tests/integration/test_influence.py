@@ -419,8 +419,9 @@ class Weighs(Net):
         return cross_entropy(self.net(batch[0]), batch[1], weight=torch.linspace(1.0, 9.0, models.CLASSES))
 
 
-def test_a_weighted_mean_is_said_to_read_samples_without_their_weights(tmp_path: Path) -> None:
-    weighted, plain = probing(), probing()
+@pytest.mark.parametrize("changes", [{}, {"batch_size": models.SAMPLES}], ids=["minibatches", "all the data at once"])
+def test_a_weighted_mean_is_said_to_read_samples_without_their_weights(changes: Any, tmp_path: Path) -> None:
+    weighted, plain = probing(**changes), probing(**changes)
     Scenario(Weighs, loaders).run(tmp_path / "a", weighted)
     Scenario(Net, loaders).run(tmp_path / "b", plain)
     assert all("its loss alone, without its weight" in found.notes[-1] for found in weighted.influences)
