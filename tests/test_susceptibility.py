@@ -259,6 +259,8 @@ def test_the_module_and_the_global_random_state_stay_as_they_were() -> None:
         ({"restrict": "parts.0.*"}, "components and restrict are both given"),
         ({"components": {}}, "components is empty"),
         ({"components": {"a": "nowhere.*"}}, r"'nowhere.\*' matches no parameter"),
+        ({"components": {"b": None, "a": "nowhere.*"}}, r"^components\['a'\]: 'nowhere.\*' matches no parameter"),
+        ({"components": {"b": None, "a": []}}, r"^components\['a'\] is empty"),
         ({"max_shifted": 0}, "max_shifted=0: must be at least 1"),
         ({"groups": ["a"]}, f"groups: 1 of them for {M} samples"),
         ({"num_chains": 0}, "num_chains=0: must be at least 1"),

@@ -57,6 +57,7 @@ class ComponentFirings:
         probes: list[ProbeSet] = []
 
         def read() -> None:
+            self._asked.measures.check_weights(moment.module)  # what has been frozen since is named
             try:
                 followed.hooks_of = shadow_copy(moment.module)
             except CopyError:

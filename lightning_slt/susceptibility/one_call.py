@@ -10,8 +10,9 @@ from torch import nn
 
 from lightning_slt.estimate import ChainSettings, state_dict_of
 from lightning_slt.kinds import check_count, check_flag
+from lightning_slt.sampling.arguments import without_fabric
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.restriction import Restriction
+from lightning_slt.sampling.restriction import Restriction, select_parameters
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import Sampler, as_sampler
 from lightning_slt.sampling.samples import Samples, choose_samples, indexed_source
@@ -137,6 +138,9 @@ def estimate_susceptibility(
     def made(restriction: Restriction) -> Callable[[], Objective]:
         return lambda: Objective(module, loss_fn, restriction, device, weights=state)
 
+    if isinstance(module, nn.Module):  # what it is otherwise is said below
+        for name, restriction in (components or {}).items():
+            select_parameters(without_fabric(module), restriction, f"components[{name!r}]")
     with torch.inference_mode(False), preserve_rng(seed):
         # all of them once, so that a name that matches nothing is not found after an hour of chains
         objectives = {name: made(restriction)() for name, restriction in wanted.items()}
