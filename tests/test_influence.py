@@ -527,6 +527,13 @@ def test_a_weighted_mean_is_said_to_read_samples_without_their_weights(
     assert any("its loss alone, without its weight" in note for note in found.notes) is said
 
 
+@pytest.mark.parametrize("group_fn", [lambda sample: sample[1], lambda sample: sample[1][None], lambda s: int(s[1])])
+def test_a_label_is_a_group_as_the_sample_has_it(group_fn: Any) -> None:
+    data = classification([5], 3, 25)
+    found = tiny(mlp(), data, None, lambda m, b: functional.cross_entropy(m(b[0]), b[1]), group_fn=group_fn)
+    assert found.groups == ("0", "1", "2") and found.train_group == tuple(str(int(y)) for y in data.tensors[1])
+
+
 def test_a_list_of_samples_with_a_number_of_them() -> None:
     data = regression(16)
     inf = tiny(mlp(), [data[i] for i in range(16)], num_samples=1000)

@@ -194,6 +194,15 @@ def test_groups_are_the_shift_towards_their_samples() -> None:
     assert torch.allclose(found.chi, found.matrix.mean(dim=1))
 
 
+def test_groups_may_be_numbers_in_a_tensor() -> None:
+    """Each sample had been a group of its own there."""
+    few: dict[str, Any] = {"num_chains": 2, "num_draws": 10, "components": {"all": None}, "method": "sequential"}
+    numbers = torch.arange(M) % 3
+    named, told = (measured(groups=g, **few) for g in ([str(k) for k in numbers.tolist()], numbers))
+    assert told.groups == named.groups == ("0", "1", "2")
+    assert torch.equal(told.group_chi, named.group_chi) and told.group_chi.shape == (1, 3)
+
+
 def test_a_shifted_sample_without_a_number_is_left_out_and_named() -> None:
     net, data, shifted = problem()
     groups = ["a", "b", None] * (M // 3)

@@ -15,7 +15,7 @@ from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.restriction import Restriction, select_parameters
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import Sampler, as_sampler
-from lightning_slt.sampling.samples import Samples, choose_samples, indexed_source
+from lightning_slt.sampling.samples import Samples, choose_samples, group_name, indexed_source
 from lightning_slt.sampling.steps import LossFn, NoLossError
 from lightning_slt.susceptibility.firing import measure_susceptibility
 from lightning_slt.susceptibility.shift import Shift
@@ -78,7 +78,7 @@ def estimate_susceptibility(
         device: None for where the module is.
         full_batch: every step sees all the data.
         max_shifted: samples of the shifted data at the most, a reproducible subset; None for all.
-        groups: the group of each sample of ``shifted_data``, for ``group_chi``.
+        groups: the group of each sample of ``shifted_data``, for ``group_chi``: names or numbers, None for none.
         num_samples: n, where it is not the length of ``data``.
         method: see :func:`~lightning_slt.estimate_llc`.
 
@@ -154,7 +154,7 @@ def estimate_susceptibility(
         if groups is not None and len(groups) != total:
             raise ValueError(f"groups: {len(groups)} of them for {total} samples of shifted_data; give one a sample.")
         numbers = choose_samples(total, max_shifted, seed)
-        group = [groups[i] for i in numbers] if groups is not None else None
+        group = [group_name(groups[i]) for i in numbers] if groups is not None else None
         shift = Shift.of(source, Samples.of(other, numbers), seed, group)
         try:
             return measure_susceptibility(
