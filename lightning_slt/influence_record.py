@@ -61,7 +61,8 @@ class InfluenceEstimate:
         correlation: ``[n_query, n_train]``, the same divided by both standard deviations.
         se: ``[n_query, n_train]``, Monte-Carlo standard error of ``matrix``; counts autocorrelation.
         self_influence: ``[n_train]``, the variance of each sample's own loss.
-        self_influence_se: ``[n_train]``.
+        self_influence_se: ``[n_train]``; of few chains a variance that is too small has too small an error as well
+            (docs/influence.md).
         init_loss: ``[n_train]``, the loss of each sample at ``w*``.
         mean_loss: ``[n_train]``, its mean over the posterior (of ``mean_nbeta`` and ``mean_localization``, where these
             are given: a hotter one, whose region is wide enough to leave what has been memorised); large for

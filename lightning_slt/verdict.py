@@ -52,6 +52,8 @@ BAD_FOR_COVARIANCES = frozenset(
     }
 )
 """What covariances over the same chains are not valid for either: their heat and their width."""
+HOT = frozenset({Kind.HEAT_OF_STEP, Kind.HEAT_OF_MINIBATCHES})
+"""What makes covariances over the same chains too large by half and more, of however small a firing."""
 OF_ALL_READINGS = frozenset({Kind.WEIGHTS_TOO_COARSE, Kind.EVAL_MODE, Kind.SUM, Kind.GRADIENT})
 """What nothing that is read off the chains is valid for."""
 
@@ -71,11 +73,7 @@ def fit_for_covariances(drawn: Drawn, chains: Chains) -> tuple[tuple[str, ...], 
         Reasons why covariances over them are not valid, and notes.
     """
     llc, verdict = _judge(drawn, chains)
-    reasons = tuple(
-        f"the learning coefficient of these chains: {reason.sentence}"
-        for reason in verdict
-        if reason.kind in BAD_FOR_COVARIANCES
-    )
+    reasons = tuple(_of_llc(reason) for reason in verdict if reason.kind in BAD_FOR_COVARIANCES)
     more, notes = _heat_in_covariances(drawn, chains, llc)
     reasons += more
     return (reasons, ()) if reasons else ((), notes)
@@ -91,7 +89,12 @@ def read_both(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[str, ...], 
     llc, verdict = _judge(drawn, chains)
     reasons, notes = _heat_in_covariances(drawn, chains, llc)
     more = tuple(reason.sentence for reason in verdict if reason.kind in OF_ALL_READINGS)
-    return llc, (*reasons, *more), notes
+    hot = tuple(_of_llc(reason) for reason in verdict if reason.kind in HOT)
+    return llc, (*reasons, *hot, *more), () if hot else notes
+
+
+def _of_llc(reason: Reason) -> str:
+    return f"the learning coefficient of these chains: {reason.sentence}"
 
 
 def _heat_in_covariances(drawn: Drawn, chains: Chains, llc: Estimate) -> tuple[tuple[str, ...], tuple[str, ...]]:

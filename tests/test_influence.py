@@ -503,6 +503,37 @@ def test_a_coupled_loss_is_refused() -> None:
         tiny(mlp(), regression(16), None, contrastive)
 
 
+def by_class(module: nn.Module, batch: Any, reduction: str = "mean") -> Tensor:
+    weight = torch.tensor([1.0, 4.0, 16.0])
+    return functional.cross_entropy(module(batch[0]), batch[1], weight=weight, reduction=reduction)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "changes", "said"),
+    [
+        (by_class, {}, True),  # all the data at once: its halves are compared
+        (by_class, {"batch_size": 6}, True),
+        (by_class, {"sampler": SGLD(lr=1e-4)}, True),
+        (lambda m, b: by_class(m, b, "none"), {}, False),  # losses of single samples that have their weight
+        (lambda m, b: by_class(m, b, "sum") / len(b[0]), {}, False),
+        (lambda m, b: functional.cross_entropy(m(b[0]), b[1]), {}, False),
+    ],
+)
+def test_a_weighted_mean_is_said_to_read_samples_without_their_weights(
+    loss_fn: Any, changes: dict[str, Any], said: bool
+) -> None:
+    """The loss of a sample alone is the same for every weight of its class, its share of a batch's is not."""
+    found = tiny(mlp(), classification([5], 3, 25), None, loss_fn, **changes)
+    assert any("its loss alone, without its weight" in note for note in found.notes) is said
+
+
+@pytest.mark.parametrize("group_fn", [lambda sample: sample[1], lambda sample: sample[1][None], lambda s: int(s[1])])
+def test_a_label_is_a_group_as_the_sample_has_it(group_fn: Any) -> None:
+    data = classification([5], 3, 25)
+    found = tiny(mlp(), data, None, lambda m, b: functional.cross_entropy(m(b[0]), b[1]), group_fn=group_fn)
+    assert found.groups == ("0", "1", "2") and found.train_group == tuple(str(int(y)) for y in data.tensors[1])
+
+
 def test_a_list_of_samples_with_a_number_of_them() -> None:
     data = regression(16)
     inf = tiny(mlp(), [data[i] for i in range(16)], num_samples=1000)

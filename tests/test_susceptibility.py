@@ -194,6 +194,15 @@ def test_groups_are_the_shift_towards_their_samples() -> None:
     assert torch.allclose(found.chi, found.matrix.mean(dim=1))
 
 
+def test_groups_may_be_numbers_in_a_tensor() -> None:
+    """Each sample had been a group of its own there."""
+    few: dict[str, Any] = {"num_chains": 2, "num_draws": 10, "components": {"all": None}, "method": "sequential"}
+    numbers = torch.arange(M) % 3
+    named, told = (measured(groups=g, **few) for g in ([str(k) for k in numbers.tolist()], numbers))
+    assert told.groups == named.groups == ("0", "1", "2")
+    assert torch.equal(told.group_chi, named.group_chi) and told.group_chi.shape == (1, 3)
+
+
 def test_a_shifted_sample_without_a_number_is_left_out_and_named() -> None:
     net, data, shifted = problem()
     groups = ["a", "b", None] * (M // 3)
@@ -259,6 +268,8 @@ def test_the_module_and_the_global_random_state_stay_as_they_were() -> None:
         ({"restrict": "parts.0.*"}, "components and restrict are both given"),
         ({"components": {}}, "components is empty"),
         ({"components": {"a": "nowhere.*"}}, r"'nowhere.\*' matches no parameter"),
+        ({"components": {"b": None, "a": "nowhere.*"}}, r"^components\['a'\]: 'nowhere.\*' matches no parameter"),
+        ({"components": {"b": None, "a": []}}, r"^components\['a'\] is empty"),
         ({"max_shifted": 0}, "max_shifted=0: must be at least 1"),
         ({"groups": ["a"]}, f"groups: 1 of them for {M} samples"),
         ({"num_chains": 0}, "num_chains=0: must be at least 1"),
@@ -304,6 +315,22 @@ def test_minibatches_do_not_heat_the_chains() -> None:
     assert sum(float(f.llc[0]) for f in found) / 3 == pytest.approx(llc, rel=0.15)
     assert sum(((float(f.chi[0]) - chi) / float(f.se[0])) ** 2 for f in found) / 3 < 2.5
     assert all(f.valid and any("minibatches of 16 hold the time step at" in note for note in f.notes) for f in found)
+
+
+def test_weights_that_divide_are_said_to_be_left_out_of_what_is_read() -> None:
+    """Of the mean over ``|x_0| l / sum |x_0|`` the loss of a sample alone has no weight; of ``|x_0| l / n`` it has."""
+    net, data, shifted = problem()
+
+    def loss(module: nn.Module, batch: tuple[Tensor, Tensor], divide: bool) -> Tensor:
+        weight = batch[0][:, :1].abs()
+        total = weight.sum() if divide else len(weight)
+        return (weight * (module(batch[0]) - batch[1]).square()).sum() / total / 2
+
+    for divide in (True, False):
+        found = estimate_susceptibility(
+            net, data, shifted, lambda m, b, d=divide: loss(m, b, d), components=WANTED, num_chains=4, num_draws=20
+        )
+        assert sum("its loss alone, without its weight" in note for note in found.notes) == int(divide)
 
 
 def test_a_sampler_of_ones_own_that_is_too_hot_is_not_valid() -> None:

@@ -9,6 +9,7 @@ from lightning_slt.callbacks.asked import Asked
 from lightning_slt.callbacks.clock import RunClock
 from lightning_slt.callbacks.data.following import FollowedData
 from lightning_slt.callbacks.data.samples import ProbedSamples
+from lightning_slt.callbacks.data.structure import explained
 from lightning_slt.callbacks.inside_firings import InsideFirings, share_buffers
 from lightning_slt.callbacks.moment import Moment
 from lightning_slt.callbacks.said import Voice
@@ -16,6 +17,7 @@ from lightning_slt.callbacks.susceptibilities import measure_beside
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.firing import Course
 from lightning_slt.influence import ProbeSet
+from lightning_slt.sampling.collective import RankLostError
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.shadow import CopyError, shadow_copy
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
@@ -57,6 +59,7 @@ class ComponentFirings:
         probes: list[ProbeSet] = []
 
         def read() -> None:
+            self._asked.measures.check_weights(moment.module)  # what has been frozen since is named
             try:
                 followed.hooks_of = shadow_copy(moment.module)
             except CopyError:
@@ -78,6 +81,13 @@ class ComponentFirings:
                     lambda objective: share_buffers(objective, moment.collective),
                     before,
                 )
+        except RankLostError:
+            raise
+        except Exception as error:
+            named = explained(error, probes[0] if probes else None, source)
+            if named is error:
+                raise
+            raise named from error
         finally:
             followed.hooks_of = None
         return found.replace(

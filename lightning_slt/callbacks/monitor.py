@@ -329,6 +329,7 @@ class SLTMonitor(KeepsHistory):
         # not in setup: a module may build its layers in its own setup or configure_model, which come after
         try:
             select_parameters(pl_module, self._asked.restrict)
+            self._asked.measures.check_weights(pl_module)
         except ValueError as error:
             finetuning = any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks)  # type: ignore[attr-defined]
             if not (isinstance(error, AllFrozenError) and finetuning):  # what is frozen now may thaw

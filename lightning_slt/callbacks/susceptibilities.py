@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
 
 from lightning_slt.callbacks.arguments import plain
 from lightning_slt.estimate import ChainSettings
@@ -18,7 +19,7 @@ from lightning_slt.publish.sink import Page
 from lightning_slt.sampling.batches import DatasetSource, MinibatchSource
 from lightning_slt.sampling.collective import Collective
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.restriction import Restriction
+from lightning_slt.sampling.restriction import Restriction, select_parameters
 from lightning_slt.susceptibility import MIN_READS, Shift, chain_batch, measure_susceptibility
 from lightning_slt.susceptibility_record import SusceptibilityEstimate, SusceptibilityRecord
 
@@ -92,6 +93,16 @@ class Measures:
                 "it out, or train on a map-style Dataset."
             )
 
+    def check_weights(self, module: nn.Module) -> None:
+        """Once the module has its weights.
+
+        Raises:
+            ValueError: for a component that no weight is of; names it and the remedy.
+            AllFrozenError: for one whose weights are frozen, at the moment.
+        """
+        for name, patterns in self.components.items():
+            select_parameters(module, patterns, _called(name))
+
     def describe(self) -> Optional[list[Any]]:
         """For the run's settings."""
         return None if self._given is None else [dict(e) if isinstance(e, Mapping) else e for e in self._given]
@@ -128,6 +139,11 @@ def _components_of(components: Any) -> dict[str, Restriction]:
         kind = type(components).__name__
         raise TypeError(f"measures: components={components!r}: expected a mapping, got {kind}. Give {EXAMPLE}.")
     return {str(name): plain(patterns) for name, patterns in components.items()}
+
+
+def _called(component: str) -> str:
+    """A component's weights, as errors name them."""
+    return f"measures: components[{component!r}]"
 
 
 def measure_beside(

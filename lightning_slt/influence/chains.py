@@ -14,9 +14,11 @@ from lightning_slt.influence.probes import ProbeSet
 from lightning_slt.influence.reader import InfluenceReader
 from lightning_slt.influence.wide import with_wide_means
 from lightning_slt.influence_record import InfluenceEstimate
+from lightning_slt.sampling.anchor import weighs_together
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
+from lightning_slt.sampling.coupled import ALONE
 from lightning_slt.sampling.kinetic import STEP, Beginning, KineticSampling, MakeSampler, run_kinetic
 from lightning_slt.sampling.metric import curvature_at
 from lightning_slt.sampling.objective import Objective
@@ -50,6 +52,7 @@ class InfluenceChains:
     localization: Optional[float]
     control_variates: bool
     _reader: Optional[InfluenceReader] = None
+    _together: bool = False
 
     def measure(self) -> InfluenceEstimate:
         """Off the chains of the sampler that was asked for; of kinetic ones where none was."""
@@ -100,9 +103,11 @@ class InfluenceChains:
     def _make_reader(self) -> InfluenceReader:
         if self._reader is None:
             self._reader = InfluenceReader(self.objective, self.probes, self.settings.seed)
+            self._together = weighs_together(self.objective, self.train)
         return self._reader
 
     def _read(self, drawn: Drawn, chains: Chains, good: torch.Tensor) -> InfluenceEstimate:
         assert drawn.segment.read is not None
         reader, n = self._make_reader(), self.train.num_samples
-        return reader.read(drawn.segment.read, good, chains.posterior, n, self.shrinkage)
+        found = reader.read(drawn.segment.read, good, chains.posterior, n, self.shrinkage)
+        return found.with_verdict((), (ALONE,) if self._together else ())

@@ -11,9 +11,11 @@ from lightning_slt.influence.probes import ProbeSet
 from lightning_slt.influence.reader import InfluenceReader, least_readings
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.record import Estimate
+from lightning_slt.sampling.anchor import weighs_together
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.chains import Progress
 from lightning_slt.sampling.collective import Collective
+from lightning_slt.sampling.coupled import ALONE
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import diverged
@@ -22,10 +24,6 @@ from lightning_slt.verdict import read_both
 
 READ_COST = 0.3
 """Cost of reading the samples' losses, in units of that of moving the chains, in a firing of the monitor."""
-ALONE = (
-    "the loss of a batch depends on which samples are together in it (weights that divide, as of classes or of "
-    "unmasked tokens): what is read of a sample is its loss alone, without its weight"
-)
 CALLS = 3_000_000
 """Products that would take as long as the calls of a step do by themselves."""
 
@@ -71,6 +69,7 @@ def measure_both(
     """
     start = time.perf_counter()
     readers: list[InfluenceReader] = []
+    together: list[bool] = []
 
     def interval() -> int:
         if read_every is not None:
@@ -82,6 +81,7 @@ def measure_both(
 
     def make_reader() -> InfluenceReader:
         readers.append(InfluenceReader(objective, probes, settings.seed))
+        together.append(weighs_together(objective, source))
         return readers[0]
 
     drawn, chains = run_chains(
@@ -92,6 +92,6 @@ def measure_both(
     assert segment.read is not None
     good = ~diverged(segment, chains.posterior.nbeta, len(objective.anchor))
     influence = readers[0].read(segment.read, good, chains.posterior, source.num_samples)
-    influence = influence.with_verdict(more, (*notes, ALONE) if source.coupled else notes)
+    influence = influence.with_verdict(more, (*notes, ALONE) if together[0] else notes)
     seconds = time.perf_counter() - start
     return estimate.replace(seconds=seconds), influence.replace(seconds=seconds)

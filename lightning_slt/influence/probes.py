@@ -10,7 +10,7 @@ from typing import Any, Optional
 from lightning_slt.kinds import check_count
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.rng import preserve_rng
-from lightning_slt.sampling.samples import GroupFn, Samples, choose_samples, default_group
+from lightning_slt.sampling.samples import GroupFn, Samples, choose_samples, default_group, group_name
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ def _tried(function: GroupFn, sample: Any) -> tuple[Optional[str], Optional[str]
         group = function(sample)
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
-    # half characters are no text: neither files nor loggers take them
-    return None if group is None else str(group).encode(errors="replace").decode(), None
+    return group_name(group), None
 
 
 def probe_set(

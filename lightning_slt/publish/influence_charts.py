@@ -19,7 +19,7 @@ from matplotlib.image import BboxImage
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.textpath import TextPath
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from matplotlib.transforms import Bbox, TransformedBbox
 from PIL import Image, ImageDraw, ImageFont
 
@@ -29,6 +29,8 @@ from lightning_slt.publish.render import Rendered, clean
 
 MAX_NUMBERED = 12
 """Groups up to which the cells of the heat map carry their numbers."""
+MOST_NAMES = 20
+"""Groups that are named along an axis of the heat map: so many lines of text lie beside each other there."""
 TRAJECTORIES = 10
 ACROSS, SIDE = 10, 89
 """Suspects in a row, and the side of the frame of each in pixels."""
@@ -102,7 +104,7 @@ def _heat_map(figure: Figure, axes: Axes, estimate: InfluenceEstimate, bottom: f
             # not add_patch, which measures each curve of each letter to fit the limits of the axes
             axes.add_artist(PathPatch(numbers_path(matrix / scale, cells), facecolor=colour, lw=0, gid="numbers"))
     short = [_short(name, 12) for name in names]
-    every = max(1, n // 20)
+    every = math.ceil(n / MOST_NAMES)
     for k in range(0, n, every):
         style: dict[str, Any] = {"fontsize": 8, "color": _TEXT, "parse_math": False}
         turned = {"rotation": 45, "rotation_mode": "anchor", "ha": "right", "va": "center"}
@@ -218,6 +220,8 @@ def _self_influence(axes: Axes, estimate: InfluenceEstimate) -> None:
         axes.set_xscale("log")
         # plain ticks: minor ones and powers set as mathematics take as long to draw as all the rest
         axes.minorticks_off()
+        if high < 100 * low:  # there may be a single power of ten in it, or none
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         counts, edges = np.histogram(np.clip(positive, bins[0], None), bins=bins)
     else:
@@ -342,7 +346,7 @@ def trajectories_figure(history: Sequence[InfluenceEstimate]) -> Optional[Figure
         return None
     steps, index, loss, influence = found
     figure = Figure(figsize=(10.0, 4.5), dpi=100, facecolor="white")
-    grid = figure.add_gridspec(1, 2, wspace=0.36, left=0.07, right=0.9, bottom=0.13, top=0.86)
+    grid = figure.add_gridspec(1, 2, wspace=0.52, left=0.07, right=0.9, bottom=0.13, top=0.86)
     groups = history[-1].train_group
     group_of = dict(zip(history[-1].train_index.tolist(), groups, strict=True)) if groups is not None else {}
     for place, (values, name) in enumerate(((loss, "posterior mean loss"), (influence, "self-influence"))):
@@ -355,6 +359,7 @@ def trajectories_figure(history: Sequence[InfluenceEstimate]) -> Optional[Figure
         positive = values[np.isfinite(values) & (values > 0)]
         if positive.size == values.size and positive.max() / positive.min() > 30:
             axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.set(xlabel="optimiser step", ylabel=name)
         _label_ends(axes, steps[-1], lines, group_of)
     figure.suptitle(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_slt.sampling.batches import MinibatchSource
-from lightning_slt.sampling.coupled import couples_samples
+from lightning_slt.sampling.coupled import couples_halves, couples_samples
 from lightning_slt.sampling.eval_mode import only_in_training, refuse_without_gradient
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import seed_globals
@@ -91,6 +91,23 @@ def coupling(objective: Objective, source: MinibatchSource) -> Optional[bool]:
         return None
     with objective.active():
         return couples_samples(objective, (window[known[0]], window[known[1]]), source.batch_size)
+
+
+def weighs_together(objective: Objective, source: MinibatchSource) -> bool:
+    """Whether the loss of a batch depends on which samples are together in it, as :func:`coupling`, wherever that can
+    be told: also where no batch comes back, or all the data is one batch, whose halves are then compared.
+
+    Args:
+        objective: active, with ``w*`` in its weights.
+        source: whose first window has been opened.
+    """
+    if source.coupled is not None:
+        return source.coupled
+    window = source.window(0)
+    known = [window[number] for number in window.anchor_loss]
+    if len(known) == 1:
+        return couples_halves(objective, known[0], source.batch_size)
+    return len(known) > 1 and couples_samples(objective, (known[0], known[1]), source.batch_size)
 
 
 def let_pass(objective: Objective, source: MinibatchSource) -> None:

@@ -25,6 +25,11 @@ from lightning_slt.sampling.trials import moved
 log = logging.getLogger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
+ALONE = (
+    "the loss of a batch depends on which samples are together in it (weights that divide, as of classes or of "
+    "unmasked tokens): what is read of a sample is its loss alone, without its weight"
+)
+"""What is said where losses of single samples are read of such a loss."""
 
 
 def couples_samples(objective: Objective, batches: tuple[Any, Any], batch_size: int) -> bool:
@@ -82,6 +87,19 @@ def couples_samples(objective: Objective, batches: tuple[Any, Any], batch_size: 
     return math.isfinite(size) and not abs(one + other - sum(exchanged)) <= slack * size
 
 
+def couples_halves(objective: Objective, batch: Any, batch_size: int) -> bool:
+    """:func:`couples_samples` of both halves of one batch; the last sample of an odd number is left out."""
+    shaped = [x for x in tensors_in_collections(batch) if x.ndim > 0]
+    if objective.layout.sharded or any(x.is_nested or len(x) != batch_size for x in shaped):
+        return False
+    half = batch_size // 2
+
+    def part(start: int) -> Any:
+        return over_tensors(batch, lambda x: x[start : start + half] if x.ndim > 0 else x)
+
+    return couples_samples(objective, (part(0), part(half)), half)
+
+
 def _scatter(noise: torch.Generator) -> Callable[[nn.Parameter], object]:
     """Adds noise of half the size of the weights, and of half of what layers begin with at the least."""
 
@@ -96,4 +114,4 @@ def _scatter(noise: torch.Generator) -> Callable[[nn.Parameter], object]:
     return scattered
 
 
-__all__ = ["couples_samples"]
+__all__ = ["couples_halves", "couples_samples"]

@@ -23,13 +23,14 @@ class AllFrozenError(ValueError):
     """What is to move exists, and is frozen; a callback may thaw it later."""
 
 
-def select_parameters(module: nn.Module, restrict: Restriction = None) -> list[str]:
+def select_parameters(module: nn.Module, restrict: Restriction = None, called: str = "restrict") -> list[str]:
     """Names of the parameters that chains move, in the module's order.
 
     Args:
         module: its parameters with ``requires_grad`` are the candidates: frozen ones never move.
         restrict: None for all of them, or one or several of: a glob over parameter names (``"encoder.*.weight"``), the
             name of a submodule (``"encoder"``), or a submodule itself. A weight that is pruned keeps its name here.
+        called: what an error calls ``restrict``.
 
     Raises:
         ValueError: where nothing is named, or nothing is matched.
@@ -52,7 +53,7 @@ def select_parameters(module: nn.Module, restrict: Restriction = None) -> list[s
         return trainable
     entries = restriction_entries(restrict)
     if not entries:
-        raise ValueError("restrict is empty: leave it None to move every weight, or name parameters or submodules.")
+        raise ValueError(f"{called} is empty: leave it None to move every weight, or name parameters or submodules.")
 
     # a tied weight has several names but is one parameter: match every name, move it once
     aliases = [(without_compile(name), p) for name, p in module.named_parameters(remove_duplicate=False)]
@@ -73,12 +74,12 @@ def select_parameters(module: nn.Module, restrict: Restriction = None) -> list[s
             label = repr(entry)
         if not matched:
             shown = ", ".join(trainable[:8]) + (", ..." if len(trainable) > 8 else "")
-            raise ValueError(f"restrict: {label} matches no parameter. The trainable parameters are: {shown}.")
+            raise ValueError(f"{called}: {label} matches no parameter. The trainable parameters are: {shown}.")
         chosen |= matched
     moving = [name for name, p in module.named_parameters() if p.requires_grad and id(p) in chosen]
     if not moving:
         raise AllFrozenError(
-            f"restrict: every parameter matched by {entries} is frozen (requires_grad=False), and chains move what "
+            f"{called}: every parameter matched by {entries} is frozen (requires_grad=False), and chains move what "
             "training may. Name others, or thaw them by the end of the step (untoggle_optimizer, requires_grad_())."
         )
     return moving

@@ -245,3 +245,16 @@ def default_group(sample: Any) -> Optional[str]:
     if hasattr(value, "item") and getattr(value, "shape", None) == () and not isinstance(value, Tensor):
         value = value.item()
     return str(value) if isinstance(value, (int, str, bool)) else None
+
+
+def group_name(group: Any) -> Optional[str]:
+    """The name of a group that is given as text, a number or a tensor with one; None for none.
+
+    Example:
+        >>> group_name("cat"), group_name(torch.tensor(3)), group_name(torch.tensor([2.5])), group_name(None)
+        ('cat', '3', '2.5', None)
+    """
+    if isinstance(group, Tensor) and group.numel() == 1:
+        group = group.item()  # its text would be that of a tensor
+    # half characters are no text: neither files nor loggers take them
+    return None if group is None else str(group).encode(errors="replace").decode()

@@ -10,8 +10,10 @@ from typing import Optional
 import torch
 
 from lightning_slt.estimate import ChainSettings
+from lightning_slt.sampling.anchor import weighs_together
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.collective import Alone, Collective
+from lightning_slt.sampling.coupled import ALONE
 from lightning_slt.sampling.eval_mode import misfit_of_eval
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.sums import misfit_of_sum
@@ -48,6 +50,7 @@ def measure_susceptibility(
     start = time.perf_counter()
     collective = collective or Alone()
     found: dict[str, Component] = {}
+    together: list[bool] = []
     for name, make in components.items():
         made: list[Objective] = []
         collective.exchange(lambda make=make, made=made: made.append(make()))  # type: ignore[misc]
@@ -56,7 +59,7 @@ def measure_susceptibility(
         source.forget()
         gamma = (localization or {}).get(name, settings.localization)
         asked = dataclasses.replace(settings, localization=gamma)
-        found[name] = _measure(name, made[0], source, shift, asked, collective)
+        found[name] = _measure(name, made[0], source, shift, asked, collective, together)
     first, parts = next(iter(found.values())), list(found.values())
     names = names_of(shift.groups_of(first.index))
     nothing = torch.zeros(len(parts), 0, dtype=torch.float64)
@@ -66,6 +69,8 @@ def measure_susceptibility(
             f"the loss of the original data is that of two random subsets of {len(shift.observed.index)}: their own "
             "sampling error is in se"
         )
+    if any(together):
+        notes.append(f"{ALONE}; the integrand is of such losses too")
     reasons = tuple(reason for part in parts for reason in part.reasons)
     return SusceptibilityEstimate(
         components=tuple(found),
@@ -99,11 +104,14 @@ def _measure(
     shift: Shift,
     settings: ChainSettings,
     collective: Collective,
+    together: list[bool],
 ) -> Component:
+    """One component; ``together`` has an answer for each try: whether its loss weighs samples together."""
     readers: list[ShiftReader] = []
 
     def make_reader() -> ShiftReader:
         readers.append(ShiftReader(objective, shift, settings.seed))
+        together.append(weighs_together(objective, source))
         return readers[-1]
 
     drawn, chains, ran = run_component(objective, source, settings, collective, make_reader)

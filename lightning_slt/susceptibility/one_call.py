@@ -10,11 +10,12 @@ from torch import nn
 
 from lightning_slt.estimate import ChainSettings, state_dict_of
 from lightning_slt.kinds import check_count, check_flag
+from lightning_slt.sampling.arguments import without_fabric
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.restriction import Restriction
+from lightning_slt.sampling.restriction import Restriction, select_parameters
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import Sampler, as_sampler
-from lightning_slt.sampling.samples import Samples, choose_samples, indexed_source
+from lightning_slt.sampling.samples import Samples, choose_samples, group_name, indexed_source
 from lightning_slt.sampling.steps import LossFn, NoLossError
 from lightning_slt.susceptibility.firing import measure_susceptibility
 from lightning_slt.susceptibility.shift import Shift
@@ -77,7 +78,7 @@ def estimate_susceptibility(
         device: None for where the module is.
         full_batch: every step sees all the data.
         max_shifted: samples of the shifted data at the most, a reproducible subset; None for all.
-        groups: the group of each sample of ``shifted_data``, for ``group_chi``.
+        groups: the group of each sample of ``shifted_data``, for ``group_chi``: names or numbers, None for none.
         num_samples: n, where it is not the length of ``data``.
         method: see :func:`~lightning_slt.estimate_llc`.
 
@@ -137,6 +138,9 @@ def estimate_susceptibility(
     def made(restriction: Restriction) -> Callable[[], Objective]:
         return lambda: Objective(module, loss_fn, restriction, device, weights=state)
 
+    if isinstance(module, nn.Module):  # what it is otherwise is said below
+        for name, restriction in (components or {}).items():
+            select_parameters(without_fabric(module), restriction, f"components[{name!r}]")
     with torch.inference_mode(False), preserve_rng(seed):
         # all of them once, so that a name that matches nothing is not found after an hour of chains
         objectives = {name: made(restriction)() for name, restriction in wanted.items()}
@@ -150,7 +154,7 @@ def estimate_susceptibility(
         if groups is not None and len(groups) != total:
             raise ValueError(f"groups: {len(groups)} of them for {total} samples of shifted_data; give one a sample.")
         numbers = choose_samples(total, max_shifted, seed)
-        group = [groups[i] for i in numbers] if groups is not None else None
+        group = [group_name(groups[i]) for i in numbers] if groups is not None else None
         shift = Shift.of(source, Samples.of(other, numbers), seed, group)
         try:
             return measure_susceptibility(

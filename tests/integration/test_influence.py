@@ -419,8 +419,9 @@ class Weighs(Net):
         return cross_entropy(self.net(batch[0]), batch[1], weight=torch.linspace(1.0, 9.0, models.CLASSES))
 
 
-def test_a_weighted_mean_is_said_to_read_samples_without_their_weights(tmp_path: Path) -> None:
-    weighted, plain = probing(), probing()
+@pytest.mark.parametrize("changes", [{}, {"batch_size": models.SAMPLES}], ids=["minibatches", "all the data at once"])
+def test_a_weighted_mean_is_said_to_read_samples_without_their_weights(changes: Any, tmp_path: Path) -> None:
+    weighted, plain = probing(**changes), probing(**changes)
     Scenario(Weighs, loaders).run(tmp_path / "a", weighted)
     Scenario(Net, loaders).run(tmp_path / "b", plain)
     assert all("its loss alone, without its weight" in found.notes[-1] for found in weighted.influences)
@@ -596,6 +597,40 @@ def test_a_sample_that_lacks_its_label_is_named(tmp_path: Path) -> None:
     message = r"probe: its samples give the step \[Tensor\], and a batch of the training data is \[Tensor, Tensor\]"
     with pytest.raises(ValueError, match=message):
         Scenario(Net, loaders).run(tmp_path, probing(TensorDataset(tensors().tensors[0])))
+
+
+class OfTwo(Net):
+    def loss(self, batch: Any) -> Tensor:
+        assert len(batch) == 2
+        return super().loss(batch)
+
+
+@pytest.mark.parametrize("measures", [["influence"], ["susceptibility"]])
+def test_queries_that_have_more_than_the_step_takes_are_named(measures: list[str], tmp_path: Path) -> None:
+    """The assertion of the step says nothing itself."""
+    three = TensorDataset(*tensors(6).tensors, torch.arange(6))
+    message = (
+        r"query: its samples give the step \[Tensor, Tensor, Tensor\], and a batch of the training data is "
+        r"\[Tensor, Tensor\]"
+    )
+    monitor = probing(query=three, measures=measures, on_failure="warn")
+    with pytest.warns(UserWarning, match=message):
+        Scenario(OfTwo, loaders).run(tmp_path, monitor)
+    assert len(monitor.estimates) == 3 and not monitor.influences and not monitor.susceptibilities
+    taken = probing(query=three, measures=measures)  # where the step passes over what it has no use for
+    Scenario(Passes, loaders).run(tmp_path / "b", taken)
+    assert len(taken.influences) + len(taken.susceptibilities) == 3
+
+
+class Passes(Net):
+    def loss(self, batch: Any) -> Tensor:
+        return super().loss(batch[:2])
+
+
+def test_a_loss_that_couples_samples_is_no_fault_of_what_they_have_besides(tmp_path: Path) -> None:
+    three = TensorDataset(*tensors(6).tensors, torch.arange(6))
+    with pytest.raises(CoupledLossError, match="not defined for such a loss"):
+        Scenario(Contrastive, loaders).run(tmp_path, probing(three))
 
 
 def test_a_dataset_that_changes_between_reads_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

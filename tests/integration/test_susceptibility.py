@@ -160,6 +160,11 @@ def test_a_failure_leaves_training_and_the_learning_coefficient(
         (["susceptibility"], None, "'susceptibility' needs samples to look at: give probe="),
         ([{"name": "susceptibility", "component": {}}], True, "'susceptibility' has no component"),
         ([{"name": "susceptibility", "components": {"A b": "*"}}], True, "component 'A b'"),
+        (
+            [{"name": "susceptibility", "components": {"all": ["*"], "head": ["fc.*"]}}],
+            True,
+            r"SLTMonitor: measures: components\['head'\]: 'fc\.\*' matches no parameter.*net\.0\.weight",
+        ),
     ],
 )
 def test_wrong_measures_are_refused_before_training(
@@ -168,6 +173,18 @@ def test_wrong_measures_are_refused_before_training(
     monitor = SLTMonitor(measures=measures, probe=probe)  # type: ignore[arg-type]
     with pytest.raises(MisconfigurationException, match=message):
         Scenario(Net, loaders).run(tmp_path, monitor)
+
+
+def test_a_component_that_has_been_frozen_since_is_named(tmp_path: Path) -> None:
+    class Freezes(Net):
+        def on_before_zero_grad(self, optimizer: Any) -> None:
+            self.net[0].requires_grad_(False)  # type: ignore[index, union-attr]
+
+    components = {"first": ["net.0.*"], "rest": ["net.4.*"]}
+    monitor = tiny_monitor(probe=7, measures={"name": "susceptibility", "components": components}, on_failure="warn")
+    with pytest.warns(UserWarning, match=r"measures: components\['first'\]: every parameter matched .* is frozen"):
+        Scenario(Freezes, loaders).run(tmp_path, monitor)
+    assert len(monitor.estimates) == 3 and not monitor.susceptibilities
 
 
 def test_data_without_an_index_is_refused_before_training(tmp_path: Path) -> None:

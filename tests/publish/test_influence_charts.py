@@ -129,6 +129,13 @@ def test_many_groups_have_no_numbers_and_not_every_name():
     assert "units" not in left.get_title()
 
 
+def test_names_of_many_groups_do_not_lie_on_each_other():
+    figure = influence_figure(make_influence(n=60, classes=39, groups=tuple(f"group {k}" for k in range(39))))
+    figure.canvas.draw()
+    rows = [t.get_window_extent() for t in figure.axes[0].texts if t.get_gid() == "row"]
+    assert len(rows) == 20 and all(low.y1 <= high.y0 for high, low in itertools.pairwise(rows))
+
+
 def test_long_names_of_groups_keep_their_beginning():
     names = ("transportation_vehicle", "a name of several words", "short")
     left = influence_figure(make_influence(groups=names)).axes[0]
@@ -140,6 +147,11 @@ def test_histogram_has_every_sample_with_self_influence():
     assert sum(heights(right)) == 30 and right.get_xscale() == "log"
     edges = right.patches[0].get_data().edges
     assert min(edges) == pytest.approx(0.5) and len(heights(right)) == 39
+    few = influence_figure(make_influence(n=3, self_influence=torch.tensor([0.15, 0.5, 0.9]).double())).axes[1]
+    few.figure.canvas.draw()
+    low, high = few.get_xlim()
+    shown = [t.get_text() for t, at in zip(few.get_xticklabels(), few.get_xticks(), strict=True) if low <= at <= high]
+    assert shown == ["0.2", "0.5"]  # no power of ten is among them
     some = influence_figure(make_influence(n=4, self_influence=torch.tensor([0.0, 1.0, 4.0, math.nan]).double()))
     assert sum(heights(some.axes[1])) == 2
     assert some.axes[1].get_title() == "2 samples have none"
@@ -379,6 +391,17 @@ def test_labels_of_lines_that_end_together_do_not_lie_on_each_other():
         assert boxes[0].y0 > frame.y0 - 10 and boxes[-1].y1 < frame.y1 + 10
     low, high = widest_text(figure)
     assert low > 0 and high < 1000
+    # nor on what is written beside the other axes
+    left, right = figure.axes
+    beside = [right.yaxis.label, *right.get_yticklabels()]
+    assert max(t.get_window_extent().x1 for t in left.texts) < min(t.get_window_extent().x0 for t in beside)
+
+
+def test_steps_of_trajectories_are_whole():
+    some = [e.replace(step=k + 3) for k, e in enumerate(history(firings=2))]
+    for axes in trajectories_figure(some).axes:
+        ticks = axes.get_xticks()
+        assert len(ticks) >= 2 and (ticks == ticks.round()).all()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from lightning_slt.influence import ProbeSet
 from lightning_slt.sampling.batches import MinibatchSource
+from lightning_slt.sampling.probe import CoupledLossError
 
 Collate = Callable[[list[Any]], Any]
 SHOWN = 4
@@ -78,6 +79,8 @@ def explained(error: Exception, probes: Optional[ProbeSet], source: MinibatchSou
         probes: the samples; None where they could not be read.
         source: the chains' minibatches, which have the structure that the step expects.
     """
+    if isinstance(error, CoupledLossError):  # it is the loss, whatever the samples have besides
+        return error
     for name, samples in (("probe", probes and probes.train), ("query", probes and probes.query)):
         if not samples or not samples.batches:
             continue
@@ -86,8 +89,8 @@ def explained(error: Exception, probes: Optional[ProbeSet], source: MinibatchSou
         except Exception:  # what is wrong is the data, which the error says
             return error
         # further down a list may be one of the samples, such as the targets of a detector
-        short = isinstance(expected, (list, tuple)) and isinstance(ours, (list, tuple)) and len(ours) < len(expected)
-        if short or _differ(ours, expected):
+        listed = isinstance(expected, (list, tuple)) and isinstance(ours, (list, tuple))
+        if (listed and len(ours) != len(expected)) or _differ(ours, expected):
             return ValueError(
                 f"{name}: its samples give the step {_shape(ours)}, and a batch of the training data is "
                 f"{_shape(expected)}. Give {name}=Dataset whose samples, once collated, have that structure (for "
