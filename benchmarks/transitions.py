@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lightning_slt import Transition, TransitionDetector, detect_transitions
 from lightning_slt.transitions.evidence import scatter
-from tests.transitions.curves import KINDS, NULLS, Curve, hits, make
+from tests.transitions.curves import KINDS, NULLS, Curve, hits, make, matched
 from tests.transitions.test_detection import recorded
 
 
@@ -108,11 +108,7 @@ def report(name: str, kinds: dict[str, list[Curve]]) -> None:
                 before, after = (1.0, max(6.0, 0.1 * n)) if online else (3.0, 3.0)
                 taken, right, wrong = hits(curve, flags, before, after)
                 row += taken, right, wrong, curve.onset.size - taken
-                delays += [
-                    min(place - on for on in curve.onset if on - before <= place)
-                    for place in at
-                    if any(on - before <= place <= off + after for on, off in zip(curve.onset, curve.end, strict=True))
-                ]
+                delays += [place - curve.onset[j] for (place, _), j in matched(curve, flags, before, after)]
                 if curve.onset.size == 0:
                     nulls, null_points, null_hit = nulls + 1, null_points + n, null_hit + bool(found)
                     null_false += len(found)

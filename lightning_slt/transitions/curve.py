@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from lightning_slt.transitions.evidence import Array
 
 
@@ -27,11 +29,41 @@ class Step:
 
 @dataclass(frozen=True)
 class Curve:
-    """Both channels by point, spikes of the coefficient removed, with the scatter around each point."""
+    """Both channels by point, with the scatter around each point.
+
+    Attributes:
+        steps: of training.
+        llc: spikes removed.
+        llc_scatter: of it.
+        loss: as it was given: what is told of a step.
+        loss_scatter: of it.
+        fall: the loss as steps are looked for in it, see :func:`in_proportion`.
+        fall_scatter: of it.
+        persistence: autocorrelation of the noise of ``llc``.
+    """
 
     steps: Array
     llc: Array
     llc_scatter: Array
     loss: Array
     loss_scatter: Array
+    fall: Array
+    fall_scatter: Array
     persistence: float = 0.0
+
+
+def in_proportion(loss: Array) -> Array:
+    """``log(loss / min loss)`` of one that is positive throughout; any other as it is.
+
+    A loss falls by orders of magnitude in a run, and each stage takes a share of what is left: the last ones are small
+    beside the first, on whose tail they lie.
+
+    Example:
+        >>> in_proportion(np.array([100.0, 10.0, 1.0])).round(3), in_proportion(np.array([1.0, 0.0, -1.0]))
+        (array([4.605, 2.303, 0.   ]), array([ 1.,  0., -1.]))
+    """
+    least = float(loss.min(initial=np.inf))
+    if not 1e-300 < least < np.inf:
+        return loss
+    # not the difference of two logarithms: of a loss with a large constant in it these are one number
+    return np.log1p((loss - least) / least)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lightning_slt.kinds import check_number
-from lightning_slt.transitions.curve import Curve, Step
+from lightning_slt.transitions.curve import Curve, Step, in_proportion
 from lightning_slt.transitions.evidence import MIN_POINTS, SIZES, persistence, scatter, without_spikes
 from lightning_slt.transitions.newest import newest_step
 from lightning_slt.transitions.pauses import goes_on
@@ -148,12 +148,15 @@ class TransitionDetector:
         n, lo = steps.size, max(0, self._base - self._dropped)
         # the newest points give the scale: it may change in the course of a run
         sigma = float(rolling_scatter(llcs[-LOCAL:], errors[-LOCAL:])[-1])
+        fall = in_proportion(losses)
         curve = Curve(
             steps=steps,
             llc=without_spikes(llcs, sigma),
             llc_scatter=np.full(n, sigma),
             loss=losses,
             loss_scatter=np.full(n, scatter(losses[-LOCAL:])),
+            fall=fall,
+            fall_scatter=np.full(n, scatter(fall[-LOCAL:])),
             persistence=persistence(llcs),
         )
         self._judge(curve, steps, llcs)

@@ -83,7 +83,7 @@ class _Windows:
 def _windows(curve: Curve, hi: int, num_sizes: int) -> _Windows:
     sizes = np.array(SIZES[:num_sizes])
     reach = int(sizes[-1])
-    llc, loss = curve.llc[hi - reach : hi], curve.loss[hi - reach : hi]
+    llc, loss = curve.llc[hi - reach : hi], curve.fall[hi - reach : hi]
     both = np.stack([llc - llc[-1], loss - loss[-1]], axis=1)
     # sums over each window, from sums from the newest point backwards
     sums = np.cumsum(both[::-1], axis=0)[sizes - 1]
@@ -93,7 +93,7 @@ def _windows(curve: Curve, hi: int, num_sizes: int) -> _Windows:
         steps=curve.steps[hi - reach : hi],
         llc=llc,
         both=both,
-        noise=np.array([curve.llc_scatter[hi - 1], curve.loss_scatter[hi - 1]]),
+        noise=np.array([curve.llc_scatter[hi - 1], curve.fall_scatter[hi - 1]]),
         sums=sums,
         total=np.maximum(squares - sums**2 / sizes[:, None], 0.0),
         largest=np.maximum.accumulate(np.abs(np.stack([llc, loss], axis=1))[::-1], axis=0)[sizes - 1],

@@ -46,8 +46,8 @@ def _missing(fall: Array, length: Array, reach: int) -> Array:
 
 def pauses(curve: Curve, first: float, last: float) -> list[int]:
     """Points at which the fall of the loss or the rise of the coefficient pauses between two places."""
-    lo, hi = max(0, math.floor(first)), min(curve.loss.size, math.ceil(last) + 1)
-    both = ((curve.loss, curve.loss_scatter), (-curve.llc, curve.llc_scatter))
+    lo, hi = max(0, math.floor(first)), min(curve.fall.size, math.ceil(last) + 1)
+    both = ((curve.fall, curve.fall_scatter), (-curve.llc, curve.llc_scatter))
     steps = curve.steps[lo:hi]
     found = [pause(values[lo:hi], float(np.max(scatter[lo:hi], initial=0.0)), steps) for values, scatter in both]
     return [lo + place for place in found if place is not None]
@@ -65,7 +65,7 @@ def goes_on(curve: Curve, first: tuple[float, float], second: tuple[float, float
         second: those of the other.
     """
     (start, end), (again, last) = first, second
-    if any(_slows(values, start, end, again, last) for values in (curve.llc, curve.loss)):
+    if any(_slows(values, start, end, again, last) for values in (curve.llc, curve.fall)):
         return False
     return not pauses(curve, start, last)
 

@@ -64,7 +64,7 @@ def turn(curve: Curve, lo: int, hi: int) -> Step | None:
     rise, seen = float(risen[dip]), llc.size - 1 - dip
     if seen < 2 or depth[dip] < least or rise < least:
         return None
-    falls = rises(-curve.loss[lo + dip : hi], float(curve.loss_scatter[hi - 1]))[0]
+    falls = rises(-curve.fall[lo + dip : hi], float(curve.fall_scatter[hi - 1]))[0]
     score = min(float(rises(llc[dip:], sigma)[0]), float(falls))
     place = float(lo + dip)
     return Step(score, place, place + seen / 2, place + seen, rise, sigma * math.sqrt(2.0))

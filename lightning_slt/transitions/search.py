@@ -96,9 +96,9 @@ def _windows_of(curve: Curve, lo: int, hi: int, size: int) -> _Windows:
     starts = np.arange(lo, hi - size + 1)
     places = starts[:, None] + np.arange(size)
     sigma, loss_sigma = (
-        np.sqrt(np.mean(scatter[places] ** 2, axis=1)) for scatter in (curve.llc_scatter, curve.loss_scatter)
+        np.sqrt(np.mean(scatter[places] ** 2, axis=1)) for scatter in (curve.llc_scatter, curve.fall_scatter)
     )
-    return _Windows(starts, curve.steps[places], curve.llc[places], sigma, curve.loss[places], loss_sigma)
+    return _Windows(starts, curve.steps[places], curve.llc[places], sigma, curve.fall[places], loss_sigma)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lightning_slt.transitions.curve import Curve, Step
+from lightning_slt.transitions.curve import Curve, Step, in_proportion
 from lightning_slt.transitions.evidence import MIN_POINTS, SIZES, Array, persistence, without_spikes
 from lightning_slt.transitions.newest import newest_step
 from lightning_slt.transitions.pauses import pauses
@@ -82,9 +82,16 @@ def detect_transitions(
     x, y, se, z = x[ok], y[ok], se[ok], z[ok]
     if x.size < MIN_POINTS:
         return []
-    sigma = rolling_scatter(y, se)
+    sigma, fall = rolling_scatter(y, se), in_proportion(z)
     curve = Curve(
-        x, without_spikes(y, float(np.median(sigma))), sigma, z, rolling_scatter(z, np.empty(0)), persistence(y)
+        steps=x,
+        llc=without_spikes(y, float(np.median(sigma))),
+        llc_scatter=sigma,
+        loss=z,
+        loss_scatter=rolling_scatter(z, np.empty(0)),
+        fall=fall,
+        fall_scatter=rolling_scatter(fall, np.empty(0)),
+        persistence=persistence(y),
     )
     found: list[tuple[Step, State]] = []
     stretches = [(0, x.size)]

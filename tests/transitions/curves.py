@@ -85,15 +85,23 @@ def make(kind: str, seed: int) -> Curve:
     )  # fmt: skip
 
 
-def hits(curve: Curve, found: list[tuple[float, int]], before: float, after: float) -> tuple[int, int, int]:
-    """(hits, right signs, false): each flag at a point takes one transition of ``onset - before .. end + after``."""
-    free = set(range(curve.onset.size))
-    right = 0
+def matched(
+    curve: Curve, found: list[tuple[float, int]], before: float, after: float
+) -> list[tuple[tuple[float, int], int]]:
+    """Each flag with the number of the transition it takes, of those whose ``onset - before .. end + after`` it lies in
+    and that none has taken before; one that takes none is left out."""
+    free, pairs = set(range(curve.onset.size)), []
     for place, sign in found:
         near = [j for j in free if curve.onset[j] - before <= place <= curve.end[j] + after]
         if near:
             best = min(near, key=lambda j: abs(curve.onset[j] + curve.end[j] - 2 * place))
             free.discard(best)
-            right += int(curve.sign[best] == sign)
-    taken = curve.onset.size - len(free)
-    return taken, right, len(found) - taken
+            pairs.append(((place, sign), best))
+    return pairs
+
+
+def hits(curve: Curve, found: list[tuple[float, int]], before: float, after: float) -> tuple[int, int, int]:
+    """(hits, right signs, false): each flag at a point takes one transition of ``onset - before .. end + after``."""
+    pairs = matched(curve, found, before, after)
+    right = sum(int(curve.sign[number] == sign) for (_, sign), number in pairs)
+    return len(pairs), right, len(found) - len(pairs)

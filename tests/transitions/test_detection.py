@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from lightning_slt import Transition, TransitionDetector, TransitionMonitor, det
 from lightning_slt.transitions import search
 from lightning_slt.transitions.curve import Curve as Points
 from lightning_slt.transitions.pauses import goes_on
-from tests.transitions.curves import KINDS, NULLS, Curve, hits, make
+from tests.transitions.curves import KINDS, NULLS, Curve, hits, make, matched
 
 DATA = Path(__file__).parent / "data" / "deep_linear.npz"
 
@@ -87,16 +88,77 @@ def test_deep_linear_networks_show_the_modes_that_are_learned(way: str, floor: f
 def test_a_stage_is_flagged_while_its_loss_still_speeds_up() -> None:
     """A saddle that is left shows in the loss first, and there as a fall that goes faster and faster.
 
-    The median delay from onset is 5.0 points; 9.9 where such a course of the loss counts as a smooth one.
+    The mean delay from onset, each flag counted for one boundary, is 8.9 points; 9.5 where such a course of the loss
+    counts as a smooth one, 9.4 where the loss is not looked at in proportion.
     """
     delays = []
     for curve in recorded():
         late = max(6.0, 0.1 * curve.steps.size)
-        flags = [at for at, _ in online(curve)]
-        for onset, end in zip(curve.onset, curve.end, strict=True):
-            delays += [at - onset for at in flags if onset - 1 <= at <= end + late][:1]
+        delays += [at - curve.onset[j] for (at, _), j in matched(curve, online(curve), 1.0, late)]
     assert len(delays) >= 25  # of 26
-    assert float(np.median(delays)) < 6.0
+    assert float(np.mean(delays)) < 9.2
+
+
+def late_stages(seed: int) -> Curve:
+    """Three stages, each of which takes the loss down to a tenth of what it was."""
+    rng, x = np.random.default_rng(seed), np.arange(90.0)
+    centres, half = np.array([15.0, 40.0, 65.0]), 8.0
+    done = (1 / (1 + np.exp((centres[:, None] - x) * np.log(9) / half))).sum(axis=0)
+    loss = 10 ** (1 - done) * np.exp(0.003 * rng.normal(size=90))
+    return Curve(
+        100 * x, 10 + 3 * done + rng.normal(size=90), np.ones(90), loss, centres - half, centres + half, np.ones(3)
+    )
+
+
+def test_a_late_stage_is_found_beside_those_before_it() -> None:
+    """What a stage takes of the loss is a share of what is left.
+
+    Where differences of the loss count, 16 of the 24 are found online: the others lie on the tails of larger ones.
+    """
+    curves = [late_stages(seed) for seed in range(8)]
+    now, then = (np.sum([hits(c, way(c), 1.0, 9.0) for c in curves], axis=0) for way in (online, offline))
+    assert now[0] >= 22 and now[2] <= 1
+    assert then[0] >= 22 and then[2] == 0
+
+
+def test_the_units_of_the_loss_and_its_sign_do_not_matter() -> None:
+    """Of a loss that is not positive throughout no share can be told: differences count, as of any with a large
+    constant in it."""
+    curve = late_stages(0)
+    places = [at for at, _ in offline(curve)]
+    for factor in (1e-12, 1e12):
+        same = Curve(curve.steps, curve.llc, curve.llc_se, factor * curve.loss, curve.onset, curve.end, curve.sign)
+        assert [at for at, _ in offline(same)] == pytest.approx(places)
+    one = np.array([1])
+    raised, below = (
+        Curve(curve.steps, curve.llc, curve.llc_se, curve.loss + constant, one, one, one) for constant in (1e9, -3.0)
+    )
+    assert offline(raised) == offline(below) != []
+
+
+def decays(*times: float) -> list[Curve]:
+    """Losses that decay smoothly, down to floors over decades, beside a coefficient that rises smoothly; even and
+    logarithmic grids. ``times``: in which a decay is down to a share 1/e, of the whole run."""
+    grids = np.linspace(10, 1e4, 100), np.unique(np.round(np.geomspace(10, 1e4, 100)))
+    curves, none = [], np.empty(0)
+    for number, (grid, floor, tau, power) in enumerate(
+        itertools.product(grids, (0.0, 1e-4, 1e-2, 0.1), times, (False, True))
+    ):
+        rng, t = np.random.default_rng(number), grid / 1e4
+        falls = (1 + t / tau) ** -2.0 if power else np.exp(-t / tau)
+        loss = (falls + floor + 1e-8) * np.exp(0.003 * rng.normal(size=t.size))
+        llc = 10 + 12 * (1 - np.exp(-t / (2 * tau))) + rng.normal(size=t.size)
+        curves.append(Curve(grid, llc, np.ones(t.size), loss, none, none, none))
+    return curves
+
+
+def test_a_smooth_decay_over_decades_is_no_transition() -> None:
+    curves = decays(0.1, 0.2, 0.3)
+    assert len(curves) == 48
+    assert sum(len(offline(curve)) for curve in curves) == 0
+    assert sum(len(online(curve)) for curve in curves) <= 1  # in 4,800 points: 0.05 in 100 are tolerated
+    # over within a few points, some are: 8 of 16 where differences of the loss count
+    assert sum(bool(offline(curve)) for curve in decays(0.05)) <= 3
 
 
 def test_curves_without_a_transition_are_left_alone_offline() -> None:
@@ -464,7 +526,7 @@ def test_what_lies_between_two_changes_tells_whether_the_second_is_the_rest_of_t
     parts = (10.0, 20.0), (30.0, 40.0)
 
     def goes_on_in(llc: np.ndarray, loss: np.ndarray) -> bool:
-        return goes_on(Points(at, llc, np.full(60, 0.1), loss, np.full(60, 0.1)), *parts)
+        return goes_on(Points(at, llc, np.full(60, 0.1), loss, np.full(60, 0.1), loss, np.full(60, 0.1)), *parts)
 
     assert goes_on_in(ramp, -ramp)
     assert not goes_on_in(slow, -ramp)
@@ -472,7 +534,7 @@ def test_what_lies_between_two_changes_tells_whether_the_second_is_the_rest_of_t
     # a loss that is level says nothing
     assert goes_on_in(ramp, np.zeros(60))
     # scatter that hides the pause does not make it a ramp
-    assert not goes_on(Points(at, slow, np.full(60, 50.0), -slow, np.full(60, 50.0)), *parts)
+    assert not goes_on(Points(at, slow, np.full(60, 50.0), -slow, np.full(60, 50.0), -slow, np.full(60, 50.0)), *parts)
 
 
 @pytest.mark.parametrize(
