@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_slt.transitions.evidence import Array
+from lightning_slt.transitions.evidence import REACH, Array, without_spikes
+
+_WITNESS = 3.0  # standard errors by which the loss falls over the newest two points
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,24 @@ class Curve:
     fall: Array
     fall_scatter: Array
     persistence: float = 0.0
+
+
+def newest_as_seen(llc: Array, sigma: float, fall: Array, fall_sigma: float) -> Array:
+    """The coefficient online, spikes removed: at the newest edge a rise is held back until three points stand on its
+    far side, or two of three where the loss falls beside it, which it does beside no spike.
+
+    Args:
+        llc: ``[n]``.
+        sigma: its scatter.
+        fall: ``[n]``, the loss in proportion.
+        fall_sigma: its scatter.
+    """
+    seen = without_spikes(llc, sigma)
+    if llc.size < 5 or not fall[-3] - fall[-1] > _WITNESS * np.sqrt(2.0) * fall_sigma:
+        return seen
+    highest = float(np.median(llc[-3:])) + REACH * sigma
+    seen[-2:] = np.maximum(seen[-2:], np.minimum(llc[-2:], highest))
+    return seen
 
 
 def in_proportion(loss: Array) -> Array:

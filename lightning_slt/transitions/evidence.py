@@ -35,6 +35,7 @@ _LOGISTIC = 2 * math.log(9)  # the 10 % to 90 % width of a logistic of scale one
 _RATES = (2.0, 4.0, 8.0, 16.0)  # of the decays, in a window's length
 _SEEN = 0.25  # share of an unfinished ramp that lies in the window, and at least _SEEN_POINTS
 _SEEN_POINTS = 3
+REACH = 3.5  # in units of the scatter, from the points around: beyond it a point is a spike
 SHAPE_ERROR = 0.03  # share of a change by which a real step departs from a logistic one
 
 
@@ -216,7 +217,7 @@ def scatter(values: Array) -> float:
     return float(1.4826 * np.median(np.abs(np.diff(values, 2))) / math.sqrt(6.0))
 
 
-def without_spikes(values: Array, sigma: float, reach: float = 3.5) -> Array:
+def without_spikes(values: Array, sigma: float, reach: float = REACH) -> Array:
     """Values further than ``reach`` sigma from the median of the five around them, brought to that distance.
 
     A single point never makes a step: at the newest edge the median is of the last five, so a step of one point's width

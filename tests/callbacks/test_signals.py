@@ -50,6 +50,15 @@ def test_ctrl_c_and_what_no_python_code_answers_are_left_alone() -> None:
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR2)] == handlers
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A job in the background begins with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_waits_where_other_ranks_wait_for_the_chains(answered: list[int]) -> None:
     """It breaks off what else runs to its end, and comes last, since nothing is sent after what it raises."""
 

@@ -304,6 +304,7 @@ def _ctrl_c(folder: Path, world: int, on_failure: str) -> Result:
     monitor = tiny_monitor(every_n_train_steps=2, num_chains=1, on_failure=on_failure)
     callbacks = [Requeues(folder / "requeue.ckpt"), OnExceptionCheckpoint(folder, "interrupted"), monitor]
     ended: list[str] = []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins with it ignored
     try:
         make = ranks_of(world, enable_checkpointing=True)
         Scenario(InterruptsAll, loaders, make).run(folder, *callbacks)
