@@ -11,7 +11,7 @@ import numpy as np
 
 from lightning_slt.kinds import check_number
 from lightning_slt.transitions.curve import Curve, Step, in_proportion, newest_as_seen
-from lightning_slt.transitions.evidence import MIN_POINTS, SIZES, persistence, scatter
+from lightning_slt.transitions.evidence import MIN_POINTS, ROUNDING, SIZES, persistence, scatter
 from lightning_slt.transitions.newest import newest_step
 from lightning_slt.transitions.pauses import goes_on
 from lightning_slt.transitions.reading import LOCAL, loss_change, rolling_scatter, transition_of
@@ -149,7 +149,7 @@ class TransitionDetector:
         # the newest points give the scale: it may change in the course of a run
         sigma = float(rolling_scatter(llcs[-LOCAL:], errors[-LOCAL:])[-1])
         fall = in_proportion(losses)
-        fall_sigma = scatter(fall[-LOCAL:])
+        fall_sigma = max(scatter(fall[-LOCAL:]), ROUNDING if fall is not losses else 0.0)
         curve = Curve(
             steps=steps,
             llc=newest_as_seen(llcs, sigma, fall, fall_sigma),

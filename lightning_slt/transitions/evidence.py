@@ -35,6 +35,7 @@ _LOGISTIC = 2 * math.log(9)  # the 10 % to 90 % width of a logistic of scale one
 _RATES = (2.0, 4.0, 8.0, 16.0)  # of the decays, in a window's length
 _SEEN = 0.25  # share of an unfinished ramp that lies in the window, and at least _SEEN_POINTS
 _SEEN_POINTS = 3
+ROUNDING = 1e-10  # of a value: less than that is no difference
 REACH = 3.5  # in units of the scatter, from the points around: beyond it a point is a spike
 SHAPE_ERROR = 0.03  # share of a change by which a real step departs from a logistic one
 
@@ -172,7 +173,7 @@ def fits(windows: Array, sigma: Array, b: Bank, steps: Array | None = None) -> F
     height = coefficient * b.scales
     floor = np.maximum(sigma[:, None] ** 2, (SHAPE_ERROR * height) ** 2)
     # a constant curve has no scatter at all; what rounding leaves of it must not become evidence
-    rounding = 1e-10 * np.abs(windows).max(axis=1, keepdims=True) + 1e-150
+    rounding = ROUNDING * np.abs(windows).max(axis=1, keepdims=True) + 1e-150
     floor, misfit = np.maximum(floor, rounding**2), rss / (size - 4)
     variance = np.maximum(floor, misfit)
     return Fits(

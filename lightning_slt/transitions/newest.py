@@ -9,9 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_slt.transitions.curve import Curve, Step
-from lightning_slt.transitions.evidence import SHAPE_ERROR, SIZES, Array, bank, evenly_spaced, smooth_in_steps
+from lightning_slt.transitions.evidence import (
+    ROUNDING,
+    SHAPE_ERROR,
+    SIZES,
+    Array,
+    bank,
+    evenly_spaced,
+    smooth_in_steps,
+)
 from lightning_slt.transitions.rises import first_half, largest_between, rises
-from lightning_slt.transitions.search import HIDDEN, LARGEST
+from lightning_slt.transitions.search import AGAINST, HIDDEN, LARGEST
 
 _REPEATED = 0.85  # of the evidence counts online, where the search is repeated at every point; docs/transitions.md
 
@@ -64,16 +72,17 @@ def _banks(num_sizes: int) -> _Banks:
 
 @dataclass(frozen=True)
 class _Windows:
-    """The windows of all sizes that end at the newest point; two channels: the coefficient, the loss."""
+    """The windows of all sizes that end at the newest point."""
 
     sizes: Array  # [num_sizes]
     steps: Array  # [reach], of the largest window
     llc: Array  # [reach]
-    both: Array  # [reach, 2], above the newest point
-    noise: Array  # [2], scatter of the newest point
-    sums: Array  # [num_sizes, 2], of ``both``
-    total: Array  # [num_sizes, 2], sum of squares about the mean
-    largest: Array  # [num_sizes, 2], magnitude
+    both: Array  # [reach, 3], above the newest point: the coefficient, the loss in proportion, the loss as given
+    noise: Array  # [3], scatter of the newest point
+    sums: Array  # [num_sizes, 3], of ``both``
+    total: Array  # [num_sizes, 3], sum of squares about the mean
+    largest: Array  # [num_sizes, 3], magnitude
+    has_proportion: bool  # the losses are two
 
     @property
     def reach(self) -> int:
@@ -83,8 +92,8 @@ class _Windows:
 def _windows(curve: Curve, hi: int, num_sizes: int) -> _Windows:
     sizes = np.array(SIZES[:num_sizes])
     reach = int(sizes[-1])
-    llc, loss = curve.llc[hi - reach : hi], curve.fall[hi - reach : hi]
-    both = np.stack([llc - llc[-1], loss - loss[-1]], axis=1)
+    llc, fall, loss = (values[hi - reach : hi] for values in (curve.llc, curve.fall, curve.loss))
+    both = np.stack([llc - llc[-1], fall - fall[-1], loss - loss[-1]], axis=1)
     # sums over each window, from sums from the newest point backwards
     sums = np.cumsum(both[::-1], axis=0)[sizes - 1]
     squares = np.cumsum(both[::-1] ** 2, axis=0)[sizes - 1]
@@ -93,16 +102,18 @@ def _windows(curve: Curve, hi: int, num_sizes: int) -> _Windows:
         steps=curve.steps[hi - reach : hi],
         llc=llc,
         both=both,
-        noise=np.array([curve.llc_scatter[hi - 1], curve.fall_scatter[hi - 1]]),
+        noise=np.array([curve.llc_scatter[hi - 1], curve.fall_scatter[hi - 1], curve.loss_scatter[hi - 1]]),
         sums=sums,
         total=np.maximum(squares - sums**2 / sizes[:, None], 0.0),
-        largest=np.maximum.accumulate(np.abs(np.stack([llc, loss], axis=1))[::-1], axis=0)[sizes - 1],
+        largest=np.maximum.accumulate(np.abs(np.stack([llc, fall, loss], axis=1))[::-1], axis=0)[sizes - 1],
+        has_proportion=curve.has_proportion,
     )
 
 
 @dataclass(frozen=True)
 class _Ramps:
-    """What each ramp says of its window; arrays ``[num_ramps, 2]``."""
+    """What each ramp says of its window; arrays ``[num_ramps, 3]``, in the order of :attr:`_Windows.both`, unless said
+    otherwise."""
 
     height: Array
     floor: Array  # least variance of a point
@@ -114,13 +125,18 @@ class _Ramps:
 
 def _ramps(windows: _Windows, b: _Banks) -> _Ramps:
     coefficient, beside, smooth = _fitted(windows, b)
+    left = np.maximum(windows.total - smooth, 0.0)
     rss = np.maximum(windows.total[b.which] - coefficient**2, 0.0)
     height = coefficient * b.scales[:, None]
     misfit = rss / (windows.sizes[b.which, None] - 4)
     # a constant curve has no scatter at all; what rounding leaves of it must not become evidence
-    rounding = 1e-10 * windows.largest[b.which] + 1e-150
-    floor = np.maximum((SHAPE_ERROR * height) ** 2, np.maximum(windows.noise**2, rounding**2))
-    evidence = (np.maximum(windows.total - smooth, 0.0)[b.which] - rss) / np.maximum(floor, misfit)
+    rounding = ROUNDING * windows.largest + 1e-150
+    floor = np.maximum((SHAPE_ERROR * height) ** 2, np.maximum(windows.noise, rounding)[b.which] ** 2)
+    evidence = (left[b.which] - rss) / np.maximum(floor, misfit)
+    if windows.has_proportion:
+        most = np.full(len(windows.sizes), -math.inf)
+        np.maximum.at(most, b.which, np.where(height[:, 2] < 0, evidence[:, 2], -math.inf))
+        evidence[:, 1] = np.where(most[b.which] > AGAINST, evidence[:, 1], -math.inf)
     rho = _autocorrelation(windows, b, coefficient[:, 0], beside, rss[:, 0])
     # what the ramp leaves may be far below the floor, of which its autocorrelation says nothing
     contrast = coefficient[:, 0] ** 2 / np.maximum(floor[:, 0], misfit[:, 0] * (1 + rho) / (1 - rho))
@@ -129,15 +145,15 @@ def _ramps(windows: _Windows, b: _Banks) -> _Ramps:
 
 def _fitted(windows: _Windows, b: _Banks) -> tuple[Array, Array, Array]:
     """The coefficients of all ramps ``[num_ramps, 2]``, those of the ramps beside their neighbours ``[num_ramps]``, and
-    what the best smooth course explains ``[num_sizes, 2]``."""
+    what the best smooth course explains ``[num_sizes, 3]``."""
     reach, both = windows.reach, windows.both
-    coefficients, beside, smooth = [], [], np.empty((len(windows.sizes), 2))
+    coefficients, beside, smooth = [], [], np.empty((len(windows.sizes), 3))
     for i, rows in enumerate(b.rows):
         fitted, count = rows @ both[reach - windows.sizes[i] :], b.count[i]
         coefficients.append(fitted[:count])
         beside.append(fitted[count : 2 * count, 0])
-        line, bend = np.moveaxis(fitted[2 * count :].reshape(-1, 2, 2), 1, 0)
-        bend[:, 1] = np.maximum(bend[:, 1], 0.0)
+        line, bend = np.moveaxis(fitted[2 * count :].reshape(-1, 2, 3), 1, 0)
+        bend[:, 1:] = np.maximum(bend[:, 1:], 0.0)
         smooth[i] = (line**2 + bend**2).max(axis=0)
     uneven = not evenly_spaced(windows.steps)
     for i, size in enumerate(windows.sizes if uneven else ()):
@@ -146,7 +162,7 @@ def _fitted(windows: _Windows, b: _Banks) -> tuple[Array, Array, Array]:
             window - window.mean(axis=1, keepdims=True),
             windows.steps[None, reach - size :],
             True,
-            np.array([False, True]),
+            np.array([False, True, True]),
         )
         smooth[i] = np.maximum(smooth[i], courses)
     return np.concatenate(coefficients), np.concatenate(beside), smooth
@@ -209,7 +225,7 @@ def _joint(windows: _Windows, b: _Banks, ramps: _Ramps, persistence: float) -> A
 
 def _out_of_a_saddle(windows: _Windows, b: _Banks, height: Array) -> Array:
     """``[num_ramps]`` bool: the coefficient falls from a negative plateau, or to one while a saddle is being left."""
-    sigma, loss_sigma = windows.noise
+    sigma, loss_sigma, _ = windows.noise
     # the plateau before a falling step
     before = (windows.llc[-1] + windows.sums[:, 0] / windows.sizes)[b.which] - height * b.means
     # a loss that falls faster and faster while the coefficient turns negative: a saddle being left

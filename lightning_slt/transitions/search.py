@@ -12,6 +12,11 @@ The two channels of a monitored run are the learning coefficient and the loss. A
 
 Smooth means smooth by point or by training step.
 
+The loss is looked at in proportion (:func:`~lightning_slt.transitions.curve.in_proportion`): a stage takes a share of
+what is left. But any smooth loss that comes near zero falls faster and faster in its logarithm, and where zero is says
+nothing of some losses (those of densities). So the loss as it was given must not speak for a smooth course by as much
+as makes a flag.
+
 Where the coefficient is negative before a step and lower after it, the chains run downhill from a saddle that is left
 behind: no measure of complexity, hence no step.
 """
@@ -31,6 +36,7 @@ from lightning_slt.transitions.pauses import pauses
 from lightning_slt.transitions.rises import first_half, largest_between, rises
 
 LARGEST = 0.85  # of a contrast counts beside a step of the loss: it is the largest of many
+AGAINST = -12.0  # evidence of the loss as it was given, below which a step of its logarithm is not believed
 HIDDEN = 0.4  # of a rise that a fall hides, which may begin anywhere
 BLOCK = 2048  # windows of one size that are looked at together: what is held of them is some 100 kB each
 _CANDIDATES = 4  # ramps of a window that are deflated for autocorrelation, best first
@@ -86,19 +92,32 @@ class _Windows:
     sigma: Array
     loss: Array
     loss_sigma: Array
+    given: Array | None  # the loss as it was given, where that is another
+    given_sigma: Array | None
 
     def only(self, which: Array) -> _Windows:
         """Some of them, by number."""
-        return _Windows(*(getattr(self, field.name)[which] for field in dataclasses.fields(self)))
+        every = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return _Windows(*(values[which] if values is not None else None for values in every))  # type: ignore[arg-type]
 
 
 def _windows_of(curve: Curve, lo: int, hi: int, size: int) -> _Windows:
     starts = np.arange(lo, hi - size + 1)
     places = starts[:, None] + np.arange(size)
-    sigma, loss_sigma = (
-        np.sqrt(np.mean(scatter[places] ** 2, axis=1)) for scatter in (curve.llc_scatter, curve.fall_scatter)
+    sigma, loss_sigma, given_sigma = (
+        np.sqrt(np.mean(scatter[places] ** 2, axis=1))
+        for scatter in (curve.llc_scatter, curve.fall_scatter, curve.loss_scatter)
     )
-    return _Windows(starts, curve.steps[places], curve.llc[places], sigma, curve.fall[places], loss_sigma)
+    return _Windows(
+        starts=starts,
+        steps=curve.steps[places],
+        llc=curve.llc[places],
+        sigma=sigma,
+        loss=curve.fall[places],
+        loss_sigma=loss_sigma,
+        given=curve.loss[places] if curve.has_proportion else None,
+        given_sigma=given_sigma if curve.has_proportion else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -128,11 +147,16 @@ def _scored(windows: _Windows, b: Bank, min_change: float, in_steps: bool = Fals
     steps = windows.steps if in_steps else None
     first = fits(llc, sigma, b, steps)
     second = fits(loss, loss_sigma, b, steps)
+    falls = second.evidence
+    if windows.given is not None and windows.given_sigma is not None:
+        given = fits(windows.given, windows.given_sigma, b, steps)
+        most = np.where(given.height < 0, given.evidence, -math.inf).max(axis=1, keepdims=True)
+        falls = np.where(most > AGAINST, falls, -math.inf)
     rising = first.height > 0
     # what came before may have fallen, up to the middle of the ramp: a rise since then counts as well
     since = largest_between(rises(llc, sigma[:, None]), *first_half(b))
     contrast = np.maximum(np.where(rising, LARGEST * first.contrast, 0.0), HIDDEN * since)
-    joint = np.where((contrast > 0) & (second.height < 0), np.minimum(contrast, second.evidence), -math.inf)
+    joint = np.where((contrast > 0) & (second.height < 0), np.minimum(contrast, falls), -math.inf)
     score = np.maximum(first.evidence, joint)
     if min_change > 0:
         # at the most: from the lowest point, where a fall hides a rise

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lightning_slt.transitions.curve import Curve, Step, in_proportion
-from lightning_slt.transitions.evidence import MIN_POINTS, SIZES, Array, persistence, without_spikes
+from lightning_slt.transitions.evidence import MIN_POINTS, ROUNDING, SIZES, Array, persistence, without_spikes
 from lightning_slt.transitions.newest import newest_step
 from lightning_slt.transitions.pauses import pauses
 from lightning_slt.transitions.reading import rolling_scatter, transition_of
@@ -90,7 +90,7 @@ def detect_transitions(
         loss=z,
         loss_scatter=rolling_scatter(z, np.empty(0)),
         fall=fall,
-        fall_scatter=rolling_scatter(fall, np.empty(0)),
+        fall_scatter=np.maximum(rolling_scatter(fall, np.empty(0)), ROUNDING if fall is not z else 0.0),
         persistence=persistence(y),
     )
     found: list[tuple[Step, State]] = []
