@@ -14,6 +14,7 @@ from lightning_slt.transitions.transition import State, Transition, kind_of
 LOCAL = 64  # points that the scatter at a point is read from
 _FLOOR = 0.3  # of the typical chain error
 _ERRORS = 9  # points whose chain errors make the typical one
+_NEAR = 16  # points on each side that the scatter of the loss is read from
 _REACH = 5  # points on each side that the loss before and after is read from
 
 
@@ -48,8 +49,11 @@ def loss_change(loss: Array, loss_scatter: Array, step: Step) -> tuple[float, fl
     """Median of the loss in the points just after a step less that just before, with its standard error."""
     first, last = max(0, math.floor(step.onset)), min(loss.size - 1, math.ceil(step.end))
     before, after = loss[max(0, first - _REACH + 1) : first + 1], loss[last : last + _REACH]
+    # of the points around: the scatter of a loss may go with its level, and falls by orders of magnitude with it
+    own = [scatter(loss[max(0, first - _NEAR + 1) : first + 1]), scatter(loss[last : last + _NEAR])]
+    both = [min(near, float(np.max(loss_scatter))) for near in own]
     # 1.2533 is the price of a median over a mean
-    error = 1.2533 * float(np.max(loss_scatter)) * math.sqrt(1 / before.size + 1 / after.size)
+    error = 1.2533 * math.sqrt(both[0] ** 2 / before.size + both[1] ** 2 / after.size)
     return float(np.median(after) - np.median(before)), error
 
 

@@ -332,6 +332,17 @@ def test_kinds_follow_both_channels() -> None:
         assert [t.kind for t in detect_transitions(x, llc, np.ones(60), loss)] == [kind]
 
 
+def test_a_late_stage_is_seen_to_lower_the_loss() -> None:
+    """Its change is small beside the scatter of the loss at the beginning, which goes with the level."""
+    x = np.arange(90.0)
+    done = (1 / (1 + np.exp(np.array([15.0, 45.0, 75.0])[:, None] - x))).sum(axis=0)
+    for seed in range(5):
+        noise = np.random.default_rng(seed).normal(size=(2, 90))
+        llc, loss = 10 + 6 * done + noise[0], 100 ** (1 - done) * np.exp(0.05 * noise[1])
+        found = detect_transitions(x, llc, np.ones(90), loss)
+        assert [t.kind for t in found] == ["A", "A", "A"]
+
+
 @pytest.mark.parametrize("way", [offline, pytest.param(online, marks=pytest.mark.slow)])
 def test_a_loss_that_steps_beside_a_level_coefficient_is_no_transition(way: Callable[[Curve], list]) -> None:
     """As it does where the learning rate drops. Measured: flags on none of 60 curves offline, on 2 online."""
