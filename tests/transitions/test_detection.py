@@ -89,7 +89,7 @@ def test_deep_linear_networks_show_the_modes_that_are_learned(way: str, floor: f
 def test_a_stage_is_flagged_while_its_loss_still_speeds_up() -> None:
     """A saddle that is left shows in the loss first, and there as a fall that goes faster and faster.
 
-    The mean delay from onset, each flag counted for one boundary, is 8.8 points; 9.4 where such a course of the loss
+    The mean delay from onset, each flag counted for one boundary, is 8.9 points; 9.4 where such a course of the loss
     counts as a smooth one, 9.3 where the loss is not looked at in proportion.
     """
     delays = []
