@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_slt.transitions.evidence import REACH, Array, scatter, without_spikes
+from lightning_slt.transitions.evidence import REACH, ROUNDING, Array, scatter, without_spikes
 
 _WITNESS = 3.0  # standard errors by which the loss falls faster over the newest two points than over the two before
 _NEAR = 16  # points around the smallest loss whose scatter is taken
@@ -84,6 +85,18 @@ def in_proportion(loss: Array) -> Array:
         return loss
     # not the difference of two logarithms: of a loss with a large constant in it these are one number
     return np.log1p((loss - least) / floor)
+
+
+def fall_of(loss: Array, scatter_of: Callable[[Array], Array]) -> tuple[Array, Array]:
+    """``Curve.fall`` and its scatter: in proportion no less than what rounding leaves of a constant loss.
+
+    Args:
+        loss: ``[n]``.
+        scatter_of: the scatter ``[n]`` around each point of values ``[n]``.
+    """
+    fall = in_proportion(loss)
+    around = scatter_of(fall)
+    return fall, around if fall is loss else np.maximum(around, ROUNDING)
 
 
 def newest_as_seen(llc: Array, sigma: float, fall: Array, fall_sigma: float) -> Array:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 
 from lightning_slt.kinds import check_number
-from lightning_slt.transitions.curve import Curve, Step, in_proportion, newest_as_seen
-from lightning_slt.transitions.evidence import MIN_POINTS, ROUNDING, SIZES, persistence, scatter
+from lightning_slt.transitions.curve import Curve, Step, fall_of, newest_as_seen
+from lightning_slt.transitions.evidence import MIN_POINTS, SIZES, persistence, scatter
 from lightning_slt.transitions.newest import newest_step
 from lightning_slt.transitions.pauses import goes_on
 from lightning_slt.transitions.reading import LOCAL, loss_change, rolling_scatter, transition_of
@@ -148,16 +148,15 @@ class TransitionDetector:
         n, lo = steps.size, max(0, self._base - self._dropped)
         # the newest points give the scale: it may change in the course of a run
         sigma = float(rolling_scatter(llcs[-LOCAL:], errors[-LOCAL:])[-1])
-        fall = in_proportion(losses)
-        fall_sigma = max(scatter(fall[-LOCAL:]), ROUNDING if fall is not losses else 0.0)
+        fall, fall_scatter = fall_of(losses, lambda values: np.full(n, scatter(values[-LOCAL:])))
         curve = Curve(
             steps=steps,
-            llc=newest_as_seen(llcs, sigma, fall, fall_sigma),
+            llc=newest_as_seen(llcs, sigma, fall, float(fall_scatter[-1])),
             llc_scatter=np.full(n, sigma),
             loss=losses,
             loss_scatter=np.full(n, scatter(losses[-LOCAL:])),
             fall=fall,
-            fall_scatter=np.full(n, fall_sigma),
+            fall_scatter=fall_scatter,
             persistence=persistence(llcs),
         )
         self._judge(curve, steps, llcs)

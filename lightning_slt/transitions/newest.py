@@ -133,7 +133,7 @@ def _ramps(windows: _Windows, b: _Banks) -> _Ramps:
     rounding = ROUNDING * windows.largest + 1e-150
     floor = np.maximum((SHAPE_ERROR * height) ** 2, np.maximum(windows.noise, rounding)[b.which] ** 2)
     evidence = (left[b.which] - rss) / np.maximum(floor, misfit)
-    if windows.has_proportion:
+    if windows.has_proportion:  # the loss as it was given is a second witness, by the best ramp of each window
         most = np.full(len(windows.sizes), -math.inf)
         np.maximum.at(most, b.which, np.where(height[:, 2] < 0, evidence[:, 2], -math.inf))
         evidence[:, 1] = np.where(most[b.which] > AGAINST, evidence[:, 1], -math.inf)
@@ -144,7 +144,7 @@ def _ramps(windows: _Windows, b: _Banks) -> _Ramps:
 
 
 def _fitted(windows: _Windows, b: _Banks) -> tuple[Array, Array, Array]:
-    """The coefficients of all ramps ``[num_ramps, 2]``, those of the ramps beside their neighbours ``[num_ramps]``, and
+    """The coefficients of all ramps ``[num_ramps, 3]``, those of the ramps beside their neighbours ``[num_ramps]``, and
     what the best smooth course explains ``[num_sizes, 3]``."""
     reach, both = windows.reach, windows.both
     coefficients, beside, smooth = [], [], np.empty((len(windows.sizes), 3))

@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lightning_slt.transitions.curve import Curve, Step, in_proportion
-from lightning_slt.transitions.evidence import MIN_POINTS, ROUNDING, SIZES, Array, persistence, without_spikes
+from lightning_slt.transitions.curve import Curve, Step, fall_of
+from lightning_slt.transitions.evidence import MIN_POINTS, SIZES, Array, persistence, without_spikes
 from lightning_slt.transitions.newest import newest_step
 from lightning_slt.transitions.pauses import pauses
 from lightning_slt.transitions.reading import rolling_scatter, transition_of
@@ -82,7 +82,8 @@ def detect_transitions(
     x, y, se, z = x[ok], y[ok], se[ok], z[ok]
     if x.size < MIN_POINTS:
         return []
-    sigma, fall = rolling_scatter(y, se), in_proportion(z)
+    sigma = rolling_scatter(y, se)
+    fall, fall_scatter = fall_of(z, lambda values: rolling_scatter(values, np.empty(0)))
     curve = Curve(
         steps=x,
         llc=without_spikes(y, float(np.median(sigma))),
@@ -90,7 +91,7 @@ def detect_transitions(
         loss=z,
         loss_scatter=rolling_scatter(z, np.empty(0)),
         fall=fall,
-        fall_scatter=np.maximum(rolling_scatter(fall, np.empty(0)), ROUNDING if fall is not z else 0.0),
+        fall_scatter=fall_scatter,
         persistence=persistence(y),
     )
     found: list[tuple[Step, State]] = []

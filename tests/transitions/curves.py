@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lightning_slt import Transition, TransitionDetector, detect_transitions
+
 KINDS = ("stair", "ramp", "fall", "mixed", "short")
 NULLS = ("null_flat", "null_rise", "null_power", "null_miscalibrated", "null_autocorrelated", "null_burnin")
 
@@ -105,3 +107,26 @@ def hits(curve: Curve, found: list[tuple[float, int]], before: float, after: flo
     pairs = matched(curve, found, before, after)
     right = sum(int(curve.sign[number] == sign) for (_, sign), number in pairs)
     return len(pairs), right, len(found) - len(pairs)
+
+
+def feed(detector: TransitionDetector, curve: Curve, first: int = 0, last: int | None = None) -> list[Transition]:
+    found = []
+    for i in range(first, curve.steps.size if last is None else last):
+        found += detector.update(curve.steps[i], curve.llc[i], curve.llc_se[i], curve.loss[i])
+    return found
+
+
+def online(curve: Curve) -> list[tuple[float, int]]:
+    """Point at which each flag is raised, and its sign."""
+    index = np.arange(curve.steps.size)
+    return [
+        (float(np.interp(t.known_at, curve.steps, index)), int(np.sign(t.llc_change)))
+        for t in feed(TransitionDetector(), curve)
+    ]
+
+
+def offline(curve: Curve) -> list[tuple[float, int]]:
+    """Point at which each step is placed, and its sign."""
+    index = np.arange(curve.steps.size)
+    found = detect_transitions(curve.steps, curve.llc, curve.llc_se, curve.loss)
+    return [(float(np.interp(t.step, curve.steps, index)), int(np.sign(t.llc_change))) for t in found]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Callable
@@ -12,35 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_slt import Transition, TransitionDetector, TransitionMonitor, detect_transitions
+from lightning_slt import TransitionDetector, TransitionMonitor, detect_transitions
 from lightning_slt.transitions import search
 from lightning_slt.transitions.curve import Curve as Points
-from lightning_slt.transitions.curve import newest_as_seen
 from lightning_slt.transitions.pauses import goes_on
-from tests.transitions.curves import KINDS, NULLS, Curve, hits, make, matched
+from tests.transitions.curves import KINDS, NULLS, Curve, feed, hits, make, matched, offline, online
 
 DATA = Path(__file__).parent / "data" / "deep_linear.npz"
-
-
-def feed(detector: TransitionDetector, curve: Curve, first: int = 0, last: int | None = None) -> list[Transition]:
-    found = []
-    for i in range(first, curve.steps.size if last is None else last):
-        found += detector.update(curve.steps[i], curve.llc[i], curve.llc_se[i], curve.loss[i])
-    return found
-
-
-def online(curve: Curve) -> list[tuple[float, int]]:
-    index = np.arange(curve.steps.size)
-    return [
-        (float(np.interp(t.known_at, curve.steps, index)), int(np.sign(t.llc_change)))
-        for t in feed(TransitionDetector(), curve)
-    ]
-
-
-def offline(curve: Curve) -> list[tuple[float, int]]:
-    index = np.arange(curve.steps.size)
-    found = detect_transitions(curve.steps, curve.llc, curve.llc_se, curve.loss)
-    return [(float(np.interp(t.step, curve.steps, index)), int(np.sign(t.llc_change))) for t in found]
 
 
 def score(curves: list[Curve], way: str) -> tuple[float, float]:
@@ -98,112 +75,6 @@ def test_a_stage_is_flagged_while_its_loss_still_speeds_up() -> None:
         delays += [at - curve.onset[j] for (at, _), j in matched(curve, online(curve), 1.0, late)]
     assert len(delays) >= 25  # of 26
     assert float(np.mean(delays)) < 9.2
-
-
-def late_stages(seed: int) -> Curve:
-    """Three stages, each of which takes the loss down to a tenth of what it was."""
-    rng, x = np.random.default_rng(seed), np.arange(90.0)
-    centres, half = np.array([15.0, 40.0, 65.0]), 8.0
-    done = (1 / (1 + np.exp((centres[:, None] - x) * np.log(9) / half))).sum(axis=0)
-    loss = 10 ** (1 - done) * np.exp(0.003 * rng.normal(size=90))
-    return Curve(
-        100 * x, 10 + 3 * done + rng.normal(size=90), np.ones(90), loss, centres - half, centres + half, np.ones(3)
-    )
-
-
-def test_a_late_stage_is_found_beside_those_before_it() -> None:
-    """What a stage takes of the loss is a share of what is left.
-
-    Where differences of the loss count, 16 of the 24 are found online: the others lie on the tails of larger ones.
-    """
-    curves = [late_stages(seed) for seed in range(8)]
-    now, then = (np.sum([hits(c, way(c), 1.0, 9.0) for c in curves], axis=0) for way in (online, offline))
-    assert now[0] >= 22 and now[2] <= 1
-    assert then[0] >= 22 and then[2] == 0
-
-
-def test_the_units_of_the_loss_and_its_sign_do_not_matter() -> None:
-    """Of a loss that is not positive throughout no share can be told: differences count, as of any with a large
-    constant in it."""
-    curve = late_stages(0)
-    places = [at for at, _ in offline(curve)]
-    for factor in (1e-12, 1e12):
-        same = Curve(curve.steps, curve.llc, curve.llc_se, factor * curve.loss, curve.onset, curve.end, curve.sign)
-        assert [at for at, _ in offline(same)] == pytest.approx(places)
-    one = np.array([1])
-    raised, below = (
-        Curve(curve.steps, curve.llc, curve.llc_se, curve.loss + constant, one, one, one) for constant in (1e6, -3.0)
-    )
-    assert offline(raised) == offline(below) != []
-
-
-def decays(*times: float) -> list[Curve]:
-    """Losses that decay smoothly, down to floors over decades, beside a coefficient that rises smoothly; even and
-    logarithmic grids. ``times``: in which a decay is down to a share 1/e, of the whole run."""
-    grids = np.linspace(10, 1e4, 100), np.unique(np.round(np.geomspace(10, 1e4, 100)))
-    curves, none = [], np.empty(0)
-    for number, (grid, floor, tau, power) in enumerate(
-        itertools.product(grids, (0.0, 1e-4, 1e-2, 0.1), times, (False, True))
-    ):
-        rng, t = np.random.default_rng(number), grid / 1e4
-        falls = (1 + t / tau) ** -2.0 if power else np.exp(-t / tau)
-        loss = (falls + floor + 1e-8) * np.exp(0.003 * rng.normal(size=t.size))
-        llc = 10 + 12 * (1 - np.exp(-t / (2 * tau))) + rng.normal(size=t.size)
-        curves.append(Curve(grid, llc, np.ones(t.size), loss, none, none, none))
-    return curves
-
-
-def test_a_smooth_decay_over_decades_is_no_transition() -> None:
-    curves = decays(0.1, 0.2, 0.3)
-    assert len(curves) == 48
-    assert sum(len(offline(curve)) for curve in curves) == 0
-    assert sum(len(online(curve)) for curve in curves) <= 1  # in 4,800 points: 0.05 in 100 are tolerated
-    # over within a few points, some are: 8 of 16 where differences of the loss count
-    assert sum(bool(offline(curve)) for curve in decays(0.05)) <= 2
-
-
-@pytest.mark.parametrize(
-    ("course", "most"),
-    [
-        (lambda t: 3 * np.exp(-2 * t) - 1, 0),
-        (lambda t: -np.log(0.3 + t), 0),
-        (lambda t: 1 - t + 1e-3, 0),
-        (lambda t: (1 - t) ** 2 + 1e-4, 0),
-        (lambda t: np.exp(-t / 0.3) - 0.5, 1),
-    ],
-)
-def test_a_smooth_loss_that_comes_near_zero_is_no_transition(
-    course: Callable[[np.ndarray], np.ndarray], most: int
-) -> None:
-    """Its logarithm falls faster and faster there: by it alone nearly all of these are flagged online, half offline."""
-    t, none, flagged = np.linspace(0.001, 1, 100), np.empty(0), 0
-    for seed in range(8):
-        noise = np.random.default_rng(seed).normal(size=(2, 100))
-        llc, loss = 10 + 12 * (1 - np.exp(-2 * t)) + noise[0], course(t) + 0.003 * np.abs(noise[1])
-        curve = Curve(1e4 * t, llc, np.ones(100), loss, none, none, none)
-        assert offline(curve) == []
-        flagged += bool(online(curve))
-    assert flagged <= most
-
-
-def test_a_constant_loss_that_rounding_changes_says_nothing() -> None:
-    x, none = np.arange(60.0), np.empty(0)
-    llc = 10 + 0.5 * x + np.random.default_rng(0).normal(size=60)
-    curve = Curve(x, llc, np.ones(60), 0.3 - 5.6e-17 * (x > 30), none, none, none)
-    assert np.ptp(curve.loss) > 0
-    assert offline(curve) == online(curve) == []
-
-
-def test_stages_are_found_where_the_loss_is_noise_about_zero_later_on() -> None:
-    found = 0
-    for seed in range(8):
-        rng, x = np.random.default_rng(seed), np.arange(60.0)
-        done = [1 / (1 + np.exp(-2 * (x - centre))) for centre in (13, 28)]
-        loss = np.abs(1 - 0.4 * done[0] - 0.6 * done[1] + 0.01 * rng.normal(size=60))
-        llc, both = 10 + 4 * (done[0] + done[1]) + rng.normal(size=60), np.array([13.0, 28.0])
-        curve = Curve(x, llc, np.ones(60), loss, both - 2, both + 2, np.ones(2))
-        found += len(matched(curve, offline(curve), 3.0, 3.0))
-    assert found >= 15  # of 16; 11 where shares of the noise count
 
 
 def test_curves_without_a_transition_are_left_alone_offline() -> None:
@@ -332,17 +203,6 @@ def test_kinds_follow_both_channels() -> None:
         assert [t.kind for t in detect_transitions(x, llc, np.ones(60), loss)] == [kind]
 
 
-def test_a_late_stage_is_seen_to_lower_the_loss() -> None:
-    """Its change is small beside the scatter of the loss at the beginning, which goes with the level."""
-    x = np.arange(90.0)
-    done = (1 / (1 + np.exp(np.array([15.0, 45.0, 75.0])[:, None] - x))).sum(axis=0)
-    for seed in range(5):
-        noise = np.random.default_rng(seed).normal(size=(2, 90))
-        llc, loss = 10 + 6 * done + noise[0], 100 ** (1 - done) * np.exp(0.05 * noise[1])
-        found = detect_transitions(x, llc, np.ones(90), loss)
-        assert [t.kind for t in found] == ["A", "A", "A"]
-
-
 @pytest.mark.parametrize("way", [offline, pytest.param(online, marks=pytest.mark.slow)])
 def test_a_loss_that_steps_beside_a_level_coefficient_is_no_transition(way: Callable[[Curve], list]) -> None:
     """As it does where the learning rate drops. Measured: flags on none of 60 curves offline, on 2 online."""
@@ -428,19 +288,6 @@ def test_a_spike_is_no_transition() -> None:
     curve.llc[40] += 40
     curve.llc[50] -= 40
     assert feed(TransitionDetector(), curve) == []
-
-
-def test_a_rise_is_seen_sooner_where_the_loss_falls_faster_beside_it() -> None:
-    steady, faster = np.linspace(0.0, -9.0, 10), -(np.arange(10.0) ** 2)
-
-    def newest(llc: list[float], fall: np.ndarray) -> list[float]:
-        return [float(v) for v in newest_as_seen(np.array([0.0] * 7 + llc), 1.0, fall, 0.1)[-3:]]
-
-    assert newest([0.0, 20.0, 20.0], steady) == [0.0, 3.5, 3.5]
-    assert newest([0.0, 20.0, 20.0], faster) == [0.0, 20.0, 20.0]
-    # one point is a spike all the same, and a drop has no such witness
-    assert newest([0.0, 0.0, 20.0], faster) == [0.0, 0.0, 3.5]
-    assert newest([0.0, -20.0, -20.0], faster) == [0.0, -3.5, -3.5]
 
 
 @pytest.mark.parametrize("at", [20, 35, 50])
