@@ -46,12 +46,12 @@ from lightning_slt.callbacks.overhead import Decision, OverheadBudget
 from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.remarks import warn_if_large, warn_of_no_step, warn_of_nothing
 from lightning_slt.callbacks.reporting import Reporting
-from lightning_slt.callbacks.resuming import step_before_its_firing
 from lightning_slt.callbacks.said import Voice
-from lightning_slt.callbacks.schedule import Schedule, is_of_batch_norm, steps_of_run
+from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.callbacks.signals import BrokenOffError, SignalsHeld
 from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
 from lightning_slt.callbacks.susceptibilities import Measures, warn_of
+from lightning_slt.callbacks.turns import Turn, Turns
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.firing import Course, firing_settings
 from lightning_slt.influence_record import InfluenceEstimate
@@ -218,6 +218,7 @@ class SLTMonitor(KeepsHistory):
         self._samples = samples
         self._voice = voice = Voice(f"slt_{name}" if name else "slt")
         self._clock = clock = RunClock(budget)
+        self._turns = Turns(asked.schedule, clock)
         self._course = course = Course(localization, method, warm_start)
         self._followed = followed = FollowedData(asked, voice)
         self._reporting = reporting = Reporting(asked, voice, clock, samples)
@@ -227,10 +228,6 @@ class SLTMonitor(KeepsHistory):
         if execution == "background":
             self._late = LateFirings(beside, asked, voice, samples, course, followed, clock, reporting)
         self._collective: Collective = Alone()
-        self._explicit: tuple[int, ...] = ()
-        self._last_step = 0
-        self._ask_at = 0
-        self._done_fast_run = False
 
     # --- what others see ------------------------------------------------------------------------------------------
 
@@ -346,40 +343,38 @@ class SLTMonitor(KeepsHistory):
             raise MisconfigurationException(f"{voice.who}: {error}") from error
         if not data.counts_batches:
             check_num_samples(data.num_samples, asked.settings.nbeta, voice.who)
-        self._explicit = self._steps_of_all(trainer)
-        before = trainer.fit_loop.epoch_loop._batches_that_stepped
+        self._turns.open(trainer, self._collective, voice.called(f"every_n_epochs={asked.schedule.every_n_epochs}"))
         begins = self._begins(trainer)
         if begins:
             self._forget()
         self._start_clock(trainer, earns=not smoke_test)
         if asked.restrict is None and not is_sharded(trainer):
             warn_of_untrained(trainer, pl_module, voice.who)
-        self._done_fast_run = False
-        last = self._last_step
-        self._last_step = max(last, before)
-        self._course.go_on_from(self._reporting.open(trainer, self._last_step, self._collective))
+        last = self._turns.last
+        self._turns.see(trainer)
+        self._course.go_on_from(self._reporting.open(trainer, self._turns.last, self._collective))
         self._reporting.start(self._config())
         if self._late is not None and not smoke_test:
             self._late.open(trainer, pl_module)
         self._reporting.show(trainer)  # a run that is resumed may be a while from its next firing
-        if before == 0 and not self.estimates and 0 in self._explicit and not smoke_test:
-            self._consider(trainer, pl_module, step=0, x=0)
-        elif not begins and not smoke_test:
-            self._make_up_for(trainer, pl_module, last)
+        turn = self._turns.before_training(trainer)
+        if turn is not None and not self.estimates:
+            self._consider(trainer, pl_module, turn)
+        elif not begins:
+            self._make_up_for(trainer, pl_module, self._turns.missed(trainer, last))
 
-    def _make_up_for(self, trainer: Trainer, pl_module: LightningModule, last: int) -> None:
+    def _make_up_for(self, trainer: Trainer, pl_module: LightningModule, turn: Optional[Turn]) -> None:
         """Measure at the step of a checkpoint that was written between the end of its batch and the firing there."""
-        step = step_before_its_firing(trainer, self._asked.schedule, last, self._explicit)
-        if step is None or self._has(step):
+        if turn is None or self._has(turn.step):
             return
-        self._last_step = step
+        self._turns.last = turn.step
         if self._followed.data.replays:
             rank_zero_warn(
-                f"{self._voice.who}: the measurement at step {step} is left out: the checkpoint was written before it, "
-                "and the batches that training had seen, which chains replay, are not in it."
+                f"{self._voice.who}: the measurement at step {turn.step} is left out: the checkpoint was written "
+                "before it, and the batches that training had seen, which chains replay, are not in it."
             )
             return
-        self._consider(trainer, pl_module, step, step - 1)
+        self._consider(trainer, pl_module, turn)
 
     def _has(self, step: int) -> bool:
         """Whether a step has been measured, or sent to be."""
@@ -394,7 +389,6 @@ class SLTMonitor(KeepsHistory):
             # of a firing beside training only the snapshot costs it time, whatever its size; about that of a batch
             budget.planned_steps = 1 if self.measures_later else share * chain_steps(settings)
             budget.least_size = 1.0 if self.measures_later else least_size(settings)
-            self._ask_at = 0  # every rank asks at once
 
     def _config(self) -> dict[str, Any]:
         """The settings of the run, for the record and the loggers."""
@@ -409,29 +403,13 @@ class SLTMonitor(KeepsHistory):
             "background": self._late.describe() if self._late is not None else None,
         }
 
-    def _steps_of_all(self, trainer: Trainer) -> tuple[int, ...]:
-        """The steps to measure at, those of the first rank for all: a rank that measures alone waits for the others.
-
-        Raises:
-            MisconfigurationException: where epochs are to be measured that end at another step on each rank.
-        """
-        told = self._collective.exchange(lambda: (trainer.num_training_batches, steps_of_run(trainer)))
-        lengths = [batches for batches, _ in told]
-        if self._asked.schedule.every_n_epochs is not None and len(set(lengths)) > 1:
-            raise MisconfigurationException(
-                self._voice.called(f"every_n_epochs={self._asked.schedule.every_n_epochs}")
-                + f": an epoch has {lengths} batches on the ranks, which would come to its end at different steps and "
-                "wait for each other. Use every_n_train_steps=, or loaders of one length."
-            )
-        return self._asked.schedule.explicit_steps(told[0][1])
-
     def _forget(self) -> None:
         """Another run has no history, whatever this object has measured before."""
         self._reporting.forget()
         self._course.forget(self._asked.settings.localization, self._asked.settings.method)
         self._clock.forget()
         self._voice.forget()
-        self._last_step = 0
+        self._turns.forget()
         if self._late is not None:
             self._late.forget()
 
@@ -443,8 +421,7 @@ class SLTMonitor(KeepsHistory):
             self._late.data_is_other()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # where a run is resumed Lightning's count is one behind until here
-        self._last_step = max(self._last_step, trainer.fit_loop.epoch_loop._batches_that_stepped)
+        self._turns.see(trainer)
         self._followed.see(batch)
 
     def on_train_batch_end(
@@ -453,53 +430,26 @@ class SLTMonitor(KeepsHistory):
         if self._late is not None:
             self._late.collect(trainer, pl_module)
         self._clock.saw_batch()
-        loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate():
-            return
-        # one behind here: Lightning counts the batch after this hook, and logs its metrics at the count before
-        x = loop._batches_that_stepped
-        step, last = x + 1, self._last_step
-        if step <= last:
-            return
-        self._last_step = step
-        if is_smoke_test(trainer):
-            if not self._done_fast_run:
-                self._done_fast_run = True
-                self._fire(Moment(trainer, pl_module, step, x, self._collective))
-        elif self._asked.schedule.due(last, step, self._explicit) and not is_of_batch_norm(trainer):
-            self._consider(trainer, pl_module, step, x)
+        turn = self._turns.after_batch(trainer)
+        if turn is not None:
+            self._consider(trainer, pl_module, turn)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._late is not None:
             self._late.collect(trainer, pl_module)
-        if is_smoke_test(trainer) or not self._asked.schedule.due_epoch(trainer.current_epoch + 1):
-            return
-        # not the step told of last: a firing that was broken off has taken it back
-        step = max(self._last_step, trainer.fit_loop.epoch_loop._batches_that_stepped)
-        if is_of_batch_norm(trainer) or self._has(step):
-            return
-        # Lightning takes its count one back to log an epoch's values: they share the x of the last batch
-        self._consider(trainer, pl_module, step, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+        turn = self._turns.after_epoch(trainer)
+        if turn is not None and not self._has(turn.step):
+            self._consider(trainer, pl_module, turn)
 
-    def _consider(self, trainer: Trainer, pl_module: LightningModule, step: int, x: int) -> None:
-        """Fire at a step that the schedule names, where the budget covers it or there is none.
-
-        The first rank decides, and tells the others at which step to ask next: clocks differ between ranks, and an
-        exchange at every step would be dear.
-        """
-        budget = self._clock.budget
-        if budget is None:
-            self._fire(Moment(trainer, pl_module, step, x, self._collective))
-            return
+    def _consider(self, trainer: Trainer, pl_module: LightningModule, turn: Turn) -> None:
+        """Fire where the budget covers it, or there is none, or the run is a smoke test."""
         decision: Optional[Decision] = None
-        if step >= self._ask_at:
-            self._clock.earn()
-            decision = self._collective.exchange(lambda: budget.decide(step))[0]
-            self._ask_at = decision.ask_at
-        if decision is not None and decision.fire:
-            self._fire(Moment(trainer, pl_module, step, x, self._collective, decision))
-        else:
-            self._reporting.history.skipped += 1
+        if self._clock.budget is not None and not is_smoke_test(trainer):
+            decision = self._turns.decide(turn.step, self._collective)
+            if decision is None:
+                self._reporting.history.skipped += 1
+                return
+        self._fire(Moment(trainer, pl_module, turn.step, turn.x, self._collective, decision))
 
     def _fire(self, moment: Moment) -> None:
         """Measure now, on all ranks, and publish; a failure follows ``on_failure``."""
@@ -513,15 +463,11 @@ class SLTMonitor(KeepsHistory):
         except KeyboardInterrupt:
             step = moment.step
             if not self._has(step):
-                self._take_back(step)
+                self._turns.take_back(step)
                 rank_zero_info(
                     f"{self._voice.who}: the measurement at step {step} was interrupted and is not recorded."
                 )
             raise
-
-    def _take_back(self, step: int) -> None:
-        """A checkpoint of now is of weights that were to be measured: a run that resumes from it makes up for that."""
-        self._last_step = min(self._last_step, max(step - 1, 0))
 
     def _fire_inside(self, moment: Moment, held: SignalsHeld) -> None:
         asked, clock, decision = self._asked, self._clock, moment.decision
@@ -538,12 +484,12 @@ class SLTMonitor(KeepsHistory):
             if held.interrupted:
                 return  # a KeyboardInterrupt comes now, whatever this is
             if raises or isinstance(error, RankLostError):
-                self._take_back(moment.step)
+                self._turns.take_back(moment.step)
                 raise
             # on one rank, for all of them
             elsewhere = isinstance(error, RankFailedError) and BrokenOffError.__name__ in error.kinds
             if held.waits or elsewhere:
-                self._take_back(moment.step)
+                self._turns.take_back(moment.step)
             self._voice.failed(moment.step, f"{type(error).__name__}: {error}")
             clock.took(begin, failed=True)
             return
@@ -584,11 +530,11 @@ class SLTMonitor(KeepsHistory):
             self._late.await_the_last(trainer, pl_module)
             self._late.close(finished=True)
         self._finish(trainer, "finished")
-        if self.estimates or self._clock.measured_seconds > 0 or not self._last_step:
+        if self.estimates or self._clock.measured_seconds > 0 or not self._turns.last:
             return
         budget = self._clock.budget
         if not self._reporting.history.skipped:
-            warn_of_no_step(self._voice, self._asked.schedule, trainer, self._last_step)
+            warn_of_no_step(self._voice, self._asked.schedule, trainer, self._turns.last)
         elif budget is not None and math.isfinite(budget.predicted_seconds):
             warn_of_nothing(self._voice, budget)
 
@@ -613,7 +559,7 @@ class SLTMonitor(KeepsHistory):
     def state_dict(self) -> dict[str, Any]:
         return {
             **self._reporting.history.state_dict(),
-            "last_step": self._last_step,
+            "last_step": self._turns.last,
             **self._course.state_dict(),
             **self._clock.state_dict(),
             "folder": str(self.folder) if self.folder is not None else None,
@@ -633,7 +579,7 @@ class SLTMonitor(KeepsHistory):
             return  # an empty state is of no run
         self._given = True
         self._reporting.history.load_state_dict(state_dict)
-        self._last_step = int(state_dict["last_step"])
+        self._turns.last = int(state_dict["last_step"])
         self._course.load_state_dict(state_dict)
         if self._asked.settings.localization is not None:
             self._course.localization = self._asked.settings.localization
