@@ -103,6 +103,31 @@ def test_a_dark_page_is_drawn_in_its_own_colours(page: Any) -> None:
     browser.picture(page, ARTEFACTS / "report_dark.png")
 
 
+@pytest.mark.parametrize(
+    ("mean", "se", "loss"),
+    [(2.098765e9, 3.4e7, 4.5e8), (2.0987e7, 3400.0, 4.5678e7), (1.5e-9, 3e-11, 4.5e-9), (9.87654e6, 1234.5, 0.25)],
+)
+def test_large_and_tiny_numbers_stay_in_their_tiles(
+    driver: Any, tmp_path: Path, mean: float, se: float, loss: float
+) -> None:
+    from lightning_slt.record import RunRecord
+
+    RunRecord(tmp_path / "slt").append(make_estimate(mean=mean, se=se, init_loss=loss, step=100))
+    path = write_report(tmp_path)
+    numbers = "return [...document.querySelectorAll('.tile b')]"
+    try:
+        for width in (1280, 600, 400):
+            screen = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+            driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+            browser.open_report(driver, path)
+            assert driver.execute_script(f"{numbers}.filter(e => e.scrollWidth > e.clientWidth).length") == 0
+            # 1.50e-09 is not broken at its sign
+            parts = "[...document.querySelectorAll('.tile i')]"
+            assert driver.execute_script(f"return Math.max(...{parts}.map(e => e.getClientRects().length))") == 1
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def test_a_run_without_one_valid_estimate_is_drawn_without_complaint(driver: Any, tmp_path: Path) -> None:
     from lightning_slt.record import RunRecord
 

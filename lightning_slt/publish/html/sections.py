@@ -28,6 +28,8 @@ from lightning_slt.publish.words import (
 from lightning_slt.record import Estimate
 
 MAX_TABLE_ROWS = 2000
+MAX_LETTERS = 7
+"""Of a number in a tile at its full size; a tile has room for eleven at the smaller one."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,11 @@ def _overview(run: Run, title: str) -> Section:
 
 
 def _tile(big: str, small: str, look: str = "") -> str:
-    return f'<div class="tile {look}"><b>{_t(big)}</b><span>{_t(small)}</span></div>'
+    # a number breaks nowhere but before its error, and a long one is written smaller: a tile is narrow
+    words = big.replace("± ", "±\u00a0").split(" ")
+    look += " long" if max(map(len, words)) > MAX_LETTERS else ""
+    parts = " ".join(f"<i>{_t(word)}</i>" for word in words)
+    return f'<div class="tile {look}"><b>{parts}</b><span>{_t(small)}</span></div>'
 
 
 def _curve(run: Run, charts: Mapping[str, Any]) -> Section:
