@@ -80,6 +80,26 @@ def test_the_selector_of_chains_shows_the_chosen_firing(page: Any) -> None:
     assert browser.console(page) == []
 
 
+def test_a_chain_that_diverged_ends_there_and_does_not_set_the_scale(driver: Any, tmp_path: Path) -> None:
+    """Chain 3 of 4 climbs to 1e6 and is gone after half of its 100 draws; the others stay around 12."""
+    from lightning_slt.record import RunRecord
+
+    estimate = make_estimate(bad_chains=1)
+    trace = estimate.trace.clone()
+    trace[3, 40:50] = 1e6
+    RunRecord(tmp_path / "slt").append(estimate.replace(trace=trace))
+    browser.open_report(driver, write_report(tmp_path))
+    ends = (
+        "return [...document.querySelectorAll('#chains .chart .mark-line path')].map(e => e.getBBox().x + e.getBBox()"
+        ".width)"
+    )
+    first, *_, last = driver.execute_script(ends)
+    assert last == pytest.approx(first * 49 / 99, rel=0.02)  # draws from 0 to 99
+    ticks = "return [...document.querySelectorAll('#chains .chart .role-axis-label text')].map(e => e.textContent)"
+    heights = [float(text.replace(",", "").replace("−", "-")) for text in driver.execute_script(ticks)]
+    assert max(heights) < 200  # of both axes: the draws go to 100
+
+
 def test_the_selector_of_monitors_shows_the_chains_of_a_component(page: Any) -> None:
     names = page.execute_script("return [...document.querySelectorAll('#chains select.monitor option')].map(o=>o.text)")
     assert names[1:] == list(COMPONENTS)

@@ -33,7 +33,7 @@ from lightning_slt.publish.chart_rows import (
     steps_scale,
     trajectory_rows,
 )
-from lightning_slt.publish.diagnoses import verdict_sentence
+from lightning_slt.publish.diagnoses import bad_chains, verdict_sentence
 from lightning_slt.publish.influence_tables import media_id
 from lightning_slt.publish.phrases import number
 from lightning_slt.publish.run import MonitorRecord, Run
@@ -181,6 +181,7 @@ def chain_firings(estimates: Sequence[Estimate], num_monitors: int = 1) -> list[
                 "valid": e.valid,
                 "band": [{k: _short(v) if isinstance(v, float) else v for k, v in row.items()} for row in band_rows(e)],
                 "every": every,
+                "out": bad_chains(e),
                 "draws": draws,
             }
         )
