@@ -212,9 +212,10 @@ def suspects_sentence(influence: InfluenceEstimate) -> str:
     if not count:
         return ""
     named = [str(int(influence.train_index[j])) for j in influence.suspects(_NAMED)]
+    over = " at all firings so far" if influence.suspicion is not None else ""
     return (
         f"Of {count_of(count, 'training sample')} looked at, the likeliest wrong labels or outliers are "
-        f"number{'s' if len(named) > 1 else ''} {listed(named)}, by their mean loss over the posterior."
+        f"number{'s' if len(named) > 1 else ''} {listed(named)}, by their mean loss over the posterior{over}."
     )
 
 

@@ -241,6 +241,7 @@ def _influence(run: Run, data: Mapping[str, Any]) -> Optional[Section]:
     if source is None or not data["influence"]:
         return None
     last = source.influences[-1]
+    over = "" if last.suspicion is None else " at all firings up to the chosen one, whose own numbers these are"
     has_groups = any(firing["groups"] for firing in data["influence"])
     pictures = '<div class="chart samples"></div>'
     if has_groups:
@@ -265,8 +266,8 @@ def _influence(run: Run, data: Mapping[str, Any]) -> Optional[Section]:
         '<p class="verdict"></p>',
         "<h3>Likely wrong labels and outliers</h3>",
         _hint(
-            "The largest mean losses over the posterior, with the label in quotes and the rank by plain loss beside. A "
-            "wrong label stays expensive around the weights even where the model has learnt it."
+            f"The largest mean losses over the posterior{over}, with the label in quotes and the rank by plain loss "
+            "beside. A wrong label stays expensive around the weights even where the model has learnt it."
         ),
         '<div class="gallery"></div>',
         pictures,
