@@ -232,7 +232,7 @@ def pairs_sentence(influence: InfluenceEstimate) -> str:
 def seconds_of(run: Run) -> float:
     """What measuring took in this run, all its monitors together; NaN where no record says."""
     spent = [e.seconds for monitor in run.monitors for e in monitor.estimates if math.isfinite(e.seconds)]
-    return sum(spent) if spent else math.nan
+    return sum(spent) + sum(monitor.beside_seconds for monitor in run.monitors) if spent else math.nan
 
 
 def cost_of(run: Run) -> str:
