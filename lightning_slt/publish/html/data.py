@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional, TypeVar
+from typing import Any, Optional
 
 from PIL import Image
 
@@ -38,7 +38,7 @@ from lightning_slt.publish.influence_tables import media_id
 from lightning_slt.publish.phrases import number
 from lightning_slt.publish.run import MonitorRecord, Run
 from lightning_slt.publish.spec_parts import STATES, Scale, Spec
-from lightning_slt.publish.tables import step_of
+from lightning_slt.publish.tables import step_of, thinned
 from lightning_slt.publish.words import offline_only, pairs_sentence, suspects_sentence
 from lightning_slt.record import Estimate
 
@@ -55,8 +55,6 @@ MAX_SAMPLE_BYTES = 3_500_000
 SIDE = 96
 """Pixels of a sample's picture, at the most."""
 SUSPECTS = 20
-
-T = TypeVar("T")
 
 
 def page_data(run: Run) -> dict[str, Any]:
@@ -143,18 +141,6 @@ def _order(rows: Sequence[Any], name: str) -> dict[str, Any]:
 
 def _chart(spec: Spec, rows: Sequence[Any], tokens: dict[str, Any], columns: int = 2) -> dict[str, Any]:
     return {"spec": specs.for_page(spec), "datasets": {"rows": list(rows)}, "tokens": tokens, "columns": columns}
-
-
-def thinned(items: Sequence[T], most: int) -> list[T]:
-    """At most so many, evenly spaced, the first and the last among them.
-
-    Example:
-        >>> thinned(range(10), 4)
-        [0, 3, 6, 9]
-    """
-    if len(items) <= most or most < 2:
-        return list(items) if len(items) <= most else list(items[-1:])
-    return [items[round(k * (len(items) - 1) / (most - 1))] for k in range(most)]
 
 
 def _chains(run: Run) -> list[dict[str, Any]]:
