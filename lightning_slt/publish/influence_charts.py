@@ -49,10 +49,25 @@ def influence_figure(estimate: InfluenceEstimate) -> Figure:
         A figure of 1000 x 450 pixels.
     """
     figure = Figure(figsize=(10.0, 4.5), dpi=100, facecolor="white")
-    # names that are turned need room below
+    if estimate.valid:
+        said = f"{estimate.num_chains} chains of {estimate.num_draws} readings"
+        if math.isfinite(estimate.passing):
+            said += f"; {estimate.passing:.1%} of single pairs are above {MIN_Z:g} standard errors"
+            said += f" ({estimate.chance:.1%} by chance)"
+    else:
+        said = "NOT VALID: " + ("; ".join(estimate.reasons) or "no reason given")
+    lines = textwrap.wrap(clean(said), 140, max_lines=2, placeholder=" …")
+    # names that are turned need room below, and two lines of reasons above the title of the heat map
     bottom = 0.25 if _are_long(estimate.groups) else 0.14
     grid = figure.add_gridspec(
-        1, 2, width_ratios=(1.15, 1.0), wspace=0.3, left=0.07, right=0.98, bottom=bottom, top=0.8
+        1,
+        2,
+        width_ratios=(1.15, 1.0),
+        wspace=0.3,
+        left=0.07,
+        right=0.98,
+        bottom=bottom,
+        top=0.8 if len(lines) < 2 else 0.77,
     )
     left, right = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
     if not len(estimate.train_index):
@@ -68,14 +83,6 @@ def influence_figure(estimate: InfluenceEstimate) -> Figure:
     title = f"{where}Influence of {len(estimate.train_index)} training samples on {len(estimate.query_index)} queries"
     colour = _TEXT if estimate.valid else _BAD
     figure.suptitle(title, x=0.07, y=0.965, ha="left", fontsize=12.5, fontweight="bold", color=colour)
-    if estimate.valid:
-        said = f"{estimate.num_chains} chains of {estimate.num_draws} readings"
-        if math.isfinite(estimate.passing):
-            said += f"; {estimate.passing:.1%} of single pairs are above {MIN_Z:g} standard errors"
-            said += f" ({estimate.chance:.1%} by chance)"
-    else:
-        said = "NOT VALID: " + ("; ".join(estimate.reasons) or "no reason given")
-    lines = textwrap.wrap(clean(said), 140, max_lines=2, placeholder=" …")
     colour = _MUTED if estimate.valid else _BAD
     figure.text(0.07, 0.9, "\n".join(lines), ha="left", va="top", fontsize=9.5, color=colour, parse_math=False)
     return figure

@@ -205,6 +205,15 @@ def test_a_matrix_without_numbers_is_drawn(fill):
     assert drawn == [0 if math.isnan(fill) else nine, 0, 0]
 
 
+def test_two_lines_of_reasons_stand_above_the_title_of_the_heat_map():
+    reasons = ("the chains have not reached their width in 200 steps: more draws (num_draws) or a longer burn-in",) * 2
+    figure = influence_figure(make_influence(valid=False, reasons=reasons))
+    pixels(figure)
+    said, title = figure.texts[-1], figure.axes[0].title
+    assert said.get_text().startswith("NOT VALID: ") and said.get_text().count("\n") == 1
+    assert said.get_window_extent().y0 > title.get_window_extent().y1
+
+
 # ----------------------------------------------------------------------------------------------------------- suspects
 
 
