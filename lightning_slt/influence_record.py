@@ -11,7 +11,9 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -29,6 +31,25 @@ log = logging.getLogger(__name__)
 INFLUENCE_FOLDER = "influence"
 MIN_Z = 3.0
 """A single pair is shown where it is further than this many standard errors from zero."""
+
+
+def in_order(groups: Iterable[str]) -> tuple[str, ...]:
+    """Names of groups as a person sorts them: numbers by their value, before all others, and so the numbers in names.
+
+    Example:
+        >>> in_order({"class 10", "10", "class 2", "nan", "-1.5"})
+        ('-1.5', '10', 'class 2', 'class 10', 'nan')
+    """
+
+    def place(name: str) -> tuple[int, float, list[Union[str, int]], str]:
+        with suppress(ValueError):
+            if math.isfinite(number := float(name)):
+                return 0, number, [], name
+        # text and numbers in turn; longer ones than these are no numbers to Python
+        parts = re.split(r"([0-9]{1,99})", name)
+        return 1, 0.0, [int(part) if k % 2 else part for k, part in enumerate(parts)], name
+
+    return tuple(sorted(groups, key=place))
 
 
 @dataclass(frozen=True, eq=False)

@@ -188,6 +188,11 @@ def test_the_group_matrix_is_the_covariance_of_group_means() -> None:
         mlp(), regression(12), regression(5), group_fn=lambda sample: "up" if sample[0][0] > 0 else None, num_draws=8
     )
     assert named.groups == ("up",) and set(named.train_group or ()) == {"up", ""}
+    names = {True: "class 10", False: "class 9"}
+    counted = tiny(
+        mlp(), regression(12), regression(5), group_fn=lambda sample: names[bool(sample[0][0] > 0)], num_draws=8
+    )
+    assert counted.groups == ("class 9", "class 10")
     # a class that has no query has no number
     part = tiny(trained(x, y), TensorDataset(x, y), TensorDataset(x[:2], y[:2]), class_loss)
     assert (

@@ -13,11 +13,26 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lightning_slt.influence_record import Dropped, InfluenceEstimate, InfluenceRecord, suspicion_of
+from lightning_slt.influence_record import Dropped, InfluenceEstimate, InfluenceRecord, in_order, suspicion_of
 from lightning_slt.susceptibility_record import SusceptibilityRecord
 
 TRAIN = [10, 20, 30, 40]
 """The training samples' numbers in their dataset."""
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (["class 10", "class 2", "class 1"], ("class 1", "class 2", "class 10")),
+        (["10", "9", "-3", "2.5"], ("-3", "2.5", "9", "10")),
+        (["b", "10", "a2c", "a10b", "2"], ("2", "10", "a2c", "a10b", "b")),
+        (["nan", "3", "1", "2"], ("1", "2", "3", "nan")),  # a column of pandas has such a label
+        (["inf", "x", "1e3", "20"], ("20", "1e3", "inf", "x")),
+        (["猫", "1" * 5000, "", "犬2"], ("", "1" * 5000, "犬2", "猫")),
+    ],
+)
+def test_names_of_groups_are_in_the_order_of_their_numbers(given: list[str], wanted: tuple[str, ...]) -> None:
+    assert in_order(given) == in_order(reversed(given)) == wanted
 
 
 def double(*values: Any) -> Tensor:

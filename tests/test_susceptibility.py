@@ -194,6 +194,12 @@ def test_groups_are_the_shift_towards_their_samples() -> None:
     assert torch.allclose(found.chi, found.matrix.mean(dim=1))
 
 
+def test_groups_are_in_the_order_of_their_numbers() -> None:
+    groups = [f"class {k}" for k in (10, 9, 2)] * (M // 3)
+    few: dict[str, Any] = {"num_chains": 2, "num_draws": 10, "components": {"all": None}, "method": "sequential"}
+    assert measured(groups=groups, **few).groups == ("class 2", "class 9", "class 10")
+
+
 def test_groups_may_be_numbers_in_a_tensor() -> None:
     """Each sample had been a group of its own there."""
     few: dict[str, Any] = {"num_chains": 2, "num_draws": 10, "components": {"all": None}, "method": "sequential"}

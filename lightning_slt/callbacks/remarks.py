@@ -13,7 +13,7 @@ from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish.diagnoses import invalid_sentence, kinds_of
-from lightning_slt.publish.phrases import count_of
+from lightning_slt.publish.phrases import count_of, number
 from lightning_slt.record import Estimate
 
 LARGE_OVERHEAD = 0.25
@@ -23,15 +23,18 @@ LARGE_OVERHEAD = 0.25
 def say_how(voice: Voice, estimate: Estimate, influence: Optional[InfluenceEstimate]) -> None:
     """What there is to be said of the first firing, of the first notes, and of the first samples left out."""
     if voice.first("method"):
+        chains = count_of(estimate.num_chains, f"{estimate.method} chain")
+        n = f"{estimate.num_samples:,}" if estimate.num_samples is not None else "not known"
         rank_zero_info(
-            f"{voice.who}: {estimate.num_chains} {estimate.method} chains over {estimate.num_weights} weights "
-            f"({estimate.method_reason}), n = {estimate.num_samples}, nbeta = {estimate.nbeta:.4g}, localization = "
-            f"{estimate.localization:.4g}, step size {estimate.step_size:.2g}"
+            f"{voice.who}: {chains} over {count_of(estimate.num_weights, 'weight')} "
+            f"({estimate.method_reason}), n = {n}, nbeta = {number(estimate.nbeta, 4)}, localization = "
+            f"{number(estimate.localization, 4)}, step size {estimate.step_size:.2g}"
         )
         if influence is not None:
             if influence.notes:
                 voice.first("notes")
-            asked = f"of {len(influence.train_index)} training samples on {len(influence.query_index)} queries"
+            queries = count_of(len(influence.query_index), "query", "queries")
+            asked = f"of {count_of(len(influence.train_index), 'training sample')} on {queries}"
             asked = "; ".join([asked, *influence.notes])
             said = f"is not valid: {'; '.join(influence.reasons)} ({asked})" if influence.reasons else asked
             rank_zero_info(f"{voice.who}: influence {said}")

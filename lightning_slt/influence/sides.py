@@ -14,6 +14,7 @@ from lightning_slt.functional.influence import (
     group_means,
     variance,
 )
+from lightning_slt.influence_record import in_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,15 +65,8 @@ def by_group(
 ) -> tuple[tuple[str, ...], Optional[Tensor], Optional[Tensor]]:
     if train is None or query is None:
         return (), None, None
-    names = tuple(sorted({*train, *query} - {""}, key=_natural))
+    names = in_order({*train, *query} - {""})
     if not 1 <= len(names) <= 100:
         return (), None, None
     result = sides.by_group(train, query, names).covariance(whole)
     return names, result.matrix, result.se
-
-
-def _natural(name: str) -> tuple[int, float, str]:
-    try:
-        return 0, float(name), name
-    except ValueError:
-        return 1, 0.0, name

@@ -174,6 +174,8 @@ def history_figure(estimates: Sequence[Estimate], transitions: Sequence[Transiti
 
     bottom.plot(steps, loss, color="#444444", lw=1.4, label="loss at the weights", **_marks(size, 4, 0.5))
 
+    # before a logarithmic scale, which has ticks of its own
+    top.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     if are_log_spaced(steps.tolist()):
         if steps.min() > 0:
             top.set_xscale("log")

@@ -32,8 +32,8 @@ MAX_NUMBERED = 12
 MOST_NAMES = 20
 """Groups that are named along an axis of the heat map: so many lines of text lie beside each other there."""
 TRAJECTORIES = 10
-ACROSS, SIDE = 10, 89
-"""Suspects in a row, and the side of the frame of each in pixels."""
+ACROSS, SIDE, APART = 10, 89, 99
+"""Suspects in a row, the side of the frame of each in pixels, and how far it is from one to the next."""
 _LEGEND = "mean loss now; rank by plain loss"
 _FAINT = "#6f6f6f"
 
@@ -49,10 +49,25 @@ def influence_figure(estimate: InfluenceEstimate) -> Figure:
         A figure of 1000 x 450 pixels.
     """
     figure = Figure(figsize=(10.0, 4.5), dpi=100, facecolor="white")
-    # names that are turned need room below
+    if estimate.valid:
+        said = f"{estimate.num_chains} chains of {estimate.num_draws} readings"
+        if math.isfinite(estimate.passing):
+            said += f"; {estimate.passing:.1%} of single pairs are above {MIN_Z:g} standard errors"
+            said += f" ({estimate.chance:.1%} by chance)"
+    else:
+        said = "NOT VALID: " + ("; ".join(estimate.reasons) or "no reason given")
+    lines = textwrap.wrap(clean(said), 140, max_lines=2, placeholder=" …")
+    # names that are turned need room below, and two lines of reasons above the title of the heat map
     bottom = 0.25 if _are_long(estimate.groups) else 0.14
     grid = figure.add_gridspec(
-        1, 2, width_ratios=(1.15, 1.0), wspace=0.3, left=0.07, right=0.98, bottom=bottom, top=0.8
+        1,
+        2,
+        width_ratios=(1.15, 1.0),
+        wspace=0.3,
+        left=0.07,
+        right=0.98,
+        bottom=bottom,
+        top=0.8 if len(lines) < 2 else 0.77,
     )
     left, right = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
     if not len(estimate.train_index):
@@ -68,14 +83,6 @@ def influence_figure(estimate: InfluenceEstimate) -> Figure:
     title = f"{where}Influence of {len(estimate.train_index)} training samples on {len(estimate.query_index)} queries"
     colour = _TEXT if estimate.valid else _BAD
     figure.suptitle(title, x=0.07, y=0.965, ha="left", fontsize=12.5, fontweight="bold", color=colour)
-    if estimate.valid:
-        said = f"{estimate.num_chains} chains of {estimate.num_draws} readings"
-        if math.isfinite(estimate.passing):
-            said += f"; {estimate.passing:.1%} of single pairs are above {MIN_Z:g} standard errors"
-            said += f" ({estimate.chance:.1%} by chance)"
-    else:
-        said = "NOT VALID: " + ("; ".join(estimate.reasons) or "no reason given")
-    lines = textwrap.wrap(clean(said), 140, max_lines=2, placeholder=" …")
     colour = _MUTED if estimate.valid else _BAD
     figure.text(0.07, 0.9, "\n".join(lines), ha="left", va="top", fontsize=9.5, color=colour, parse_math=False)
     return figure
@@ -290,11 +297,17 @@ def suspect_text(sample: Optional[Rendered], index: int) -> str:
     return "\n".join(textwrap.wrap(clean(text), 15, max_lines=6, placeholder="…"))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _font(size: float) -> ImageFont.FreeTypeFont:
     """The font of the other pictures, which comes with matplotlib. The basic layout: it needs no further library."""
     path = Files(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _fitting(text: str, room: float, size: float) -> ImageFont.FreeTypeFont:
+    """The font of that size, or a smaller one, in which a line has the room."""
+    width = _font(size).getlength(text)
+    return _font(size if width <= room else math.floor(2 * size * room / width) / 2)
 
 
 def _sheet(
@@ -307,7 +320,7 @@ def _sheet(
     draw.text((990, 13), legend, _MUTED, _font(11), anchor="ra")
     ranks = estimate.loss_rank()
     for place, j in enumerate(columns):
-        left, top = 10 + 99 * (place % ACROSS), 42 + 140 * (place // ACROSS)
+        left, top = 10 + APART * (place % ACROSS), 42 + 140 * (place // ACROSS)
         index = int(estimate.train_index[j])
         sample = samples.get(index)
         draw.rectangle((left, top, left + SIDE - 1, top + SIDE - 1), outline="#cccccc")
@@ -319,7 +332,8 @@ def _sheet(
             draw.multiline_text((left + 4, top + 4), suspect_text(sample, index), _TEXT, _font(9), spacing=3)
         label = suspect_label(estimate, j, int(ranks[j]))
         for line, text in enumerate(label.split("\n")):
-            draw.text((left + SIDE / 2, top + SIDE + 5 + 12 * line), text, _TEXT, _font(9.5), anchor="ma")
+            font = _fitting(text, APART - 3, 9.5)
+            draw.text((left + SIDE / 2, top + SIDE + 5 + 12 * line), text, _TEXT, font, anchor="ma")
     return np.asarray(sheet)
 
 

@@ -23,6 +23,7 @@ from lightning_slt.publish.keys import STATUSES, influence_metrics_of, transitio
 from lightning_slt.publish.mlflow_logger import MLflowSink
 from lightning_slt.publish.render import Rendered
 from lightning_slt.publish.sink import Alert, Page, Sink, Table
+from lightning_slt.publish.tables import MAX_WANDB_ROWS, thinned
 from lightning_slt.publish.tensorboard import TensorBoardSink
 from lightning_slt.publish.transition_charts import free_energy_figure
 from lightning_slt.publish.transition_tables import TRANSITION_COLUMNS, transition_rows
@@ -346,7 +347,8 @@ class RunPublisher:
         sinks = [(i, name, sink) for i, (name, sink) in enumerate(self._sinks) if isinstance(sink, WandbSink)]
         if not sinks:
             return
-        rows = self._guard(-12, "the rows of the curve", partial(curve_rows, estimates, transitions))
+        shown = thinned(estimates, MAX_WANDB_ROWS - len(transitions))
+        rows = self._guard(-12, "the rows of the curve", partial(curve_rows, shown, transitions))
         x = x_of(estimates[-1])
         for i, name, sink in sinks if rows else ():
             page = Page(tables={"curve": Table(CURVE_COLUMNS, rows)}, step=estimates[-1].step)

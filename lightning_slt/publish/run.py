@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import Any, Optional, Union
 
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
 from lightning_slt.record import RECORD_FILE, Estimate, RunRecord
+from lightning_slt.susceptibility_record import SusceptibilityRecord
 from lightning_slt.transition_record import TransitionLog
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ class MonitorRecord:
         influences: in order of steps; only the last one keeps its pairs.
         transitions: None where none were watched for.
         summary: ``summary.json``, empty where there is none.
+        beside_seconds: what susceptibility took, whose chains run beside those of its firings.
     """
 
     folder: Path
@@ -42,6 +45,7 @@ class MonitorRecord:
     influences: tuple[InfluenceEstimate, ...] = ()
     transitions: Optional[TransitionLog] = None
     summary: Mapping[str, Any] = field(default_factory=dict)
+    beside_seconds: float = 0.0
 
     @property
     def name(self) -> str:
@@ -135,8 +139,14 @@ def monitor_record(folder: Path, traces: bool = True) -> MonitorRecord:
     for number, estimate in enumerate(RunRecord(folder).read(traces)):
         by_step[estimate.step if estimate.step is not None else f"number {number}"] = estimate
     estimates = sorted(by_step.values(), key=lambda e: e.step or 0)
+    beside = [s.seconds for s in SusceptibilityRecord(folder).read() if math.isfinite(s.seconds)]
     return MonitorRecord(
-        folder, tuple(estimates), tuple(_influences(folder)), _transitions(folder), _json(folder / "summary.json")
+        folder,
+        tuple(estimates),
+        tuple(_influences(folder)),
+        _transitions(folder),
+        _json(folder / "summary.json"),
+        sum(beside),
     )
 
 

@@ -332,12 +332,14 @@ def chains(running: bool = True, band: bool = True) -> Spec:
         "height": 300,
         "data": {"name": "rows"},
         "transform": [
+            # the mean of a chain that diverged ends with it: gone on, it would look settled
+            *([{"filter": f"isValid({datum('llc')})"}] if running else []),
             {
                 "window": [{"op": "mean", "field": column("llc"), "as": "running"}],
                 "groupby": [column("chain")],
                 "sort": [{"field": column("draw")}],
                 "frame": [None, 0],
-            }
+            },
         ],
         "layer": [
             *behind,

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning_slt.record import Estimate
 
@@ -37,7 +37,11 @@ HISTORY_COLUMNS: tuple[str, ...] = (
 )
 CHAIN_COLUMNS: tuple[str, ...] = ("chain", "draw", "llc")
 _BREAK = re.compile(r"[\r\n]+")
-MAX_CHAIN_ROWS = 2000  # a wandb table of 2,000 rows costs about 0.1 s; beyond 10,000 it is cut without a word
+MAX_CHAIN_ROWS = 2000  # a wandb table of 2,000 rows costs about 0.1 s
+MAX_WANDB_ROWS = 10_000
+"""Rows of a table of wandb: of one with more the last ones are cut off without a word."""
+
+T = TypeVar("T")
 
 
 def plain(value: Any) -> Any:
@@ -66,6 +70,18 @@ def are_log_spaced(steps: Iterable[float]) -> bool:
         return False
     gaps = [b - a for a, b in pairwise(positive)]
     return max(gaps) > 10 * min(gaps)
+
+
+def thinned(items: Sequence[T], most: int) -> list[T]:
+    """At most so many, evenly spaced, the first and the last among them.
+
+    Example:
+        >>> thinned(range(10), 4)
+        [0, 3, 6, 9]
+    """
+    if len(items) <= most or most < 2:
+        return list(items) if len(items) <= most else list(items[-1:])
+    return [items[round(k * (len(items) - 1) / (most - 1))] for k in range(most)]
 
 
 def history_row(estimate: Estimate) -> list[Any]:

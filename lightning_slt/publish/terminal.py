@@ -197,7 +197,9 @@ def _suspects(monitor: MonitorRecord) -> Table | None:
     if not measured:
         return None
     last: InfluenceEstimate = measured[-1]
-    where = f" at step {last.step:,}" if last.step is not None else ""
+    # the numbers are those of the last firing, and need not fall from one row to the next
+    by = " at" if last.suspicion is None else ", ranked over all firings up to"
+    where = f"{by} step {last.step:,}" if last.step is not None else ""
     title = f"Likely wrong labels and outliers{where}"
     table = Table(title=title, title_justify="left", title_style="bold", header_style=MUTED, pad_edge=False, box=None)
     for name in ("", "sample", "label", "mean loss over the posterior", "loss", "rank by loss", "how it looks"):

@@ -21,7 +21,14 @@ from lightning_slt.publish.charts import png
 from lightning_slt.publish.keys import ALL_METRIC_NAMES, metrics_of, x_of
 from lightning_slt.publish.later import Later
 from lightning_slt.publish.sink import Alert, Page, Table, plain_config
-from lightning_slt.publish.tables import CHAIN_COLUMNS, HISTORY_COLUMNS, chain_rows, history_row
+from lightning_slt.publish.tables import (
+    CHAIN_COLUMNS,
+    HISTORY_COLUMNS,
+    MAX_WANDB_ROWS,
+    chain_rows,
+    history_row,
+    thinned,
+)
 from lightning_slt.record import Estimate
 
 LAST_ROWS_SECONDS = 60.0
@@ -144,10 +151,10 @@ class WandbSink:
             return
         import wandb
 
-        last = estimates[-1]
+        last, shown = estimates[-1], thinned(estimates, MAX_WANDB_ROWS)
         row: dict[str, Any] = {
             f"{self.prefix}/tables/history": wandb.Table(
-                columns=list(HISTORY_COLUMNS), data=[history_row(e) for e in estimates], allow_mixed_types=True
+                columns=list(HISTORY_COLUMNS), data=[history_row(e) for e in shown], allow_mixed_types=True
             )
         }
         if last.trace.numel():

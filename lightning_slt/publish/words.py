@@ -212,9 +212,10 @@ def suspects_sentence(influence: InfluenceEstimate) -> str:
     if not count:
         return ""
     named = [str(int(influence.train_index[j])) for j in influence.suspects(_NAMED)]
+    over = " at all firings so far" if influence.suspicion is not None else ""
     return (
         f"Of {count_of(count, 'training sample')} looked at, the likeliest wrong labels or outliers are "
-        f"number{'s' if len(named) > 1 else ''} {listed(named)}, by their mean loss over the posterior."
+        f"number{'s' if len(named) > 1 else ''} {listed(named)}, by their mean loss over the posterior{over}."
     )
 
 
@@ -231,7 +232,7 @@ def pairs_sentence(influence: InfluenceEstimate) -> str:
 def seconds_of(run: Run) -> float:
     """What measuring took in this run, all its monitors together; NaN where no record says."""
     spent = [e.seconds for monitor in run.monitors for e in monitor.estimates if math.isfinite(e.seconds)]
-    return sum(spent) if spent else math.nan
+    return sum(spent) + sum(monitor.beside_seconds for monitor in run.monitors) if spent else math.nan
 
 
 def cost_of(run: Run) -> str:

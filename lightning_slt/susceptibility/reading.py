@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_slt.functional.influence import MIXED, factor_of, group_means
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.functional.susceptibility import Response, error_of_parts, susceptibility
+from lightning_slt.influence_record import in_order
 from lightning_slt.sampling.readings import diverged
 from lightning_slt.sampling.segment import Segment
 
@@ -131,7 +132,7 @@ def read_component(
 
 def names_of(group: Optional[Sequence[Optional[str]]]) -> tuple[str, ...]:
     """The groups that have a sample, in order."""
-    return tuple(sorted({g for g in group if g is not None})) if group is not None else ()
+    return in_order({g for g in group if g is not None}) if group is not None else ()
 
 
 def _among(response: Response, usable: Tensor) -> Response:

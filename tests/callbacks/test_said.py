@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from lightning_slt.callbacks.remarks import say_how
 from lightning_slt.callbacks.said import Voice
+from lightning_slt.record import Estimate
+from tests.publish.helpers import make_estimate
 
 
 def test_a_failure_is_told_whole_once() -> None:
@@ -26,3 +29,25 @@ def test_another_run_is_told_again() -> None:
     assert [voice.first("full"), voice.first("full"), voice.first("method")] == [True, False, True]
     voice.forget()
     assert voice.first("full")
+
+
+@pytest.mark.parametrize(
+    ("estimate", "said"),
+    [
+        (
+            make_estimate(num_chains=1, num_weights=1, num_samples=None, method="sequential"),
+            "1 sequential chain over 1 weight (there is one chain), n = not known, nbeta = 100.0, localization",
+        ),
+        (
+            make_estimate(num_weights=124_439_808, num_samples=1_000_000, method="batched", nbeta=72382.4),
+            "4 batched chains over 124,439,808 weights (there is one chain), n = 1,000,000, nbeta = 72,380,",
+        ),
+    ],
+    ids=["one", "many"],
+)
+def test_how_it_measures_is_said_in_numbers_that_can_be_read(
+    estimate: Estimate, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        say_how(Voice(), estimate.replace(method_reason="there is one chain"), None)
+    assert f"SLTMonitor: {said}" in caplog.text

@@ -12,6 +12,8 @@ import torch
 from lightning_slt.callbacks.folder import restore_record
 from lightning_slt.cli import main
 from lightning_slt.influence_record import InfluenceRecord
+from lightning_slt.publish.html.page import report_html
+from lightning_slt.publish.run import load_run
 from lightning_slt.record import RunRecord
 from tests.publish.helpers import make_estimate, make_influence
 from tests.publish.recorded import HOSTILE, write_run
@@ -40,6 +42,16 @@ def test_transitions_suspects_and_diagnostics_are_told(shown: str) -> None:
     assert "step 300  structure was built (confirmed)" in shown
     assert "Likely wrong labels and outliers at step 500" in shown
     assert "4 of 5 estimates are valid" in shown
+
+
+def test_suspects_that_are_ranked_over_a_run_are_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path)
+    last = make_influence(step=500)
+    InfluenceRecord(folder).save(last.replace(suspicion=torch.arange(30).double()))
+    assert main(["show", str(tmp_path), "--no-color"]) == 0
+    out = capsys.readouterr().out
+    assert "Likely wrong labels and outliers, ranked over all firings up to step 500" in out
+    assert "at all firings up to the chosen one" in report_html(load_run(tmp_path))
 
 
 def test_texts_of_the_run_are_neither_markup_nor_control_characters(

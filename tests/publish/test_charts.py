@@ -190,6 +190,16 @@ def test_the_users_pyplot_is_left_alone():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+@pytest.mark.parametrize("steps", [[7], range(1, 20), [0, 1], range(1000, 9000, 1000)])
+def test_ticks_of_the_history_are_whole_steps(steps):
+    figure = history_figure([make_estimate(num_draws=2, step=step) for step in steps])
+    pixels(figure)
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        shown = [tick for tick in axes.get_xticks() if low <= tick <= high]
+        assert shown and all(tick == round(tick) for tick in shown)
+
+
 def test_one_estimate_is_one_in_the_title_of_the_history():
     assert history_figure([make_estimate(step=1)]).get_suptitle() == "Local learning coefficient: 1 estimate"
     two = [make_estimate(step=k) for k in (1, 2)]

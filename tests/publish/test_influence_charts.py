@@ -205,6 +205,15 @@ def test_a_matrix_without_numbers_is_drawn(fill):
     assert drawn == [0 if math.isnan(fill) else nine, 0, 0]
 
 
+def test_two_lines_of_reasons_stand_above_the_title_of_the_heat_map():
+    reasons = ("the chains have not reached their width in 200 steps: more draws (num_draws) or a longer burn-in",) * 2
+    figure = influence_figure(make_influence(valid=False, reasons=reasons))
+    pixels(figure)
+    said, title = figure.texts[-1], figure.axes[0].title
+    assert said.get_text().startswith("NOT VALID: ") and said.get_text().count("\n") == 1
+    assert said.get_window_extent().y0 > title.get_window_extent().y1
+
+
 # ----------------------------------------------------------------------------------------------------------- suspects
 
 
@@ -229,6 +238,20 @@ def test_suspects_are_shown_in_order_with_their_group_loss_and_plain_rank():
     assert figure.get_suptitle() == "Likely wrong labels, ranked at step 1,200"
     assert to_hex(figure._suptitle.get_color()) != RED
     assert to_hex(suspects_figure(make_influence(valid=False), {})._suptitle.get_color()) == RED
+
+
+def test_what_stands_below_suspects_does_not_run_into_each_other():
+    """Ranks up to 123,456 of samples whose losses have an exponent, with long names."""
+    n = 123_456
+    estimate = make_influence(n=n, num_queries=1).replace(
+        mean_loss=torch.linspace(1.25e5, 1e-5, n).double(), train_group=("a long name",) * n, matrix=torch.empty(0, 0)
+    )
+    sheet = suspects_figure(estimate, {}).axes[0].images[0].get_array()
+    for left, top in FRAMES:
+        below = sheet[top + 89 : top + 118, :, :3]
+        assert below[:, left + 10 : left + 80].min() < 128  # there is text
+        if left > 10:
+            assert below[:, left - 5].min() == 255  # and none half-way to the neighbour
 
 
 def test_a_suspect_has_its_number_group_loss_and_plain_rank_below_it():

@@ -80,6 +80,26 @@ def test_the_selector_of_chains_shows_the_chosen_firing(page: Any) -> None:
     assert browser.console(page) == []
 
 
+def test_a_chain_that_diverged_ends_there_and_does_not_set_the_scale(driver: Any, tmp_path: Path) -> None:
+    """Chain 3 of 4 climbs to 1e6 and is gone after half of its 100 draws; the others stay around 12."""
+    from lightning_slt.record import RunRecord
+
+    estimate = make_estimate(bad_chains=1)
+    trace = estimate.trace.clone()
+    trace[3, 40:50] = 1e6
+    RunRecord(tmp_path / "slt").append(estimate.replace(trace=trace))
+    browser.open_report(driver, write_report(tmp_path))
+    ends = (
+        "return [...document.querySelectorAll('#chains .chart .mark-line path')].map(e => e.getBBox().x + e.getBBox()"
+        ".width)"
+    )
+    first, *_, last = driver.execute_script(ends)
+    assert last == pytest.approx(first * 49 / 99, rel=0.02)  # draws from 0 to 99
+    ticks = "return [...document.querySelectorAll('#chains .chart .role-axis-label text')].map(e => e.textContent)"
+    heights = [float(text.replace(",", "").replace("−", "-")) for text in driver.execute_script(ticks)]
+    assert max(heights) < 200  # of both axes: the draws go to 100
+
+
 def test_the_selector_of_monitors_shows_the_chains_of_a_component(page: Any) -> None:
     names = page.execute_script("return [...document.querySelectorAll('#chains select.monitor option')].map(o=>o.text)")
     assert names[1:] == list(COMPONENTS)
@@ -101,6 +121,31 @@ def test_a_dark_page_is_drawn_in_its_own_colours(page: Any) -> None:
     assert until(lambda: page.execute_script(light))
     assert browser.console(page) == []
     browser.picture(page, ARTEFACTS / "report_dark.png")
+
+
+@pytest.mark.parametrize(
+    ("mean", "se", "loss"),
+    [(2.098765e9, 3.4e7, 4.5e8), (2.0987e7, 3400.0, 4.5678e7), (1.5e-9, 3e-11, 4.5e-9), (9.87654e6, 1234.5, 0.25)],
+)
+def test_large_and_tiny_numbers_stay_in_their_tiles(
+    driver: Any, tmp_path: Path, mean: float, se: float, loss: float
+) -> None:
+    from lightning_slt.record import RunRecord
+
+    RunRecord(tmp_path / "slt").append(make_estimate(mean=mean, se=se, init_loss=loss, step=100))
+    path = write_report(tmp_path)
+    numbers = "return [...document.querySelectorAll('.tile b')]"
+    try:
+        for width in (1280, 600, 400):
+            screen = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+            driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+            browser.open_report(driver, path)
+            assert driver.execute_script(f"{numbers}.filter(e => e.scrollWidth > e.clientWidth).length") == 0
+            # 1.50e-09 is not broken at its sign
+            parts = "[...document.querySelectorAll('.tile i')]"
+            assert driver.execute_script(f"return Math.max(...{parts}.map(e => e.getClientRects().length))") == 1
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_a_run_without_one_valid_estimate_is_drawn_without_complaint(driver: Any, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from lightning_slt.publish import RunPublisher
 from lightning_slt.publish.keys import ALL_METRIC_NAMES, METRIC_NAMES
 from lightning_slt.publish.tables import HISTORY_COLUMNS
-from tests.publish.helpers import make_estimate
+from tests.publish.helpers import make_estimate, make_transition
 from tests.publish.test_loggers import run_out_of_order
 from tests.wandb_runs import inspect, records
 
@@ -65,6 +65,27 @@ def test_a_picture_in_wandb_is_the_file_of_the_run_folder(offline):
     (local,) = (offline / "slt" / "figures").iterdir()
     (sent,) = (folder / "files" / "media" / "images" / "slt" / "media").iterdir()
     assert sent.read_bytes() == local.read_bytes()
+
+
+def test_the_tables_of_a_very_long_run_reach_to_its_end(offline):
+    """wandb cuts off what is beyond 10,000 rows: the newest estimates, and the transitions behind them."""
+    one = make_estimate(num_chains=1, num_draws=1)
+    estimates = [one.replace(step=10 * k, x=k) for k in range(1, 10_502)]
+    logger = WandbLogger(save_dir=offline, project="p")
+    publisher = RunPublisher([logger], None)
+    publisher.start({})
+    publisher.finish(estimates, "finished", [make_transition()])
+    folder = Path(logger.experiment.dir).parent
+    wandb.finish()
+    records(folder)  # until it is written
+    summary = json.loads(inspect(folder, "--summary"))["summary"]
+    history, curve = (
+        json.loads((folder / "files" / summary[f"slt/tables/{name}"]["path"]).read_text())["data"]
+        for name in ("history", "curve")
+    )
+    assert len(history) == len(curve) == 10_000
+    assert (history[0][0], history[-1][0]) == (10, 105_010)
+    assert [row[0] for row in curve[-2:]] == ["estimate", "transition"] and curve[-2][1] == 105_010
 
 
 def test_a_failed_run_says_so_even_without_estimates(offline):

@@ -7,14 +7,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_slt.publish.diagnoses import diagnostics, invalid_sentence, kind_of_reason, outcome_of, reason_words
 from lightning_slt.publish.run import load_run
-from lightning_slt.publish.words import headline, transitions_sentence
+from lightning_slt.publish.words import headline, suspects_sentence, transitions_sentence
 from lightning_slt.record import Estimate, RunRecord
+from lightning_slt.susceptibility_record import SusceptibilityEstimate, SusceptibilityRecord
 from lightning_slt.transition_record import TransitionLog
 from lightning_slt.transitions.evidence import MIN_POINTS
-from tests.publish.helpers import make_estimate
+from tests.publish.helpers import make_estimate, make_influence
 
 NOT_MIXED = "chains have not mixed: R-hat 1.38 > 1.1, error 5.9"
 DOWNHILL = "negative beyond its error: the weights are not at a minimum (chains run downhill)"
@@ -45,6 +47,29 @@ def test_what_measuring_took_is_that_of_all_monitors(tmp_path: Path):
         for step in (10, 20):
             record.append(make_estimate(step=step, component=name, seconds=seconds, overhead=share))
     assert "Measuring took 1 min 0 s in all, 38% of the run's wall-clock" in headline(load_run(tmp_path))[-2]
+
+
+def test_what_measuring_took_has_that_of_susceptibility_in_it(tmp_path: Path):
+    """Its chains are others than those of the learning coefficient: 20 s of two firings, and 100 s beside them."""
+    one, none = torch.ones(1).double(), torch.empty(1, 0).double()
+    for step in (10, 20):
+        RunRecord(tmp_path / "slt").append(make_estimate(step=step, seconds=10.0, overhead=0.25))
+        found = SusceptibilityEstimate(
+            ("head",), one, one, one[None], none, none, none.long(), (), none, none, one,
+            1.0, (1.0,), (3,), 100, 4, 100, True, step=step, seconds=50.0,
+        )  # fmt: skip
+        SusceptibilityRecord(tmp_path / "slt").save(found)
+    assert "Measuring took 2 min 0 s in all, 25% of the run's wall-clock" in headline(load_run(tmp_path))[-2]
+
+
+def test_suspects_that_are_ranked_over_a_run_are_said_to_be():
+    estimate = make_influence(n=30)
+    over = estimate.replace(suspicion=torch.arange(30).double())
+    assert suspects_sentence(estimate).endswith(
+        "are numbers 0, 10, 20, 30 and 40, by their mean loss over the posterior."
+    )
+    said = "are numbers 290, 280, 270, 260 and 250, by their mean loss over the posterior at all firings so far."
+    assert suspects_sentence(over).endswith(said)
 
 
 # ---------------------------------------------------------------------------------------------------- lines of the log

@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional, TypeVar
+from typing import Any, Optional
 
 from PIL import Image
 
@@ -33,12 +33,12 @@ from lightning_slt.publish.chart_rows import (
     steps_scale,
     trajectory_rows,
 )
-from lightning_slt.publish.diagnoses import verdict_sentence
+from lightning_slt.publish.diagnoses import bad_chains, verdict_sentence
 from lightning_slt.publish.influence_tables import media_id
 from lightning_slt.publish.phrases import number
 from lightning_slt.publish.run import MonitorRecord, Run
 from lightning_slt.publish.spec_parts import STATES, Scale, Spec
-from lightning_slt.publish.tables import step_of
+from lightning_slt.publish.tables import step_of, thinned
 from lightning_slt.publish.words import offline_only, pairs_sentence, suspects_sentence
 from lightning_slt.record import Estimate
 
@@ -55,8 +55,6 @@ MAX_SAMPLE_BYTES = 3_500_000
 SIDE = 96
 """Pixels of a sample's picture, at the most."""
 SUSPECTS = 20
-
-T = TypeVar("T")
 
 
 def page_data(run: Run) -> dict[str, Any]:
@@ -145,18 +143,6 @@ def _chart(spec: Spec, rows: Sequence[Any], tokens: dict[str, Any], columns: int
     return {"spec": specs.for_page(spec), "datasets": {"rows": list(rows)}, "tokens": tokens, "columns": columns}
 
 
-def thinned(items: Sequence[T], most: int) -> list[T]:
-    """At most so many, evenly spaced, the first and the last among them.
-
-    Example:
-        >>> thinned(range(10), 4)
-        [0, 3, 6, 9]
-    """
-    if len(items) <= most or most < 2:
-        return list(items) if len(items) <= most else list(items[-1:])
-    return [items[round(k * (len(items) - 1) / (most - 1))] for k in range(most)]
-
-
 def _chains(run: Run) -> list[dict[str, Any]]:
     """Of each monitor whose chains are there: their files may be lost."""
     found = [{"name": m.name, "firings": chain_firings(m.estimates, len(run.monitors))} for m in run.monitors]
@@ -181,6 +167,7 @@ def chain_firings(estimates: Sequence[Estimate], num_monitors: int = 1) -> list[
                 "valid": e.valid,
                 "band": [{k: _short(v) if isinstance(v, float) else v for k, v in row.items()} for row in band_rows(e)],
                 "every": every,
+                "out": bad_chains(e),
                 "draws": draws,
             }
         )

@@ -138,7 +138,10 @@
       const running = form.value === "running";
       const rows = [];
       const seen = firing.band.flatMap((band) => [band.low, band.high]);
+      // a chain that was left out has been anywhere on its way: the others could not be told apart beside it
+      const kept = firing.out.length < firing.draws.length;
       firing.draws.forEach((values, chain) => {
+        const counts = !kept || !firing.out.includes(chain);
         let sum = 0, count = 0;
         values.forEach((llc, place) => {
           rows.push({ chain, draw: place * firing.every, llc });
@@ -146,6 +149,7 @@
           sum += llc;
           count += 1;
           // the running mean of the first draws is noise: it must not set the scale
+          if (!counts) return;
           if (!running) seen.push(llc);
           else if (place >= values.length / 10) seen.push(sum / count);
         });

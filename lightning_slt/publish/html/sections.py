@@ -28,6 +28,8 @@ from lightning_slt.publish.words import (
 from lightning_slt.record import Estimate
 
 MAX_TABLE_ROWS = 2000
+MAX_LETTERS = 7
+"""Of a number in a tile at its full size; a tile has room for eleven at the smaller one."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,11 @@ def _overview(run: Run, title: str) -> Section:
 
 
 def _tile(big: str, small: str, look: str = "") -> str:
-    return f'<div class="tile {look}"><b>{_t(big)}</b><span>{_t(small)}</span></div>'
+    # a number breaks nowhere but before its error, and a long one is written smaller: a tile is narrow
+    words = big.replace("± ", "±\u00a0").split(" ")
+    look += " long" if max(map(len, words)) > MAX_LETTERS else ""
+    parts = " ".join(f"<i>{_t(word)}</i>" for word in words)
+    return f'<div class="tile {look}"><b>{parts}</b><span>{_t(small)}</span></div>'
 
 
 def _curve(run: Run, charts: Mapping[str, Any]) -> Section:
@@ -235,6 +241,7 @@ def _influence(run: Run, data: Mapping[str, Any]) -> Optional[Section]:
     if source is None or not data["influence"]:
         return None
     last = source.influences[-1]
+    over = "" if last.suspicion is None else " at all firings up to the chosen one, whose own numbers these are"
     has_groups = any(firing["groups"] for firing in data["influence"])
     pictures = '<div class="chart samples"></div>'
     if has_groups:
@@ -259,8 +266,8 @@ def _influence(run: Run, data: Mapping[str, Any]) -> Optional[Section]:
         '<p class="verdict"></p>',
         "<h3>Likely wrong labels and outliers</h3>",
         _hint(
-            "The largest mean losses over the posterior, with the label in quotes and the rank by plain loss beside. A "
-            "wrong label stays expensive around the weights even where the model has learnt it."
+            f"The largest mean losses over the posterior{over}, with the label in quotes and the rank by plain loss "
+            "beside. A wrong label stays expensive around the weights even where the model has learnt it."
         ),
         '<div class="gallery"></div>',
         pictures,
