@@ -291,8 +291,8 @@ def half_square(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_outliers_among_the_samples_do_not_buy_a_larger_step(seed: int) -> None:
-    """Single minibatches throw the chains far up and down. Held against that scatter the step was made 70 to 330 times as
-    large, up to its ceiling, and no chain was left."""
+    """Single minibatches throw the chains far up and down. Held against that scatter the step was made 70 to 330 times
+    as large, and the LLC was 46 to 166."""
     net, data, curvatures = outliers(0.01)
     found = estimate_llc(
         net, data, half_square, num_chains=4, num_draws=100, tolerance="5%", method="sequential", seed=seed
