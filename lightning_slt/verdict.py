@@ -174,13 +174,16 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
         # below zero by rounding alone: the loss does not depend on these weights, and no chain has run downhill
         told = tuple(reason for reason in summary.verdict if reason.kind is not Kind.NEGATIVE)
         summary = dataclasses.replace(summary, verdict=told)
+    of_data = _reasons_of_data(segment)
+    # the search shrinks the step at what is not finite, beside which weights of any size become coarse
+    coarse = () if of_data else misfit_of_rounding(chains, drawn.lr)
     verdict = (
-        *_reasons_of_data(segment),
+        *of_data,
         *summary.verdict,
         *_reasons_of_heat(cooled, summary, drawn, chains),
         *_reasons_of_width(ratios, cooled, summary, drawn),
         *_reasons_of_rounding(init_loss, digit, chains),
-        *(Reason(Kind.WEIGHTS_TOO_COARSE, sentence) for sentence in misfit_of_rounding(chains, drawn.lr)),
+        *(Reason(Kind.WEIGHTS_TOO_COARSE, sentence) for sentence in coarse),
         *(Reason(Kind.EVAL_MODE, sentence) for sentence in misfit_of_eval(chains.objective)),
         *(Reason(Kind.SUM, sentence) for sentence in misfit_of_sum(chains.objective, chains.source, posterior.nbeta)),
         *(Reason(Kind.GRADIENT, sentence) for sentence in misfit_of_gradient(chains, segment, good)),

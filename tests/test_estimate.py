@@ -173,6 +173,15 @@ def test_a_sample_without_a_finite_loss_is_named_before_the_chains_that_it_ends(
     assert not any("not finite" in reason for reason in whole.reasons)
 
 
+def test_a_sample_without_a_finite_loss_says_nothing_of_the_size_of_the_weights() -> None:
+    """The search shrinks the step to 1e-57 then, and beside that weights of any size are coarse."""
+    x, y = (t.clone() for t in regression().tensors)
+    x[-1] = math.nan
+    estimate = estimate_llc(mlp(), TensorDataset(x, y), mean_squared, num_draws=20, batch_size=4, nbeta=10.0, seed=2)
+    assert estimate.step_size < 1e-20 and not estimate.valid
+    assert estimate.kinds[0] == "NOT_FINITE" and "WEIGHTS_TOO_COARSE" not in estimate.kinds
+
+
 def test_no_chain_left_is_nan_and_not_valid() -> None:
     def breaks(module: nn.Module, batch: Any) -> Tensor:
         return mean_squared(module, batch) + torch.where((module.weight - 1).abs() > 1e-4, torch.nan, 0.0).sum()

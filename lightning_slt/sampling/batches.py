@@ -2,8 +2,8 @@
 
 A source hands out *windows*: lists of minibatches on the chains' device. A small data set is one window that holds
 every batch (it is *resident*); a large one is read in windows of bounded size, so that it is never held as a whole.
-From a resident window every chain draws batches with replacement, from one that passes by each batch once, in an order
-of its own: the batch is then independent of the chain's weights, and ``L_B(w) - L_B(w*)`` unbiased.
+From a window that holds all the data every chain draws batches with replacement, from one that passes by each batch
+once, in an order of its own: the batch is then independent of the chain's weights, and ``L_B(w) - L_B(w*)`` unbiased.
 """
 
 from __future__ import annotations
@@ -260,23 +260,25 @@ class IterableSource(MinibatchSource):
         affordable = max(LEAST_WINDOW, max_bytes // max(1, num_bytes(self._pending[0])))
         self._least, self._most = min(affordable, WINDOW_BATCHES), min(affordable, MAX_RESIDENT_BATCHES)
         self._index = -1
+        self._at_start = True
 
     def window(self, index: int) -> Window:
         if self._kept is not None and index == self._index:
             return self._kept
         self._kept = None  # two windows are never held at once
         batches, self._pending = self._pending, []
-        restarts = 0
+        restarts, from_start = 0, self._at_start
         while len(batches) < self._least and restarts < 2:
             batches += [self._transfer(b) for b in itertools.islice(self._iterator, self._most - len(batches))]
-            if len(batches) < self._most:
+            self._at_start = len(batches) < self._most
+            if self._at_start:
                 self._iterator = iter(self._iterable)
                 restarts += 1
         if not batches:
             raise ValueError(
                 "data: the iterable has run dry and cannot be started again. Give a Dataset or a DataLoader."
             )
-        self._index, self._kept = index, Window(batches)
+        self._index, self._kept = index, Window(batches, is_whole=from_start and self._at_start)
         return self._kept
 
 

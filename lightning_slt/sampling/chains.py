@@ -367,12 +367,13 @@ class Chains:
     def _pick(self, window: Window, steps: int) -> Tensor:
         """Which minibatch each chain sees at each step, ``[chains, steps]``.
 
-        From a window that holds all the data, with replacement: the batch does not depend on where the chain is. Of a
-        window that is passing by, every batch once, each chain in an order of its own: a batch that comes back would
-        find a chain that has already moved towards it. Smaller batches are seen as much more seldom.
+        From a window that holds all the data, with replacement: the batch does not depend on where the chain is. (Each
+        once, it would come after the others of the pass, which together pull away from it.) Of a window that is passing
+        by, every batch once, each chain in an order of its own: a batch that comes back would find a chain that has
+        already moved towards it. Smaller batches are seen as much more seldom.
         """
         streams = [own.minibatches for own in self._randomness]
-        if self.source.resident:
+        if self.source.resident or window.is_whole:
             picks = [_drawn_from(window, steps, g) for g in streams]
         else:
             if self._window_used == 0:

@@ -55,8 +55,10 @@ class CommonBatches(MinibatchSource):
         if float(others) > 0:
             device = device_of(own.batches[0])
             # a part of a larger tensor would be sent with all of it: each batch as a copy of its own
-            sent = self._ranks.exchange(lambda: [clone(_moved(batch, "cpu")) for batch in own.batches])[0]
-            own = Window([_moved(batch, device) for batch in sent])
+            sent, is_whole = self._ranks.exchange(
+                lambda: ([clone(_moved(batch, "cpu")) for batch in own.batches], own.is_whole)
+            )[0]
+            own = Window([_moved(batch, device) for batch in sent], is_whole)
         self._index, self._kept = index, own
         return own
 

@@ -206,7 +206,8 @@ def next_step(
     trace = posterior.nbeta * segment.difference
     heat = heat_of(segment, step, posterior)
     unsure = (1.0 - heat.steepness) * heat.discretisation
-    wanted = scale_of(trace) / max(heat.discretisation / HEAT, heat.noise / NOISE_HEAT, unsure / UNSURE_HEAT, 1e-12)
+    scale = scale_of(trace, most=chains.layout.num_weights)
+    wanted = scale / max(heat.discretisation / HEAT, heat.noise / NOISE_HEAT, unsure / UNSURE_HEAT, 1e-12)
     if wanted < SCORCHED and put_back:
         chains.restart()
     drift, drift_error = half_change(trace)
@@ -229,13 +230,18 @@ def _held_by_pull(segment: Segment, posterior: LocalPosterior) -> float:
     return 4.0 * HEAT / precision if precision > 0 else math.inf
 
 
-def scale_of(trace: Tensor) -> float:
+def scale_of(trace: Tensor, most: float = math.inf) -> float:
     """What the heat is held against: |LLC|, or the variance of its integrand, the same number on a regular model.
 
     The LLC itself goes through zero between a saddle (where chains run downhill) and a minimum; the variance does not.
     It counts as far as the integrand lies below zero: a step too large throws the chains up, and the scatter that
     makes must not buy it a larger one. Neighbouring steps see independent minibatches, so that their covariance is
     free of the minibatches' own noise.
+
+    Args:
+        trace: ``[num_chains, steps]``, the integrand.
+        most: that the variance counts for: d, the number of weights. On a square it is d/2 and on kinks d; beyond that
+            it is of chains that single minibatches (an outlier among their samples) throw about, below zero too.
     """
     values = trace.flatten()
     # torch sorts no more than so many for a quantile; an even part of them says as much
@@ -247,4 +253,4 @@ def scale_of(trace: Tensor) -> float:
     variance = 0.0
     if products.numel() > 1:
         variance = float(products.mean() - 2 * products.std() / math.sqrt(products.numel()))
-    return max(abs(float(trace.mean())), min(variance, float(low.clamp(max=0.0)) ** 2), LEAST_SCALE)
+    return max(abs(float(trace.mean())), min(variance, float(low.clamp(max=0.0)) ** 2, most), LEAST_SCALE)

@@ -16,10 +16,16 @@ from lightning_slt.sampling.structures import PLAIN, tensors_in
 
 
 class Window:
-    """Some minibatches, addressed by number, alone or several stacked."""
+    """Some minibatches, addressed by number, alone or several stacked.
 
-    def __init__(self, batches: Sequence[Any]) -> None:
+    Args:
+        batches: at least one.
+        is_whole: they hold all the data, each sample as often as any other.
+    """
+
+    def __init__(self, batches: Sequence[Any], is_whole: bool = False) -> None:
         self.batches = list(batches)
+        self.is_whole = is_whole
         self._columns: Optional[list[Any]] = None
         self._spec: Any = None
         self.anchor_loss: dict[int, float] = {}
