@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import threading
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,49 @@ def test_a_dataset_is_not_moved_on_by_the_chains(tmp_path: Path) -> None:
     trace = Scenario(Net, lambda: loaders(dataset=models.OwnsGenerator())).run(tmp_path, monitor)
     assert steps_of(monitor) == [4, 8, 12]
     assert trace.trainer.train_dataloader.dataset.num_reads == 2 * 24
+
+
+class InArchive(Dataset[Any]):
+    """Samples of 6 kB each in an archive that stays open."""
+
+    def __init__(self, path: Path) -> None:
+        with zipfile.ZipFile(path, "w") as archive:
+            for index, (x, y) in enumerate(tensors()):
+                archive.writestr(str(index), np.append(x.numpy(), [float(y)] * 1500).astype(np.float32).tobytes())
+        self.archive = zipfile.ZipFile(path)
+
+    def __len__(self) -> int:
+        return models.SAMPLES
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        row = torch.frombuffer(bytearray(self.archive.read(str(index))), dtype=torch.float32)
+        return row[: models.IN], row[-1].long()
+
+
+class Counted(InArchive):
+    """Samples grow with a number and a tensor that all who read them share, and count up."""
+
+    def __init__(self, path: Path) -> None:
+        self.number, self.tensor = multiprocessing.Value("i", 0), torch.zeros(1).share_memory_()
+        self.data = tensors()
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.number.value += 1
+        self.tensor += 1
+        x, y = self.data[index]
+        return x * (1 + 0.01 * self.number.value + 0.01 * self.tensor), y
+
+
+@pytest.mark.parametrize("workers", [{}, {"num_workers": 1, "persistent_workers": True}], ids=["here", "in a worker"])
+@pytest.mark.parametrize("data", [InArchive, Counted])
+def test_what_a_fork_shares_is_moved_on_by_training_only(
+    data: type[InArchive], workers: dict[str, Any], tmp_path: Path
+) -> None:
+    """The place in an open file: training would read on from where the chains had stopped, which an archive finds to
+    be damaged. And shared memory."""
+    scenario = Scenario(Net, lambda: loaders(dataset=data(tmp_path / "data.zip"), shuffle=False, **workers))
+    scenario.assert_undisturbed(tmp_path, monitor := tiny_monitor(every_n_train_steps=1))
+    assert steps_of(monitor) == list(range(1, 13))
 
 
 def test_a_stream_is_read_by_training_only(tmp_path: Path) -> None:
