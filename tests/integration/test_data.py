@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import random
 import threading
 import warnings
 import zipfile
@@ -201,6 +202,45 @@ def test_transfer_hooks_are_applied_exactly_once(owner: str, tmp_path: Path) -> 
     scenario.assert_undisturbed(tmp_path, monitor)
     assert steps_of(monitor) == [4, 8, 12]
     assert {value for batch in models.CHAIN_SAW for value in batch.flatten().tolist()} == {2.0}
+
+
+class Noisy(LightningDataModule):
+    """Its hook draws from a generator of its own, and counts."""
+
+    def __init__(self, generator: Any) -> None:
+        super().__init__()
+        self.rng, self.count, self.log_of = generator, 0, [0.0]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return loaders(dataset=models.zeros())["train_dataloaders"]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if isinstance(self.rng, torch.Generator):
+            noise = float(torch.rand((), generator=self.rng))
+        else:
+            noise = float(self.rng.random())
+        self.count += 1
+        self.log_of.append(noise)
+        return [batch[0] + noise + 0.01 * (self.count + len(self.log_of)), batch[1]]
+
+
+@pytest.mark.parametrize(
+    "generator",
+    [lambda: torch.Generator().manual_seed(1), lambda: np.random.default_rng(1), lambda: random.Random(1)],
+    ids=["torch", "numpy", "python"],
+)
+def test_hooks_of_a_datamodule_draw_and_count_for_training_only(generator: Callable[[], Any], tmp_path: Path) -> None:
+    made: list[Noisy] = []
+
+    def data() -> dict[str, Any]:
+        made.append(Noisy(generator()))
+        return {"datamodule": made[-1]}
+
+    Scenario(models.SeesBatch, data).assert_undisturbed(tmp_path, monitor := tiny_monitor())
+    assert steps_of(monitor) == [4, 8, 12]
+    assert [(noisy.count, len(noisy.log_of)) for noisy in made] == [(12, 13), (12, 13)]
+    # all samples are zeros: each of the six minibatches of a firing was moved by another number
+    assert len({round(value, 4) for batch in models.CHAIN_SAW for value in batch.flatten().tolist()}) >= 6
 
 
 def test_hooks_of_the_data_of_an_earlier_fit_are_not_applied(tmp_path: Path) -> None:
