@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_slt.sampling.belongings import LiveIterator, is_live_iterator
+from lightning_slt.sampling.belongings import RANDOM, LiveIterator, is_live_iterator, random_state, set_random_state
 from lightning_slt.sampling.stand_ins import ReadThrough
 
 METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
@@ -34,7 +36,7 @@ class SeenTrainer(ReadThrough):
         if name == "strategy":
             local[name] = value = SeenStrategy(value)
         elif name == "datamodule" and value is not None:
-            local[name] = value = _loosened(value)
+            local[name] = value = loosened(value)
         elif name in METRICS:
             local[name] = value = dict(value)
         return value
@@ -83,8 +85,9 @@ def _seen_config(config: Any, optimizers: dict[int, Any]) -> Any:
     return dataclasses.replace(config, scheduler=scheduler)
 
 
-def _loosened(value: Any) -> Any:
-    """The same object a second time, with attributes, lists and dicts of its own, and iterators that are not read."""
+def loosened(value: Any) -> Any:
+    """The same object a second time, with attributes, lists, dicts and generators of its own, and iterators that are
+    not read."""
     if not hasattr(value, "__dict__"):
         return value
     twin = object.__new__(type(value))
@@ -107,6 +110,10 @@ def _still(value: Any) -> Any:
 def _own(value: Any) -> Any:
     if type(value) in (list, dict, set):
         return value.copy()
+    if isinstance(value, RANDOM):
+        twin = torch.Generator(value.device) if isinstance(value, torch.Generator) else copy.deepcopy(value)
+        set_random_state(twin, random_state(value))
+        return twin
     return value.clone() if isinstance(value, Tensor) and value.ndim == 0 and not value.requires_grad else value
 
 
@@ -114,4 +121,4 @@ def _nothing(*_: Any, **__: Any) -> None:
     return None
 
 
-__all__ = ["SeenStrategy", "SeenTrainer"]
+__all__ = ["SeenStrategy", "SeenTrainer", "loosened"]

@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import operator
 import random
 import types
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from lightning_slt.sampling.services import method_of, stand_in
 from lightning_slt.sampling.stand_ins import LiveIterator
+from lightning_slt.sampling.structures import attributes_of, in_slots
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,8 @@ MAX_BYTES = 2**28
 """Larger tensors and arrays are data: a second copy of them at every firing could cost training its memory."""
 RANDOM = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 """Sources of random numbers."""
+BYTES = (bytearray, array)
+"""Numbers of one kind, in memory that Python itself can change."""
 _OWN = ("_parameters", "_buffers", "_modules", "_trainer", "_fabric")
 _FOREIGN = (
     "torch", "lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics", "lightning_slt", "wandb", "mlflow",
@@ -85,7 +90,8 @@ def _find_services(value: Any, path: str, memo: dict[int, Any], seen: set[int], 
     elif isinstance(value, functools.partial):
         members = [("", member) for member in (value.func, *value.args, *value.keywords.values())]
     elif isinstance(value, nn.Module) or is_users(value):
-        members = [(f".{name}", member) for name, member in vars(value).items() if name not in ("_trainer", "_fabric")]
+        held = attributes_of(value).items()
+        members = [(f".{name}", member) for name, member in held if name not in ("_trainer", "_fabric")]
     for name, member in members if len(members) <= MAX_ITEMS else ():
         _find_services(member, f"{path}{name}", memo, seen, depth - 1)
 
@@ -129,6 +135,8 @@ def _keep(
     elif isinstance(value, np.ndarray):
         if value.flags.writeable and value.nbytes <= MAX_BYTES:
             undo.callback(np.copyto, value, value.copy())
+    elif isinstance(value, BYTES):
+        undo.callback(operator.setitem, value, slice(None), value[:])
     elif isinstance(value, RANDOM):
         undo.callback(set_random_state, value, random_state(value))
     elif isinstance(value, list):
@@ -148,10 +156,13 @@ def _keep(
     elif isinstance(value, nn.Module):
         _keep_module(value, path, seen, undo, depth)
     elif is_users(value):
-        own = vars(value)
+        own, slots = getattr(value, "__dict__", {}), in_slots(value)
         undo.callback(_restore_dict, own, dict(own))
+        undo.callback(_restore_slots, value, slots)
         for name, item in list(own.items()):
             _keep(item, f"{path}.{name}", _setter(own, name), seen, undo, depth - 1)
+        for name, item in slots.items():
+            _keep(item, f"{path}.{name}", functools.partial(object.__setattr__, value, name), seen, undo, depth - 1)
 
 
 def _partial_of(value: functools.partial[Any], path: str) -> Any:
@@ -221,6 +232,15 @@ def _restore_dict(value: dict[Any, Any], before: dict[Any, Any]) -> None:
         value.update(before)
 
 
+def _restore_slots(value: Any, before: dict[str, Any]) -> None:
+    # past the class's own __setattr__, which a frozen dataclass refuses with
+    for name in in_slots(value).keys() - before.keys():
+        object.__delattr__(value, name)
+    for name, item in before.items():
+        if getattr(value, name, None) is not item:
+            object.__setattr__(value, name, item)
+
+
 def _restore_members(value: Any, before: list[Any]) -> None:
     value.clear()
     (value.extend if isinstance(value, deque) else value.update)(before)
@@ -265,7 +285,7 @@ def generators_in(value: Any, depth: int = MAX_DEPTH) -> list[Any]:
     elif depth and isinstance(value, (list, tuple)):
         members = value
     elif depth and not isinstance(value, Tensor) and (is_users(value) or isinstance(value, nn.Module)):
-        members = vars(value).values()
+        members = attributes_of(value).values()
     return [found for member in list(members)[:MAX_ITEMS] for found in generators_in(member, depth - 1)]
 
 
@@ -274,15 +294,20 @@ def _nowhere(_: Any) -> None:
 
 
 def is_users(value: Any) -> bool:
-    """An object with attributes, of a class of the user's own, which may have a ``__call__``: no function, no class, no
-    Python module, and nothing with a life beside the step."""
+    """An object with attributes or slots, of a class of the user's own, which may have a ``__call__``: no function, no
+    class, no Python module, and nothing with a life beside the step."""
     if isinstance(value, (types.ModuleType, type)):
         return False
     package = type(value).__module__.partition(".")[0]
-    return hasattr(value, "__dict__") and package not in ("builtins", "functools", *_FOREIGN)
+    return (hasattr(value, "__dict__") or hasattr(value, "__slots__")) and package not in (
+        "builtins",
+        "functools",
+        *_FOREIGN,
+    )
 
 
 __all__ = [
+    "BYTES",
     "RANDOM",
     "LiveIterator",
     "contents_kept",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
@@ -14,10 +16,11 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate, get_worker_info
 
-from lightning_slt.sampling.belongings import RANDOM, random_state, set_random_state
+from lightning_slt.sampling.belongings import MAX_BYTES, RANDOM, random_state, set_random_state
 from lightning_slt.sampling.rng import LOADER, generator
+from lightning_slt.sampling.services import SHARED_NUMBERS, renewed
 from lightning_slt.sampling.structures import PLAIN
 
 OF_DIFFERENT_SIZES = "stack expects each tensor to be equal size"
@@ -92,7 +95,7 @@ class Reader:
             generator=generator(self.seed, LOADER),
             multiprocessing_context="fork" if workers and _can_fork() else None,
             timeout=TIMEOUT if workers else 0,
-            worker_init_fn=self.worker_init_fn if workers else None,
+            worker_init_fn=partial(_alone, self.worker_init_fn) if workers else None,
         )
         with preserve_generators(self.dataset):
             with may_have_children():
@@ -149,22 +152,61 @@ def may_have_children() -> Iterator[None]:
 def preserve_generators(dataset: Any) -> Iterator[None]:
     """Put back the random generators that a dataset holds as attributes, its own and those of datasets inside it."""
     restore: list[Callable[[], object]] = []
-    stack, seen = [dataset], set()
-    while stack:
-        item = stack.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, RANDOM):
-            restore.append(partial(set_random_state, item, random_state(item)))
-        elif isinstance(item, Dataset):
-            stack += list(vars(item).values())
-            stack += list(getattr(item, "datasets", []))
+    for part in _datasets_in(dataset):
+        for item in vars(part).values():
+            if isinstance(item, RANDOM):
+                restore.append(partial(set_random_state, item, random_state(item)))
     try:
         yield
     finally:
         for put_back in restore:
             put_back()
+
+
+def _datasets_in(dataset: Any) -> Iterator[Dataset[Any]]:
+    """A dataset and those inside it, each once."""
+    stack, seen = [dataset], set()
+    while stack:
+        item = stack.pop()
+        if id(item) in seen or not isinstance(item, Dataset):
+            continue
+        seen.add(id(item))
+        yield item
+        stack += [*vars(item).values(), *getattr(item, "datasets", [])]
+
+
+def _alone(worker_init_fn: Optional[Callable[[int], None]], worker: int) -> None:
+    """How a process begins that reads: of what a fork shares with its parent, it has its own."""
+    _open_files_anew()
+    info = get_worker_info()
+    for part in _datasets_in(info.dataset if info is not None else None):
+        for name, value in list(vars(part).items()):
+            if isinstance(value, SHARED_NUMBERS):
+                vars(part)[name] = renewed(value)
+            elif isinstance(value, Tensor) and value.is_shared() and value.nbytes <= MAX_BYTES:
+                vars(part)[name] = value.clone()
+    if worker_init_fn is not None:
+        worker_init_fn(worker)
+
+
+def _open_files_anew() -> None:
+    """Have files that were open for reading at places of their own: to read on here would move training on in them."""
+    with suppress(OSError):  # a system without /proc
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            with suppress(OSError):  # a file that may not be opened any more
+                _open_anew(fd)
+
+
+def _open_anew(fd: int) -> None:
+    import fcntl  # where there is /proc, there is this
+
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if flags & (os.O_WRONLY | os.O_RDWR) or not stat.S_ISREG(os.fstat(fd).st_mode):
+        return
+    own = os.open(f"/proc/self/fd/{fd}", flags)
+    os.lseek(own, os.lseek(fd, 0, os.SEEK_CUR), os.SEEK_SET)
+    os.dup2(own, fd, os.get_inheritable(fd))
+    os.close(own)
 
 
 def _sendable(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_slt.sampling.belongings import (
+    BYTES,
     MAX_BYTES,
     MAX_DEPTH,
     MAX_ITEMS,
@@ -30,6 +31,7 @@ from lightning_slt.sampling.belongings import (
 from lightning_slt.sampling.services import SHARED_NUMBERS, numbers_in, renewed
 from lightning_slt.sampling.shadow import without_compile
 from lightning_slt.sampling.step_tensors import fingerprint
+from lightning_slt.sampling.structures import attributes_of
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +146,8 @@ def _print_of(value: Any, depth: int, known: set[int]) -> Any:
         return id(value), fingerprint(value)
     if isinstance(value, np.ndarray):
         return id(value), value.tobytes() if value.nbytes <= MAX_COMPARED_BYTES and not value.dtype.hasobject else None
+    if isinstance(value, BYTES):
+        return id(value), bytes(value) if memoryview(value).nbytes <= MAX_COMPARED_BYTES else None
     if isinstance(value, SHARED_NUMBERS):
         return id(value), numbers_in(value)
     if isinstance(value, RANDOM):
@@ -156,7 +160,7 @@ def _print_of(value: Any, depth: int, known: set[int]) -> Any:
     elif depth and isinstance(value, nn.Module):
         members = _held_by(value, known)
     elif depth and is_users(value):
-        members = list(vars(value).values())
+        members = list(attributes_of(value).values())
     if members is None:
         return id(value)
     return id(value), len(members), tuple(_print_of(member, depth - 1, known) for member in members[:MAX_ITEMS])

@@ -55,7 +55,7 @@ def data_in(batch: Any) -> list[Union[Tensor, np.ndarray]]:
         elif depth and isinstance(value, (list, tuple, deque)):
             waiting += [(item, depth - 1) for item in value]
         elif depth and _is_object(value):
-            waiting += [(item, depth - 1) for item in _attributes(value)]
+            waiting += [(item, depth - 1) for item in attributes_of(value).values()]
     return found
 
 
@@ -150,12 +150,17 @@ def _is_object(value: Any) -> bool:
     )
 
 
-def _attributes(value: Any) -> list[Any]:
+def attributes_of(value: Any) -> dict[str, Any]:
     """What an object holds, in its slots too: those of attrs and of ``dataclass(slots=True)`` have nothing else."""
-    slots = {
+    return {**getattr(value, "__dict__", {}), **in_slots(value)}
+
+
+def in_slots(value: Any) -> dict[str, Any]:
+    """What an object holds in those of its slots that are filled."""
+    names = (
         name
         for kind in type(value).__mro__
         for name, member in vars(kind).items()
         if isinstance(member, MemberDescriptorType)
-    }
-    return [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots)]
+    )
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}

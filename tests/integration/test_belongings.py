@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,6 +77,36 @@ def test_what_a_step_writes_down_is_training_s_where_it_is_called_in_place(tmp_p
     monitor = tiny_monitor()
     Scenario(Bookkeeping, loaders).assert_undisturbed(tmp_path, monitor)
     assert len(monitor.estimates) == 3
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    number: int
+    members: list[int]
+
+
+class Later:
+    __slots__ = ("first", "later")
+
+    def __init__(self) -> None:
+        self.first = [1]
+
+
+def test_slots_and_bytes_are_put_back_in_the_same_objects() -> None:
+    module = torch.nn.Linear(2, 2)
+    frozen, later, ints, raw = Frozen(1, [1]), Later(), array("d", [1.0, 2.0]), bytearray(b"ab")
+    module.held = [frozen, later, ints, raw]
+    with contents_kept(module):
+        object.__setattr__(frozen, "number", 2)
+        frozen.members.append(2)
+        later.first, later.later = [3], 1
+        ints.append(3.0)
+        ints[0] = 7.0
+        raw[0] = 0
+        raw += b"c"
+    assert frozen == Frozen(1, [1]) and later.first == [1] and not hasattr(later, "later")
+    assert ints == array("d", [1.0, 2.0]) and raw == b"ab"
+    assert all(a is b for a, b in zip(module.held, [frozen, later, ints, raw], strict=True))
 
 
 def test_contents_are_put_back_in_the_same_objects() -> None:

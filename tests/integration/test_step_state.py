@@ -3,6 +3,7 @@ depend on how often it was asked for, and what the step does beside must reach n
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ class InList(Counts):
 class InNested(Counts):
     def __init__(self) -> None:
         super().__init__()
-        self.log_of: dict[str, list[int]] = {"steps": []}
+        self.log_of: dict[str, Any] = {"steps": []}
 
     def count(self) -> Any:
         self.log_of["steps"].append(1)
@@ -110,11 +111,38 @@ class Tally:
 class InObject(Counts):
     def __init__(self) -> None:
         super().__init__()
-        self.tally = Tally()
+        self.tally: Any = Tally()
 
     def count(self) -> Any:
         self.tally.n += 1
         return self.tally.n
+
+
+class Slotted:
+    __slots__ = ("n",)
+
+    def __init__(self) -> None:
+        self.n = 0
+
+
+class InSlots(InObject):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tally = Slotted()
+
+
+class InBytes(InNested):
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_of = {"steps": bytearray()}
+
+
+class InNumbers(InNested):
+    """An array of Python's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_of = {"steps": array("i")}
 
 
 class Anneal:
@@ -169,7 +197,22 @@ class InData(InTensor):
 
 @pytest.mark.parametrize("method", ["sequential", "batched"])
 @pytest.mark.parametrize(
-    "module", [InHidden, InData, InNumber, InTensor, InArray, InList, InNested, InObject, InCallable, InChild]
+    "module",
+    [
+        InHidden,
+        InData,
+        InNumber,
+        InTensor,
+        InArray,
+        InList,
+        InNested,
+        InObject,
+        InSlots,
+        InBytes,
+        InNumbers,
+        InCallable,
+        InChild,
+    ],
 )
 def test_a_count_is_put_back_wherever_it_is_kept(module: type[Counts], method: str, tmp_path: Path) -> None:
     counted = estimates(module, tmp_path, method=method)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+from multiprocessing import Value
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,6 +103,32 @@ def test_global_generators_that_a_dataset_draws_from_are_put_back_by_the_estimat
     before = torch.get_rng_state()
     DatasetSource(Global(), 4, num_workers=workers).window(0)
     assert torch.equal(before, torch.get_rng_state()) or workers == 0
+
+
+class Lines(Pids):
+    """Reads on in files, whatever the index, and counts in shared memory."""
+
+    def __init__(self, path: Path) -> None:
+        path.write_text("".join(f"{i:0999}\n" for i in range(200)))
+        self.files = [path.open("rb"), path.open("rb", buffering=0)]
+        self.number, self.tensor = Value("i", 0), torch.zeros(1).share_memory_()
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.number.value += 1
+        self.tensor += 1
+        return torch.tensor([int(file.read(1000)) for file in self.files])
+
+
+@pytest.mark.parametrize("workers", [None, 2])
+def test_files_and_memory_that_a_fork_shares_are_not_moved_on(workers: int | None, tmp_path: Path) -> None:
+    """Each worker reads on from where this process is, beyond the block of 8 kB that has been read already."""
+    data = Lines(tmp_path / "lines")
+    assert data[0].tolist() == [0, 0]
+    places = [os.lseek(file.fileno(), 0, os.SEEK_CUR) for file in data.files]
+    batches = DatasetSource(Subset(data, [i % 8 for i in range(100)]), 4, num_workers=workers).read_items([0] * 60)
+    assert len(batches) == 60 and batches[0].tolist() == [1, 1] and batches[-1].max() >= 30
+    assert [os.lseek(file.fileno(), 0, os.SEEK_CUR) for file in data.files] == places
+    assert data[0].tolist() == [1, 1] and data.number.value == 2 and float(data.tensor) == 2
 
 
 def test_a_dataset_that_cannot_be_read_in_another_process_is_read_here() -> None:
