@@ -31,6 +31,11 @@ from lightning_slt.sampling.step_size import agreed_first_step, largest_step, ne
 
 WARM_SHARE = 0.25
 """Steps of warm chains before their draws, as a share of the draws: the stiff directions settle in them."""
+AWAY = 3.0
+"""Largest step once the search is over, in those of :func:`~lightning_slt.sampling.step_size.largest_step`: what is
+stable at ``w*`` need not bind chains that have left it. Where it does they do not hold, and go back."""
+RELAX = 1.1
+"""By how much a limit that chains have shown rises from firing to firing: curvature changes as training goes on."""
 BEGINNING = 2.0
 """The step that the search begins with, in those of :func:`~lightning_slt.sampling.step_size.first_step`."""
 
@@ -56,6 +61,7 @@ def draw(chains: Chains, seed: int, budget: Budget, memory: ChainMemory | None =
     else:
         drawn, fits = until_good(chains, start, budget, memory.generation)
     memory.lr = drawn.lr if budget.lr is None else None
+    memory.ceiling = min(RELAX * memory.ceiling, start.limit)
     nbeta = chains.posterior.nbeta
     if bool(diverged(drawn.segment, nbeta, chains.layout.num_weights).any()) or is_downhill(drawn.segment, nbeta):
         memory.forget()
@@ -82,11 +88,11 @@ def _warm_start(chains: Chains, budget: Budget, memory: ChainMemory) -> Start | 
         return None
     settled = True
     if budget.lr is None and budget.num_burnin_steps is None:
-        wanted, settled = next_step(chains, segment, step, math.inf)
+        wanted, settled = next_step(chains, segment, step, max(step, memory.ceiling))
         if chains.sampler.calibration == "heat" and bool(segment.finite.all()):
             settled = TOO_HOT * step < wanted < TOO_COLD * step
         step = step if settled else wanted
-    return Start(step, math.inf, length, [segment] if settled else [], warm=True)
+    return Start(step, memory.ceiling, length, [segment] if settled else [], warm=True, held=memory.lr)
 
 
 def _cold_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) -> Start:
@@ -103,7 +109,7 @@ def _cold_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) 
         step = given
     rounds: tuple[int, ...] = FIRST_ROUNDS if known is None else LATER_ROUNDS
     rounds = METRIC_ROUNDS if chains.sampler.preconditioned else rounds
-    done, head = 0, []
+    done, head, held = 0, [], None
     for number, length in enumerate(rounds):
         last = number + 1 == len(rounds)
         chains.learn_preconditioner(keep_learning=not last)
@@ -111,10 +117,14 @@ def _cold_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) 
         # only the last of these rounds may become draws: what the others would read is thrown away
         segment = chains.advance(length, step, read=last)
         done += length
+        if last and chains.sampler.calibration == "heat" and not chains.sampler.preconditioned:
+            # where the burn-in is given no round follows that would show whether chains hold
+            ceiling = min(AWAY * ceiling, memory.ceiling) if budget.num_burnin_steps is None else ceiling
         wanted, settled = next_step(chains, segment, step, ceiling) if given is None else (step, True)
+        held = step if bool(segment.finite.all()) else None
         head = [segment] if settled and last else []
         step = step if head else wanted
-    return Start(step, ceiling, done, head)
+    return Start(step, ceiling, done, head, held=held)
 
 
 def _given_length(chains: Chains, start: Start, budget: Budget, generation: int) -> tuple[Drawn, bool]:

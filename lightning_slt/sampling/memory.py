@@ -15,6 +15,7 @@ until it is, their ends are kept, and the noise changes with them: a new generat
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -37,6 +38,7 @@ class ChainMemory:
         displacements: ``[len(numbers), d]``, ``w_chain - w*``; None where the next firing starts cold.
         lr: the step size that was right; None where none is known.
         preconditioner: ``[d]`` of a preconditioned sampler, frozen with the displacements.
+        ceiling: the largest step to try, chains did not hold at a larger one; infinite where none has shown that.
         generation: how often the displacements have been drawn anew; the noise differs between generations.
         sharded: they are those of this rank's shards.
     """
@@ -44,6 +46,7 @@ class ChainMemory:
     numbers: tuple[int, ...] = ()
     displacements: Optional[Tensor] = None
     lr: Optional[float] = None
+    ceiling: float = math.inf
     preconditioner: Optional[Tensor] = None
     generation: int = 0
     sharded: bool = False
@@ -90,6 +93,7 @@ class ChainMemory:
             "displacements": kept if fits else None,
             "preconditioner": self.preconditioner if fits else None,
             "lr": self.lr,
+            "ceiling": self.ceiling,
             "generation": self.generation,
         }
 
@@ -97,3 +101,4 @@ class ChainMemory:
         self.numbers = tuple(state["numbers"])
         self.displacements, self.preconditioner = state["displacements"], state["preconditioner"]
         self.lr, self.generation = state["lr"], int(state["generation"])
+        self.ceiling = float(state.get("ceiling", math.inf))
