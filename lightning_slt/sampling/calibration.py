@@ -27,15 +27,13 @@ from lightning_slt.sampling.rounds import (
     until_good,
 )
 from lightning_slt.sampling.segment import STATS_EVERY
-from lightning_slt.sampling.step_size import agreed_first_step, largest_step, next_step
+from lightning_slt.sampling.step_size import agreed_first_step, largest_step, largest_step_of_chains, next_step
 
 WARM_SHARE = 0.25
 """Steps of warm chains before their draws, as a share of the draws: the stiff directions settle in them."""
-AWAY = 3.0
-"""Largest step once the search is over, in those of :func:`~lightning_slt.sampling.step_size.largest_step`: what is
-stable at ``w*`` need not bind chains that have left it. Where it does they do not hold, and go back."""
 RELAX = 1.1
-"""By how much a limit that chains have shown rises from firing to firing: curvature changes as training goes on."""
+"""By how much the largest step that is tried rises from firing to firing, until it is looked for anew: curvature
+changes as training goes on."""
 BEGINNING = 2.0
 """The step that the search begins with, in those of :func:`~lightning_slt.sampling.step_size.first_step`."""
 
@@ -53,7 +51,7 @@ def draw(chains: Chains, seed: int, budget: Budget, memory: ChainMemory | None =
     memory = memory if memory is not None else ChainMemory()
     if budget.second_moment is not None:
         chains.precondition(budget.second_moment)
-    start = _warm_start(chains, budget, memory)
+    start = _warm_start(chains, seed, budget, memory)
     warm = start is not None
     start = start or _cold_start(chains, seed, budget, memory)
     if budget.num_burnin_steps is not None:
@@ -61,7 +59,6 @@ def draw(chains: Chains, seed: int, budget: Budget, memory: ChainMemory | None =
     else:
         drawn, fits = until_good(chains, start, budget, memory.generation)
     memory.lr = drawn.lr if budget.lr is None else None
-    memory.ceiling = min(RELAX * memory.ceiling, start.limit)
     nbeta = chains.posterior.nbeta
     if bool(diverged(drawn.segment, nbeta, chains.layout.num_weights).any()) or is_downhill(drawn.segment, nbeta):
         memory.forget()
@@ -70,7 +67,7 @@ def draw(chains: Chains, seed: int, budget: Budget, memory: ChainMemory | None =
     return drawn
 
 
-def _warm_start(chains: Chains, budget: Budget, memory: ChainMemory) -> Start | None:
+def _warm_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) -> Start | None:
     """From the kept displacements; None where there are none, or where they turn out not to fit at all."""
     kept = memory.start_of(chains)
     step = budget.lr if budget.lr is not None else memory.lr
@@ -86,13 +83,26 @@ def _warm_start(chains: Chains, budget: Budget, memory: ChainMemory) -> Start | 
     if length and bool(diverged(segment, chains.posterior.nbeta, chains.layout.num_weights).any()):
         chains.restart()
         return None
-    settled = True
+    settled, ceiling = True, math.inf
     if budget.lr is None and budget.num_burnin_steps is None:
-        wanted, settled = next_step(chains, segment, step, max(step, memory.ceiling))
+        wanted, settled = next_step(chains, segment, step, math.inf)
         if chains.sampler.calibration == "heat" and bool(segment.finite.all()):
+            ceiling = _ceiling_of_warm(chains, seed, step, wanted, memory)
+            wanted = min(wanted, ceiling)
             settled = TOO_HOT * step < wanted < TOO_COLD * step
         step = step if settled else wanted
-    return Start(step, memory.ceiling, length, [segment] if settled else [], warm=True, held=memory.lr)
+    return Start(step, ceiling, length, [segment] if settled else [], warm=True)
+
+
+def _ceiling_of_warm(chains: Chains, seed: int, step: float, wanted: float, memory: ChainMemory) -> float:
+    """The largest step of chains that are warm: the one they have, unless a much larger one is wanted and borne."""
+    if chains.sampler.preconditioned:
+        return math.inf
+    memory.ceiling *= RELAX
+    if min(wanted, memory.ceiling) < TOO_COLD * step:
+        return step
+    memory.ceiling = largest_step_of_chains(chains, seed)
+    return max(step, memory.ceiling)
 
 
 def _cold_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) -> Start:
@@ -109,7 +119,7 @@ def _cold_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) 
         step = given
     rounds: tuple[int, ...] = FIRST_ROUNDS if known is None else LATER_ROUNDS
     rounds = METRIC_ROUNDS if chains.sampler.preconditioned else rounds
-    done, head, held = 0, [], None
+    done, head = 0, []
     for number, length in enumerate(rounds):
         last = number + 1 == len(rounds)
         chains.learn_preconditioner(keep_learning=not last)
@@ -117,14 +127,15 @@ def _cold_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) 
         # only the last of these rounds may become draws: what the others would read is thrown away
         segment = chains.advance(length, step, read=last)
         done += length
-        if last and chains.sampler.calibration == "heat" and not chains.sampler.preconditioned:
-            # where the burn-in is given no round follows that would show whether chains hold
-            ceiling = min(AWAY * ceiling, memory.ceiling) if budget.num_burnin_steps is None else ceiling
         wanted, settled = next_step(chains, segment, step, ceiling) if given is None else (step, True)
-        held = step if bool(segment.finite.all()) else None
+        if last and wanted >= ceiling and chains.sampler.calibration == "heat" and not chains.sampler.preconditioned:
+            # w* binds it: chains that have left it may bear more
+            ceiling = max(ceiling, largest_step_of_chains(chains, seed))
+            wanted, settled = next_step(chains, segment, step, ceiling)
         head = [segment] if settled and last else []
         step = step if head else wanted
-    return Start(step, ceiling, done, head, held=held)
+    memory.ceiling = ceiling
+    return Start(step, ceiling, done, head)
 
 
 def _given_length(chains: Chains, start: Start, budget: Budget, generation: int) -> tuple[Drawn, bool]:

@@ -38,7 +38,7 @@ class ChainMemory:
         displacements: ``[len(numbers), d]``, ``w_chain - w*``; None where the next firing starts cold.
         lr: the step size that was right; None where none is known.
         preconditioner: ``[d]`` of a preconditioned sampler, frozen with the displacements.
-        ceiling: the largest step to try, chains did not hold at a larger one; infinite where none has shown that.
+        ceiling: the largest step that chains bore when that was last looked at; infinite where it never was.
         generation: how often the displacements have been drawn anew; the noise differs between generations.
         sharded: they are those of this rank's shards.
     """

@@ -20,7 +20,7 @@ from lightning_slt.functional.learning_coefficient import half_change
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.sampling.budget import SMALL_LLC, Budget, Drawn
 from lightning_slt.sampling.chains import Chains
-from lightning_slt.sampling.readings import diverged, transient, virial_readings
+from lightning_slt.sampling.readings import transient, virial_readings
 from lightning_slt.sampling.samplers.base import Heating
 from lightning_slt.sampling.segment import Segment
 from lightning_slt.sampling.step_size import next_step
@@ -36,8 +36,6 @@ TOO_HOT, TOO_COLD = 0.5, 2.5
 """A step wanted in the rounds, in those of the step there is, beyond which the draws are made anew. Heat is measured
 and taken off, so that it may be twice what is aimed at; a step too small costs time alone: it is changed at once or
 never."""
-BACK_OFF = 2.5
-"""A step at which chains did not hold is not come near again: this times smaller is the largest from then on."""
 GROWTH = 0.5
 """Steps of a round, as a share of all before it at the same step size."""
 LEAST_STEPS = 50
@@ -55,9 +53,7 @@ class Start:
 
     Attributes:
         step: to go on with.
-        ceiling: never to be exceeded; lowered where chains do not hold (are not finite any more, or have diverged).
-        held: a step at which they held; None where none is known.
-        limit: what lowered the ceiling; infinite where nothing did.
+        ceiling: never to be exceeded.
         done: steps each chain has made.
         head: the last of them, where they were made with ``step``.
         warm: whether they come from kept displacements.
@@ -68,15 +64,6 @@ class Start:
     done: int
     head: list[Segment]
     warm: bool = False
-    held: float | None = None
-    limit: float = math.inf
-
-    def burst_at(self, step: float) -> float:
-        """The step to go on with where chains did not hold at this one: one that did, where that is the smaller."""
-        self.limit = min(self.limit, step / BACK_OFF)
-        self.ceiling = min(self.ceiling, self.limit)
-        back, self.held = self.held, None  # whatever made it hold, it is tried once
-        return min(back, self.ceiling) if back is not None and back < step else step / 8
 
 
 def until_good(chains: Chains, start: Start, budget: Budget, generation: int) -> tuple[Drawn, bool]:
@@ -120,7 +107,7 @@ class _Rounds:
     """
 
     def __init__(self, chains: Chains, start: Start, budget: Budget, generation: int) -> None:
-        self._chains, self._budget, self._start = chains, budget, start
+        self._chains, self._budget, self._ceiling = chains, budget, start.ceiling
         self._noise = DRAWS + GENERATION * generation
         self._step, self._pieces = start.step, list(start.head)
         self._before = start.done - sum(piece.steps for piece in self._pieces)  # steps that are burn-in in any case
@@ -146,20 +133,10 @@ class _Rounds:
         # heat is a mean over few numbers with long tails: of all there is, but the start
         known = joined if joined.steps < 2 * LEAST_STEPS else joined.second_half()
         early = self._spent < self._budget.longest
-        if not all_finite or self._burst(newest):
-            chains.restart()
-            return self._start.burst_at(self._step), False
-        wanted, settled = next_step(chains, known, self._step, self._start.ceiling, put_back=early)
-        if chains.sampler.calibration == "heat":
+        wanted, settled = next_step(chains, known if all_finite else newest, self._step, self._ceiling, put_back=early)
+        if chains.sampler.calibration == "heat" and all_finite:
             settled = wanted > TOO_HOT * self._step and (self.number > 1 or wanted < TOO_COLD * self._step)
         return wanted, settled
-
-    def _burst(self, newest: Segment) -> bool:
-        """Whether a chain has diverged at a step larger than one that held."""
-        held, chains = self._start.held, self._chains
-        if held is None or held >= self._step:
-            return False
-        return bool(diverged(newest, chains.posterior.nbeta, chains.layout.num_weights).any())
 
     def look(self) -> _Look:
         """Tell burn-in from draws, and whether the draws will do."""

@@ -71,6 +71,8 @@ TURNS = 4
 """Of the power iteration, so near; and twice as many at the posterior's own scale."""
 CEILING = 8.0
 """Largest step, in those of :func:`first_step`: 0.6 of what is stable along the steepest direction at ``w*``."""
+LOOKED_AROUND = 4
+"""Chains of a rank around which the curvature is looked at anew."""
 MOST_PROPOSED = 40.0
 """The same for MALA, which refuses what is too large."""
 
@@ -84,6 +86,8 @@ def first_step(
     posterior: LocalPosterior,
     seed: int,
     buffers: Sequence[Tensor] = (),
+    centre: Tensor | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> float:
     """A step that is safe along the steepest direction: 0.3 over the largest posterior precision (4 is unstable).
 
@@ -97,13 +101,15 @@ def first_step(
         objective, window, posterior: what is sampled.
         seed: of the first direction.
         buffers: ``[1, d]`` each, for gradients, weights and a direction, written to; what is missing is allocated.
+        centre: ``[d]``, where to look; None for ``w*``.
+        numbers: of the window's minibatches, those that the curvature is the mean of; None for three.
     """
     engine = sequential_engine(objective)
     gen = normal_stream(seed, PROBE, device=objective.device, dtype=objective.dtype)
-    anchor = objective.anchor
+    anchor = objective.anchor if centre is None else centre
     missing = [torch.empty_like(anchor[None]) for _ in range(3 - len(buffers))]
     grad, weights, directions = [*buffers[:3], *missing]
-    batches = [window[i] for i in list(window.anchor_loss)[:3]]
+    batches = [window[i] for i in (list(window.anchor_loss)[:3] if numbers is None else numbers)]
 
     def add_gradients(direction: Tensor, radius: float) -> None:
         torch.add(anchor, direction, alpha=radius, out=weights[0])
@@ -160,6 +166,26 @@ def agreed_first_step(chains: Chains, seed: int) -> float:
             chains.restart()
 
     return chains.collective.exchange(probe)[0]
+
+
+def largest_step_of_chains(chains: Chains, seed: int) -> float:
+    """The largest step that the search may take where the chains are: they have left ``w*``, and may bear more.
+
+    Around some chains of each rank, by one minibatch each; the steepest counts, which is rather more than that of
+    all the data. Two copies of the weights are made for it.
+    """
+
+    def probe() -> float:
+        buffers = [*chains.scratch()[:1], *(torch.empty_like(chains.objective.anchor[None]) for _ in range(2))]
+        window = chains.source.window(0)
+        known = list(window.anchor_loss)  # minibatches that have a loss
+        steps = [
+            first_step(chains.objective, window, chains.posterior, seed + k, buffers, centre, [known[k % len(known)]])
+            for k, centre in enumerate(chains.weights[:LOOKED_AROUND])
+        ]
+        return min(steps, default=math.inf)
+
+    return largest_step(chains.sampler, min(chains.collective.exchange(probe)))
 
 
 def largest_step(sampler: Sampler, safe: float) -> float:

@@ -1,4 +1,4 @@
-"""Steps beyond what is stable at ``w*``: taken where chains hold at them, left and remembered where they do not."""
+"""Steps beyond what is stable at ``w*``: taken where chains are less steep, and only there."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from lightning_slt import SGLD
 from lightning_slt.estimate import ChainSettings, measure_llc
+from lightning_slt.functional import LocalPosterior
 from lightning_slt.record import Estimate
+from lightning_slt.sampling.anchor import open_window
 from lightning_slt.sampling.batches import DatasetSource
-from lightning_slt.sampling.calibration import AWAY, RELAX
+from lightning_slt.sampling.calibration import RELAX
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.rounds import BACK_OFF, Start
-from lightning_slt.sampling.step_size import CEILING, SAFE, UNSTABLE
+from lightning_slt.sampling.step_size import UNSTABLE, first_step, largest_step
 from tests.cases.make_references import load_references
 from tests.cases.problems import CASES, Case, default_nbeta
 
@@ -52,19 +54,17 @@ def fire(case: Case, memory: ChainMemory, seed: int, settings: ChainSettings = S
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_step_that_one_steep_direction_does_not_bear_is_left_and_not_tried_again(seed: int) -> None:
+def test_a_step_that_one_steep_direction_does_not_bear_is_not_tried(seed: int) -> None:
+    """The heat asks for three times as much; a square is as steep where the chains are as it is at ``w*``."""
     case, truth, steepest = least_squares(seed)
     memory = ChainMemory()
     cold = fire(case, memory, seed)
-    limit = memory.ceiling
-    tried = BACK_OFF * limit
-    assert (
-        UNSTABLE / steepest < tried < 1.05 * AWAY * CEILING * SAFE / steepest
-    )  # the largest precision is found to 5 %
-    assert cold.step_size == pytest.approx(limit, rel=1e-6)
+    # 0.6 of what is stable, by the steepest of four minibatches at the least
+    assert 0.4 * UNSTABLE / steepest < cold.step_size <= memory.ceiling < 0.7 * UNSTABLE / steepest
+    known = memory.ceiling
     warm = fire(case, memory, seed)
-    assert memory.ceiling == pytest.approx(RELAX * limit)
-    assert warm.step_size == cold.step_size and warm.num_burnin_steps == 25
+    assert memory.ceiling == pytest.approx(RELAX * known)  # it need not be looked for at each firing
+    assert warm.step_size == cold.step_size
     for estimate in (cold, warm):
         assert estimate.valid and abs(estimate.mean - truth) < 4 * estimate.se
 
@@ -76,37 +76,36 @@ def test_chains_take_larger_steps_than_what_is_stable_where_they_started() -> No
     settings = ChainSettings(num_chains=4, num_draws=100, method="sequential")
     memory = ChainMemory()
     cold = fire(case, memory, 1, settings)
-    assert cold.step_size > 2 * _largest_at_anchor(case)
+    assert cold.step_size > 2 * _largest_at_anchor(case, cold.localization)
     warm = fire(case, memory, 1, settings)
-    assert warm.step_size == cold.step_size and math.isinf(memory.ceiling)
+    assert warm.step_size == cold.step_size < memory.ceiling
     for estimate in (cold, warm):
         error = math.hypot(estimate.se, reference["se"])
         assert estimate.valid and abs(estimate.mean - reference["mean"]) <= 2 * error
 
 
-def _largest_at_anchor(case: Case) -> float:
-    """0.6 of what is stable along the steepest direction at ``w*``, where the search ends before a given burn-in."""
-    settings = ChainSettings(num_chains=4, num_draws=100, num_burnin_steps=0, method="sequential")
-    return float(fire(case, ChainMemory(), 1, settings).step_size)
+def _largest_at_anchor(case: Case, gamma: float) -> float:
+    """0.6 of what is stable along the steepest direction at ``w*``."""
+    objective, source = Objective(case.module, case.loss_fn), DatasetSource(case.dataset, 64, seed=0)
+    open_window(objective, source)
+    return largest_step(SGLD(), first_step(objective, source.window(0), LocalPosterior(case.nbeta, gamma), seed=0))
 
 
-@pytest.mark.parametrize(
-    ("held", "ceiling", "step", "goes_to"),
-    [
-        (0.5, 3.0, 1.0, 0.4),  # back to what held, and not nearer than BACK_OFF
-        (0.2, 3.0, 1.0, 0.2),
-        (None, 3.0, 1.0, 0.125),
-        (1.0, 3.0, 1.0, 0.125),  # what held does not any more
-    ],
-)
-def test_where_chains_go_that_did_not_hold(held: float | None, ceiling: float, step: float, goes_to: float) -> None:
-    start = Start(step, ceiling, 0, [], held=held)
-    assert start.burst_at(step) == pytest.approx(goes_to)
-    assert start.ceiling == start.limit == pytest.approx(step / BACK_OFF)
-    assert start.burst_at(goes_to) == pytest.approx(goes_to / 8)  # what held once is tried once
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, 3])
+def test_warm_chains_take_no_step_that_they_do_not_bear(seed: int) -> None:
+    """An LSTM is steeper where its posterior is than at ``w*``: at three times the step, which the heat asks for, warm
+    chains keep away from there, and were 5 and 6 above 50 with errors of 0.8 and 1.6."""
+    case, reference = CASES["lstm"](), load_references()["lstm"]
+    settings = ChainSettings(num_chains=4, num_draws=100, method="sequential")
+    memory = ChainMemory()
+    fire(case, memory, seed, settings)
+    warm = fire(case, memory, seed, settings)
+    error = math.hypot(warm.se, reference["se"])
+    assert warm.valid and abs(warm.mean - reference["mean"]) <= 2 * error
 
 
-def test_a_checkpoint_keeps_what_chains_did_not_bear() -> None:
+def test_a_checkpoint_keeps_the_largest_step() -> None:
     memory, other = ChainMemory(ceiling=0.25), ChainMemory()
     other.load_state_dict(memory.state_dict())
     assert other.ceiling == 0.25
