@@ -18,7 +18,16 @@ from lightning_slt.publish.influence_tables import suspect_rows
 from lightning_slt.publish.phrases import count_of, number, signed, with_error
 from lightning_slt.publish.render import clean
 from lightning_slt.publish.run import MonitorRecord, Run
-from lightning_slt.publish.words import KIND_WORDS, cost_of, headline, offline_only, transition_sentences
+from lightning_slt.publish.susceptibility_rows import WHOLE_SHIFT, cells, course, few
+from lightning_slt.publish.words import (
+    KIND_WORDS,
+    SUSCEPTIBILITY,
+    cost_of,
+    headline,
+    offline_only,
+    susceptibility_verdict,
+    transition_sentences,
+)
 from lightning_slt.record import Estimate
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -29,6 +38,8 @@ LEAST_WIDTH = 10
 NARROW = 66
 """Columns of a terminal below which the table of estimates has its numbers and whether they are valid alone."""
 SUSPECTS = 10
+GROUPS = 10
+"""Groups of data that each component has in the table of susceptibility."""
 
 
 def story(run: Run, rows: int = 20) -> RenderableType:
@@ -46,6 +57,9 @@ def story(run: Run, rows: int = 20) -> RenderableType:
     parts.append(_Fitted(partial(_estimates, monitor.estimates, rows)))
     for found in (_transitions(monitor), _suspects(monitor)):
         parts += [found] if found is not None else []
+    for each in run.monitors:
+        if each.susceptibilities:
+            parts.append(_Fitted(partial(_susceptibility, each, len(run.monitors) > 1)))
     parts.append(_diagnostics(run))
     cost = cost_of(run)
     parts += [Text(cost)] if cost else []
@@ -215,6 +229,43 @@ def _suspects(monitor: MonitorRecord) -> Table | None:
         cells = (str(rank), str(index), str(group), shown, number(plain), str(plain_rank))
         table.add_row(*map(_plain, cells), _plain(looks))
     return table
+
+
+def _susceptibility(monitor: MonitorRecord, named: bool, width: int) -> Group:
+    """What it is, whether it may be read, and a line for each component and group with its course."""
+    history = monitor.susceptibilities
+    last = history[-1]
+    rows = few(cells(last), GROUPS)
+    title = "Susceptibility: which component answers to which data"
+    heading = f"{monitor.name}: {title[0].lower()}{title[1:]}" if named else title
+    lines: list[RenderableType] = [_plain(heading, style="bold"), Text(SUSCEPTIBILITY, style=MUTED)]
+    lines += [_plain(susceptibility_verdict(history), style="" if last.valid else BAD)]
+    lines += [_plain(note, style=MUTED) for note in last.notes]
+    if len(rows) <= len(last.groups):
+        lines.append(Text(f"Of {len(last.groups):,} groups the {GROUPS} that stand out most:", style=MUTED))
+    table = Table(header_style=MUTED, pad_edge=False, box=None)
+    table.add_column("component", overflow="fold")
+    table.add_column("data", overflow="fold")
+    table.add_column("susceptibility", justify="right", no_wrap=True)
+    table.add_column("in errors", justify="right", no_wrap=True)
+    drawn = len(history) > 1 and width >= NARROW
+    if drawn:
+        table.add_column("over training", no_wrap=True)
+    for place in range(len(last.components)):
+        for cell in (row[place] for row in rows):
+            look = BAD if not last.valid else GOOD if cell.clear else MUTED
+            found = dict.fromkeys((found.step for found in history), math.nan)
+            found |= {step: at.chi for step, at, valid in course(history, cell.component, cell.group) if valid}
+            table.add_row(
+                _plain(cell.component if cell.group is None else ""),
+                _plain(WHOLE_SHIFT if cell.group is None else cell.group),
+                Text(with_error(cell.chi, cell.se), style=look),
+                Text(number(cell.stands_out, 2), style=look),
+                *([Text(sparkline(list(found.values()), width // 3))] if drawn else []),
+            )
+    lines.append(table)
+    lines.append(Text("In errors: the distance from zero in standard errors; below 3 it may be chance.", style=MUTED))
+    return Group(*lines)
 
 
 def _diagnostics(run: Run) -> Group:
