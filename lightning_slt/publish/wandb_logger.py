@@ -11,9 +11,11 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Optional
 
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
 from PIL.PngImagePlugin import PngImageFile
 
@@ -55,6 +57,10 @@ def _image(figure: Figure) -> Any:
     return wandb.Image(_Packed(png(figure)))
 
 
+def _has_names_of(held: Any, settings: Mapping[str, Any]) -> bool:
+    return isinstance(held, Mapping) and set(held) == set(settings)
+
+
 class WandbSink:
     """Publishes to a ``WandbLogger``.
 
@@ -87,8 +93,22 @@ class WandbSink:
         if getattr(run, "disabled", False):
             return
         self._define(f"{self.prefix}/{name}" for name in ALL_METRIC_NAMES)
-        run.config.update({self.prefix: plain_config(config)}, allow_val_change=True)
+        settings = plain_config(config)
+        run.config.update({self._config_key(settings): settings}, allow_val_change=True)
         run.summary[f"{self.prefix}/status"] = "running"
+
+    def _config_key(self, settings: Mapping[str, Any]) -> str:
+        """Where the settings are in the run's config: under the prefix, unless something of the user's is there."""
+        held = self.logger.experiment.config
+        keys = chain([self.prefix, f"{self.prefix}_settings"], (f"{self.prefix}_settings_{n}" for n in count(2)))
+        # what has exactly our names is of an earlier fit of this run, or of a run that is resumed
+        key = next(key for key in keys if key not in held or _has_names_of(held[key], settings))
+        if key != self.prefix:
+            rank_zero_warn(
+                f"lightning_slt: {self.prefix!r} in the wandb run's config is not the monitor's and is kept; the "
+                f"monitor's settings are under {key!r}."
+            )
+        return key
 
     def _define(self, keys: Iterable[str]) -> None:
         """How wandb is to sum up these scalars, of those that it has not been told of."""

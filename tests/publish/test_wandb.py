@@ -79,6 +79,33 @@ def test_susceptibility_is_summarised_as_the_other_scalars_are(offline):
     assert summary["mine-slt/susceptibility/head/group_cat"] == {"last": 2, "max": 2, "min": -4}
 
 
+@pytest.mark.parametrize("own", [{"num_chains": 8, "mine": 1}, "mine", {"num_draws": 50}, 0])
+def test_a_key_of_the_users_own_config_is_kept(own, offline):
+    logger = WandbLogger(save_dir=offline, project="p")
+    logger.experiment.config.update({"slt": own, "lr": 0.1})
+    with pytest.warns(UserWarning, match="'slt' in the wandb run's config is not the monitor's and is kept") as said:
+        RunPublisher([logger], None).start({"num_chains": 4})
+    RunPublisher([logger], None).start({"num_chains": 5})  # a second fit: its own settings are replaced as before
+    folder = Path(logger.experiment.dir).parent
+    wandb.finish()
+    records(folder)
+    config = json.loads(inspect(folder, "--summary"))["config"]
+    assert (config["slt"], config["slt_settings"], config["lr"]) == (own, {"num_chains": 5}, 0.1)
+    assert "slt_settings" in str(said[0].message)
+
+
+def test_the_settings_of_a_further_fit_replace_those_of_the_one_before(offline, recwarn):
+    logger = WandbLogger(save_dir=offline, project="p")
+    RunPublisher([logger], None).start({"num_chains": 4, "num_draws": None})
+    RunPublisher([logger], None).start({"num_chains": 8, "num_draws": 50})
+    folder = Path(logger.experiment.dir).parent
+    wandb.finish()
+    records(folder)
+    config = json.loads(inspect(folder, "--summary"))["config"]
+    assert config["slt"] == {"num_chains": 8, "num_draws": 50} and "slt_settings" not in config
+    assert not [w for w in recwarn if "config" in str(w.message)]
+
+
 def test_a_picture_in_wandb_is_the_file_of_the_run_folder(offline):
     """Packed once: wandb takes over the bytes."""
     logger = WandbLogger(save_dir=offline, project="p")
