@@ -38,6 +38,8 @@ LEAST_WIDTH = 10
 NARROW = 66
 """Columns of a terminal below which the table of estimates has its numbers and whether they are valid alone."""
 SUSPECTS = 10
+_GLUE = "\ue000"
+"""For private use, so that no text has it."""
 GROUPS = 10
 """Groups of data that each component has in the table of susceptibility."""
 
@@ -50,7 +52,9 @@ def story(run: Run, rows: int = 20) -> RenderableType:
         rows: estimates in the table, evenly taken where there are more.
     """
     monitor = run.main
-    parts: list[RenderableType] = [Panel(_bullets(headline(run)), title=_plain(run.title), title_align="left")]
+    parts: list[RenderableType] = [
+        Panel(Group(*map(_Prose, headline(run))), title=_plain(run.title), title_align="left")
+    ]
     for each in run.monitors:
         curves = _Fitted(partial(_curves, each))
         parts.append(Group(_plain(each.name, style="bold"), curves) if len(run.monitors) > 1 else curves)
@@ -83,16 +87,26 @@ class _Fitted:
         yield self._draw(options.max_width)
 
 
+class _Prose:
+    """Sentences whose lines do not end between a number and its error.
+
+    Args:
+        text: of the run, shown as it is.
+        style: of all of it.
+    """
+
+    def __init__(self, text: str, style: str = "") -> None:
+        # a library that wraps at every white space has no space that it would not break at
+        self._text = Text(clean(text).replace(" ± ", f"{_GLUE}±{_GLUE}"), style=style)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in self._text.wrap(console, options.max_width):
+            yield Text(line.plain.replace(_GLUE, " "), style=self._text.style)
+
+
 def _plain(text: str, style: str = "") -> Text:
     """A text of the run as it is: neither control characters nor markup act on the terminal."""
     return Text(clean(text), style=style)
-
-
-def _bullets(sentences: Sequence[str]) -> Text:
-    text = Text()
-    for k, sentence in enumerate(sentences):
-        text.append(("\n" if k else "") + clean(sentence))
-    return text
 
 
 def sparkline(values: Sequence[float], width: int = WIDTH) -> str:
@@ -199,14 +213,14 @@ def _transitions(monitor: MonitorRecord) -> Group | None:
         head.append(f"({t.state})", style=MUTED)
         lines.append(head)
         style = MUTED if gone else ""
-        lines += [Padding(Text(clean(said), style=style), (0, 0, 0, 4)) for said in transition_sentences(report)]
+        lines += [Padding(_Prose(said, style), (0, 0, 0, 4)) for said in transition_sentences(report)]
     for t in offline_only(log):
         text = f"  step {t.step:,.0f}  {KIND_WORDS[t.kind]} (found afterwards): LLC {signed(t.llc_change)}, loss "
         lines.append(Text(text + signed(t.loss_change), style=RULE))
     return Group(*lines)
 
 
-def _suspects(monitor: MonitorRecord) -> Table | None:
+def _suspects(monitor: MonitorRecord) -> Group | None:
     measured = [i for i in monitor.influences if len(i.train_index)]
     if not measured:
         return None
@@ -214,10 +228,11 @@ def _suspects(monitor: MonitorRecord) -> Table | None:
     # the numbers are those of the last firing, and need not fall from one row to the next
     by = " at" if last.suspicion is None else ", ranked over all firings up to"
     where = f"{by} step {last.step:,}" if last.step is not None else ""
-    title = f"Likely wrong labels and outliers{where}"
-    table = Table(title=title, title_justify="left", title_style="bold", header_style=MUTED, pad_edge=False, box=None)
-    for name in ("", "sample", "label", "mean loss over the posterior", "loss", "rank by loss", "how it looks"):
-        table.add_column(name, justify="left" if name in ("label", "how it looks") else "right")
+    title = Text(f"Likely wrong labels and outliers{where}", style="bold")
+    table = Table(header_style=MUTED, pad_edge=False, box=None)
+    for name in ("", "sample", "label", "mean loss over\nthe posterior", "loss", "rank by\nloss", "how it looks"):
+        words = name in ("label", "how it looks")
+        table.add_column(name, justify="left" if words else "right", no_wrap=not words)
     for rank, index, group, mean, mean_se, plain, plain_rank, _, _, media in suspect_rows(last, SUSPECTS):
         path = monitor.folder / "samples" / media
         looks = ""
@@ -228,7 +243,7 @@ def _suspects(monitor: MonitorRecord) -> Table | None:
         shown = "n/a" if mean is None else with_error(mean, math.nan if mean_se is None else mean_se)
         cells = (str(rank), str(index), str(group), shown, number(plain), str(plain_rank))
         table.add_row(*map(_plain, cells), _plain(looks))
-    return table
+    return Group(title, table)
 
 
 def _susceptibility(monitor: MonitorRecord, named: bool, width: int) -> Group:
@@ -239,8 +254,8 @@ def _susceptibility(monitor: MonitorRecord, named: bool, width: int) -> Group:
     title = "Susceptibility: which component answers to which data"
     heading = f"{monitor.name}: {title[0].lower()}{title[1:]}" if named else title
     lines: list[RenderableType] = [_plain(heading, style="bold"), Text(SUSCEPTIBILITY, style=MUTED)]
-    lines += [_plain(susceptibility_verdict(history), style="" if last.valid else BAD)]
-    lines += [_plain(note, style=MUTED) for note in last.notes]
+    lines += [_Prose(susceptibility_verdict(history), "" if last.valid else BAD)]
+    lines += [_Prose(note, MUTED) for note in last.notes]
     if len(rows) <= len(last.groups):
         lines.append(Text(f"Of {len(last.groups):,} groups the {GROUPS} that stand out most:", style=MUTED))
     table = Table(header_style=MUTED, pad_edge=False, box=None)
