@@ -154,10 +154,11 @@ def _frame(points: dict[Optional[str], list[tuple[int, Cell, bool]]]) -> tuple[f
     return widened(min(low for low, _ in good), max(high for _, high in good), bad)
 
 
-def course_spec(scale: Scale = "linear") -> Spec:
-    """A frame for each component, of its own scale. Rows of :func:`course_rows`.
+def course_spec(rows: Sequence[Row], scale: Scale = "linear") -> Spec:
+    """A frame for each component, of its own scale.
 
     Args:
+        rows: of :func:`course_rows`. What they have nothing of has no layer: the library complains of an empty one.
         scale: of the steps.
     """
     valid, whole = f"datum.state === '{VALID}'", "datum.whole"
@@ -177,6 +178,25 @@ def course_spec(scale: Scale = "linear") -> Spec:
         "legend": {"orient": "top", "columns": 4, "labelLimit": 120, "symbolType": "stroke"},
     }
     lines = {"x": x, "y": y, "color": colour, "detail": {"field": "segment"}, "tooltip": plain_tooltip("words")}
+    band = {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "detail": {"field": "segment"}}
+    off = {
+        "x": x,
+        "y": y,
+        "shape": {"field": "state", "type": "nominal", "scale": SHAPES, "legend": None},
+        "tooltip": plain_tooltip("words"),
+    }
+    shown: list[Spec] = []
+    if any(row["state"] == VALID for row in rows):
+        groups = [layer({"type": "line", "strokeWidth": 1.2}, [valid, f"!{whole}"], lines)]
+        shown += [
+            layer({"type": "area", "color": "@text", "opacity": 0.14}, [valid, whole], band),
+            *(groups if any(not row["whole"] for row in rows) else []),
+            layer({"type": "line", "strokeWidth": 2.4}, [valid, whole], lines),
+            layer({"type": "point", "size": 16, "filled": True, "opacity": 1}, [valid], lines),
+        ]
+    if any(row["state"] != VALID for row in rows):
+        mark = {"type": "point", "size": 40, "color": "@bad", "fill": "@paper", "opacity": 1}
+        shown.append(layer(mark, [f"!({valid})"], off))
     return {
         "$schema": SCHEMA,
         "description": "Susceptibility of every component over training.",
@@ -192,24 +212,7 @@ def course_spec(scale: Scale = "linear") -> Spec:
                     "mark": {"type": "rule", "color": "@muted", "strokeDash": [2, 3]},
                     "encoding": {"y": {"datum": 0}},
                 },
-                layer(
-                    {"type": "area", "color": "@text", "opacity": 0.14},
-                    [valid, whole],
-                    {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "detail": {"field": "segment"}},
-                ),
-                layer({"type": "line", "strokeWidth": 1.2}, [valid, f"!{whole}"], lines),
-                layer({"type": "line", "strokeWidth": 2.4}, [valid, whole], lines),
-                layer({"type": "point", "size": 16, "filled": True, "opacity": 1}, [valid], lines),
-                layer(
-                    {"type": "point", "size": 40, "color": "@bad", "fill": "@paper", "opacity": 1},
-                    [f"!({valid})"],
-                    {
-                        "x": x,
-                        "y": y,
-                        "shape": {"field": "state", "type": "nominal", "scale": SHAPES, "legend": None},
-                        "tooltip": plain_tooltip("words"),
-                    },
-                ),
+                *shown,
             ],
         },
         "resolve": {"scale": {"y": "independent"}},

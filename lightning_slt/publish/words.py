@@ -284,7 +284,9 @@ def susceptibility_verdict(history: Sequence[SusceptibilityEstimate]) -> str:
         text += f"not valid, none of its numbers may be read: {'; '.join(last.reasons) or 'no reason was recorded'}."
     if len(history) > 1:
         valid = sum(found.valid for found in history)
-        text += f" {valid:,} of the {len(history):,} firings {'is' if valid == 1 else 'are'} valid."
+        some = f"{valid:,} of the {len(history):,} firings {'is' if valid == 1 else 'are'} valid"
+        every = f"{'Both' if valid == 2 else f'All {valid:,}'} firings are valid"
+        text += f" {every if valid == len(history) else some}."
     return text
 
 

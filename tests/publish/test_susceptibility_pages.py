@@ -13,7 +13,7 @@ from lightning_slt.publish.html import report_html, write_report
 from lightning_slt.publish.run import load_run
 from lightning_slt.publish.spec_parts import BELOW, VALID
 from lightning_slt.publish.susceptibility_rows import course_rows, drawn
-from lightning_slt.publish.words import headline
+from lightning_slt.publish.words import headline, susceptibility_verdict
 from lightning_slt.record import RunRecord
 from lightning_slt.susceptibility_record import SusceptibilityEstimate, SusceptibilityRecord
 from tests.publish import browser
@@ -68,6 +68,12 @@ def test_the_report_has_the_last_firing_as_a_table_with_errors(tmp_path: Path) -
     assert "How a component of the model answers to data" in section
     assert "Step 400: valid, from 4 chains of 250 draws for each component. 3 of the 4 firings are valid." in section
     assert NOTE in section and 'class="verdict bad"' not in section
+
+
+def test_where_all_firings_are_valid_it_is_said_so() -> None:
+    assert susceptibility_verdict(HISTORY[2:]).endswith("for each component. Both firings are valid.")
+    assert susceptibility_verdict([at(100), *HISTORY[2:]]).endswith("for each component. All 3 firings are valid.")
+    assert susceptibility_verdict(HISTORY[:1]).endswith("for each component.")
 
 
 def test_names_of_groups_make_no_element(tmp_path: Path) -> None:
@@ -160,10 +166,18 @@ def test_nothing_is_said_where_none_was_measured(
 
 @pytest.mark.skipif(browser.missing() is not None, reason=str(browser.missing()))
 def test_the_course_is_drawn_in_a_browser(tmp_path: Path) -> None:
-    path = write_report(write(tmp_path, HISTORY))
+    """Without a complaint, whatever kinds of rows there are."""
+    alone = [make_susceptibility({"head": [chi]}, step=step) for step, chi in ((100, 0.5), (200, 0.75))]
+    # of each frame the points of its lines, and the firing that is not valid
+    histories = {
+        "all": (HISTORY, 20),
+        "valid": (HISTORY[2:], 12),
+        "not valid": ([HISTORY[1], HISTORY[1].replace(step=300)], 4),
+        "alone": (alone, 2),
+    }
     with browser.chromium() as driver:
-        browser.open_report(driver, path)
-        assert browser.console(driver) == []
-        marks = "return document.querySelectorAll('[data-chart=susceptibility0] .mark-symbol path').length"
-        # three firings of three lines in two frames, and a point of each frame that is not valid
-        assert driver.execute_script(marks) >= 20
+        for name, (history, points) in histories.items():
+            browser.open_report(driver, write_report(write(tmp_path / name, history)))
+            assert browser.console(driver) == [], name
+            marks = "[...document.querySelectorAll('[data-chart=susceptibility0] .mark-symbol.role-mark path')]"
+            assert driver.execute_script(f"return {marks}.length") == points, name

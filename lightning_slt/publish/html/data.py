@@ -135,7 +135,7 @@ def _charts(run: Run, scale: Scale, ticks: dict[str, Any]) -> dict[str, Any]:
     for place, each in enumerate(run.monitors):
         found = course_rows(drawn(each.susceptibilities)) if len(each.susceptibilities) > 1 else []
         tokens = {**ticks, **_order(found, "component"), "@lines": line_names(found)}
-        charts[f"susceptibility{place}"] = _chart(course_spec(scale), found, tokens)
+        charts[f"susceptibility{place}"] = _chart(course_spec(found, scale), found, tokens)
     return {name: chart for name, chart in charts.items() if chart["datasets"]["rows"]}
 
 
