@@ -71,7 +71,8 @@ def with_error(value: float, error: float) -> str:
         return f"{_scientific(value, digits)} ± {error:.0e}"
     if places > 6:
         return f"{number(value)} ± {error:.0e}"
-    return f"{round(value, -size):,.{places}f}".replace("-", "−") + f" ± {round(error, -size):,.{places}f}"
+    rounded = round(value, -size) + 0.0  # no minus before a zero
+    return f"{rounded:,.{places}f}".replace("-", "−") + f" ± {round(error, -size):,.{places}f}"
 
 
 def listed(items: Sequence[str]) -> str:

@@ -73,9 +73,10 @@ def test_what_measuring_took_has_that_of_susceptibility_in_it(tmp_path: Path):
         (2.0987654321e9, 3.0, "2.09877e+09 ± 3e+00"),
         (12.0, 3e7, "12.0 ± 3e+07"),
         (9.87654e6, 1234.5, "9,877,000 ± 1,000"),
+        (-0.0003, 0.008, "0.000 ± 0.008"),
     ],
 )
-def test_a_large_number_has_the_digits_that_its_error_leaves(value: float, error: float, told: str):
+def test_a_number_has_the_digits_that_its_error_leaves(value: float, error: float, told: str):
     assert with_error(value, error) == told
 
 
