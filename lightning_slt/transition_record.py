@@ -18,6 +18,8 @@ from typing import Any, Optional, Union
 from lightning_slt.durable import write_whole
 from lightning_slt.transitions import Phase, PhaseComparison, Transition, compare_phases
 
+_MOST_DIGITS = 9
+"""Of a number in a sentence, however small its error is."""
 TRANSITIONS_FILE = "transitions.json"
 
 
@@ -167,7 +169,9 @@ class TransitionReport:
             text += f"; the learning rate or the data changed at step {t.boundary:.0f}"
         if self.components:
             first = self.components[0]
-            text += f"; of the components {first.name} moved most ({first.change:+.3g}, {first.scatters:.1f} scatters)"
+            text += (
+                f"; of the components {first.name} moved most ({_minus(f'{first.change:+.3g}')}{_times_usual(first)})"
+            )
         moved = [str(sample.index) for sample in self.samples if sample.stands_out]
         if moved:
             text += f"; samples that moved most: {', '.join(moved)}"
@@ -273,12 +277,49 @@ def _built(kind: Any, values: Optional[Mapping[str, Any]]) -> Any:
 
 def _changed(change: float, error: float) -> str:
     way = "rose" if change > 0 else "fell"
-    known = f" ± {error:.2g}" if math.isfinite(error) else ""
-    return f"{way} by {abs(change):.3g}{known}"
+    return f"{way} by {_with_error(abs(change), error, 3, 2)}"
 
 
 def _went(before: float, before_se: float, after: float, after_se: float) -> str:
-    return f"from {before:.4g} ± {before_se:.1g} to {after:.4g} ± {after_se:.1g}"
+    return f"from {_with_error(before, before_se, 4, 1)} to {_with_error(after, after_se, 4, 1)}"
+
+
+def _with_error(value: float, error: float, least: int, of_error: int) -> str:
+    """A number with its error, to ``of_error`` digits of that where this takes more than ``least`` of its own.
+
+    Example:
+        >>> _with_error(-20987.0, 3.0, 4, 1), _with_error(1.5, 0.01, 4, 1), _with_error(1.5, math.nan, 3, 2)
+        ('−20987 ± 3', '1.5 ± 0.01', '1.5')
+    """
+    if not math.isfinite(error):
+        return _rounded(value, least)
+    digits = least
+    if value and error > 0 and math.isfinite(value):
+        digits = max(least, math.floor(math.log10(abs(value))) - math.floor(math.log10(error)) + of_error)
+    return f"{_rounded(value, min(digits, _MOST_DIGITS))} ± {_rounded(error, of_error)}"
+
+
+def _rounded(value: float, digits: int) -> str:
+    """To so many digits, in plain figures below 1e7.
+
+    Example:
+        >>> _rounded(-20987.0, 2), _rounded(3.2e9, 2)
+        ('−21000', '3.2e+09')
+    """
+    return _minus(f"{float(f'{value:.{digits}g}'):.{max(digits, 7)}g}")
+
+
+def _minus(number: str) -> str:
+    """With the sign that is no hyphen."""
+    return f"−{number[1:]}" if number.startswith("-") else number
+
+
+def _times_usual(moved: MovedComponent) -> str:
+    """How large the change of a component is beside what it changes by anyway; nothing where that is not known."""
+    if not math.isfinite(moved.scatters):
+        return ""
+    times = f"{moved.scatters:.2g}" if moved.scatters < 10 else f"{moved.scatters:,.0f}"
+    return f", {times} times as much as it varies from point to point"
 
 
 def size_text(n: float) -> str:
@@ -294,7 +335,7 @@ def size_text(n: float) -> str:
 
 def _preference(verdict: Verdict, n: Optional[int]) -> str:
     way = f"prefers the phase {verdict.preferred}" if verdict.preferred != "undecided" else "is undecided between them"
-    odds = f"{verdict.log_odds:.3g} ± {verdict.log_odds_se:.2g}"
+    odds = _with_error(verdict.log_odds, verdict.log_odds_se, 3, 2)
     text = f"the sampled posterior {way} at n = {n} (log-odds of the new phase {odds}"
     if verdict.critical_n is not None:
         low = 0.0 if verdict.critical_n_low is None else verdict.critical_n_low

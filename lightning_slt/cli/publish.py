@@ -13,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where to, and of which keys."""
     parser.add_argument("project", metavar="ENTITY/PROJECT", help="the wandb project")
     parser.add_argument(
-        "--prefix", default="slt", help="key prefix of the monitor, slt or slt_<name> (default: %(default)s)"
+        "--prefix",
+        default="slt",
+        help="keys of the monitor, slt or slt_<name>; exp-slt of WandbLogger(prefix='exp') (default: %(default)s)",
     )
     parser.add_argument(
         "--loss",

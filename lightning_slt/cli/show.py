@@ -7,7 +7,9 @@ import argparse
 from lightning_slt.cli.output import add_color, display
 
 NAME = "show"
-HELP = "Show what a run showed, in the terminal: estimates, transitions, suspects, diagnostics and cost."
+HELP = (
+    "Show what a run showed, in the terminal: estimates, transitions, suspects, susceptibility, diagnostics and cost."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

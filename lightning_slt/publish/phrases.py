@@ -41,6 +41,8 @@ def signed(value: float) -> str:
 
 _LARGE = 1e7
 """From here on a number and its error together are too wide for a column."""
+_MOST_DIGITS = 6
+"""Of such a number: it is to fit into a tile of the report."""
 
 
 def with_error(value: float, error: float) -> str:
@@ -51,6 +53,8 @@ def with_error(value: float, error: float) -> str:
         ('11.8 ± 0.5', '3.50', '1,230 ± 60')
         >>> with_error(-1.0612e13, 4.7e11)
         '−1.06e+13 ± 5e+11'
+        >>> with_error(2.0987e7, 3400.0)
+        '2.0987e+07 ± 3e+03'
     """
     if not math.isfinite(value):
         return "n/a"
@@ -61,10 +65,14 @@ def with_error(value: float, error: float) -> str:
     size = math.floor(math.log10(round(error, -size)))
     places = max(0, -size)
     if max(abs(value), error) >= _LARGE:
-        return f"{_scientific(value) if abs(value) >= _LARGE else number(value)} ± {error:.0e}"
+        if abs(value) < _LARGE:
+            return f"{number(value)} ± {error:.0e}"
+        digits = min(max(3, 1 + math.floor(math.log10(abs(value))) - size), _MOST_DIGITS)
+        return f"{_scientific(value, digits)} ± {error:.0e}"
     if places > 6:
         return f"{number(value)} ± {error:.0e}"
-    return f"{round(value, -size):,.{places}f}".replace("-", "−") + f" ± {round(error, -size):,.{places}f}"
+    rounded = round(value, -size) + 0.0  # no minus before a zero
+    return f"{rounded:,.{places}f}".replace("-", "−") + f" ± {round(error, -size):,.{places}f}"
 
 
 def listed(items: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Optional, Union
 
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
 from lightning_slt.record import RECORD_FILE, Estimate, RunRecord
-from lightning_slt.susceptibility_record import SusceptibilityRecord
+from lightning_slt.susceptibility_record import SusceptibilityEstimate, SusceptibilityRecord
 from lightning_slt.transition_record import TransitionLog
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class MonitorRecord:
         influences: in order of steps; only the last one keeps its pairs.
         transitions: None where none were watched for.
         summary: ``summary.json``, empty where there is none.
-        beside_seconds: what susceptibility took, whose chains run beside those of its firings.
+        susceptibilities: in order of steps, without their single samples.
     """
 
     folder: Path
@@ -45,7 +45,7 @@ class MonitorRecord:
     influences: tuple[InfluenceEstimate, ...] = ()
     transitions: Optional[TransitionLog] = None
     summary: Mapping[str, Any] = field(default_factory=dict)
-    beside_seconds: float = 0.0
+    susceptibilities: tuple[SusceptibilityEstimate, ...] = ()
 
     @property
     def name(self) -> str:
@@ -56,6 +56,11 @@ class MonitorRecord:
     def status(self) -> str:
         """``"running"``, ``"finished"`` or ``"failed"``; a record without a summary is of a run that died early."""
         return str(self.summary.get("status", "failed"))
+
+    @property
+    def beside_seconds(self) -> float:
+        """What susceptibility took, whose chains run beside those of its firings."""
+        return sum(found.seconds for found in self.susceptibilities if math.isfinite(found.seconds))
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,14 +144,13 @@ def monitor_record(folder: Path, traces: bool = True) -> MonitorRecord:
     for number, estimate in enumerate(RunRecord(folder).read(traces)):
         by_step[estimate.step if estimate.step is not None else f"number {number}"] = estimate
     estimates = sorted(by_step.values(), key=lambda e: e.step or 0)
-    beside = [s.seconds for s in SusceptibilityRecord(folder).read() if math.isfinite(s.seconds)]
     return MonitorRecord(
         folder,
         tuple(estimates),
         tuple(_influences(folder)),
         _transitions(folder),
         _json(folder / "summary.json"),
-        sum(beside),
+        tuple(_susceptibilities(folder)),
     )
 
 
@@ -159,6 +163,13 @@ def _influences(folder: Path) -> Iterator[InfluenceEstimate]:
         held = estimate
     if held is not None:
         yield held
+
+
+def _susceptibilities(folder: Path) -> Iterator[SusceptibilityEstimate]:
+    for found in SusceptibilityRecord(folder).read():
+        none = found.matrix[:, :0]
+        # those of every firing would be gigabytes where many samples are looked at
+        yield found.replace(matrix=none, matrix_se=none, sample_index=found.sample_index[:0])
 
 
 def _transitions(folder: Path) -> Optional[TransitionLog]:

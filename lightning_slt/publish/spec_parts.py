@@ -44,6 +44,12 @@ VALID, INVALID, BELOW, ABOVE, NONE = (
 STATES = (VALID, INVALID, BELOW, ABOVE, NONE)
 """How a point of the curve looks: what is not valid is hollow, of another colour and of another shape."""
 
+SHAPES: dict[str, Any] = {
+    "domain": list(STATES),
+    "range": ["circle", "diamond", "triangle-down", "triangle-up", "cross"],
+}
+"""How a point of each state is marked: one that lies beyond the frame is a triangle on it, not where it would be."""
+
 LEFT_OUT = "chains left out"
 DIAGNOSTICS: Mapping[str, Optional[float]] = {
     "R-hat (1 is mixed)": MAX_RHAT,

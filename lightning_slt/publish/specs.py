@@ -26,6 +26,7 @@ from lightning_slt.publish.spec_parts import (
     LEFT_OUT,
     LIGHT,
     SCHEMA,
+    SHAPES,
     STATES,
     VALID,
     WHOLE,
@@ -45,9 +46,6 @@ from lightning_slt.publish.spec_parts import (
     tooltip,
     with_x,
 )
-
-SHAPES: Spec = {"domain": list(STATES), "range": ["circle", "diamond", "triangle-down", "triangle-up", "cross"]}
-"""How a point of each state is marked: one that lies beyond the frame is a triangle on it, not where it would be."""
 
 
 def curve(

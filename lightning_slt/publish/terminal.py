@@ -18,7 +18,16 @@ from lightning_slt.publish.influence_tables import suspect_rows
 from lightning_slt.publish.phrases import count_of, number, signed, with_error
 from lightning_slt.publish.render import clean
 from lightning_slt.publish.run import MonitorRecord, Run
-from lightning_slt.publish.words import KIND_WORDS, cost_of, headline, offline_only, transition_sentences
+from lightning_slt.publish.susceptibility_rows import WHOLE_SHIFT, cells, course, few
+from lightning_slt.publish.words import (
+    KIND_WORDS,
+    SUSCEPTIBILITY,
+    cost_of,
+    headline,
+    offline_only,
+    susceptibility_verdict,
+    transition_sentences,
+)
 from lightning_slt.record import Estimate
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -29,6 +38,10 @@ LEAST_WIDTH = 10
 NARROW = 66
 """Columns of a terminal below which the table of estimates has its numbers and whether they are valid alone."""
 SUSPECTS = 10
+_GLUE = "\ue000"
+"""For private use, so that no text has it."""
+GROUPS = 10
+"""Groups of data that each component has in the table of susceptibility."""
 
 
 def story(run: Run, rows: int = 20) -> RenderableType:
@@ -39,13 +52,18 @@ def story(run: Run, rows: int = 20) -> RenderableType:
         rows: estimates in the table, evenly taken where there are more.
     """
     monitor = run.main
-    parts: list[RenderableType] = [Panel(_bullets(headline(run)), title=_plain(run.title), title_align="left")]
+    parts: list[RenderableType] = [
+        Panel(Group(*map(_Prose, headline(run))), title=_plain(run.title), title_align="left")
+    ]
     for each in run.monitors:
         curves = _Fitted(partial(_curves, each))
         parts.append(Group(_plain(each.name, style="bold"), curves) if len(run.monitors) > 1 else curves)
     parts.append(_Fitted(partial(_estimates, monitor.estimates, rows)))
     for found in (_transitions(monitor), _suspects(monitor)):
         parts += [found] if found is not None else []
+    for each in run.monitors:
+        if each.susceptibilities:
+            parts.append(_Fitted(partial(_susceptibility, each, len(run.monitors) > 1)))
     parts.append(_diagnostics(run))
     cost = cost_of(run)
     parts += [Text(cost)] if cost else []
@@ -69,16 +87,26 @@ class _Fitted:
         yield self._draw(options.max_width)
 
 
+class _Prose:
+    """Sentences whose lines do not end between a number and its error.
+
+    Args:
+        text: of the run, shown as it is.
+        style: of all of it.
+    """
+
+    def __init__(self, text: str, style: str = "") -> None:
+        # a library that wraps at every white space has no space that it would not break at
+        self._text = Text(clean(text).replace(" ± ", f"{_GLUE}±{_GLUE}"), style=style)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in self._text.wrap(console, options.max_width):
+            yield Text(line.plain.replace(_GLUE, " "), style=self._text.style)
+
+
 def _plain(text: str, style: str = "") -> Text:
     """A text of the run as it is: neither control characters nor markup act on the terminal."""
     return Text(clean(text), style=style)
-
-
-def _bullets(sentences: Sequence[str]) -> Text:
-    text = Text()
-    for k, sentence in enumerate(sentences):
-        text.append(("\n" if k else "") + clean(sentence))
-    return text
 
 
 def sparkline(values: Sequence[float], width: int = WIDTH) -> str:
@@ -185,14 +213,14 @@ def _transitions(monitor: MonitorRecord) -> Group | None:
         head.append(f"({t.state})", style=MUTED)
         lines.append(head)
         style = MUTED if gone else ""
-        lines += [Padding(Text(clean(said), style=style), (0, 0, 0, 4)) for said in transition_sentences(report)]
+        lines += [Padding(_Prose(said, style), (0, 0, 0, 4)) for said in transition_sentences(report)]
     for t in offline_only(log):
         text = f"  step {t.step:,.0f}  {KIND_WORDS[t.kind]} (found afterwards): LLC {signed(t.llc_change)}, loss "
         lines.append(Text(text + signed(t.loss_change), style=RULE))
     return Group(*lines)
 
 
-def _suspects(monitor: MonitorRecord) -> Table | None:
+def _suspects(monitor: MonitorRecord) -> Group | None:
     measured = [i for i in monitor.influences if len(i.train_index)]
     if not measured:
         return None
@@ -200,10 +228,11 @@ def _suspects(monitor: MonitorRecord) -> Table | None:
     # the numbers are those of the last firing, and need not fall from one row to the next
     by = " at" if last.suspicion is None else ", ranked over all firings up to"
     where = f"{by} step {last.step:,}" if last.step is not None else ""
-    title = f"Likely wrong labels and outliers{where}"
-    table = Table(title=title, title_justify="left", title_style="bold", header_style=MUTED, pad_edge=False, box=None)
-    for name in ("", "sample", "label", "mean loss over the posterior", "loss", "rank by loss", "how it looks"):
-        table.add_column(name, justify="left" if name in ("label", "how it looks") else "right")
+    title = Text(f"Likely wrong labels and outliers{where}", style="bold")
+    table = Table(header_style=MUTED, pad_edge=False, box=None)
+    for name in ("", "sample", "label", "mean loss over\nthe posterior", "loss", "rank by\nloss", "how it looks"):
+        words = name in ("label", "how it looks")
+        table.add_column(name, justify="left" if words else "right", no_wrap=not words)
     for rank, index, group, mean, mean_se, plain, plain_rank, _, _, media in suspect_rows(last, SUSPECTS):
         path = monitor.folder / "samples" / media
         looks = ""
@@ -214,7 +243,44 @@ def _suspects(monitor: MonitorRecord) -> Table | None:
         shown = "n/a" if mean is None else with_error(mean, math.nan if mean_se is None else mean_se)
         cells = (str(rank), str(index), str(group), shown, number(plain), str(plain_rank))
         table.add_row(*map(_plain, cells), _plain(looks))
-    return table
+    return Group(title, table)
+
+
+def _susceptibility(monitor: MonitorRecord, named: bool, width: int) -> Group:
+    """What it is, whether it may be read, and a line for each component and group with its course."""
+    history = monitor.susceptibilities
+    last = history[-1]
+    rows = few(cells(last), GROUPS)
+    title = "Susceptibility: which component answers to which data"
+    heading = f"{monitor.name}: {title[0].lower()}{title[1:]}" if named else title
+    lines: list[RenderableType] = [_plain(heading, style="bold"), Text(SUSCEPTIBILITY, style=MUTED)]
+    lines += [_Prose(susceptibility_verdict(history), "" if last.valid else BAD)]
+    lines += [_Prose(note, MUTED) for note in last.notes]
+    if len(rows) <= len(last.groups):
+        lines.append(Text(f"Of {len(last.groups):,} groups the {GROUPS} that stand out most:", style=MUTED))
+    table = Table(header_style=MUTED, pad_edge=False, box=None)
+    table.add_column("component", overflow="fold")
+    table.add_column("data", overflow="fold")
+    table.add_column("susceptibility", justify="right", no_wrap=True)
+    table.add_column("in errors", justify="right", no_wrap=True)
+    drawn = len(history) > 1 and width >= NARROW
+    if drawn:
+        table.add_column("over training", no_wrap=True)
+    for place in range(len(last.components)):
+        for cell in (row[place] for row in rows):
+            look = BAD if not last.valid else GOOD if cell.clear else MUTED
+            found = dict.fromkeys((found.step for found in history), math.nan)
+            found |= {step: at.chi for step, at, valid in course(history, cell.component, cell.group) if valid}
+            table.add_row(
+                _plain(cell.component if cell.group is None else ""),
+                _plain(WHOLE_SHIFT if cell.group is None else cell.group),
+                Text(with_error(cell.chi, cell.se), style=look),
+                Text(number(cell.stands_out, 2), style=look),
+                *([Text(sparkline(list(found.values()), width // 3))] if drawn else []),
+            )
+    lines.append(table)
+    lines.append(Text("In errors: the distance from zero in standard errors; below 3 it may be chance.", style=MUTED))
+    return Group(*lines)
 
 
 def _diagnostics(run: Run) -> Group:

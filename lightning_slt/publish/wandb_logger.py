@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Optional
 
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
 from PIL.PngImagePlugin import PngImageFile
 
@@ -55,6 +57,10 @@ def _image(figure: Figure) -> Any:
     return wandb.Image(_Packed(png(figure)))
 
 
+def _has_names_of(held: Any, settings: Mapping[str, Any]) -> bool:
+    return isinstance(held, Mapping) and set(held) == set(settings)
+
+
 class WandbSink:
     """Publishes to a ``WandbLogger``.
 
@@ -67,6 +73,7 @@ class WandbSink:
         self.logger = logger
         self.prefix = prefix
         self._later = Later()
+        self._defined: set[str] = set()
 
     def _log_tables(self, row: Mapping[str, Any], step: Optional[int]) -> None:
         """Log a row that may have tables in it: an online run asks its server first, and must not ask it here."""
@@ -85,18 +92,39 @@ class WandbSink:
         run = self.logger.experiment
         if getattr(run, "disabled", False):
             return
+        self._define(f"{self.prefix}/{name}" for name in ALL_METRIC_NAMES)
+        settings = plain_config(config)
+        run.config.update({self._config_key(settings): settings}, allow_val_change=True)
+        run.summary[f"{self.prefix}/status"] = "running"
+
+    def _config_key(self, settings: Mapping[str, Any]) -> str:
+        """Where the settings are in the run's config: under the prefix, unless something of the user's is there."""
+        held = self.logger.experiment.config
+        keys = chain([self.prefix, f"{self.prefix}_settings"], (f"{self.prefix}_settings_{n}" for n in count(2)))
+        # what has exactly our names is of an earlier fit of this run, or of a run that is resumed
+        key = next(key for key in keys if key not in held or _has_names_of(held[key], settings))
+        if key != self.prefix:
+            rank_zero_warn(
+                f"lightning_slt: {self.prefix!r} in the wandb run's config is not the monitor's and is kept; the "
+                f"monitor's settings are under {key!r}."
+            )
+        return key
+
+    def _define(self, keys: Iterable[str]) -> None:
+        """How wandb is to sum up these scalars, of those that it has not been told of."""
         user_prefix = getattr(self.logger, "_prefix", "")
         front = f"{user_prefix}{self.logger.LOGGER_JOIN_CHAR}" if user_prefix else ""
         by_tensorboard = getattr(self.logger, "_wandb_init", {}).get("sync_tensorboard")
         axis = "global_step" if by_tensorboard else "trainer/global_step"
-        for name in ALL_METRIC_NAMES:
+        for key in keys:
+            if key in self._defined:
+                continue
             # Exact names: a glob would overlap with the logger's own "*", and wandb resolves that at random. The axis
             # is repeated since an exact definition replaces the one of "*".
             # A count's last value is its summary, under its own name.
-            summary = None if name == "transition/count" else "min,max,last"
-            run.define_metric(f"{front}{self.prefix}/{name}", step_metric=axis, summary=summary)
-        run.config.update({self.prefix: plain_config(config)}, allow_val_change=True)
-        run.summary[f"{self.prefix}/status"] = "running"
+            summary = None if key == f"{self.prefix}/transition/count" else "min,max,last"
+            self.logger.experiment.define_metric(f"{front}{key}", step_metric=axis, summary=summary)
+            self._defined.add(key)
 
     def estimate(self, estimate: Estimate, figure: Optional[Figure], step: int) -> None:
         row: dict[str, Any] = dict(metrics_of(estimate, self.prefix))
@@ -109,6 +137,8 @@ class WandbSink:
         if not getattr(self.logger.experiment, "disabled", False):
             import wandb
 
+            if self._defined:  # the run has begun; names of components and groups are not known before this
+                self._define(page.scalars)
             row |= {f"{self.prefix}/media/{name}": _image(figure) for name, figure in page.pictures.items()}
             tables = dict(page.tables)
             texts = [[name, sample.text] for name, sample in page.samples.items() if sample.image is None]

@@ -10,7 +10,9 @@ from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish.diagnoses import at_step
 from lightning_slt.publish.phrases import count_of, listed, number, signed, with_error
 from lightning_slt.publish.run import MonitorRecord, Run
+from lightning_slt.publish.susceptibility_rows import WHOLE_SHIFT, cells, step_at
 from lightning_slt.record import Estimate
+from lightning_slt.susceptibility_record import SusceptibilityEstimate
 from lightning_slt.transition_record import TransitionLog, TransitionReport, Verdict, size_text
 from lightning_slt.transitions import Transition
 from lightning_slt.transitions.evidence import MIN_POINTS
@@ -23,8 +25,14 @@ KIND_WORDS = {
 }
 """What the kinds of a transition mean."""
 
+SUSCEPTIBILITY = (
+    "How a component of the model answers to data: what a small share of that data in the place of training data would "
+    "do to its learning coefficient. Below zero the data holds the component more tightly, above zero it loosens it."
+)
+"""What susceptibility is, for a newcomer."""
+
 _NAMED = 5
-"""Suspects that a sentence names."""
+"""Suspects and components that a sentence names."""
 
 
 # --------------------------------------------------------------------------------------------------- the whole run
@@ -42,6 +50,8 @@ def headline(run: Run) -> list[str]:
             f"Beside it {listed([m.name for m in others])} {'was' if len(others) == 1 else 'were'} measured."
         )
     sentences += [suspects] if suspects else []
+    for each in run.monitors:
+        sentences += [susceptibility_sentence(each.susceptibilities)] if each.susceptibilities else []
     cost = cost_of(run)
     sentences += [cost] if cost else []
     if monitor.status == "failed":
@@ -227,6 +237,57 @@ def pairs_sentence(influence: InfluenceEstimate) -> str:
         f"{influence.passing:.1%} of the single pairs are further than 3 standard errors from zero; by chance alone "
         f"{influence.chance:.1%} would be."
     )
+
+
+def susceptibility_sentence(history: Sequence[SusceptibilityEstimate]) -> str:
+    """Of which components it was measured, and what stands out most at the last firing that is valid.
+
+    Args:
+        history: not empty.
+    """
+    named = list(dict.fromkeys(name for found in history for name in found.components))
+    more = len(named) - _NAMED
+    names = [*named[:_NAMED], f"{more} more"] if more > 0 else named
+    text = f"Susceptibility to data was measured {_times(len(history))}, of {_noun(named)} {listed(names)}"
+    places = [place for place, found in enumerate(history) if found.valid]
+    if not places:
+        return f"{text}; not one firing is valid, so none of it may be read."
+    last = places[-1]
+    rows = cells(history[last])
+    # of groups where there are some: the whole shift is their mean
+    most = max((cell for row in rows[1:] or rows for cell in row), key=lambda cell: cell.stands_out)
+    where = f"at step {step_at(history, last):,}"
+    if not most.clear:
+        return f"{text}; {where} none of it is further than 3 standard errors from zero."
+    effect = "loosened" if most.chi > 0 else "held more tightly"
+    by = WHOLE_SHIFT if most.group is None else f"data of group “{most.group}”"
+    return (
+        f"{text}; {where} what stands out most is {most.component}, {effect} by {by} ({with_error(most.chi, most.se)})."
+    )
+
+
+def _noun(named: Sequence[str]) -> str:
+    return "component" if len(named) == 1 else "components"
+
+
+def susceptibility_verdict(history: Sequence[SusceptibilityEstimate]) -> str:
+    """Whether the last firing may be read, why not, and how many may.
+
+    Args:
+        history: not empty.
+    """
+    last = history[-1]
+    text = f"Step {step_at(history, len(history) - 1):,}: "
+    if last.valid:
+        text += f"valid, from {last.num_chains} chains of {last.num_draws:,} draws for each component."
+    else:
+        text += f"not valid, none of its numbers may be read: {'; '.join(last.reasons) or 'no reason was recorded'}."
+    if len(history) > 1:
+        valid = sum(found.valid for found in history)
+        some = f"{valid:,} of the {len(history):,} firings {'is' if valid == 1 else 'are'} valid"
+        every = f"{'Both' if valid == 2 else f'All {valid:,}'} firings are valid"
+        text += f" {every if valid == len(history) else some}."
+    return text
 
 
 def seconds_of(run: Run) -> float:

@@ -134,7 +134,7 @@ def build_workspace(
     Args:
         entity: user or team.
         project: project.
-        prefix: of the monitor's keys.
+        prefix: of the monitor's keys, behind that of the logger where it has one (``exp-slt``).
         losses: keys of the module's own losses, drawn beside the anchor loss.
         charts: whether it has the custom charts, which must be on the server.
 
@@ -145,8 +145,11 @@ def build_workspace(
         ModuleNotFoundError: without ``wandb-workspaces``.
         ValueError: for a prefix that no monitor has.
     """
-    if not re.fullmatch(r"slt(_[a-z0-9_]+)?", prefix):
-        raise ValueError(f"prefix={prefix!r}: expected that of a monitor, 'slt' or 'slt_<name>'.")
+    if not re.fullmatch(r"(.+-)?slt(_[a-z0-9_]+)?", prefix):
+        raise ValueError(
+            f"prefix={prefix!r}: expected that of a monitor, 'slt' or 'slt_<name>', with the logger's own prefix and a "
+            "'-' before it where it has one: 'exp-slt' of WandbLogger(prefix='exp')."
+        )
     try:
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws

@@ -15,7 +15,8 @@ from lightning_slt.callbacks.flags.boundaries import LearningRateWatch
 from lightning_slt.callbacks.flags.snapshots import SnapshotRing
 from lightning_slt.callbacks.flags.what_changed import moved_components, moved_samples, phase_of, sides, with_phases
 from lightning_slt.callbacks.transitions import refined
-from lightning_slt.transition_record import TransitionReport
+from lightning_slt.transition_record import MovedComponent, TransitionReport, Verdict
+from lightning_slt.transitions import Phase
 from tests.publish.helpers import make_estimate, make_influence, make_report, make_transition
 
 # ------------------------------------------------------------------------------------------------------------ arguments
@@ -328,15 +329,33 @@ def test_offline_transitions_go_to_one_report_each() -> None:
 def test_the_sentence_says_what_is_known() -> None:
     assert make_report().sentence() == (
         "transition 0 (kind A, provisional) around step 300 (280 to 330), known at step 360: LLC from 10 ± 0.5 to 25 ± "
-        "0.5, loss from 1.5 ± 0.01 to 1 ± 0.01; of the components attn moved most (+9, 18.0 scatters); samples that "
-        "moved most: 70; the sampled posterior prefers the phase before at n = 800 (log-odds of the new phase -7 ± 2; "
-        "equal at n = 980, 95 % 700 to unbounded)"
+        "0.5, loss from 1.5 ± 0.01 to 1 ± 0.01; of the components attn moved most (+9, 18 times as much as it varies "
+        "from point to point); samples that moved most: 70; the sampled posterior prefers the phase before at n = 800 "
+        "(log-odds of the new phase −7 ± 2; equal at n = 980, 95 % 700 to unbounded)"
     )
     bare = TransitionReport(make_transition(boundary=295.0))
     assert bare.sentence() == (
         "transition 0 (kind A, provisional) around step 300 (280 to 330), known at step 360: LLC rose by 15 ± 0.5, "
         "loss fell by 0.5 ± 0.01; the learning rate or the data changed at step 295"
     )
+
+
+def test_the_sentence_has_minus_signs_and_the_digits_that_errors_leave() -> None:
+    report = make_report(
+        before=Phase(1.5, 0.01, -20987.0, 3.0),
+        after=Phase(-1.0, 0.01, 25.0, 0.5),
+        components=(MovedComponent("attn-1", -9.0, 18.26), MovedComponent("mlp", 0.1, 0.2)),
+        samples=(),
+        tempered=Verdict(0.15, "before", -12345.6, 240.0, None, None, None),
+    )
+    said = report.sentence()
+    assert "LLC from −20987 ± 3 to 25 ± 0.5, loss from 1.5 ± 0.01 to −1 ± 0.01" in said
+    assert "attn-1 moved most (−9, 18 times as much as it varies from point to point)" in said
+    assert said.endswith("(log-odds of the new phase −12350 ± 240)")
+    still = report.replace(components=(MovedComponent("attn-1", -9.0, math.inf),))
+    assert "attn-1 moved most (−9); the sampled" in still.sentence()
+    small = TransitionReport(make_transition(llc_change=-21234.0, llc_change_se=12.0))
+    assert "LLC fell by 21234 ± 12" in small.sentence()
 
 
 @pytest.mark.parametrize("callback", [SLTMonitor(), TransitionMonitor()], ids=["SLTMonitor", "TransitionMonitor"])

@@ -15,7 +15,8 @@ from lightning_slt.influence_record import InfluenceRecord
 from lightning_slt.publish.html.page import report_html
 from lightning_slt.publish.run import load_run
 from lightning_slt.record import RunRecord
-from tests.publish.helpers import make_estimate, make_influence
+from lightning_slt.susceptibility_record import SusceptibilityRecord
+from tests.publish.helpers import make_estimate, make_influence, make_susceptibility
 from tests.publish.recorded import HOSTILE, write_run
 
 
@@ -95,6 +96,20 @@ def test_the_whole_curve_of_a_long_run_fits_into_the_terminal(
         assert curve.split()[1].endswith("█") and "10.0 to 11.0" in curve
         assert ("R-hat" in out.split("How far")[0]) == (columns == 80)
         assert "10,000  11.0 ± 0.5" in out
+
+
+def test_no_line_ends_inside_a_number_and_its_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in a table nor in a sentence."""
+    folder = write_run(tmp_path)
+    SusceptibilityRecord(folder).save(make_susceptibility({"head": [0.5, 0.25]}, ("cat",), step=500))
+    for columns in range(44, 90):
+        out = written_in(columns, folder, capsys, monkeypatch)
+        parts = [part.strip() for line in out.splitlines() for part in re.split(r"\s{2,}|│", line)]
+        assert not [part for part in parts if part.startswith("±") or part.endswith("±")], columns
+        assert "3.00 ± 0.01" in out and "from 10.0 ± 0.5" in re.sub(r"[\s│]+", " ", out)
+        assert max(map(len, out.splitlines())) <= columns
 
 
 def test_a_long_name_of_a_monitor_leaves_its_curve_where_it_is(

@@ -13,6 +13,7 @@ import torch
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish.render import Rendered
 from lightning_slt.record import Estimate
+from lightning_slt.susceptibility_record import SusceptibilityEstimate
 from lightning_slt.transition_record import MovedComponent, MovedSample, TransitionReport, Verdict
 from lightning_slt.transitions import Phase, Transition
 
@@ -118,6 +119,38 @@ def make_influence(
         "seconds": 1.5,
     }
     return InfluenceEstimate(**{**fields, **changes})
+
+
+def make_susceptibility(
+    chi: dict[str, list[float]], groups: tuple[str, ...] = (), se: float = 0.01, **changes: Any
+) -> SusceptibilityEstimate:
+    """Of each component its susceptibility to the whole shift, and to the groups behind it."""
+    values = torch.tensor(list(chi.values())).double()
+    none = values[:, :0]
+    error = torch.full_like(values, se)
+    fields: dict[str, Any] = {
+        "components": tuple(chi),
+        "chi": values[:, 0],
+        "se": error[:, 0],
+        "per_chain": values[:, :1].expand(-1, 4),
+        "matrix": none,
+        "matrix_se": none,
+        "sample_index": torch.empty(0, dtype=torch.long),
+        "groups": groups,
+        "group_chi": values[:, 1:],
+        "group_se": error[:, 1:],
+        "llc": torch.ones(len(chi)).double(),
+        "nbeta": 100.0,
+        "localization": (1.0,) * len(chi),
+        "num_weights": (3,) * len(chi),
+        "num_samples": 1000,
+        "num_chains": 4,
+        "num_draws": 250,
+        "valid": not changes.get("reasons"),
+        "step": 100,
+        "seconds": 2.0,
+    }
+    return SusceptibilityEstimate(**{**fields, **changes})
 
 
 def nothing_measured(step: int = 100) -> InfluenceEstimate:

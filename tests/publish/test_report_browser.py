@@ -125,7 +125,13 @@ def test_a_dark_page_is_drawn_in_its_own_colours(page: Any) -> None:
 
 @pytest.mark.parametrize(
     ("mean", "se", "loss"),
-    [(2.098765e9, 3.4e7, 4.5e8), (2.0987e7, 3400.0, 4.5678e7), (1.5e-9, 3e-11, 4.5e-9), (9.87654e6, 1234.5, 0.25)],
+    [
+        (2.098765e9, 3.4e7, 4.5e8),
+        (2.0987e7, 3400.0, 4.5678e7),
+        (2.0987654e7, 340.0, 4.5e8),
+        (1.5e-9, 3e-11, 4.5e-9),
+        (9.87654e6, 1234.5, 0.25),
+    ],
 )
 def test_large_and_tiny_numbers_stay_in_their_tiles(
     driver: Any, tmp_path: Path, mean: float, se: float, loss: float

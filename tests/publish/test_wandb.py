@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from lightning_slt.callbacks.susceptibilities import keys_of
 from lightning_slt.publish import RunPublisher
 from lightning_slt.publish.keys import ALL_METRIC_NAMES, METRIC_NAMES
+from lightning_slt.publish.sink import Page
 from lightning_slt.publish.tables import HISTORY_COLUMNS
-from tests.publish.helpers import make_estimate, make_transition
+from tests.publish.helpers import make_estimate, make_susceptibility, make_transition
 from tests.publish.test_loggers import run_out_of_order
 from tests.wandb_runs import inspect, records
 
@@ -52,6 +54,56 @@ def test_every_value_of_a_run_with_late_results_reads_back(offline):
     data = json.loads((folder / "files" / table["path"]).read_text())["data"]
     assert [row[:4] for row in data] == [[13, 12, None, 4.0], [21, 20, None, 5.0]]
     assert whole["summary"]["slt/media/history"]["width"] == 1000
+
+
+def test_susceptibility_is_summarised_as_the_other_scalars_are(offline):
+    """Its names are those of components and groups, which are known when they come."""
+    logger = WandbLogger(save_dir=offline, project="p", prefix="mine")
+    publisher = RunPublisher([logger], None)
+    publisher.start({})
+    for x, chi in ((9, 0.5), (19, -2.0), (29, 1.0)):
+        found = make_susceptibility({"head": [chi, 2 * chi]}, ("Cat",), step=x + 1)
+        publisher.page(Page(keys_of(found, "slt"), step=x + 1), x)
+    folder = Path(logger.experiment.dir).parent
+    wandb.finish()
+    found = records(folder)
+    names = [f"susceptibility/head/{label}" for label in ("all", "all_se", "group_cat", "group_cat_se")]
+    exact = {m["name"]: m for m in (r["metric"] for r in found if r["type"] == "metric") if "name" in m}
+    for name in (*names, "susceptibility/valid"):
+        assert exact[f"mine-slt/{name}"]["step_metric"] == "trainer/global_step"
+        assert exact[f"mine-slt/{name}"]["summary"] == exact["mine-slt/llc/mean"]["summary"]
+    defined = [r["metric"]["name"] for r in found if r["type"] == "metric" and "slt/" in r["metric"].get("name", "")]
+    assert len(defined) == len(set(defined)) == len(ALL_METRIC_NAMES) + len(names) + 1, "each once"
+    summary = json.loads(inspect(folder, "--summary"))["summary"]
+    assert summary["mine-slt/susceptibility/head/all"] == {"last": 1, "max": 1, "min": -2}
+    assert summary["mine-slt/susceptibility/head/group_cat"] == {"last": 2, "max": 2, "min": -4}
+
+
+@pytest.mark.parametrize("own", [{"num_chains": 8, "mine": 1}, "mine", {"num_draws": 50}, 0])
+def test_a_key_of_the_users_own_config_is_kept(own, offline):
+    logger = WandbLogger(save_dir=offline, project="p")
+    logger.experiment.config.update({"slt": own, "lr": 0.1})
+    with pytest.warns(UserWarning, match="'slt' in the wandb run's config is not the monitor's and is kept") as said:
+        RunPublisher([logger], None).start({"num_chains": 4})
+    RunPublisher([logger], None).start({"num_chains": 5})  # a second fit: its own settings are replaced as before
+    folder = Path(logger.experiment.dir).parent
+    wandb.finish()
+    records(folder)
+    config = json.loads(inspect(folder, "--summary"))["config"]
+    assert (config["slt"], config["slt_settings"], config["lr"]) == (own, {"num_chains": 5}, 0.1)
+    assert "slt_settings" in str(said[0].message)
+
+
+def test_the_settings_of_a_further_fit_replace_those_of_the_one_before(offline, recwarn):
+    logger = WandbLogger(save_dir=offline, project="p")
+    RunPublisher([logger], None).start({"num_chains": 4, "num_draws": None})
+    RunPublisher([logger], None).start({"num_chains": 8, "num_draws": 50})
+    folder = Path(logger.experiment.dir).parent
+    wandb.finish()
+    records(folder)
+    config = json.loads(inspect(folder, "--summary"))["config"]
+    assert config["slt"] == {"num_chains": 8, "num_draws": 50} and "slt_settings" not in config
+    assert not [w for w in recwarn if "config" in str(w.message)]
 
 
 def test_a_picture_in_wandb_is_the_file_of_the_run_folder(offline):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lightning_slt.publish.diagnoses import diagnostics, invalid_sentence, kind_of_reason, outcome_of, reason_words
+from lightning_slt.publish.phrases import with_error
 from lightning_slt.publish.run import load_run
 from lightning_slt.publish.words import headline, suspects_sentence, transitions_sentence
 from lightning_slt.record import Estimate, RunRecord
@@ -60,6 +61,23 @@ def test_what_measuring_took_has_that_of_susceptibility_in_it(tmp_path: Path):
         )  # fmt: skip
         SusceptibilityRecord(tmp_path / "slt").save(found)
     assert "Measuring took 2 min 0 s in all, 25% of the run's wall-clock" in headline(load_run(tmp_path))[-2]
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "told"),
+    [
+        (2.0987e7, 3400.0, "2.0987e+07 ± 3e+03"),
+        (-2.09876e7, 9600.0, "−2.099e+07 ± 1e+04"),  # rounded, the error is one power of ten larger
+        (2.0987e7, 2e6, "2.10e+07 ± 2e+06"),
+        (2.0987e7, 5e8, "2.10e+07 ± 5e+08"),
+        (2.0987654321e9, 3.0, "2.09877e+09 ± 3e+00"),
+        (12.0, 3e7, "12.0 ± 3e+07"),
+        (9.87654e6, 1234.5, "9,877,000 ± 1,000"),
+        (-0.0003, 0.008, "0.000 ± 0.008"),
+    ],
+)
+def test_a_number_has_the_digits_that_its_error_leaves(value: float, error: float, told: str):
+    assert with_error(value, error) == told
 
 
 def test_suspects_that_are_ranked_over_a_run_are_said_to_be():

@@ -24,11 +24,12 @@ def test_every_key_of_the_plan_has_a_name_that_is_published() -> None:
     assert {key.removeprefix("slt/") for key in named} <= known
 
 
-def test_every_key_of_the_workspace_is_in_a_logged_run(offline: Path) -> None:
+@pytest.mark.parametrize(("of_logger", "prefix"), [("", "slt"), ("exp", "exp-slt")])
+def test_every_key_of_the_workspace_is_in_a_logged_run(of_logger: str, prefix: str, offline: Path) -> None:
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
-    logger = WandbLogger(save_dir=offline, project="p")
+    logger = WandbLogger(save_dir=offline, project="p", prefix=of_logger)
     publisher = RunPublisher([logger], None)
     publisher.start({})
     estimates = [make_estimate(step=step, x=step - 1) for step in (100, 200)]
@@ -46,7 +47,7 @@ def test_every_key_of_the_workspace_is_in_a_logged_run(offline: Path) -> None:
     wandb.finish()
     records(folder)
     logged = set(json.loads(inspect(folder, "--summary"))["summary"])
-    named = workspace.keys()
+    named = workspace.keys(prefix)
     assert [key for key in named if key not in logged] == []
 
 
@@ -93,6 +94,18 @@ def test_publish_prints_the_workspace_without_a_server(capsys: pytest.CaptureFix
     assert "slt_attn/llc/mean" in json.dumps(json.loads(capsys.readouterr().out))
 
 
+@pytest.mark.parametrize("prefix", ["exp-slt", "exp/a-b-slt_attn"])
+def test_a_run_whose_logger_has_a_prefix_of_its_own_can_be_named(
+    prefix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """WandbLogger(prefix="exp") writes "exp-" in front of every key."""
+    pytest.importorskip("wandb_workspaces")
+    assert main(["publish", "me/mine", "--prefix", prefix, "--print"]) == 0
+    text = json.dumps(json.loads(capsys.readouterr().out))
+    assert [key for key in workspace.keys(prefix) if key not in text] == []
+    assert '"slt/' not in text, "no panel is of the keys without the logger's prefix"
+
+
 def test_publish_without_the_extra_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,8 +123,10 @@ def test_publish_refuses_what_names_no_project(given: str, capsys: pytest.Captur
 
 
 def test_a_prefix_that_no_monitor_has_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["publish", "me/mine", "--prefix", "llc", "--print"]) == 1
-    assert "prefix='llc'" in capsys.readouterr().err
+    for prefix in ("llc", "exp", "expslt", "exp-slt/llc"):
+        assert main(["publish", "me/mine", "--prefix", prefix, "--print"]) == 1
+        said = capsys.readouterr().err
+        assert f"prefix={prefix!r}" in said and "'exp-slt' of WandbLogger(prefix='exp')" in said
 
 
 def test_a_server_that_does_not_answer_is_said_within_seconds(

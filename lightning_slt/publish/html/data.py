@@ -38,6 +38,7 @@ from lightning_slt.publish.influence_tables import media_id
 from lightning_slt.publish.phrases import number
 from lightning_slt.publish.run import MonitorRecord, Run
 from lightning_slt.publish.spec_parts import STATES, Scale, Spec
+from lightning_slt.publish.susceptibility_rows import course_rows, course_spec, drawn, line_names
 from lightning_slt.publish.tables import step_of, thinned
 from lightning_slt.publish.words import offline_only, pairs_sentence, suspects_sentence
 from lightning_slt.record import Estimate
@@ -131,6 +132,10 @@ def _charts(run: Run, scale: Scale, ticks: dict[str, Any]) -> dict[str, Any]:
     if lines:
         wide = is_wide([row["value"] for row in lines])
         charts["trajectories"] = _chart(influence_specs.trajectories(scale, wide), lines, ticks)
+    for place, each in enumerate(run.monitors):
+        found = course_rows(drawn(each.susceptibilities)) if len(each.susceptibilities) > 1 else []
+        tokens = {**ticks, **_order(found, "component"), "@lines": line_names(found)}
+        charts[f"susceptibility{place}"] = _chart(course_spec(found, scale), found, tokens)
     return {name: chart for name, chart in charts.items() if chart["datasets"]["rows"]}
 
 

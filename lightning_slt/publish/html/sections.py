@@ -14,20 +14,26 @@ from lightning_slt.publish.html.data import MAX_POINTS, with_influence
 from lightning_slt.publish.influence_tables import pair_rows
 from lightning_slt.publish.phrases import count_of, number, signed, with_error
 from lightning_slt.publish.run import MonitorRecord, Run
+from lightning_slt.publish.susceptibility_rows import LINES, WHOLE_SHIFT, cells, drawn, few
 from lightning_slt.publish.words import (
+    SUSCEPTIBILITY,
     cost_of,
     duration,
     headline,
     offline_only,
     pairs_sentence,
     seconds_of,
+    susceptibility_verdict,
     transition_sentences,
     transition_title,
     transitions_sentence,
 )
 from lightning_slt.record import Estimate
+from lightning_slt.susceptibility_record import SusceptibilityEstimate
 
 MAX_TABLE_ROWS = 2000
+MAX_GROUPS = 40
+"""Groups in the table of susceptibility: of more, those that stand out most of their errors."""
 MAX_LETTERS = 7
 """Of a number in a tile at its full size; a tile has room for eleven at the smaller one."""
 
@@ -58,6 +64,7 @@ def sections(run: Run, title: str, data: Mapping[str, Any]) -> list[Section]:
         _chains(data),
         _diagnostics(run, charts),
         _influence(run, data),
+        _susceptibility(run, charts),
         _cost(run, charts),
         _numbers(run.main),
         _settings(run.main),
@@ -307,6 +314,65 @@ def _sample(index: int, samples: Mapping[str, Mapping[str, str]]) -> str:
     if "image" in shown:
         return f'<img src="{_t(shown["image"])}" alt="sample {index}">'
     return f"<small>{_t(shown['text'][:80])}</small><br>" if "text" in shown else ""
+
+
+def _susceptibility(run: Run, charts: Mapping[str, Any]) -> Optional[Section]:
+    parts = []
+    for place, monitor in enumerate(run.monitors):
+        history = monitor.susceptibilities
+        if not history:
+            continue
+        last, picture = history[-1], _place(f"susceptibility{place}", charts)
+        if picture:
+            shown = len(drawn(history))
+            some = f" Of {len(history):,} firings {shown:,} are drawn." if shown < len(history) else ""
+            groups = f", and up to {LINES} groups that stand out most" if last.groups else ""
+            picture = (
+                "<h3>Over training</h3>"
+                + _hint(
+                    f"Every component has a frame of its own scale: the whole shift with its band of 95 %{groups}. "
+                    f"Hollow orange marks are <b>not valid</b>.{some}"
+                )
+                + picture
+            )
+        notes = "".join(f'<li class="note">{_t(note)}</li>' for note in last.notes)
+        parts += [
+            f"<h3>{_t(monitor.name)}</h3>" if len(run.monitors) > 1 else "",
+            f'<p class="verdict {"" if last.valid else "bad"}">{_t(susceptibility_verdict(history))}</p>',
+            _answers(last),
+            f'<ul class="remarks">{notes}</ul>' if notes else "",
+            picture,
+        ]
+    if not parts:
+        return None
+    return _section(
+        "susceptibility", "Susceptibility", "Which component answers to which data", _hint(_t(SUSCEPTIBILITY)), *parts
+    )
+
+
+def _answers(last: SusceptibilityEstimate) -> str:
+    """The table of the last firing: a row for each group of data, a column for each component."""
+    rows = few(cells(last), MAX_GROUPS)
+    left = len(last.groups) - MAX_GROUPS
+    some = f" Of {len(last.groups):,} groups these are the {MAX_GROUPS} that stand out most." if left > 0 else ""
+    head = "".join(f'<th class="number">{_t(name)}</th>' for name in last.components)
+    body = []
+    for row in rows:
+        group = row[0].group
+        name = f"<b>{WHOLE_SHIFT}</b>" if group is None else _t(group)
+        numbers = "".join(
+            f'<td class="number{"" if cell.clear else " faint"}">{_t(with_error(cell.chi, cell.se))}</td>'
+            for cell in row
+        )
+        body.append(f"<tr><td>{name}</td>{numbers}</tr>")
+    return (
+        _hint(
+            "At the last firing, in units of the loss, with standard errors; grey where it is within 3 of them from "
+            f"zero. Compare down a column: components differ in size.{some}"
+        )
+        + f'<div class="scroll"><table class="answers"><thead><tr><th>data</th>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
 
 
 def _cost(run: Run, charts: Mapping[str, Any]) -> Optional[Section]:
