@@ -8,6 +8,7 @@ from enum import Enum, auto
 NOT_MIXED, DRIFTING, NEGATIVE = "chains have not mixed", "chains drift", "negative beyond its error"
 NOT_ARRIVED = "the chains have not reached their width"
 TOO_WIDE = "the chains are wider than the posterior"
+NONE_STAYED = "every chain diverged"
 UNSETTLED = (NOT_MIXED, DRIFTING, NEGATIVE, NOT_ARRIVED)
 """How the reasons begin that are a state of the weights: away from a minimum chains have nowhere to settle. For
 sentences that were read back from a file, which may have no kind."""
@@ -17,7 +18,7 @@ class Kind(Enum):
     """What is wrong. Records have the names: they stay as they are."""
 
     NO_CHAIN = auto()
-    """No chain stayed finite."""
+    """None is left: chains diverged or became non-finite."""
     DIVERGED = auto()
     """Too many chains were left out."""
     TOO_FEW_DRAWS = auto()

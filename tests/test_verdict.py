@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lightning_slt import LeimkuhlerMatthews, estimate_llc
 from lightning_slt import verdict as verdict_module
 from lightning_slt.estimate import ChainSettings, run_chains
 from lightning_slt.functional import LocalPosterior, summarise
+from lightning_slt.publish.diagnoses import diagnostics, invalid_sentence, verdict_sentence
 from lightning_slt.reasons import Kind, Reason
 from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
@@ -81,8 +83,24 @@ def test_a_summary_has_kinds_and_their_sentences() -> None:
     found = summarise(torch.full((2, 8), torch.nan))
     assert found.verdict == (Reason(Kind.NO_CHAIN, "no chain stayed finite"),)
     assert found.reasons == ("no chain stayed finite",) and not found.valid
+    up = summarise(torch.full((4, 8), 1e6), torch.ones(4, dtype=torch.bool))
+    said = "every chain diverged: all are finite, at losses above those of the posterior"
+    assert up.verdict == (Reason(Kind.NO_CHAIN, said),) and math.isnan(up.mean)
+    some = summarise(torch.tensor([[1e6] * 8, [math.nan] * 8]), torch.ones(2, dtype=torch.bool))
+    assert some.reasons == (said.replace("all", "1 of 2"),)
     kinds = [reason.kind for reason in summarise(-torch.arange(100.0).expand(4, 100)).verdict]
     assert Kind.NEGATIVE in kinds and Kind.DRIFTING in kinds
+
+
+def test_chains_that_are_finite_and_diverged_are_not_said_to_be_anything_else() -> None:
+    """A step five times as large as a stable one multiplies them by about ten."""
+    net, data = problem()
+    settings: dict[str, Any] = {"num_chains": 4, "num_draws": 8, "num_burnin_steps": 0, "num_steps_bw_draws": 1}
+    found = estimate_llc(net, data, half_square, sampler=SGLD(lr=1.0), method="sequential", **settings)
+    assert found.finite_share == 1.0 and found.num_bad_chains == 4 and found.kinds == ("NO_CHAIN",)
+    assert found.reasons[0].startswith("every chain diverged: all are finite")
+    said = f"{invalid_sentence(found, found.reasons)} {verdict_sentence(found)} {diagnostics([found])}"
+    assert "A smaller lr, a larger batch_size or a smaller nbeta" in said and "left the finite numbers" not in said
 
 
 def test_width_is_not_held_against_chains_that_run_downhill() -> None:

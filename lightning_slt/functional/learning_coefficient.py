@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_slt.functional.convergence import effective_sample_size, rhat, standard_error
-from lightning_slt.reasons import DRIFTING, NEGATIVE, NOT_MIXED, Kind, Reason, sentences
+from lightning_slt.reasons import DRIFTING, NEGATIVE, NONE_STAYED, NOT_MIXED, Kind, Reason, sentences
 
 MAX_RHAT = 1.1
 """R-hat above which chains are said not to have mixed, where the disagreement also matters for the number."""
@@ -84,13 +84,14 @@ def summarise(trace: Tensor, diverged: Tensor | None = None) -> Summary:
         number may be read as a learning coefficient.
     """
     trace = trace.detach().cpu().double()
-    good = torch.isfinite(trace).all(dim=1)
+    finite = torch.isfinite(trace).all(dim=1)
+    good = finite.clone()
     if diverged is not None:
         good &= ~diverged.cpu()
     per_chain = torch.where(good, trace.mean(dim=1), torch.nan)
     kept = trace[good]
     if kept.numel() == 0:
-        nothing = (Reason(Kind.NO_CHAIN, "no chain stayed finite"),)
+        nothing = (Reason(Kind.NO_CHAIN, _none_left(finite)),)
         return Summary(math.nan, math.nan, per_chain, math.nan, math.nan, good, nothing)
     mean, se = float(kept.mean()), standard_error(kept)
     r, ess = rhat(kept), effective_sample_size(kept)
@@ -118,6 +119,14 @@ def summarise(trace: Tensor, diverged: Tensor | None = None) -> Summary:
         said = f"{NEGATIVE}: the weights are not at a minimum (chains run downhill)"
         verdict.append(Reason(Kind.NEGATIVE, said))
     return Summary(mean, se, per_chain, r, ess, good, tuple(verdict))
+
+
+def _none_left(finite: Tensor) -> str:
+    """That no chain is left, and whether that is for want of finite numbers."""
+    if not bool(finite.any()):
+        return "no chain stayed finite"
+    which = "all" if bool(finite.all()) else f"{int(finite.sum())} of {len(finite)}"
+    return f"{NONE_STAYED}: {which} are finite, at losses above those of the posterior"
 
 
 def half_change(trace: Tensor) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_slt.publish.phrases import count_of, listed, number, with_error
-from lightning_slt.reasons import DRIFTING, NEGATIVE, NOT_ARRIVED, NOT_MIXED, TOO_WIDE
+from lightning_slt.reasons import DRIFTING, NEGATIVE, NONE_STAYED, NOT_ARRIVED, NOT_MIXED, TOO_WIDE
 from lightning_slt.record import Estimate
 
 Level = Literal["good", "note", "bad"]
@@ -33,6 +33,11 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
         # calibration holds the heat against the scatter of the chains, where that is more than the LLC
         "Where lr or num_burnin_steps is given, leave both to calibration, or give a smaller lr; where neither is, the "
         "LLC is near zero, which is usual early in training.",
+    ),
+    (
+        NONE_STAYED,
+        "every chain left the posterior",
+        "A smaller lr, a larger batch_size or a smaller nbeta keeps them in it.",
     ),
     ("no chain", "every chain left the finite numbers", "A smaller step or a larger localization holds them."),
 )
