@@ -109,7 +109,7 @@ def summarise(trace: Tensor, diverged: Tensor | None = None) -> Summary:
         verdict.append(Reason(Kind.TOO_FEW_DRAWS, said))
     tolerance = max(MAX_RELATIVE_ERROR * abs(mean), MAX_RELATIVE_ERROR)
     if r > MAX_RHAT and se > tolerance / 2:
-        verdict.append(Reason(Kind.NOT_MIXED, f"{NOT_MIXED}: R-hat {r:.2f} > {MAX_RHAT}, error {se:.2g}"))
+        verdict.append(Reason(Kind.NOT_MIXED, f"{NOT_MIXED}: R-hat {_above(r, MAX_RHAT)} > {MAX_RHAT}, error {se:.2g}"))
     drift, between = half_change(kept)
     drift_se = max(between, _error_of_halves(kept))
     if abs(drift) > 3 * drift_se and abs(drift) > tolerance:
@@ -119,6 +119,17 @@ def summarise(trace: Tensor, diverged: Tensor | None = None) -> Summary:
         said = f"{NEGATIVE}: the weights are not at a minimum (chains run downhill)"
         verdict.append(Reason(Kind.NEGATIVE, said))
     return Summary(mean, se, per_chain, r, ess, good, tuple(verdict))
+
+
+def _above(value: float, limit: float) -> str:
+    """A number with as many digits as show it above ``limit``, two behind the point at the least.
+
+    Example:
+        >>> _above(1.38, 1.1), _above(1.1004, 1.1)
+        ('1.38', '1.1004')
+    """
+    written = (f"{value:.{digits}f}" for digits in range(2, 17))
+    return next((text for text in written if float(text) > limit), repr(value))
 
 
 def _none_left(finite: Tensor) -> str:
