@@ -9,6 +9,7 @@ NOT_MIXED, DRIFTING, NEGATIVE = "chains have not mixed", "chains drift", "negati
 NOT_ARRIVED = "the chains have not reached their width"
 TOO_WIDE = "the chains are wider than the posterior"
 NONE_STAYED = "every chain diverged"
+NOT_ACCEPTED = "hardly any step was accepted"
 UNSETTLED = (NOT_MIXED, DRIFTING, NEGATIVE, NOT_ARRIVED)
 """How the reasons begin that are a state of the weights: away from a minimum chains have nowhere to settle. For
 sentences that were read back from a file, which may have no kind."""
@@ -33,6 +34,8 @@ class Kind(Enum):
     """The same of the minibatches, in chains with momenta."""
     STEP_TOO_LARGE = auto()
     """By the rule for SGLD, of a sampler that the step itself does not heat at first order."""
+    NOT_ACCEPTED = auto()
+    """The chains stand still: of a sampler that accepts or rejects a step, for one that is too large."""
     NOT_ARRIVED = auto()
     """The virial ratio is below what it is at stationarity."""
     TOO_WIDE = auto()

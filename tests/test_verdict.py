@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_slt import LeimkuhlerMatthews, estimate_llc
+from lightning_slt import MALA, LeimkuhlerMatthews, estimate_llc
 from lightning_slt import verdict as verdict_module
 from lightning_slt.estimate import ChainSettings, run_chains
 from lightning_slt.functional import LocalPosterior, summarise
@@ -101,6 +101,25 @@ def test_chains_that_are_finite_and_diverged_are_not_said_to_be_anything_else() 
     assert found.reasons[0].startswith("every chain diverged: all are finite")
     said = f"{invalid_sentence(found, found.reasons)} {verdict_sentence(found)} {diagnostics([found])}"
     assert "A smaller lr, a larger batch_size or a smaller nbeta" in said and "left the finite numbers" not in said
+
+
+@pytest.mark.parametrize("lr", [0.5, 50.0])
+def test_of_steps_that_are_hardly_ever_accepted_it_is_said_and_that_a_smaller_one_helps(lr: float) -> None:
+    net, data = problem()
+    found = estimate_llc(net, data, half_square, sampler=MALA(lr=lr), num_chains=4, num_draws=50)
+    assert found.acceptance is not None and found.acceptance < 0.01
+    assert found.kinds[0] == "NOT_ACCEPTED" and "NOT_ARRIVED" in found.kinds
+    share = f"{100 * found.acceptance:.2g}% at a step size of {lr:.2g}"
+    assert found.reasons[0] == f"hardly any step was accepted ({share}): a smaller lr"
+    said = f"{'; '.join(found.reasons)} {invalid_sentence(found, found.reasons)} {diagnostics([found])}"
+    assert "ore draws" not in said and "A smaller lr helps" in said
+    assert f"hardly a step of the chains was accepted ({share})" in verdict_sentence(found)
+
+
+def test_few_accepted_steps_are_no_reason_where_the_chains_have_settled() -> None:
+    net, data = problem()
+    found = estimate_llc(net, data, half_square, sampler=MALA(lr=0.25), num_chains=4, num_draws=400)
+    assert found.acceptance is not None and found.acceptance < 0.1 and found.valid, found
 
 
 def test_width_is_not_held_against_chains_that_run_downhill() -> None:
