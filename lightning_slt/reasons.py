@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 NOT_MIXED, DRIFTING, NEGATIVE = "chains have not mixed", "chains drift", "negative beyond its error"
+DOWNHILL = "the chains find lower losses"
 NOT_ARRIVED = "the chains have not reached their width"
 TOO_WIDE = "the chains are wider than the posterior"
 NONE_STAYED = "every chain diverged"
 NOT_ACCEPTED = "hardly any step was accepted"
-UNSETTLED = (NOT_MIXED, DRIFTING, NEGATIVE, NOT_ARRIVED)
+UNSETTLED = (NOT_MIXED, DRIFTING, NEGATIVE, DOWNHILL, NOT_ARRIVED)
 """How the reasons begin that are a state of the weights: away from a minimum chains have nowhere to settle. For
 sentences that were read back from a file, which may have no kind."""
 

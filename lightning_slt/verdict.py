@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_slt.functional.convergence import standard_error
 from lightning_slt.functional.learning_coefficient import Summary, summarise
-from lightning_slt.reasons import NOT_ACCEPTED, NOT_ARRIVED, TOO_WIDE, Kind, Reason, sentences
+from lightning_slt.reasons import DOWNHILL, NOT_ACCEPTED, NOT_ARRIVED, TOO_WIDE, Kind, Reason, sentences
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
@@ -182,11 +182,13 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
     coarse = () if of_data else misfit_of_rounding(chains, drawn.lr)
     acceptance = _acceptance(segment, good)
     standing = acceptance is not None and acceptance < MIN_ACCEPTANCE
-    of_width = tuple(_reasons_of_width(ratios, cooled, summary, drawn, standing))
+    downhill = tuple(_reasons_of_descent(cooled.trace[good], ratios, summary, digit))
+    of_width = tuple(_reasons_of_width(ratios, cooled, summary, drawn, standing or bool(downhill)))
     verdict = (
         *of_data,
         *_reasons_of_acceptance(acceptance, drawn.lr, (*summary.verdict, *of_width)),
         *summary.verdict,
+        *downhill,
         *_reasons_of_heat(cooled, summary, drawn, chains),
         *of_width,
         *_reasons_of_rounding(init_loss, digit, chains),
@@ -322,13 +324,30 @@ def _reasons_of_acceptance(acceptance: Optional[float], lr: float, others: tuple
         )
 
 
+def _reasons_of_descent(trace: Tensor, ratios: Tensor, summary: Summary, digit: float) -> Iterator[Reason]:
+    """Chains run away from a maximum each as far as it happens to, and the error of their mean is as large as the mean:
+    every one of them is below ``w*``, goes on down, and is driven outwards harder than a posterior would hold it.
+
+    Args:
+        trace: ``[chains kept, num_draws]``.
+        ratios: ``[chains kept]``, the virial ratio of each.
+        digit: the last one of the losses in units of the LLC, where the error does not show it.
+    """
+    if any(reason.kind is Kind.NEGATIVE for reason in summary.verdict) or not summary.mean + digit < 0:
+        return
+    half = trace.shape[1] // 2
+    falls = trace[:, -half:].mean(dim=1) < trace[:, :half].mean(dim=1)
+    if bool((falls & (trace.mean(dim=1) < 0) & (ratios < -1.0)).all()):
+        yield Reason(Kind.NEGATIVE, f"{DOWNHILL}: the weights are not at a minimum (chains run downhill)")
+
+
 def _reasons_of_width(
-    ratios: Tensor, cooled: _WithoutHeat, summary: Summary, drawn: Drawn, standing: bool
+    ratios: Tensor, cooled: _WithoutHeat, summary: Summary, drawn: Drawn, explained: bool
 ) -> Iterator[Reason]:
     """
     Args:
         ratios: ``[chains kept]``, the virial ratio of each.
-        standing: hardly any step was accepted, which is said elsewhere, with what helps.
+        explained: why is said elsewhere, and more draws do not help.
     """
     if any(reason.kind is Kind.NEGATIVE for reason in summary.verdict):
         return
@@ -340,10 +359,10 @@ def _reasons_of_width(
         steps = drawn.num_burnin_steps + drawn.segment.steps
         more = f"more draws{batch}; a stronger localization settles sooner, but measures another number"
         said = f"{NOT_ARRIVED} in {steps} steps {at}"
-        yield Reason(Kind.NOT_ARRIVED, said if standing else f"{said}: {more}")
+        yield Reason(Kind.NOT_ARRIVED, said if explained else f"{said}: {more}")
     elif virial > MAX_VIRIAL and virial - 1.0 > error:
         said = f"{TOO_WIDE} {at}"
-        yield Reason(Kind.TOO_WIDE, said if standing else f"{said}: a larger batch_size, or more draws")
+        yield Reason(Kind.TOO_WIDE, said if explained else f"{said}: a larger batch_size, or more draws")
 
 
 def _unseen_digit(init_loss: float, summary: Summary, chains: Chains) -> float:

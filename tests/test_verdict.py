@@ -137,6 +137,27 @@ def test_width_is_not_held_against_chains_that_run_downhill() -> None:
     assert [reason.split(":")[0] for reason in downhill.reasons] == ["negative beyond its error"]
 
 
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_chains_that_run_downhill_each_as_far_as_it_happens_to_are_said_to_do_so(seed: int) -> None:
+    """From a maximum they run away exponentially: the error of their mean is as large as the mean."""
+    net, data = problem()
+    found = estimate_llc(
+        net,
+        data,
+        lambda module, batch: -half_square(module, batch),
+        num_chains=4,
+        num_draws=100,
+        tolerance=0.1,
+        seed=seed,
+    )
+    assert -2 * found.se < found.mean < 0 and found.virial < -1.0
+    assert found.kinds.count("NEGATIVE") == 1 and "NOT_ARRIVED" in found.kinds
+    assert "the chains find lower losses: the weights are not at a minimum (chains run downhill)" in found.reasons
+    said = f"{'; '.join(found.reasons)} {invalid_sentence(found, found.reasons)} {diagnostics([found])}"
+    assert "ore draws" not in said and "Usual early in training and at a saddle." in said
+    assert found.comparable, "a state of the weights, as where it is below zero by more than its error"
+
+
 class Far(nn.Module):
     """A linear map whose weights are far from zero: ``x @ (w - c)``, exact in float32 at its minimum."""
 

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_slt.publish.phrases import count_of, listed, number, with_error
-from lightning_slt.reasons import DRIFTING, NEGATIVE, NONE_STAYED, NOT_ACCEPTED, NOT_ARRIVED, NOT_MIXED, TOO_WIDE
+from lightning_slt.reasons import (
+    DOWNHILL,
+    DRIFTING,
+    NEGATIVE,
+    NONE_STAYED,
+    NOT_ACCEPTED,
+    NOT_ARRIVED,
+    NOT_MIXED,
+    TOO_WIDE,
+)
 from lightning_slt.record import Estimate
 
 Level = Literal["good", "note", "bad"]
@@ -19,6 +28,7 @@ _EACH = 5
 
 _REASONS: tuple[tuple[str, str, str], ...] = (
     (NEGATIVE, "chains ran downhill: the weights were at no minimum", "Usual early in training and at a saddle."),
+    (DOWNHILL, "chains ran downhill: the weights were at no minimum", "Usual early in training and at a saddle."),
     (NOT_ACCEPTED, "hardly a step of the chains was accepted", "A smaller lr helps; without one calibration finds it."),
     (DRIFTING, "chains were still moving at their end", "More draws (num_draws) give them time."),
     (NOT_MIXED, "chains disagree with each other", "More draws (num_draws) or chains (num_chains) help."),
@@ -45,7 +55,7 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
 """Beginnings of the reasons of an estimate, what they mean in plain words, and what can be done."""
 _ADVISED = (NOT_ACCEPTED, NOT_ARRIVED, TOO_WIDE)
 """Those that say themselves what can be done."""
-_DECISIVE = (NEGATIVE, NOT_ACCEPTED)
+_DECISIVE = (NEGATIVE, DOWNHILL, NOT_ACCEPTED)
 """Beside these no advice of another reason is given: chains that run downhill, or stand still, need no more draws."""
 
 
@@ -107,7 +117,7 @@ def reason_words(reason: str) -> str:
     if reason.startswith(_ADVISED):  # what follows is advice; the number is in brackets before it
         found = re.search(r"\(([^)]*)\)", reason)
         return f"{words} ({found[1]})" if found else words
-    if words == reason or reason.startswith(NEGATIVE) or ": " not in reason:
+    if words == reason or reason.startswith((NEGATIVE, DOWNHILL)) or ": " not in reason:
         return words
     return f"{words} ({reason.split(': ', 1)[1]})"
 
