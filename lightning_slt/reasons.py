@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 NOT_MIXED, DRIFTING, NEGATIVE = "chains have not mixed", "chains drift", "negative beyond its error"
+DOWNHILL = "the chains find lower losses"
 NOT_ARRIVED = "the chains have not reached their width"
 TOO_WIDE = "the chains are wider than the posterior"
-UNSETTLED = (NOT_MIXED, DRIFTING, NEGATIVE, NOT_ARRIVED)
+NONE_STAYED = "every chain diverged"
+NOT_ACCEPTED = "hardly any step was accepted"
+UNSETTLED = (NOT_MIXED, DRIFTING, NEGATIVE, DOWNHILL, NOT_ARRIVED)
 """How the reasons begin that are a state of the weights: away from a minimum chains have nowhere to settle. For
 sentences that were read back from a file, which may have no kind."""
 
@@ -17,7 +20,7 @@ class Kind(Enum):
     """What is wrong. Records have the names: they stay as they are."""
 
     NO_CHAIN = auto()
-    """No chain stayed finite."""
+    """None is left: chains diverged or became non-finite."""
     DIVERGED = auto()
     """Too many chains were left out."""
     TOO_FEW_DRAWS = auto()
@@ -32,6 +35,8 @@ class Kind(Enum):
     """The same of the minibatches, in chains with momenta."""
     STEP_TOO_LARGE = auto()
     """By the rule for SGLD, of a sampler that the step itself does not heat at first order."""
+    NOT_ACCEPTED = auto()
+    """The chains stand still: of a sampler that accepts or rejects a step, for one that is too large."""
     NOT_ARRIVED = auto()
     """The virial ratio is below what it is at stationarity."""
     TOO_WIDE = auto()

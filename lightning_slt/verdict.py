@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_slt.functional.convergence import standard_error
 from lightning_slt.functional.learning_coefficient import Summary, summarise
-from lightning_slt.reasons import NOT_ARRIVED, TOO_WIDE, Kind, Reason, sentences
+from lightning_slt.reasons import DOWNHILL, NOT_ACCEPTED, NOT_ARRIVED, TOO_WIDE, Kind, Reason, sentences
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
@@ -38,6 +38,9 @@ Between the two lie singular models, whose free directions take longest and matt
 MAX_VIRIAL = 1.4
 """Virial ratio above which, beyond its error, chains are wider than the posterior: minibatches or a step of the search
 have thrown them there, and the step that is right since is too small to bring them back."""
+MIN_ACCEPTANCE = 0.1
+"""Share of the steps that are accepted below which chains that have not settled are said to stand still: a smaller step
+helps them, and more draws hardly do."""
 MAX_HEAT = 0.25
 """Share of the estimate that may be step-size heat before it is called invalid."""
 NOTED_HEAT = 0.04
@@ -177,11 +180,17 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
     of_data = _reasons_of_data(segment)
     # the search shrinks the step at what is not finite, beside which weights of any size become coarse
     coarse = () if of_data else misfit_of_rounding(chains, drawn.lr)
+    acceptance = _acceptance(segment, good)
+    standing = acceptance is not None and acceptance < MIN_ACCEPTANCE
+    downhill = tuple(_reasons_of_descent(cooled.trace[good], ratios, summary, digit))
+    of_width = tuple(_reasons_of_width(ratios, cooled, summary, drawn, standing or bool(downhill)))
     verdict = (
         *of_data,
+        *_reasons_of_acceptance(acceptance, drawn.lr, (*summary.verdict, *of_width)),
         *summary.verdict,
+        *downhill,
         *_reasons_of_heat(cooled, summary, drawn, chains),
-        *_reasons_of_width(ratios, cooled, summary, drawn),
+        *of_width,
         *_reasons_of_rounding(init_loss, digit, chains),
         *(Reason(Kind.WEIGHTS_TOO_COARSE, sentence) for sentence in coarse),
         *(Reason(Kind.EVAL_MODE, sentence) for sentence in misfit_of_eval(chains.objective)),
@@ -207,7 +216,7 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
         step_size=drawn.lr,
         step_bias=summary.mean * (1.0 / cooled.kept - 1.0),
         virial=float(ratios.mean()),
-        acceptance=_acceptance(segment, good),
+        acceptance=acceptance,
         owed=owed,
         lean=cooled.lean,
         finite_share=float(segment.finite.double().mean()),
@@ -307,8 +316,39 @@ def _reasons_of_heat(cooled: _WithoutHeat, summary: Summary, drawn: Drawn, chain
             yield Reason(Kind.HEAT_OF_STEP, f"{too_large}: {heat:.0%} of the estimate is heat of the step")
 
 
-def _reasons_of_width(ratios: Tensor, cooled: _WithoutHeat, summary: Summary, drawn: Drawn) -> Iterator[Reason]:
-    """``ratios``: ``[chains kept]``, the virial ratio of each."""
+def _reasons_of_acceptance(acceptance: Optional[float], lr: float, others: tuple[Reason, ...]) -> Iterator[Reason]:
+    """``others``: reasons why the chains have not settled; where there are none few accepted steps were enough."""
+    if others and acceptance is not None and acceptance < MIN_ACCEPTANCE:
+        yield Reason(
+            Kind.NOT_ACCEPTED, f"{NOT_ACCEPTED} ({100 * acceptance:.2g}% at a step size of {lr:.2g}): a smaller lr"
+        )
+
+
+def _reasons_of_descent(trace: Tensor, ratios: Tensor, summary: Summary, digit: float) -> Iterator[Reason]:
+    """Chains run away from a maximum each as far as it happens to, and the error of their mean is as large as the mean:
+    every one of them is below ``w*``, goes on down, and is driven outwards harder than a posterior would hold it.
+
+    Args:
+        trace: ``[chains kept, num_draws]``.
+        ratios: ``[chains kept]``, the virial ratio of each.
+        digit: the last one of the losses in units of the LLC, where the error does not show it.
+    """
+    if any(reason.kind is Kind.NEGATIVE for reason in summary.verdict) or not summary.mean + digit < 0:
+        return
+    half = trace.shape[1] // 2
+    falls = trace[:, -half:].mean(dim=1) < trace[:, :half].mean(dim=1)
+    if bool((falls & (trace.mean(dim=1) < 0) & (ratios < -1.0)).all()):
+        yield Reason(Kind.NEGATIVE, f"{DOWNHILL}: the weights are not at a minimum (chains run downhill)")
+
+
+def _reasons_of_width(
+    ratios: Tensor, cooled: _WithoutHeat, summary: Summary, drawn: Drawn, explained: bool
+) -> Iterator[Reason]:
+    """
+    Args:
+        ratios: ``[chains kept]``, the virial ratio of each.
+        explained: why is said elsewhere, and more draws do not help.
+    """
     if any(reason.kind is Kind.NEGATIVE for reason in summary.verdict):
         return
     virial = float(ratios.mean())
@@ -318,10 +358,11 @@ def _reasons_of_width(ratios: Tensor, cooled: _WithoutHeat, summary: Summary, dr
         batch = ", a larger batch_size (the minibatches' noise keeps the step small)" if cooled.noisy else ""
         steps = drawn.num_burnin_steps + drawn.segment.steps
         more = f"more draws{batch}; a stronger localization settles sooner, but measures another number"
-        said = f"{NOT_ARRIVED} in {steps} steps {at}: {more}"
-        yield Reason(Kind.NOT_ARRIVED, said)
+        said = f"{NOT_ARRIVED} in {steps} steps {at}"
+        yield Reason(Kind.NOT_ARRIVED, said if explained else f"{said}: {more}")
     elif virial > MAX_VIRIAL and virial - 1.0 > error:
-        yield Reason(Kind.TOO_WIDE, f"{TOO_WIDE} {at}: a larger batch_size, or more draws")
+        said = f"{TOO_WIDE} {at}"
+        yield Reason(Kind.TOO_WIDE, said if explained else f"{said}: a larger batch_size, or more draws")
 
 
 def _unseen_digit(init_loss: float, summary: Summary, chains: Chains) -> float:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_slt import LeimkuhlerMatthews, estimate_llc
+from lightning_slt import MALA, LeimkuhlerMatthews, estimate_llc
 from lightning_slt import verdict as verdict_module
 from lightning_slt.estimate import ChainSettings, run_chains
 from lightning_slt.functional import LocalPosterior, summarise
+from lightning_slt.publish.diagnoses import diagnostics, invalid_sentence, verdict_sentence
 from lightning_slt.reasons import Kind, Reason
 from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
@@ -81,8 +83,43 @@ def test_a_summary_has_kinds_and_their_sentences() -> None:
     found = summarise(torch.full((2, 8), torch.nan))
     assert found.verdict == (Reason(Kind.NO_CHAIN, "no chain stayed finite"),)
     assert found.reasons == ("no chain stayed finite",) and not found.valid
+    up = summarise(torch.full((4, 8), 1e6), torch.ones(4, dtype=torch.bool))
+    said = "every chain diverged: all are finite, at losses above those of the posterior"
+    assert up.verdict == (Reason(Kind.NO_CHAIN, said),) and math.isnan(up.mean)
+    some = summarise(torch.tensor([[1e6] * 8, [math.nan] * 8]), torch.ones(2, dtype=torch.bool))
+    assert some.reasons == (said.replace("all", "1 of 2"),)
     kinds = [reason.kind for reason in summarise(-torch.arange(100.0).expand(4, 100)).verdict]
     assert Kind.NEGATIVE in kinds and Kind.DRIFTING in kinds
+
+
+def test_chains_that_are_finite_and_diverged_are_not_said_to_be_anything_else() -> None:
+    """A step five times as large as a stable one multiplies them by about ten."""
+    net, data = problem()
+    settings: dict[str, Any] = {"num_chains": 4, "num_draws": 8, "num_burnin_steps": 0, "num_steps_bw_draws": 1}
+    found = estimate_llc(net, data, half_square, sampler=SGLD(lr=1.0), method="sequential", **settings)
+    assert found.finite_share == 1.0 and found.num_bad_chains == 4 and found.kinds == ("NO_CHAIN",)
+    assert found.reasons[0].startswith("every chain diverged: all are finite")
+    said = f"{invalid_sentence(found, found.reasons)} {verdict_sentence(found)} {diagnostics([found])}"
+    assert "A smaller lr, a larger batch_size or a smaller nbeta" in said and "left the finite numbers" not in said
+
+
+@pytest.mark.parametrize("lr", [0.5, 50.0])
+def test_of_steps_that_are_hardly_ever_accepted_it_is_said_and_that_a_smaller_one_helps(lr: float) -> None:
+    net, data = problem()
+    found = estimate_llc(net, data, half_square, sampler=MALA(lr=lr), num_chains=4, num_draws=50)
+    assert found.acceptance is not None and found.acceptance < 0.01
+    assert found.kinds[0] == "NOT_ACCEPTED" and "NOT_ARRIVED" in found.kinds
+    share = f"{100 * found.acceptance:.2g}% at a step size of {lr:.2g}"
+    assert found.reasons[0] == f"hardly any step was accepted ({share}): a smaller lr"
+    said = f"{'; '.join(found.reasons)} {invalid_sentence(found, found.reasons)} {diagnostics([found])}"
+    assert "ore draws" not in said and "A smaller lr helps" in said
+    assert f"hardly a step of the chains was accepted ({share})" in verdict_sentence(found)
+
+
+def test_few_accepted_steps_are_no_reason_where_the_chains_have_settled() -> None:
+    net, data = problem()
+    found = estimate_llc(net, data, half_square, sampler=MALA(lr=0.25), num_chains=4, num_draws=400)
+    assert found.acceptance is not None and found.acceptance < 0.1 and found.valid, found
 
 
 def test_width_is_not_held_against_chains_that_run_downhill() -> None:
@@ -98,6 +135,27 @@ def test_width_is_not_held_against_chains_that_run_downhill() -> None:
         method="sequential",
     )
     assert [reason.split(":")[0] for reason in downhill.reasons] == ["negative beyond its error"]
+
+
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_chains_that_run_downhill_each_as_far_as_it_happens_to_are_said_to_do_so(seed: int) -> None:
+    """From a maximum they run away exponentially: the error of their mean is as large as the mean."""
+    net, data = problem()
+    found = estimate_llc(
+        net,
+        data,
+        lambda module, batch: -half_square(module, batch),
+        num_chains=4,
+        num_draws=100,
+        tolerance=0.1,
+        seed=seed,
+    )
+    assert -2 * found.se < found.mean < 0 and found.virial < -1.0
+    assert found.kinds.count("NEGATIVE") == 1 and "NOT_ARRIVED" in found.kinds
+    assert "the chains find lower losses: the weights are not at a minimum (chains run downhill)" in found.reasons
+    said = f"{'; '.join(found.reasons)} {invalid_sentence(found, found.reasons)} {diagnostics([found])}"
+    assert "ore draws" not in said and "Usual early in training and at a saddle." in said
+    assert found.comparable, "a state of the weights, as where it is below zero by more than its error"
 
 
 class Far(nn.Module):

@@ -12,9 +12,9 @@ from typing import Any, Optional
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_slt.callbacks.said import warn
 from lightning_slt.sampling import samplers
 from lightning_slt.sampling.arguments import no_restriction
 from lightning_slt.sampling.restriction import restriction_entries
@@ -28,7 +28,7 @@ def warn_of_untrained(trainer: Trainer, module: nn.Module, who: str) -> None:
     names = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in trained]
     if trained and names:
         some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        rank_zero_warn(
+        warn(
             f"{who}: {len(names)} parameters are in no optimizer and want a gradient ({some}): the chains move "
             "them as well. restrict=[...] names those that are to move; requires_grad_(False) holds others."
         )
@@ -43,7 +43,7 @@ def warn_of_other_curve(states: Mapping[str, Any], callback: Callback, trainer: 
     if callback.state_key in states or not curves:
         return
     gammas = ", ".join(f"{float(state['localization']):.4g}" for state in curves)
-    rank_zero_warn(
+    warn(
         f"{who}: the checkpoint has the curve of a monitor of other settings or another name, which this one does not "
         "go on with: it begins a folder, chains and a localization of its own. Give it the settings that it had, or, "
         f"from the first run on, name=: then settings may change. localization={gammas} keeps the numbers comparable."
@@ -54,7 +54,7 @@ def warn_of_other_number(state: Mapping[str, Any], prefix: str, who: str) -> Non
     """Say that the keys of a monitor without a name begin otherwise than in the run that its state is of."""
     before = state.get("prefix", prefix)
     if before != prefix and state.get("estimates"):
-        rank_zero_warn(
+        warn(
             f"{who}: the keys of this monitor began with '{before}/' in the run that goes on, and begin with "
             f"'{prefix}/' from here on: monitors without a name are numbered in their order among the trainer's "
             "callbacks, and what follows a key, in loggers and in callbacks, follows another monitor now. Give the "

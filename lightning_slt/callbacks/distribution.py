@@ -18,12 +18,11 @@ from lightning.pytorch.strategies import (
     XLAStrategy,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_slt.callbacks.apart import SeenTrainer
-from lightning_slt.callbacks.said import speaker
+from lightning_slt.callbacks.said import speaker, warn
 from lightning_slt.sampling.batches import MinibatchSource, ReplaySource
 from lightning_slt.sampling.collective import Alone, Collective, RankLostError, Together
 from lightning_slt.sampling.common_batches import CommonBatches
@@ -178,7 +177,7 @@ def share_batches(source: MinibatchSource, collective: Collective, prefix: str =
         sizes = collective.exchange(lambda: source.num_samples)
         source.num_samples = sizes[0]
         if len(set(sizes)) > 1 and not isinstance(source, ReplaySource):  # of batches seen so far one may have more
-            rank_zero_warn(
+            warn(
                 f"{speaker(prefix, 'num_samples=None')}: the ranks train on data sets of different sizes, {sizes}, and "
                 f"n = {sizes[0]} is the first rank's. Give num_samples= where all of them together are what is trained "
                 "on."

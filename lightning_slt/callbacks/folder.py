@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Optional
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_slt.callbacks.arguments import local_folder
 from lightning_slt.callbacks.background.worker import FOLDER
-from lightning_slt.callbacks.said import speaker
+from lightning_slt.callbacks.said import speaker, warn
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
 from lightning_slt.record import Estimate, RunRecord
 
@@ -52,7 +51,7 @@ def _local_root(trainer: Trainer, wanted: str | os.PathLike[str], prefix: str) -
     found = local_folder(wanted)
     if found is None:
         found = local_folder(trainer.default_root_dir) or Path.cwd()
-        rank_zero_warn(
+        warn(
             f"{speaker(prefix)}: the record is kept in local files: it is below {found}, and not in {wanted}. Name a "
             "local folder with dirpath=."
         )
@@ -129,7 +128,7 @@ def restore_record(
             if not all(path.exists() for path in samples.paths(influence.step)):
                 samples.save(influence)
     except OSError as error:
-        rank_zero_warn(f"{speaker(prefix)}: the record in {record.folder} could not be restored: {error}")
+        warn(f"{speaker(prefix)}: the record in {record.folder} could not be restored: {error}")
         return {}
     lacking = known - {e.step for e in estimates}
     return _recorded(record.folder, {step for step in lacking if step is not None}, speaker(prefix))
@@ -144,7 +143,7 @@ def _recorded(
     try:
         found = {e.step: e for e in RunRecord(folder).read() if e.step in steps}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        rank_zero_warn(f"{who}: the record in {folder} could not be read: {error}")
+        warn(f"{who}: the record in {folder} could not be read: {error}")
         return {}
     return {step: (found[step], _influence(folder, step, who)) for step in sorted(steps) if step in found}
 
@@ -156,7 +155,7 @@ def _influence(folder: Path, step: int, who: str) -> Optional[InfluenceEstimate]
     try:
         return samples.load(step)
     except (OSError, ValueError) as error:
-        rank_zero_warn(f"{who}: the influence at step {step} could not be read, and is left out: {error}")
+        warn(f"{who}: the influence at step {step} could not be read, and is left out: {error}")
         return None
 
 

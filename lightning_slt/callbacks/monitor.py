@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_slt.callbacks.arguments import (
@@ -46,7 +46,7 @@ from lightning_slt.callbacks.overhead import Decision, OverheadBudget
 from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.remarks import warn_if_large, warn_of_no_step, warn_of_nothing
 from lightning_slt.callbacks.reporting import Reporting
-from lightning_slt.callbacks.said import Voice
+from lightning_slt.callbacks.said import Voice, warn
 from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.callbacks.signals import BrokenOffError, SignalsHeld
 from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
@@ -369,7 +369,7 @@ class SLTMonitor(KeepsHistory):
             return
         self._turns.last = turn.step
         if self._followed.data.replays:
-            rank_zero_warn(
+            warn(
                 f"{self._voice.who}: the measurement at step {turn.step} is left out: the checkpoint was written "
                 "before it, and the batches that training had seen, which chains replay, are not in it."
             )

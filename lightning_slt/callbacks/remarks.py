@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Optional
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_slt.callbacks.overhead import OverheadBudget
-from lightning_slt.callbacks.said import Voice
+from lightning_slt.callbacks.said import Voice, warn
 from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish.diagnoses import invalid_sentence, kinds_of
@@ -42,7 +42,7 @@ def say_how(voice: Voice, estimate: Estimate, influence: Optional[InfluenceEstim
         rank_zero_info(f"{voice.who}: of influence from here on: {'; '.join(influence.notes)}")
     if influence is not None and influence.dropped and voice.first("dropped"):
         named = ", ".join(f"{d.kind} {d.index} ({d.reason})" for d in influence.dropped[:5])
-        rank_zero_warn(f"{voice.who}: {len(influence.dropped)} samples are left out of influence: {named}")
+        warn(f"{voice.who}: {len(influence.dropped)} samples are left out of influence: {named}")
 
 
 def say_why_not(voice: Voice, estimate: Estimate) -> None:
@@ -60,7 +60,7 @@ def warn_of_other_weights(voice: Voice, estimate: Estimate, before: int) -> None
     """That the newest point of a curve is of another number of weights than ``before``: once of the same two numbers,
     since layers that are held and set free in turn may change them at every firing."""
     if estimate.num_weights != before and voice.first(f"{before} weights, then {estimate.num_weights}"):
-        rank_zero_warn(
+        warn(
             f"{voice.who}: from step {estimate.step} on {estimate.num_weights:,} weights move, before it "
             f"{before:,} did: what is measured is another quantity. Another restrict=, or another model, that goes "
             "on from a checkpoint wants a name= of its own; where layers were set free, read it in two parts."
@@ -71,7 +71,7 @@ def warn_if_large(voice: Voice, estimates: Sequence[Estimate]) -> None:
     """Say once what can be done, where the cadence alone takes much of the run."""
     # the first firings of a run come close together, and prove nothing
     if len(estimates) > 3 and estimates[-1].overhead > LARGE_OVERHEAD and voice.first("overhead"):
-        rank_zero_warn(
+        warn(
             f"{voice.who}: measuring has taken {estimates[-1].overhead:.0%} of this run's wall-clock so far. Measure "
             "more seldom, or with fewer num_chains or num_draws. max_overhead=0.05 bounds the share, but suits runs of "
             "about 10,000 batches and more: a shorter one may measure nothing."
@@ -80,7 +80,7 @@ def warn_if_large(voice: Voice, estimates: Sequence[Estimate]) -> None:
 
 def warn_of_no_influence(voice: Voice, reason: str) -> None:
     """Why influence is left out."""
-    rank_zero_warn(
+    warn(
         f"{voice.who}: influence is left out of this run from here on, the learning coefficient is measured all the "
         f"same. {reason}"
     )
@@ -89,7 +89,7 @@ def warn_of_no_influence(voice: Voice, reason: str) -> None:
 def warn_of_nothing(voice: Voice, budget: OverheadBudget) -> None:
     """The budget never sufficed: what a firing would have cost, and what can be done."""
     predicted = budget.wanted_size * budget.predicted_seconds
-    rank_zero_warn(
+    warn(
         f"{voice.called(f'max_overhead={budget.max_overhead:g}')}: nothing was measured. The smallest firing would "
         f"have cost about {predicted:.3g} s, which {predicted / budget.rate:.3g} s of training earn, and training "
         f"lasted {budget.trained_seconds:.3g} s. Raise max_overhead, make a firing cheaper (num_chains, num_draws, "
@@ -99,7 +99,7 @@ def warn_of_nothing(voice: Voice, budget: OverheadBudget) -> None:
 
 def warn_of_no_step(voice: Voice, schedule: Schedule, trainer: Trainer, last_step: int) -> None:
     """The run was over before the first step that the schedule names: nothing else would say so."""
-    rank_zero_warn(
+    warn(
         f"{voice.called(str(schedule))}: nothing was measured: this run ended at step {last_step:,}, after "
         f"{count_of(trainer.current_epoch, 'whole epoch')}, before the first firing. Name earlier steps, or none: then "
         "20 firings are spread over the run."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_slt.callbacks.arguments import is_smoke_test
 from lightning_slt.callbacks.asked import Asked
@@ -18,7 +18,7 @@ from lightning_slt.callbacks.folder import claim, fresh, give_back, restore_reco
 from lightning_slt.callbacks.history import History
 from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.remarks import say_why_not, warn_of_other_weights
-from lightning_slt.callbacks.said import Voice
+from lightning_slt.callbacks.said import Voice, warn
 from lightning_slt.callbacks.susceptibilities import publish, restore_susceptibilities
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish import RunPublisher
@@ -153,7 +153,7 @@ class Reporting:
             report = f"; report: {publisher.report}" if publisher.report is not None else ""
             rank_zero_info(f"{self._voice.who}: {outcome_of(estimates)}, in {self.folder}{report}")
         elif trainer.is_global_zero:
-            rank_zero_warn(
+            warn(
                 f"{self._voice.who}: {count_of(len(estimates), 'estimate')} in monitor.estimates and in the loggers, "
                 f"and none in files: {self.folder} could not be written. Name a folder that can be with dirpath=."
             )
@@ -166,9 +166,7 @@ class Reporting:
             try:
                 transitions += listener.on_monitor_end(trainer, monitor, publisher)
             except Exception as error:  # the record and the loggers must be closed whatever it met
-                rank_zero_warn(
-                    f"{self._voice.who}: {type(listener).__name__} failed at the end: {type(error).__name__}: {error}"
-                )
+                warn(f"{self._voice.who}: {type(listener).__name__} failed at the end: {type(error).__name__}: {error}")
         publisher.finish(self.history.estimates, status, transitions)  # last: it flushes
 
     # --- while training -------------------------------------------------------------------------------------------
@@ -241,7 +239,7 @@ class Reporting:
             if self._asked.raises:
                 raise
             if self._voice.first("listener"):
-                rank_zero_warn(
+                warn(
                     f"{self._voice.who}: {type(listener).__name__} failed at step {estimate.step}; training goes on, "
                     f"further failures are not reported. {type(error).__name__}: {error}"
                 )
@@ -254,7 +252,7 @@ class Reporting:
             # the other ranks log nothing
             rendered = self._samples.rendered(influence) if trainer.is_global_zero else {}
         except Exception as error:
-            rank_zero_warn(f"{self._voice.who}: the suspects could not be shown: {type(error).__name__}: {error}")
+            warn(f"{self._voice.who}: the suspects could not be shown: {type(error).__name__}: {error}")
         large = influence.num_chains * influence.num_draws >= LARGE_BUDGET
         self._publisher.influence(influence, rendered, pairs=large)
 

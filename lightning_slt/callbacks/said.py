@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from typing import Optional
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+_log = logging.getLogger(__name__)
 
 
 def speaker(prefix: str = "slt", arguments: str = "", kind: str = "SLTMonitor") -> str:
@@ -20,6 +24,24 @@ def speaker(prefix: str = "slt", arguments: str = "", kind: str = "SLTMonitor") 
         SLTMonitor, SLTMonitor (slt_2), SLTMonitor(num_samples=None) (slt_2)
     """
     return kind + (f"({arguments})" if arguments else "") + ("" if prefix == "slt" else f" ({prefix})")
+
+
+def warn(message: str, every_rank: bool = False) -> None:
+    """Warn, from where it is called, on the first rank: nothing that a callback of ours has to say ends a run.
+
+    Where a filter makes errors of warnings (``-W error``) it is logged, with the level of a warning.
+
+    Args:
+        message: what is said.
+        every_rank: on the rank that calls, whichever it is.
+    """
+    try:
+        if every_rank:
+            warnings.warn(message, stacklevel=3)
+        else:
+            rank_zero_warn(message, stacklevel=5)
+    except Warning:
+        _log.warning(message)
 
 
 class Voice:
@@ -58,10 +80,10 @@ class Voice:
         """A step that fails in chains fails at every firing: the whole reason is said once, not at each of them."""
         left_out = f"{self.who}: the measurement at step {step} failed and is left out"
         if self._failure is not None and self._failure[1] == reason:
-            rank_zero_warn(f"{left_out}, for the reason given at step {self._failure[0]}; training goes on.")
+            warn(f"{left_out}, for the reason given at step {self._failure[0]}; training goes on.")
             return
         self._failure = (step, reason)
-        rank_zero_warn(f"{left_out}; training goes on. {reason}")
+        warn(f"{left_out}; training goes on. {reason}")
 
     def forget(self) -> None:
         """Another run has been told nothing."""
@@ -69,4 +91,4 @@ class Voice:
         self._failure = None
 
 
-__all__ = ["Voice", "speaker"]
+__all__ = ["Voice", "speaker", "warn"]

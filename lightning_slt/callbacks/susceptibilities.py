@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_slt.callbacks.arguments import plain
+from lightning_slt.callbacks.said import warn
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.influence import ProbeSet
 from lightning_slt.publish import RunPublisher
@@ -231,7 +231,7 @@ def labels_of(groups: Sequence[str]) -> list[str]:
 
 def warn_of(error: Exception, step: int, who: str) -> None:
     """The learning coefficient of this step stands."""
-    rank_zero_warn(
+    warn(
         f"{who}: susceptibility at step {step} failed and is left out; the learning coefficient is kept; training "
         f"goes on. {type(error).__name__}: {error}"
     )
@@ -252,7 +252,7 @@ def publish(
         try:
             SusceptibilityRecord(folder).save(estimate)
         except OSError as error:
-            rank_zero_warn(f"{who}: the record of susceptibility could not be written: {error}")
+            warn(f"{who}: the record of susceptibility could not be written: {error}")
     x = estimate.x if estimate.x is not None else estimate.step
     publisher.page(Page(keys_of(estimate, prefix), step=estimate.step), x or 0)
 
@@ -272,7 +272,7 @@ def restore_susceptibilities(
             if not record.path(estimate.step).exists():
                 record.save(estimate)
     except OSError as error:
-        rank_zero_warn(f"{who}: the record of susceptibility could not be restored: {error}")
+        warn(f"{who}: the record of susceptibility could not be restored: {error}")
         return []
     known = {estimate.step for estimate in history}
     return [estimate for estimate in record.read() if estimate.step not in known]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Optional
@@ -20,7 +19,7 @@ from lightning_slt.callbacks.flags.boundaries import LearningRateWatch
 from lightning_slt.callbacks.flags.kept_weights import KeptWeights
 from lightning_slt.callbacks.flags.what_changed import moved_components, moved_samples, with_phases
 from lightning_slt.callbacks.monitor import SLTMonitor
-from lightning_slt.callbacks.said import speaker
+from lightning_slt.callbacks.said import speaker, warn
 from lightning_slt.kinds import check_callable, check_count, check_flag
 from lightning_slt.publish import RunPublisher
 from lightning_slt.record import Estimate
@@ -294,10 +293,10 @@ class TransitionMonitor(KeepsHistory):
         except Exception as error:
             # called on every rank, and it may fail on another one than the first alone
             rank = f" on rank {trainer.global_rank}" if trainer.world_size > 1 else ""
-            warnings.warn(
+            warn(
                 f"{self._who}: on_transition failed for transition {transition.id}{rank}; training goes on. "
                 f"{type(error).__name__}: {error}",
-                stacklevel=2,
+                every_rank=True,
             )
 
     # --- what is known of a transition ----------------------------------------------------------------------------

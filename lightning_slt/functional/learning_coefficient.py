@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_slt.functional.convergence import effective_sample_size, rhat, standard_error
-from lightning_slt.reasons import DRIFTING, NEGATIVE, NOT_MIXED, Kind, Reason, sentences
+from lightning_slt.reasons import DRIFTING, NEGATIVE, NONE_STAYED, NOT_MIXED, Kind, Reason, sentences
 
 MAX_RHAT = 1.1
 """R-hat above which chains are said not to have mixed, where the disagreement also matters for the number."""
@@ -84,13 +84,14 @@ def summarise(trace: Tensor, diverged: Tensor | None = None) -> Summary:
         number may be read as a learning coefficient.
     """
     trace = trace.detach().cpu().double()
-    good = torch.isfinite(trace).all(dim=1)
+    finite = torch.isfinite(trace).all(dim=1)
+    good = finite.clone()
     if diverged is not None:
         good &= ~diverged.cpu()
     per_chain = torch.where(good, trace.mean(dim=1), torch.nan)
     kept = trace[good]
     if kept.numel() == 0:
-        nothing = (Reason(Kind.NO_CHAIN, "no chain stayed finite"),)
+        nothing = (Reason(Kind.NO_CHAIN, _none_left(finite)),)
         return Summary(math.nan, math.nan, per_chain, math.nan, math.nan, good, nothing)
     mean, se = float(kept.mean()), standard_error(kept)
     r, ess = rhat(kept), effective_sample_size(kept)
@@ -108,7 +109,7 @@ def summarise(trace: Tensor, diverged: Tensor | None = None) -> Summary:
         verdict.append(Reason(Kind.TOO_FEW_DRAWS, said))
     tolerance = max(MAX_RELATIVE_ERROR * abs(mean), MAX_RELATIVE_ERROR)
     if r > MAX_RHAT and se > tolerance / 2:
-        verdict.append(Reason(Kind.NOT_MIXED, f"{NOT_MIXED}: R-hat {r:.2f} > {MAX_RHAT}, error {se:.2g}"))
+        verdict.append(Reason(Kind.NOT_MIXED, f"{NOT_MIXED}: R-hat {_above(r, MAX_RHAT)} > {MAX_RHAT}, error {se:.2g}"))
     drift, between = half_change(kept)
     drift_se = max(between, _error_of_halves(kept))
     if abs(drift) > 3 * drift_se and abs(drift) > tolerance:
@@ -118,6 +119,25 @@ def summarise(trace: Tensor, diverged: Tensor | None = None) -> Summary:
         said = f"{NEGATIVE}: the weights are not at a minimum (chains run downhill)"
         verdict.append(Reason(Kind.NEGATIVE, said))
     return Summary(mean, se, per_chain, r, ess, good, tuple(verdict))
+
+
+def _above(value: float, limit: float) -> str:
+    """A number with as many digits as show it above ``limit``, two behind the point at the least.
+
+    Example:
+        >>> _above(1.38, 1.1), _above(1.1004, 1.1)
+        ('1.38', '1.1004')
+    """
+    written = (f"{value:.{digits}f}" for digits in range(2, 17))
+    return next((text for text in written if float(text) > limit), repr(value))
+
+
+def _none_left(finite: Tensor) -> str:
+    """That no chain is left, and whether that is for want of finite numbers."""
+    if not bool(finite.any()):
+        return "no chain stayed finite"
+    which = "all" if bool(finite.all()) else f"{int(finite.sum())} of {len(finite)}"
+    return f"{NONE_STAYED}: {which} are finite, at losses above those of the posterior"
 
 
 def half_change(trace: Tensor) -> tuple[float, float]:

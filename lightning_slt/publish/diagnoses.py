@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_slt.publish.phrases import count_of, listed, number, with_error
-from lightning_slt.reasons import DRIFTING, NEGATIVE, NOT_ARRIVED, NOT_MIXED, TOO_WIDE
+from lightning_slt.reasons import (
+    DOWNHILL,
+    DRIFTING,
+    NEGATIVE,
+    NONE_STAYED,
+    NOT_ACCEPTED,
+    NOT_ARRIVED,
+    NOT_MIXED,
+    TOO_WIDE,
+)
 from lightning_slt.record import Estimate
 
 Level = Literal["good", "note", "bad"]
@@ -19,6 +28,8 @@ _EACH = 5
 
 _REASONS: tuple[tuple[str, str, str], ...] = (
     (NEGATIVE, "chains ran downhill: the weights were at no minimum", "Usual early in training and at a saddle."),
+    (DOWNHILL, "chains ran downhill: the weights were at no minimum", "Usual early in training and at a saddle."),
+    (NOT_ACCEPTED, "hardly a step of the chains was accepted", "A smaller lr helps; without one calibration finds it."),
     (DRIFTING, "chains were still moving at their end", "More draws (num_draws) give them time."),
     (NOT_MIXED, "chains disagree with each other", "More draws (num_draws) or chains (num_chains) help."),
     (
@@ -34,11 +45,18 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
         "Where lr or num_burnin_steps is given, leave both to calibration, or give a smaller lr; where neither is, the "
         "LLC is near zero, which is usual early in training.",
     ),
+    (
+        NONE_STAYED,
+        "every chain left the posterior",
+        "A smaller lr, a larger batch_size or a smaller nbeta keeps them in it.",
+    ),
     ("no chain", "every chain left the finite numbers", "A smaller step or a larger localization holds them."),
 )
 """Beginnings of the reasons of an estimate, what they mean in plain words, and what can be done."""
-_ADVISED = (NOT_ARRIVED, TOO_WIDE)
+_ADVISED = (NOT_ACCEPTED, NOT_ARRIVED, TOO_WIDE)
 """Those that say themselves what can be done."""
+_DECISIVE = (NEGATIVE, DOWNHILL, NOT_ACCEPTED)
+"""Beside these no advice of another reason is given: chains that run downhill, or stand still, need no more draws."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +114,11 @@ def reason_words(reason: str) -> str:
         'chains disagree with each other (R-hat 1.38 > 1.1, error 5.9)'
     """
     words, _ = _meaning(reason)
-    if words == reason or reason.startswith(NEGATIVE) or ": " not in reason:
-        return words
     if reason.startswith(_ADVISED):  # what follows is advice; the number is in brackets before it
         found = re.search(r"\(([^)]*)\)", reason)
         return f"{words} ({found[1]})" if found else words
+    if words == reason or reason.startswith((NEGATIVE, DOWNHILL)) or ": " not in reason:
+        return words
     return f"{words} ({reason.split(': ', 1)[1]})"
 
 
@@ -139,9 +157,8 @@ def invalid_sentence(estimate: Estimate, reasons: Sequence[str]) -> str:
         reasons: those of its reasons that are to be told.
     """
     found = f"LLC {with_error(estimate.mean, estimate.se)} is not valid" if math.isfinite(estimate.mean) else "no LLC"
-    # of chains that run downhill more draws make no estimate, whatever else is said of them
-    downhill = [reason for reason in estimate.reasons if reason.startswith(NEGATIVE)]
-    advice = dict.fromkeys(_meaning(reason)[1] for reason in downhill or reasons if not reason.startswith(_ADVISED))
+    decisive = [reason for reason in estimate.reasons if reason.startswith(_DECISIVE)]
+    advice = dict.fromkeys(_meaning(reason)[1] for reason in decisive or reasons if not reason.startswith(_ADVISED))
     return " ".join([f"{_labelled(estimate)}{found}: {'; '.join(reasons)}.", *filter(None, advice)])
 
 
@@ -185,19 +202,19 @@ def diagnostics(estimates: Sequence[Estimate]) -> list[Remark]:
         text = f"chains diverged at {_where(estimates, places)}; {count_of(len(lost), 'estimate')} left out"
         diverged = [Remark("bad" if lost else "note", text, tuple(step for r in diverged for step in r.steps))]
     found = [Remark(r.level, _sentence(r.text), r.steps) for r in diverged]
-    downhill, _ = _meaning(NEGATIVE)
+    decisive = {_meaning(start) for start in _DECISIVE}
     for (words, advice), places in reasons.items():
         steps = tuple(step for place in places if (step := estimates[place].step) is not None)
         many = f"{count_of(len(places), 'estimate')}: " if len(places) > 1 else ""
         text = f"{_sentence(words)[:-1]} ({many}{_where(estimates, places)})."
-        if words != downhill and all(_ran_downhill(estimates[place]) for place in places):
-            advice = ""  # more draws make no estimate of these
+        if (words, advice) not in decisive and all(_is_decided(estimates[place]) for place in places):
+            advice = ""
         found.append(Remark("bad", f"{text} {advice}".strip(), steps))
     return found
 
 
-def _ran_downhill(estimate: Estimate) -> bool:
-    return any(reason.startswith(NEGATIVE) for reason in estimate.reasons)
+def _is_decided(estimate: Estimate) -> bool:
+    return any(reason.startswith(_DECISIVE) for reason in estimate.reasons)
 
 
 def _is_divergence(reason: str) -> bool:

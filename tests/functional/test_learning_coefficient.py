@@ -123,6 +123,14 @@ def test_chains_at_different_levels_have_not_mixed() -> None:
     assert s.rhat > 1.1 and any("not mixed" in reason for reason in s.reasons)
 
 
+def test_an_r_hat_that_is_hardly_above_its_limit_has_the_digits_that_say_so() -> None:
+    trace = trace_of(level=1.0)
+    trace[:4] += 0.965
+    s = summarise(trace)
+    assert 1.1 < s.rhat < 1.101
+    assert [reason.split(",")[0] for reason in s.reasons] == ["chains have not mixed: R-hat 1.1005 > 1.1"]
+
+
 def test_disagreement_that_cannot_matter_for_the_number_is_no_reason() -> None:
     trace = trace_of(level=100.0, spread=0.01)
     trace[0] += 0.05

@@ -7,8 +7,10 @@ traces and names the first difference.
 from __future__ import annotations
 
 import random
+import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -65,6 +67,15 @@ def quiet_trainer(folder: Path, **kwargs: Any) -> Trainer:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return Trainer(**settings)
+
+
+@contextmanager
+def nothing_said_of(pattern: str) -> Iterator[None]:
+    """No warning from its beginning on is like this."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    assert [str(w.message) for w in caught if re.match(pattern, str(w.message))] == []
 
 
 def seed_everything(seed: int = SEED) -> None:

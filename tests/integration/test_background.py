@@ -19,6 +19,9 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.data import TensorDataset
 
 from lightning_slt import RMSpropSGLD
@@ -38,7 +41,7 @@ from lightning_slt.sampling.objective import Objective
 from tests.integration import models
 from tests.integration.beside import STEPS, data, monitor_of
 from tests.integration.harness import Scenario, SLTMonitor, assert_same, steps_of, tiny_monitor
-from tests.integration.models import Net, Plain, loaders, tensors
+from tests.integration.models import CLASSES, Net, Plain, loaders, tensors
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -88,6 +91,30 @@ class Adam(Net):
         return torch.optim.Adam(self.parameters(), lr=1e-2)
 
 
+class Parametrised(Net):
+    """A weight of its own under a parametrisation, and one of a layer."""
+
+    put_on: Any = staticmethod(parametrizations.weight_norm)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.eye(CLASSES) + 0.1)
+        self.put_on(self.net[0])
+        self.put_on(self, "own")
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return cross_entropy(self.net(x) @ self.own, y)
+
+
+class SpectralNorm(Parametrised):
+    put_on = staticmethod(parametrizations.spectral_norm)
+
+
+class Orthogonal(Parametrised):
+    put_on = staticmethod(parametrizations.orthogonal)
+
+
 # ------------------------------------------------------------------------------------------------------------ the same
 
 
@@ -99,6 +126,9 @@ class Adam(Net):
         pytest.param(Net, {"probe": 8, "num_draws": 20}, id="influence"),
         pytest.param(Adam, {"sampler": RMSpropSGLD(lr=1e-4)}, id="second moments of Adam"),
         pytest.param(Net, {"sampler": None, "num_burnin_steps": None, "num_steps_bw_draws": None}, id="calibrated"),
+        pytest.param(Parametrised, {}, id="weight norm"),
+        pytest.param(SpectralNorm, {}, id="spectral norm"),
+        pytest.param(Orthogonal, {}, id="orthogonal"),
     ],
 )
 def test_results_are_those_of_firings_inside_training(module: Any, changes: dict[str, Any], tmp_path: Path) -> None:
@@ -577,3 +607,21 @@ def test_a_python_module_goes_by_its_name(tmp_path: Path) -> None:
     assert all(a is b for a, b in zip(read_pickled(tmp_path / "module").held, held, strict=True))
     with pytest.raises(CannotTravelError, match=r"Holds\.held.*cannot pickle 'module' object"):
         write_pickled(models.Holds(lambda _: ModuleType("of no file")), tmp_path / "other", "Holds")
+
+
+def test_a_parametrised_module_is_of_such_a_class_again(tmp_path: Path) -> None:
+    """With both parametrisations of a tensor and a way to set it, and without what its class does not let travel."""
+    net = Parametrised()
+    parametrize.register_parametrization(net.net[0], "weight", nn.Softplus(), unsafe=True)
+    net.__dict__["_trainer"] = object()
+    write_pickled(net, tmp_path / "net", "net")
+    found = read_pickled(tmp_path / "net")
+    assert parametrize.type_before_parametrizations(found) is Parametrised and found._trainer is None
+    assert type(found.net[0]).__name__ == "ParametrizedLinear" and found.net[0].extra_repr() == net.net[0].extra_repr()
+    assert list(found.state_dict()) == list(net.state_dict())
+    assert torch.equal(found.net[0].weight, net.net[0].weight) and torch.equal(found.own, net.own)
+    found.own = 2 * torch.eye(CLASSES)
+    torch.testing.assert_close(found.own, 2 * torch.eye(CLASSES))
+    parametrize.register_parametrization(found, "own", models.Holds(lambda _: ModuleType("of no file")), unsafe=True)
+    with pytest.raises(CannotTravelError, match=r"net\.parametrizations\.own\.1\.held cannot be pickled"):
+        write_pickled(found, tmp_path / "other", "net")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
@@ -31,6 +30,7 @@ from tests.integration.harness import (
     Scenario,
     SLTMonitor,
     assert_same,
+    nothing_said_of,
     steps_of,
     tiny_monitor,
 )
@@ -104,8 +104,7 @@ SCENARIOS: dict[str, tuple[Scenario, dict[str, Any]]] = {
 @pytest.mark.parametrize(("scenario", "settings"), SCENARIOS.values(), ids=SCENARIOS)
 def test_training_is_the_same(scenario: Scenario, settings: dict[str, Any], tmp_path: Path) -> None:
     monitor = probing(**{"num_draws": 8, **settings})
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*could not.*")
+    with nothing_said_of(".*could not.*"):
         scenario.assert_undisturbed(tmp_path, monitor)
     assert len(monitor.influences) == len(monitor.estimates) >= 2
     assert all(e.mean_loss.isfinite().all() and len(e.mean_loss) for e in monitor.influences)
@@ -224,8 +223,7 @@ def test_queries(query: Any, count: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("query", [None, False])
 def test_without_queries_the_samples_are_their_own(query: Any, tmp_path: Path) -> None:
     monitor = probing(10, query=query, at_steps=[1])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*validation data.*")
+    with nothing_said_of(".*validation data.*"):
         Scenario(Net, with_validation).run(tmp_path, monitor)
     (e,) = monitor.influences
     assert e.queries_are_train and torch.equal(e.train_index, e.query_index) and e.matrix.shape == (10, 10)
@@ -272,8 +270,7 @@ def test_queries_of_validation_data_that_lightning_has_not_loaded_yet(owner: str
     data = with_validation if owner == "argument" else lambda: {"datamodule": DrawsItsSplit()}
     trainer = lambda: {"num_sanity_val_steps": 0, "check_val_every_n_epoch": 2}  # noqa: E731
     monitor = probing(10, query=True, at_steps=[0, 3])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*validation data.*")
+    with nothing_said_of(".*validation data.*"):
         Scenario(Net, data, trainer).assert_undisturbed(tmp_path, monitor)
     first, second = monitor.influences
     assert not first.queries_are_train and len(first.query_index) == (8 if owner == "argument" else 5)

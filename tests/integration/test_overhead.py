@@ -258,6 +258,18 @@ def test_a_cadence_that_takes_much_of_the_run_says_once_that_there_is_a_budget(c
     (text,) = said(lambda: scenario(24).run(tmp_path, tiny_monitor(every_n_train_steps=4)))
     assert "of this run's wall-clock so far. Measure more seldom, or with fewer num_chains or num_draws." in text
     assert "max_overhead=0.05" in text and "10,000 batches" in text and "may measure nothing" in text
+
+
+def test_what_is_said_ends_no_run_where_warnings_are_errors(
+    clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monitor = tiny_monitor(every_n_train_steps=4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="SLTMonitor", category=UserWarning)
+        trace = scenario(24).run(tmp_path, monitor)
+    assert trace.num_batches == 24 and len(monitor.estimates) == 6
+    (told,) = [record for record in caplog.records if "of this run's wall-clock so far" in record.message]
+    assert told.levelname == "WARNING" and told.message.startswith("SLTMonitor: measuring has taken ")
     assert said(lambda: scenario(12).run(tmp_path, tiny_monitor(every_n_train_steps=4))) == []  # three prove nothing
     clock.chain_step = 0.01
     assert said(lambda: scenario(24).run(tmp_path, tiny_monitor(every_n_train_steps=4))) == []

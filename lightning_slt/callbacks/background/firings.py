@@ -17,7 +17,7 @@ from typing import Any, Optional
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_slt.callbacks.background.data_files import DataFiles
 from lightning_slt.callbacks.background.devices import worker_devices
@@ -32,7 +32,7 @@ from lightning_slt.callbacks.background.travel import (
 )
 from lightning_slt.callbacks.background.worker import FOLDER, kit_path, probes_path, result_path, snapshot_path
 from lightning_slt.callbacks.data.training import TrainingData
-from lightning_slt.callbacks.said import speaker
+from lightning_slt.callbacks.said import speaker, warn
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.influence import ProbeSet
 from lightning_slt.kinds import check_count, check_number
@@ -368,7 +368,7 @@ class BackgroundFirings:
                 raise
             if not self._said_data:
                 self._said_data = True
-                rank_zero_warn(
+                warn(
                     f"{self._who}: {error} The training data has been loaded anew and is other data: until then chains "
                     "go on with that of before."
                 )
@@ -396,7 +396,7 @@ class BackgroundFirings:
 def warn_of_lost(steps: Sequence[int], who: str, why: str = GONE) -> None:
     """Results that were pending at the checkpoint and that this run cannot have."""
     if steps:
-        rank_zero_warn(
+        warn(
             f"{who}: the firings at steps {list(steps)} were still out when the checkpoint was written, and {why}: "
             "these points are left out."
         )

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_slt.callbacks.arguments import loss_context, second_moments
@@ -22,7 +21,7 @@ from lightning_slt.callbacks.moment import Moment
 from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.remarks import say_how, warn_of_no_influence
 from lightning_slt.callbacks.reporting import Reporting
-from lightning_slt.callbacks.said import Voice
+from lightning_slt.callbacks.said import Voice, warn
 from lightning_slt.firing import Course
 from lightning_slt.influence import ProbeSet
 from lightning_slt.sampling.restriction import select_parameters
@@ -106,7 +105,7 @@ class LateFirings:
             history.skipped += 1
             clock.took(begin)
             if voice.first("full"):
-                rank_zero_warn(f"{voice.who}: the firing at step {moment.step} is left out, since {beside.full_text()}")
+                warn(f"{voice.who}: the firing at step {moment.step} is left out, since {beside.full_text()}")
             return
         try:
             with preserve_rng():
@@ -216,7 +215,7 @@ class LateFirings:
             for late in beside.await_all(progress):
                 self._take(trainer, pl_module, late)
         if beside.pending:
-            rank_zero_warn(
+            warn(
                 f"{self._voice.who}: the results of steps {beside.pending} did not come within "
                 f"max_wait={beside.max_wait:g} s of the end of fit, and are left out."
             )

@@ -22,6 +22,7 @@ from typing import Any, Optional
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization, type_before_parametrizations
 
 from lightning_slt.callbacks.data.training import SeenBatches, TrainingData
 from lightning_slt.durable import save_tensors, write_durably
@@ -275,10 +276,40 @@ def _pickle_module(found: set[str]) -> ModuleType:
                 found.add(value.__qualname__)
             if isinstance(value, ModuleType) and _imported(value):  # by its name, as a function goes
                 return import_module, (value.__name__,)
+            if isinstance(value, nn.Module) and _is_parametrised(value):
+                kind = type_before_parametrizations(value)
+                names = [*value.get_submodule("parametrizations")._modules]
+                return _parametrised, (kind, names), _state_of(value, kind)
             return NotImplemented
 
     module = ModuleType("pickle_of_lightning_slt")
     module.Pickler = Pickler  # type: ignore[attr-defined]
+    return module
+
+
+def _is_parametrised(module: nn.Module) -> bool:
+    return is_parametrized(module) and type(module).__module__ == register_parametrization.__module__
+
+
+def _state_of(module: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
+    """As ``kind`` would have it pickled, without the local function by which weight norm reads old checkpoints."""
+    state: dict[str, Any] = {**getattr(kind, "__getstate__", vars)(module)}
+    hooks = state["_load_state_dict_pre_hooks"]
+    own = {k: h for k, h in hooks.items() if not str(getattr(h, "__module__", "")).startswith("torch.")}
+    state["_load_state_dict_pre_hooks"] = type(hooks)(own)
+    return state
+
+
+def _parametrised(kind: type[nn.Module], names: list[str]) -> nn.Module:
+    """A module of the class that torch makes of ``kind`` where these tensors are parametrised, to be given its state.
+
+    That class belongs to one module and is found by no name, and torch refuses to pickle it.
+    """
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    for name in names:
+        module.register_buffer(name, torch.empty(0))
+        register_parametrization(module, name, nn.Identity(), unsafe=True)
     return module
 
 

@@ -7,12 +7,11 @@ from typing import Any, Optional, Union
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_slt.callbacks.data.structure import collate_of
 from lightning_slt.callbacks.data.training import datamodule_of
-from lightning_slt.callbacks.said import speaker
+from lightning_slt.callbacks.said import speaker, warn
 from lightning_slt.influence import ProbeSet, probe_set
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.kinds import check_callable
@@ -154,7 +153,7 @@ class ProbedSamples:
             return DatasetSource(self._query, 1, collate_of(trainer.train_dataloader), None, transfer)
         loader = _validation_loader(trainer)
         if not isinstance(loader, DataLoader) or not _is_map_style(loader.dataset):
-            rank_zero_warn(
+            warn(
                 f"{speaker(prefix, f'query={self._query}')}: there is no validation data that can be asked for a "
                 "sample by number, so the probed samples are the queries. Give query=Dataset."
             )

@@ -17,7 +17,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
@@ -25,7 +24,7 @@ from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 from lightning_slt.callbacks.apart import loosened
 from lightning_slt.callbacks.data.combined import Combined, Transfer, batches_of_epoch
 from lightning_slt.callbacks.data.marks import marks_of, same_marks
-from lightning_slt.callbacks.said import speaker
+from lightning_slt.callbacks.said import speaker, warn
 from lightning_slt.sampling.batches import (
     LEAST_WINDOW,
     MAX_RESIDENT_BATCHES,
@@ -207,7 +206,7 @@ class TrainingData:
     def _tell_of_growth(self, n: int, total: int) -> None:
         if not self._told_of_growth:
             self._told_of_growth = True
-            rank_zero_warn(
+            warn(
                 f"{speaker(self._prefix, 'num_samples=None')}: batches that training has seen are replayed, so n = {n} "
                 f"of {total} is the number of samples seen so far. It grows along the curve, and nbeta with it unless "
                 "that is given. Give num_samples= to hold n fixed."

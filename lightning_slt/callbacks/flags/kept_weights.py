@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_slt.callbacks.distribution import weights_to_keep
 from lightning_slt.callbacks.flags.snapshots import SnapshotRing
+from lightning_slt.callbacks.said import warn
 from lightning_slt.transitions import Transition
 
 
@@ -109,7 +109,7 @@ class KeptWeights:
     def _warn(self, error: Exception) -> None:
         if not self._warned:
             self._warned = True
-            rank_zero_warn(
+            warn(
                 f"{self._who} could not keep weights: {type(error).__name__}: {error}. Training goes on; further "
                 "failures are not reported. Free the disk, name another dirpath, or set pin_checkpoints=False."
             )
