@@ -25,6 +25,8 @@ from lightning_slt.sampling.structures import PLAIN
 
 OF_DIFFERENT_SIZES = "stack expects each tensor to be equal size"
 """How torch says that samples cannot be stacked."""
+STANDARD = (0, 1, 2)
+"""Files of every process, which print to one place."""
 TIMEOUT = 300.0
 """Seconds for which a batch is waited for: a process that was forked beside a thread which held a lock never ends."""
 
@@ -183,10 +185,16 @@ def _alone(worker_init_fn: Optional[Callable[[int], None]], worker: int) -> None
         for name, value in list(vars(part).items()):
             if isinstance(value, SHARED_NUMBERS):
                 vars(part)[name] = renewed(value)
-            elif isinstance(value, Tensor) and value.is_shared() and value.nbytes <= MAX_BYTES:
+            elif isinstance(value, Tensor) and _is_shared(value) and value.nbytes <= MAX_BYTES:
                 vars(part)[name] = value.clone()
     if worker_init_fn is not None:
         worker_init_fn(worker)
+
+
+def _is_shared(tensor: Tensor) -> bool:
+    """Whether other processes see what is written to it. Those on a GPU are not told apart, nor can a process that was
+    forked touch them; those without storage of their own (sparse ones) cannot be asked."""
+    return tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.is_shared()
 
 
 def _open_files_anew() -> None:
@@ -200,8 +208,9 @@ def _open_files_anew() -> None:
 def _open_anew(fd: int) -> None:
     import fcntl  # where there is /proc, there is this
 
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    if flags & (os.O_WRONLY | os.O_RDWR) or not stat.S_ISREG(os.fstat(fd).st_mode):
+    # those of a temporary file without a name would have a new one made
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~(getattr(os, "O_TMPFILE", 0) | os.O_NOFOLLOW)
+    if flags & os.O_ACCMODE == os.O_WRONLY or fd in STANDARD or not stat.S_ISREG(os.fstat(fd).st_mode):
         return
     own = os.open(f"/proc/self/fd/{fd}", flags)
     os.lseek(own, os.lseek(fd, 0, os.SEEK_CUR), os.SEEK_SET)

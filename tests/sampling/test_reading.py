@@ -6,6 +6,7 @@ import os
 import random
 from multiprocessing import Value
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,36 @@ def test_files_and_memory_that_a_fork_shares_are_not_moved_on(workers: int | Non
     assert len(batches) == 60 and batches[0].tolist() == [1, 1] and batches[-1].max() >= 30
     assert [os.lseek(file.fileno(), 0, os.SEEK_CUR) for file in data.files] == places
     assert data[0].tolist() == [1, 1] and data.number.value == 2 and float(data.tensor) == 2
+
+
+class Bytes(Pids):
+    """Reads on in a file, whatever the index."""
+
+    def __init__(self, file: Any) -> None:
+        file.write(bytes(range(100)))
+        file.seek(5)
+        self.file = file
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor(self.file.read(1)[0])
+
+
+@pytest.mark.parametrize("mode", ["w+b", "a+b", ""])
+def test_files_that_are_written_to_as_well_are_not_moved_on(mode: str, tmp_path: Path) -> None:
+    """And a temporary one, which may have no name that it could be opened by."""
+    with (tmp_path / "bytes").open(mode, buffering=0) if mode else TemporaryFile(buffering=0) as file:
+        data = Bytes(file)
+        assert int(data[0]) == 5
+        batches = DatasetSource(data, 4).read_items([0] * 4)
+        assert [int(batch) for batch in batches] == [6, 7, 8, 9] and int(data[0]) == 6
+
+
+@pytest.mark.parametrize("held", [torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr()], ids=["coo", "csr"])
+def test_sparse_tensors_keep_no_dataset_here(held: Tensor) -> None:
+    """They cannot be asked whether they are shared."""
+    data = Pids()
+    data.held = held  # type: ignore[attr-defined]
+    assert int(DatasetSource(data, 4).read_items([0])[0][0]) != os.getpid()
 
 
 def test_a_dataset_that_cannot_be_read_in_another_process_is_read_here() -> None:
