@@ -387,10 +387,13 @@ def training_transfer(trainer: Trainer, module: LightningModule) -> Transfer:
         trainer: gives the precision plugin, the device, and the DataModule whose hooks go before the module's.
         module: the private copy.
     """
-    datamodule = loosened(datamodule_of(trainer))
-    for source in getattr(datamodule, "__dict__", {}).values():
-        if isinstance(source, RANDOM):
-            seed_random(source, int(torch.randint(2**62, ())))
+    datamodule = datamodule_of(trainer)
+    # at every batch: lists and dicts of a DataModule may be long, and few have hooks
+    if datamodule is not None and any(is_overridden(name, datamodule) for name in BATCH_HOOKS):
+        datamodule = loosened(datamodule)
+        for source in getattr(datamodule, "__dict__", {}).values():
+            if isinstance(source, RANDOM):
+                seed_random(source, int(torch.randint(2**62, ())))
     return BatchTransfer(trainer.precision_plugin, datamodule, module, trainer.strategy.root_device)
 
 
