@@ -136,7 +136,8 @@ def _keep(
         if value.flags.writeable and value.nbytes <= MAX_BYTES:
             undo.callback(np.copyto, value, value.copy())
     elif isinstance(value, BYTES):
-        undo.callback(operator.setitem, value, slice(None), value[:])
+        if memoryview(value).nbytes <= MAX_BYTES:
+            undo.callback(operator.setitem, value, slice(None), value[:])
     elif isinstance(value, RANDOM):
         undo.callback(set_random_state, value, random_state(value))
     elif isinstance(value, list):

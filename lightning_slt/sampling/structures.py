@@ -157,9 +157,11 @@ def attributes_of(value: Any) -> dict[str, Any]:
 
 def in_slots(value: Any) -> dict[str, Any]:
     """What an object holds in those of its slots that are filled."""
+    # what a class in C shows of itself (days of a timedelta) is of the same type, and may not be written to
     names = (
         name
         for kind in type(value).__mro__
+        if "__slots__" in vars(kind)
         for name, member in vars(kind).items()
         if isinstance(member, MemberDescriptorType)
     )

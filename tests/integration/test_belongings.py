@@ -8,6 +8,7 @@ from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_slt.sampling import belongings
 from lightning_slt.sampling.belongings import contents_kept
 from tests.integration.harness import Scenario, tiny_monitor
 from tests.integration.models import CLASSES, IN, Plain, loaders, tensors
@@ -107,6 +109,28 @@ def test_slots_and_bytes_are_put_back_in_the_same_objects() -> None:
     assert frozen == Frozen(1, [1]) and later.first == [1] and not hasattr(later, "later")
     assert ints == array("d", [1.0, 2.0]) and raw == b"ab"
     assert all(a is b for a, b in zip(module.held, [frozen, later, ints, raw], strict=True))
+
+
+class Period(timedelta):
+    """Its days and seconds may be read only."""
+
+
+def test_what_an_object_shows_of_itself_is_not_put_back() -> None:
+    module = torch.nn.Linear(2, 2)
+    module.held = Period(seconds=900)
+    with contents_kept(module):
+        pass
+    assert module.held == timedelta(seconds=900)
+
+
+def test_large_bytes_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(belongings, "MAX_BYTES", 3)
+    module = torch.nn.Linear(2, 2)
+    module.held = [bytearray(b"abcd"), bytearray(b"abc")]
+    with contents_kept(module):
+        for raw in module.held:
+            raw[0] = 0
+    assert module.held == [b"\0bcd", b"abc"]
 
 
 def test_contents_are_put_back_in_the_same_objects() -> None:
