@@ -146,13 +146,18 @@ class Chains:
             self._engine.release()
         return total / len(batches)
 
+    @property
+    def window(self) -> Window:
+        """The minibatches that the chains see next: one that has passed by would be read anew."""
+        return self.source.window(self._window_index)
+
     @contextmanager
     def line(self, row: int) -> Iterator[Callable[[float], tuple[float, float]]]:
         """The loss of one minibatch on the line from ``w*`` to where the chain of ``row`` is, and its slope along it,
         at a share of the way. In the memory of the chains, which have ended: where the last of them is is lost."""
         anchor, grad, direction = self.objective.anchor, self._grad[:1], self.weights[row]
         point = self.weights[-1:] if row + 1 < len(self.weights) else torch.empty_like(direction).unsqueeze(0)
-        window = self.source.window(self._window_index)
+        window = self.window
         batch = some_batch(self.objective, window)
 
         def look(share: float) -> tuple[float, float]:
@@ -269,7 +274,7 @@ class Chains:
         pieces: list[Segment] = []
         done = 0
         while done < steps:
-            window = self.source.window(self._window_index)
+            window = self.window
             room = steps - done if self.source.resident else max(len(window) - self._window_used, 1)
             count = min(steps - done, room)
             pieces.append(self._advance_window(window, count, lr, done))

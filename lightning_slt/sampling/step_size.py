@@ -36,6 +36,7 @@ from torch import Tensor
 
 from lightning_slt.functional.learning_coefficient import half_change
 from lightning_slt.functional.posterior import LocalPosterior
+from lightning_slt.sampling.anchor import measure_anchor
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.engines import sequential_engine
 from lightning_slt.sampling.noise import normal_stream
@@ -177,8 +178,9 @@ def largest_step_of_chains(chains: Chains, seed: int) -> float:
 
     def probe() -> float:
         buffers = [*chains.scratch()[:1], *(torch.empty_like(chains.objective.anchor[None]) for _ in range(2))]
-        window = chains.source.window(0)
-        known = list(window.anchor_loss)  # minibatches that have a loss
+        window = chains.window
+        measure_anchor(chains.objective, window, torch.arange(min(LOOKED_AROUND, len(window))))
+        known = list(window.anchor_loss)  # minibatches that have a loss: of a window that is new, none was known
         steps = [
             first_step(chains.objective, window, chains.posterior, seed + k, buffers, centre, [known[k % len(known)]])
             for k, centre in enumerate(chains.weights[:LOOKED_AROUND])

@@ -18,9 +18,10 @@ from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.calibration import RELAX
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.step_size import UNSTABLE, first_step, largest_step
+from lightning_slt.sampling.step_size import UNSTABLE, first_step, largest_step, largest_step_of_chains
 from tests.cases.make_references import load_references
 from tests.cases.problems import CASES, Case, default_nbeta
+from tests.sampling.helpers import make_chains, mean_squared, mlp, regression
 
 SETTINGS = ChainSettings(num_chains=4, num_draws=100, localization=1.0, method="sequential")
 
@@ -112,3 +113,14 @@ def test_a_checkpoint_keeps_the_largest_step() -> None:
     old = {key: value for key, value in memory.state_dict().items() if key != "ceiling"}
     other.load_state_dict(old)
     assert math.isinf(other.ceiling)
+
+
+def test_the_largest_step_is_looked_for_in_the_window_that_chains_have_come_to() -> None:
+    """Data too large to be held: the first window has passed by, and no loss of the one that comes is known."""
+    chains = make_chains(mlp(), regression(), mean_squared, num_chains=2)
+    chains.source = DatasetSource(regression(), 4, max_bytes=1000)
+    windows = len(chains.window)
+    chains.advance(3 * windows, 1e-5)
+    assert not chains.source.resident and not chains.window.anchor_loss
+    assert 0 < largest_step_of_chains(chains, 0) < math.inf
+    assert chains.source.window(3) is chains.window
