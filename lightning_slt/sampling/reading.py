@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate, get_worker_info
 
-from lightning_slt.sampling.belongings import MAX_BYTES, RANDOM, random_state, set_random_state
+from lightning_slt.sampling.belongings import RANDOM, random_state, set_random_state
 from lightning_slt.sampling.rng import LOADER, generator
 from lightning_slt.sampling.services import SHARED_NUMBERS, renewed
 from lightning_slt.sampling.structures import PLAIN
@@ -27,6 +27,9 @@ OF_DIFFERENT_SIZES = "stack expects each tensor to be equal size"
 """How torch says that samples cannot be stacked."""
 STANDARD = (0, 1, 2)
 """Files of every process, which print to one place."""
+MAX_SHARED_BYTES = 2**24
+"""Shared tensors up to this size are taken for numbers that are counted up, and copied by each process; larger ones for
+data, which is read."""
 TIMEOUT = 300.0
 """Seconds for which a batch is waited for: a process that was forked beside a thread which held a lock never ends."""
 
@@ -185,7 +188,7 @@ def _alone(worker_init_fn: Optional[Callable[[int], None]], worker: int) -> None
         for name, value in list(vars(part).items()):
             if isinstance(value, SHARED_NUMBERS):
                 vars(part)[name] = renewed(value)
-            elif isinstance(value, Tensor) and _is_shared(value) and value.nbytes <= MAX_BYTES:
+            elif isinstance(value, Tensor) and _is_shared(value) and value.nbytes <= MAX_SHARED_BYTES:
                 vars(part)[name] = value.clone()
     if worker_init_fn is not None:
         worker_init_fn(worker)

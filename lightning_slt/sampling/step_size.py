@@ -181,6 +181,8 @@ def largest_step_of_chains(chains: Chains, seed: int) -> float:
         window = chains.window
         measure_anchor(chains.objective, window, torch.arange(min(LOOKED_AROUND, len(window))))
         known = list(window.anchor_loss)  # minibatches that have a loss: of a window that is new, none was known
+        if not known:
+            return 0.0  # nothing shows that more is borne
         steps = [
             first_step(chains.objective, window, chains.posterior, seed + k, buffers, centre, [known[k % len(known)]])
             for k, centre in enumerate(chains.weights[:LOOKED_AROUND])
