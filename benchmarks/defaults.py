@@ -22,7 +22,7 @@ SEEDS = {
     "digits-mlp-default": 40,
     "transformer-default": 6,
     "linear-6-6-6-6-r2-default": 40,
-    "lstm": 6,
+    "lstm": 20,
     "convnet-default": 8,
     "convnet-gamma100": 4,
     "rrr-8-4-8-r2": 40,
