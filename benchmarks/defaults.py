@@ -20,7 +20,7 @@ from tests.cases.problems import CASES
 
 SEEDS = {
     "digits-mlp-default": 40,
-    "transformer-default": 6,
+    "transformer-default": 8,
     "linear-6-6-6-6-r2-default": 40,
     "lstm": 20,
     "convnet-default": 8,
