@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
-from lightning_slt.callbacks.apart import loosened
 from lightning_slt.callbacks.data.combined import Combined, Transfer, batches_of_epoch
+from lightning_slt.callbacks.data.hooks import DataHooks
 from lightning_slt.callbacks.data.marks import marks_of, same_marks
 from lightning_slt.callbacks.said import speaker, warn
 from lightning_slt.sampling.batches import (
@@ -33,7 +33,6 @@ from lightning_slt.sampling.batches import (
     MinibatchSource,
     ReplaySource,
 )
-from lightning_slt.sampling.belongings import RANDOM, seed_random
 from lightning_slt.sampling.counting import batch_length, batch_size_of, length_of, makes_batches, samples_of_batches
 from lightning_slt.sampling.given_data import uniform_samples
 from lightning_slt.sampling.rng import derive_seed
@@ -376,24 +375,15 @@ class BatchTransfer:
         return hook
 
 
-BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-
-
-def training_transfer(trainer: Trainer, module: LightningModule) -> Transfer:
-    """The transfer of a live trainer. What the hooks of a DataModule write to its attributes is not kept, and its
-    generators begin with numbers of the global one: as they are, every minibatch would have the same numbers.
+def training_transfer(trainer: Trainer, module: LightningModule, hooks: Optional[DataHooks] = None) -> Transfer:
+    """The transfer of a live trainer, for one batch.
 
     Args:
         trainer: gives the precision plugin, the device, and the DataModule whose hooks go before the module's.
         module: the private copy.
+        hooks: those of that DataModule, where they have been made for a firing.
     """
-    datamodule = datamodule_of(trainer)
-    # at every batch: lists and dicts of a DataModule may be long, and few have hooks
-    if datamodule is not None and any(is_overridden(name, datamodule) for name in BATCH_HOOKS):
-        datamodule = loosened(datamodule)
-        for source in getattr(datamodule, "__dict__", {}).values():
-            if isinstance(source, RANDOM):
-                seed_random(source, int(torch.randint(2**62, ())))
+    datamodule = (hooks or DataHooks(datamodule_of(trainer))).for_a_batch()
     return BatchTransfer(trainer.precision_plugin, datamodule, module, trainer.strategy.root_device)
 
 
