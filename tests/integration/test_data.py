@@ -9,6 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -133,8 +134,24 @@ class Counted(InArchive):
         return x * (1 + 0.01 * self.number.value + 0.01 * self.tensor), y
 
 
+class CountedInside(Counted):
+    """The same where the number is in an object of a list, the tensor in a dict."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.held = [SimpleNamespace(number=self.number)], {"a": {"tensor": self.tensor}}
+        del self.number, self.tensor
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        (counted,), tensors_of = self.held
+        counted.number.value += 1
+        tensors_of["a"]["tensor"] += 1
+        x, y = self.data[index]
+        return x * (1 + 0.01 * counted.number.value + 0.01 * tensors_of["a"]["tensor"]), y
+
+
 @pytest.mark.parametrize("workers", [{}, {"num_workers": 1, "persistent_workers": True}], ids=["here", "in a worker"])
-@pytest.mark.parametrize("data", [InArchive, Counted])
+@pytest.mark.parametrize("data", [InArchive, Counted, CountedInside])
 def test_what_a_fork_shares_is_moved_on_by_training_only(
     data: type[InArchive], workers: dict[str, Any], tmp_path: Path
 ) -> None:
