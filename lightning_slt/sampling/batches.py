@@ -24,7 +24,7 @@ from torch.utils.data import (
 
 from lightning_slt.sampling.reading import Reader
 from lightning_slt.sampling.rng import LOADER, generator
-from lightning_slt.sampling.structures import num_bytes, tensors_in
+from lightning_slt.sampling.structures import num_bytes, told_of
 from lightning_slt.sampling.window import Window
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ class MinibatchSource:
         batch_size: samples in a minibatch.
         resident: every window is the same one.
         coupled: the loss depends on which samples are together in a batch; None where that has not been asked.
+        given: what tells the batches that this rank is given from those of others; None where there is nothing to tell.
     """
 
     num_samples: Optional[int]
@@ -64,6 +65,7 @@ class MinibatchSource:
     resident: bool
     shared: bool = True
     coupled: Optional[bool] = None
+    given: Optional[float] = None
     _kept: Optional[Window] = None
 
     def window(self, index: int) -> Window:
@@ -291,27 +293,13 @@ class IterableSource(MinibatchSource):
             return True
         if 2 * sum(map(_rows, batches)) >= passes * self.num_samples:
             return True
-        before, self._told = self._told, sum(map(_told_of, batches)) / passes
+        before, self._told = self._told, sum(map(told_of, batches)) / passes
         return abs(self._told - before) <= SAME_SAMPLES * abs(before)
 
 
 def _rows(batch: Any) -> int:
     leaves = [x for x in tree_flatten(batch)[0] if isinstance(x, Tensor) and x.ndim > 0]
     return len(leaves[0]) if leaves else 1
-
-
-def _told_of(batch: Any) -> float:
-    """A number that is the same for the same samples in another order, and hardly for others."""
-    told = 0.0
-    for tensor in tensors_in(batch):
-        if tensor.layout == torch.strided and not tensor.is_nested and tensor.ndim > 0 and not tensor.is_complex():
-            rows = (
-                tensor.detach().cpu().double().flatten(1)
-                if tensor.ndim > 1
-                else tensor.detach().cpu().double()[:, None]
-            )
-            told += float((rows @ torch.arange(1.0, rows.shape[1] + 1, dtype=torch.float64).cos()).square().sum())
-    return told
 
 
 def _epoch_order(n: int, seed: int, epoch: int) -> Tensor:

@@ -37,7 +37,7 @@ from lightning_slt.sampling.batches import (
 )
 from lightning_slt.sampling.common_batches import CommonBatches
 from lightning_slt.sampling.given_data import source_of, to_device, uniform_samples
-from lightning_slt.sampling.structures import num_bytes
+from lightning_slt.sampling.structures import num_bytes, told_of
 from tests.sampling.helpers import numbered, uses
 
 CPU = torch.device("cpu")
@@ -318,6 +318,15 @@ def test_passes_that_have_a_part_of_the_data_are_told_from_whole_ones(
     assert [source.window(k).is_whole for k in range(4)] == whole
     listed = IterableSource(list(parts), num_samples)  # which is the same at each pass
     assert [listed.window(k).is_whole for k in range(4)] == [True] * 4
+
+
+def test_what_is_told_of_samples_does_not_depend_on_their_order() -> None:
+    """And does on which they are, and on the order of their features."""
+    x, y = torch.arange(12.0).view(4, 3), torch.tensor([0, 1, 1, 2])
+    told = told_of([x, {"y": y}])
+    assert told_of([x.flip(0), {"y": y.flip(0)}]) == pytest.approx(told, rel=1e-12)
+    assert all(abs(told_of(other) / told - 1) > 1e-3 for other in ([x[:3], y[:3]], [x.flip(1), y], [x + 1, y]))
+    assert told_of(["a text"]) == 0 and math.isnan(told_of(torch.zeros(3, device="meta")))
 
 
 def drawn(n: int) -> list[Tensor]:
