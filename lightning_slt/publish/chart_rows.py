@@ -15,7 +15,7 @@ from lightning_slt.influence_record import MIN_Z, InfluenceEstimate
 from lightning_slt.publish.diagnoses import diagnosis, verdict_sentence
 from lightning_slt.publish.influence_charts import followed
 from lightning_slt.publish.phrases import number, signed, with_error
-from lightning_slt.publish.spec_parts import (
+from lightning_slt.publish.specs.parts import (
     ABOVE,
     BELOW,
     COSTS,
