@@ -46,7 +46,7 @@ from lightning_slt.callbacks.overhead import Decision, OverheadBudget
 from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.remarks import warn_if_large, warn_of_no_step, warn_of_nothing
 from lightning_slt.callbacks.reporting import Reporting
-from lightning_slt.callbacks.said import Voice, warn
+from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.callbacks.signals import BrokenOffError, SignalsHeld
 from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
@@ -64,6 +64,7 @@ from lightning_slt.sampling.samplers import SGLD, SGNHT, LeimkuhlerMatthews, RMS
 from lightning_slt.sampling.samples import GroupFn
 from lightning_slt.sampling.steps import LossFn, loss_function
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
+from lightning_slt.warned import warn
 
 
 class SLTMonitor(KeepsHistory):

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from matplotlib.figure import Figure
 
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
@@ -31,6 +31,7 @@ from lightning_slt.publish.wandb_logger import WandbSink
 from lightning_slt.record import RECORD_FILE, Estimate, RunRecord
 from lightning_slt.transition_record import TransitionLog, TransitionReport
 from lightning_slt.transitions import Transition
+from lightning_slt.warned import speaker, warn
 
 
 def _is_rank_zero() -> bool:
@@ -362,9 +363,9 @@ class RunPublisher:
             if place not in self._warned:
                 self._warned.add(place)
                 # whose it is, where several monitors publish to the same place
-                whose = "" if self.prefix == "slt" else f" ({self.prefix})"
-                rank_zero_warn(
-                    f"lightning_slt{whose} could not publish to {name}: {type(error).__name__}: {error}. Training "
-                    "and the other loggers go on; further failures there are not reported."
+                warn(
+                    f"{speaker(self.prefix, kind='lightning_slt')} could not publish to {name}: "
+                    f"{type(error).__name__}: {error}. Training and the other loggers go on; further failures there "
+                    "are not reported."
                 )
             return None

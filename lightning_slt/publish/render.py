@@ -11,9 +11,10 @@ from typing import Any, Literal, Optional
 
 import numpy as np
 import numpy.typing as npt
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from PIL import Image
 from torch import Tensor
+
+from lightning_slt.warned import warn
 
 Kind = Literal["image", "text", "audio", "values"]
 MAX_TEXT = 200
@@ -111,7 +112,7 @@ def rendered_by(hook: Callable[[Any], Any], sample: Any, tokenizer: Any = None) 
     except Exception as error:
         if "hook" not in _warned:
             _warned.add("hook")
-            rank_zero_warn(
+            warn(
                 f"render failed ({type(error).__name__}: {error}): samples are shown the default way. It is called "
                 "with one item of the dataset and returns a picture (array, tensor, PIL image) or a text."
             )
