@@ -17,14 +17,16 @@ from lightning_slt.publish.charts import chains_figure, history_figure, pixels
 from lightning_slt.publish.csv_logger import CSVSink
 from lightning_slt.publish.files import FilesSink
 from lightning_slt.publish.generic import GenericSink
-from lightning_slt.publish.influence_charts import influence_figure, suspects_figure, trajectories_figure
+from lightning_slt.publish.influence_charts import influence_figure
 from lightning_slt.publish.influence_tables import PAIR_COLUMNS, SUSPECT_COLUMNS, media_id, pair_rows, suspect_rows
 from lightning_slt.publish.keys import STATUSES, influence_metrics_of, transition_metrics_of, x_of
 from lightning_slt.publish.mlflow_logger import MLflowSink
 from lightning_slt.publish.render import Rendered
 from lightning_slt.publish.sink import Alert, Page, Sink, Table
+from lightning_slt.publish.suspect_charts import suspects_figure
 from lightning_slt.publish.tables import MAX_WANDB_ROWS, thinned
 from lightning_slt.publish.tensorboard import TensorBoardSink
+from lightning_slt.publish.trajectory_charts import trajectories_figure
 from lightning_slt.publish.transition_charts import free_energy_figure
 from lightning_slt.publish.transition_tables import TRANSITION_COLUMNS, transition_rows
 from lightning_slt.publish.wandb_logger import WandbSink
