@@ -14,8 +14,8 @@ from lightning_slt import TransitionMonitor
 from lightning_slt.publish import render
 from tests.integration.harness import Scenario, steps_of, tiny_monitor
 from tests.integration.models import Net, Plain, loaders
+from tests.integration.probing import probing, refuses
 from tests.integration.scripted import Scripted
-from tests.integration.test_influence import probing, refuses
 from tests.integration.test_logging import BrokenLogger
 
 STEPS = [4, 8, 12]
