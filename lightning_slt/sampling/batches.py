@@ -24,7 +24,7 @@ from torch.utils.data import (
 
 from lightning_slt.sampling.reading import Reader
 from lightning_slt.sampling.rng import LOADER, generator
-from lightning_slt.sampling.structures import num_bytes
+from lightning_slt.sampling.structures import num_bytes, told_of
 from lightning_slt.sampling.window import Window
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,8 @@ MAX_UNEVEN = 0.002
 MAX_SHIFT = 0.0015
 """More may be left out of many samples: what moves the mean over them by less than this many standard deviations of a
 single one. The loss difference of a sample scatters by a few times its mean, and the LLC is known to some per cent."""
+SAME_SAMPLES = 1e-9
+"""Part of what is told of the samples of a pass by which that of another one with the same may differ in rounding."""
 
 
 class MinibatchSource:
@@ -55,6 +57,7 @@ class MinibatchSource:
         batch_size: samples in a minibatch.
         resident: every window is the same one.
         coupled: the loss depends on which samples are together in a batch; None where that has not been asked.
+        given: what tells the batches that this rank is given from those of others; None where there is nothing to tell.
     """
 
     num_samples: Optional[int]
@@ -62,6 +65,7 @@ class MinibatchSource:
     resident: bool
     shared: bool = True
     coupled: Optional[bool] = None
+    given: Optional[float] = None
     _kept: Optional[Window] = None
 
     def window(self, index: int) -> Window:
@@ -235,7 +239,8 @@ class IterableSource(MinibatchSource):
     """Windows read one after another from an iterable of batches, which is started again at its end.
 
     Its batches may come in an order (one class after the other), and chains would run after the part that passes by:
-    a window has whole passes through the iterable, as far as so many batches may be held.
+    a window has whole passes through the iterable, as far as so many batches may be held. A pass of less than half of n
+    samples is a part of the data, unless the next one has the same samples.
     """
 
     resident = False
@@ -255,12 +260,12 @@ class IterableSource(MinibatchSource):
         if not first:
             raise ValueError("data: the iterable gave no batch; chains need batches to compute a loss on.")
         self._pending = [transfer(first[0])]
-        leaves = [x for x in tree_flatten(self._pending[0])[0] if isinstance(x, Tensor) and x.ndim > 0]
-        self.batch_size = len(leaves[0]) if leaves else 1
+        self.batch_size = _rows(self._pending[0])
         affordable = max(LEAST_WINDOW, max_bytes // max(1, num_bytes(self._pending[0])))
         self._least, self._most = min(affordable, WINDOW_BATCHES), min(affordable, MAX_RESIDENT_BATCHES)
         self._index = -1
         self._at_start = True
+        self._told = float("nan")
 
     def window(self, index: int) -> Window:
         if self._kept is not None and index == self._index:
@@ -278,8 +283,23 @@ class IterableSource(MinibatchSource):
             raise ValueError(
                 "data: the iterable has run dry and cannot be started again. Give a Dataset or a DataLoader."
             )
-        self._index, self._kept = index, Window(batches, is_whole=from_start and self._at_start)
+        is_whole = from_start and self._at_start and self._are_all(batches, restarts)
+        self._index, self._kept = index, Window(batches, is_whole)
         return self._kept
+
+    def _are_all(self, batches: list[Any], passes: int) -> bool:
+        """Whether so many passes have all the data: batches of a part of it are not to come back."""
+        if isinstance(self._iterable, (list, tuple)) or self.num_samples is None:
+            return True
+        if 2 * sum(map(_rows, batches)) >= passes * self.num_samples:
+            return True
+        before, self._told = self._told, sum(map(told_of, batches)) / passes
+        return abs(self._told - before) <= SAME_SAMPLES * abs(before)
+
+
+def _rows(batch: Any) -> int:
+    leaves = [x for x in tree_flatten(batch)[0] if isinstance(x, Tensor) and x.ndim > 0]
+    return len(leaves[0]) if leaves else 1
 
 
 def _epoch_order(n: int, seed: int, epoch: int) -> Tensor:

@@ -19,17 +19,14 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate, get_worker_info
 
 from lightning_slt.sampling.belongings import RANDOM, random_state, set_random_state
+from lightning_slt.sampling.own_memory import OwnMemory
 from lightning_slt.sampling.rng import LOADER, generator
-from lightning_slt.sampling.services import SHARED_NUMBERS, renewed
 from lightning_slt.sampling.structures import PLAIN
 
 OF_DIFFERENT_SIZES = "stack expects each tensor to be equal size"
 """How torch says that samples cannot be stacked."""
 STANDARD = (0, 1, 2)
 """Files of every process, which print to one place."""
-MAX_SHARED_BYTES = 2**24
-"""Shared tensors up to this size are taken for numbers that are counted up, and copied by each process; larger ones for
-data, which is read."""
 TIMEOUT = 300.0
 """Seconds for which a batch is waited for: a process that was forked beside a thread which held a lock never ends."""
 
@@ -184,20 +181,11 @@ def _alone(worker_init_fn: Optional[Callable[[int], None]], worker: int) -> None
     """How a process begins that reads: of what a fork shares with its parent, it has its own."""
     _open_files_anew()
     info = get_worker_info()
+    own = OwnMemory()
     for part in _datasets_in(info.dataset if info is not None else None):
-        for name, value in list(vars(part).items()):
-            if isinstance(value, SHARED_NUMBERS):
-                vars(part)[name] = renewed(value)
-            elif isinstance(value, Tensor) and _is_shared(value) and value.nbytes <= MAX_SHARED_BYTES:
-                vars(part)[name] = value.clone()
+        own.give(part)
     if worker_init_fn is not None:
         worker_init_fn(worker)
-
-
-def _is_shared(tensor: Tensor) -> bool:
-    """Whether other processes see what is written to it. Those on a GPU are not told apart, nor can a process that was
-    forked touch them; those without storage of their own (sparse ones) cannot be asked."""
-    return tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.is_shared()
 
 
 def _open_files_anew() -> None:

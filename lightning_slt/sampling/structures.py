@@ -12,6 +12,7 @@ from types import FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any, Union
 
 import numpy as np
+import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
@@ -67,6 +68,23 @@ def clone(batch: Any) -> Any:
         except Exception as error:  # an object that cannot be copied is shared
             log.debug(f"the batch is copied in part: {type(error).__name__}: {error}")
     return over_tensors(batch, lambda tensor: tensor.detach().clone())
+
+
+def told_of(batch: Any) -> float:
+    """A number that is the same for the same samples in another order, and hardly for others; NaN where it cannot be
+    had."""
+    told = 0.0
+    try:
+        for tensor in tensors_in(batch):
+            if tensor.layout == torch.strided and not tensor.is_nested and tensor.ndim > 0 and not tensor.is_complex():
+                numbers = tensor.detach().cpu().double()
+                rows = numbers.flatten(1) if numbers.ndim > 1 else numbers[:, None]
+                weights = torch.arange(1.0, rows.shape[1] + 1, dtype=torch.float64).cos()
+                told += float((rows @ weights).square().sum())
+    except Exception as error:
+        log.debug(f"what a batch has is not told: {type(error).__name__}: {error}")
+        return float("nan")
+    return told
 
 
 class _OwnMapping(ABC):  # noqa: B024 - what belongs to it is told by the hook

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExcept
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from lightning_slt import TransitionMonitor
 from lightning_slt.callbacks import clock as clock_module
@@ -29,7 +30,7 @@ from tests.integration.harness import (
     seed_everything,
     tiny_monitor,
 )
-from tests.integration.models import Net, Plain, loaders, with_validation
+from tests.integration.models import Net, Plain, loaders, tensors, with_validation
 from tests.integration.scripted import Scripted, jump
 
 LIMITS = {"spawn": 180.0, "fork": 90.0}
@@ -195,6 +196,34 @@ def other_sizes(folder: Path, world: int) -> Result:
         warnings.simplefilter("always")
         Scenario(Net, lambda: {"datamodule": OtherSizes()}, trainer).assert_undisturbed(folder, monitor)
     return said(monitor, warnings=[str(w.message) for w in caught if "different sizes" in str(w.message)])
+
+
+class OwnPart(IterableDataset[Any]):
+    """24 samples, of which each rank has every second one; or all of them on each."""
+
+    def __init__(self, cut: bool) -> None:
+        self.cut, self.samples = cut, tensors()
+
+    def __len__(self) -> int:
+        return len(self.samples) // (2 if self.cut else 1)
+
+    def __iter__(self) -> Iterator[Any]:
+        numbers = range(torch.distributed.get_rank() if self.cut else 0, len(self.samples), 2 if self.cut else 1)
+        return iter([self.samples[number] for number in numbers])
+
+
+def own_parts(folder: Path, world: int) -> Result:
+    """A run of ranks that have parts, of ranks that have all of it, and with n given."""
+    sizes, texts = [], []
+    for cut, settings in ((True, {}), (False, {}), (True, {"num_samples": 24})):
+        monitor = tiny_monitor(every_n_train_steps=3, **settings)
+        scenario = Scenario(Net, lambda cut=cut: loaders(dataset=OwnPart(cut)), ranks_of(world))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            scenario.run(folder / str(len(sizes)), monitor)
+        sizes.append([e.num_samples for e in monitor.estimates])
+        texts.append([str(w.message) for w in caught if "of its own, and n counts" in str(w.message)])
+    return {"sizes": sizes, "warnings": texts}
 
 
 def other_lengths(folder: Path, world: int) -> Result:
@@ -443,6 +472,7 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
             rank_dies,
             unreadable_on_one_rank,
             other_sizes,
+            own_parts,
             other_lengths,
             bf16_mixed,
             bf16_true,

@@ -8,6 +8,7 @@ import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,10 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
+from lightning_slt.callbacks.apart import loosened
+from lightning_slt.callbacks.data import hooks
 from lightning_slt.callbacks.data.training import training_transfer
-from lightning_slt.sampling import reading
+from lightning_slt.sampling import batches, reading
 from tests.integration import models
 from tests.integration.harness import Scenario, quiet_trainer, steps_of, tiny_monitor
 from tests.integration.models import BATCH, Net, Plain, batch_sampled, loaders, tensors, weighted
@@ -116,8 +119,24 @@ class Counted(InArchive):
         return x * (1 + 0.01 * self.number.value + 0.01 * self.tensor), y
 
 
+class CountedInside(Counted):
+    """The same where the number is in an object of a list, the tensor in a dict."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.held = [SimpleNamespace(number=self.number)], {"a": {"tensor": self.tensor}}
+        del self.number, self.tensor
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        (counted,), tensors_of = self.held
+        counted.number.value += 1
+        tensors_of["a"]["tensor"] += 1
+        x, y = self.data[index]
+        return x * (1 + 0.01 * counted.number.value + 0.01 * tensors_of["a"]["tensor"]), y
+
+
 @pytest.mark.parametrize("workers", [{}, {"num_workers": 1, "persistent_workers": True}], ids=["here", "in a worker"])
-@pytest.mark.parametrize("data", [InArchive, Counted])
+@pytest.mark.parametrize("data", [InArchive, Counted, CountedInside])
 def test_what_a_fork_shares_is_moved_on_by_training_only(
     data: type[InArchive], workers: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -226,6 +245,40 @@ def test_hooks_of_a_datamodule_draw_and_count_for_training_only(generator: Calla
     assert [(noisy.count, len(noisy.log_of)) for noisy in made] == [(12, 13), (12, 13)]
     # all samples are zeros: each of the six minibatches of a firing was moved by another number
     assert len({round(value, 4) for batch in models.CHAIN_SAW for value in batch.flatten().tolist()}) >= 6
+
+
+class Counts(models.AugmentingData):
+    """Its hook counts, in a number and in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.counts = 0, [0]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.count += 1
+        self.counts.append(self.count)
+        return [batch[0] + self.count + 100 * len(self.counts), batch[1]]
+
+
+def test_a_datamodule_is_copied_once_a_firing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not at each of its minibatches, for all of which the hook has counted what training has counted."""
+    copies: list[Any] = []
+    made: list[Counts] = []
+    monkeypatch.setattr(batches, "MAX_RESIDENT_BATCHES", 1)  # read on, two by two, at each firing
+    monkeypatch.setattr(batches, "WINDOW_BATCHES", 2)
+    monkeypatch.setattr(hooks, "loosened", lambda live: copies.append(live) or loosened(live))
+
+    def data() -> dict[str, Any]:
+        made.append(Counts())
+        return {"datamodule": made[-1]}
+
+    Scenario(models.SeesBatch, data).assert_undisturbed(tmp_path, monitor := tiny_monitor())
+    assert steps_of(monitor) == [4, 8, 12]
+    assert len(copies) == 3 and len(set(map(id, copies))) == 1
+    assert [(counts.count, len(counts.counts)) for counts in made] == [(12, 13), (12, 13)]
+    # zeros, of which another hook makes ones
+    seen = {value for batch in models.CHAIN_SAW for value in batch.flatten().tolist()}
+    assert seen == {1 + count + 1 + 100 * (count + 2) for count in (4, 8, 12)}
 
 
 @pytest.mark.parametrize(("data", "is_copied"), [(models.AugmentingData, True), (LightningDataModule, False)])

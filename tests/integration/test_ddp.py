@@ -141,6 +141,14 @@ def test_ranks_whose_data_differ_in_size_have_one_n(folder: Path) -> None:
     assert "[32, 16]" in results[0]["warnings"][0] and "num_samples=" in results[0]["warnings"][0]
 
 
+def test_ranks_that_have_parts_of_an_iterable_are_said_to(folder: Path) -> None:
+    """12 of the 24 samples on each; where each has all of them, or n is given, there is nothing to say."""
+    first, second = results_of(folder, "own_parts", 2)
+    assert first["sizes"] == second["sizes"] == [[12, 12], [12, 24, 24, 24], [24, 24]]
+    assert [len(texts) for texts in first["warnings"]] == [1, 0, 0] and second["warnings"] == [[], [], []]
+    assert "Give num_samples= of all the data where each rank has a part of it" in first["warnings"][0][0]
+
+
 def test_ranks_with_epochs_of_different_lengths_measure_at_the_same_steps(folder: Path) -> None:
     """The first rank's 16 steps are spaced for both; the second one's 8 gave 1, 3 and 8, and both waited for good."""
     first, second = results_of(folder, "other_lengths", 2)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import random
-from multiprocessing import Value
+from collections import namedtuple
+from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing import Array, Manager, RawArray, Value
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -23,6 +27,8 @@ from lightning_slt.sampling.batches import (
     DatasetSource,
     ReplaySource,
 )
+from lightning_slt.sampling.belongings import MAX_ITEMS
+from lightning_slt.sampling.own_memory import MAX_SERVED, MAX_SHARED_BYTES, OwnMemory
 from lightning_slt.sampling.reading import is_plain_data
 from tests.sampling.helpers import numbered, uses
 
@@ -130,6 +136,156 @@ def test_files_and_memory_that_a_fork_shares_are_not_moved_on(workers: int | Non
     assert len(batches) == 60 and batches[0].tolist() == [1, 1] and batches[-1].max() >= 30
     assert [os.lseek(file.fileno(), 0, os.SEEK_CUR) for file in data.files] == places
     assert data[0].tolist() == [1, 1] and data.number.value == 2 and float(data.tensor) == 2
+
+
+class Holder:
+    """Without attributes of its own: in slots."""
+
+    __slots__ = ("held",)
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+
+class Transform(nn.Module):
+    def __init__(self, held: Any) -> None:
+        super().__init__()
+        self.held = [held]
+
+
+Pair = namedtuple("Pair", ["first", "held"])
+"""As users write them: a tuple whose items have names."""
+
+
+def counter(kind: str, manager: Any, memory: SharedMemory) -> tuple[Any, Any]:
+    """A number that processes share, and the function that counts it up and returns what it was."""
+    if kind == "value":
+        return Value("i", 0), lambda v: add_to(v, "value")
+    if kind == "raw":
+        return RawArray("i", 2), lambda v: add_to(v, 1)
+    if kind == "tensor":
+        return torch.zeros(2).share_memory_(), lambda v: add_to(v, 1)
+    if kind == "array over a number":
+        return np.frombuffer(Array("i", 2).get_obj(), dtype=np.int32), lambda v: add_to(v, 1)
+    if kind == "array over a tensor":
+        return torch.zeros(2).share_memory_().numpy()[1:], lambda v: add_to(v, 0)
+    if kind == "array over memory":
+        return np.ndarray((2,), dtype=np.int64, buffer=memory.buf), lambda v: add_to(v, 1)
+    if kind == "memory":
+        return memory, lambda v: add_to(v.buf, 1)
+    if kind == "view of memory":
+        return memory.buf.cast("q"), lambda v: add_to(v, 1)
+    if kind == "dict of a manager":
+        return manager.dict(reads=0), lambda v: add_to(v, "reads")
+    if kind == "list of a manager":
+        return manager.list([0]), lambda v: add_to(v, 0)
+    if kind == "number of a manager":
+        return manager.Value("i", 0), lambda v: add_to(v, "value")
+    return manager.Namespace(reads=0), lambda v: add_to(v, "reads")
+
+
+def add_to(holder: Any, key: Any) -> int:
+    """Count up what is held under ``key``, an attribute or an item."""
+    is_attribute = isinstance(key, str) and hasattr(holder, key)
+    before = int(getattr(holder, key) if is_attribute else holder[key])
+    if is_attribute:
+        setattr(holder, key, before + 1)
+    else:
+        holder[key] = before + 1
+    return before
+
+
+KINDS = [
+    "value",
+    "raw",
+    "tensor",
+    "array over a number",
+    "array over a tensor",
+    "array over memory",
+    "memory",
+    "view of memory",
+    "dict of a manager",
+    "list of a manager",
+    "number of a manager",
+    "namespace of a manager",
+]
+PLACES: dict[str, tuple[Any, Any]] = {
+    "itself": (lambda held: held, lambda place: place),
+    "list": (lambda held: [held], lambda place: place[0]),
+    "dict of lists": (lambda held: {"a": [1, held]}, lambda place: place["a"][1]),
+    "tuple": (lambda held: ("a", (held,)), lambda place: place[1][0]),
+    "named tuple": (lambda held: Pair(1, held), lambda place: place.held),
+    "object with slots": (Holder, lambda place: place.held),
+    "module": (Transform, lambda place: place.held[0]),
+    "method of an object": (lambda held: Holder(held).__init__, lambda place: place.__self__.held),
+    "subset": (lambda held: Subset(Inside(held, None), [0]), lambda place: place.dataset.place),
+}
+
+
+class Inside(Pids):
+    """Counts up what it holds in some place, and gives what was there."""
+
+    def __init__(self, place: Any, count: Any) -> None:
+        self.place, self.count = place, count
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor(self.count(self.place))
+
+
+@pytest.fixture(scope="module")
+def manager() -> Iterator[Any]:
+    with Manager() as manager:
+        yield manager
+
+
+@pytest.fixture
+def memory() -> Iterator[SharedMemory]:
+    memory = SharedMemory(create=True, size=16)
+    yield memory
+    with suppress(BufferError):  # an array over it is still held
+        memory.close()
+    memory.unlink()
+
+
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [*((kind, "list") for kind in KINDS), *((kind, p) for kind in ("value", "tensor") for p in PLACES if p != "list")],
+)
+def test_what_processes_share_is_not_moved_on_wherever_it_is_held(
+    kind: str, place: str, manager: Any, memory: SharedMemory
+) -> None:
+    """A forked process counts on from here, in memory of its own."""
+    put, find = PLACES[place]
+    held, count = counter(kind, manager, memory)
+    data = Inside(put(held), lambda p: count(find(p)))
+    assert int(data[0]) == 0
+    read = [int(x) for x in DatasetSource(data, 4).read_items([0] * 5)]
+    assert read == [1, 2, 3, 4, 5] and int(data[0]) == 1
+
+
+def test_what_is_held_twice_has_one_copy() -> None:
+    number = Value("i", 0)
+    data = Inside([number, {"b": number}], lambda p: add_to(p[0], "value") + 10 * add_to(p[1]["b"], "value"))
+    assert int(data[0]) == 10
+    assert [int(x) for x in DatasetSource(data, 4).read_items([0] * 3)] == [32, 54, 76]
+    assert int(data[0]) == 32 and number.value == 4
+
+
+def test_data_that_processes_share_is_not_copied(manager: Any) -> None:
+    """Long lists, large tensors, and what a manager has many of."""
+    long = [torch.zeros(1).share_memory_()] * (MAX_ITEMS + 1)
+    large = torch.zeros(MAX_SHARED_BYTES // 4 + 1).share_memory_()
+    served = manager.dict(dict.fromkeys(range(MAX_SERVED + 1), 0))
+    small = torch.zeros(1).share_memory_()
+    data = Inside([long, {"large": large}, served, small], None)
+    own = OwnMemory()
+    own.give(data)
+    assert data.place[0][0] is long[0] and data.place[1]["large"] is large and data.place[2] is served
+    assert data.place[3] is not small and not data.place[3].is_shared()
+    samples = [torch.zeros(MAX_SHARED_BYTES // 8).share_memory_() for _ in range(4)]  # of half the size each
+    data = Inside(list(samples), None)
+    OwnMemory().give(data)
+    assert [kept is given for kept, given in zip(data.place, samples, strict=True)] == [False, False, True, True]
 
 
 class Bytes(Pids):

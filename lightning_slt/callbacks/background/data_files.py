@@ -17,7 +17,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_slt.callbacks.background.travel import CannotTravelError, main_script, pickles, write_pickled
 from lightning_slt.callbacks.background.worker import data_path
-from lightning_slt.callbacks.data.training import BATCH_HOOKS, SourcePlan, TrainingData, datamodule_of
+from lightning_slt.callbacks.data.hooks import BATCH_HOOKS
+from lightning_slt.callbacks.data.training import SourcePlan, TrainingData, datamodule_of
 
 
 @dataclass(frozen=True)

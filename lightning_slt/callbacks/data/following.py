@@ -9,7 +9,8 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_slt.callbacks.asked import Asked
-from lightning_slt.callbacks.data.training import TrainingData, training_transfer
+from lightning_slt.callbacks.data.hooks import DataHooks
+from lightning_slt.callbacks.data.training import TrainingData, datamodule_of, training_transfer
 from lightning_slt.callbacks.said import Voice
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.collective import Collective
@@ -24,18 +25,29 @@ class FollowedData:
 
     Attributes:
         source: the chains' minibatches; None until they have been asked for, and where the data is other data since.
-        hooks_of: the module whose hooks move batches to its device; None where no measurement goes on.
     """
 
     def __init__(self, asked: Asked, voice: Voice) -> None:
         self._asked, self._voice = asked, voice
         self._data: Optional[TrainingData] = None
         self.source: Optional[MinibatchSource] = None
-        self.hooks_of: Optional[nn.Module] = None
+        self._module: Optional[nn.Module] = None
+        self._hooks: Optional[DataHooks] = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For strategies that spawn: what was read belongs to the process that read it."""
-        return {**self.__dict__, "_data": None, "source": None, "hooks_of": None}
+        return {**self.__dict__, "_data": None, "source": None, "_module": None, "_hooks": None}
+
+    @property
+    def hooks_of(self) -> Optional[nn.Module]:
+        """The module whose hooks move batches to its device; None where no measurement goes on."""
+        return self._module
+
+    @hooks_of.setter
+    def hooks_of(self, module: Optional[nn.Module]) -> None:
+        self._module = module
+        if module is None:
+            self._hooks = None  # at the next firing training will have moved its own on
 
     @property
     def data(self) -> TrainingData:
@@ -107,7 +119,13 @@ class FollowedData:
 
     def transfer(self, trainer: Trainer) -> Callable[[Any], Any]:
         """What the trainer does to a batch, with the hooks of the private copy there is when it is read."""
-        return lambda batch: training_transfer(trainer, self.hooks_of)(batch)  # type: ignore[arg-type]
+
+        def moved(batch: Any) -> Any:
+            if self._hooks is None:
+                self._hooks = DataHooks(datamodule_of(trainer))
+            return training_transfer(trainer, self.hooks_of, self._hooks)(batch)  # type: ignore[arg-type]
+
+        return moved
 
 
 __all__ = ["FollowedData"]

@@ -7,6 +7,7 @@ batch sampler) or cannot be had twice (an iterable dataset), batches that traini
 
 from __future__ import annotations
 
+import math
 import random
 import weakref
 from collections.abc import Callable, Sequence
@@ -19,10 +20,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
-from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
-from lightning_slt.callbacks.apart import loosened
 from lightning_slt.callbacks.data.combined import Combined, Transfer, batches_of_epoch
+from lightning_slt.callbacks.data.hooks import DataHooks
 from lightning_slt.callbacks.data.marks import marks_of, same_marks
 from lightning_slt.sampling.batches import (
     LEAST_WINDOW,
@@ -32,11 +33,10 @@ from lightning_slt.sampling.batches import (
     MinibatchSource,
     ReplaySource,
 )
-from lightning_slt.sampling.belongings import RANDOM, seed_random
 from lightning_slt.sampling.counting import batch_length, batch_size_of, length_of, makes_batches, samples_of_batches
 from lightning_slt.sampling.given_data import uniform_samples
 from lightning_slt.sampling.rng import derive_seed
-from lightning_slt.sampling.structures import clone, num_bytes, tensors_in_collections
+from lightning_slt.sampling.structures import clone, num_bytes, tensors_in_collections, told_of
 from lightning_slt.warned import speaker, warn
 
 REPLAYED_BATCHES = MAX_RESIDENT_BATCHES
@@ -104,6 +104,9 @@ class TrainingData:
         self._seen: list[Any] = []
         self._seen_bytes = 0
         self._count = 0
+        # a rank may have a part of an iterable dataset, which the dataset itself has cut
+        self._may_be_a_part = num_samples is not None and not self._given and any(map(_is_iterable, flat))
+        self._told: Optional[float] = None
         self._told_of_growth = False
         self._order = random.Random(derive_seed(seed, 1))
         self._marks = [marks_of(leaf.loader.dataset) for leaf in self._leaves]
@@ -144,6 +147,9 @@ class TrainingData:
     def see(self, batch: Any) -> None:
         """Clone a batch that training is about to use (on its device, hooks applied): a sample of all seen."""
         self._count += 1
+        if self._may_be_a_part:
+            told, self._may_be_a_part = told_of(batch), False
+            self._told = None if math.isnan(told) else told
         if self._seen and len(self._seen) >= min(
             REPLAYED_BATCHES, max(LEAST_WINDOW, MAX_RESIDENT_BYTES // max(1, self._seen_bytes // len(self._seen)))
         ):
@@ -163,9 +169,11 @@ class TrainingData:
         Raises:
             ValueError: where there is no data (yet).
         """
-        if self.replays:
-            return self.seen().build()
-        return self.plan().build(transfer)
+        if not self.replays:
+            return self.plan().build(transfer)
+        source = self.seen().build()
+        source.given, self._told = self._told, None  # ranks compare it once
+        return source
 
     def seen(self) -> SeenBatches:
         """The batches that there are to be replayed now."""
@@ -344,6 +352,10 @@ def _samples(batch: Any, told: Optional[int]) -> int:
     return sizes[0]
 
 
+def _is_iterable(loader: Any) -> bool:
+    return isinstance(getattr(loader, "dataset", None), IterableDataset)
+
+
 def _unchanged(batch: Any) -> Any:
     return batch
 
@@ -376,24 +388,15 @@ class BatchTransfer:
         return hook
 
 
-BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-
-
-def training_transfer(trainer: Trainer, module: LightningModule) -> Transfer:
-    """The transfer of a live trainer. What the hooks of a DataModule write to its attributes is not kept, and its
-    generators begin with numbers of the global one: as they are, every minibatch would have the same numbers.
+def training_transfer(trainer: Trainer, module: LightningModule, hooks: Optional[DataHooks] = None) -> Transfer:
+    """The transfer of a live trainer, for one batch.
 
     Args:
         trainer: gives the precision plugin, the device, and the DataModule whose hooks go before the module's.
         module: the private copy.
+        hooks: those of that DataModule, where they have been made for a firing.
     """
-    datamodule = datamodule_of(trainer)
-    # at every batch: lists and dicts of a DataModule may be long, and few have hooks
-    if datamodule is not None and any(is_overridden(name, datamodule) for name in BATCH_HOOKS):
-        datamodule = loosened(datamodule)
-        for source in getattr(datamodule, "__dict__", {}).values():
-            if isinstance(source, RANDOM):
-                seed_random(source, int(torch.randint(2**62, ())))
+    datamodule = (hooks or DataHooks(datamodule_of(trainer))).for_a_batch()
     return BatchTransfer(trainer.precision_plugin, datamodule, module, trainer.strategy.root_device)
 
 
