@@ -13,7 +13,7 @@ from torch.utils.data import (
 )
 
 from lightning_slt import estimate_influence
-from lightning_slt.functional.influence import whole_of
+from lightning_slt.functional.between_chains import whole_of
 from tests.influences import TINY, class_loss, clusters, functional, same, tiny, token_losses, trained
 from tests.sampling.helpers import Attention, WithMetric, classification, gen, mlp, regression, seeded, tokens
 
