@@ -47,9 +47,11 @@ test-oldest:
 	$(OLDEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" -q $(OLDEST_TESTS)
 
 # not those of what came later: FSDP2, how an epoch is resumed in its middle, wandb's reader of offline runs
-OLDEST_TESTS := tests/callbacks tests/functional tests/measures tests/testing tests/test_estimate.py tests/test_config.py \
-	tests/sampling/test_engines.py $(foreach name,background bad_input data influence loggers overhead private_copy \
-	step_state steps undisturbed,tests/integration/test_$(name).py)
+OLDEST_TESTS := tests/callbacks tests/functional tests/measures tests/testing tests/test_estimate.py \
+	tests/test_estimate_traps.py tests/test_config.py tests/sampling/test_engines.py \
+	$(foreach name,background background_killed background_queue bad_input data data_anew data_batches \
+	influence influence_failures influence_runs influence_samples loggers overhead private_copy step_state \
+	step_surroundings steps undisturbed,tests/integration/test_$(name).py)
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

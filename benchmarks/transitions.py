@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lightning_slt import Transition, TransitionDetector, detect_transitions
 from lightning_slt.transitions.evidence import scatter
 from tests.transitions.curves import KINDS, NULLS, Curve, hits, make, matched
-from tests.transitions.test_detection import recorded
+from tests.transitions.stages import recorded
 
 
 def from_file(path: str) -> dict[str, list[Curve]]:

@@ -27,6 +27,7 @@ FLOORS = {
     "durable": 1,
     "kinds": 1,
     "schema": 1,
+    "warned": 1,
     "callbacks": 4,
     "config": 5,
     "testing": 5,

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lightning_slt import SGLD, KineticLangevin, estimate_influence, estimate_llc, estimate_susceptibility
 from lightning_slt.estimate import NonFiniteLossError
 from lightning_slt.functional import default_nbeta
+from tests.estimates import TINY, same, tiny
 from tests.sampling.helpers import gen, mean_squared, mlp, regression
-from tests.test_estimate import TINY, same, tiny
 
 
 class Stream(IterableDataset[Any]):

@@ -16,6 +16,7 @@ from lightning_slt.estimate import ChainSettings, run_chains
 from lightning_slt.functional import LocalPosterior, summarise
 from lightning_slt.publish.diagnoses import diagnostics, invalid_sentence, verdict_sentence
 from lightning_slt.reasons import Kind, Reason
+from lightning_slt.record import Estimate
 from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.collective import Alone
@@ -122,34 +123,21 @@ def test_few_accepted_steps_are_no_reason_where_the_chains_have_settled() -> Non
     assert found.acceptance is not None and found.acceptance < 0.1 and found.valid, found
 
 
-def test_width_is_not_held_against_chains_that_run_downhill() -> None:
+def downhill(**settings: Any) -> Estimate:
+    """Of chains that start at a maximum of their loss."""
     net, data = problem()
-    downhill = estimate_llc(
-        net,
-        data,
-        lambda module, batch: -half_square(module, batch),
-        localization=1000.0,
-        num_chains=4,
-        num_draws=40,
-        batch_size=16,
-        method="sequential",
-    )
-    assert [reason.split(":")[0] for reason in downhill.reasons] == ["negative beyond its error"]
+    return estimate_llc(net, data, lambda module, batch: -half_square(module, batch), num_chains=4, **settings)
+
+
+def test_width_is_not_held_against_chains_that_run_downhill() -> None:
+    found = downhill(localization=1000.0, num_draws=40, batch_size=16, method="sequential")
+    assert [reason.split(":")[0] for reason in found.reasons] == ["negative beyond its error"]
 
 
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_chains_that_run_downhill_each_as_far_as_it_happens_to_are_said_to_do_so(seed: int) -> None:
     """From a maximum they run away exponentially: the error of their mean is as large as the mean."""
-    net, data = problem()
-    found = estimate_llc(
-        net,
-        data,
-        lambda module, batch: -half_square(module, batch),
-        num_chains=4,
-        num_draws=100,
-        tolerance=0.1,
-        seed=seed,
-    )
+    found = downhill(num_draws=100, tolerance=0.1, seed=seed)
     assert -2 * found.se < found.mean < 0 and found.virial < -1.0
     assert found.kinds.count("NEGATIVE") == 1 and "NOT_ARRIVED" in found.kinds
     assert "the chains find lower losses: the weights are not at a minimum (chains run downhill)" in found.reasons

@@ -14,12 +14,12 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from torch import Tensor, nn
 
-from lightning_slt.callbacks.said import warn
 from lightning_slt.sampling import samplers
 from lightning_slt.sampling.arguments import no_restriction
 from lightning_slt.sampling.restriction import restriction_entries
 from lightning_slt.sampling.samplers import KineticLangevin
 from lightning_slt.sampling.sharded import local_of
+from lightning_slt.warned import warn
 
 
 def warn_of_untrained(trainer: Trainer, module: nn.Module, who: str) -> None:

@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_slt.callbacks.apart import SeenTrainer
-from lightning_slt.callbacks.said import speaker, warn
 from lightning_slt.sampling.batches import MinibatchSource, ReplaySource
 from lightning_slt.sampling.collective import Alone, Collective, RankLostError, Together
 from lightning_slt.sampling.common_batches import CommonBatches
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.sharded import ShardedObjective, whole_weights
+from lightning_slt.warned import speaker, warn
 
 T = TypeVar("T")
 

@@ -11,9 +11,9 @@ from lightning.pytorch import Trainer
 
 from lightning_slt.callbacks.arguments import local_folder
 from lightning_slt.callbacks.background.worker import FOLDER
-from lightning_slt.callbacks.said import speaker, warn
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
 from lightning_slt.record import Estimate, RunRecord
+from lightning_slt.warned import speaker, warn
 
 try:
     import fcntl

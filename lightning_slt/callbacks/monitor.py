@@ -24,6 +24,7 @@ from lightning_slt.callbacks.arguments import (
     warn_of_untrained,
 )
 from lightning_slt.callbacks.asked import Asked
+from lightning_slt.callbacks.attempts import Attempts
 from lightning_slt.callbacks.background.firings import BackgroundFirings, warn_of_lost
 from lightning_slt.callbacks.background.late import LateFirings
 from lightning_slt.callbacks.clock import RunClock
@@ -32,7 +33,6 @@ from lightning_slt.callbacks.data.following import FollowedData
 from lightning_slt.callbacks.data.samples import Probed, ProbedSamples
 from lightning_slt.callbacks.data.training import check_num_samples
 from lightning_slt.callbacks.distribution import (
-    RankFailedError,
     check_strategy,
     close_collective,
     is_sharded,
@@ -43,27 +43,24 @@ from lightning_slt.callbacks.inside_firings import InsideFirings
 from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.moment import Moment
 from lightning_slt.callbacks.overhead import Decision, OverheadBudget
-from lightning_slt.callbacks.progress import FiringProgress
-from lightning_slt.callbacks.remarks import warn_if_large, warn_of_no_step, warn_of_nothing
+from lightning_slt.callbacks.remarks import warn_of_no_step, warn_of_nothing
 from lightning_slt.callbacks.reporting import Reporting
-from lightning_slt.callbacks.said import Voice, warn
+from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.schedule import Schedule
-from lightning_slt.callbacks.signals import BrokenOffError, SignalsHeld
-from lightning_slt.callbacks.sizing import chain_steps, least_size, size_of, sized
-from lightning_slt.callbacks.susceptibilities import Measures, warn_of
+from lightning_slt.callbacks.sizing import chain_steps, least_size
+from lightning_slt.callbacks.susceptibilities import Measures
 from lightning_slt.callbacks.turns import Turn, Turns
-from lightning_slt.estimate import ChainSettings
 from lightning_slt.firing import Course, firing_settings
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.kinds import check_flag
 from lightning_slt.record import Estimate
-from lightning_slt.sampling.collective import Alone, Collective, RankLostError
+from lightning_slt.sampling.collective import Alone, Collective
 from lightning_slt.sampling.restriction import AllFrozenError, select_parameters
-from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import SGLD, SGNHT, LeimkuhlerMatthews, RMSpropSGLD
 from lightning_slt.sampling.samples import GroupFn
 from lightning_slt.sampling.steps import LossFn, loss_function
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
+from lightning_slt.warned import warn
 
 
 class SLTMonitor(KeepsHistory):
@@ -222,8 +219,9 @@ class SLTMonitor(KeepsHistory):
         self._course = course = Course(localization, method, warm_start)
         self._followed = followed = FollowedData(asked, voice)
         self._reporting = reporting = Reporting(asked, voice, clock, samples)
-        self._inside = inside = InsideFirings(asked, voice, samples, course, followed)
-        self._components = ComponentFirings(asked, voice, samples, course, followed, inside)
+        inside = InsideFirings(asked, voice, samples, course, followed)
+        components = ComponentFirings(asked, voice, samples, course, followed, inside)
+        self._attempts = Attempts(asked, voice, clock, self._turns, inside, components, reporting)
         self._late: Optional[LateFirings] = None
         if execution == "background":
             self._late = LateFirings(beside, asked, voice, samples, course, followed, clock, reporting)
@@ -452,14 +450,12 @@ class SLTMonitor(KeepsHistory):
         self._fire(Moment(trainer, pl_module, turn.step, turn.x, self._collective, decision))
 
     def _fire(self, moment: Moment) -> None:
-        """Measure now, on all ranks, and publish; a failure follows ``on_failure``."""
+        """Measure now, or have the weights of now measured; what is interrupted is still to be measured."""
         try:
             if self._late is not None and not moment.is_smoke_test:
                 self._late.send(moment)
-                return
-            # chains over shards run to their end on all ranks, which Ctrl-C need not wait for
-            with SignalsHeld(1 if is_sharded(moment.trainer) else self._collective.world_size) as held:
-                self._fire_inside(moment, held)
+            else:
+                self._attempts.fire(moment)
         except KeyboardInterrupt:
             step = moment.step
             if not self._has(step):
@@ -468,60 +464,6 @@ class SLTMonitor(KeepsHistory):
                     f"{self._voice.who}: the measurement at step {step} was interrupted and is not recorded."
                 )
             raise
-
-    def _fire_inside(self, moment: Moment, held: SignalsHeld) -> None:
-        asked, clock, decision = self._asked, self._clock, moment.decision
-        begin = clock.now()
-        settings = asked.settings if decision is None else sized(asked.settings, decision.size)
-        raises = asked.raises or moment.is_smoke_test
-        # ranks with shards can only leave off together, and where failures raise a signal must not be one
-        check = None if is_sharded(moment.trainer) else held.check_interrupt if raises else held.check
-        try:
-            label = f"{self._voice.prefix} at step {moment.step}"
-            with preserve_rng(), FiringProgress(moment.trainer, label, check) as progress:
-                estimate, influence = self._measure(moment, settings, progress)
-        except Exception as error:
-            if held.interrupted:
-                return  # a KeyboardInterrupt comes now, whatever this is
-            if raises or isinstance(error, RankLostError):
-                self._turns.take_back(moment.step)
-                raise
-            # on one rank, for all of them
-            elsewhere = isinstance(error, RankFailedError) and BrokenOffError.__name__ in error.kinds
-            if held.waits or elsewhere:
-                self._turns.take_back(moment.step)
-            self._voice.failed(moment.step, f"{type(error).__name__}: {error}")
-            clock.took(begin, failed=True)
-            return
-        size = size_of(settings, asked.settings)
-        history = self._reporting.history
-        estimate = estimate.replace(**moment.notes(history.skipped), seconds=clock.now() - begin)
-        if decision is not None:
-            estimate = estimate.replace(firing_size=size)
-            history.skipped = 0
-        self._reporting.take_up(moment.trainer, moment.module, estimate, influence, begin)
-        if asked.measures.susceptibility:
-            self._measure_components(moment, settings, raises)
-        # drawing and logging count as overhead too, from the next firing's figure on
-        clock.took(begin, size)
-        if clock.budget is None:
-            warn_if_large(self._voice, self.estimates)
-
-    def _measure(
-        self, moment: Moment, settings: ChainSettings, progress: FiringProgress
-    ) -> tuple[Estimate, Optional[InfluenceEstimate]]:
-        return self._inside.measure(moment, settings, progress)
-
-    def _measure_components(self, moment: Moment, settings: ChainSettings, raises: bool) -> None:
-        """Susceptibility after the learning coefficient, which stands whatever becomes of it."""
-        try:
-            found = self._components.measure(moment, settings, self.susceptibilities)
-        except Exception as error:
-            if raises or isinstance(error, RankLostError):
-                raise
-            warn_of(error, moment.step, self._voice.who)
-            return
-        self._reporting.take_up_susceptibility(moment.trainer, found)
 
     # --- after training -------------------------------------------------------------------------------------------
 

@@ -9,12 +9,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_slt.callbacks.overhead import OverheadBudget
-from lightning_slt.callbacks.said import Voice, warn
+from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish.diagnoses import invalid_sentence, kinds_of
 from lightning_slt.publish.phrases import count_of, number
 from lightning_slt.record import Estimate
+from lightning_slt.warned import warn
 
 LARGE_OVERHEAD = 0.25
 """Share of wall-clock above which a monitor without a budget says what can be done."""

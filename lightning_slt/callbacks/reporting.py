@@ -18,7 +18,7 @@ from lightning_slt.callbacks.folder import claim, fresh, give_back, restore_reco
 from lightning_slt.callbacks.history import History
 from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.remarks import say_why_not, warn_of_other_weights
-from lightning_slt.callbacks.said import Voice, warn
+from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.susceptibilities import publish, restore_susceptibilities
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish import RunPublisher
@@ -29,6 +29,7 @@ from lightning_slt.record import Estimate, RunRecord
 from lightning_slt.sampling.collective import Collective
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
 from lightning_slt.transitions import Transition
+from lightning_slt.warned import warn
 
 if TYPE_CHECKING:
     from lightning_slt.callbacks.monitor import SLTMonitor

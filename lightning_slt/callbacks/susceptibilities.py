@@ -11,7 +11,6 @@ from typing import Any, Optional
 from torch import nn
 
 from lightning_slt.callbacks.arguments import plain
-from lightning_slt.callbacks.said import warn
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.influence import ProbeSet
 from lightning_slt.publish import RunPublisher
@@ -22,6 +21,7 @@ from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.restriction import Restriction, select_parameters
 from lightning_slt.susceptibility import MIN_READS, Shift, chain_batch, measure_susceptibility
 from lightning_slt.susceptibility_record import SusceptibilityEstimate, SusceptibilityRecord
+from lightning_slt.warned import warn
 
 NAMES = ("llc", "influence", "susceptibility")
 ALL = "all"

@@ -19,12 +19,12 @@ from lightning_slt.callbacks.flags.boundaries import LearningRateWatch
 from lightning_slt.callbacks.flags.kept_weights import KeptWeights
 from lightning_slt.callbacks.flags.what_changed import moved_components, moved_samples, with_phases
 from lightning_slt.callbacks.monitor import SLTMonitor
-from lightning_slt.callbacks.said import speaker, warn
 from lightning_slt.kinds import check_callable, check_count, check_flag
 from lightning_slt.publish import RunPublisher
 from lightning_slt.record import Estimate
 from lightning_slt.transition_record import TransitionLog, TransitionReport
 from lightning_slt.transitions import Transition, TransitionDetector, detect_transitions
+from lightning_slt.warned import speaker, warn
 
 _MONITOR = re.compile(r"(slt(?:_[a-z0-9_]+)?)/llc/mean")
 

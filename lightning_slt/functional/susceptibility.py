@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_slt.functional.between_chains import between_share, factor_of
 from lightning_slt.functional.convergence import standard_error
-from lightning_slt.functional.influence import between_share, factor_of
 
 
 @dataclass(frozen=True, eq=False)

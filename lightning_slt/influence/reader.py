@@ -10,15 +10,9 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from lightning_slt.functional.between_chains import MIXED, between_share, factor_of
 from lightning_slt.functional.block_errors import LONG_BLOCK_DRAWS, blocks_per_chain, mean_and_error
-from lightning_slt.functional.influence import (
-    MIXED,
-    LinearParts,
-    between_share,
-    correlation,
-    factor_of,
-    shrink,
-)
+from lightning_slt.functional.influence import LinearParts, correlation, shrink
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.influence.columns import Columns, usable
 from lightning_slt.influence.probes import ProbeSet

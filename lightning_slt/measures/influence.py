@@ -9,15 +9,9 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
+from lightning_slt.functional.between_chains import between_share, factor_of
 from lightning_slt.functional.block_errors import mean_and_error
-from lightning_slt.functional.influence import (
-    between_share,
-    correlation,
-    covariance,
-    factor_of,
-    shrink,
-    variance,
-)
+from lightning_slt.functional.influence import correlation, covariance, shrink, variance
 from lightning_slt.measures.draws import joined
 
 
@@ -27,7 +21,7 @@ class Influence(Metric):
     Feed it stretches of the chains in order of draws, every chain of this process at once; processes are merged by
     torchmetrics' own synchronisation, chain after chain. Losses are kept as float32 differences to those at ``w*``
     (67 MB for 8 chains x 200 draws of 10,500 samples); covariances are summed in float64. They are those within chains,
-    times what a chain's own mean takes off them (:func:`~lightning_slt.functional.influence.factor_of`), as in an
+    times what a chain's own mean takes off them (:func:`~lightning_slt.functional.between_chains.factor_of`), as in an
     :class:`~lightning_slt.influence_record.InfluenceEstimate`.
 
     Args:

@@ -13,9 +13,8 @@ import numpy as np
 
 from lightning_slt.influence_record import MIN_Z, InfluenceEstimate
 from lightning_slt.publish.diagnoses import diagnosis, verdict_sentence
-from lightning_slt.publish.influence_charts import followed
 from lightning_slt.publish.phrases import number, signed, with_error
-from lightning_slt.publish.spec_parts import (
+from lightning_slt.publish.specs.parts import (
     ABOVE,
     BELOW,
     COSTS,
@@ -28,6 +27,7 @@ from lightning_slt.publish.spec_parts import (
     widened,
 )
 from lightning_slt.publish.tables import are_log_spaced, step_of
+from lightning_slt.publish.trajectory_charts import followed
 from lightning_slt.publish.transition_charts import free_energy_line, free_energy_range
 from lightning_slt.publish.words import KIND_WORDS, transition_title
 from lightning_slt.record import Estimate

@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image  # a dependency of matplotlib
 
 from lightning_slt.publish.phrases import count_of, number, with_error
-from lightning_slt.publish.spec_parts import point_scale, widened
+from lightning_slt.publish.specs.parts import point_scale, widened
 from lightning_slt.publish.tables import are_log_spaced, step_of
 from lightning_slt.record import Estimate
 from lightning_slt.transitions import Transition

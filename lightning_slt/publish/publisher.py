@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from matplotlib.figure import Figure
 
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
@@ -17,20 +17,23 @@ from lightning_slt.publish.charts import chains_figure, history_figure, pixels
 from lightning_slt.publish.csv_logger import CSVSink
 from lightning_slt.publish.files import FilesSink
 from lightning_slt.publish.generic import GenericSink
-from lightning_slt.publish.influence_charts import influence_figure, suspects_figure, trajectories_figure
+from lightning_slt.publish.influence_charts import influence_figure
 from lightning_slt.publish.influence_tables import PAIR_COLUMNS, SUSPECT_COLUMNS, media_id, pair_rows, suspect_rows
 from lightning_slt.publish.keys import STATUSES, influence_metrics_of, transition_metrics_of, x_of
 from lightning_slt.publish.mlflow_logger import MLflowSink
 from lightning_slt.publish.render import Rendered
 from lightning_slt.publish.sink import Alert, Page, Sink, Table
+from lightning_slt.publish.suspect_charts import suspects_figure
 from lightning_slt.publish.tables import MAX_WANDB_ROWS, thinned
 from lightning_slt.publish.tensorboard import TensorBoardSink
+from lightning_slt.publish.trajectory_charts import trajectories_figure
 from lightning_slt.publish.transition_charts import free_energy_figure
 from lightning_slt.publish.transition_tables import TRANSITION_COLUMNS, transition_rows
 from lightning_slt.publish.wandb_logger import WandbSink
 from lightning_slt.record import RECORD_FILE, Estimate, RunRecord
 from lightning_slt.transition_record import TransitionLog, TransitionReport
 from lightning_slt.transitions import Transition
+from lightning_slt.warned import speaker, warn
 
 
 def _is_rank_zero() -> bool:
@@ -362,9 +365,9 @@ class RunPublisher:
             if place not in self._warned:
                 self._warned.add(place)
                 # whose it is, where several monitors publish to the same place
-                whose = "" if self.prefix == "slt" else f" ({self.prefix})"
-                rank_zero_warn(
-                    f"lightning_slt{whose} could not publish to {name}: {type(error).__name__}: {error}. Training "
-                    "and the other loggers go on; further failures there are not reported."
+                warn(
+                    f"{speaker(self.prefix, kind='lightning_slt')} could not publish to {name}: "
+                    f"{type(error).__name__}: {error}. Training and the other loggers go on; further failures there "
+                    "are not reported."
                 )
             return None

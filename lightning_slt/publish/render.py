@@ -11,9 +11,10 @@ from typing import Any, Literal, Optional
 
 import numpy as np
 import numpy.typing as npt
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from PIL import Image
 from torch import Tensor
+
+from lightning_slt.warned import warn
 
 Kind = Literal["image", "text", "audio", "values"]
 MAX_TEXT = 200
@@ -82,7 +83,7 @@ def render_sample(sample: Any, tokenizer: Any = None) -> Rendered:
         return _render(_input_of(sample), tokenizer)
     except Exception:
         try:
-            return Rendered("values", None, _clip(repr(sample)))
+            return Rendered("values", None, short(repr(sample)))
         except Exception:
             return Rendered("values", None, type(sample).__name__)
 
@@ -102,7 +103,7 @@ def rendered_by(hook: Callable[[Any], Any], sample: Any, tokenizer: Any = None) 
         if isinstance(made, Rendered):
             return made
         if isinstance(made, str):
-            return Rendered("text", None, _clip(made))
+            return Rendered("text", None, short(made))
         if isinstance(made, Image.Image):
             return Rendered("image", _reduced(np.asarray(made.convert("RGB"))), "")
         array = _array(made)
@@ -111,7 +112,7 @@ def rendered_by(hook: Callable[[Any], Any], sample: Any, tokenizer: Any = None) 
     except Exception as error:
         if "hook" not in _warned:
             _warned.add("hook")
-            rank_zero_warn(
+            warn(
                 f"render failed ({type(error).__name__}: {error}): samples are shown the default way. It is called "
                 "with one item of the dataset and returns a picture (array, tensor, PIL image) or a text."
             )
@@ -128,17 +129,17 @@ def _input_of(sample: Any) -> Any:
 
 def _render(value: Any, tokenizer: Any) -> Rendered:
     if isinstance(value, str):
-        return Rendered("text", None, _clip(value))
+        return Rendered("text", None, short(value))
     if isinstance(value, Image.Image):
         return Rendered("image", _enlarge(np.asarray(value.convert("RGB"))), "")
     array = _array(value)
     if array.ndim == 1 and np.issubdtype(array.dtype, np.integer):
         ids = array.tolist()
         if tokenizer is not None:
-            return Rendered("text", None, _clip(_decoded(tokenizer, ids)))
+            return Rendered("text", None, short(_decoded(tokenizer, ids)))
         # 64 or 256 tokens are no picture: only bytes are pixels; and PCM audio has 16 bits
         if array.dtype not in (np.uint8, np.int16):
-            return Rendered("text", None, _clip("tokens " + " ".join(map(str, ids))))
+            return Rendered("text", None, short("tokens " + " ".join(map(str, ids))))
     picture = _as_picture(array)
     if picture is not None:
         return Rendered("image", picture, "")
@@ -219,7 +220,7 @@ def _values(array: npt.NDArray[Any]) -> str:
     first = ", ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in array.reshape(-1)[:8].tolist())
     more = ", ..." if array.size > 8 else ""
     shape = "x".join(map(str, array.shape))
-    return _clip(f"[{shape}] {first}{more}" if array.ndim else first)
+    return short(f"[{shape}] {first}{more}" if array.ndim else first)
 
 
 def clean(text: str) -> str:
@@ -228,6 +229,7 @@ def clean(text: str) -> str:
     return "".join("�" if unicodedata.category(c) == "Cc" else c for c in text)
 
 
-def _clip(text: str) -> str:
+def short(text: str, width: int = MAX_TEXT) -> str:
+    """One line of at most ``width`` characters."""
     text = clean(text)
-    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,4 +1,4 @@
-"""Susceptibility as the report and the terminal have it: cells of a table, and the rows and spec of its course."""
+"""Susceptibility as the report and the terminal have it: cells of a table, and the rows of its course."""
 
 from __future__ import annotations
 
@@ -9,20 +9,11 @@ from typing import Any, Optional
 
 from lightning_slt.influence_record import MIN_Z
 from lightning_slt.publish.phrases import with_error
-from lightning_slt.publish.spec_parts import (
+from lightning_slt.publish.specs.parts import (
     ABOVE,
     BELOW,
-    CATEGORIES,
-    FEW_DIGITS,
     INVALID,
-    SCHEMA,
-    SHAPES,
     VALID,
-    Scale,
-    Spec,
-    layer,
-    plain_tooltip,
-    steps,
     widened,
 )
 from lightning_slt.publish.tables import thinned
@@ -154,71 +145,6 @@ def _frame(points: dict[Optional[str], list[tuple[int, Cell, bool]]]) -> tuple[f
     return widened(min(low for low, _ in good), max(high for _, high in good), bad)
 
 
-def course_spec(rows: Sequence[Row], scale: Scale = "linear") -> Spec:
-    """A frame for each component, of its own scale.
-
-    Args:
-        rows: of :func:`course_rows`. What they have nothing of has no layer: the library complains of an empty one.
-        scale: of the steps.
-    """
-    valid, whole = f"datum.state === '{VALID}'", "datum.whole"
-    x = steps(scale, "step")
-    y: Spec = {
-        "field": "chi",
-        "type": "quantitative",
-        "title": "susceptibility",
-        "scale": {"zero": True},
-        "axis": {"format": FEW_DIGITS, "tickCount": 5},
-    }
-    colour: Spec = {
-        "field": "line",
-        "type": "nominal",
-        "title": "answers to",
-        "scale": {"domain": "@lines", "range": ["@text", *CATEGORIES[:5], *CATEGORIES[6:]]},
-        "legend": {"orient": "top", "columns": 4, "labelLimit": 120, "symbolType": "stroke"},
-    }
-    lines = {"x": x, "y": y, "color": colour, "detail": {"field": "segment"}, "tooltip": plain_tooltip("words")}
-    band = {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "detail": {"field": "segment"}}
-    off = {
-        "x": x,
-        "y": y,
-        "shape": {"field": "state", "type": "nominal", "scale": SHAPES, "legend": None},
-        "tooltip": plain_tooltip("words"),
-    }
-    shown: list[Spec] = []
-    if any(row["state"] == VALID for row in rows):
-        groups = [layer({"type": "line", "strokeWidth": 1.2}, [valid, f"!{whole}"], lines)]
-        shown += [
-            layer({"type": "area", "color": "@text", "opacity": 0.14}, [valid, whole], band),
-            *(groups if any(not row["whole"] for row in rows) else []),
-            layer({"type": "line", "strokeWidth": 2.4}, [valid, whole], lines),
-            layer({"type": "point", "size": 16, "filled": True, "opacity": 1}, [valid], lines),
-        ]
-    if any(row["state"] != VALID for row in rows):
-        mark = {"type": "point", "size": 40, "color": "@bad", "fill": "@paper", "opacity": 1}
-        shown.append(layer(mark, [f"!({valid})"], off))
-    return {
-        "$schema": SCHEMA,
-        "description": "Susceptibility of every component over training.",
-        "data": {"name": "rows"},
-        "facet": {"field": "component", "type": "nominal", "title": None, "sort": "@order"},
-        "columns": "@columns",
-        "spec": {
-            "width": "@cell",
-            "height": 180,
-            "layer": [
-                {
-                    "data": {"values": [{}]},
-                    "mark": {"type": "rule", "color": "@muted", "strokeDash": [2, 3]},
-                    "encoding": {"y": {"datum": 0}},
-                },
-                *shown,
-            ],
-        },
-        "resolve": {"scale": {"y": "independent"}},
-    }
-
-
 def line_names(rows: Sequence[Row]) -> list[str]:
     """The lines of a picture in the order of its legend, the whole shift first."""
     return list(dict.fromkeys([WHOLE_SHIFT, *(row["line"] for row in rows)]))
@@ -231,7 +157,6 @@ __all__ = [
     "cells",
     "course",
     "course_rows",
-    "course_spec",
     "drawn",
     "few",
     "line_names",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
 
 from lightning_slt.publish.charts import pixels
@@ -13,6 +12,7 @@ from lightning_slt.publish.keys import metrics_of, x_of
 from lightning_slt.publish.sink import Alert, Page, plain_config
 from lightning_slt.publish.tables import history_markdown, to_markdown
 from lightning_slt.record import Estimate
+from lightning_slt.warned import warn
 
 
 class TensorBoardSink:
@@ -61,7 +61,7 @@ class TensorBoardSink:
     def alert(self, alert: Alert, step: int) -> None:
         # TensorBoard calls nobody: the console does
         self.logger.experiment.add_text(f"{self.prefix}/alerts/{alert.name}", f"**{alert.title}** {alert.text}", step)
-        rank_zero_warn(f"{alert.title}: {alert.text}")
+        warn(f"{alert.title}: {alert.text}")
 
     def finish(self, estimates: Sequence[Estimate], status: str, figure: Optional[Figure]) -> None:
         step = x_of(estimates[-1]) if estimates else 0

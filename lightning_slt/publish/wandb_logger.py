@@ -15,7 +15,6 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, Optional
 
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
 from PIL.PngImagePlugin import PngImageFile
 
@@ -32,6 +31,7 @@ from lightning_slt.publish.tables import (
     thinned,
 )
 from lightning_slt.record import Estimate
+from lightning_slt.warned import warn
 
 LAST_ROWS_SECONDS = 60.0
 """How long the end of a run waits for tables whose server does not answer."""
@@ -104,7 +104,7 @@ class WandbSink:
         # what has exactly our names is of an earlier fit of this run, or of a run that is resumed
         key = next(key for key in keys if key not in held or _has_names_of(held[key], settings))
         if key != self.prefix:
-            rank_zero_warn(
+            warn(
                 f"lightning_slt: {self.prefix!r} in the wandb run's config is not the monitor's and is kept; the "
                 f"monitor's settings are under {key!r}."
             )

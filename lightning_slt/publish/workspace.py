@@ -15,8 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Optional
 
-from lightning_slt.publish import specs
-from lightning_slt.publish.spec_parts import Spec
+from lightning_slt.publish.specs.chains import chains
+from lightning_slt.publish.specs.curve import curve
+from lightning_slt.publish.specs.filled import fields_of, for_wandb
+from lightning_slt.publish.specs.parts import Spec
 
 NAME = "Structure over training"
 X_AXIS = "trainer/global_step"
@@ -98,8 +100,8 @@ PLAN: tuple[tuple[str, tuple[PanelPlan, ...]], ...] = (
 """Sections in their order; what counts first comes first."""
 
 CHARTS: dict[str, Spec] = {
-    "curve": specs.for_wandb(specs.curve(), width=900),
-    "chains": specs.for_wandb(specs.chains(band=False), width=480),
+    "curve": for_wandb(curve(), width=900),
+    "chains": for_wandb(chains(band=False), width=480),
 }
 """Custom charts: the report's own specs, filled in for wandb."""
 
@@ -173,7 +175,7 @@ def build_workspace(
             )
         if plan.kind == "table":
             return wr.WeavePanelSummaryTable(table_name=named[0], layout=layout)
-        fields = {name: name for name in specs.fields_of(CHARTS[plan.chart])}
+        fields = {name: name for name in fields_of(CHARTS[plan.chart])}
         made = wr.CustomChart.from_table(named[0], chart_fields=fields, chart_strings={})
         made.chart_name = f"{entity}/{chart_id(plan.chart)}"
         made.layout = layout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Optional, TypeVar
@@ -146,6 +146,11 @@ class Objective:
                 f"the moving weights {complex_ones[:3]} are complex, which chains do not know. Keep them as real pairs "
                 "(torch.view_as_real) in the module, or leave them out with restrict=."
             )
+        self._flatten(parameters)
+        self.layout = Layout(len(self.anchor))
+
+    def _flatten(self, parameters: Sequence[Tensor]) -> None:
+        """Read the anchor off what is here of the moving weights, and how they lie in it."""
         devices = {p.device for p in parameters}
         if len(devices) > 1:
             raise ValueError(f"the moving weights are on several devices, {sorted(map(str, devices))}: use restrict=.")
@@ -155,7 +160,6 @@ class Objective:
         self.rounds = any(p.dtype != self.dtype for p in parameters)
         self.shapes = [p.shape for p in parameters]
         self.sizes = [p.numel() for p in parameters]
-        self.layout = Layout(len(self.anchor))
 
     def parameters(self) -> list[nn.Parameter]:
         """The moving parameters of the copy, in the order of ``anchor``."""

@@ -216,15 +216,7 @@ class ShardedObjective(Objective):
         own = [local_of(p) for p in self._moving]
         if any(p.is_complex() for p in own):
             raise ValueError("some of the moving weights are complex, which chains do not know: use restrict=.")
-        devices = {p.device for p in own}
-        if len(devices) > 1:
-            raise ValueError(f"the moving weights are on several devices, {sorted(map(str, devices))}: use restrict=.")
-        self.device = devices.pop()
-        self.dtype = torch.float64 if all(p.dtype == torch.float64 for p in own) else torch.float32
-        self.anchor = torch.cat([p.detach().reshape(-1).to(self.dtype) for p in own])
-        self.rounds = any(p.dtype != self.dtype for p in own)
-        self.shapes = [p.shape for p in own]
-        self.sizes = [p.numel() for p in own]
+        self._flatten(own)
         # one copy of w* is enough where it has the weights' own bits
         self._home = [p.detach().clone() for p in own] if self.rounds else self.pieces(self.anchor)
         pieces, start = [], 0

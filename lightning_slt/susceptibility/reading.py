@@ -10,7 +10,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from lightning_slt.functional.influence import MIXED, factor_of, group_means
+from lightning_slt.functional.between_chains import MIXED, factor_of
+from lightning_slt.functional.influence import group_means
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.functional.susceptibility import Response, error_of_parts, susceptibility
 from lightning_slt.influence_record import in_order

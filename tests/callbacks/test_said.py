@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
-
 import pytest
 
-import lightning_slt.callbacks
 from lightning_slt.callbacks.remarks import say_how
-from lightning_slt.callbacks.said import Voice, warn
+from lightning_slt.callbacks.said import Voice
 from lightning_slt.record import Estimate
 from tests.publish.helpers import make_estimate
 
@@ -26,28 +22,6 @@ def test_a_failure_is_told_whole_once() -> None:
     voice.forget()
     with pytest.warns(UserWarning, match=who + r" 12 failed and is left out; training goes on\. no data$"):
         voice.failed(12, "no data")
-
-
-@pytest.mark.parametrize("every_rank", [False, True])
-def test_a_warning_is_of_the_line_that_warns_and_logged_where_a_filter_would_raise_it(
-    every_rank: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    def warns() -> None:
-        warn("it takes long", every_rank)
-
-    with pytest.warns(UserWarning, match=r"^it takes long$") as caught:
-        warns()
-    assert caught[0].filename == __file__ and not caplog.records
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        warns()
-    assert [(r.levelname, r.message) for r in caplog.records] == [("WARNING", "it takes long")]
-
-
-def test_no_callback_warns_in_another_way() -> None:
-    files = [path for path in Path(lightning_slt.callbacks.__file__).parent.rglob("*.py") if path.name != "said.py"]
-    ways = ("rank_zero_warn", "warnings.warn", "import warnings")
-    assert len(files) > 30 and [f.name for f in files if any(way in f.read_text() for way in ways)] == []
 
 
 def test_another_run_is_told_again() -> None:

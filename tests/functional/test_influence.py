@@ -9,19 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_slt.functional.between_chains import between_share, factor_of, whole_of
 from lightning_slt.functional.block_errors import blocks_per_chain, mean_and_error
 from lightning_slt.functional.influence import (
     Covariance,
     CovarianceAccumulator,
     LinearParts,
-    between_share,
     correlation,
     covariance,
-    factor_of,
     group_means,
     shrink,
     variance,
-    whole_of,
 )
 
 

@@ -14,7 +14,15 @@ from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 from torchmetrics.classification import MulticlassAccuracy
 
 IN, CLASSES, SAMPLES, BATCH = 4, 2, 24, 4
@@ -488,3 +496,12 @@ class TwoStreams(Plain):
 
 def zeros(n: int = SAMPLES) -> TensorDataset:
     return TensorDataset(torch.zeros(n, IN), torch.arange(n) % CLASSES)
+
+
+def weighted() -> dict[str, Any]:
+    return loaders(sampler=WeightedRandomSampler(torch.arange(24.0), 24), shuffle=False)
+
+
+def batch_sampled() -> dict[str, Any]:
+    data = tensors()
+    return {"train_dataloaders": DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), BATCH, False))}

@@ -47,6 +47,7 @@ class Scripted(SLTMonitor):
         if not {"every_n_epochs", "at_steps", "log_spaced"} & set(settings):
             settings.setdefault("every_n_train_steps", 1)
         super().__init__(**{"on_failure": "raise", **settings})
+        self._attempts._inside.measure = self._found  # type: ignore[method-assign]
         self._voice.first("overhead")  # a curve costs nothing, and neither do these steps
         self._curve, self._scripted_influence = curve, influence
 
@@ -54,7 +55,7 @@ class Scripted(SLTMonitor):
         super()._forget()
         self._voice.first("overhead")
 
-    def _measure(self, moment: Moment, *_: Any) -> tuple[Estimate, Optional[InfluenceEstimate]]:
+    def _found(self, moment: Moment, *_: Any) -> tuple[Estimate, Optional[InfluenceEstimate]]:
         step = moment.step
         influence = self._scripted_influence(step) if self._scripted_influence is not None else None
         fields = {"se": 0.3, "num_chains": 2, "num_draws": 2, "nbeta": 150.0, "num_samples": 1000, **self._curve(step)}

@@ -15,14 +15,14 @@ from lightning import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from tests.integration.harness import Scenario, assert_same, quiet_trainer, seed_everything, steps_of, tiny_monitor
-from tests.integration.models import BATCH, CLASSES, IN, Net, Plain, Stream
-from tests.integration.test_background import (  # noqa: F401 - the fixture is for all tests here
+from tests.integration.background_runs import (  # noqa: F401 - the fixture is for all tests here
     Stalled,
     _no_process_is_left,
     assert_same_estimates,
     beside,
 )
+from tests.integration.harness import Scenario, assert_same, quiet_trainer, seed_everything, steps_of, tiny_monitor
+from tests.integration.models import BATCH, CLASSES, IN, Net, Plain, Stream
 
 pytestmark = pytest.mark.timeout(240)
 

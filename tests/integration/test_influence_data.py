@@ -21,7 +21,7 @@ from tests.integration.harness import (
     steps_of,
 )
 from tests.integration.models import BATCH, Net, Plain, loaders, tensors
-from tests.integration.test_influence import Contrastive, Counts, probing, still
+from tests.integration.probing import Contrastive, Counts, probing, still
 
 
 class OneBatch(Callback):

@@ -22,7 +22,7 @@ from tests.integration.harness import (
     seed_everything,
 )
 from tests.integration.models import BATCH, Net, Plain, loaders, tensors
-from tests.integration.test_influence import probing, refuses
+from tests.integration.probing import probing, refuses
 
 
 def samples_in(monitor: SLTMonitor) -> dict[str, str]:

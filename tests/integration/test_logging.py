@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from lightning_slt import TransitionMonitor
 from lightning_slt.callbacks import component_firings, remarks
+from lightning_slt.callbacks.inside_firings import InsideFirings
 from lightning_slt.callbacks.moment import Moment
 from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.susceptibilities import Measures
@@ -347,15 +348,15 @@ def test_reasons_of_one_kind_are_said_once_however_they_are_worded(
         4: (Reason(Kind.EVAL_MODE, "c has none"), Reason(Kind.SUM, "the loss is wrong")),
         6: (Reason(Kind.GRADIENT, "the loss is wrong"), Reason(Kind.SUM, "the loss is a sum")),
     }
-    measure = SLTMonitor._measure
+    measure = InsideFirings.measure
 
-    def judged(self: SLTMonitor, moment: Moment, *args: Any) -> Any:
+    def judged(self: InsideFirings, moment: Moment, *args: Any) -> Any:
         found, influence = measure(self, moment, *args)
         why = verdicts[moment.step]
         kinds = tuple(reason.kind.name for reason in why)
         return found.replace(mean=1.0, se=0.5, valid=False, reasons=sentences(why), kinds=kinds), influence
 
-    monkeypatch.setattr(SLTMonitor, "_measure", judged)
+    monkeypatch.setattr(InsideFirings, "measure", judged)
     with caplog.at_level("INFO", logger="lightning.pytorch"):
         Scenario(Net, loaders).run(tmp_path, tiny_monitor(at_steps=list(verdicts)))
     said = [r.getMessage().split(" is not valid: ")[1] for r in caplog.records if "is not valid: " in r.getMessage()]
@@ -371,14 +372,14 @@ def test_each_kind_of_reason_why_an_estimate_is_not_valid_is_said_once(
         6: ("chains drift: by -3 ± 1", "chains have not mixed: R-hat 2"),
         8: ("chains have not mixed: R-hat 3", "negative beyond its error: downhill"),
     }
-    measure = SLTMonitor._measure
+    measure = InsideFirings.measure
 
-    def judged(self: SLTMonitor, moment: Moment, *args: Any) -> Any:
+    def judged(self: InsideFirings, moment: Moment, *args: Any) -> Any:
         found, influence = measure(self, moment, *args)
         why = reasons[moment.step]
         return found.replace(mean=-16.0, se=2.0, valid=not why, reasons=why), influence
 
-    monkeypatch.setattr(SLTMonitor, "_measure", judged)
+    monkeypatch.setattr(InsideFirings, "measure", judged)
     with caplog.at_level("INFO", logger="lightning.pytorch"):
         Scenario(Net, loaders).run(tmp_path, tiny_monitor(at_steps=list(reasons)))
     assert [r.getMessage() for r in caplog.records if "is not valid: " in r.getMessage()] == [

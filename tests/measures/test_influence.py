@@ -11,15 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_slt import Influence
+from lightning_slt.functional.between_chains import between_share, factor_of
 from lightning_slt.functional.block_errors import mean_and_error
-from lightning_slt.functional.influence import (
-    between_share,
-    correlation,
-    covariance,
-    factor_of,
-    shrink,
-    variance,
-)
+from lightning_slt.functional.influence import correlation, covariance, shrink, variance
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.influence import probe_set
 from lightning_slt.influence.reader import InfluenceReader

@@ -10,19 +10,10 @@ import torch
 from matplotlib.colors import to_hex
 
 from lightning_slt.publish.charts import pixels
-from lightning_slt.publish.influence_charts import (
-    SIDE,
-    cell_text,
-    followed,
-    influence_figure,
-    numbers_path,
-    spread,
-    suspect_label,
-    suspect_text,
-    suspects_figure,
-    trajectories_figure,
-)
+from lightning_slt.publish.influence_charts import cell_text, influence_figure, numbers_path
 from lightning_slt.publish.render import Rendered, render_sample
+from lightning_slt.publish.suspect_charts import SIDE, suspect_label, suspect_text, suspects_figure
+from lightning_slt.publish.trajectory_charts import followed, spread, trajectories_figure
 from tests.publish.helpers import make_influence, nothing_measured, picture_of, pictures_of
 
 RED = "#c62828"

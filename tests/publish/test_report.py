@@ -19,8 +19,9 @@ from lightning_slt.publish import RunPublisher
 from lightning_slt.publish.chart_rows import CURVE_COLUMNS, component_rows, curve_rows
 from lightning_slt.publish.html import report_html
 from lightning_slt.publish.run import load_run
-from lightning_slt.publish.spec_parts import ABOVE, BELOW, VALID
-from lightning_slt.publish.specs import components, cost, curve, diagnostics
+from lightning_slt.publish.specs.chains import cost, diagnostics
+from lightning_slt.publish.specs.curve import components, curve
+from lightning_slt.publish.specs.parts import ABOVE, BELOW, VALID
 from tests.publish.helpers import make_estimate
 from tests.publish.recorded import DIVERGED, HOSTILE, write_run
 

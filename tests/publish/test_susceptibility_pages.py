@@ -11,7 +11,7 @@ import pytest
 from lightning_slt.cli import main
 from lightning_slt.publish.html import report_html, write_report
 from lightning_slt.publish.run import load_run
-from lightning_slt.publish.spec_parts import BELOW, VALID
+from lightning_slt.publish.specs.parts import BELOW, VALID
 from lightning_slt.publish.susceptibility_rows import course_rows, drawn
 from lightning_slt.publish.words import headline, susceptibility_verdict
 from lightning_slt.record import RunRecord

@@ -52,7 +52,7 @@ def test_every_key_of_the_workspace_is_in_a_logged_run(of_logger: str, prefix: s
 
 
 def test_the_custom_charts_ask_for_columns_that_their_tables_have() -> None:
-    from lightning_slt.publish.specs import fields_of
+    from lightning_slt.publish.specs.filled import fields_of
 
     assert set(fields_of(workspace.CHARTS["curve"])) <= set(CURVE_COLUMNS)
     assert set(fields_of(workspace.CHARTS["chains"])) <= set(CHAIN_COLUMNS)

@@ -6,13 +6,13 @@ import copy
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_slt.functional import LocalPosterior
@@ -24,6 +24,8 @@ from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.samplers import SGLD
 
 T = TypeVar("T")
+
+CPU = torch.device("cpu")
 
 
 def gen(seed: int = 0) -> torch.Generator:
@@ -245,3 +247,11 @@ def on_ranks(world_size: int, work: Callable[[Collective], T]) -> list[T]:
     if errors:
         raise errors[0]
     return results
+
+
+class Stream(IterableDataset[Any]):
+    def __init__(self, n: int = 20) -> None:
+        self.n = n
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.arange(self.n).unsqueeze(1))

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lightning_slt import TransitionDetector, TransitionMonitor, detect_transitions
+from lightning_slt import TransitionDetector, detect_transitions
 from lightning_slt.transitions import search
 from lightning_slt.transitions.curve import Curve as Points
 from lightning_slt.transitions.pauses import goes_on
 from tests.transitions.curves import KINDS, NULLS, Curve, feed, hits, make, matched, offline, online
-
-DATA = Path(__file__).parent / "data" / "deep_linear.npz"
+from tests.transitions.stages import recorded, stage
 
 
 def score(curves: list[Curve], way: str) -> tuple[float, float]:
@@ -30,17 +26,6 @@ def score(curves: list[Curve], way: str) -> tuple[float, float]:
         total += taken, right, wrong, curve.onset.size - taken
     taken, right, wrong, missed = total
     return 2 * taken / (2 * taken + wrong + missed), right / taken
-
-
-def recorded() -> list[Curve]:
-    data = np.load(DATA)
-    curves = []
-    for i in range(sum(name.endswith("_steps") for name in data.files)):
-        part = {name: data[f"{i}_{name}"].astype(float) for name in ("steps", "llc", "llc_se", "loss")}
-        index = np.arange(part["steps"].size)
-        onset, end = (np.interp(data[f"{i}_{name}"], part["steps"], index) for name in ("true_on", "true_off"))
-        curves.append(Curve(**part, onset=onset, end=end, sign=np.ones(onset.size)))
-    return curves
 
 
 def test_offline_f1_on_fresh_curves() -> None:
@@ -111,81 +96,6 @@ def test_stages_that_follow_soon_are_placed_apart(height: float, gap: int) -> No
         assert first.end < second.onset
         assert first.llc_change == pytest.approx(height, rel=0.06)
         assert second.llc_change == pytest.approx(15, abs=5)
-
-
-def test_the_rest_of_a_flagged_ramp_is_no_second_transition() -> None:
-    """The flag sees the beginning of the ramp only; what follows makes the same transition larger."""
-    x = np.arange(120)
-    noise, blur = np.random.default_rng(16).normal(size=(2, x.size))
-    shape = 1 / (1 + np.exp(-(x - 60) * 2 * np.log(9) / 15))
-    llc, loss = 20 + 50 * shape + noise, 2 - 0.5 * shape + 0.01 * blur
-    detector, flags = TransitionDetector(), []
-    for i in range(x.size):
-        flags += detector.update(100.0 * i, llc[i], 1.0, loss[i])
-    [flag], [now] = flags, detector.transitions
-    assert flag.llc_change < 25
-    assert (now.id, now.state, now.known_at) == (0, "confirmed", flag.known_at)
-    assert abs(now.llc_change - 50) <= 10
-
-
-def stage(seed: int = 0, height: float = 15.0, n: int = 60, at: int = 30) -> Curve:
-    rng = np.random.default_rng(seed)
-    x = np.arange(n)
-    shape = 1 / (1 + np.exp(-(x - at)))
-    llc = 20 + height * shape + rng.normal(size=n)
-    return Curve(x * 100.0, llc, np.ones(n), 2 - 0.5 * shape, np.array([at - 2]), np.array([at + 2]), np.array([1]))
-
-
-def test_a_stage_is_flagged_once_and_then_confirmed() -> None:
-    curve = stage()
-    detector = TransitionDetector()
-    [flag] = feed(detector, curve)
-    assert (flag.state, flag.kind, flag.id) == ("provisional", "A", 0)
-    assert flag.onset <= 3000
-    assert flag.known_at <= 3300
-    [now] = detector.transitions
-    assert (now.state, now.id) == ("confirmed", 0)
-    assert abs(now.step - 3000) <= 100
-    assert abs(now.llc_change - 15) <= 4 * now.llc_change_se
-    assert abs(now.loss_change + 0.5) <= 0.1
-
-
-def test_a_change_of_state_is_shown_once() -> None:
-    curve, detector, changes = stage(), TransitionDetector(), []
-    for i in range(curve.steps.size):
-        detector.update(curve.steps[i], curve.llc[i], curve.llc_se[i], curve.loss[i])
-        changes += detector.changes
-    assert [(t.id, t.state) for t in changes] == [(0, "confirmed")]
-
-
-def test_a_level_that_goes_back_is_retracted() -> None:
-    curve, detector = stage(), TransitionDetector()
-    first, flags = 0, []
-    while not flags:
-        flags = feed(detector, curve, first, first + 1)
-        first += 1
-    [flag] = flags
-    for i in range(first, first + 8):
-        assert detector.update(curve.steps[i], 20.0 + 0.5 * (-1) ** i, 1.0, curve.loss[i]) == []
-    assert [t.state for t in detector.transitions] == ["retracted"]
-    assert detector.transitions[0].id == flag.id
-
-
-def test_invalid_points_neither_flag_nor_hide() -> None:
-    curve = stage()
-    detector, found = TransitionDetector(), []
-    for i in range(curve.steps.size):
-        step = curve.steps[i]
-        assert detector.update(step, 1e30, 1.0, 1.0, valid=False) == []
-        assert detector.update(step, np.nan, np.nan, curve.loss[i]) == []
-        assert detector.update(step, np.inf, 1.0, np.nan) == []
-        found += detector.update(step, curve.llc[i], curve.llc_se[i], curve.loss[i])
-    assert found == feed(TransitionDetector(), curve)
-    llc = curve.llc.copy()
-    llc[::7] = 1e30
-    valid = np.ones(60, bool)
-    valid[::7] = False
-    assert len(detect_transitions(curve.steps, llc, curve.llc_se, curve.loss, valid)) == 1
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
@@ -301,94 +211,6 @@ def test_a_spike_beside_a_falling_loss_is_no_transition(at: int) -> None:
         assert [t for p in zip(x, llc, np.ones(60), loss, strict=True) for t in detector.update(*map(float, p))] == []
 
 
-def test_a_boundary_annotates_or_suppresses() -> None:
-    curve = stage()
-    for way, expected in (("annotate", [3000.0]), ("suppress", [])):
-        detector = TransitionDetector(at_boundary=way)
-        detector.boundary(3000.0)
-        assert [t.boundary for t in feed(detector, curve)] == expected
-        found = detect_transitions(
-            curve.steps, curve.llc, curve.llc_se, curve.loss, boundaries=[3000.0], at_boundary=way
-        )  # fmt: skip
-        assert [t.boundary for t in found] == expected
-
-
-def test_a_smallest_change_is_a_floor() -> None:
-    curve = stage()
-    assert feed(TransitionDetector(min_change=40.0), curve) == []
-    assert len(feed(TransitionDetector(min_change=5.0), curve)) == 1
-
-
-@pytest.mark.parametrize("cut", [10, 33, 38, 50])
-def test_a_resumed_detector_goes_on_as_if_never_stopped(cut: int) -> None:
-    curve = stage()
-    whole, before, after = TransitionDetector(), TransitionDetector(), TransitionDetector()
-    expected = feed(whole, curve)
-    found = feed(before, curve, last=cut)
-    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
-    assert found + feed(after, curve, first=cut) == expected
-    assert after.state_dict() == whole.state_dict()
-
-
-def test_validity_is_read_as_a_table_holds_it() -> None:
-    """A column with gaps is one of numbers or of objects; text is no boolean."""
-    curve = stage()
-    valid = np.ones(60, bool)
-    valid[::7] = False
-    curve_of = (curve.steps, np.where(valid, curve.llc, -1e30), curve.llc_se, curve.loss)
-    expected = detect_transitions(*curve_of, valid)
-    assert len(expected) == 1
-    for column in (np.where(valid, 1.0, np.nan), [True if ok else None for ok in valid], valid.astype(int).tolist()):
-        assert detect_transitions(*curve_of, column) == expected
-    for column in ([str(ok) for ok in valid], [math.nan, *map(str, valid[1:])], valid * 2):
-        with pytest.raises(ValueError, match="valid: expected booleans, got"):
-            detect_transitions(*curve_of, column)
-
-
-def test_mistakes_are_named() -> None:
-    detector = TransitionDetector()
-    detector.update(10.0, 1.0, 1.0, 1.0)
-    with pytest.raises(ValueError, match="order of step"):
-        detector.update(9.0, 1.0, 1.0, 1.0)
-    with pytest.raises(ValueError, match="false_alarms"):
-        TransitionDetector(false_alarms=0.0)
-    with pytest.raises(ValueError, match="min_change"):
-        detect_transitions([1, 2], [1, 2], [1, 1], [1, 1], min_change=-1)
-    with pytest.raises(ValueError, match="at_boundary"):
-        TransitionDetector(at_boundary="ignore")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="loss: expected one value for each of the 2"):
-        detect_transitions([1, 2], [1, 2], [1, 1], [1])
-    with pytest.raises(ValueError, match="version 1"):
-        detector.load_state_dict({"version": 7})
-
-
-@pytest.mark.parametrize("value", ["a", None, [1.0], True], ids=repr)
-@pytest.mark.parametrize("name", ["step", "llc", "llc_se", "loss"])
-def test_a_point_of_another_kind_is_named(name: str, value: object) -> None:
-    point: dict[str, object] = {"step": 1.0, "llc": 1.0, "llc_se": 1.0, "loss": 1.0, name: value}
-    with pytest.raises(TypeError, match=rf"{name}=.*: expected a number, got {type(value).__name__}"):
-        TransitionDetector().update(**point)  # type: ignore[arg-type]
-
-
-def test_arguments_of_another_kind_are_named() -> None:
-    detector = TransitionDetector()
-    with pytest.raises(TypeError, match="valid='False': expected True or False, got str"):
-        detector.update(1.0, 1.0, 1.0, 1.0, valid="False")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="step='a': expected a number"):
-        detector.boundary("a")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="step=nan: expected a finite"):
-        detector.boundary(math.nan)
-    with pytest.raises(ValueError, match=r"false_alarms.*True"):
-        TransitionDetector(false_alarms=True)
-    with pytest.raises(ValueError, match=r"min_change.*True"):
-        TransitionDetector(min_change=True)
-    for name in ("steps", "llc", "llc_se", "loss"):
-        curve: dict[str, object] = {"steps": [1], "llc": [1], "llc_se": [1], "loss": [1], name: ["a"]}
-        with pytest.raises(TypeError, match=f"{name}: expected an array of numbers, got list"):
-            detect_transitions(**curve)  # type: ignore[arg-type]
-    assert detector.transitions == [] and detector.update(1, 1, 1, 1, valid=np.True_) == []
-
-
 def uneven_rise(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps, LLC and loss of one stage between plateaus; firings come in pairs, so every other point hardly moves."""
     steps = np.cumsum(np.where(np.arange(70) % 2 == 0, 180.0, 20.0))
@@ -425,27 +247,6 @@ def test_a_stage_that_goes_on_where_the_curve_ends_is_provisional(seed: int) -> 
     assert [t.state for t in whole] == ["confirmed", "confirmed"]
 
 
-@pytest.mark.parametrize("width", [20, 60])
-def test_a_wide_stage_that_is_flagged_at_its_beginning_is_one_transition(width: int) -> None:
-    """Ten of each, noise a hundredth of the height; without a look at what lies between, twice as many flags."""
-    flags, heights = 0, []
-    for seed in range(10):
-        rng = np.random.default_rng(seed)
-        at = np.arange(60 + 2 * width)
-        centre = 40 + width / 2 + rng.uniform(0, 5)
-        done = 1.0 / (1.0 + np.exp(-(at - centre) * 2 * np.log(9) / width))
-        llc = 10 + 20 * done + 0.2 * rng.normal(size=at.size)
-        loss = 3 - done + 0.005 * rng.normal(size=at.size)
-        detector = TransitionDetector()
-        for i in at:
-            flags += len(detector.update(float(i), llc[i], 0.2, loss[i]))
-        [last] = detector.transitions[-1:]
-        assert last.state == "confirmed"
-        heights.append(last.llc_change)
-    assert flags <= 11
-    assert abs(float(np.median(heights)) - 20) < 2
-
-
 def test_what_lies_between_two_changes_tells_whether_the_second_is_the_rest_of_the_first() -> None:
     at = np.arange(60.0)
     ramp = np.interp(at, [10, 50], [0.0, 40.0])
@@ -462,27 +263,6 @@ def test_what_lies_between_two_changes_tells_whether_the_second_is_the_rest_of_t
     assert goes_on_in(ramp, np.zeros(60))
     # scatter that hides the pause does not make it a ramp
     assert not goes_on(Points(at, slow, np.full(60, 50.0), -slow, np.full(60, 50.0), -slow, np.full(60, 50.0)), *parts)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"boundaries": 20}, r"boundaries: expected a list of training steps.*got 20; give \[20\]"),
-        ({"boundaries": None}, r"boundaries: expected a list of training steps, \[\] for none, got None"),
-        ({"boundaries": ["20"]}, r"boundaries: expected a list of training steps.*got '20' in it"),
-        ({"false_alarms": None}, r"false_alarms: expected a rate.*got None; 0\.05 is usual"),
-        ({"false_alarms": "5%"}, r"false_alarms: expected a rate.*got '5%'"),
-        ({"min_change": None}, r"min_change: expected a height.*got None; 0\.0"),
-    ],
-)
-def test_settings_of_another_kind_are_named(settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        detect_transitions([0, 1], [1, 1], [1, 1], [1, 1], **settings)  # type: ignore[arg-type]
-    if "boundaries" not in settings:
-        with pytest.raises(ValueError, match=message):
-            TransitionDetector(**settings)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=message):
-            TransitionMonitor(**settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("kind", "seed"), [("stair", 1), ("fall", 3)])

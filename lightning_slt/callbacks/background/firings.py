@@ -32,13 +32,13 @@ from lightning_slt.callbacks.background.travel import (
 )
 from lightning_slt.callbacks.background.worker import FOLDER, kit_path, probes_path, result_path, snapshot_path
 from lightning_slt.callbacks.data.training import TrainingData
-from lightning_slt.callbacks.said import speaker, warn
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.influence import ProbeSet
 from lightning_slt.kinds import check_count, check_number
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.shadow import CopyError
 from lightning_slt.sampling.steps import LossFn
+from lightning_slt.warned import speaker, warn
 
 GONE = "their snapshots are gone"
 REMEMBERED = 2

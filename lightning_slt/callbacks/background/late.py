@@ -21,12 +21,13 @@ from lightning_slt.callbacks.moment import Moment
 from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.remarks import say_how, warn_of_no_influence
 from lightning_slt.callbacks.reporting import Reporting
-from lightning_slt.callbacks.said import Voice, warn
+from lightning_slt.callbacks.said import Voice
 from lightning_slt.firing import Course
 from lightning_slt.influence import ProbeSet
 from lightning_slt.sampling.restriction import select_parameters
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.shadow import shadow_copy
+from lightning_slt.warned import warn
 
 
 class LateFirings:

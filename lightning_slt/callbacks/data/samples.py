@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_slt.callbacks.data.structure import collate_of
 from lightning_slt.callbacks.data.training import datamodule_of
-from lightning_slt.callbacks.said import speaker, warn
 from lightning_slt.influence import ProbeSet, probe_set
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.kinds import check_callable
@@ -20,6 +19,7 @@ from lightning_slt.sampling.batches import DatasetSource, MinibatchSource
 from lightning_slt.sampling.given_data import uniform_samples
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samples import MAX_SAMPLES, GroupFn
+from lightning_slt.warned import speaker, warn
 
 Probed = Union[None, bool, int, "Dataset[Any]"]
 """No samples; True or a number of them from the data at hand; or a dataset of their own."""

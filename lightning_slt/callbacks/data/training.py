@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Se
 from lightning_slt.callbacks.data.combined import Combined, Transfer, batches_of_epoch
 from lightning_slt.callbacks.data.hooks import DataHooks
 from lightning_slt.callbacks.data.marks import marks_of, same_marks
-from lightning_slt.callbacks.said import speaker, warn
 from lightning_slt.sampling.batches import (
     LEAST_WINDOW,
     MAX_RESIDENT_BATCHES,
@@ -38,6 +37,7 @@ from lightning_slt.sampling.counting import batch_length, batch_size_of, length_
 from lightning_slt.sampling.given_data import uniform_samples
 from lightning_slt.sampling.rng import derive_seed
 from lightning_slt.sampling.structures import clone, num_bytes, tensors_in_collections, told_of
+from lightning_slt.warned import speaker, warn
 
 REPLAYED_BATCHES = MAX_RESIDENT_BATCHES
 

@@ -9,8 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_slt.callbacks.distribution import weights_to_keep
 from lightning_slt.callbacks.flags.snapshots import SnapshotRing
-from lightning_slt.callbacks.said import warn
 from lightning_slt.transitions import Transition
+from lightning_slt.warned import warn
 
 
 class KeptWeights:

@@ -15,7 +15,6 @@ from typing import Any, Optional
 from PIL import Image
 
 from lightning_slt.influence_record import InfluenceEstimate
-from lightning_slt.publish import influence_specs, specs
 from lightning_slt.publish.chart_rows import (
     CURVE_COLUMNS,
     as_dicts,
@@ -37,8 +36,14 @@ from lightning_slt.publish.diagnoses import bad_chains, verdict_sentence
 from lightning_slt.publish.influence_tables import media_id
 from lightning_slt.publish.phrases import number
 from lightning_slt.publish.run import MonitorRecord, Run
-from lightning_slt.publish.spec_parts import STATES, Scale, Spec
-from lightning_slt.publish.susceptibility_rows import course_rows, course_spec, drawn, line_names
+from lightning_slt.publish.specs import influence as influence_specs
+from lightning_slt.publish.specs.chains import chains, cost, diagnostics
+from lightning_slt.publish.specs.curve import components, curve
+from lightning_slt.publish.specs.filled import for_page
+from lightning_slt.publish.specs.parts import STATES, Scale, Spec
+from lightning_slt.publish.specs.susceptibility import course
+from lightning_slt.publish.specs.transitions import free_energy
+from lightning_slt.publish.susceptibility_rows import course_rows, drawn, line_names
 from lightning_slt.publish.tables import step_of, thinned
 from lightning_slt.publish.words import offline_only, pairs_sentence, suspects_sentence
 from lightning_slt.record import Estimate
@@ -70,8 +75,8 @@ def page_data(run: Run) -> dict[str, Any]:
     data: dict[str, Any] = {
         "charts": _charts(run, scale, ticks),
         "specs": {
-            "running": specs.for_page(specs.chains(running=True)),
-            "draws": specs.for_page(specs.chains(running=False)),
+            "running": for_page(chains(running=True)),
+            "draws": for_page(chains(running=False)),
             "groups": influence_specs.groups(numbers=max((len(i.groups) for i in history), default=0) <= 12),
             "samples": influence_specs.samples(),
             "samplesLog": influence_specs.samples(log=True),
@@ -98,7 +103,7 @@ def _charts(run: Run, scale: Scale, ticks: dict[str, Any]) -> dict[str, Any]:
     present = {"@states": [state for state in STATES if state in states]}
     charts: dict[str, Any] = {
         "curve": _chart(
-            specs.curve(
+            curve(
                 scale,
                 loss_is_wide(estimates),
                 transitions=any(row["row"] == "transition" for row in rows),
@@ -110,23 +115,21 @@ def _charts(run: Run, scale: Scale, ticks: dict[str, Any]) -> dict[str, Any]:
             {**ticks, **present},
         ),
         "diagnostics": _chart(
-            specs.diagnostics(scale, left_out=any(e.num_bad_chains for e in estimates)),
+            diagnostics(scale, left_out=any(e.num_bad_chains for e in estimates)),
             diagnostic_rows(estimates),
             ticks,
             columns=2 if any(e.num_bad_chains for e in estimates) else 3,
         ),
-        "cost": _chart(specs.cost(scale), cost_rows(estimates), ticks),
+        "cost": _chart(cost(scale), cost_rows(estimates), ticks),
     }
     if len(run.monitors) > 1:
         parts = [row for m in run.monitors for row in component_rows(m.name, thinned(m.estimates, MAX_POINTS))]
         most = min(MAX_POINTS, max(len(m.estimates) for m in run.monitors))
-        charts["components"] = _chart(specs.components(scale, most), parts, {**ticks, **_order(parts, "component")})
+        charts["components"] = _chart(components(scale, most), parts, {**ticks, **_order(parts, "component")})
     for report in log.reports if log is not None else ():
         energies = free_energy_rows(report)
         if energies:
-            charts[f"energy{report.transition.id}"] = _chart(
-                specs.free_energy(), energies, _order(energies, "posterior")
-            )
+            charts[f"energy{report.transition.id}"] = _chart(free_energy(), energies, _order(energies, "posterior"))
     source = with_influence(run)
     lines = trajectory_rows(source.influences) if source is not None else []
     if lines:
@@ -135,7 +138,7 @@ def _charts(run: Run, scale: Scale, ticks: dict[str, Any]) -> dict[str, Any]:
     for place, each in enumerate(run.monitors):
         found = course_rows(drawn(each.susceptibilities)) if len(each.susceptibilities) > 1 else []
         tokens = {**ticks, **_order(found, "component"), "@lines": line_names(found)}
-        charts[f"susceptibility{place}"] = _chart(course_spec(found, scale), found, tokens)
+        charts[f"susceptibility{place}"] = _chart(course(found, scale), found, tokens)
     return {name: chart for name, chart in charts.items() if chart["datasets"]["rows"]}
 
 
@@ -145,7 +148,7 @@ def _order(rows: Sequence[Any], name: str) -> dict[str, Any]:
 
 
 def _chart(spec: Spec, rows: Sequence[Any], tokens: dict[str, Any], columns: int = 2) -> dict[str, Any]:
-    return {"spec": specs.for_page(spec), "datasets": {"rows": list(rows)}, "tokens": tokens, "columns": columns}
+    return {"spec": for_page(spec), "datasets": {"rows": list(rows)}, "tokens": tokens, "columns": columns}
 
 
 def _chains(run: Run) -> list[dict[str, Any]]:

@@ -16,9 +16,10 @@ from typing import Any, Optional, Union
 
 from lightning_slt.durable import write_whole
 from lightning_slt.publish.html.data import page_data
-from lightning_slt.publish.html.sections import Section, sections
+from lightning_slt.publish.html.markup import Section
+from lightning_slt.publish.html.sections import sections
 from lightning_slt.publish.run import Run, load_run
-from lightning_slt.publish.spec_parts import DARK, LIGHT
+from lightning_slt.publish.specs.parts import DARK, LIGHT
 
 VENDORED = ("vega", "vega-lite", "vega-embed")
 

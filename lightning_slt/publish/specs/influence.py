@@ -1,8 +1,8 @@
-"""The charts of influence as Vega-Lite: groups, all samples, samples over training. See :mod:`.specs`."""
+"""The charts of influence as Vega-Lite: groups, all samples, samples over training."""
 
 from __future__ import annotations
 
-from lightning_slt.publish.spec_parts import (
+from lightning_slt.publish.specs.parts import (
     CATEGORIES,
     SCHEMA,
     TRAJECTORIES,
@@ -10,6 +10,7 @@ from lightning_slt.publish.spec_parts import (
     Spec,
     frames_of,
     plain_tooltip,
+    small_frame,
     steps,
 )
 
@@ -86,6 +87,16 @@ def samples(log: bool = False) -> Spec:
     Args:
         log: both losses on logarithmic axes.
     """
+
+    def loss(field: str, title: str) -> Spec:
+        return {
+            "field": field,
+            "type": "quantitative",
+            "title": title,
+            "scale": {"type": "log", "nice": False, "padding": 8} if log else {"zero": False},
+            "axis": {"tickCount": 6, "format": "~g" if log else ",~r", "grid": not log},
+        }
+
     return {
         "$schema": SCHEMA,
         "description": "Training samples by their two losses.",
@@ -94,20 +105,8 @@ def samples(log: bool = False) -> Spec:
         "height": 300,
         "mark": {"type": "point", "strokeWidth": 1.4},
         "encoding": {
-            "x": {
-                "field": "plain",
-                "type": "quantitative",
-                "title": "loss at the weights",
-                "scale": {"type": "log", "nice": False, "padding": 8} if log else {"zero": False},
-                "axis": {"tickCount": 6, "format": "~g" if log else ",~r", "grid": not log},
-            },
-            "y": {
-                "field": "mean",
-                "type": "quantitative",
-                "title": "mean loss over the posterior",
-                "scale": {"type": "log", "nice": False, "padding": 8} if log else {"zero": False},
-                "axis": {"tickCount": 6, "format": "~g" if log else ",~r", "grid": not log},
-            },
+            "x": loss("plain", "loss at the weights"),
+            "y": loss("mean", "mean loss over the posterior"),
             "color": {"condition": {"test": "datum.suspect", "value": "@bad"}, "value": "@good"},
             "size": {"condition": {"test": "datum.suspect", "value": 70}, "value": 14},
             "opacity": {"condition": {"test": "datum.suspect", "value": 1}, "value": 0.5},
@@ -146,10 +145,7 @@ def trajectories(scale: Scale = "linear", log: bool = False) -> Spec:
         }
         frames.append(
             {
-                "title": {"text": measure, "anchor": "start", "frame": "group", "offset": 8},
-                "transform": [{"filter": f"datum.measure === '{measure}'"}],
-                "width": "@cell",
-                "height": 220,
+                **small_frame(measure, 220),
                 "mark": {"type": "line", "point": True},
                 "encoding": encoding,
             }

@@ -1,8 +1,8 @@
-"""What the charts have in common: colours, how points look, axes of steps, layers and rows of small frames."""
+"""What the charts have in common: colours, how points look, axes of steps, layers, small frames."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Optional
 
 from lightning_slt.functional.learning_coefficient import MAX_RHAT
@@ -130,58 +130,56 @@ def frames_of(description: str, frames: list[Spec]) -> Spec:
     return {"$schema": SCHEMA, "description": description, "columns": "@columns", **aligned, "concat": frames}
 
 
-def frame(measure: str, scale: Scale, limit: Optional[float], zero: bool = False) -> Spec:
-    """One small chart of the rows of a measure."""
-    y: Spec = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": zero}}
-    line = layer(
-        {"type": "line", "color": "@loss", "point": {"color": "@loss", "size": 22}},
-        [],
-        {
-            "x": steps(scale, "step"),
-            "y": {**y, "axis": {"tickCount": 4, "format": FEW_DIGITS}},
-            "tooltip": plain_tooltip("words"),
-        },
-    )
-    held = {
-        "data": {"values": [{}]},
-        "mark": {"type": "rule", "color": "@bad", "strokeDash": [5, 4]},
-        "encoding": {"y": {"datum": limit}},
+def facets(description: str, by: str, height: int, layers: list[Spec], independent: tuple[str, ...] = ("y",)) -> Spec:
+    """A frame of the same layers for each value of the column ``by``.
+
+    Args:
+        height: of a frame.
+        independent: axes whose scale is that of their own frame.
+    """
+    return {
+        "$schema": SCHEMA,
+        "description": description,
+        "data": {"name": "rows"},
+        "facet": {"field": by, "type": "nominal", "title": None, "sort": "@order"},
+        "columns": "@columns",
+        "spec": {"width": "@cell", "height": height, "layer": layers},
+        "resolve": {"scale": {axis: "independent" for axis in independent}},
     }
+
+
+def small_frame(measure: str, height: int) -> Spec:
+    """What a small chart of the rows of a measure has around it: its name, and the room for it."""
     return {
         "title": {"text": measure, "anchor": "start", "frame": "group", "offset": 8},
         "transform": [{"filter": f"datum.measure === '{measure}'"}],
         "width": "@cell",
-        "height": 120,
-        "layer": [line] if limit is None else [held, line],
+        "height": height,
     }
+
+
+def level(value: Optional[float], colour: str, dash: list[int]) -> Spec:
+    """A dashed line across a frame, once, whatever rows there are."""
+    return {
+        "data": {"values": [{}]},
+        "mark": {"type": "rule", "color": colour, "strokeDash": dash},
+        "encoding": {"y": {"datum": value}},
+    }
+
+
+def band(x: Spec, y: Spec, named: Callable[[str], str] = str) -> Spec:
+    """The channels of an error band along a line: columns ``low`` and ``high``, broken where a ``segment`` ends.
+
+    Args:
+        named: how a column is named in this spec.
+    """
+    ends = {"y": {**y, "field": named("low")}, "y2": {"field": named("high")}}
+    return {"x": x, **ends, "detail": {"field": named("segment")}}
 
 
 def layer(mark: Spec, filters: list[str], encoding: Spec) -> Spec:
     transform = {"transform": [{"filter": test} for test in filters]} if filters else {}
     return {**transform, "mark": mark, "encoding": encoding}
-
-
-def with_x(layer: Spec, x: Spec) -> Spec:
-    """The same layer in another frame: its x keeps its own column."""
-    own = layer["encoding"]["x"]
-    return {**layer, "encoding": {**layer["encoding"], "x": {**x, "field": own["field"]}}}
-
-
-def cursor(x: Spec, which: str) -> Spec:
-    """A rule at the step that the pointer is nearest to, in whichever of the two frames."""
-    near = {"or": [{"param": "near_llc", "empty": False}, {"param": "near_loss", "empty": False}]}
-    return layer(
-        {"type": "rule", "color": "@muted"},
-        [which],
-        {"x": x, "opacity": {"condition": {"test": near, "value": 0.7}, "value": 0}},
-    )
-
-
-def nearest(name: str) -> Spec:
-    return {
-        "name": name,
-        "select": {"type": "point", "nearest": True, "on": "pointerover", "clear": "pointerout", "encodings": ["x"]},
-    }
 
 
 def tooltip(name: str) -> Spec:
