@@ -30,6 +30,8 @@ LINES, FIRST, POINTS = 4, 8, 40
 """Chains of a rank whose lines are looked at; the parts of a line at first; points on it in the end."""
 FEW = 2
 """Chains whose lines are looked at, in their first parts only, whatever the loss is like."""
+DEAREST = 0.05
+"""What that may cost, as a share of the steps of the draws: smaller firings go without."""
 UNSEEN = 0.5
 """Share of the rise of the loss that the integral may lack; by its own error it is off by less than a tenth on a narrow
 minimum with a plateau around it."""
@@ -60,7 +62,8 @@ def misfit_of_gradient(chains: Chains, segment: Segment, good: Tensor) -> tuple[
 
     level, work = float(segment.difference[good].mean()), float(segment.grad_dot[good].mean())
     slow = level - 3 * standard_error(segment.difference[good]) > STEEP * max(work / 2, 0.0)
-    apart = _are_apart(along(FEW, FIRST + 1))
+    affordable = DEAREST * segment.difference.numel() >= FEW * (FIRST + 1)
+    apart = affordable and _are_apart(along(FEW, FIRST + 1))
     if not (slow or apart):
         return ()
     lines = along(LINES, POINTS)
