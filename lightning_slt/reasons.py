@@ -8,6 +8,7 @@ from enum import Enum, auto
 NOT_MIXED, DRIFTING, NEGATIVE = "chains have not mixed", "chains drift", "negative beyond its error"
 DOWNHILL = "the chains find lower losses"
 NOT_ARRIVED = "the chains have not reached their width"
+NBETA_TOO_LARGE = "nbeta is too large for the minibatches"
 TOO_WIDE = "the chains are wider than the posterior"
 NONE_STAYED = "every chain diverged"
 NOT_ACCEPTED = "hardly any step was accepted"

@@ -13,7 +13,17 @@ from torch import Tensor
 
 from lightning_slt.functional.convergence import standard_error
 from lightning_slt.functional.learning_coefficient import Summary, summarise
-from lightning_slt.reasons import DOWNHILL, NOT_ACCEPTED, NOT_ARRIVED, TOO_WIDE, Kind, Reason, sentences
+from lightning_slt.functional.posterior import default_nbeta
+from lightning_slt.reasons import (
+    DOWNHILL,
+    NBETA_TOO_LARGE,
+    NOT_ACCEPTED,
+    NOT_ARRIVED,
+    TOO_WIDE,
+    Kind,
+    Reason,
+    sentences,
+)
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
@@ -183,7 +193,7 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
     acceptance = _acceptance(segment, good)
     standing = acceptance is not None and acceptance < MIN_ACCEPTANCE
     downhill = tuple(_reasons_of_descent(cooled.trace[good], ratios, summary, digit))
-    of_width = tuple(_reasons_of_width(ratios, cooled, summary, drawn, standing or bool(downhill)))
+    of_width = tuple(_reasons_of_width(ratios, cooled, summary, drawn, chains, standing or bool(downhill)))
     verdict = (
         *of_data,
         *_reasons_of_acceptance(acceptance, drawn.lr, (*summary.verdict, *of_width)),
@@ -342,7 +352,7 @@ def _reasons_of_descent(trace: Tensor, ratios: Tensor, summary: Summary, digit: 
 
 
 def _reasons_of_width(
-    ratios: Tensor, cooled: _WithoutHeat, summary: Summary, drawn: Drawn, explained: bool
+    ratios: Tensor, cooled: _WithoutHeat, summary: Summary, drawn: Drawn, chains: Chains, explained: bool
 ) -> Iterator[Reason]:
     """
     Args:
@@ -355,14 +365,25 @@ def _reasons_of_width(
     error = float(ratios.std()) / math.sqrt(len(ratios)) if len(ratios) > 1 else 0.0
     at = f"(virial ratio {virial:.2f})"
     if virial < MIN_VIRIAL:
-        batch = ", a larger batch_size (the minibatches' noise keeps the step small)" if cooled.noisy else ""
-        steps = drawn.num_burnin_steps + drawn.segment.steps
-        more = f"more draws{batch}; a stronger localization settles sooner, but measures another number"
-        said = f"{NOT_ARRIVED} in {steps} steps {at}"
-        yield Reason(Kind.NOT_ARRIVED, said if explained else f"{said}: {more}")
+        said = f"{NOT_ARRIVED} in {drawn.num_burnin_steps + drawn.segment.steps} steps {at}"
+        yield Reason(Kind.NOT_ARRIVED, said if explained else _with_remedy(said, cooled.noisy, chains))
     elif virial > MAX_VIRIAL and virial - 1.0 > error:
         said = f"{TOO_WIDE} {at}"
         yield Reason(Kind.TOO_WIDE, said if explained else f"{said}: a larger batch_size, or more draws")
+
+
+def _with_remedy(said: str, noisy: bool, chains: Chains) -> str:
+    """What is said of chains that have not reached their width, and what lets them.
+
+    The noise of minibatches grows with the square of nbeta, the force of the loss with nbeta: above n it is nbeta that
+    keeps the step small.
+    """
+    n, nbeta, batch = chains.source.num_samples, chains.posterior.nbeta, "a larger batch_size"
+    if noisy and n is not None and nbeta > n >= 2:
+        given = f"{nbeta:.3g}; n / log n is {default_nbeta(n):.3g}"
+        return f"{NBETA_TOO_LARGE} ({given}), {said}: a smaller nbeta, or {batch}"
+    more = f", {batch} (the minibatches' noise keeps the step small)" if noisy else ""
+    return f"{said}: more draws{more}; a stronger localization settles sooner, but measures another number"
 
 
 def _unseen_digit(init_loss: float, summary: Summary, chains: Chains) -> float:

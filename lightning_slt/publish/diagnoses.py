@@ -12,6 +12,7 @@ from lightning_slt.publish.phrases import count_of, listed, number, with_error
 from lightning_slt.reasons import (
     DOWNHILL,
     DRIFTING,
+    NBETA_TOO_LARGE,
     NEGATIVE,
     NONE_STAYED,
     NOT_ACCEPTED,
@@ -37,6 +38,11 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
         "chains had not spread to their full width",
         "More draws (num_draws) help; leave num_burnin_steps to calibration.",
     ),
+    (
+        NBETA_TOO_LARGE,
+        "nbeta was too large for the minibatches, and chains had not spread to their full width",
+        "A smaller nbeta helps, or a larger batch_size; left None it is n / log n.",
+    ),
     (TOO_WIDE, "chains had been thrown wide and not come back", "A larger batch_size makes their steps less noisy."),
     (
         "step size",
@@ -53,9 +59,9 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     ("no chain", "every chain left the finite numbers", "A smaller step or a larger localization holds them."),
 )
 """Beginnings of the reasons of an estimate, what they mean in plain words, and what can be done."""
-_ADVISED = (NOT_ACCEPTED, NOT_ARRIVED, TOO_WIDE)
+_ADVISED = (NOT_ACCEPTED, NOT_ARRIVED, NBETA_TOO_LARGE, TOO_WIDE)
 """Those that say themselves what can be done."""
-_DECISIVE = (NEGATIVE, DOWNHILL, NOT_ACCEPTED)
+_DECISIVE = (NEGATIVE, DOWNHILL, NOT_ACCEPTED, NBETA_TOO_LARGE)
 """Beside these no advice of another reason is given: chains that run downhill, or stand still, need no more draws."""
 
 

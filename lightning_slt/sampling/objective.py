@@ -16,7 +16,7 @@ from lightning_slt.sampling import steps
 from lightning_slt.sampling.arguments import check_device, check_module, without_fabric
 from lightning_slt.sampling.borrowing import apart, as_interpreted, borrow, buffers_kept, prepare
 from lightning_slt.sampling.layout import Layout
-from lightning_slt.sampling.restriction import Restriction, refuse_lazy, select_parameters
+from lightning_slt.sampling.restriction import Restriction, refuse_empty, refuse_lazy, select_parameters
 from lightning_slt.sampling.shadow import CopyError, copy_with_hooks, detach_from_training, shadow_copy, without_compile
 from lightning_slt.sampling.step_call import StepCall
 from lightning_slt.sampling.step_tensors import StepTensors
@@ -91,6 +91,7 @@ class Objective:
         self.say = say or (lambda topic, sentence: log.warning(sentence))
         self._live, self._live_names = module, select_parameters(module, restrict)
         refuse_lazy(module)
+        refuse_empty(module, self._live_names)
         self._may_borrow = device is None and weights is None
         self._weights, self._trainer = weights, trainer
         self.names = self._live_names

@@ -112,3 +112,16 @@ def refuse_lazy(module: nn.Module) -> None:
                 f"{name} has no shape yet: a lazy module gets its weights with its first batch. Measure after the "
                 "first training step, or run a batch through the module before."
             )
+
+
+def refuse_empty(module: nn.Module, moving: Sequence[str]) -> None:
+    """Weights without a single number cannot be measured; beside others they are left as they are.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if not sum(parameter.numel() for name, parameter in module.named_parameters() if name in set(moving)):
+        raise ValueError(
+            f"the moving weights {list(moving)} have no elements: there is nothing for a chain to move. Look at the "
+            "sizes of the layers, or name other weights with restrict."
+        )

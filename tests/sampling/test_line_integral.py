@@ -57,3 +57,88 @@ def test_a_loss_that_rises_more_slowly_than_a_square_is_looked_at_and_let_pass(
     data = TensorDataset(torch.ones(16, 1))
     est = estimate_llc(Weights(d), data, loss_fn, localization=1.0, nbeta=nbeta, num_draws=100)
     assert est.valid and est.mean == pytest.approx(truth, rel=0.1)
+
+
+class Scaled(torch.autograd.Function):
+    """Passes a value on, and its gradient times a factor: below 0 the reversal of domain-adversarial training."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+
+class TwoHeads(nn.Module):
+    """Two linear maps of three weights, of which the first has its gradient times a factor."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 1, bias=False), nn.Linear(3, 1, bias=False)
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([Scaled.apply(self.first(x), self.factor), self.second(x)], dim=1)
+
+
+def of_two_heads(factor: float) -> Estimate:
+    x = torch.randn(500, 3, generator=gen(1))
+    module = seeded(lambda: TwoHeads(factor))
+    return estimate_llc(module, TensorDataset(x, module(x).detach()), mean_squared, localization=0.1, num_draws=50)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.7, 2.0])
+def test_a_gradient_that_is_scaled_is_not_that_of_the_loss(factor: float) -> None:
+    """Chains are those of ``factor`` times the loss of the first head: ``3 / 2 (1 + 1 / factor)`` in place of 3."""
+    est = of_two_heads(factor)
+    assert est.mean == pytest.approx(1.5 * (1 + 1 / factor), rel=0.15)
+    assert est.kinds == ("GRADIENT",) and "an autograd.Function" in est.reasons[0]
+
+
+def test_the_same_with_its_own_gradient_is_valid() -> None:
+    est = of_two_heads(1.0)
+    assert est.valid and est.mean == pytest.approx(3.0, rel=0.1)
+
+
+class Adversarial(nn.Module):
+    """Features from which a class is told, and, through a reversed gradient, a domain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.of_class, self.of_domain = nn.Linear(6, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def loss(self, x: Tensor, kind: Tensor, domain: Tensor) -> Tensor:
+        hidden = torch.tanh(self.features(x))
+        told = nn.functional.cross_entropy(self.of_class(hidden), kind)
+        return told + nn.functional.cross_entropy(self.of_domain(Scaled.apply(hidden, -1.0)), domain)
+
+
+def test_a_reversed_gradient_is_not_that_of_the_loss() -> None:
+    """The chains of such a network settle, and are of no posterior."""
+    x = torch.randn(1000, 6, generator=gen(1))
+    labels = [(x[:, k] + 0.5 * torch.randn(1000, generator=gen(2 + k)) > 0).long() for k in range(2)]
+    module: Any = seeded(Adversarial)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.2)
+    for _ in range(300):
+        optimizer.zero_grad()
+        module.loss(x, *labels).backward()
+        optimizer.step()
+    data = TensorDataset(x, *labels)
+    est = estimate_llc(module, data, lambda m, b: m.loss(*b), localization=1.0, num_draws=50, num_chains=4)
+    assert not est.valid and "GRADIENT" in est.kinds
+
+
+@pytest.mark.parametrize("power", [2, 8])
+def test_losses_in_bfloat16_are_rounded_and_not_misled(power: int) -> None:
+    """Rounding is without rule along a line; and a loss that rises fast is no reason either."""
+
+    def loss_fn(module: Any, batch: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return nn.functional.linear(batch[0], module.w).float().pow(power).mean()
+
+    data = TensorDataset(torch.randn(500, 1, generator=gen(1)))
+    est = estimate_llc(Weights(1), data, loss_fn, localization=1.0, num_draws=100)
+    assert est.valid and est.mean == pytest.approx(1 / power, rel=0.15)

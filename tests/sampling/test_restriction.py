@@ -141,3 +141,12 @@ def test_weights_without_a_shape_are_named() -> None:
     net = nn.Sequential(nn.Linear(4, 3), nn.LazyLinear(1))
     with pytest.raises(ValueError, match=r"1\.weight has no shape yet: a lazy module .* first training step"):
         Objective(net, mean_squared)
+
+
+def test_weights_without_an_element_are_refused_alone_and_let_be_beside_others() -> None:
+    """``nn.Linear(4, 0)`` after pruning or with a size from a configuration."""
+    net = nn.Sequential(nn.Linear(4, 3))
+    net.register_parameter("none", nn.Parameter(torch.zeros(0)))
+    with pytest.raises(ValueError, match=r"the moving weights \['none'\] have no elements.*sizes of the layers"):
+        Objective(net, mean_squared, restrict="none")
+    assert len(Objective(net, mean_squared).anchor) == 15
