@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_slt.estimate import ChainSettings, default_localization, measure_llc
 from lightning_slt.influence import ProbeSet, measure_both
 from lightning_slt.influence_record import InfluenceEstimate
+from lightning_slt.reasons import Kind
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.chains import Progress
@@ -95,6 +96,8 @@ class Course:
             estimate = measure_llc(objective, source, settings, collective, progress, memory)
         if not smoke_test:
             self.coupled = source.coupled
+        if memory is not None and Kind.GRADIENT.name in estimate.kinds:
+            memory.forget()  # it is looked at where chains begin anew
         if not self.warm_start:
             self.memory = ChainMemory(lr=self.memory.lr)
         if estimate.method == "sequential":

@@ -205,7 +205,7 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
         *(Reason(Kind.WEIGHTS_TOO_COARSE, sentence) for sentence in coarse),
         *(Reason(Kind.EVAL_MODE, sentence) for sentence in misfit_of_eval(chains.objective)),
         *(Reason(Kind.SUM, sentence) for sentence in misfit_of_sum(chains.objective, chains.source, posterior.nbeta)),
-        *(Reason(Kind.GRADIENT, sentence) for sentence in misfit_of_gradient(chains, segment, good)),
+        *(Reason(Kind.GRADIENT, sentence) for sentence in misfit_of_gradient(chains, drawn, good)),
     )
     estimate = Estimate(
         mean=summary.mean,

@@ -87,12 +87,14 @@ class Drawn:
         lr: the step size they were made with.
         num_burnin_steps: steps before them.
         num_steps_bw_draws: steps a draw.
+        warm: the chains began where those of the firing before ended.
     """
 
     segment: Segment
     lr: float
     num_burnin_steps: int
     num_steps_bw_draws: int
+    warm: bool = False
 
     @property
     def num_draws(self) -> int:

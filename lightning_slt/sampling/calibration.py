@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from lightning_slt.sampling.budget import FIRST_ROUNDS, LATER_ROUNDS, METRIC_ROUNDS, Budget, Drawn
@@ -64,7 +65,7 @@ def draw(chains: Chains, seed: int, budget: Budget, memory: ChainMemory | None =
         memory.forget()
     elif wanted and not (warm and fits):  # a call that nobody follows keeps no copy of its chains
         memory.keep(chains)
-    return drawn
+    return dataclasses.replace(drawn, warm=warm)
 
 
 def _warm_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) -> Start | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_slt.functional.convergence import standard_error
+from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.segment import Segment
@@ -26,12 +27,13 @@ Line = Sequence[tuple[float, float]]
 STEEP = 1.5
 """Loss in units of half the work of the gradient, 1 on a square and 2 on a kink, from which on the lines are looked at
 closely: on a plateau it is more as well."""
-LINES, FIRST, POINTS = 4, 8, 40
-"""Chains of a rank whose lines are looked at; the parts of a line at first; points on it in the end."""
-FEW = 2
-"""Chains whose lines are looked at, in their first parts only, whatever the loss is like."""
+FIRST = 8
+"""Parts of a line at first."""
+CLOSER = ((2, FIRST), (2, 2 * FIRST), (4, 5 * FIRST))
+"""Chains of a rank whose lines are looked at and the parts of each: more closely as long as something seems wrong."""
 DEAREST = 0.05
-"""What that may cost, as a share of the steps of the draws: smaller firings go without."""
+"""What that may cost, as a share of the steps of the draws: smaller firings go without. Of the steps of a warm firing,
+which are few, it would be more (16 % of the time on a transformer)."""
 UNSEEN = 0.5
 """Share of the rise of the loss that the integral may lack; by its own error it is off by less than a tenth on a narrow
 minimum with a plateau around it."""
@@ -43,34 +45,35 @@ NOISE = 2.0
 """What they may differ by besides, in units of what rounding makes them (half the rise on small models in bfloat16)."""
 
 
-def misfit_of_gradient(chains: Chains, segment: Segment, good: Tensor) -> tuple[str, ...]:
+def misfit_of_gradient(chains: Chains, drawn: Drawn, good: Tensor) -> tuple[str, ...]:
     """Why chains do not sample the posterior of their loss; empty where they do, as far as is known.
 
     To be called on all ranks at once, when the chains have ended: their memory is used.
 
     Args:
         chains: where the draws have ended.
-        segment: the draws.
+        drawn: the draws.
         good: ``[chains]`` bool, which of them count.
     """
     if not bool(good.any()) or chains.layout.sharded:
         return ()
+    segment = drawn.segment
 
-    def along(lines: int, points: int) -> list[Line]:
-        told = chains.collective.exchange(lambda: _of_rank(chains, segment, good, lines, points))
+    def along(lines: int, parts: int) -> list[Line]:
+        told = chains.collective.exchange(lambda: _of_rank(chains, segment, good, lines, parts))
         return [line for of_rank in told for line in of_rank]
 
     level, work = float(segment.difference[good].mean()), float(segment.grad_dot[good].mean())
     slow = level - 3 * standard_error(segment.difference[good]) > STEEP * max(work / 2, 0.0)
-    affordable = DEAREST * segment.difference.numel() >= FEW * (FIRST + 1)
-    apart = affordable and _are_apart(along(FEW, FIRST + 1))
-    if not (slow or apart):
+    fresh = not drawn.warm and DEAREST * segment.difference.numel() >= CLOSER[0][0] * (FIRST + 1)
+    if not (slow or fresh):
         return ()
-    lines = along(LINES, POINTS)
-    rise, seen = (sum(part[k] for line in lines for part in line) for k in range(2))
-    lacking = slow and rise > 0 and abs(rise - seen) > UNSEEN * rise
-    if not (lacking or (apart and _are_apart(lines))):
-        return ()
+    for lines, parts in CLOSER:
+        looks = along(lines, parts)
+        rise, seen = (sum(part[k] for line in looks for part in line) for k in range(2))
+        lacking = slow and rise > 0 and abs(rise - seen) > UNSEEN * rise
+        if not (lacking or (fresh and _are_apart(looks))):
+            return ()
     return (
         f"the loss rises from w* to the chains by {rise:.2g}, and its gradient says {seen:.2g}: it is not that of the "
         "loss (int(), round(), detach() or an autograd.Function in the module, parametrizations.orthogonal with "
@@ -93,8 +96,8 @@ def _are_apart(lines: Sequence[Line]) -> bool:
     return bool(apart.abs().sum() > APART * parts[..., 0].abs().sum() + NOISE * rounding)
 
 
-def _of_rank(chains: Chains, segment: Segment, good: Tensor, lines: int, points: int) -> list[Line]:
-    """Lines to this many of this rank's chains, with so many points on each."""
+def _of_rank(chains: Chains, segment: Segment, good: Tensor, lines: int, parts: int) -> list[Line]:
+    """Lines to this many of this rank's chains, each in so many parts."""
     fine = {number for number, is_good in zip(segment.chains, good.tolist(), strict=True) if is_good}
     rows = [k for k, number in enumerate(chains.numbers) if number in fine]
     rows = rows[: max(min(lines, len(chains.numbers) - 1), 1)]  # the memory of the last chain is needed
@@ -102,20 +105,19 @@ def _of_rank(chains: Chains, segment: Segment, good: Tensor, lines: int, points:
     with preserve_rng(chains.seed), chains.objective.active():
         for row in rows:
             with chains.line(row) as look:
-                found.append(_along(look, points))
+                found.append(_along(look, parts))
     return found
 
 
-def _along(look: Callable[[float], tuple[float, float]], points: int) -> Line:
-    """The slope along a line is integrated by the trapezoid rule; the worst part is halved as long as there are points
-    left."""
+def _along(look: Callable[[float], tuple[float, float]], parts: int) -> Line:
+    """The slope along a line is integrated by the trapezoid rule; the worst part is halved until there are so many."""
     at = {k / FIRST: look(k / FIRST) for k in range(FIRST + 1)}
 
     def apart(ends: tuple[float, float]) -> float:
         rise, seen = _between(at, *ends)
         return abs(rise - seen) if math.isfinite(rise - seen) else 0.0
 
-    while len(at) < points:
+    while len(at) <= parts:
         start, end = max(pairwise(sorted(at)), key=apart)
         middle = (start + end) / 2
         at[middle] = look(middle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,11 @@ from torch.nn.utils.parametrizations import orthogonal
 from torch.utils.data import TensorDataset
 
 from lightning_slt import Estimate, estimate_llc
+from lightning_slt.estimate import ChainSettings
+from lightning_slt.firing import Course
+from lightning_slt.sampling.chains import Chains
+from lightning_slt.sampling.given_data import source_of
+from lightning_slt.sampling.objective import Objective
 from tests.sampling.helpers import gen, mean_squared, seeded
 
 SAID = "its gradient says"
@@ -101,6 +107,31 @@ def test_a_gradient_that_is_scaled_is_not_that_of_the_loss(factor: float) -> Non
 def test_the_same_with_its_own_gradient_is_valid() -> None:
     est = of_two_heads(1.0)
     assert est.valid and est.mean == pytest.approx(3.0, rel=0.1)
+
+
+def test_a_gradient_that_was_not_that_of_the_loss_is_looked_at_again() -> None:
+    """Warm chains are not looked at, so the firing after one that is not valid begins anew."""
+    assert [(estimate.kinds, looks > 0) for estimate, looks in two_firings(0.5)] == 2 * [(("GRADIENT",), True)]
+
+
+def test_a_firing_of_warm_chains_makes_no_passes_for_the_look() -> None:
+    (first, looks), (second, none) = two_firings(1.0)
+    assert first.valid and second.valid and second.num_burnin_steps < first.num_burnin_steps
+    assert (looks, none) == (2, 0)
+
+
+def two_firings(factor: float) -> list[tuple[Estimate, int]]:
+    """The second one from where the first one ended; with the number of lines that each looked along."""
+    x = torch.randn(500, 3, generator=gen(1))
+    module = seeded(lambda: TwoHeads(factor))
+    objective = Objective(module, mean_squared)
+    data = TensorDataset(x, module(x).detach())
+    settings, course, out = ChainSettings(num_draws=50, nbeta=80.0), Course(localization=0.1), []
+    for _ in range(2):
+        with mock.patch.object(Chains, "line", autospec=True, side_effect=Chains.line) as line:
+            source = source_of(data, None, objective.device, 0)
+            out.append((course.measure(objective, source, settings)[0], line.call_count))
+    return out
 
 
 class Adversarial(nn.Module):
