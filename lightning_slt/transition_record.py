@@ -333,14 +333,24 @@ def size_text(n: float) -> str:
     return f"{rounded:,.0f}" if 1 <= rounded < 1e7 else f"{rounded:.2g}"
 
 
+def critical_interval(verdict: Verdict) -> str:
+    """The 95 % interval of a critical n.
+
+    Example:
+        >>> critical_interval(Verdict(0.15, "before", -7.0, 2.0, 978.0, 700.0, None))
+        '95 % 700 to unbounded'
+    """
+    low = 0.0 if verdict.critical_n_low is None else verdict.critical_n_low
+    high = "unbounded" if verdict.critical_n_high is None else size_text(verdict.critical_n_high)
+    return f"95 % {size_text(low)} to {high}"
+
+
 def _preference(verdict: Verdict, n: Optional[int]) -> str:
     way = f"prefers the phase {verdict.preferred}" if verdict.preferred != "undecided" else "is undecided between them"
     odds = _with_error(verdict.log_odds, verdict.log_odds_se, 3, 2)
     text = f"the sampled posterior {way} at n = {n} (log-odds of the new phase {odds}"
     if verdict.critical_n is not None:
-        low = 0.0 if verdict.critical_n_low is None else verdict.critical_n_low
-        high = "unbounded" if verdict.critical_n_high is None else size_text(verdict.critical_n_high)
-        text += f"; equal at n = {size_text(verdict.critical_n)}, 95 % {size_text(low)} to {high}"
+        text += f"; equal at n = {size_text(verdict.critical_n)}, {critical_interval(verdict)}"
     return text + ")"
 
 

@@ -40,7 +40,10 @@ TRANSITION_COLUMNS: tuple[str, ...] = (
     "critical_n_high",
     "preferred_untempered",
     "log_odds_untempered",
+    "log_odds_se_untempered",
     "critical_n_untempered",
+    "critical_n_low_untempered",
+    "critical_n_high_untempered",
     "moved_component",
     "moved_samples",
     "refined_step",
@@ -67,9 +70,8 @@ def _row(t: Transition, state: str, report: Optional[TransitionReport]) -> list[
         phases.append([None] * 4 if phase is None else [phase.llc, phase.llc_se, phase.loss, phase.loss_se])
     row += [value for part in (slice(0, 2), slice(2, 4)) for numbers in phases for value in numbers[part]]
     row += [report.num_samples if report is not None else None]
-    tempered = _verdict(report.tempered if report is not None else None)
-    untempered = _verdict(report.untempered if report is not None else None)
-    row += [*tempered, untempered[0], untempered[1], untempered[3]]
+    for verdict in (report.tempered, report.untempered) if report is not None else (None, None):
+        row += _verdict(verdict)
     if report is None:
         row += ["", "", None, None, ""]
     else:

@@ -13,7 +13,7 @@ from lightning_slt.publish.run import MonitorRecord, Run
 from lightning_slt.publish.susceptibility_rows import WHOLE_SHIFT, cells, step_at
 from lightning_slt.record import Estimate
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
-from lightning_slt.transition_record import TransitionLog, TransitionReport, Verdict, size_text
+from lightning_slt.transition_record import TransitionLog, TransitionReport, Verdict, critical_interval, size_text
 from lightning_slt.transitions import Transition
 from lightning_slt.transitions.evidence import MIN_POINTS
 
@@ -192,21 +192,23 @@ def transition_sentences(report: TransitionReport) -> list[str]:
     if samples:
         text.append(f"Samples whose numbers moved most: {', '.join(samples)}.")
     if report.tempered is not None:
-        text.append(preference_sentence(report.tempered, report.num_samples))
+        text.append(preference_sentence(report.tempered, report.num_samples, "the posterior that was sampled"))
+    if report.untempered is not None:
+        text.append(preference_sentence(report.untempered, report.num_samples, "the posterior at beta = 1"))
     return text
 
 
-def preference_sentence(verdict: Verdict, n: Optional[int]) -> str:
-    """Which phase a posterior prefers."""
+def preference_sentence(verdict: Verdict, n: Optional[int], posterior: str) -> str:
+    """Which phase ``posterior`` prefers."""
     known = f" at the {n:,} samples of this run" if n is not None else ""
     sign = "+" if verdict.log_odds > 0 else ""
     if verdict.preferred == "undecided":
-        text = f"Which phase the posterior prefers{known} is undecided"
+        text = f"Which phase {posterior} prefers{known} is undecided"
     else:
-        text = f"The posterior prefers the phase {verdict.preferred} it{known}"
+        text = f"{posterior[0].upper()}{posterior[1:]} prefers the phase {verdict.preferred} it{known}"
     text += f" (log-odds of the new phase {sign}{with_error(verdict.log_odds, verdict.log_odds_se)})"
     if verdict.critical_n is not None:
-        text += f"; both would be equal at about {size_text(verdict.critical_n)} samples"
+        text += f"; both would be equal at about {size_text(verdict.critical_n)} samples, {critical_interval(verdict)}"
     return text + "."
 
 

@@ -15,6 +15,7 @@ from lightning_slt.publish.charts import pixels
 from lightning_slt.publish.keys import ALL_METRIC_NAMES, TRANSITION_METRIC_NAMES, transition_metrics_of
 from lightning_slt.publish.transition_charts import free_energy_figure
 from lightning_slt.publish.transition_tables import TRANSITION_COLUMNS, transition_rows
+from lightning_slt.publish.words import transition_sentences
 from lightning_slt.transition_record import TransitionLog
 from tests.publish.helpers import make_estimate, make_report, make_transition, read_csv
 from tests.publish.test_publisher import Comet, Memory
@@ -72,8 +73,22 @@ def test_table_has_a_row_a_transition_and_those_of_the_whole_curve():
     assert (first["llc_before_se"], first["loss_after_se"]) == (0.5, 0.01)
     assert (first["preferred"], first["critical_n_high"], first["preferred_untempered"]) == ("before", None, "after")
     assert (first["log_odds"], first["log_odds_se"], first["log_odds_untempered"]) == (-7.0, 2.0, 396.0)
+    assert (first["log_odds_se_untempered"], first["critical_n_untempered"]) == (6.0, 147.0)
+    assert (first["critical_n_low_untempered"], first["critical_n_high_untempered"]) == (130.0, 165.0)
     assert (first["refined_onset"], first["moved_samples"], first["moved_component"]) == (281.0, "70 30", "attn")
     assert (second["id"], second["state"], second["step"], second["sentence"]) == (None, "offline", 90.0, "")
+
+
+def test_sentences_say_what_both_posteriors_prefer():
+    sampled, untempered = transition_sentences(make_report())[-2:]
+    assert sampled == (
+        "The posterior that was sampled prefers the phase before it at the 800 samples of this run (log-odds of the "
+        "new phase −7 ± 2); both would be equal at about 980 samples, 95 % 700 to unbounded."
+    )
+    assert untempered == (
+        "The posterior at beta = 1 prefers the phase after it at the 800 samples of this run (log-odds of the new "
+        "phase +396 ± 6); both would be equal at about 150 samples, 95 % 130 to 160."
+    )
 
 
 def test_local_files(tmp_path):
