@@ -33,6 +33,7 @@ _WIDTHS = (1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90)
 _MARGIN = 2  # points that a plateau has at the least outside the 10 % to 90 % stretch
 _LOGISTIC = 2 * math.log(9)  # the 10 % to 90 % width of a logistic of scale one
 _RATES = (2.0, 4.0, 8.0, 16.0)  # of the decays, in a window's length
+_FASTER = (32.0, 64.0, 128.0)  # the same, in windows that have two points and more in that time
 _SEEN = 0.25  # share of an unfinished ramp that lies in the window, and at least _SEEN_POINTS
 _SEEN_POINTS = 3
 ROUNDING = 1e-10  # of a value: less than that is no difference
@@ -52,6 +53,18 @@ class Bank:
     means: Array  # [num_ramps]: share of the step that the mean of the window holds
     seen: Array  # [num_ramps]: share of the step that the newest point holds; 1 for finished ramps
     smooth: tuple[Array, ...]  # each [rank, size], orthonormal
+
+
+def rates_of(size: int) -> tuple[float, ...]:
+    """Rates of the decays among the smooth courses of a window, in its length.
+
+    A run may be long beside the rise that it begins with, which looks like a step where no decay is as fast.
+
+    Example:
+        >>> rates_of(16), rates_of(100)
+        ((2.0, 4.0, 8.0, 16.0), (2.0, 4.0, 8.0, 16.0, 32.0))
+    """
+    return (*_RATES, *(rate for rate in _FASTER if size >= 2 * rate))
 
 
 @functools.cache
@@ -85,7 +98,7 @@ def bank(size: int, unfinished: bool = False) -> Bank:
             widths.append(width)
     unit = x / (size - 1)
     courses = [np.stack([unit, unit**2])]
-    for rate in _RATES:
+    for rate in rates_of(size):
         courses.append(np.stack([unit, np.exp(-rate * unit)]))
         if not unfinished:
             courses.append(np.stack([unit, np.exp(-rate * (1 - unit))]))
@@ -138,7 +151,7 @@ def smooth_in_steps(windows: Array, steps: Array, unfinished: bool = False, slow
     """
     span = steps[:, -1:] - steps[:, :1]
     unit = (steps - steps[:, :1]) / np.where(span > 0, span, 1.0)
-    rates = np.array(_RATES)[:, None, None]
+    rates = np.array(rates_of(windows.shape[1]))[:, None, None]
     bends = [unit[None] ** 2, np.exp(-rates * unit)]
     if not unfinished:
         bends.append(np.exp(-rates * (1 - unit)))

@@ -228,12 +228,17 @@ def _out_of_a_saddle(windows: _Windows, b: _Banks, height: Array) -> Array:
     sigma, loss_sigma, _ = windows.noise
     # the plateau before a falling step
     before = (windows.llc[-1] + windows.sums[:, 0] / windows.sizes)[b.which] - height * b.means
+    # as its points have it too: where the step is large the ramp may miss the level by more than that level is
+    start = (windows.reach - windows.sizes)[b.which]
+    onset = np.maximum(start + 1, np.ceil(start + b.centres - b.widths / 2).astype(int))
+    summed = np.concatenate([[0.0], np.cumsum(windows.llc)])
+    seen_before = (summed[onset] - summed[start]) / (onset - start)
     # a loss that falls faster and faster while the coefficient turns negative: a saddle being left
     threes = np.convolve(windows.both[:, 1], np.ones(3) / 3, "valid")
     first = windows.reach - windows.sizes
     bend = threes[-1] - 2 * threes[first + windows.sizes // 2 - 1] + threes[first]
     leaving = (bend < -5 * loss_sigma)[b.which] & (before + height * b.seen < -3 * sigma)
-    return ~(height > 0) & ((before < -3 * sigma) | leaving)
+    return ~(height > 0) & ((np.minimum(before, seen_before) < -3 * sigma) | leaving)
 
 
 def _autocorrelation(windows: _Windows, b: _Banks, coefficient: Array, beside: Array, rss: Array) -> Array:

@@ -165,7 +165,11 @@ def _scored(windows: _Windows, b: Bank, min_change: float, in_steps: bool = Fals
         score = np.where(change < min_change, -math.inf, score)
     # the plateau before a falling step
     before = llc.mean(axis=1, keepdims=True) - first.height * b.means
-    score = np.where((first.height < 0) & (before < -3 * sigma[:, None]), -math.inf, score)
+    # as its points have it too: where the step is large the ramp may miss the level by more than that level is
+    count = np.maximum(1, np.ceil(b.centres - b.widths / 2).astype(int))  # of the points before the onset
+    seen_before = np.cumsum(llc, axis=1)[:, count - 1] / count
+    negative = np.minimum(before, seen_before) < -3 * sigma[:, None]
+    score = np.where((first.height < 0) & negative, -math.inf, score)
     # a loss that falls faster and faster while the coefficient turns negative: a saddle being left
     mid = b.size // 2 - 1
     bend = loss[:, -3:].mean(axis=1) - 2 * loss[:, mid : mid + 3].mean(axis=1) + loss[:, :3].mean(axis=1)
