@@ -171,6 +171,8 @@ def share_batches(source: MinibatchSource, collective: Collective, prefix: str =
     Ranks that run chains of their own keep their own minibatches, with the n of the first: chains of one estimate are
     of one posterior, and callbacks that act on it must do the same on all ranks.
     """
+    if isinstance(collective, Together):
+        return source if isinstance(source, CommonBatches) else CommonBatches(source, collective)
     if collective.world_size == 1:
         return source
     told = collective.exchange(lambda: (source.num_samples, source.given))
@@ -180,8 +182,6 @@ def share_batches(source: MinibatchSource, collective: Collective, prefix: str =
             f"{speaker(prefix, 'num_samples=None')}: an iterable dataset gives each rank batches of its own, and n "
             "counts those of the first rank alone. Give num_samples= of all the data where each rank has a part of it."
         )
-    if isinstance(collective, Together):
-        return source if isinstance(source, CommonBatches) else CommonBatches(source, collective)
     source.num_samples = sizes[0]
     if len(set(sizes)) > 1 and not isinstance(source, ReplaySource):  # of batches seen so far one may have more
         warn(

@@ -227,8 +227,8 @@ def test_a_batch_size_of_its_own(tmp_path: Path) -> None:
 
 
 def test_chains_use_all_the_data_evenly(tmp_path: Path) -> None:
-    """300 draws over 24 samples reach every one of them, none twice as often as another."""
-    monitor = tiny_monitor(every_n_epochs=2, num_chains=1, num_draws=600)
+    """1200 draws over 24 samples reach every one of them, none twice as often as another."""
+    monitor = tiny_monitor(every_n_epochs=2, num_chains=1, num_draws=1200)
     Scenario(models.SeesBatch, loaders).run(tmp_path, monitor)
     samples = torch.cat([batch[:, 0] for batch in models.CHAIN_SAW])
     counts = torch.tensor([(samples == x).sum() for x in tensors().tensors[0][:, 0]]).float()
