@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.transitions import found_in, from_file, from_folder
+from benchmarks.transitions import flags_in, from_file, from_folder
 from lightning_slt.transitions import newest, search
 from tests.transitions.curves import Curve, hits
 
@@ -31,15 +31,12 @@ MODES = ("offline", "online")
 def scored(curve: Curve) -> np.ndarray:
     """Hits, false flags and missed transitions of a curve, ``[len(WEIGHTS), 2 modes, 3]``."""
     out = np.zeros((len(WEIGHTS), len(MODES), 3))
-    index, n = np.arange(curve.steps.size), curve.steps.size
     for row, (largest, hidden) in zip(out, WEIGHTS, strict=True):
         for module in (search, newest):
             module.LARGEST, module.HIDDEN = largest, hidden
-        for mode, (before, after) in enumerate(((3.0, 3.0), (1.0, max(6.0, 0.1 * n)))):
-            found = found_in(curve, online=mode == 1)
-            places = [float(np.interp(t.known_at if mode else t.step, curve.steps, index)) for t in found]
-            flags = [(place, int(np.sign(t.llc_change))) for place, t in zip(places, found, strict=True)]
-            taken, _, wrong = hits(curve, flags, before, after)
+        for mode, online in enumerate((False, True)):
+            _, flags, reach = flags_in(curve, online)
+            taken, _, wrong = hits(curve, flags, *reach)
             row[mode] = taken, wrong, curve.onset.size - taken
     return out
 

@@ -90,6 +90,15 @@ def found_in(curve: Curve, online: bool) -> list[Transition]:
     return found
 
 
+def flags_in(curve: Curve, online: bool) -> tuple[list[Transition], list[tuple[float, int]], tuple[float, float]]:
+    """What one detector finds; the point at which each is raised or placed, and its sign; and how far from a boundary
+    counts, in points before its onset and after its end."""
+    found, n = found_in(curve, online), curve.steps.size
+    at = [float(np.interp(t.known_at if online else t.step, curve.steps, np.arange(n))) for t in found]
+    flags = [(place, int(np.sign(t.llc_change))) for place, t in zip(at, found, strict=True)]
+    return found, flags, (1.0, max(6.0, 0.1 * n)) if online else (3.0, 3.0)
+
+
 def report(name: str, kinds: dict[str, list[Curve]]) -> None:
     """Prints a table of both ways, by kind and in all."""
     for online in (False, True):
@@ -99,13 +108,9 @@ def report(name: str, kinds: dict[str, list[Curve]]) -> None:
         for kind, curves in kinds.items():
             row = np.zeros(4)
             for curve in curves:
-                index, n = np.arange(curve.steps.size), curve.steps.size
-                start = time.perf_counter()
-                found = found_in(curve, online)
+                n, start = curve.steps.size, time.perf_counter()
+                found, flags, (before, after) = flags_in(curve, online)
                 seconds, points = seconds + time.perf_counter() - start, points + n
-                at = [float(np.interp(t.known_at if online else t.step, curve.steps, index)) for t in found]
-                flags = [(place, int(np.sign(t.llc_change))) for place, t in zip(at, found, strict=True)]
-                before, after = (1.0, max(6.0, 0.1 * n)) if online else (3.0, 3.0)
                 taken, right, wrong = hits(curve, flags, before, after)
                 row += taken, right, wrong, curve.onset.size - taken
                 delays += [place - curve.onset[j] for (place, _), j in matched(curve, flags, before, after)]

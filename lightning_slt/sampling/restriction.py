@@ -120,7 +120,8 @@ def refuse_empty(module: nn.Module, moving: Sequence[str]) -> None:
     Raises:
         ValueError: naming them.
     """
-    if not sum(parameter.numel() for name, parameter in module.named_parameters() if name in set(moving)):
+    names = set(moving)
+    if not any(parameter.numel() for name, parameter in module.named_parameters() if name in names):
         raise ValueError(
             f"the moving weights {list(moving)} have no elements: there is nothing for a chain to move. Look at the "
             "sizes of the layers, or name other weights with restrict."

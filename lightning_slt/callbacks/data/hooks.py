@@ -13,7 +13,7 @@ from lightning_slt.callbacks.apart import loosened
 from lightning_slt.sampling.belongings import MAX_ITEMS, RANDOM, seed_random
 
 BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-OWN_COLLECTIONS = (list, dict, set)
+_COLLECTIONS = (list, dict, set)
 
 
 class DataHooks:
@@ -48,7 +48,7 @@ class DataHooks:
         for name, value in own.items():
             if isinstance(value, RANDOM):
                 seed_random(value, int(torch.randint(2**62, ())))
-            elif type(value) in OWN_COLLECTIONS and self._may_differ(name, value, before[name]):
+            elif type(value) in _COLLECTIONS and self._may_differ(name, value, before[name]):
                 value.clear()
                 (value.extend if isinstance(value, list) else value.update)(before[name])
             elif isinstance(value, Tensor) and value is not before[name]:
