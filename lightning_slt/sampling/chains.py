@@ -49,6 +49,7 @@ class Chains:
         progress: told about chain-steps done.
 
     Attributes:
+        from_anchor: they began at ``w*``, when they were last put anywhere, and rise from there.
         reader: reads numbers off the weights at every ``read_every``-th step; None for no such readings.
     """
 
@@ -105,6 +106,7 @@ class Chains:
     def _allocate(self) -> None:
         device, dtype, d = self.objective.device, self.objective.dtype, len(self.objective.anchor)
         self.weights = self.objective.anchor.repeat(len(self.numbers), 1)
+        self.from_anchor = True
         self._state = empty_state(self.sampler, self.weights)
         width = max(1, min(self._engine.width, len(self.numbers)))
         self._grad = torch.zeros(width, d, device=device, dtype=dtype)
@@ -186,6 +188,7 @@ class Chains:
         """Put every chain of this rank at ``w* + displacement``, ``[own chains, d]``, with no memory of a past."""
         for weights, displacement in zip(self.weights, displacements, strict=True):  # no second copy on the device
             torch.add(self.objective.anchor, displacement.to(weights), out=weights)
+        self.from_anchor = False
         self._forget_past()
 
     def _forget_past(self) -> None:
@@ -268,6 +271,7 @@ class Chains:
     def restart(self) -> None:
         """Put every chain back to ``w*``; their random numbers go on."""
         self.weights.copy_(self.objective.anchor.expand_as(self.weights))
+        self.from_anchor = True
         self._forget_past()
 
     def _advance(self, steps: int, lr: float) -> Segment:

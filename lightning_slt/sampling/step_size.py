@@ -242,8 +242,9 @@ def next_step(
         chains.restart()
     drift, drift_error = half_change(trace)
     least = 0.3
-    if wanted > 0.1 and (abs(drift) > 2 * drift_error or segment.steps < 50):
-        # still on the way up from w*: an LLC that is small today is no reason to creep from here on
+    if wanted > 0.1 and (segment.steps < 50 or (chains.from_anchor and abs(drift) > 2 * drift_error)):
+        # still on the way up from w*: an LLC that is small today is no reason to creep from here on. Warm chains have
+        # their width: where they drift at a step that is too large, it is what makes them
         least = 0.7
     new = min(step * min(max(wanted, least), 3.0), ceiling)
     if abs(float(trace.mean())) < LEAST_SCALE:

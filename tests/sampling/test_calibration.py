@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -131,6 +132,19 @@ def test_scorched_chains_go_back_unless_what_there_is_will_be_draws(
     # short of 50 steps a trace may be on its way up yet: then no less than 0.7 at once
     assert (step, settled) == ((0.3, False) if grad_square == 1.0 else (0.7, True))
     assert torch.allclose(chains.displacements(), torch.full_like(chains.weights, float(stay)), atol=1e-6)
+
+
+@pytest.mark.parametrize(("warm", "expected"), [(False, (0.7, True)), (True, (0.32, False))])
+def test_a_drift_is_a_rise_of_chains_that_come_from_their_anchor(warm: bool, expected: tuple[float, bool]) -> None:
+    """Heat of 5 where the trace is at 20, going up: 32 % of the step is wanted."""
+    chains = make_chains(mlp(), regression(), mean_squared, num_chains=2)
+    if warm:
+        chains.place(torch.ones_like(chains.weights))
+    hot = segment(0.1, 0.0, 1.0)
+    hot = replace(hot, difference=(0.9 + 0.2 * torch.linspace(0, 1, 60, dtype=torch.float64)).repeat(2, 1))
+    step, settled = next_step(chains, hot, 1.0, math.inf)
+    assert (step, settled) == (pytest.approx(expected[0], rel=0.05), expected[1])
+    assert chains.from_anchor is not warm
 
 
 def opened(noise: float = 0.0, seed: int = 0, gamma: float = 1.0) -> Chains:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -125,6 +126,22 @@ def test_displacements_follow_the_weights() -> None:
     assert start is not None
     after.place(start)
     torch.testing.assert_close(after.weights, chains.weights + 0.25)
+
+
+@pytest.mark.parametrize("seed", [31, 51])
+def test_a_step_that_has_become_too_large_is_made_smaller_though_the_trace_drifts(seed: int) -> None:
+    """Ten times as steep as at the firing before: chains are too hot, at a level that a drift within the tolerance is
+    left in. That had been taken for a rise on which the step is to stay, and its end for good draws, at every firing to
+    come: 3.8 times the truth, not valid."""
+    steep = [4.0, 4.0, 3.0, 2.0, 2.0, 1.5, 1.0, 1.0, 0.5, 0.5]
+    settings = replace(SETTINGS, seed=seed, localization=1.0, method="batched")
+    memory = ChainMemory()
+    for factor in (1.0, 10.0):
+        problem = regular(n=400, eigenvalues=[factor * h for h in steep], gamma=1.0, noise=1.0)
+        source = DatasetSource(problem.dataset, 64, seed=seed)
+        estimate = measure_llc(Objective(problem.module, problem.loss_fn), source, settings, memory=memory)
+        assert problem.truth is not None
+        assert estimate.valid and abs(estimate.mean - problem.truth) < 3 * estimate.se
 
 
 @pytest.mark.parametrize("factor", [30.0, math.nan])
