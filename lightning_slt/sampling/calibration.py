@@ -92,7 +92,8 @@ def _warm_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) 
             wanted = min(wanted, ceiling)
             settled = TOO_HOT * step < wanted < TOO_COLD * step
         step = step if settled else wanted
-    return Start(step, ceiling, length, [segment] if settled else [], warm=True)
+    bears = math.inf if chains.sampler.preconditioned else memory.ceiling
+    return Start(step, ceiling, length, [segment] if settled else [], warm=True, bears=bears)
 
 
 def _ceiling_of_warm(chains: Chains, seed: int, step: float, wanted: float, memory: ChainMemory) -> float:

@@ -57,6 +57,7 @@ class Start:
         done: steps each chain has made.
         head: the last of them, where they were made with ``step``.
         warm: whether they come from kept displacements.
+        bears: the largest step that warm chains may bear, as far as it is known, whatever this firing is held to.
     """
 
     step: float
@@ -64,6 +65,7 @@ class Start:
     done: int
     head: list[Segment]
     warm: bool = False
+    bears: float = math.inf
 
 
 def until_good(chains: Chains, start: Start, budget: Budget, generation: int) -> tuple[Drawn, bool]:
@@ -112,6 +114,8 @@ class _Rounds:
         self._step, self._pieces = start.step, list(start.head)
         self._before = start.done - sum(piece.steps for piece in self._pieces)  # steps that are burn-in in any case
         self._spent, self._length, self._steady = start.done, budget.unit, True
+        self._bears = start.bears if start.warm else 0.0
+        self._asked_for = start.step
         self.number = 0
 
     def advance(self) -> Segment:
@@ -133,7 +137,9 @@ class _Rounds:
         # heat is a mean over few numbers with long tails: of all there is, but the start
         known = joined if joined.steps < 2 * LEAST_STEPS else joined.second_half()
         early = self._spent < self._budget.longest
-        wanted, settled = next_step(chains, known if all_finite else newest, self._step, self._ceiling, put_back=early)
+        known = known if all_finite else newest
+        self._asked_for, settled = next_step(chains, known, self._step, math.inf, put_back=early)
+        wanted = min(self._asked_for, self._ceiling)
         if chains.sampler.calibration == "heat" and all_finite:
             settled = wanted > TOO_HOT * self._step and (self.number > 1 or wanted < TOO_COLD * self._step)
         return wanted, settled
@@ -190,7 +196,9 @@ class _Rounds:
         """The draws, and whether they were flat from the start."""
         kept = look.kept if self._budget.num_steps_bw_draws is None else look.kept.last(self._budget.unit)
         done = self._before + self._joined.steps - kept.steps
-        return Drawn(kept, self._step, done, kept.steps // self._budget.num_draws), look.fits
+        # a much larger step is looked for at the start of a firing, which has to have the width that asks for it
+        cold = min(self._asked_for, self._bears) >= TOO_COLD * self._step
+        return Drawn(kept, self._step, done, kept.steps // self._budget.num_draws), look.fits and not cold
 
 
 def has_arrived(segment: Segment, heating: Heating, posterior: LocalPosterior, d: int, budget: Budget) -> bool:

@@ -144,6 +144,24 @@ def test_a_step_that_has_become_too_large_is_made_smaller_though_the_trace_drift
         assert estimate.valid and abs(estimate.mean - problem.truth) < 3 * estimate.se
 
 
+@pytest.mark.parametrize("seed", [1, 3, 6])
+def test_a_step_that_has_become_far_too_small_is_found_by_the_next_firing(seed: int) -> None:
+    """A tenth as steep as at the firing before: chains are as narrow as they were, at which nobody asks for a larger
+    step, and get wide too slowly to be called unfit. The same firing came back for ever, with three times the error
+    and not valid; chains that ask for a larger step in the end are kept, so that the next ones start as wide."""
+    steep = [4.0, 4.0, 3.0, 2.0, 2.0, 1.5, 1.0, 1.0, 0.5, 0.5]
+    settings = replace(SETTINGS, seed=seed, localization=1.0, method="batched")
+    memory, steps = ChainMemory(), []
+    for factor in (10.0, 10.0, 1.0, 1.0):
+        problem = regular(n=400, eigenvalues=[factor * h for h in steep], gamma=1.0, noise=1.0)
+        source = DatasetSource(problem.dataset, 64, seed=seed)
+        estimate = measure_llc(Objective(problem.module, problem.loss_fn), source, settings, memory=memory)
+        steps.append(estimate.step_size)
+    assert steps[1] == steps[0] and 5.0 < steps[3] / steps[1] < 15.0
+    assert problem.truth is not None
+    assert estimate.valid and abs(estimate.mean - problem.truth) < 3 * estimate.se
+
+
 @pytest.mark.parametrize("factor", [30.0, math.nan])
 def test_displacements_that_do_not_fit_are_renewed(factor: float) -> None:
     problem, memory = case(), ChainMemory()
