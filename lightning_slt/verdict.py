@@ -53,6 +53,9 @@ MIN_ACCEPTANCE = 0.1
 helps them, and more draws hardly do."""
 MAX_HEAT = 0.25
 """Share of the estimate that may be step-size heat before it is called invalid."""
+LITTLE_HEAT = 0.02
+"""The same of a step that was given, below which it is the step that keeps chains from their width: a larger one would
+do. Half or a quarter of what a step that is found has."""
 NOTED_HEAT = 0.04
 """Share of the LLC that is heat of the step beyond which covariances over the same chains say so: it is in them."""
 BAD_FOR_COVARIANCES = frozenset(
@@ -366,22 +369,28 @@ def _reasons_of_width(
     at = f"(virial ratio {virial:.2f})"
     if virial < MIN_VIRIAL:
         said = f"{NOT_ARRIVED} in {drawn.num_burnin_steps + drawn.segment.steps} steps {at}"
-        yield Reason(Kind.NOT_ARRIVED, said if explained else _with_remedy(said, cooled.noisy, chains))
+        yield Reason(Kind.NOT_ARRIVED, said if explained else _with_remedy(said, cooled, chains))
     elif virial > MAX_VIRIAL and virial - 1.0 > error:
         said = f"{TOO_WIDE} {at}"
         yield Reason(Kind.TOO_WIDE, said if explained else f"{said}: a larger batch_size, or more draws")
 
 
-def _with_remedy(said: str, noisy: bool, chains: Chains) -> str:
+def _with_remedy(said: str, cooled: _WithoutHeat, chains: Chains) -> str:
     """What is said of chains that have not reached their width, and what lets them.
+
+    A step that was given is small because it was given: where it has little heat a larger one would do.
 
     The noise of minibatches grows with the square of nbeta, the force of the loss with nbeta: above n it is nbeta that
     keeps the step small.
     """
     n, nbeta, batch = chains.source.num_samples, chains.posterior.nbeta, "a larger batch_size"
+    given = chains.sampler.lr is not None and chains.sampler.calibration == "heat"
+    if given and not cooled.heat >= LITTLE_HEAT:
+        return f"{said}: a larger lr, or none given, to have it found"
+    noisy = cooled.noisy and not given
     if noisy and n is not None and nbeta > n >= 2:
-        given = f"{nbeta:.3g}; n / log n is {default_nbeta(n):.3g}"
-        return f"{NBETA_TOO_LARGE} ({given}), {said}: a smaller nbeta, or {batch}"
+        usual = f"{nbeta:.3g}; n / log n is {default_nbeta(n):.3g}"
+        return f"{NBETA_TOO_LARGE} ({usual}), {said}: a smaller nbeta, or {batch}"
     more = f", {batch} (the minibatches' noise keeps the step small)" if noisy else ""
     return f"{said}: more draws{more}; a stronger localization settles sooner, but measures another number"
 

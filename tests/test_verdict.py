@@ -55,6 +55,16 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("sampler", [SGLD(lr=1e-6), LeimkuhlerMatthews(lr=1e-6)])
+def test_a_step_that_was_given_too_small_is_what_is_to_be_changed(sampler: Sampler) -> None:
+    """It had been the minibatches' noise that was said to keep it small, and a larger batch to help."""
+    found = read_llc(*drawn_by(sampler))
+    [reason] = [reason for reason in found.reasons if "have not reached their width" in reason]
+    assert reason.endswith(": a larger lr, or none given, to have it found") and "batch" not in reason
+    net, data = problem()
+    assert estimate_llc(net, data, half_square, batch_size=16, num_chains=4, method="sequential").valid
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_covariances_are_not_valid_for_reasons_of_some_kinds_whatever_the_sentence(
     case: str, monkeypatch: pytest.MonkeyPatch
