@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 from lightning_slt.kinds import check_count, check_flag, check_number, not_negative, positive
+from lightning_slt.reasons import Kind
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.anchor import coupling, let_pass, open_window
 from lightning_slt.sampling.arguments import check_data
@@ -39,6 +40,10 @@ from lightning_slt.verdict import read_llc
 log = logging.getLogger(__name__)
 
 MIN_LOCALIZATION, MAX_LOCALIZATION = 1.0, 100.0
+
+
+CHANCE = frozenset(kind.name for kind in (Kind.NOT_MIXED, Kind.DRIFTING, Kind.NOT_ARRIVED, Kind.TOO_WIDE))
+"""What is wrong with where chains have been, and not with the weights or the loss."""
 
 
 class NonFiniteLossError(ValueError):
@@ -172,7 +177,16 @@ def measure_llc(
     """
     start = time.perf_counter()
     drawn, chains = run_chains(objective, source, settings, collective, progress, memory)
-    return read_llc(drawn, chains).replace(seconds=time.perf_counter() - start)
+    estimate = read_llc(drawn, chains)
+    go_on_where_unsettled(drawn, chains, estimate, memory)
+    return estimate.replace(seconds=time.perf_counter() - start)
+
+
+def go_on_where_unsettled(drawn: Drawn, chains: Chains, estimate: Estimate, memory: Optional[ChainMemory]) -> None:
+    """Keep the ends of warm chains that have not settled, though their trace was flat: from the same start and with the
+    same noise they would do as badly at every firing to come. To be called on all ranks at once."""
+    if memory is not None and drawn.repeats and not CHANCE.isdisjoint(estimate.kinds):
+        memory.keep(chains)
 
 
 def run_chains(

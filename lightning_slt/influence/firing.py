@@ -6,7 +6,7 @@ import math
 import time
 from typing import Optional
 
-from lightning_slt.estimate import ChainSettings, run_chains
+from lightning_slt.estimate import ChainSettings, go_on_where_unsettled, run_chains
 from lightning_slt.influence.probes import ProbeSet
 from lightning_slt.influence.reader import InfluenceReader, least_readings
 from lightning_slt.influence_record import InfluenceEstimate
@@ -88,6 +88,7 @@ def measure_both(
         objective, source, settings, collective, progress, memory, make_reader, read_every=interval
     )
     estimate, more, notes = read_both(drawn, chains)
+    go_on_where_unsettled(drawn, chains, estimate, memory)
     segment = drawn.segment
     assert segment.read is not None
     good = ~diverged(segment, chains.posterior.nbeta, len(objective.anchor))

@@ -88,6 +88,7 @@ class Drawn:
         num_burnin_steps: steps before them.
         num_steps_bw_draws: steps a draw.
         warm: the chains began where those of the firing before ended.
+        repeats: the displacements that they began from are kept: the next firing begins from them as well.
     """
 
     segment: Segment
@@ -95,6 +96,7 @@ class Drawn:
     num_burnin_steps: int
     num_steps_bw_draws: int
     warm: bool = False
+    repeats: bool = False
 
     @property
     def num_draws(self) -> int:

@@ -61,11 +61,14 @@ def draw(chains: Chains, seed: int, budget: Budget, memory: ChainMemory | None =
         drawn, fits = until_good(chains, start, budget, memory.generation)
     memory.lr = drawn.lr if budget.lr is None else None
     nbeta = chains.posterior.nbeta
+    repeats = False
     if bool(diverged(drawn.segment, nbeta, chains.layout.num_weights).any()) or is_downhill(drawn.segment, nbeta):
         memory.forget()
-    elif wanted and not (warm and fits):  # a call that nobody follows keeps no copy of its chains
+    elif warm and fits:
+        repeats = True
+    elif wanted:  # a call that nobody follows keeps no copy of its chains
         memory.keep(chains)
-    return dataclasses.replace(drawn, warm=warm)
+    return dataclasses.replace(drawn, warm=warm, repeats=repeats)
 
 
 def _warm_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) -> Start | None:

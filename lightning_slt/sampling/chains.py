@@ -156,9 +156,11 @@ class Chains:
     @contextmanager
     def line(self, row: int) -> Iterator[Callable[[float], tuple[float, float]]]:
         """The loss of one minibatch on the line from ``w*`` to where the chain of ``row`` is, and its slope along it,
-        at a share of the way. In the memory of the chains, which have ended: where the last of them is is lost."""
+        at a share of the way. In the memory of the last of the chains, which is put back after."""
         anchor, grad, direction = self.objective.anchor, self._grad[:1], self.weights[row]
-        point = self.weights[-1:] if row + 1 < len(self.weights) else torch.empty_like(direction).unsqueeze(0)
+        is_last = row + 1 == len(self.weights)
+        point = torch.empty_like(direction).unsqueeze(0) if is_last else self.weights[-1:]
+        kept = None if is_last else point.to("cpu", copy=True)
         window = self.window
         batch = some_batch(self.objective, window)
 
@@ -176,6 +178,8 @@ class Chains:
         finally:
             self._engine.release()
             direction.add_(anchor)
+            if kept is not None:
+                point.copy_(kept)
 
     def reseed(self, part: int) -> None:
         """Start the random numbers of every chain anew, those of part ``part`` of the run."""

@@ -48,7 +48,7 @@ NOISE = 2.0
 def misfit_of_gradient(chains: Chains, drawn: Drawn, good: Tensor) -> tuple[str, ...]:
     """Why chains do not sample the posterior of their loss; empty where they do, as far as is known.
 
-    To be called on all ranks at once, when the chains have ended: their memory is used.
+    To be called on all ranks at once, when the chains have ended: their memory is used, and put back.
 
     Args:
         chains: where the draws have ended.

@@ -17,7 +17,7 @@ from lightning_slt.firing import Course
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.given_data import source_of
 from lightning_slt.sampling.objective import Objective
-from tests.sampling.helpers import gen, mean_squared, seeded
+from tests.sampling.helpers import gen, make_chains, mean_squared, mlp, regression, seeded
 
 SAID = "its gradient says"
 
@@ -173,3 +173,14 @@ def test_losses_in_bfloat16_are_rounded_and_not_misled(power: int) -> None:
     data = TensorDataset(torch.randn(500, 1, generator=gen(1)))
     est = estimate_llc(Weights(1), data, loss_fn, localization=1.0, num_draws=100)
     assert est.valid and est.mean == pytest.approx(1 / power, rel=0.15)
+
+
+@pytest.mark.parametrize("row", [0, 3])
+def test_chains_are_where_they_were_after_a_look(row: int) -> None:
+    """The next firing may begin from there."""
+    chains = make_chains(mlp(), regression(), mean_squared, num_chains=4)
+    chains.advance(12, 1e-3)
+    before = chains.displacements().clone()
+    with chains.objective.active(), chains.line(row) as look:
+        look(0.5)
+    torch.testing.assert_close(chains.displacements(), before)

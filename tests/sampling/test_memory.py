@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_slt.estimate import ChainSettings, measure_llc
+from lightning_slt.influence import measure_both, probe_set
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.collective import Collective
@@ -126,6 +127,26 @@ def test_displacements_follow_the_weights() -> None:
     assert start is not None
     after.place(start)
     torch.testing.assert_close(after.weights, chains.weights + 0.25)
+
+
+@pytest.mark.parametrize("with_influence", [False, True])
+def test_warm_chains_that_have_not_mixed_do_not_come_back(with_influence: bool) -> None:
+    """By chance, on weights that stay: their trace was flat, so that the next firing had the same start and the same
+    noise, and was as little valid, for ever."""
+    problem = regular(n=400, eigenvalues=[4.0 * 10 ** (-2 * k / 9) for k in range(10)], gamma=1.0, noise=1.0)
+    settings = replace(SETTINGS, seed=28, localization=1.0, method="batched")
+    memory, found = ChainMemory(), list[Estimate]()
+    for _ in range(3):
+        source = DatasetSource(problem.dataset, 64, seed=28)
+        objective = Objective(problem.module, problem.loss_fn)
+        if with_influence:
+            probes = probe_set(source, None, 50, None, 0)
+            found.append(measure_both(objective, source, settings, probes, memory=memory)[0])
+        else:
+            found.append(measure_llc(objective, source, settings, memory=memory))
+    assert [estimate.kinds for estimate in found] == [(), ("NOT_MIXED",), ()]
+    assert memory.generation == 2  # that of the first firing, and where the second ended
+    assert problem.truth is not None and abs(found[-1].mean - problem.truth) < 3 * found[-1].se
 
 
 @pytest.mark.parametrize("seed", [31, 51])
