@@ -406,4 +406,9 @@ def state_dict_of(weights: Optional[Mapping[str, Any]]) -> Optional[dict[str, Te
         remedy = "Give its state_dict()." if isinstance(weights, nn.Module) else "Give module.state_dict()."
         raise TypeError(f"weights: expected a state_dict, got {type(weights).__name__}. {remedy}")
     inner = weights.get("state_dict", weights)
+    if not isinstance(inner, Mapping):
+        raise TypeError(f"weights['state_dict']: expected a state_dict, got {type(inner).__name__}.")
+    names = [name for name in inner if not isinstance(name, str)]
+    if names:
+        raise TypeError(f"weights: expected a state_dict, with names for keys; got {names[0]!r}.")
     return dict(inner)

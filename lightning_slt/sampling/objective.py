@@ -28,6 +28,10 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
+class WrongWeightsError(ValueError):
+    """The weights to study are not those of such a module."""
+
+
 class Objective:
     """The training loss as a function of the weights that move, on a private copy of the user's module.
 
@@ -49,7 +53,7 @@ class Objective:
     Raises:
         TypeError: for a module that is none.
         ValueError: for a module without a usable loss, a restriction that names nothing, or a device that is not there.
-        RuntimeError: for weights of another module.
+        WrongWeightsError: for weights of another module.
         CopyError: where the module cannot be copied and cannot be borrowed either.
 
     Attributes:
@@ -130,7 +134,7 @@ class Objective:
             self.module.load_state_dict({without_compile(name): w for name, w in weights.items()})
         except RuntimeError as error:
             remedy = f"Give the state_dict() of another {type(self.module).__name__} like it."
-            raise RuntimeError(f"weights: do not fit the module. {remedy} {error}") from error
+            raise WrongWeightsError(f"weights: do not fit the module. {remedy} {error}") from error
 
     def _enable(self) -> None:
         if self.borrowed:

@@ -30,7 +30,7 @@ from lightning_slt.record import Estimate
 from lightning_slt.sampling.batches import MAX_RESIDENT_BYTES, DatasetSource, MinibatchSource
 from lightning_slt.sampling.counting import batch_size_of
 from lightning_slt.sampling.given_data import source_of, uniform_samples
-from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.objective import Objective, WrongWeightsError
 from lightning_slt.sampling.rng import derive_seed, preserve_rng
 from lightning_slt.sweep.checkpoint import Checkpoint, read_state, unwrapped, weights_in
 from lightning_slt.sweep.settings import SweepConfig, find
@@ -200,7 +200,7 @@ def make_objective(
     try:
         weights = unwrapped(weights_in(state, config.weights, path), module)
         return Objective(module, loss_fn, config.restrict, device, trainer=view, weights=weights), datamodule
-    except RuntimeError as error:
+    except (RuntimeError, WrongWeightsError) as error:
         raise _misfit(path, config, error) from error
 
 
