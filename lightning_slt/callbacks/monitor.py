@@ -43,7 +43,7 @@ from lightning_slt.callbacks.inside_firings import InsideFirings
 from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.moment import Moment
 from lightning_slt.callbacks.overhead import Decision, OverheadBudget
-from lightning_slt.callbacks.remarks import warn_of_no_step, warn_of_nothing
+from lightning_slt.callbacks.remarks import say_when_first, warn_of_no_step, warn_of_nothing
 from lightning_slt.callbacks.reporting import Reporting
 from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.schedule import Schedule
@@ -442,10 +442,13 @@ class SLTMonitor(KeepsHistory):
     def _consider(self, trainer: Trainer, pl_module: LightningModule, turn: Turn) -> None:
         """Fire where the budget covers it, or there is none, or the run is a smoke test."""
         decision: Optional[Decision] = None
-        if self._clock.budget is not None and not is_smoke_test(trainer):
+        budget = self._clock.budget
+        if budget is not None and not is_smoke_test(trainer):
             decision = self._turns.decide(turn.step, self._collective)
             if decision is None:
                 self._reporting.history.skipped += 1
+                if budget.awaits_first and self._voice.first("first firing"):
+                    say_when_first(self._voice, budget, turn.step, trainer)
                 return
         self._fire(Moment(trainer, pl_module, turn.step, turn.x, self._collective, decision))
 

@@ -126,6 +126,17 @@ class OverheadBudget:
         """The size that the next firing waits for: the smallest at first, then twice the last one, at most 1."""
         return min(1.0, max(self.least_size, 2 * self._costs[-1][1] if self._costs else 0.0))
 
+    @property
+    def awaits_first(self) -> bool:
+        """Whether no firing has been paid for yet, and training batches have shown what is expected of the first."""
+        return not self._costs and len(self._batches) == RECENT_BATCHES
+
+    @property
+    def batches_to_first(self) -> float:
+        """Training batches until the credit covers the first firing, as long as they take what they have taken."""
+        missing = max(self.wanted_size * self.predicted_seconds - self._credit, 0.0)
+        return missing / (self.rate * max(median(self._batches), 1e-9))
+
     def earn(self, seconds: float) -> None:
         """Training went on for so long."""
         self.trained_seconds += seconds

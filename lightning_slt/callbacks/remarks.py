@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Optional
 
@@ -10,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_slt.callbacks.overhead import OverheadBudget
 from lightning_slt.callbacks.said import Voice
-from lightning_slt.callbacks.schedule import Schedule
+from lightning_slt.callbacks.schedule import Schedule, steps_of_run
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish.diagnoses import invalid_sentence, kinds_of
 from lightning_slt.publish.phrases import count_of, number
@@ -87,6 +88,17 @@ def warn_of_no_influence(voice: Voice, reason: str) -> None:
     )
 
 
+def say_when_first(voice: Voice, budget: OverheadBudget, step: int, trainer: Trainer) -> None:
+    """At which step the budget covers the first firing: it may be late in a run, or beyond its end."""
+    ahead = math.ceil(budget.batches_to_first / trainer.accumulate_grad_batches)
+    total = steps_of_run(trainer)
+    of = f" (this run has {total:,}); a larger max_overhead, or fewer num_chains, brings it forward" if total else ""
+    rank_zero_info(
+        f"{voice.called(f'max_overhead={budget.max_overhead:g}')}: the first firing comes at about step "
+        f"{step + ahead:,}{of}"
+    )
+
+
 def warn_of_nothing(voice: Voice, budget: OverheadBudget) -> None:
     """The budget never sufficed: what a firing would have cost, and what can be done."""
     predicted = budget.wanted_size * budget.predicted_seconds
@@ -109,6 +121,7 @@ def warn_of_no_step(voice: Voice, schedule: Schedule, trainer: Trainer, last_ste
 
 __all__ = [
     "say_how",
+    "say_when_first",
     "say_why_not",
     "warn_if_large",
     "warn_of_no_influence",

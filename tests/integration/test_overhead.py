@@ -250,6 +250,20 @@ def test_a_run_that_never_earned_a_firing_says_so(clock: Clock, tmp_path: Path) 
     assert "about 12 s, which 228 s of training earn, and training lasted 100 s" in text
 
 
+@pytest.mark.parametrize("steps", [100, 300])
+def test_a_run_is_told_early_when_its_first_firing_comes(
+    clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int
+) -> None:
+    """12 s for a firing at 1 s in 19: it may be beyond the run's end, which nobody should wait for to learn it."""
+    monitor = budgeted(0.05)
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        scenario(steps).run(tmp_path, monitor)
+    (text,) = [text for text in caplog.messages if "first firing" in text]
+    assert text.startswith("SLTMonitor(max_overhead=0.05): the first firing comes at about step 228")
+    assert f"(this run has {steps}); a larger max_overhead" in text
+    assert [abs(estimate.step - 228) <= 1 for estimate in monitor.estimates[:1]] == [True] * (steps > 228)
+
+
 def test_a_run_without_candidates_does_not_blame_the_budget(clock: Clock, tmp_path: Path) -> None:
     assert said(lambda: scenario(5).run(tmp_path, budgeted(0.05, at_steps=[50]))) == []
 
