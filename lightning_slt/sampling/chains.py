@@ -154,13 +154,18 @@ class Chains:
         return self.source.window(self._window_index)
 
     @contextmanager
-    def line(self, row: int) -> Iterator[Callable[[float], tuple[float, float]]]:
+    def line(self, row: int, put_back: bool = True) -> Iterator[Callable[[float], tuple[float, float]]]:
         """The loss of one minibatch on the line from ``w*`` to where the chain of ``row`` is, and its slope along it,
-        at a share of the way. In the memory of the last of the chains, which is put back after."""
+        at a share of the way. In the memory of the last of the chains.
+
+        Args:
+            row: of this rank's chains.
+            put_back: where the last chain is is kept (one copy more, for that time); False loses it.
+        """
         anchor, grad, direction = self.objective.anchor, self._grad[:1], self.weights[row]
         is_last = row + 1 == len(self.weights)
         point = torch.empty_like(direction).unsqueeze(0) if is_last else self.weights[-1:]
-        kept = None if is_last else point.to("cpu", copy=True)
+        kept = point.to("cpu", copy=True) if put_back and not is_last else None
         window = self.window
         batch = some_batch(self.objective, window)
 

@@ -19,7 +19,6 @@ from lightning_slt.functional.convergence import standard_error
 from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.rng import preserve_rng
-from lightning_slt.sampling.segment import Segment
 
 Line = Sequence[tuple[float, float]]
 """Of each of the first parts of a line, in its order: the rise of the loss, and the integral of its slope."""
@@ -48,7 +47,8 @@ NOISE = 2.0
 def misfit_of_gradient(chains: Chains, drawn: Drawn, good: Tensor) -> tuple[str, ...]:
     """Why chains do not sample the posterior of their loss; empty where they do, as far as is known.
 
-    To be called on all ranks at once, when the chains have ended: their memory is used, and put back.
+    To be called on all ranks at once, when the chains have ended: their memory is used, and put back where the next
+    firing may go on from it.
 
     Args:
         chains: where the draws have ended.
@@ -60,7 +60,7 @@ def misfit_of_gradient(chains: Chains, drawn: Drawn, good: Tensor) -> tuple[str,
     segment = drawn.segment
 
     def along(lines: int, parts: int) -> list[Line]:
-        told = chains.collective.exchange(lambda: _of_rank(chains, segment, good, lines, parts))
+        told = chains.collective.exchange(lambda: _of_rank(chains, drawn, good, lines, parts))
         return [line for of_rank in told for line in of_rank]
 
     level, work = float(segment.difference[good].mean()), float(segment.grad_dot[good].mean())
@@ -96,15 +96,15 @@ def _are_apart(lines: Sequence[Line]) -> bool:
     return bool(apart.abs().sum() > APART * parts[..., 0].abs().sum() + NOISE * rounding)
 
 
-def _of_rank(chains: Chains, segment: Segment, good: Tensor, lines: int, parts: int) -> list[Line]:
+def _of_rank(chains: Chains, drawn: Drawn, good: Tensor, lines: int, parts: int) -> list[Line]:
     """Lines to this many of this rank's chains, each in so many parts."""
-    fine = {number for number, is_good in zip(segment.chains, good.tolist(), strict=True) if is_good}
+    fine = {number for number, is_good in zip(drawn.segment.chains, good.tolist(), strict=True) if is_good}
     rows = [k for k, number in enumerate(chains.numbers) if number in fine]
     rows = rows[: max(min(lines, len(chains.numbers) - 1), 1)]  # the memory of the last chain is needed
     found: list[Line] = []
     with preserve_rng(chains.seed), chains.objective.active():
         for row in rows:
-            with chains.line(row) as look:
+            with chains.line(row, put_back=drawn.repeats) as look:
                 found.append(_along(look, parts))
     return found
 
