@@ -30,11 +30,11 @@ _JUDGED = -1.0  # in place of the point at which a flag is judged: it has been, 
 class TransitionDetector:
     """Flags transitions of the local learning coefficient online. Feed the points in order of step.
 
-    At each point the windows that end there, of 8 to 256 points, are searched for a step between two plateaus (the
-    score is that of :mod:`lightning_slt.transitions.evidence` and :mod:`lightning_slt.transitions.search`, times 0.85
-    for being asked at every point, with the smaller of both channels' evidence where both move). The first
-    score above the threshold is a flag; the search then begins anew at the end of the step found, and of where it is
-    placed once it has been judged, so that each transition is flagged once.
+    At each point the windows that end there, of 8 to 256 points, are searched for a step between two plateaus. The
+    score is that of :mod:`lightning_slt.transitions.evidence` and :mod:`lightning_slt.transitions.search`, less for
+    being asked at every point: 0.92 of the smaller of both channels' evidence where both move, 0.65 of the
+    coefficient's alone. The first score above the threshold is a flag; the search then begins anew at the end of the
+    step found, and of where it is placed once it has been judged, so that each transition is flagged once.
 
     A flag is "provisional". It is judged when as many points again as half its width (at least four) have followed,
     four of them beyond its end, and the newest (five, or more for a wide one) no longer move clearly in its direction.

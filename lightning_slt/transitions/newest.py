@@ -21,7 +21,8 @@ from lightning_slt.transitions.evidence import (
 from lightning_slt.transitions.rises import first_half, largest_between, rises
 from lightning_slt.transitions.search import AGAINST, HIDDEN, LARGEST
 
-_REPEATED = 0.85  # of the evidence counts online, where the search is repeated at every point; docs/transitions.md
+_ALONE = 0.65  # of the evidence counts online where the coefficient speaks alone, since it is asked at every point
+_JOINT = 0.92  # and where the loss agrees, which it seldom does by chance; docs/transitions.md has what both do
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def newest_step(curve: Curve, lo: int, hi: int, min_change: float) -> Step | Non
     # without a second witness the noise of the whole curve counts too: a window is too short to know it
     alone = np.maximum(rho, curve.persistence)
     alone = ramps.evidence[:, 0] * (1 - alone) / (1 + alone)
-    score = _REPEATED * np.maximum(LARGEST * alone, joint)
+    score = np.maximum(_ALONE * alone, _JOINT * joint)
     # a rise that a fall before it hides is one from the lowest point
     risen = windows.llc[-1] + largest_between(-windows.llc, *_first_half(windows, b))
     change = np.where(~(height > 0) & (joint > alone), risen, height * b.seen)
