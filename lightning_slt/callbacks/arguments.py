@@ -117,14 +117,18 @@ def loss_context(trainer: Trainer) -> Optional[Callable[[], AbstractContextManag
     return None
 
 
+_SQUARES = ("exp_avg_sq", "square_avg")
+"""What optimisers call their running mean of squared gradients: Adam and its kind; RMSprop and Adadelta."""
+
+
 def second_moments(
     optimizers: Sequence[torch.optim.Optimizer], module: nn.Module, names: Sequence[str]
 ) -> Optional[Tensor]:
-    """``[d]`` of what an Adam keeps of the squared gradients of the weights that move; None where some have none."""
+    """``[d]``, what optimisers keep of the squared gradients of the weights that move; None where some have none."""
     parameters, pieces = dict(module.named_parameters()), []
     for name in names:
         states = [o.state[parameters[name]] for o in optimizers if parameters.get(name) in o.state]
-        moment = states[0].get("exp_avg_sq") if states else None
+        moment = next((states[0][key] for key in _SQUARES if key in states[0]), None) if states else None
         if not isinstance(moment, Tensor) or moment.shape != parameters[name].shape:
             return None
         pieces.append(local_of(moment.detach()).flatten().to("cpu", torch.float32))

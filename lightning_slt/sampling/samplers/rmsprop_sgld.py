@@ -25,7 +25,8 @@ class RMSpropSGLD(MinibatchSampler):
     v is the mean of the squared minibatch gradient over all chains, taken in the rounds in which the step size is
     found, each round with the P of the one before; then P is frozen. Within every round it is constant, so that the
     chain samples the stated posterior and the term with the divergence of P, which Li et al. drop, is zero. It may
-    start from the optimiser's own second moments: :class:`~lightning_slt.SLTMonitor` hands over those of an Adam.
+    start from the optimiser's own second moments: :class:`~lightning_slt.SLTMonitor` hands over those of Adam and its
+    kind, of RMSprop and of Adadelta.
 
     P is scaled so that a weight with a typical gradient has P = 1: step sizes are comparable to those of
     :class:`~lightning_slt.SGLD`. Weights without any gradient have ``P = (1 + kappa) / kappa``.
