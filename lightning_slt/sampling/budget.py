@@ -88,7 +88,8 @@ class Drawn:
         num_burnin_steps: steps before them.
         num_steps_bw_draws: steps a draw.
         warm: the chains began where those of the firing before ended.
-        repeats: the displacements that they began from are kept: the next firing begins from them as well.
+        repeats: the displacements that they began from are kept, and chains chose their burn-in: the next firing begins
+            from these displacements as well, unless there is something wrong with where the chains have been.
     """
 
     segment: Segment

@@ -65,7 +65,8 @@ def draw(chains: Chains, seed: int, budget: Budget, memory: ChainMemory | None =
     if bool(diverged(drawn.segment, nbeta, chains.layout.num_weights).any()) or is_downhill(drawn.segment, nbeta):
         memory.forget()
     elif warm and fits:
-        repeats = True
+        # of a length that was given, chains end where they are, settled or not: their ends may be no better a start
+        repeats = budget.num_burnin_steps is None
     elif wanted:  # a call that nobody follows keeps no copy of its chains
         memory.keep(chains)
     return dataclasses.replace(drawn, warm=warm, repeats=repeats)
