@@ -11,7 +11,8 @@ the right one. So every firing starts from the same *kept* displacements, which 
 noise, and meets the same noise: start and noise are independent of each other, and common to the firings. When the
 posterior has moved so far that the kept displacements no longer fit (the trace is not flat at once), the chains run on
 until it is, their ends are kept, and the noise changes with them: a new generation. So it is after a firing that is
-not valid for where its chains have been: the same start and noise would be as unlucky again.
+not valid for where its chains have been, where they chose their burn-in: the same start and noise would be as unlucky
+again.
 """
 
 from __future__ import annotations
