@@ -32,10 +32,10 @@ MAX_OWED = 0.07
 """Shortfall of the virial ratio above which more rounds are run while there is budget, whatever the tolerance."""
 LATE = 0.25
 """Share of the trace that may be cut off as burn-in while the kept displacements are still said to fit."""
-TOO_HOT, TOO_COLD = 0.5, 2.5
+TOO_HOT, TOO_COLD = 0.4, 2.5
 """A step wanted in the rounds, in those of the step there is, beyond which the draws are made anew. Heat is measured
-and taken off, so that it may be twice what is aimed at; a step too small costs time alone: it is changed at once or
-never."""
+and taken off, so that it may be two and a half times what is aimed at; a step too small costs time alone: it is changed
+at once or never."""
 GROWTH = 0.5
 """Steps of a round, as a share of all before it at the same step size."""
 LEAST_STEPS = 50
