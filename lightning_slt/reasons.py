@@ -9,6 +9,7 @@ NOT_MIXED, DRIFTING, NEGATIVE = "chains have not mixed", "chains drift", "negati
 DOWNHILL = "the chains find lower losses"
 NOT_ARRIVED = "the chains have not reached their width"
 NBETA_TOO_LARGE = "nbeta is too large for the minibatches"
+LOSS_TOO_LARGE = "the loss may be too large for the minibatches"
 TOO_WIDE = "the chains are wider than the posterior"
 NONE_STAYED = "every chain diverged"
 NOT_ACCEPTED = "hardly any step was accepted"

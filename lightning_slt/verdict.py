@@ -16,6 +16,7 @@ from lightning_slt.functional.learning_coefficient import Summary, summarise
 from lightning_slt.functional.posterior import default_nbeta
 from lightning_slt.reasons import (
     DOWNHILL,
+    LOSS_TOO_LARGE,
     NBETA_TOO_LARGE,
     NOT_ACCEPTED,
     NOT_ARRIVED,
@@ -31,7 +32,7 @@ from lightning_slt.sampling.eval_mode import misfit_of_eval
 from lightning_slt.sampling.lean import lean_of
 from lightning_slt.sampling.line_integral import misfit_of_gradient
 from lightning_slt.sampling.minibatch_heat import MAX_NOISE_HEAT, held_by_thermostat, too_hot
-from lightning_slt.sampling.readings import diverged, heat_of, steepness_of, virial_readings
+from lightning_slt.sampling.readings import Heat, diverged, heat_of, steepness_of, virial_readings
 from lightning_slt.sampling.rounding import misfit_of_rounding
 from lightning_slt.sampling.segment import Segment
 from lightning_slt.sampling.step_size import HEAT, LEAST_SCALE, NOISE_HEAT
@@ -56,6 +57,11 @@ MAX_HEAT = 0.25
 LITTLE_HEAT = 0.02
 """The same of a step that was given, below which it is the step that keeps chains from their width: a larger one would
 do. Half or a quarter of what a step that is found has."""
+LARGE_LOSS = 3.0
+"""Times a negative log-likelihood that a loss seems to be (:func:`_scale_of_loss`), above which its scale is
+named: those of 9 and of 10,000 times both seem to be 3.6 and more, a likelihood 0.9 to 1.1."""
+MOST_NOISE = 20.0
+"""Times the heat of discretisation that minibatches may have for the former to be seen beside it."""
 NOTED_HEAT = 0.04
 """Share of the LLC that is heat of the step beyond which covariances over the same chains say so: it is in them."""
 BAD_FOR_COVARIANCES = frozenset(
@@ -273,6 +279,7 @@ class _WithoutHeat:
         noisy: the minibatches' part of it is what keeps the step small.
         lean: of the step (:func:`~lightning_slt.sampling.lean.lean_of`), in LLC units: taken off with the heat, and an
             error of its own size, since it holds to first order alone.
+        scale: of the loss, see :func:`_scale_of_loss`; 0 where it is not known.
     """
 
     trace: Tensor
@@ -280,6 +287,7 @@ class _WithoutHeat:
     heat: float
     noisy: bool
     lean: float = 0.0
+    scale: float = 0.0
 
 
 def _without_heat(drawn: Drawn, chains: Chains, good: Tensor) -> _WithoutHeat:
@@ -291,23 +299,47 @@ def _without_heat(drawn: Drawn, chains: Chains, good: Tensor) -> _WithoutHeat:
         return _WithoutHeat(trace, 1.0, math.nan, False)
     found = heat_of(segment, heating.step, posterior, good, heating.noise_alone, d if heating.thermostat else 0)
     noisy = found.noise / NOISE_HEAT > 2 * found.discretisation / HEAT
+    scale = _scale_of_loss(found, posterior.nbeta, chains.source.batch_size)
     level = float(trace[good].mean())
     if not level > 0:
-        return _WithoutHeat(trace, 1.0, math.nan, noisy)
+        return _WithoutHeat(trace, 1.0, math.nan, noisy, scale=scale)
     # where noise is shared there is no lean at first order; but neither can those chains stay where it is too steep
     lean = 0.0 if _has_momenta(chains) else lean_of(segment, drawn.lr, posterior, good)
     leans = 0.0 if heating.noise_alone else lean
     share = (found.total + leans) / level
     judged = found.total if _has_momenta(chains) else found.of_sgld + lean
     if not 0 < share < 2 * MAX_HEAT:
-        return _WithoutHeat(trace, 1.0, judged / level, noisy, lean)
+        return _WithoutHeat(trace, 1.0, judged / level, noisy, lean, scale)
     kept = 1.0 - share
     # what a chain has beyond that share is taken off it too: the mean stays as it is, and the error of the heat
     # is counted together with that of the loss it goes along with
     own = found.each + leans - share * trace[good].mean(dim=1)
     trace[good] -= (own / kept).unsqueeze(1)
     # held against what the step was chosen by, where what there is of it is taken off
-    return _WithoutHeat(trace * kept, kept, judged / max(level, LEAST_SCALE), noisy, lean)
+    return _WithoutHeat(trace * kept, kept, judged / max(level, LEAST_SCALE), noisy, lean, scale)
+
+
+def _scale_of_loss(found: Heat, nbeta: float, batch_size: int) -> float:
+    """How many times a negative log-likelihood the loss seems to be: by how much more the gradients of single samples
+    scatter than its curvature says.
+
+    Of a log-likelihood the covariance C of these gradients is the curvature H, of c times one it is c H. The heat of
+    the minibatches is in proportion to ``nbeta² tr(C) / batch_size``, that of discretisation to ``nbeta tr(H)``. The
+    latter is a difference, and no more than a hint beside noise that is :data:`MOST_NOISE` times as large.
+
+    Returns:
+        0 where minibatches add no heat, and where they would hide that of discretisation for a log-likelihood too
+        (an nbeta far above the batch size); infinity where discretisation adds none.
+
+    Example:
+        >>> _scale_of_loss(Heat(0.125, 0.25, 0.5, 1.0, torch.zeros(1)), nbeta=20.0, batch_size=40)
+        8.0
+    """
+    noise = found.noise / found.weight if found.weight > 0 else 0.0
+    if not noise > 0 or LARGE_LOSS * nbeta > MOST_NOISE * batch_size:
+        return 0.0
+    own = found.discretisation / max(found.steepness, 1.0)
+    return noise / own * batch_size / nbeta if own > 0 else math.inf
 
 
 def _has_momenta(chains: Chains) -> bool:
@@ -381,7 +413,8 @@ def _with_remedy(said: str, cooled: _WithoutHeat, chains: Chains) -> str:
     A step that was given is small because it was given: where it has little heat a larger one would do.
 
     The noise of minibatches grows with the square of nbeta, the force of the loss with nbeta: above n it is nbeta that
-    keeps the step small.
+    keeps the step small. So it is with a loss on a large scale, such as the squared error of targets in thousands: c
+    times a negative log-likelihood is one at c times ``nbeta``.
     """
     n, nbeta, batch = chains.source.num_samples, chains.posterior.nbeta, "a larger batch_size"
     given = chains.sampler.lr is not None and chains.sampler.calibration == "heat"
@@ -391,6 +424,9 @@ def _with_remedy(said: str, cooled: _WithoutHeat, chains: Chains) -> str:
     if noisy and n is not None and nbeta > n >= 2:
         usual = f"{nbeta:.3g}; n / log n is {default_nbeta(n):.3g}"
         return f"{NBETA_TOO_LARGE} ({usual}), {said}: a smaller nbeta, or {batch}"
+    if noisy and cooled.scale > LARGE_LOSS:
+        nats = "one in nats (a squared error divided by 2 sigma², sigma the scale of the noise in the targets)"
+        return f"{LOSS_TOO_LARGE}, {said}: {nats}; where it is, {batch}, or more draws"
     more = f", {batch} (the minibatches' noise keeps the step small)" if noisy else ""
     return f"{said}: more draws{more}; a stronger localization settles sooner, but measures another number"
 

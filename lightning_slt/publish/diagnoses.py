@@ -12,6 +12,7 @@ from lightning_slt.publish.phrases import count_of, listed, number, with_error
 from lightning_slt.reasons import (
     DOWNHILL,
     DRIFTING,
+    LOSS_TOO_LARGE,
     NBETA_TOO_LARGE,
     NEGATIVE,
     NONE_STAYED,
@@ -43,6 +44,12 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
         "nbeta was too large for the minibatches, and chains had not spread to their full width",
         "A smaller nbeta helps, or a larger batch_size; left None it is n / log n.",
     ),
+    (
+        LOSS_TOO_LARGE,
+        "the loss may have been too large for the minibatches, and chains had not spread to their full width",
+        "Where it is not in nats, divide it (a squared error by 2 sigma², sigma the scale of the noise in the "
+        "targets); where it is, a larger batch_size helps, or more draws.",
+    ),
     (TOO_WIDE, "chains had been thrown wide and not come back", "A larger batch_size makes their steps less noisy."),
     (
         "step size",
@@ -59,7 +66,7 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     ("no chain", "every chain left the finite numbers", "A smaller step or a larger localization holds them."),
 )
 """Beginnings of the reasons of an estimate, what they mean in plain words, and what can be done."""
-_ADVISED = (NOT_ACCEPTED, NOT_ARRIVED, NBETA_TOO_LARGE, TOO_WIDE)
+_ADVISED = (NOT_ACCEPTED, NOT_ARRIVED, NBETA_TOO_LARGE, LOSS_TOO_LARGE, TOO_WIDE)
 """Those that say themselves what can be done."""
 _DECISIVE = (NEGATIVE, DOWNHILL, NOT_ACCEPTED, NBETA_TOO_LARGE)
 """Beside these no advice of another reason is given: chains that run downhill, or stand still, need no more draws."""

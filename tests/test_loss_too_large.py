@@ -1,0 +1,55 @@
+"""A loss that is many times a negative log-likelihood (targets in thousands): what is said, and that it helps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from lightning_slt import Estimate, estimate_llc
+from lightning_slt.publish.diagnoses import diagnostics
+from lightning_slt.reasons import LOSS_TOO_LARGE, NOT_ARRIVED
+from tests.sampling.helpers import gen, mean_squared
+
+N, UNIT = 1000, 100.0
+
+
+def measured(divisor: float, **settings: Any) -> Estimate:
+    """Half a squared error whose noise has the scale ``UNIT``, at the minimum: 12 / 2 weights, whatever it is divided
+    by. It is ``UNIT²`` times a negative log-likelihood."""
+    x = torch.randn(N, 6, generator=gen(1))
+    y = x @ torch.randn(6, 2, generator=gen(2)) + UNIT * torch.randn(N, 2, generator=gen(3))
+    module = nn.Linear(6, 2, bias=False)
+    with torch.no_grad():
+        module.weight.copy_(torch.linalg.lstsq(x, y).solution.T)
+
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        return mean_squared(module, batch) / divisor
+
+    given = {"localization": 1e-5, "num_draws": 50, "num_chains": 4, "batch_size": 32, **settings}
+    return estimate_llc(module, TensorDataset(x, y), loss, **given)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_scale_of_the_loss_is_named_and_what_to_divide_it_by(seed: int) -> None:
+    est = measured(divisor=1.0, seed=seed)
+    assert not est.valid and "NOT_ARRIVED" in est.kinds and est.virial < 0.7
+    said = est.reasons[est.kinds.index("NOT_ARRIVED")]
+    assert said.startswith(f"{LOSS_TOO_LARGE}, {NOT_ARRIVED} in ") and "divided by 2 sigma²" in said
+    told = " ".join(remark.text for remark in diagnostics([est]))
+    assert "divide it (a squared error by 2 sigma²" in told
+
+
+def test_a_likelihood_is_not_said_to_be_too_large() -> None:
+    """Where chains have not the steps that its noise asks for."""
+    est = measured(divisor=UNIT**2, nbeta=900.0, batch_size=2)
+    assert est.kinds[-1] == "NOT_ARRIVED" and est.reasons[-1].startswith(NOT_ARRIVED)
+
+
+@pytest.mark.parametrize(("divisor", "nbeta"), [(UNIT**2, None), (1.0, N / 6.908 / UNIT**2)])
+def test_what_is_said_helps(divisor: float, nbeta: float | None) -> None:
+    est = measured(divisor, nbeta=nbeta)
+    assert est.valid and abs(est.mean - 6.0) <= max(0.3, 2 * est.se)
