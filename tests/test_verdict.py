@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.data import TensorDataset
 from lightning_slt import MALA, LeimkuhlerMatthews, estimate_llc
 from lightning_slt import verdict as verdict_module
 from lightning_slt.estimate import ChainSettings, run_chains
-from lightning_slt.functional import LocalPosterior, summarise
+from lightning_slt.functional import LocalPosterior, standard_error, summarise
 from lightning_slt.publish.diagnoses import diagnostics, invalid_sentence, verdict_sentence
 from lightning_slt.reasons import Kind, Reason
 from lightning_slt.record import Estimate
@@ -21,9 +22,12 @@ from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.collective import Alone
 from lightning_slt.sampling.given_data import source_of
+from lightning_slt.sampling.lean import lean_of
 from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.readings import heat_of
 from lightning_slt.sampling.rounding import weight_rounding
 from lightning_slt.sampling.samplers import SGLD, KineticLangevin, Sampler
+from lightning_slt.sampling.segment import Segment
 from lightning_slt.verdict import BAD_FOR_COVARIANCES, fit_for_covariances, read_llc
 
 
@@ -238,3 +242,43 @@ def test_weights_of_ordinary_size_are_never_too_large(dtype: torch.dtype) -> Non
     assert chains.objective.anchor.dtype == torch.float32
     assert weight_rounding(chains, drawn.lr) < 1e-8
     assert not any("too large for" in reason for reason in read_llc(drawn, chains).reasons)
+
+
+def with_heat(sampler: Sampler) -> tuple[Drawn, Chains]:
+    """Chains at an LLC of 2, each a little apart, with a heat of 0.4 that slowly goes up and down, three tenths of it
+    the minibatches'; of a square, but for that."""
+    drawn, chains = drawn_by(sampler)
+    nbeta, own = chains.posterior.nbeta, 1.0 + 0.05 * torch.arange(4.0, dtype=torch.float64)[:, None]
+    slowly = 1.0 + 0.5 * torch.sin(torch.arange(20.0, dtype=torch.float64) * math.pi / 10)
+    force = 0.4 * 8 / (drawn.lr * nbeta**2)
+    shown = Segment(
+        drawn.segment.chains,
+        (2.0 / nbeta * own).expand(4, 80),
+        force * own.flip(0) * slowly,
+        (4.0 / nbeta * own).expand(4, 20),
+        torch.full((4, 20), 1e-3, dtype=torch.float64),
+        drawn.segment.anchors,
+        noise_square=0.3 * force * own,
+    )
+    return replace(drawn, segment=shown), chains
+
+
+@pytest.mark.parametrize("sampler", [SGLD(lr=1e-3), LeimkuhlerMatthews(lr=1e-3)], ids=["SGLD", "shared noise"])
+def test_what_is_taken_off_and_what_the_error_has_of_it(sampler: Sampler) -> None:
+    """Of each chain its own heat, and of all the lean; where noise is shared the minibatches' part alone, and the lean
+    is an error all the same."""
+    drawn, chains = with_heat(sampler)
+    segment, posterior = drawn.segment, chains.posterior
+    shared = isinstance(sampler, LeimkuhlerMatthews)
+    heat = heat_of(segment, drawn.lr, posterior, shared=shared)
+    lean = lean_of(segment, drawn.lr, posterior, segment.finite)
+    assert lean > 0.004 and 0 < heat.noise < heat.discretisation
+    found = read_llc(drawn, chains)
+    off = heat.each + (0.0 if shared else lean)
+    raw = posterior.nbeta * segment.difference.mean(dim=1)
+    torch.testing.assert_close(found.per_chain, raw - off, rtol=1e-9, atol=0)
+    assert found.mean == pytest.approx(float((raw - off).mean()), rel=1e-9)
+    assert found.step_bias == pytest.approx(float(off.mean()), rel=1e-9)
+    assert found.chain_loss == pytest.approx(found.init_loss + found.mean / posterior.nbeta, rel=1e-12)
+    assert found.lean == pytest.approx(lean, rel=1e-9)
+    assert found.se == pytest.approx(math.hypot(standard_error(found.trace), found.owed, lean), rel=1e-4)
