@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.data import TensorDataset
 from lightning_slt import MALA, LeimkuhlerMatthews, estimate_llc
 from lightning_slt import verdict as verdict_module
 from lightning_slt.estimate import ChainSettings, run_chains
-from lightning_slt.functional import LocalPosterior, summarise
+from lightning_slt.functional import LocalPosterior, standard_error, summarise
 from lightning_slt.publish.diagnoses import diagnostics, invalid_sentence, verdict_sentence
 from lightning_slt.reasons import Kind, Reason
 from lightning_slt.record import Estimate
@@ -21,10 +22,13 @@ from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.collective import Alone
 from lightning_slt.sampling.given_data import source_of
+from lightning_slt.sampling.lean import lean_of
 from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.readings import heat_of, steepness_of, virial_readings
 from lightning_slt.sampling.rounding import weight_rounding
 from lightning_slt.sampling.samplers import SGLD, KineticLangevin, Sampler
-from lightning_slt.verdict import BAD_FOR_COVARIANCES, fit_for_covariances, read_llc
+from lightning_slt.sampling.segment import Segment
+from lightning_slt.verdict import BAD_FOR_COVARIANCES, fit_for_covariances, owed_by, read_llc
 
 
 def half_square(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -238,3 +242,134 @@ def test_weights_of_ordinary_size_are_never_too_large(dtype: torch.dtype) -> Non
     assert chains.objective.anchor.dtype == torch.float32
     assert weight_rounding(chains, drawn.lr) < 1e-8
     assert not any("too large for" in reason for reason in read_llc(drawn, chains).reasons)
+
+
+def with_heat(sampler: Sampler, share: float = 0.2) -> tuple[Drawn, Chains]:
+    """Chains at an LLC of 2, each a little apart, with a heat of this share of it that slowly goes up and down, three
+    tenths of it the minibatches'; of a square, but for that."""
+    drawn, chains = drawn_by(sampler)
+    nbeta, own = chains.posterior.nbeta, 1.0 + 0.05 * torch.arange(4.0, dtype=torch.float64)[:, None]
+    slowly = 1.0 + 0.5 * torch.sin(torch.arange(20.0, dtype=torch.float64) * math.pi / 10)
+    force = 2.0 * share * 8 / (sampler.heating(drawn.lr).step * nbeta**2)
+    shown = Segment(
+        drawn.segment.chains,
+        (2.0 / nbeta * own).expand(4, 80),
+        force * own.flip(0) * slowly,
+        (4.0 / nbeta * own).expand(4, 20),
+        torch.full((4, 20), 1e-3, dtype=torch.float64),
+        drawn.segment.anchors,
+        noise_square=0.3 * force * own,
+    )
+    return replace(drawn, segment=shown), chains
+
+
+@pytest.mark.parametrize("sampler", [SGLD(lr=1e-3), LeimkuhlerMatthews(lr=1e-3)], ids=["SGLD", "shared noise"])
+def test_what_is_taken_off_and_what_the_error_has_of_it(sampler: Sampler) -> None:
+    """Of each chain its own heat, and of all the lean; where noise is shared the minibatches' part alone, and the lean
+    is an error all the same."""
+    drawn, chains = with_heat(sampler)
+    segment, posterior = drawn.segment, chains.posterior
+    shared = isinstance(sampler, LeimkuhlerMatthews)
+    heat = heat_of(segment, drawn.lr, posterior, shared=shared)
+    lean = lean_of(segment, drawn.lr, posterior, segment.finite)
+    assert lean > 0.004 and 0 < heat.noise < heat.discretisation
+    found = read_llc(drawn, chains)
+    off = heat.each + (0.0 if shared else lean)
+    raw = posterior.nbeta * segment.difference.mean(dim=1)
+    torch.testing.assert_close(found.per_chain, raw - off, rtol=1e-9, atol=0)
+    assert found.mean == pytest.approx(float((raw - off).mean()), rel=1e-9)
+    assert found.step_bias == pytest.approx(float(off.mean()), rel=1e-9)
+    assert found.chain_loss == pytest.approx(found.init_loss + found.mean / posterior.nbeta, rel=1e-12)
+    assert found.lean == pytest.approx(lean, rel=1e-9)
+    assert found.se == pytest.approx(math.hypot(standard_error(found.trace), found.owed, lean), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "kind"),
+    [(SGLD(lr=1e-3), "HEAT_OF_STEP"), (LeimkuhlerMatthews(lr=1e-3), "STEP_TOO_LARGE")],
+    ids=["SGLD", "shared noise"],
+)
+def test_a_step_is_judged_by_its_heat_and_its_lean_together(sampler: Sampler, kind: str) -> None:
+    """Neither is a quarter of the estimate by itself; beyond half of it nothing is taken off by SGLD."""
+    for share, found in ((0.22, False), (0.247, True), (0.6, True)):
+        drawn, chains = with_heat(sampler, share)
+        heat = heat_of(drawn.segment, drawn.lr, chains.posterior)
+        lean = lean_of(drawn.segment, drawn.lr, chains.posterior, drawn.segment.finite)
+        level = chains.posterior.nbeta * float(drawn.segment.difference.mean())
+        assert share > 0.5 or heat.of_sgld < 0.25 * level
+        assert (heat.of_sgld + lean >= 0.25 * level) is found
+        estimate = read_llc(drawn, chains)
+        assert (kind in estimate.kinds) is found
+        if share > 0.5 and kind == "HEAT_OF_STEP":
+            assert estimate.step_bias == 0.0 and estimate.mean == pytest.approx(level, rel=1e-6)
+
+
+def test_chains_with_momenta_have_no_lean() -> None:
+    drawn, chains = with_heat(KineticLangevin(lr=1e-3), 0.1)
+    assert lean_of(drawn.segment, drawn.lr, chains.posterior, drawn.segment.finite) > 0.0
+    assert read_llc(drawn, chains).lean == 0.0
+
+
+def test_what_is_noted_of_covariances_is_the_heat_without_the_lean() -> None:
+    """Of a level of 10 before anything is taken off: a fifth of it is heat, and a tenth the lean, or nothing."""
+    estimate = read_llc(*drawn_by(SGLD(lr=1e-3)))
+    for lean in (0.0, 1.0):
+        [noted] = verdict_module._heat_noted(estimate.replace(mean=8.0 - lean, step_bias=2.0 + lean, lean=lean))
+        assert "adds 20% to the LLC (taken off), and about 40% to covariances" in noted
+    for heat, count in ((0.39, 0), (0.41, 1)):
+        found = estimate.replace(mean=9.0 - heat, step_bias=1.0 + heat, lean=1.0)
+        assert len(verdict_module._heat_noted(found)) == count
+
+
+@pytest.mark.parametrize(
+    ("ratios", "wide"),
+    [((1.5, 1.5, 1.5, 1.6), True), ((1.3, 1.3, 1.3, 1.4), False), ((0.4, 0.4, 0.4, 5.0), False)],
+)
+def test_chains_are_too_wide_beyond_their_error_only(ratios: tuple[float, ...], wide: bool) -> None:
+    """Of one chain far out of four the mean is 1.55, and its error 1.15."""
+    drawn, chains = with_heat(SGLD(lr=1e-3), 0.01)
+    rows = torch.tensor(ratios, dtype=torch.float64)[:, None] * 4.0 / chains.posterior.nbeta
+    found = read_llc(replace(drawn, segment=replace(drawn.segment, grad_dot=rows.expand(4, 20))), chains)
+    assert found.virial == pytest.approx(sum(ratios) / 4, abs=0.02)
+    assert ("TOO_WIDE" in found.kinds) is wide
+
+
+@pytest.mark.parametrize("but", ["all", "one rises", "one is above", "one is held"])
+def test_chains_are_said_to_run_downhill_where_every_one_of_them_does(but: str) -> None:
+    drawn, chains = drawn_by(SGLD(lr=1e-3))
+    nbeta = chains.posterior.nbeta
+    way = torch.tensor([[0.1], [0.5], [2.0], [30.0]], dtype=torch.float64) * (-1.0 - torch.arange(80.0) / 20)
+    dots = torch.full((4, 20), -8.0 / nbeta, dtype=torch.float64)
+    if but == "one rises":
+        way[0] = way[0].flip(0)
+    elif but == "one is above":
+        way[0] += 0.5
+    elif but == "one is held":
+        dots[0] = -2.0 / nbeta
+    little = torch.full((4, 20), 1e-9, dtype=torch.float64)
+    shown = Segment([0, 1, 2, 3], way / nbeta, little, dots, little, drawn.segment.anchors)
+    found = read_llc(replace(drawn, segment=shown), chains)
+    assert -2 * found.se < found.mean < 0
+    assert ("NEGATIVE" in found.kinds) is (but == "all")
+
+
+def test_arrival_is_that_of_the_second_half_and_what_is_owed_that_of_all_draws() -> None:
+    drawn, chains = with_heat(SGLD(lr=1e-3), 0.05)
+    reached = torch.tensor([0.4] * 10 + [0.8] * 10, dtype=torch.float64) * 4.0 / chains.posterior.nbeta
+    own = 1.0 + 0.02 * torch.arange(4.0, dtype=torch.float64)[:, None]
+    segment = replace(drawn.segment, grad_dot=reached * own)
+    ratios = virial_readings(segment, drawn.lr, chains.posterior, 4)
+    found = read_llc(replace(drawn, segment=segment), chains)
+    assert found.virial == pytest.approx(float(ratios[:, 10:].mean()), rel=1e-9) and 0.75 < found.virial < 0.85
+    steepness = steepness_of(segment, chains.posterior, segment.finite)
+    owed = owed_by(found.mean, float(ratios.mean()), standard_error(ratios), 4, steepness)
+    assert found.owed == pytest.approx(owed, rel=1e-9) and owed > 0.1
+
+
+def test_heat_beside_a_coefficient_of_nearly_nothing_is_held_against_a_constant() -> None:
+    """More than a quarter of an LLC of 0.1, which is a seventh of 0.2."""
+    drawn, chains = with_heat(SGLD(lr=1e-3), 0.017)
+    difference = drawn.segment.difference - drawn.segment.difference.mean() + 0.1 / chains.posterior.nbeta
+    found = read_llc(replace(drawn, segment=replace(drawn.segment, difference=difference)), chains)
+    assert found.mean + found.step_bias == pytest.approx(0.1) and found.step_bias > 0.026
+    assert "HEAT_OF_STEP" not in found.kinds

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from scipy.signal import lfilter
+from scipy.stats import norm, rankdata
 from torch import Tensor
 
 from lightning_slt.functional import effective_sample_size, rhat, standard_error
@@ -153,3 +154,48 @@ def test_the_error_from_batches_is_that_of_the_formula() -> None:
     of_halves, of_thirds = 8 / 7 / 8, 24 / 23 / 24
     expected = math.sqrt(2 * of_halves - of_thirds) * 2.364624 / 1.959964  # Student's t of 7 degrees of freedom
     assert standard_error(levels.repeat_interleave(48, dim=1)) == pytest.approx(expected, rel=1e-5)
+    # draws that are no multiple of the batches are left out at the front
+    over = torch.cat([torch.full((4, 1), 9.0, dtype=torch.float64), levels.repeat_interleave(48, dim=1)], dim=1)
+    assert standard_error(over) == pytest.approx(expected, rel=1e-5)
+
+
+def normal_ranks(x: Tensor) -> Tensor:
+    ranks = torch.from_numpy(rankdata(x.numpy())).reshape(x.shape)
+    return torch.from_numpy(norm.ppf((ranks.numpy() - 3 / 8) / (x.numel() + 1 / 4)))
+
+
+def ess_of_the_formula(x: Tensor) -> float:
+    """Vehtari et al. 2021, equations 3 and 10, and Geyer's initial monotone sequence, by plain sums."""
+    chains, n = x.shape
+    away = x - x.mean(dim=1, keepdim=True)
+    autocov = [float((away[:, : n - lag] * away[:, lag:]).sum()) / chains / (n - 1) for lag in range(n)]
+    variance = (n - 1) / n * autocov[0] + (float(x.mean(dim=1).var()) if chains > 1 else 0.0)
+    rho = [1.0, *(1.0 - (autocov[0] - value) / variance for value in autocov[1:])]
+    total, least = 0.0, math.inf
+    for even, odd in zip(rho[::2], rho[1::2], strict=False):
+        if even + odd < 0:
+            break
+        least = min(least, even + odd)
+        total += least
+    return chains * n / (2 * total - 1)
+
+
+def test_rhat_and_effective_sample_size_are_those_of_the_formulas() -> None:
+    """One of three skewed chains stands apart, another is wider: of R-hat it is the folded one that counts."""
+    x = ar1(3, 60, 0.6, seed=3).exp() - 1.0
+    x[1] += 0.2
+    x[2] *= 8.0
+    split = torch.cat([x[:, :30], x[:, 30:]])
+    assert effective_sample_size(x) == pytest.approx(ess_of_the_formula(normal_ranks(split)), rel=1e-9)
+    found = []
+    for z in (normal_ranks(split), normal_ranks((split - split.flatten().quantile(0.5)).abs())):
+        within, between = z.var(dim=1).mean(), 30 * z.mean(dim=1).var()
+        found.append(float(((29 / 30 * within + between / 30) / within).sqrt()))
+    assert found[1] > found[0]
+    assert rhat(x) == pytest.approx(found[1], rel=1e-9)
+
+
+def test_the_error_of_one_chain_is_by_the_sample_size_of_its_draws_and_not_of_their_ranks() -> None:
+    x = (1.5 * ar1(1, 300, 0.8, seed=1)).exp()
+    assert standard_error(x) == pytest.approx(float(x.std()) / math.sqrt(ess_of_the_formula(x)), rel=1e-9)
+    assert abs(effective_sample_size(x) / ess_of_the_formula(x) - 1) > 0.1

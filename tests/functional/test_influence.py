@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_slt.functional.between_chains import between_share, factor_of, whole_of
-from lightning_slt.functional.block_errors import blocks_per_chain, mean_and_error
+from lightning_slt.functional.block_errors import block_edges, blocks_per_chain, error_of_mean, mean_and_error
 from lightning_slt.functional.influence import (
     Covariance,
     CovarianceAccumulator,
@@ -305,3 +305,49 @@ def test_a_few_independent_draws_of_each_chain_are_not_made_more_of() -> None:
     assert float(within) * whole_of(between_share(x), 3) == pytest.approx(1.0, abs=0.13)
     many = torch.randn(400, 3, 200, generator=g)
     assert float(variance(many)[0].mean()) * whole_of(between_share(many), 3) == pytest.approx(1.0, abs=0.02)
+
+
+def test_controls_are_taken_off_a_stream_as_they_are_off_whole_traces() -> None:
+    """The mean of two, block by block, in the covariance and in its error."""
+    x, y = autocorrelated(3, 100, 6, 0.5, 2), autocorrelated(3, 100, 4, 0.5, 3)
+    x_parts, y_parts = (
+        LinearParts(0.7 * v + 0.2 * autocorrelated(3, 100, v.shape[2], 0.3, 4), 0.9 * v + 0.1 * v.square())
+        for v in (x, y)
+    )
+    whole, *less = (CovarianceAccumulator(6, 4) for _ in range(3))
+    sides = [(x, y), (x_parts.direct, y_parts.pulled), (x_parts.pulled, y_parts.direct)]
+    for stream, (left, right) in zip((whole, *less), sides, strict=True):
+        for chain in range(3):
+            for block, (low, high) in enumerate(block_edges(3, 100)):
+                stream.update(chain, block, left[chain, low:high], right[chain, low:high])
+    found, expected = whole.result(less), covariance(x, y, x_parts=x_parts, y_parts=y_parts)
+    torch.testing.assert_close(found.matrix, expected.matrix, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.se, expected.se, rtol=1e-9, atol=1e-12)
+    controls = [two_pass(*side) for side in sides[1:]]
+    torch.testing.assert_close(found.matrix, two_pass(x, y) - sum(controls) / 2, rtol=1e-9, atol=1e-12)
+
+
+def test_the_share_between_chains_is_a_mean_over_losses_of_any_size() -> None:
+    """One that differs within chains alone, a far larger one between them alone, and one that stands still."""
+    within, between = torch.tensor([[0.0, 2.0], [0.0, 2.0]]), torch.tensor([[10.0, 10.0], [30.0, 30.0]])
+    x = torch.stack([within, between, torch.ones(2, 2)], dim=2)
+    assert between_share(x) == pytest.approx(0.5)
+
+
+def test_blocks_of_a_mean_count_by_their_share_of_the_draws() -> None:
+    """Nine draws of one chain, in blocks of four and of five."""
+    x = torch.tensor([1.0, 4.0, 2.0, 0.0, 3.0, -1.0, -2.0, 5.0, -4.0]).reshape(1, 9, 1)
+    assert float(error_of_mean(x)) == pytest.approx(abs(7.0 - 1.0) * (2 / 9) / 2)
+
+
+def test_chains_of_unequal_length_count_by_their_draws_and_a_block_may_come_in_two_parts() -> None:
+    x, y = autocorrelated(1, 40, 5, 0.5, 2)[0], autocorrelated(1, 40, 3, 0.5, 3)[0] + 2.0
+    here, elsewhere = CovarianceAccumulator(5, 3), CovarianceAccumulator(5, 3)
+    for stream, chain, rows in ((here, 0, slice(0, 12)), (elsewhere, 0, slice(12, 30)), (here, 1, slice(30, 40))):
+        stream.update(chain, 0, x[rows], y[rows])
+    here.load(elsewhere.state())
+    found = here.result()
+    away = [(v[rows] - v[rows].mean(dim=0)) for v in (y, x) for rows in (slice(0, 30), slice(30, 40))]
+    torch.testing.assert_close(found.matrix, (away[0].T @ away[2] + away[1].T @ away[3]) / (29 + 9), rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.mean_x, x.mean(dim=0), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.mean_y, y.mean(dim=0), rtol=1e-9, atol=1e-12)

@@ -163,3 +163,58 @@ def test_draws_too_few_to_show_mixing_are_not_valid(draws: int) -> None:
 
 def test_without_an_error_nothing_is_beyond_it() -> None:
     assert not any(NEGATIVE in reason for reason in summarise(torch.tensor([[-1.0]])).reasons)
+
+
+def test_a_quarter_of_the_chains_is_too_many_to_be_left_out() -> None:
+    trace = trace_of()
+    trace[[2, 5], 0] = math.nan
+    assert [reason.kind for reason in summarise(trace).verdict] == [Kind.DIVERGED]
+    assert [reason.kind for reason in summarise(trace[:7]).verdict] == [Kind.DIVERGED]
+    assert summarise(trace[3:]).valid
+
+
+def test_a_chain_that_has_left_has_no_number_of_its_own() -> None:
+    s = summarise(trace_of(), torch.arange(8) == 3)
+    assert s.per_chain.isnan().tolist() == [k == 3 for k in range(8)]
+
+
+def apart(level: float, by: float) -> Tensor:
+    """Eight chains of little scatter, so far from each other."""
+    return trace_of(level=level, spread=0.01 * by) + by * (torch.arange(8.0).unsqueeze(1) - 3.5)
+
+
+@pytest.mark.parametrize(("level", "half"), [(10.0, 0.5), (0.05, 0.05), (-0.5, 0.05), (-20.0, 1.0)])
+def test_chains_apart_by_so_much_that_the_error_is_half_a_tenth_of_the_number_have_not_mixed(
+    level: float, half: float
+) -> None:
+    """Of the number, or of 1 where it is smaller."""
+    error = standard_error(apart(level, 1.0))
+    for share, mixed in ((0.9, True), (1.2, False), (1.9, False)):
+        s = summarise(apart(level, share * half / error))
+        assert s.rhat > 1.1 and s.se == pytest.approx(share * half, rel=1e-2)
+        assert (Kind.NOT_MIXED in {reason.kind for reason in s.verdict}) is not mixed
+
+
+@pytest.mark.parametrize(("level", "tolerance"), [(10.0, 1.0), (0.2, 0.1)])
+def test_a_drift_counts_from_a_tenth_of_the_number_on(level: float, tolerance: float) -> None:
+    """However surely it is seen; of a number below 1, from 0.1 on."""
+    for share, drifting in ((0.9, False), (1.1, True)):
+        rise = torch.linspace(-1, 1, 200) * share * tolerance
+        s = summarise(trace_of(level=level, spread=1e-4 * level) + rise)
+        assert (Kind.DRIFTING in {reason.kind for reason in s.verdict}) is drifting
+
+
+@pytest.mark.parametrize(("errors", "negative"), [(1.0, False), (1.9, False), (2.1, True)])
+def test_below_zero_by_two_errors_is_negative(errors: float, negative: bool) -> None:
+    trace = trace_of(level=0.0, spread=1.0)
+    s = summarise(trace - trace.mean() - errors * standard_error(trace))
+    assert s.mean == pytest.approx(-errors * s.se)
+    assert (Kind.NEGATIVE in {reason.kind for reason in s.verdict}) is negative
+
+
+@pytest.mark.parametrize("wide", [slice(None, 50), slice(50, None)], ids=["first", "second"])
+def test_the_error_of_the_change_of_one_chain_has_that_of_either_half(wide: slice) -> None:
+    trace = trace_of(level=0.0, chains=1, draws=100)
+    trace[:, wide] *= 5.0
+    first, second = (standard_error(part) for part in trace.split(50, dim=1))
+    assert half_change(trace)[1] == pytest.approx(math.hypot(first, second), rel=1e-9)

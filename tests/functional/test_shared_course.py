@@ -43,3 +43,14 @@ def test_what_cannot_tell_says_nothing() -> None:
     assert shared_course(lost) > 0.5  # one sample without a loss says nothing of the others
     for nothing in (x[:3], x[:, :3], x[:, :, :0], torch.full_like(x, float("nan")), torch.ones_like(x)):
         assert shared_course(nothing) == 0.0
+
+
+@pytest.mark.parametrize("reads", [20, 100])
+def test_chains_that_are_all_alike_are_nothing_but_a_course(reads: int) -> None:
+    """Of few chains as of many, up to what the means of stretches leave out: 64 of 100 readings, of two or of one."""
+    course = way(reads, 4.0) * torch.tensor([1.0, -2.0, 0.5])
+    kept = torch.stack([part.mean(dim=0) for part in course.tensor_split(min(reads, MOST_READS))])
+    wanted = float(kept.double().var(dim=0).sum() / course.double().var(dim=0).sum())
+    for chains in (4, 16):
+        found = shared_course(course.expand(chains, -1, -1))
+        assert found == pytest.approx(wanted, rel=1e-6) and found <= 1.0

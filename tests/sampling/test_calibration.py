@@ -14,17 +14,17 @@ from lightning_slt import estimate_llc
 from lightning_slt.functional import LocalPosterior
 from lightning_slt.sampling.anchor import open_window
 from lightning_slt.sampling.batches import DatasetSource
-from lightning_slt.sampling.budget import FIRST_ROUNDS, MAX_STEPS_BW_DRAWS, Budget
+from lightning_slt.sampling.budget import FIRST_ROUNDS, MAX_STEPS_BW_DRAWS, METRIC_ROUNDS, Budget
 from lightning_slt.sampling.calibration import draw
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.given_data import source_of
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import heat_of, transient, virial_readings
-from lightning_slt.sampling.rounds import has_arrived
+from lightning_slt.sampling.rounds import has_arrived, is_downhill, is_flat
 from lightning_slt.sampling.samplers.base import Heating
-from lightning_slt.sampling.segment import STATS_EVERY
-from lightning_slt.sampling.step_size import HEAT, NOISE_HEAT, first_step, next_step, scale_of
+from lightning_slt.sampling.segment import STATS_EVERY, Segment
+from lightning_slt.sampling.step_size import HEAT, NOISE_HEAT, UNSURE_HEAT, first_step, next_step, scale_of
 from tests.cases.make_references import load_references
 from tests.cases.problems import reduced_rank, regular
 from tests.sampling.helpers import make_chains, mean_squared, mlp, regression
@@ -311,3 +311,101 @@ def test_transient_is_cut_off(rise: float, least: int, most: int) -> None:
         trace = 10 * curve + torch.randn(8, 400, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         assert least <= transient(trace) <= most
     assert transient(trace[:0]) == 0
+
+
+def test_the_next_step_is_what_heat_noise_and_doubt_each_allow() -> None:
+    """Of an LLC of 20 the shares that are aimed at are 1.6, 0.8 and 0.6; the step is as much smaller as one of them is
+    beyond that. Warm chains, of which a step may be made smaller at once."""
+    chains = make_chains(mlp(), regression(), mean_squared, num_chains=2, nbeta=20.0, gamma=0.0)
+    chains.place(torch.ones_like(chains.weights))
+
+    def wanted(grad_square: float, noise_square: float, grad_dot: float) -> float:
+        shown = segment(grad_square, grad_dot, 1.0, noise_square=noise_square)
+        shown = replace(shown, difference=torch.ones(2, 60, dtype=torch.float64))
+        return next_step(chains, shown, 1e-3, math.inf)[0] / 1e-3
+
+    heat = 1e-3 / 8 * 20.0**2  # for each unit of the squared gradient
+    assert wanted(64.0, 0.0, 2.0) == pytest.approx(HEAT * 20.0 / (64.0 * heat))
+    assert wanted(64.0, 32.0, 2.0) == pytest.approx(NOISE_HEAT * 20.0 / (32.0 * heat))
+    # a loss that rises five times as fast as on a square: of the heat four fifths are in doubt
+    assert wanted(32.0, 0.0, 10.0) == pytest.approx(UNSURE_HEAT * 20.0 / (0.8 * 32.0 * heat))
+
+
+def test_a_coefficient_of_nothing_is_no_reason_for_a_step_that_the_pull_alone_would_feel() -> None:
+    """No more than four times HEAT over the localization, of the metric there is."""
+    chains = make_chains(mlp(), regression(), mean_squared, num_chains=2, nbeta=20.0, gamma=8.0)
+    shown = replace(segment(1e-9, 1e-9, 1.0, difference=1e-4), difference=torch.full((2, 60), 1e-4).double())
+    assert next_step(chains, shown, 0.03, math.inf)[0] == pytest.approx(4 * HEAT / 8.0)
+    twice = replace(shown, pulled_dot=2 * shown.grad_dot, pulled_square=2 * shown.square)
+    assert next_step(chains, twice, 0.015, math.inf)[0] == pytest.approx(4 * HEAT / 16.0)
+    plain = replace(shown, difference=torch.full((2, 60), 1.0).double())
+    assert next_step(chains, plain, 0.03, math.inf)[0] == pytest.approx(0.09)
+
+
+def test_every_stretch_has_noise_of_its_own_part_and_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search its rounds', the first steps of warm chains 500, and the draws 1000 and on; 10,000 a generation."""
+    parts: list[int] = []
+    reseed = Chains.reseed
+    monkeypatch.setattr(Chains, "reseed", lambda chains, part: parts.append(part) or reseed(chains, part))
+    memory, budget = ChainMemory(), Budget(num_draws=100, max_steps_bw_draws=4, tolerance=1e-3)
+    chains = [opened() for _ in range(4)]
+    parts.clear()
+    draw(chains[0], 0, budget, memory)
+    search = list(range(len(FIRST_ROUNDS)))
+    later = parts[len(search) :]
+    assert parts == search + [1000 + k for k in range(len(later))] and len(later) > 1
+    assert memory.generation == 1
+    parts.clear()
+    draw(chains[1], 0, budget, memory)
+    assert parts == [10_500] + [11_000 + k for k in range(len(parts) - 1)] and len(parts) > 2
+    for generation, fresh in ((0, chains[2]), (3, chains[3])):
+        parts.clear()
+        draw(fresh, 0, Budget(num_draws=8, num_burnin_steps=4, lr=1e-4), ChainMemory(generation=generation))
+        assert parts == [1000 + 10_000 * generation]
+
+
+def halves(level: float, drift: float, error: float) -> Segment:
+    """Two chains of eight draws at this level, the second half of each so much above the first, more or less."""
+    change = torch.tensor([drift - error, drift + error], dtype=torch.float64)[:, None]
+    return replace(
+        segment(1.0, 1.0, 1.0), difference=level + change * torch.tensor([-0.5] * 4 + [0.5] * 4, dtype=torch.float64)
+    )
+
+
+@pytest.mark.parametrize(
+    ("level", "drift", "error", "flat"),
+    [
+        (1.0, 0.049, 0.0, True),
+        (1.0, 0.051, 0.0, False),
+        (1.0, 0.1, 0.06, True),
+        (1.0, 0.1, 0.045, False),
+        (1.0, -0.19, 0.2, True),
+        (1.0, -0.21, 0.2, False),
+        (0.1, 0.019, 0.0, True),
+        (0.1, 0.021, 0.0, False),
+        (-2.0, 0.09, 0.0, True),
+    ],
+)
+def test_a_trace_is_flat_within_a_twentieth_or_two_errors_and_never_beyond_a_fifth(
+    level: float, drift: float, error: float, flat: bool
+) -> None:
+    assert is_flat(halves(level, drift, error), Budget(num_draws=8), 1.0) is flat
+    assert is_flat(halves(level / 50.0, drift / 50.0, error / 50.0), Budget(num_draws=4), 50.0) is flat
+
+
+@pytest.mark.parametrize(
+    ("level", "apart", "downhill"), [(-0.39, 0.0, False), (-0.41, 0.0, True), (-1.4, 0.19, True), (-1.4, 0.21, False)]
+)
+def test_chains_are_downhill_where_they_are_below_zero_by_far_more_than_their_error(
+    level: float, apart: float, downhill: bool
+) -> None:
+    rows = level + apart * torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    assert is_downhill(replace(segment(1.0, 1.0, 1.0), difference=rows.expand(2, 5) / 3.0), 3.0) is downhill
+
+
+def test_what_a_budget_allows() -> None:
+    assert [Budget(10).allowed_error(llc) for llc in (0.1, -2.0)] == pytest.approx([0.03 * 0.4, 0.03 * 2.0])
+    assert Budget(10, tolerance_llc=0.7).allowed_error(50.0) == 0.7
+    assert Budget(10).most_steps == 2 * 10 * MAX_STEPS_BW_DRAWS
+    assert Budget(10, num_burnin_steps=7).most_steps == sum(METRIC_ROUNDS) + 7 + 10
+    assert Budget(10, num_burnin_steps=7, lr=0.1, num_steps_bw_draws=3).most_steps == 7 + 30

@@ -41,7 +41,7 @@ class Tries:
         self.cold: list[bool] = []
         self.more: list[int] = []
         self.said: list[tuple[int, float, bool]] = []
-        self.forgotten = self.proposed = 0
+        self.forgotten = self.proposed = self.looked = 0
 
     def propose(self, chains: Any, batches: list[int], stream: torch.Generator) -> KineticSampling:
         assert batches == [0, 1]
@@ -49,6 +49,7 @@ class Tries:
         return SAMPLING
 
     def gradients(self, weights: Tensor, batches: Any) -> Tensor:
+        self.looked += 1
         return 3 * weights + self.slope * batches[0]
 
     def run(self, make_sampler: MakeSampler, beginning: Beginning) -> tuple[Any, Any]:
@@ -108,6 +109,7 @@ def test_what_minibatches_allow_is_measured_once_and_shortened_further_where_cha
     found = tries.outcome()
     assert found.cooled.shortened and found.cooled.heat == pytest.approx(NOISE_HEAT, rel=0.01)
     assert tries.steps[0] < STEP and tries.steps[1] == pytest.approx(tries.steps[0] / 2)
+    assert tries.looked == 2  # once by each of the two minibatches
 
 
 @pytest.mark.parametrize(("ways", "tries"), [(0, 1), (1, 2), (2, 3), (9, 3)])

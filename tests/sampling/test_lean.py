@@ -168,3 +168,24 @@ def test_a_regular_model_has_none() -> None:
     case = regular(10)
     estimate = estimate_llc(case.module, case.dataset, case.loss_fn, localization=1.0, seed=0)
     assert estimate.valid and estimate.lean == 0.0
+
+
+def test_the_lean_is_shrunk_by_its_error_and_nothing_within_it() -> None:
+    """``a - b² / a`` of covariances 2 to 5 readings apart, by plain sums over three chains."""
+    g = torch.Generator().manual_seed(1)
+    slowly = torch.sin(torch.arange(24.0, dtype=torch.float64) / 3)
+    for scatter, seen in ((0.4, True), (3.0, False)):
+        force = 5.0 + slowly + scatter * torch.randn(3, 24, generator=g, dtype=torch.float64)
+        loss = 3.0 - 0.05 * slowly + 0.1 * torch.randn(3, 24, generator=g, dtype=torch.float64)
+        flat = torch.zeros(3, 24, dtype=torch.float64)
+        shown = Segment([0, 1, 2], loss.repeat_interleave(STATS_EVERY, dim=1), force, flat, flat, {})
+        heat = 0.125 * 2.0 * force
+        h, f = heat - heat.mean(), loss - loss.mean()
+        each = torch.zeros(3, dtype=torch.float64)
+        for lag in (2, 3, 4, 5):
+            for a, b in ((h[:, lag:], (h - f)[:, :-lag]), (h[:, :-lag], (h - f)[:, lag:])):
+                each += (a * b).mean(dim=1) / 8
+        mean, error = float(each.mean()), float(each.std()) / 3**0.5
+        assert (mean > error) is seen and error > 0.1 * abs(mean)
+        found = lean_of(shown, 2.0, LocalPosterior(1.0, 0.0), shown.finite)
+        assert found == pytest.approx(mean - error**2 / mean if seen else 0.0, rel=1e-9)

@@ -232,3 +232,39 @@ def test_large_displacements_stay_out_of_checkpoints(monkeypatch: pytest.MonkeyP
     assert memory.displacements is not None
     state = memory.state_dict()
     assert state["displacements"] is None and state["numbers"] == [] and state["generation"] == 1
+
+
+@pytest.mark.parametrize(("most", "rows"), [(4 * 66 * 4, 4), (4 * 66 * 4 - 1, 2)])
+def test_ranks_keep_the_chains_of_all_where_these_are_few_bytes(
+    monkeypatch: pytest.MonkeyPatch, most: int, rows: int
+) -> None:
+    """Four chains of 66 weights, four bytes each, on two ranks."""
+    monkeypatch.setattr("lightning_slt.sampling.memory.MAX_CHECKPOINT_BYTES", most)
+
+    def rank(collective: Collective) -> tuple[tuple[int, ...], Tensor, Tensor]:
+        chains = make_chains(mlp(), regression(), mean_squared, collective=collective)
+        chains.advance(4, 1e-3)
+        memory = ChainMemory()
+        memory.keep(chains)
+        start = memory.start_of(chains)
+        assert memory.displacements is not None and start is not None
+        assert memory.displacements.shape == (rows, 66) and len(memory.numbers) == rows
+        torch.testing.assert_close(start, chains.displacements().cpu())
+        return memory.numbers, memory.displacements, start
+
+    (first, kept, one), (second, also, other) = on_ranks(2, rank)
+    assert sorted({*first, *second}) == [0, 1, 2, 3]
+    assert not torch.equal(one, other)
+    if rows == 4:
+        assert first == second and torch.equal(kept, also)
+
+
+def test_what_is_forgotten_is_all_but_the_step_and_its_noise_does_not_come_back() -> None:
+    memory = ChainMemory(lr=0.1, ceiling=0.5)
+    memory.keep(make_chains(mlp(), regression(), mean_squared))
+    memory.preconditioner = torch.ones(66)
+    memory.forget()
+    assert (memory.numbers, memory.displacements, memory.preconditioner) == ((), None, None)
+    assert (memory.lr, memory.ceiling, memory.generation) == (0.1, 0.5, 2)
+    memory.forget()
+    assert memory.generation == 2

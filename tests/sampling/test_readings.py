@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_slt.functional.convergence import standard_error
 from lightning_slt.functional.posterior import LocalPosterior
-from lightning_slt.sampling.readings import heat_of, steepness_of
+from lightning_slt.sampling.readings import diverged, heat_of, steepness_of, virial_readings
 from lightning_slt.sampling.segment import STATS_EVERY, Segment
 
 CHAINS, STEPS, BEFORE = 3000, 400, 300
@@ -126,3 +127,83 @@ def test_noise_on_what_rises_faster_than_a_square_reaches_the_loss_as_before() -
     assert min(raised) >= 0.0
     assert sum(raised) / len(raised) < 0.01
     assert sum(more > 0.1 for more in raised) <= 8
+
+
+def rows_of(difference: Tensor, **tables: Tensor) -> Segment:
+    """Chains of these losses; readings that are not given are 1."""
+    ones = torch.ones(len(difference), -(-difference.shape[1] // STATS_EVERY), dtype=torch.float64)
+    given = {name: tables.pop(name, ones) for name in ("grad_square", "grad_dot", "square")}
+    return Segment(list(range(len(difference))), difference.double(), *given.values(), {(0, 0, 0): 0.0}, **tables)
+
+
+def test_a_chain_has_diverged_where_its_second_half_is_above_any_posterior_s() -> None:
+    """Ten times the number of weights and a hundred, in units of the LLC, whatever its way there was."""
+    levels = torch.tensor([[0.0, 129.0], [500.0, 129.0], [0.0, 131.0], [0.0, math.inf]]) / 2.0
+    found = diverged(rows_of(levels.repeat_interleave(8, dim=1)), nbeta=2.0, d=3)
+    assert found.tolist() == [False, False, True, True]
+
+
+def test_noise_that_reads_above_the_whole_force_is_held_to_it() -> None:
+    """Of few readings: 12 where the force has 5. Nothing is left for discretisation."""
+    s = rows_of(torch.ones(2, 8), grad_square=torch.full((2, 2), 5.0).double(), grad_dot=torch.full((2, 2), 2.0))
+    s = dataclasses.replace(s, noise_square=torch.tensor([[10.0], [14.0]]).double())
+    heat = heat_of(s, 0.1, LocalPosterior(1.0, 0.0))
+    assert (heat.weight, heat.discretisation) == (1.0, pytest.approx(0.0, abs=1e-12))
+    assert heat.noise == pytest.approx(0.1 / 8 * 5.0)
+    assert heat.each.tolist() == pytest.approx([0.1 / 8 * 5.0] * 2)
+
+
+@pytest.mark.parametrize("chains", [2, 6])
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_the_scatter_between_chains_is_that_of_independent_ones_and_has_the_pull_in_it(
+    chains: int, gamma: float
+) -> None:
+    """Chains that stay at 1 ± 0.95, and at squares of 3 ± 0.4: a covariance of C / (C - 1) times what they show."""
+    sign = torch.tensor([1.0, -1.0]).repeat(chains // 2).double()[:, None]
+    readings = torch.ones(chains, 4).double()
+    s = rows_of(
+        (1.0 + 0.95 * sign) * torch.ones(chains, 16),
+        grad_square=40.0 * readings,
+        grad_dot=4.0 * readings,
+        square=(3.0 + 0.4 * sign) * readings,
+    )
+    s = dataclasses.replace(s, noise_square=1e-9 * readings)
+    scatter = 2.0 * (0.95**2 + 0.95 * 0.5 * gamma * 0.4) * chains / (chains - 1) / 4.0
+    found = heat_of(s, 0.1, LocalPosterior(1.0, gamma))
+    assert 0.5 == found.steepness < scatter < 1.0
+    assert found.weight == pytest.approx(scatter * 40.0 / (40.0 + 4.0 * gamma), rel=1e-6)
+
+
+def test_how_much_of_a_loss_is_kinks_is_told_by_the_upper_end_of_its_covariance_with_the_force() -> None:
+    g = torch.Generator().manual_seed(2)
+    own = torch.randn(4, 8, generator=g, dtype=torch.float64)
+    force = 5.0 + own + 0.5 * torch.randn(4, 8, generator=g, dtype=torch.float64)
+    loss = 2.0 + 0.3 * own
+    s = rows_of(loss.repeat_interleave(STATS_EVERY, dim=1), grad_square=force)
+    each = ((loss - loss.mean()) * (force - force.mean())).mean(dim=1)
+    share = 1.0 - float(each.mean() + each.std() / 2) / float(force.mean())
+    sure = 3.0 * standard_error(loss) / (float(loss.mean()) - 0.5)
+    assert 0.5 < share < 0.99 and 0.1 < sure < 0.9
+    found = steepness_of(s, LocalPosterior(1.0, 0.0), s.finite)
+    assert found == pytest.approx(1.0 + (1.0 - sure**2) * share, rel=1e-9)
+
+
+def test_readings_of_noise_that_are_open_are_at_the_mean_of_their_chain_s_others() -> None:
+    s = rows_of(torch.ones(3, 8), grad_square=torch.full((3, 2), 9.0).double(), grad_dot=torch.full((3, 2), 2.0))
+    noise = torch.tensor([[1.0, math.nan], [3.0, 5.0], [math.nan, math.nan]]).double()
+    heat = heat_of(dataclasses.replace(s, noise_square=noise), 0.1, LocalPosterior(1.0, 0.0))
+    assert heat.noise == pytest.approx(0.1 / 8 * (1.0 + 4.0 + 0.0) / 3)
+
+
+def test_where_noise_is_shared_it_is_the_minibatches_part_that_is_taken_off_the_virial_ratio() -> None:
+    s = rows_of(torch.ones(2, 8), grad_square=torch.full((2, 2), 9.0).double(), square=torch.full((2, 2), 0.5).double())
+    posterior = LocalPosterior(10.0, 4.0)
+    bare = (10.0 * 1.0 + 4.0 * 0.5) / 3
+
+    def ratios(noise: Tensor | None) -> list[float]:
+        shown = dataclasses.replace(s, noise_square=noise)
+        return virial_readings(shown, 0.01, posterior, 3, shared=True).mean(dim=1).tolist()
+
+    assert ratios(None) == ratios(torch.empty(2, 0).double()) == pytest.approx([bare, bare])
+    own = torch.tensor([[2.0], [4.0]]).double()
+    assert ratios(own) == pytest.approx([bare - 0.25 * 0.01 * 100.0 * value / 3 for value in (2.0, 4.0)])

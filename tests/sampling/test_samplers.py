@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_slt import estimate_llc
 from lightning_slt.functional import LocalPosterior
+from lightning_slt.sampling.metric import LowRankMetric
 from lightning_slt.sampling.samplers import (
     MALA,
     SGLD,
@@ -332,3 +333,22 @@ def test_samplers_out_of_range_and_without_a_state() -> None:
         with pytest.raises(ValueError, match=r"lr=-1"):
             kind(lr=-1.0)
         assert isinstance(kind(), Sampler)
+
+
+def test_what_a_step_heats_by_and_how_long_an_energy_is_remembered() -> None:
+    """In steps of SGLD: ``2 eps / a`` of a thermostat, ``2 h / zeta`` of kinetic chains; not where a metric is."""
+    thermostat = SGNHT(diffusion_factor=0.02)
+    assert thermostat.heating(0.003) == (pytest.approx(0.3), True, True)
+    assert thermostat.heating(0.003).virial_step == 0.0 and thermostat.energy_memory(0.003) == pytest.approx(50.0)
+    kinetic = KineticLangevin(friction=0.5)
+    assert kinetic.heating(0.04) == (pytest.approx(0.8), True, False)
+    assert kinetic.heating(0.04).virial_step == pytest.approx(0.8) and kinetic.energy_memory(0.04) == pytest.approx(10)
+    metric = LowRankMetric(1.0, torch.empty(3, 0), torch.empty(0))
+    assert KineticLangevin(metric=metric).heating(0.04) == (0.0, True, False)
+    for sampler, wanted in (
+        (SGLD(), (0.01, False, False)),
+        (RMSpropSGLD(), (0.01, False, False)),
+        (LeimkuhlerMatthews(), (0.01, True, False)),
+        (MALA(), (0.0, True, False)),
+    ):
+        assert sampler.heating(0.01) == wanted and sampler.energy_memory(0.01) == 0.0
