@@ -10,7 +10,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 
 from lightning_slt.sampling.budget import FIRST_ROUNDS, LATER_ROUNDS, METRIC_ROUNDS, Budget, Drawn
 from lightning_slt.sampling.chains import Chains
@@ -20,12 +22,12 @@ from lightning_slt.sampling.rounds import (
     DRAWS,
     GENERATION,
     TOO_COLD,
-    TOO_HOT,
     WARM,
     Start,
     is_downhill,
     is_flat,
     until_good,
+    will_do,
 )
 from lightning_slt.sampling.segment import STATS_EVERY
 from lightning_slt.sampling.step_size import agreed_first_step, largest_step, largest_step_of_chains, next_step
@@ -37,6 +39,8 @@ RELAX = 1.1
 changes as training goes on."""
 BEGINNING = 2.0
 """The step that the search begins with, in those of :func:`~lightning_slt.sampling.step_size.first_step`."""
+LOOKS = 3
+"""Quarters of a burn-in of given length, from the first on, after which its step is looked at."""
 
 
 def draw(chains: Chains, seed: int, budget: Budget, memory: ChainMemory | None = None) -> Drawn:
@@ -59,7 +63,7 @@ def draw(chains: Chains, seed: int, budget: Budget, memory: ChainMemory | None =
         drawn, fits = _given_length(chains, start, budget, memory.generation)
     else:
         drawn, fits = until_good(chains, start, budget, memory.generation)
-    memory.lr = drawn.lr if budget.lr is None else None
+    memory.lr = _step_to_keep(chains, drawn, budget)
     nbeta = chains.posterior.nbeta
     repeats = False
     if bool(diverged(drawn.segment, nbeta, chains.layout.num_weights).any()) or is_downhill(drawn.segment, nbeta):
@@ -72,6 +76,16 @@ def draw(chains: Chains, seed: int, budget: Budget, memory: ChainMemory | None =
     return dataclasses.replace(drawn, warm=warm, repeats=repeats)
 
 
+def _step_to_keep(chains: Chains, drawn: Drawn, budget: Budget) -> float | None:
+    """For the next firing: of draws of given length that were too hot, which nobody makes anew, a smaller one."""
+    if budget.lr is not None:
+        return None
+    if budget.num_burnin_steps is None or not bool(drawn.segment.finite.all()):
+        return drawn.lr
+    wanted, settled = next_step(chains, drawn.segment.second_half(), drawn.lr, math.inf, put_back=False)
+    return drawn.lr if settled else min(wanted, drawn.lr)
+
+
 def _warm_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) -> Start | None:
     """From the kept displacements; None where there are none, or where they turn out not to fit at all."""
     kept = memory.start_of(chains)
@@ -81,23 +95,29 @@ def _warm_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) 
     chains.place(kept)
     chains.fix_preconditioner(memory.preconditioner)
     chains.reseed(WARM + GENERATION * memory.generation)
-    length = budget.num_burnin_steps
-    if length is None:
-        length = max(math.ceil(WARM_SHARE * budget.num_draws), STATS_EVERY)
-    segment = chains.advance(length, step)
-    if length and bool(diverged(segment, chains.posterior.nbeta, chains.layout.num_weights).any()):
+    length = left = budget.num_burnin_steps
+    if length is None or left is None:
+        length = left = max(math.ceil(WARM_SHARE * budget.num_draws), STATS_EVERY)
+    elif budget.lr is None:
+        ceiling_of = functools.partial(_ceiling_of_warm, chains, seed, memory=memory)
+        step, left = _look_on_the_way(chains, step, length, ceiling_of)
+        if chains.from_anchor:  # they did not stay
+            return None
+    head = [chains.advance(left, step)] if left else []
+    if any(bool(diverged(made, chains.posterior.nbeta, chains.layout.num_weights).any()) for made in head):
         chains.restart()
         return None
     settled, ceiling = True, math.inf
     if budget.lr is None and budget.num_burnin_steps is None:
+        [segment] = head
         wanted, settled = next_step(chains, segment, step, math.inf)
         if chains.sampler.calibration == "heat" and bool(segment.finite.all()):
             ceiling = _ceiling_of_warm(chains, seed, step, wanted, memory)
             wanted = min(wanted, ceiling)
-            settled = TOO_HOT * step < wanted < TOO_COLD * step
+            settled = will_do(step, wanted, first=True)
         step = step if settled else wanted
     bears = math.inf if chains.sampler.preconditioned else memory.ceiling
-    return Start(step, ceiling, length, [segment] if settled else [], warm=True, bears=bears)
+    return Start(step, ceiling, length, head if settled else [], warm=True, bears=bears)
 
 
 def _ceiling_of_warm(chains: Chains, seed: int, step: float, wanted: float, memory: ChainMemory) -> float:
@@ -147,12 +167,43 @@ def _cold_start(chains: Chains, seed: int, budget: Budget, memory: ChainMemory) 
 def _given_length(chains: Chains, start: Start, budget: Budget, generation: int) -> tuple[Drawn, bool]:
     """Burn-in and draws of the lengths asked for; with them, whether the draws are flat."""
     assert budget.num_burnin_steps is not None
-    done = start.done
+    done, step = start.done, start.step
     chains.reseed(DRAWS + GENERATION * generation)
     if not start.warm:
-        if budget.num_burnin_steps:
-            chains.advance(budget.num_burnin_steps, start.step, read=False)
+        left = budget.num_burnin_steps
+        if budget.lr is None:
+            step, left = _look_on_the_way(chains, step, left, lambda step, wanted: start.ceiling)
+        if left:
+            chains.advance(left, step, read=False)
         done += budget.num_burnin_steps
     between = budget.num_steps_bw_draws or 1
-    segment = chains.advance(budget.num_draws * between, start.step)
-    return Drawn(segment, start.step, done, between), is_flat(segment, budget, chains.posterior.nbeta)
+    segment = chains.advance(budget.num_draws * between, step)
+    return Drawn(segment, step, done, between), is_flat(segment, budget, chains.posterior.nbeta)
+
+
+def _look_on_the_way(
+    chains: Chains, step: float, length: int, ceiling_of: Callable[[float, float], float]
+) -> tuple[float, int]:
+    """Most of a burn-in of given length: how hot a step is shows late, as the chains arrive.
+
+    Chains that do not stay finite, or are scorched, are at ``w*`` again after it.
+
+    Args:
+        step: to begin with.
+        length: steps of the whole burn-in. One so short that its quarters would not tell is not begun.
+        ceiling_of: the largest step that may follow this one, where this one is wanted.
+
+    Returns:
+        The step to go on with, and the steps that are left.
+    """
+    quarter = length // 4
+    if quarter < FIRST_ROUNDS[0]:
+        return step, length
+    for number in range(LOOKS):
+        segment = chains.advance(quarter, step, read=False)
+        wanted, settled = next_step(chains, segment, step, math.inf)
+        if not settled and wanted > step:
+            # a step too small costs time alone: it is changed at once or never
+            wanted = min(wanted, ceiling_of(step, wanted)) if number == 0 else step
+        step = step if settled else wanted
+    return step, length - LOOKS * quarter

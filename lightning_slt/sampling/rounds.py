@@ -141,7 +141,7 @@ class _Rounds:
         self._asked_for, settled = next_step(chains, known, self._step, math.inf, put_back=early)
         wanted = min(self._asked_for, self._ceiling)
         if chains.sampler.calibration == "heat" and all_finite:
-            settled = wanted > TOO_HOT * self._step and (self.number > 1 or wanted < TOO_COLD * self._step)
+            settled = will_do(self._step, wanted, first=self.number == 1)
         return wanted, settled
 
     def look(self) -> _Look:
@@ -199,6 +199,11 @@ class _Rounds:
         # a much larger step is looked for at the start of a firing, which has to have the width that asks for it
         cold = min(self._asked_for, self._bears) >= TOO_COLD * self._step
         return Drawn(kept, self._step, done, kept.steps // self._budget.num_draws), look.fits and not cold
+
+
+def will_do(step: float, wanted: float, first: bool) -> bool:
+    """Whether a step is near enough to the one wanted for draws; at a first look one that is too small is not."""
+    return wanted > TOO_HOT * step and (not first or wanted < TOO_COLD * step)
 
 
 def has_arrived(segment: Segment, heating: Heating, posterior: LocalPosterior, d: int, budget: Budget) -> bool:

@@ -10,14 +10,14 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 
-from lightning_slt import TransitionMonitor
+from lightning_slt import SGLD, TransitionMonitor
 from lightning_slt.record import RunRecord
 from tests.integration import models
 from tests.integration.harness import (
@@ -51,11 +51,20 @@ def test_two_instances_leave_training_the_same(tmp_path: Path) -> None:
     assert [steps_of(m) for m in pair] == [[4, 8, 12], [6, 12]]
 
 
+@pytest.mark.parametrize("sampler", [None, SGLD(lr=1e-4)], ids=["calibrated", "given"])
+def test_warm_firings_without_a_burnin(sampler: Optional[SGLD], tmp_path: Path) -> None:
+    """Every firing but the first had been left out with an IndexError."""
+    monitor = tiny_monitor(sampler=sampler, num_burnin_steps=0)
+    Scenario(Net, loaders).run(tmp_path, monitor)
+    assert steps_of(monitor) == [4, 8, 12]
+    assert all(e.num_burnin_steps == 0 for e in monitor.estimates[1:])
+
+
 def test_second_fit_with_the_same_monitor(tmp_path: Path) -> None:
     """A second run, of another module, starts at its own first step, and is measured there."""
     monitor = tiny_monitor(every_n_train_steps=6)
     Scenario(Net, loaders).run(tmp_path / "first", monitor)
-    Scenario(models.Plain, loaders).run(tmp_path / "second", monitor)
+    Scenario(Net, loaders).run(tmp_path / "second", monitor)
     assert [(e.step, e.num_weights) for e in monitor.estimates[-2:]] == [(6, 10), (12, 10)]
 
 

@@ -183,6 +183,27 @@ def test_a_step_that_has_become_far_too_small_is_found_by_the_next_firing(seed: 
     assert estimate.valid and abs(estimate.mean - problem.truth) < 3 * estimate.se
 
 
+@pytest.mark.parametrize(("burnin", "good"), [(200, 1), (50, 2), (0, 2)])
+def test_a_step_that_has_become_too_large_does_not_stay_where_the_burnin_is_given(burnin: int, good: int) -> None:
+    """Ten times as steep from the second firing on. A burn-in that is long enough is where the step is made smaller;
+    of a shorter one the next firing has it. It had stayed for ever, at twice to four times the truth, not valid; and
+    warm chains without any burn-in ended with an IndexError."""
+    steep, memory = [4.0, 4.0, 3.0, 2.0, 2.0, 1.5, 1.0, 1.0, 0.5, 0.5], ChainMemory()
+    settings = replace(
+        SETTINGS, localization=1.0, method="batched", num_draws=200, num_burnin_steps=burnin, num_steps_bw_draws=1
+    )
+    found = []
+    for factor in (1.0, 10.0, 10.0):
+        problem = regular(n=400, eigenvalues=[factor * h for h in steep], gamma=1.0, noise=1.0)
+        source = DatasetSource(problem.dataset, 64, seed=0)
+        found.append(measure_llc(Objective(problem.module, problem.loss_fn), source, settings, memory=memory))
+        assert problem.truth is not None
+        fits = abs(found[-1].mean - problem.truth) < 2.5 * found[-1].se
+        assert (found[-1].valid and fits) is (len(found) != 2 or good == 1)
+    assert found[-1].step_size < 0.4 * found[0].step_size
+    assert [e.num_burnin_steps for e in found[1:]] == [burnin, burnin]
+
+
 @pytest.mark.parametrize("factor", [30.0, math.nan])
 def test_displacements_that_do_not_fit_are_renewed(factor: float) -> None:
     problem, memory = case(), ChainMemory()
