@@ -137,7 +137,8 @@ def _heat_noted(llc: Estimate) -> tuple[str, ...]:
 
 
 def owed_by(llc: float, virial: float, error: float, d: int, steepness: float = 1.0) -> float:
-    r"""What directions that have not reached their width may still add to a learning coefficient, in its units.
+    r"""What directions that have not reached their width may still add to a learning coefficient, in its units, or
+    what those that are beyond it have in it too much.
 
     On a regular model direction i, at the share f_i of its variance, is ``s_i f_i / 2`` of the LLC and ``f_i / d`` of
     the virial ratio V, with ``s_i = n beta h_i / (n beta h_i + gamma)`` in [0, 1]. The LLC lacks
@@ -151,8 +152,12 @@ def owed_by(llc: float, virial: float, error: float, d: int, steepness: float = 
     On kinks, which rise more slowly than a square (S above 1), direction i is up to ``f_i`` of the LLC: the second of
     the two is then S times as large, and the factor before them 1.
 
-    V is taken at the upper end of its error: what it lacks by chance, the LLC of the same draws lacks by chance as
-    well, and that is in the Monte-Carlo error.
+    Above 1 the ratio is of chains that are too warm (a thermostat that has not settled: in all directions alike) or come
+    down from further out (the directions of the smallest s_i last): what the LLC has too much is then at most the
+    smaller of ``LLC - LLC / V`` and ``d (V - 1) / 2``.
+
+    V is taken at the end of its error that is nearer to 1: what it lacks by chance, the LLC of the same draws lacks by
+    chance as well, and that is in the Monte-Carlo error.
 
     Args:
         llc: as the draws have it.
@@ -169,12 +174,18 @@ def owed_by(llc: float, virial: float, error: float, d: int, steepness: float = 
         [0.0, 0.444, 4.5]
         >>> round(owed_by(4.0, 0.85, 0.05, 10, steepness=0.75), 3)
         0.222
+        >>> [round(owed_by(4.0, virial, 0.05, 10), 3) for virial in (1.03, 1.15, 1.3)]
+        [0.0, 0.364, 0.8]
     """
-    reached = virial + error
-    if not (llc > 0 and reached < 1.0):
+    if not llc > 0:
         return 0.0
-    whole = 0.5 * d * max(steepness, 1.0) * (1.0 - reached)
-    return min(max(2.0 * steepness - 1.0, 0.0), 1.0) * (min(llc / reached - llc, whole) if reached > 0 else whole)
+    reached, beyond = virial + error, virial - error
+    whole = 0.5 * d * max(steepness, 1.0)
+    if reached < 1.0:
+        lacking = whole * (1.0 - reached)
+        share = min(max(2.0 * steepness - 1.0, 0.0), 1.0)
+        return share * (min(llc / reached - llc, lacking) if reached > 0 else lacking)
+    return min(llc - llc / beyond, whole * (beyond - 1.0)) if beyond > 1.0 else 0.0
 
 
 def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
