@@ -23,7 +23,7 @@ from lightning_slt.sampling.rng import NOISE
 from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, KineticLangevin, LeimkuhlerMatthews, RMSpropSGLD, Sampler
 from lightning_slt.sampling.segment import Segment
 from lightning_slt.sampling.steps import NoLossError
-from tests.sampling.helpers import make_chains, mean_squared, mlp, on_ranks, regression
+from tests.sampling.helpers import gen, make_chains, mean_squared, mlp, on_ranks, regression
 
 LR = 2e-3
 SAMPLERS: list[Sampler] = [SGLD(), LeimkuhlerMatthews(), RMSpropSGLD(), SGNHT(), KineticLangevin(), MALA()]
@@ -361,3 +361,17 @@ def test_a_sampler_of_the_users_own_moves_the_chains() -> None:
     chains.sampler = Drifting()
     chains.advance(3, LR)
     torch.testing.assert_close(chains.weights, chains.objective.anchor + 3.0 * torch.ones(4, 1))
+
+
+@pytest.mark.parametrize("method", ["sequential", "batched"])
+def test_gradients_at_any_weights_are_the_mean_over_the_minibatches(method: str) -> None:
+    chains = make_chains(mlp(), regression(), mean_squared, num_chains=2, method=method)
+    anchor, window = chains.objective.anchor, chains.source.window(0)
+    weights = anchor + 0.1 * torch.randn(3, len(anchor), generator=gen(5))
+    found = chains.gradients(weights, [0, 2, 3])
+    for row, got in zip(weights, found, strict=True):
+        net = mlp()
+        torch.nn.utils.vector_to_parameters(row, net.parameters())
+        loss = sum(mean_squared(net, window[i]) for i in (0, 2, 3)) / 3
+        grads = torch.autograd.grad(loss, list(net.parameters()))
+        torch.testing.assert_close(got, torch.cat([g.flatten() for g in grads]), rtol=1e-4, atol=1e-6)

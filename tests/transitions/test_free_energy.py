@@ -138,3 +138,10 @@ def test_what_is_no_number_or_phase_is_named() -> None:
             compare_phases(phase, phase, **{name: "a"})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="n='a': expected a number"):
         compare_phases(phase, phase).preferred("a")  # type: ignore[arg-type]
+
+
+def test_a_flip_below_e_samples_is_none() -> None:
+    """``5 n = log n + 4`` at n = 0.78: the richer phase is preferred wherever the free energy has a meaning."""
+    compared = compare_phases(Phase(5.0, 0.0, 1.0, 0.0), Phase(0.0, 0.0, 2.0, 0.0), constant=4.0)
+    assert compared.critical_n is None and compared.critical_n_interval is None
+    assert compared.preferred(2.8).log_odds == pytest.approx(4.0 + math.log(2.8) - 5.0 * 2.8)
