@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Optional
 
@@ -14,15 +13,12 @@ from torch.utils.data import TensorDataset
 
 from lightning_slt import SGLD, SGNHT, KineticLangevin, SusceptibilityEstimate, estimate_llc, estimate_susceptibility
 from lightning_slt.estimate import ChainSettings
-from lightning_slt.functional import LocalPosterior
-from lightning_slt.functional.between_chains import factor_of
-from lightning_slt.functional.susceptibility import error_of_parts, susceptibility
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.samples import Samples, choose_samples
-from lightning_slt.sampling.segment import Segment
 from lightning_slt.susceptibility import Shift, firing, measure_susceptibility, shift
 from lightning_slt.susceptibility.reading import read_component
+from lightning_slt.susceptibility.shift import ShiftReader
 
 N, M, D = 60, 12, 4
 NBETA, GAMMA = 600.0, 40.0
@@ -417,46 +413,6 @@ def test_beyond_2048_samples_the_errors_count_which_of_them_were_read() -> None:
     assert 0.5 < whole < 1.6 and 0.5 < single < 1.6, (whole, single)
 
 
-def test_what_subsets_of_the_data_add_to_the_error() -> None:
-    """Of what the other subsets would give, the share that is unread: with both subsets' errors A and B it is
-    ``u (A² + B²) + 2 (1 - u) A B``, where what one subset has too much of the other lacks."""
-    g, nbeta, k = torch.Generator().manual_seed(0), 3.0, 4
-    losses, of_observed, of_base = (torch.randn(3, 40, n, generator=g, dtype=torch.float64) for n in (3, k, k))
-    still = torch.zeros_like(of_base)
-
-    def added(unread: float, *parts: Tensor) -> float:
-        """To the square of the error, by both subsets."""
-        row = torch.cat([losses, *parts], dim=2)
-        zero = torch.zeros(3, 40, dtype=torch.float64)
-        shown = Segment([0, 1, 2], zero, zero, zero, zero, {}, read=row)
-        found, alone = (
-            read_component("a", replace(shown, read=read), LocalPosterior(nbeta, 1.0), 5, torch.tensor([0]), None, m, u)
-            for read, m, u in ((row, k, unread), (losses, 0, 0.0))
-        )
-        return float(found.whole.se[0] ** 2 - alone.whole.se[0] ** 2)
-
-    phi, base, shifted = nbeta * losses[:, :, 0], losses[:, :, 1:2], losses[:, :, 2:]
-    whole = factor_of(susceptibility(phi, shifted - base).share, 40)
-    a = whole * nbeta * float(error_of_parts(of_observed, shifted - base))
-    b = whole * float(error_of_parts(of_base, phi.unsqueeze(2)))
-    for u in (0.5, 0.75):
-        assert added(u, of_observed, still) == pytest.approx(u * a**2)
-        assert added(u, still, of_base) == pytest.approx(u * b**2)
-        assert added(u, of_observed, of_base) == pytest.approx(u * (a**2 + b**2) + 2 * (1 - u) * a * b)
-
-
-def test_chains_whose_integrands_lie_apart_are_said_not_to_have_mixed() -> None:
-    losses = torch.randn(3, 40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    zero = torch.zeros(3, 40, dtype=torch.float64)
-    for apart, share in ((0.0, 0.0), (10.0, 0.99)):
-        read = losses + apart * torch.arange(3)[:, None, None] * torch.tensor([1.0, 0.0, 0.0])
-        shown = Segment([0, 1, 2], zero, zero, zero, zero, {}, read=read)
-        found = read_component("a", shown, LocalPosterior(3.0, 1.0), 5, torch.tensor([0]), None)
-        assert found.whole.share == pytest.approx(share, abs=0.03)
-        said = f"a: {found.whole.share:.0%} of the integrand's variance lies between chains: not mixed"
-        assert found.reasons == ((said,) if apart else ())
-
-
 def test_subsets_have_no_sample_in_common_and_their_share_of_the_data_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shift, "MAX_BASE", 20)
     net, data, shifted = problem()
@@ -476,12 +432,11 @@ def test_subsets_have_no_sample_in_common_and_their_share_of_the_data_is_told(mo
     assert unread == [pytest.approx(1 - 10 / N)]
 
 
-def test_losses_that_are_known_of_other_weights_are_forgotten() -> None:
+@pytest.mark.parametrize("sampler", [None, SGLD(lr=1e-6)])
+def test_losses_that_are_known_of_other_weights_are_forgotten(sampler: Optional[SGLD]) -> None:
     net, data, shifted = problem()
-    source, settings = (
-        DatasetSource(data, 4),
-        ChainSettings(num_chains=2, num_draws=20, nbeta=NBETA, localization=GAMMA),
-    )
+    source = DatasetSource(data, 4)
+    settings = ChainSettings(num_chains=2, num_draws=20, nbeta=NBETA, localization=GAMMA, sampler=sampler)
     chosen = Shift.of(source, Samples.of(DatasetSource(shifted, M), range(M)), 0)
     measure_susceptibility({"all": lambda: Objective(net, half_square)}, source, chosen, settings)
     known = dict(source.window(0).anchor_loss)
@@ -491,3 +446,24 @@ def test_losses_that_are_known_of_other_weights_are_forgotten() -> None:
     now = source.window(0).anchor_loss
     assert now.keys() == known.keys() and len(now) > 12
     assert all(now[i] == pytest.approx(float(half_square(net, source.window(0)[i])), rel=1e-4) for i in now)
+
+
+def test_the_parts_of_subsets_are_random_ones_whatever_the_order_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of samples whose losses rise with their number; together they are the subset."""
+    monkeypatch.setattr(shift, "MAX_BASE", 64)
+    x = torch.linspace(1.0, 3.0, 80)[:, None] * torch.ones(1, D)
+    data, net = TensorDataset(x, torch.zeros(80, 1)), Two()
+    with torch.no_grad():
+        for part in net.parts:
+            part.weight.fill_(0.1)
+    source = DatasetSource(data, 80)
+    reader = ShiftReader(Objective(net, half_square), Shift.of(source, Samples.of(source, [0, 1, 2]), 0), 0)
+    assert reader.parts == 32
+    (read,) = reader(1.5 * reader_anchor(net)[None])
+    for mean, parts in zip(read[:2], read[5:].split(32), strict=True):
+        assert float(parts.mean()) == pytest.approx(float(mean))
+        assert bool((parts.diff() > 0).any()) and bool((parts.diff() < 0).any())
+
+
+def reader_anchor(net: Two) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in net.parameters()])

@@ -13,6 +13,7 @@ from lightning_slt.functional import LocalPosterior
 from lightning_slt.sampling import chains as chains_room
 from lightning_slt.sampling.batches import DatasetSource, ReplaySource
 from lightning_slt.sampling.chains import Chains
+from lightning_slt.sampling.chunk import GradientMoments
 from lightning_slt.sampling.collective import Alone, Collective, own_chains
 from lightning_slt.sampling.engines import BatchedEngine
 from lightning_slt.sampling.noise import TableNormal
@@ -375,3 +376,19 @@ def test_gradients_at_any_weights_are_the_mean_over_the_minibatches(method: str)
         loss = sum(mean_squared(net, window[i]) for i in (0, 2, 3)) / 3
         grads = torch.autograd.grad(loss, list(net.parameters()))
         torch.testing.assert_close(got, torch.cat([g.flatten() for g in grads]), rtol=1e-4, atol=1e-6)
+
+
+def test_moments_of_gradients_are_their_mean_squares_over_chains() -> None:
+    moments, grad = GradientMoments(torch.zeros(3)), torch.randn(5, 3, generator=gen(0))
+    for rows in grad.split([2, 3]):
+        moments.add(rows)
+    torch.testing.assert_close(moments.total / moments.count, grad.square().mean(dim=0))
+
+
+@pytest.mark.parametrize(("lr", "share"), [(1e-9, 1.0), (10.0, 0.0)])
+def test_acceptance_is_of_the_proposals_of_a_stretch(lr: float, share: float) -> None:
+    """The first weights of a chain are no proposal."""
+    chains = make_chains(mlp(), regression(32), mean_squared, batch_size=32, num_chains=2, sampler=MALA())
+    for steps in (5, 3):
+        acceptance = chains.advance(steps, lr).acceptance
+        assert acceptance is not None and acceptance.tolist() == [share, share]

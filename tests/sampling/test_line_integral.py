@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -222,3 +223,16 @@ def test_what_rises_and_integrals_may_differ_by() -> None:
     offset = lambda s: [[(1.0 + 0.1 * (-1) ** k, 1.0 - s) for k in range(8)]]  # noqa: E731
     allowed = 0.8 + 2 * 8 * 0.8 / math.sqrt(35)
     assert not _are_apart(offset(0.99 * allowed / 8)) and _are_apart(offset(1.01 * allowed / 8))
+
+
+@pytest.mark.parametrize(("scatter", "looked"), [(0.0, True), (0.2, True), (0.4, False)])
+def test_a_loss_is_found_steep_where_it_is_beyond_its_error(scatter: float, looked: bool) -> None:
+    """Twice half the work, against one and a half: three errors of four chains are half of it at a scatter of a third.
+    Warm chains, which are looked at for nothing else."""
+    chains = make_chains(mlp(), regression(), mean_squared, num_chains=4)
+    shown = chains.advance(40, 1e-3)
+    rows = 2.0 + scatter * torch.tensor([[-1.0], [1.0], [-1.0], [1.0]], dtype=torch.float64)
+    shown = replace(shown, difference=rows.expand(4, 40), grad_dot=torch.full_like(shown.grad_dot, 2.0))
+    with mock.patch.object(Chains, "line", autospec=True, side_effect=Chains.line) as line:
+        misfit_of_gradient(chains, Drawn(shown, 1e-3, 0, 1, warm=True), torch.ones(4, dtype=torch.bool))
+    assert bool(line.call_count) is looked

@@ -128,3 +128,15 @@ def test_a_batch_without_a_loss_at_some_weights_is_asked_again_at_others() -> No
         with objective.active():
             assert measure_anchor(objective, window, both).tolist() == [[kept, kept]]
         assert set(window.anchor_loss) == {kept} and window.without_loss == {1 - kept}
+
+
+def test_batches_without_a_loss_have_different_ones_in_their_place() -> None:
+    def some(module: nn.Module, batch: Any) -> Any:
+        return None if int(batch[0][0, 0]) % 2 else module(batch[0]).square().mean()
+
+    window = Window([(torch.full((1, 1), float(k)),) for k in range(6)])
+    objective = Objective(nn.Linear(1, 1, bias=False), some)
+    objective.adapt(window[0])
+    with objective.active():
+        picked = measure_anchor(objective, window, torch.tensor([[0, 1, 2], [3, 4, 5]]))
+    assert picked.tolist() == [[0, 2, 2], [0, 4, 4]] and window.without_loss == {1, 3, 5}
