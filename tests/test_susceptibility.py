@@ -467,3 +467,11 @@ def test_the_parts_of_subsets_are_random_ones_whatever_the_order_of_the_data(mon
 
 def reader_anchor(net: Two) -> Tensor:
     return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def test_what_the_loss_of_a_component_is_not_fit_for_is_a_reason_in_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, said in (("misfit_of_sum", "a sum"), ("misfit_of_eval", "in training alone")):
+        monkeypatch.setattr(firing, name, lambda *_, said=said: (said,))
+    found = measured(num_chains=2, num_draws=8)
+    expected = [f"{name}: {said}" for name in WANTED for said in ("in training alone", "a sum")]
+    assert not found.valid and [reason for reason in found.reasons if reason in expected] == expected

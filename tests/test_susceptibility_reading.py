@@ -20,6 +20,7 @@ def test_what_subsets_of_the_data_add_to_the_error() -> None:
     ``u (A² + B²) + 2 (1 - u) A B``, where what one subset has too much of the other lacks."""
     g, nbeta, k = torch.Generator().manual_seed(0), 3.0, 4
     losses, of_observed, of_base = (torch.randn(3, 40, n, generator=g, dtype=torch.float64) for n in (3, k, k))
+    losses[:, :, 0] += torch.tensor([[0.0], [1.0], [2.0]])  # chains have missed a part of the variance
     still = torch.zeros_like(of_base)
 
     def added(unread: float, *parts: Tensor) -> float:
@@ -35,6 +36,7 @@ def test_what_subsets_of_the_data_add_to_the_error() -> None:
 
     phi, base, shifted = nbeta * losses[:, :, 0], losses[:, :, 1:2], losses[:, :, 2:]
     whole = factor_of(susceptibility(phi, shifted - base).share, 40)
+    assert whole > 1.1
     a = whole * nbeta * float(error_of_parts(of_observed, shifted - base))
     b = whole * float(error_of_parts(of_base, phi.unsqueeze(2)))
     for u in (0.5, 0.75):

@@ -392,3 +392,13 @@ def test_acceptance_is_of_the_proposals_of_a_stretch(lr: float, share: float) ->
     for steps in (5, 3):
         acceptance = chains.advance(steps, lr).acceptance
         assert acceptance is not None and acceptance.tolist() == [share, share]
+
+
+@pytest.mark.parametrize("sampler", [KineticLangevin(), MALA(), SGNHT()], ids=lambda sampler: type(sampler).__name__)
+def test_chains_that_are_put_anywhere_have_no_past(sampler: Sampler) -> None:
+    chains = make_chains(mlp(), regression(32), mean_squared, batch_size=32, num_chains=2, sampler=sampler)
+    for put in (chains.restart, lambda: chains.place(torch.ones_like(chains.weights))):
+        chains.advance(3, 1e-4)
+        assert all(bool(x.any()) for name, x in chains._state.tensors.items() if name in ("started", "momentum"))
+        put()
+        assert not any(bool(x.any()) for x in chains._state.tensors.values())
