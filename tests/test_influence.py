@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.data import (
 
 from lightning_slt import estimate_influence
 from lightning_slt.functional.between_chains import whole_of
+from lightning_slt.influence.sides import Sides
 from tests.influences import TINY, class_loss, clusters, functional, same, tiny, token_losses, trained
 from tests.sampling.helpers import Attention, WithMetric, classification, gen, mlp, regression, seeded, tokens
 
@@ -173,3 +175,17 @@ def test_a_list_of_samples_with_a_number_of_them() -> None:
     data = regression(16)
     inf = tiny(mlp(), [data[i] for i in range(16)], num_samples=1000)
     assert inf.num_samples == 1000 and inf.matrix.shape == (16, 16)
+
+
+def test_what_chains_miss_within_themselves_is_in_variances_and_in_their_errors() -> None:
+    """What is known to first order is whole already."""
+    draws = torch.randn(4, 60, 3, generator=gen(1), dtype=torch.float64)
+    plain, known = Sides(draws, draws), torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
+    for of_train in (True, False):
+        value, error = plain.variance(1.0, of_train)
+        for sides, more in ((plain, torch.zeros(3)), (replace(plain, known_x=known, known_y=known), known)):
+            twice, its_error = sides.variance(2.0, of_train)
+            torch.testing.assert_close(twice, 2 * value + more)
+            torch.testing.assert_close(its_error, 2 * error)
+    torch.testing.assert_close(plain.covariance(2.0).matrix, 2 * plain.covariance(1.0).matrix)
+    torch.testing.assert_close(plain.covariance(2.0).se, 2 * plain.covariance(1.0).se)

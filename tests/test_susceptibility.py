@@ -16,7 +16,9 @@ from lightning_slt.estimate import ChainSettings
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.samples import Samples, choose_samples
-from lightning_slt.susceptibility import Shift, measure_susceptibility, shift
+from lightning_slt.susceptibility import Shift, firing, measure_susceptibility, shift
+from lightning_slt.susceptibility.reading import read_component
+from lightning_slt.susceptibility.shift import ShiftReader
 
 N, M, D = 60, 12, 4
 NBETA, GAMMA = 600.0, 40.0
@@ -409,3 +411,67 @@ def test_beyond_2048_samples_the_errors_count_which_of_them_were_read() -> None:
         distances.append(float(((found.matrix[0] - singles) / found.matrix_se[0]).square().mean().sqrt()))
     whole, single = torch.tensor(distances).reshape(-1, 2).square().mean(dim=0).sqrt().tolist()
     assert 0.5 < whole < 1.6 and 0.5 < single < 1.6, (whole, single)
+
+
+def test_subsets_have_no_sample_in_common_and_their_share_of_the_data_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shift, "MAX_BASE", 20)
+    net, data, shifted = problem()
+    source = DatasetSource(data, N)
+    chosen = Shift.of(source, Samples.of(DatasetSource(shifted, M), range(M)), 0)
+    assert chosen.base is not None and len(chosen.observed.index) == len(chosen.base.index) == 10
+    assert len({*chosen.observed.index, *chosen.base.index}) == 20
+    unread: list[float] = []
+
+    def told(*args: Any) -> Any:
+        unread.append(args[-1])
+        return read_component(*args)
+
+    monkeypatch.setattr(firing, "read_component", told)
+    settings = ChainSettings(num_chains=2, num_draws=8, nbeta=NBETA, localization=GAMMA)
+    measure_susceptibility({"all": lambda: Objective(net, half_square)}, source, chosen, settings)
+    assert unread == [pytest.approx(1 - 10 / N)]
+
+
+@pytest.mark.parametrize("sampler", [None, SGLD(lr=1e-6)])
+def test_losses_that_are_known_of_other_weights_are_forgotten(sampler: Optional[SGLD]) -> None:
+    net, data, shifted = problem()
+    source = DatasetSource(data, 4)
+    settings = ChainSettings(num_chains=2, num_draws=20, nbeta=NBETA, localization=GAMMA, sampler=sampler)
+    chosen = Shift.of(source, Samples.of(DatasetSource(shifted, M), range(M)), 0)
+    measure_susceptibility({"all": lambda: Objective(net, half_square)}, source, chosen, settings)
+    known = dict(source.window(0).anchor_loss)
+    with torch.no_grad():
+        net.parts[0].weight.add_(0.5)
+    measure_susceptibility({"all": lambda: Objective(net, half_square)}, source, chosen, settings)
+    now = source.window(0).anchor_loss
+    assert now.keys() == known.keys() and len(now) > 12
+    assert all(now[i] == pytest.approx(float(half_square(net, source.window(0)[i])), rel=1e-4) for i in now)
+
+
+def test_the_parts_of_subsets_are_random_ones_whatever_the_order_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of samples whose losses rise with their number; together they are the subset."""
+    monkeypatch.setattr(shift, "MAX_BASE", 64)
+    x = torch.linspace(1.0, 3.0, 80)[:, None] * torch.ones(1, D)
+    data, net = TensorDataset(x, torch.zeros(80, 1)), Two()
+    with torch.no_grad():
+        for part in net.parts:
+            part.weight.fill_(0.1)
+    source = DatasetSource(data, 80)
+    reader = ShiftReader(Objective(net, half_square), Shift.of(source, Samples.of(source, [0, 1, 2]), 0), 0)
+    assert reader.parts == 32
+    (read,) = reader(1.5 * reader_anchor(net)[None])
+    for mean, parts in zip(read[:2], read[5:].split(32), strict=True):
+        assert float(parts.mean()) == pytest.approx(float(mean))
+        assert bool((parts.diff() > 0).any()) and bool((parts.diff() < 0).any())
+
+
+def reader_anchor(net: Two) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def test_what_the_loss_of_a_component_is_not_fit_for_is_a_reason_in_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, said in (("misfit_of_sum", "a sum"), ("misfit_of_eval", "in training alone")):
+        monkeypatch.setattr(firing, name, lambda *_, said=said: (said,))
+    found = measured(num_chains=2, num_draws=8)
+    expected = [f"{name}: {said}" for name in WANTED for said in ("in training alone", "a sum")]
+    assert not found.valid and [reason for reason in found.reasons if reason in expected] == expected

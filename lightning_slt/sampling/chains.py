@@ -422,6 +422,6 @@ def _order_of(window: Window, stream: torch.Generator) -> Tensor:
         return order
     full = (window.shares == window.shares.max()).nonzero().flatten()
     stand_ins = full[torch.randint(len(full), (len(window),), generator=stream)]
+    # of a full one this is above 1
     left_out = torch.rand(len(window), generator=stream, dtype=torch.float64) >= len(window) * window.shares
-    left_out[full] = False
     return torch.where(left_out, stand_ins, torch.arange(len(window)))[order]

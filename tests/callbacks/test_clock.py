@@ -9,6 +9,9 @@ import pytest
 from lightning_slt.callbacks import clock as module
 from lightning_slt.callbacks.clock import RunClock
 from lightning_slt.callbacks.overhead import CAP, OverheadBudget
+from lightning_slt.callbacks.schedule import Schedule
+from lightning_slt.callbacks.turns import Turns
+from lightning_slt.sampling.collective import Alone
 
 
 class Time:
@@ -133,3 +136,27 @@ def test_another_process_has_another_clock(time: Time) -> None:
     copy = pickle.loads(pickle.dumps(clock))
     time.passes(7.0)
     assert copy.run_seconds == 5.0 and copy.earn() == 0.0 and copy._others == ()
+
+
+def test_training_up_to_the_end_of_a_fit_is_credited(time: Time) -> None:
+    clock, other = budgeted(), budgeted()
+    clock.start(earns=True, others=[other])
+    time.passes(4.0)
+    clock.saw_batch()
+    time.passes(6.0)
+    clock.stop()
+    assert clock.budget is not None and clock.budget.trained_seconds == 10.0 and credit(clock) == pytest.approx(5.0)
+    assert clock._others == ()  # of the fit that is over
+
+
+def test_the_budget_is_asked_with_the_time_up_to_now(time: Time) -> None:
+    """At the end of an epoch there was a validation since the last batch, which has earned as well."""
+    clock = budgeted()
+    turns = Turns(Schedule(every_n_epochs=1), clock)
+    clock.start(earns=True)
+    time.passes(2.0)
+    clock.saw_batch()
+    assert turns.decide(1, Alone()) is None
+    time.passes(15.0)
+    decision = turns.decide(2, Alone())
+    assert decision is not None and decision.credit_seconds == pytest.approx(8.5) and decision.predicted_seconds == 8.0

@@ -321,3 +321,17 @@ def test_sizes_between_never_exceed_what_is_allowed_nor_stop_growing() -> None:
         size = size_of(sized(full, min(2 * size, 1.0)), full)
         assert size > seen[-1]
     assert len(seen) <= 4
+
+
+def test_the_next_question_is_half_way_to_where_the_credit_will_do_and_at_most_twice_the_steps_ahead() -> None:
+    """A second of training earns a half; ten steps of a second each had earned 5 of 40, and the 35 that are missing
+    take 70 more."""
+    budget = OverheadBudget(1 / 3, planned_steps=40)
+    budget.saw_batch(1.0)
+    assert budget.decide(0).ask_at == 1  # no pace is known yet
+    budget.earn(10.0)
+    assert budget.decide(10).ask_at == 10 + 20
+    budget.earn(40.0)
+    assert budget.decide(50).ask_at == 50 + 15  # 15 of 40 are missing: 30 steps
+    budget.earn(28.0)
+    assert budget.decide(78).ask_at == 78 + 1

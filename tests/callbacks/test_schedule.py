@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from lightning_slt.callbacks.schedule import log_spaced_steps
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from lightning_slt.callbacks.schedule import log_spaced_steps, steps_of_run
 
 
 def test_any_number_of_steps_may_be_asked_for_of_a_run_without_a_known_end() -> None:
@@ -11,3 +17,21 @@ def test_any_number_of_steps_may_be_asked_for_of_a_run_without_a_known_end() -> 
     many = log_spaced_steps(5000, None)
     assert many[:6] == (1, 2, 3, 4, 6, 8) and many[-1] > 10**18
     assert log_spaced_steps(5000, 1000)[-1] == 1000
+
+
+@pytest.mark.parametrize(
+    ("scheduling", "max_steps", "steps"),
+    [({0: 4}, -1, 9), ({0: 4, 2: 1}, -1, 16), ({0: 4, 2: 1}, 7, 7), ({0: 4, 2: 1}, 40, 16)],
+)
+def test_steps_of_a_run_are_those_of_its_epochs_with_what_is_left_of_each(
+    scheduling: dict[int, int], max_steps: int, steps: int
+) -> None:
+    """Ten batches in fours are three steps: the last two batches of an epoch step as well."""
+    trainer: Any = SimpleNamespace(
+        estimated_stepping_batches=1000,
+        callbacks=[GradientAccumulationScheduler(scheduling)],
+        num_training_batches=10,
+        max_epochs=3,
+        max_steps=max_steps,
+    )
+    assert steps_of_run(trainer) == steps

@@ -370,3 +370,11 @@ def test_batches_are_sent_to_other_ranks_without_the_memory_around_them() -> Non
     assert len(sent) == len(own) == 64
     assert all(torch.equal(sent[i][k], own[i][k]) for i in range(64) for k in range(2))
     assert ranks.weight < 4 * 64 * num_bytes(own[0])
+
+
+def test_batches_of_another_size_are_of_as_many_samples_as_was_said() -> None:
+    source = DatasetSource(numbered(60), 10)
+    source.num_samples, source.coupled = 5000, True
+    other = source.with_batches(20, lambda batch: batch, 3)
+    assert (other.num_samples, other.num_indexed, other.batch_size, other.coupled) == (5000, 60, 20, True)
+    assert not other.resident  # no batch of a loss that couples its samples comes back

@@ -23,7 +23,7 @@ from lightning_slt.sampling.given_data import source_of
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import heat_of, transient, virial_readings
-from lightning_slt.sampling.rounds import has_arrived, is_downhill, is_flat
+from lightning_slt.sampling.rounds import Start, _Rounds, has_arrived, is_downhill, is_flat
 from lightning_slt.sampling.samplers.base import Heating
 from lightning_slt.sampling.segment import STATS_EVERY, Segment
 from lightning_slt.sampling.step_size import HEAT, NOISE_HEAT, UNSURE_HEAT, first_step, next_step, scale_of
@@ -443,3 +443,23 @@ def test_what_a_budget_allows() -> None:
     assert Budget(10).most_steps == 2 * 10 * MAX_STEPS_BW_DRAWS
     assert Budget(10, num_burnin_steps=7).most_steps == sum(METRIC_ROUNDS) + 7 + 10
     assert Budget(10, num_burnin_steps=7, lr=0.1, num_steps_bw_draws=3).most_steps == 7 + 30
+
+
+@pytest.mark.parametrize(("rise", "fits"), [(0, True), (40, True), (80, False)])
+def test_displacements_fit_where_no_more_than_a_quarter_of_the_trace_is_cut_off(rise: int, fits: bool) -> None:
+    """200 steps with their width, of which so many first ones were made on the way up."""
+    chains = make_chains(mlp(), regression(), mean_squared, num_chains=2, nbeta=20.0)
+    rounds = _Rounds(chains, Start(1e-6, math.inf, 0, []), Budget(num_draws=10), 0)
+    level = torch.full((2, 200), 1.0, dtype=torch.float64)
+    level += 0.01 * torch.randn(2, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    level[:, :rise] -= 0.9
+    d = len(chains.objective.anchor)
+    wide = torch.full((2, 50), float(d) / 20.0, dtype=torch.float64)
+    rounds._joined = Segment([0, 1], level, wide, wide, 0 * wide, {(0, 0, 0): 0.0})
+    look = rounds.look()
+    assert 200 - look.kept.steps in range(rise, rise + 21) and look.fits is fits
+    # a step that is much too small is looked for at the start of a firing, and not by keeping what there is
+    for asked, bears, warm in ((2.4, math.inf, True), (2.6, math.inf, True), (2.6, 2.0, True), (2.6, math.inf, False)):
+        own = _Rounds(chains, Start(1.0, math.inf, 0, [], warm, bears), Budget(num_draws=10), 0)
+        own._joined, own._asked_for = rounds._joined, asked
+        assert own.drawn(look)[1] is (fits and not (asked == 2.6 and bears > 2.5 and warm))

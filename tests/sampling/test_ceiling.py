@@ -9,19 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_slt import SGLD
+from lightning_slt import MALA, SGLD, SGNHT, KineticLangevin
 from lightning_slt.estimate import ChainSettings, measure_llc
 from lightning_slt.functional import LocalPosterior
 from lightning_slt.record import Estimate
+from lightning_slt.sampling import calibration, step_size
 from lightning_slt.sampling.anchor import open_window
 from lightning_slt.sampling.batches import DatasetSource
+from lightning_slt.sampling.budget import Budget
 from lightning_slt.sampling.calibration import RELAX
+from lightning_slt.sampling.collective import Collective
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.step_size import UNSTABLE, first_step, largest_step, largest_step_of_chains
 from tests.cases.make_references import load_references
 from tests.cases.problems import CASES, Case, default_nbeta
-from tests.sampling.helpers import make_chains, mean_squared, mlp, regression
+from tests.sampling.helpers import make_chains, mean_squared, mlp, on_ranks, regression
 
 SETTINGS = ChainSettings(num_chains=4, num_draws=100, localization=1.0, method="sequential")
 
@@ -124,3 +127,46 @@ def test_the_largest_step_is_looked_for_in_the_window_that_chains_have_come_to()
     assert not chains.source.resident and not chains.window.anchor_loss
     assert 0 < largest_step_of_chains(chains, 0) < math.inf
     assert chains.source.window(3) is chains.window
+
+
+def test_the_steepest_of_all_ranks_chains_holds_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four chains on two ranks the second has the smallest step that is safe."""
+    safe = [5.0, 2.0, 6.0, 7.0]
+    monkeypatch.setattr(
+        step_size, "first_step", lambda objective, window, posterior, seed, buffers, centre, numbers: float(centre[0])
+    )
+
+    def look(collective: Collective) -> float:
+        chains = make_chains(mlp(), regression(), mean_squared, num_chains=4, collective=collective)
+        for row, number in enumerate(chains.numbers):
+            chains.weights[row] = safe[number]
+        return largest_step_of_chains(chains, 0)
+
+    assert on_ranks(2, look) == [largest_step(SGLD(), 2.0)] * 2 == [16.0, 16.0]
+
+
+@pytest.mark.parametrize(("wanted", "borne", "ceiling"), [(2.4, 9.0, 1.0), (3.0, 9.0, 9.0), (3.0, 0.5, 1.0)])
+def test_warm_chains_are_held_to_the_step_they_have_unless_a_much_larger_one_is_borne(
+    wanted: float, borne: float, ceiling: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never to less than they have, whatever the curvature is where they are."""
+    monkeypatch.setattr(calibration, "largest_step_of_chains", lambda chains, seed: borne)
+    chains, memory = make_chains(mlp(), regression(), mean_squared, num_chains=2), ChainMemory(ceiling=4.0)
+    assert calibration._ceiling_of_warm(chains, 0, 1.0, wanted, memory) == ceiling
+    assert memory.ceiling == (borne if wanted > 2.5 else pytest.approx(4.4))
+
+
+def test_a_step_that_was_given_is_none_that_was_found() -> None:
+    for lr in (1e-4, None):
+        memory = ChainMemory()
+        drawn = calibration.draw(
+            make_chains(mlp(), regression(), mean_squared, num_chains=2), 0, Budget(num_draws=8, lr=lr), memory
+        )
+        assert memory.lr == (None if lr is not None else drawn.lr)
+
+
+def test_the_largest_step_in_those_of_the_first() -> None:
+    """The first is 0.3 over the largest precision: 8 of them without momenta, 40 for proposals, a twentieth or a tenth
+    over that precision with momenta."""
+    found = [largest_step(sampler, 0.3) for sampler in (SGLD(), MALA(), KineticLangevin(), SGNHT())]
+    assert found == pytest.approx([2.4, 12.0, 0.05, 0.1])

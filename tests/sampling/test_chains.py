@@ -13,6 +13,7 @@ from lightning_slt.functional import LocalPosterior
 from lightning_slt.sampling import chains as chains_room
 from lightning_slt.sampling.batches import DatasetSource, ReplaySource
 from lightning_slt.sampling.chains import Chains
+from lightning_slt.sampling.chunk import GradientMoments
 from lightning_slt.sampling.collective import Alone, Collective, own_chains
 from lightning_slt.sampling.engines import BatchedEngine
 from lightning_slt.sampling.noise import TableNormal
@@ -23,7 +24,7 @@ from lightning_slt.sampling.rng import NOISE
 from lightning_slt.sampling.samplers import MALA, SGLD, SGNHT, KineticLangevin, LeimkuhlerMatthews, RMSpropSGLD, Sampler
 from lightning_slt.sampling.segment import Segment
 from lightning_slt.sampling.steps import NoLossError
-from tests.sampling.helpers import make_chains, mean_squared, mlp, on_ranks, regression
+from tests.sampling.helpers import gen, make_chains, mean_squared, mlp, on_ranks, regression
 
 LR = 2e-3
 SAMPLERS: list[Sampler] = [SGLD(), LeimkuhlerMatthews(), RMSpropSGLD(), SGNHT(), KineticLangevin(), MALA()]
@@ -361,3 +362,43 @@ def test_a_sampler_of_the_users_own_moves_the_chains() -> None:
     chains.sampler = Drifting()
     chains.advance(3, LR)
     torch.testing.assert_close(chains.weights, chains.objective.anchor + 3.0 * torch.ones(4, 1))
+
+
+@pytest.mark.parametrize("method", ["sequential", "batched"])
+def test_gradients_at_any_weights_are_the_mean_over_the_minibatches(method: str) -> None:
+    chains = make_chains(mlp(), regression(), mean_squared, num_chains=2, method=method)
+    anchor, window = chains.objective.anchor, chains.source.window(0)
+    weights = anchor + 0.1 * torch.randn(3, len(anchor), generator=gen(5))
+    found = chains.gradients(weights, [0, 2, 3])
+    for row, got in zip(weights, found, strict=True):
+        net = mlp()
+        torch.nn.utils.vector_to_parameters(row, net.parameters())
+        loss = sum(mean_squared(net, window[i]) for i in (0, 2, 3)) / 3
+        grads = torch.autograd.grad(loss, list(net.parameters()))
+        torch.testing.assert_close(got, torch.cat([g.flatten() for g in grads]), rtol=1e-4, atol=1e-6)
+
+
+def test_moments_of_gradients_are_their_mean_squares_over_chains() -> None:
+    moments, grad = GradientMoments(torch.zeros(3)), torch.randn(5, 3, generator=gen(0))
+    for rows in grad.split([2, 3]):
+        moments.add(rows)
+    torch.testing.assert_close(moments.total / moments.count, grad.square().mean(dim=0))
+
+
+@pytest.mark.parametrize(("lr", "share"), [(1e-9, 1.0), (10.0, 0.0)])
+def test_acceptance_is_of_the_proposals_of_a_stretch(lr: float, share: float) -> None:
+    """The first weights of a chain are no proposal."""
+    chains = make_chains(mlp(), regression(32), mean_squared, batch_size=32, num_chains=2, sampler=MALA())
+    for steps in (5, 3):
+        acceptance = chains.advance(steps, lr).acceptance
+        assert acceptance is not None and acceptance.tolist() == [share, share]
+
+
+@pytest.mark.parametrize("sampler", [KineticLangevin(), MALA(), SGNHT()], ids=lambda sampler: type(sampler).__name__)
+def test_chains_that_are_put_anywhere_have_no_past(sampler: Sampler) -> None:
+    chains = make_chains(mlp(), regression(32), mean_squared, batch_size=32, num_chains=2, sampler=sampler)
+    for put in (chains.restart, lambda: chains.place(torch.ones_like(chains.weights))):
+        chains.advance(3, 1e-4)
+        assert all(bool(x.any()) for name, x in chains._state.tensors.items() if name in ("started", "momentum"))
+        put()
+        assert not any(bool(x.any()) for x in chains._state.tensors.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Optional
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.sampling.metric import Curvature, LowRankMetric, curvature_at
 from lightning_slt.sampling.samplers import KineticLangevin, empty_state
+from tests.sampling.helpers import gen
 
 EIGENVALUES = torch.tensor([40.0, 8.0, 0.5, 0.5, 0.1], dtype=torch.float64)
 POSTERIOR = LocalPosterior(3.0, 2.0)
@@ -113,3 +115,24 @@ def test_errors() -> None:
     x = torch.zeros(1, 2)
     with pytest.raises(ValueError, match="momenta, which need a state"):
         KineticLangevin().update_(x, x[0], x, x, 0.1, POSTERIOR)
+
+
+def test_two_steps_by_hand() -> None:
+    """From where a chain is placed: a momentum that is the first noise, and half a kick; then whole ones."""
+    sampler, anchor = KineticLangevin(friction=0.7), torch.tensor([1.0, -1.0], dtype=torch.float64)
+    w, h, a = torch.tensor([[2.0, 0.5]], dtype=torch.float64), 0.2, math.exp(-0.7 * 0.2)
+    state, p, at = empty_state(sampler, w), torch.zeros(1, 2, dtype=torch.float64), w.clone()
+    for t in range(2):
+        grad, noise = (torch.randn(1, 2, generator=gen(10 * t + k), dtype=torch.float64) for k in (1, 2))
+        force = 3.0 * grad + 2.0 * (at - anchor)
+        if t == 0:
+            p = noise - 0.5 * h * force
+            renewed = a * p + (1 - a) * noise
+        else:
+            p = p - h * force
+            renewed = a * p + math.sqrt(1 - a * a) * noise
+        at = at + 0.5 * h * (p + renewed)
+        p = renewed
+        sampler.update_(w, anchor, grad, noise.clone(), h * h, POSTERIOR, state)
+        torch.testing.assert_close(w, at)
+        torch.testing.assert_close(state.tensors["momentum"], p)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -14,8 +16,10 @@ from torch.utils.data import TensorDataset
 from lightning_slt import Estimate, estimate_llc
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.firing import Course
+from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.given_data import source_of
+from lightning_slt.sampling.line_integral import _are_apart, misfit_of_gradient
 from lightning_slt.sampling.objective import Objective
 from tests.sampling.helpers import gen, make_chains, mean_squared, mlp, regression, seeded
 
@@ -184,3 +188,51 @@ def test_chains_are_where_they_were_after_a_look(row: int) -> None:
     with chains.objective.active(), chains.line(row) as look:
         look(0.5)
     torch.testing.assert_close(chains.displacements(), before)
+
+
+def test_lines_are_looked_at_of_chains_that_count_alone() -> None:
+    """No more than two at first, and none of one that has left."""
+    chains = make_chains(mlp(), regression(), mean_squared, num_chains=4)
+    drawn = Drawn(chains.advance(100, 1e-3), 1e-3, 0, 1)
+    rows: list[int] = []
+    line = Chains.line
+
+    def seen(own: Chains, row: int, put_back: bool = True) -> Any:
+        rows.append(row)
+        return line(own, row, put_back)
+
+    with mock.patch.object(Chains, "line", seen):
+        assert misfit_of_gradient(chains, drawn, torch.tensor([False, True, False, True])) == ()
+        assert rows == [1, 3]
+        assert misfit_of_gradient(chains, drawn, torch.zeros(4, dtype=torch.bool)) == () and len(rows) == 2
+
+
+def test_what_rises_and_integrals_may_differ_by() -> None:
+    """A tenth of the rises; and besides twice what rounding makes of eight parts, told by a third difference."""
+    smooth = lambda seen: [[(1.0, seen)] * 8]  # noqa: E731
+    assert [_are_apart(smooth(seen)) for seen in (1.0, 0.91, 0.89, 1.11)] == [False, False, True, True]
+
+    def rounded(by: float) -> list[list[tuple[float, float]]]:
+        return [[(1.0 + by * (-1) ** k, 1.0) for k in range(8)]]
+
+    # of a difference that goes to and fro by b the third difference is 8 b: 2 * 8 * 8 b / sqrt(35) = 21.6 b
+    assert not _are_apart(rounded(0.3))
+    lost = [(rise, seen - 1.0) for rise, seen in rounded(0.02)[0]]
+    assert _are_apart([lost]) and not _are_apart([])
+    # the sum of the differences is 8 s; allowed are 0.8 and 21.6 b = 2.16
+    offset = lambda s: [[(1.0 + 0.1 * (-1) ** k, 1.0 - s) for k in range(8)]]  # noqa: E731
+    allowed = 0.8 + 2 * 8 * 0.8 / math.sqrt(35)
+    assert not _are_apart(offset(0.99 * allowed / 8)) and _are_apart(offset(1.01 * allowed / 8))
+
+
+@pytest.mark.parametrize(("scatter", "looked"), [(0.0, True), (0.2, True), (0.4, False)])
+def test_a_loss_is_found_steep_where_it_is_beyond_its_error(scatter: float, looked: bool) -> None:
+    """Twice half the work, against one and a half: three errors of four chains are half of it at a scatter of a third.
+    Warm chains, which are looked at for nothing else."""
+    chains = make_chains(mlp(), regression(), mean_squared, num_chains=4)
+    shown = chains.advance(40, 1e-3)
+    rows = 2.0 + scatter * torch.tensor([[-1.0], [1.0], [-1.0], [1.0]], dtype=torch.float64)
+    shown = replace(shown, difference=rows.expand(4, 40), grad_dot=torch.full_like(shown.grad_dot, 2.0))
+    with mock.patch.object(Chains, "line", autospec=True, side_effect=Chains.line) as line:
+        misfit_of_gradient(chains, Drawn(shown, 1e-3, 0, 1, warm=True), torch.ones(4, dtype=torch.bool))
+    assert bool(line.call_count) is looked

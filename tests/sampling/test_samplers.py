@@ -352,3 +352,35 @@ def test_what_a_step_heats_by_and_how_long_an_energy_is_remembered() -> None:
         (MALA(), (0.0, True, False)),
     ):
         assert sampler.heating(0.01) == wanted and sampler.energy_memory(0.01) == 0.0
+
+
+def test_two_steps_of_the_thermostat_by_hand() -> None:
+    """The noise of the first step is the momentum, and nothing else; then the friction is the thermostat's."""
+    a, lr, anchor = 0.04, 0.09, torch.tensor([1.0, -1.0], dtype=torch.float64)
+    w = torch.tensor([[2.0, 0.5]], dtype=torch.float64)
+    sampler, state, at, xi = SGNHT(diffusion_factor=a), empty_state(SGNHT(), w), w.clone(), a
+    p = torch.zeros_like(w)
+    for t in range(2):
+        grad, noise = (torch.randn(1, 2, generator=gen(10 * t + k), dtype=torch.float64) for k in (1, 2))
+        force = 3.0 * grad + 2.0 * (at - anchor)
+        kick = -math.sqrt((1 - xi) * lr) * force
+        p = (1 - xi) * noise + kick if t == 0 else (1 - xi) * p + kick + math.sqrt(2 * a) * noise
+        at = at + math.sqrt(lr) * p
+        xi += lr * (float(p.square().sum()) / 2 - 1)
+        sampler.update_(w, anchor, grad.clone(), noise.clone(), lr, LocalPosterior(3.0, 2.0), state)
+        torch.testing.assert_close(w, at)
+        assert float(state.tensors["thermostat"]) == pytest.approx(xi)
+
+
+def test_a_proposal_without_a_number_for_its_loss_is_refused() -> None:
+    sampler, anchor = MALA(), torch.zeros(2, dtype=torch.float64)
+    w = anchor[None].clone()
+    state, grad = empty_state(sampler, w), torch.tensor([[0.3, -0.2]], dtype=torch.float64)
+    for number, loss in enumerate((1.0, math.nan, math.inf)):
+        state.loss = torch.tensor([loss], dtype=torch.float64)
+        state.uniform = torch.tensor([1e-6], dtype=torch.float64)
+        noise = torch.ones(1, 2, dtype=torch.float64)
+        sampler.update_(w, anchor, grad, noise, lr=0.01, posterior=LocalPosterior(3.0, 1.0), state=state)
+        assert state.loss.tolist() == [1.0] and state.tensors["accepted_weights"].tolist() == [[0.0, 0.0]]
+        assert (int(state.tensors["proposed"]), int(state.tensors["accepted"])) == (number, 0)
+        torch.testing.assert_close(w, -0.5 * 0.01 * 3.0 * grad + 0.1 * noise)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lightning_slt.sampling.anchor import measure_anchor
 from lightning_slt.sampling.batches import DatasetSource
+from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.window import Window
 from tests.sampling.batching_models import Pair
 from tests.sampling.helpers import numbered
@@ -96,3 +98,45 @@ def test_nested_tensors_have_as_many_samples_as_parts() -> None:
     one, two = (torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)] * k) for k in (1, 2))
     shares = Window([[one], [two], [two]]).shares
     assert shares is not None and torch.allclose(shares, torch.tensor([0.2, 0.4, 0.4], dtype=torch.float64))
+
+
+def test_shares_are_those_of_the_samples_unless_batches_are_of_many_sizes() -> None:
+    """What is left at the end of an epoch is smaller; of batches of about as many tokens few are alike."""
+
+    def shares(*lengths: int) -> Optional[list[float]]:
+        found = Window([(torch.zeros(length, 2),) for length in lengths]).shares
+        return None if found is None else found.tolist()
+
+    assert shares(4, 4, 4, 2) == pytest.approx([4 / 14, 4 / 14, 4 / 14, 2 / 14])
+    assert shares(4, 4, 3, 2) == pytest.approx([4 / 13, 4 / 13, 3 / 13, 2 / 13])
+    assert shares(4, 4, 4) is None and shares(4, 4, 3, 2, 1) is None
+
+
+def test_a_batch_without_a_loss_at_some_weights_is_asked_again_at_others() -> None:
+    def some(module: nn.Module, batch: Any) -> Any:
+        return None if float(module.weight.detach().sum() * batch[0][0, 0]) < 0 else module(batch[0]).square().mean()
+
+    weight = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(weight.weight, 1.0)
+    window = Window([(torch.tensor([[1.0]]),), (torch.tensor([[-1.0]]),)])
+    both = torch.tensor([[0, 1]])
+    for value, kept in ((1.0, 0), (-1.0, 1)):
+        nn.init.constant_(weight.weight, value)
+        objective = Objective(weight, some)
+        objective.adapt(window[kept])
+        window.forget()
+        with objective.active():
+            assert measure_anchor(objective, window, both).tolist() == [[kept, kept]]
+        assert set(window.anchor_loss) == {kept} and window.without_loss == {1 - kept}
+
+
+def test_batches_without_a_loss_have_different_ones_in_their_place() -> None:
+    def some(module: nn.Module, batch: Any) -> Any:
+        return None if int(batch[0][0, 0]) % 2 else module(batch[0]).square().mean()
+
+    window = Window([(torch.full((1, 1), float(k)),) for k in range(6)])
+    objective = Objective(nn.Linear(1, 1, bias=False), some)
+    objective.adapt(window[0])
+    with objective.active():
+        picked = measure_anchor(objective, window, torch.tensor([[0, 1, 2], [3, 4, 5]]))
+    assert picked.tolist() == [[0, 2, 2], [0, 4, 4]] and window.without_loss == {1, 3, 5}

@@ -287,3 +287,25 @@ def test_a_long_curve_is_searched_a_part_at_a_time(kind: str, seed: int, monkeyp
     assert max(map(len, held)) == 16
     first = held[: next(i for i, starts in enumerate(held) if i and starts[0] == 0)]  # of the smallest windows
     assert [start for starts in first for start in starts] == list(range(c.steps.size - 8 + 1))
+
+
+def test_transitions_are_in_order_of_step_whichever_is_the_most_evident() -> None:
+    x = np.arange(90.0)
+    first, second, third = (1.0 / (1.0 + np.exp(centre - x)) for centre in (20, 45, 70))
+    noise = np.random.default_rng(0).normal(size=90)
+    llc, loss = 10 + 10 * first + 40 * second + 20 * third + noise, 3 - 0.4 * first - 1.5 * second - 0.6 * third
+    found = detect_transitions(100.0 * x, llc, np.ones(90), loss)
+    assert [t.id for t in found] == [0, 1, 2]
+    assert [t.step for t in found] == pytest.approx([2000, 4500, 7000], abs=150)
+    assert [t.llc_change for t in found] == pytest.approx([10, 40, 20], abs=3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_two_steps_with_a_pause_of_seven_points_between_them_are_two(seed: int) -> None:
+    """One wide ramp over both would explain more of the curve than either of them."""
+    x, rng = np.arange(80.0), np.random.default_rng(seed)
+    first, second = (1.0 / (1.0 + np.exp((centre - x) / 0.5)) for centre in (30.5, 37.5))
+    llc, loss = 10 + 15 * (first + second) + 0.3 * rng.normal(size=80), 3 - 0.6 * (first + second)
+    found = detect_transitions(x, llc, np.full(80, 0.3), loss + 0.01 * rng.normal(size=80))
+    assert [t.step for t in found] == pytest.approx([30.5, 37.5], abs=1.0)
+    assert [t.llc_change for t in found] == pytest.approx([15, 15], abs=2)

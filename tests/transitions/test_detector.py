@@ -127,3 +127,30 @@ def test_a_wide_stage_that_is_flagged_at_its_beginning_is_one_transition(width: 
         heights.append(last.llc_change)
     assert flags <= 11
     assert abs(float(np.median(heights)) - 20) < 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_rest_of_a_ramp_is_counted_from_the_level_before_its_beginning(seed: int) -> None:
+    """At no point of the run is the change larger than the ramp is high, which begins from a level of 200."""
+    x, rng = np.arange(90), np.random.default_rng(seed)
+    done = 1 / (1 + np.exp(-(x - 47.5) * 2 * np.log(9) / 15))
+    llc, loss = 200 + 20 * done + 0.2 * rng.normal(size=90), 3 - done + 0.005 * rng.normal(size=90)
+    detector, heights = TransitionDetector(), []
+    for i in x:
+        detector.update(float(i), llc[i], 0.2, loss[i])
+        heights += [t.llc_change for t in detector.transitions]
+    assert min(heights) > 0 and max(heights) < 23
+
+
+@pytest.mark.parametrize("width", [20, 30, 40])
+def test_a_wide_fall_is_judged_when_it_has_ended(width: int) -> None:
+    x, rng = np.arange(60 + 2 * width), np.random.default_rng(0)
+    done = 1 / (1 + np.exp(-(x - 40 - width / 2) * 2 * np.log(9) / width))
+    llc, loss = 60 - 40 * done + 0.5 * rng.normal(size=x.size), 2 + 0.005 * rng.normal(size=x.size)
+    detector, changes = TransitionDetector(), []
+    for i in x:
+        detector.update(float(i), llc[i], 0.5, loss[i])
+        changes += detector.changes
+    [now] = detector.transitions
+    assert now.state == "confirmed" and now.llc_change == pytest.approx(-40, abs=2)
+    assert changes[0].state == "confirmed" and changes[0].llc_change < -35

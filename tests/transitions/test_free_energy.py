@@ -138,3 +138,18 @@ def test_what_is_no_number_or_phase_is_named() -> None:
             compare_phases(phase, phase, **{name: "a"})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="n='a': expected a number"):
         compare_phases(phase, phase).preferred("a")  # type: ignore[arg-type]
+
+
+def test_a_flip_below_e_samples_is_none() -> None:
+    """``5 n = log n + 4`` at n = 0.78: the richer phase is preferred wherever the free energy has a meaning."""
+    compared = compare_phases(Phase(5.0, 0.0, 1.0, 0.0), Phase(0.0, 0.0, 2.0, 0.0), constant=4.0)
+    assert compared.critical_n is None and compared.critical_n_interval is None
+    assert compared.preferred(2.8).log_odds == pytest.approx(4.0 + math.log(2.8) - 5.0 * 2.8)
+
+
+def test_the_interval_has_no_upper_end_where_the_losses_may_be_equal() -> None:
+    """A loss that is better by two and a half standard errors has one, by one it has not."""
+    rich = Phase(0.10, 0.0, 4.0, 0.0)
+    ends = [compare_phases(Phase(0.12, se, 2.0, 0.0), rich).critical_n_interval for se in (0.008, 0.02)]
+    assert ends[0] is not None and 1.0 < ends[0][0] < 647 < ends[0][1] < math.inf
+    assert ends[1] is not None and 1.0 <= ends[1][0] < 647 and ends[1][1] == math.inf

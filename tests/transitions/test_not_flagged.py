@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from lightning_slt import detect_transitions
 from tests.transitions.curves import Curve, offline, online
 
 NONE = np.empty(0)
@@ -38,3 +39,15 @@ def test_a_coefficient_that_is_negative_may_fall_far(
     done = 1 / (1 + np.exp(-(np.arange(60) - 30) * 2 * np.log(9) / width))
     for seed in range(3):
         assert way(of(before + (after - before) * done, np.full(60, 2.0), seed)) == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_coefficient_that_turns_negative_while_the_loss_falls_faster_and_faster_is_a_saddle_being_left(
+    seed: int,
+) -> None:
+    """The same fall beside a loss that falls evenly is a transition."""
+    rng, x = np.random.default_rng(seed), np.arange(40.0)
+    llc, blur = 10 - 40 / (1 + np.exp(28 - x)) + rng.normal(size=40), 0.002 * rng.normal(size=40)
+    assert detect_transitions(x, llc, np.ones(40), 3 - np.exp((x - 39) / 6) + blur) == []
+    [found] = detect_transitions(x, llc, np.ones(40), 3 - x / 39 + blur)
+    assert found.step == pytest.approx(28, abs=1) and found.llc_change == pytest.approx(-40, abs=3)
