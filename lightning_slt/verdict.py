@@ -152,9 +152,9 @@ def owed_by(llc: float, virial: float, error: float, d: int, steepness: float = 
     On kinks, which rise more slowly than a square (S above 1), direction i is up to ``f_i`` of the LLC: the second of
     the two is then S times as large, and the factor before them 1.
 
-    Above 1 the ratio is of chains that are too warm (a thermostat that has not settled: in all directions alike) or come
-    down from further out (the directions of the smallest s_i last): what the LLC has too much is then at most the
-    smaller of ``LLC - LLC / V`` and ``d (V - 1) / 2``.
+    Above 1 the ratio is of chains that are too warm (a thermostat that has not settled: in all directions alike) or
+    come down from further out (the directions of the smallest s_i last): what the LLC has too much is then at most
+    the smaller of ``LLC - LLC / V`` and ``d (V - 1) / 2``.
 
     V is taken at the end of its error that is nearer to 1: what it lacks by chance, the LLC of the same draws lacks by
     chance as well, and that is in the Monte-Carlo error.
