@@ -88,7 +88,7 @@ def _diagnostics(found: Calibration) -> Rows:
         ("ESS", f"{number(e.ess)} independent draws"),
         ("virial ratio", f"{number(e.virial)} (1 where the chains have their full width)"),
         ("heat of the step", _heat(found)),
-        ("owed", _part_of_error(e.owed, "for directions in which the chains have not their width", e)),
+        ("owed", _part_of_error(e.owed, "for directions that the chains have not reached", e)),
         ("lean", _part_of_error(e.lean, "for chains that keep away from steep weights", e)),
     ]
     if e.num_bad_chains:

@@ -64,7 +64,7 @@ def test_second_fit_with_the_same_monitor(tmp_path: Path) -> None:
     """A second run, of another module, starts at its own first step, and is measured there."""
     monitor = tiny_monitor(every_n_train_steps=6)
     Scenario(Net, loaders).run(tmp_path / "first", monitor)
-    Scenario(Net, loaders).run(tmp_path / "second", monitor)
+    Scenario(models.Plain, loaders).run(tmp_path / "second", monitor)
     assert [(e.step, e.num_weights) for e in monitor.estimates[-2:]] == [(6, 10), (12, 10)]
 
 
