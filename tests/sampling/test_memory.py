@@ -186,8 +186,8 @@ def test_a_step_that_has_become_far_too_small_is_found_by_the_next_firing(seed: 
 @pytest.mark.parametrize(("burnin", "good"), [(200, 1), (50, 2), (0, 2)])
 def test_a_step_that_has_become_too_large_does_not_stay_where_the_burnin_is_given(burnin: int, good: int) -> None:
     """Ten times as steep from the second firing on. A burn-in that is long enough is where the step is made smaller;
-    of a shorter one the next firing has it. It had stayed for ever, at twice to four times the truth, not valid; and
-    warm chains without any burn-in ended with an IndexError."""
+    of a shorter one the next firing has it. It had stayed for ever, at 2.7 times the truth, not valid; and warm
+    chains without any burn-in ended with an IndexError."""
     steep, memory = [4.0, 4.0, 3.0, 2.0, 2.0, 1.5, 1.0, 1.0, 0.5, 0.5], ChainMemory()
     settings = replace(
         SETTINGS, localization=1.0, method="batched", num_draws=200, num_burnin_steps=burnin, num_steps_bw_draws=1

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.sampling.metric import Curvature
@@ -36,6 +37,14 @@ def test_the_variance_that_a_random_force_adds_is_the_gain_times_its_own(h: floa
     assert float(weights.var()) == pytest.approx(1.0 + 2.0 * sampler.noise_gain(h * h), abs=allowed)
 
 
+def noise_found(hessian: Tensor, xi: Tensor, curvature: Curvature, posterior: LocalPosterior) -> float:
+    """Of as many minibatches as ``xi`` has rows, each with its own beside the gradient of a diagonal Hessian."""
+    at = torch.zeros_like(hessian)
+    return minibatch_noise(
+        at, lambda w, numbers: w * hessian + xi[numbers[0]], range(len(xi)), curvature, posterior, gen(4)
+    )
+
+
 def test_noise_is_that_of_the_gradients_in_the_metric_weighted_by_what_the_loss_holds() -> None:
     """Three directions: two of curvature 4 and 1, and one that is flat; noise of a variance of its own in each."""
     values, gamma, nbeta = torch.tensor([4.0, 1.0], dtype=torch.float64), 2.0, 10.0
@@ -45,14 +54,7 @@ def test_noise_is_that_of_the_gradients_in_the_metric_weighted_by_what_the_loss_
     held = nbeta * values / (nbeta * values + gamma)
     wanted = float((held * nbeta**2 * own / (nbeta * values + gamma)).sum() / held.sum())
     hessian = torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64)
-    found = minibatch_noise(
-        torch.zeros(3, dtype=torch.float64),
-        lambda w, numbers: w * hessian + xi[numbers[0]],
-        range(8),
-        curvature,
-        LocalPosterior(nbeta, gamma),
-        gen(4),
-    )
+    found = noise_found(hessian, xi, curvature, LocalPosterior(nbeta, gamma))
     assert found == pytest.approx(wanted, rel=1e-6)
 
 
@@ -82,14 +84,7 @@ def test_directions_that_are_not_known_one_by_one_have_a_share_of_the_noise_as_t
     of_others = nbeta * 0.5 / (nbeta + gamma)  # of each
     heat = float((held * square[:2]).sum()) + of_others * float(square[2:].sum())
     hessian = torch.tensor([4.0, 1.0, 0.5, 0.5, 0.5], dtype=torch.float64)
-    found = minibatch_noise(
-        torch.zeros(5, dtype=torch.float64),
-        lambda w, numbers: w * hessian + xi[numbers[0]],
-        range(6),
-        curvature,
-        LocalPosterior(nbeta, gamma),
-        gen(4),
-    )
+    found = noise_found(hessian, xi, curvature, LocalPosterior(nbeta, gamma))
     assert found == pytest.approx(heat / (float(held.sum()) + 3 * of_others), rel=1e-6)
 
 
