@@ -26,6 +26,8 @@ X_AXIS = "trainer/global_step"
 WIDE, HALF, THIRD = 24, 12, 8
 """Columns of wandb's grid."""
 _TIMEOUT = 10.0
+_VALUE = "(.{1,2}|.*[^e]|.*[^s]e|.*[^_]se)"
+"""What does not end in ``_se``, an error's own key, for engines of regular expressions that cannot look back."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,15 @@ class PanelPlan:
     """One panel.
 
     Attributes:
-        kind: ``line`` and ``scalar`` show metrics, ``media`` pictures, ``table`` a table, ``chart`` a custom chart.
+        kind: ``line`` and ``scalar`` show metrics, ``lines`` all metrics of a pattern, ``media`` pictures, ``table`` a
+            table, ``chart`` a custom chart.
         title: above it.
-        names: of what it shows, without the prefix; of ``chart`` the table that it draws.
+        names: of what it shows, without the prefix; of ``chart`` the table that it draws, of ``lines`` the pattern.
         width, height: in cells of wandb's grid, 24 across.
         chart: of ``chart``, its name in :data:`CHARTS`.
     """
 
-    kind: Literal["line", "scalar", "media", "table", "chart"]
+    kind: Literal["line", "lines", "scalar", "media", "table", "chart"]
     title: str
     names: tuple[str, ...]
     width: int = THIRD
@@ -96,6 +99,13 @@ PLAN: tuple[tuple[str, tuple[PanelPlan, ...]], ...] = (
             PanelPlan("line", "Share of the run's wall-clock", ("cost/overhead_frac",), HALF),
         ),
     ),
+    (
+        "6 Susceptibility",
+        (
+            PanelPlan("lines", "Of each component, to the whole shift", ("susceptibility/[^/]+/all",), HALF, 8),
+            PanelPlan("lines", "Of each component, to each group", (f"susceptibility/[^/]+/group_{_VALUE}",), HALF, 8),
+        ),
+    ),
 )
 """Sections in their order; what counts first comes first."""
 
@@ -124,8 +134,22 @@ def keys(prefix: str = "slt", losses: Sequence[str] = ()) -> list[str]:
         >>> keys()[:2], len(keys(losses=["train/loss"])) - len(keys())
         (['slt/tables/curve', 'slt/llc/mean'], 1)
     """
-    found = [f"{prefix}/{name}" for _, panels in PLAN for panel in panels for name in panel.names]
-    return [*found, *losses]
+    found = [panel for _, panels in PLAN for panel in panels if panel.kind != "lines"]
+    return [*(f"{prefix}/{name}" for panel in found for name in panel.names), *losses]
+
+
+def patterns(prefix: str = "slt") -> list[str]:
+    """The patterns of keys whose names are the run's own, in order.
+
+    Example:
+        >>> patterns()[0]
+        '^slt/susceptibility/[^/]+/all$'
+    """
+    return [_pattern(panel, prefix) for _, panels in PLAN for panel in panels if panel.kind == "lines"]
+
+
+def _pattern(panel: PanelPlan, prefix: str) -> str:
+    return f"^{prefix}/{panel.names[0]}$"
 
 
 def build_workspace(
@@ -167,6 +191,9 @@ def build_workspace(
             more = list(losses) if "loss/anchor" in plan.names else []
             # what a person compares are the points themselves
             return wr.LinePlot(title=plan.title, x=X_AXIS, y=[*named, *more], smoothing_factor=0, layout=layout)
+        if plan.kind == "lines":
+            matching = _pattern(plan, prefix)
+            return wr.LinePlot(title=plan.title, x=X_AXIS, metric_regex=matching, smoothing_factor=0, layout=layout)
         if plan.kind == "scalar":
             return wr.ScalarChart(title=plan.title, metric=wr.SummaryMetric(named[0]), layout=layout)
         if plan.kind == "media":
@@ -287,4 +314,4 @@ def _stored_key(server: str) -> bool:
         return False
 
 
-__all__ = ["CHARTS", "NAME", "PLAN", "build_workspace", "chart_id", "keys", "send", "serialised"]
+__all__ = ["CHARTS", "NAME", "PLAN", "build_workspace", "chart_id", "keys", "patterns", "send", "serialised"]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from lightning_slt.callbacks.susceptibilities import keys_of
 from lightning_slt.cli import main
 from lightning_slt.publish import RunPublisher, workspace
 from lightning_slt.publish.chart_rows import CURVE_COLUMNS
 from lightning_slt.publish.keys import ALL_METRIC_NAMES, MEDIA_NAMES, TABLE_NAMES
 from lightning_slt.publish.tables import CHAIN_COLUMNS
 from lightning_slt.transition_record import TransitionLog
-from tests.publish.helpers import make_estimate, make_influence, make_report, pictures_of
+from tests.publish.helpers import make_estimate, make_influence, make_report, make_susceptibility, pictures_of
 from tests.wandb_runs import inspect, records
 
 
@@ -51,6 +53,17 @@ def test_every_key_of_the_workspace_is_in_a_logged_run(of_logger: str, prefix: s
     assert [key for key in named if key not in logged] == []
 
 
+def test_the_patterns_find_the_susceptibilities_of_a_run_and_not_their_errors() -> None:
+    """Components and groups have the user's names, so that no plan can list their keys."""
+    found = make_susceptibility({"body": [0.1] * 7, "head": [0.2] * 7}, ("cat", "dog", "noise", "e", "se", "use"))
+    keys = keys_of(found, "exp-slt")
+    whole, groups = (sorted(k for k in keys if re.search(p, k)) for p in workspace.patterns("exp-slt"))
+    named = [f"exp-slt/susceptibility/{component}/" for component in ("body", "head")]
+    assert whole == [f"{name}all" for name in named]
+    labels = ("group_cat", "group_dog", "group_e", "group_noise", "group_se", "group_use")
+    assert groups == [f"{name}{label}" for name in named for label in labels]
+
+
 def test_the_custom_charts_ask_for_columns_that_their_tables_have() -> None:
     from lightning_slt.publish.specs.filled import fields_of
 
@@ -70,6 +83,7 @@ def test_the_workspace_serialises_in_the_order_of_its_sections() -> None:
     assert [s for s in sections if s in names] == names
     text = json.dumps(spec)
     assert not [key for key in workspace.keys(losses=["train/loss"]) if key not in text]
+    assert [json.dumps(p) in text for p in workspace.patterns()] == [True, True]
     assert workspace.chart_id("curve") in text
     again = workspace.serialised(workspace.build_workspace("me", "mine", losses=["train/loss"]))
     assert [s["name"] for s in again["section"]["panelBankConfig"]["sections"]] == sections
