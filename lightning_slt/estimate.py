@@ -93,6 +93,8 @@ class ChainSettings:
             check_number(name, getattr(self, name), True, positive, "the standard error to reach must be positive.")
         if self.method not in ("auto", "sequential", "batched"):
             raise ValueError(f"method={self.method!r}: must be 'auto', 'sequential' or 'batched'.")
+        if self.method == "batched" and self.num_chains == 1:
+            raise ValueError("method='batched': num_chains=1 makes no batch. Leave it 'auto', or give more chains.")
 
     def budget(self) -> Budget:
         """What the chains may cost, for the calibration."""

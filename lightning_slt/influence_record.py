@@ -260,7 +260,9 @@ class InfluenceEstimate:
 
     def _row(self, query: int) -> int:
         if not 0 <= query < len(self.matrix):
-            raise IndexError(f"query={query}: there are {len(self.matrix)} queries, numbered from 0.")
+            none = len(self.matrix) == 0
+            why = f" The estimate is not valid: {'; '.join(self.reasons)}." if none and self.reasons else ""
+            raise IndexError(f"query={query}: there are {len(self.matrix)} queries, numbered from 0.{why}")
         return query
 
     def _ranked(self, query: int, k: int, min_z: float, descending: bool) -> list[tuple[int, float, float]]:

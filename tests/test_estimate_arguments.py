@@ -47,6 +47,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no tolerance": ({"tolerance": 0}, r"^tolerance=0: .*positive.*None"),
     "infinite tolerance": ({"tolerance": math.inf}, r"^tolerance=inf: .*positive.*None"),
     "wrong method": ({"method": "fast"}, r"method='fast'.*'auto', 'sequential' or 'batched'"),
+    "a batch of one chain": ({"method": "batched", "num_chains": 1}, r"method='batched': num_chains=1 .*'auto'"),
     "no batch": ({"batch_size": 0}, r"batch_size=0.*at least 1"),
     "no loss": ({"loss_fn": None}, r"loss_fn is None.*Sequential.*loss_fn\(module, batch\)"),
     "name of a loss": ({"loss_fn": "mse"}, r"loss_fn='mse': expected a function .*got str.*loss_fn\(module, batch\)"),

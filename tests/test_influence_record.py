@@ -128,6 +128,13 @@ def test_most_helpful_and_most_harmful_by_their_number_in_the_dataset() -> None:
             e.top(row)
 
 
+@pytest.mark.parametrize("method", ["top", "bottom", "nearest"])
+def test_without_any_row_the_reason_is_given(method: str) -> None:
+    none = estimate(valid=False, reasons=("no chain stayed in the posterior",)).without_pairs()
+    with pytest.raises(IndexError, match=r"query=0: there are 0 queries, .* not valid: no chain stayed in the post"):
+        getattr(none, method)()
+
+
 @pytest.mark.parametrize("method", ["top", "bottom", "suspects", "nearest"])
 def test_a_negative_number_of_samples_is_refused(method: str) -> None:
     with pytest.raises(ValueError, match=r"^k=-1: must be at least 0"):
