@@ -46,6 +46,10 @@ def checked(source: Source, overrides: Sequence[str], schema: type[Any]) -> Any:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error, given, schema)) from error
+    except TypeError as error:  # a list for a mapping, from OmegaConf 2.4 on
+        if not _misfit(_plain(given), schema):
+            raise
+        raise ValueError(_explain(OmegaConfBaseException(str(error)), given, schema)) from error
 
 
 def _read(source: Source) -> DictConfig:
@@ -99,11 +103,21 @@ def is_named(schema: type[Any], name: str) -> bool:
     return get_origin(get_type_hints(schema).get(name)) is dict
 
 
+def is_list(schema: type[Any], name: str) -> bool:
+    """Whether a field holds a list, or none."""
+    hint = get_type_hints(schema).get(name)
+    return list in (get_origin(kind) or kind for kind in (hint, *get_args(hint)))
+
+
+def _plain(given: DictConfig) -> dict[Any, Any]:
+    return cast("dict[Any, Any]", OmegaConf.to_container(given, resolve=False))
+
+
 def _explain(error: OmegaConfBaseException, given: DictConfig, schema: type[Any]) -> str:
     """One line: which key, which value, what is wrong, and what there is."""
     what = str(error.msg or error).splitlines()[0].rstrip(".")
-    plain = OmegaConf.to_container(given, resolve=False)
-    full_key = str(error.full_key or error.key or "") or _not_a_section(plain, schema)
+    plain = _plain(given)
+    full_key = str(error.full_key or error.key or "") or _misfit(plain, schema)
     *sections, last = full_key.split("[")[0].split(".")
     owner: Optional[type[Any]] = schema
     value: Any = plain
@@ -119,6 +133,8 @@ def _explain(error: OmegaConfBaseException, given: DictConfig, schema: type[Any]
     expected = of_a_name or (section(owner, last) if owner is not None else None)
     if expected is not None and not isinstance(value, Mapping):
         what = f"expected the settings of a {expected.__name__}"
+    elif owner is not None and is_list(owner, last) and isinstance(value, Mapping):
+        what = "expected a list"
     if owner is None:
         return f"{full_key}={value!r}: {what}."
     if isinstance(error, MissingMandatoryValue):
@@ -140,14 +156,23 @@ def _item(value: Any, key: str) -> Any:
     return next((v for k, v in value.items() if str(k) == key), None) if isinstance(value, Mapping) else None
 
 
-def _not_a_section(plain: Any, schema: type[Any]) -> str:
-    """The section that was given as something else: OmegaConf does not name it."""
-    for name in plain:
-        inner = section(schema, str(name))
-        if inner is None:
+def _misfit(plain: Mapping[Any, Any], schema: type[Any]) -> str:
+    """The first key whose value is a list, a mapping or a plain value where it is to be another of them: OmegaConf does
+    not name it; empty where there is none."""
+    for name, value in ((str(name), value) for name, value in plain.items()):
+        if value is None:
             continue
-        if not isinstance(plain[name], Mapping):
-            return str(name)
-        if is_named(schema, str(name)):
-            return next((f"{name}.{key}" for key, v in plain[name].items() if not isinstance(v, Mapping)), "")
+        inner = section(schema, name)
+        if inner is None:
+            if is_list(schema, name) and isinstance(value, Mapping):
+                return name
+            continue
+        if not isinstance(value, Mapping):
+            return name
+        parts = {f"{name}.{key}": part for key, part in value.items()} if is_named(schema, name) else {name: value}
+        for key, part in parts.items():
+            if not isinstance(part, Mapping):
+                return key
+            if below := _misfit(part, inner):
+                return f"{key}.{below}"
     return ""
