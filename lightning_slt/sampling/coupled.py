@@ -33,12 +33,13 @@ ALONE = (
 
 
 def couples_samples(objective: Objective, batches: tuple[Any, Any], batch_size: int) -> bool:
-    """Whether two batches have another loss together when they have exchanged half of their samples.
+    """Whether two batches have another loss together when they have exchanged some of their samples.
 
-    A mean over samples has the same, and so has a sum; and a step meets no batch of another size. What a step draws is
-    the same for the same places of a batch. It is looked at with random weights, at which samples have different
-    losses: a head that begins at zero gives all of them the same. Where it cannot be tried (a batch of one, tensors of
-    different shapes or without the samples in front, lists and arrays beside them, shards), it is not told.
+    A mean over samples has the same, and so has a sum; and a step meets no batch of another size. What is exchanged is
+    about half, at irregular places: pairs of neighbours, of both halves or of both ends would else stay together. What
+    a step draws is the same for the same places of a batch. It is looked at with random weights, at which samples have
+    different losses: a head that begins at zero gives all of them the same. Where it cannot be tried (a batch of one,
+    tensors of different shapes or without the samples in front, lists and arrays beside them, shards), it is not told.
 
     Args:
         objective: active, with ``w*`` in its weights.
@@ -56,13 +57,13 @@ def couples_samples(objective: Objective, batches: tuple[Any, Any], batch_size: 
         return False
     if sum(not isinstance(leaf, Tensor) for leaf in tree_leaves(batches[0])) >= batch_size:
         return False  # of the samples, which they would not go with
-    half = batch_size // 2
+    places = _places(batch_size)
 
     def mixed(front: Any, back: Any) -> float:
         rest = iter([x for x in tensors_in_collections(back) if x.ndim > 0])
 
         def joined(x: Tensor) -> Tensor:
-            return torch.cat([x[:half], next(rest)[half:]]) if x.ndim > 0 else x
+            return next(rest).index_copy(0, places.to(x.device), x[places.to(x.device)]) if x.ndim > 0 else x
 
         seed_globals(0)
         return float(objective.loss(over_tensors(front, joined)))
@@ -98,6 +99,12 @@ def couples_halves(objective: Objective, batch: Any, batch_size: int) -> bool:
         return over_tensors(batch, lambda x: x[start : start + half] if x.ndim > 0 else x)
 
     return couples_samples(objective, (part(0), part(half)), half)
+
+
+def _places(batch_size: int) -> Tensor:
+    """About half of the places of a batch, in no order; an odd number, so that no pairing leaves all pairs whole."""
+    order = torch.randperm(batch_size, generator=torch.Generator().manual_seed(0))
+    return order[: (batch_size // 2 - 1) | 1]
 
 
 def _scatter(noise: torch.Generator) -> Callable[[nn.Parameter], object]:

@@ -1,9 +1,9 @@
 """Whether the loss rises as its gradient says: where it does not, chains follow another loss than the one they report.
 
-The gradient of ``detach()``, of rounding and of ``int()`` is not that of the loss (the signs that
-``parametrizations.orthogonal`` keeps on the diagonal of a Householder weight are read with ``int()``: chains that move
-them set columns to zero, and feel nothing), nor is one that an autograd.Function scales or reverses. Along the line
-from ``w*`` to where a chain is, the loss must rise by the integral of its slope.
+The gradient of ``detach()``, of rounding, of ``int()`` and of a choice (``topk()``) is not that of the loss (the signs
+that ``parametrizations.orthogonal`` keeps on the diagonal of a Householder weight are read with ``int()``: chains that
+move them set columns to zero, and feel nothing), nor is one that an autograd.Function scales or reverses. Along the
+line from ``w*`` to where a chain is, the loss must rise by the integral of its slope.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def misfit_of_gradient(chains: Chains, drawn: Drawn, good: Tensor) -> tuple[str,
             return ()
     return (
         f"the loss rises from w* to the chains by {rise:.2g}, and its gradient says {seen:.2g}: it is not that of the "
-        "loss (int(), round(), detach() or an autograd.Function in the module, parametrizations.orthogonal with "
-        "orthogonal_map='householder'). Leave such weights out with restrict, or give a loss_fn(module, batch) whose "
-        "gradient is its own",
+        "loss (int(), round(), detach(), argmax() or topk() as in routing, an autograd.Function in the module, "
+        "parametrizations.orthogonal with orthogonal_map='householder'). Leave such weights out with restrict, or give "
+        "a loss_fn(module, batch) whose gradient is its own",
     )
 
 

@@ -95,6 +95,37 @@ def test_no_batch_comes_back_where_a_loss_couples_its_samples(
         assert first.isdisjoint(tuple(batch[0].flatten().tolist()) for batch in source.window(1).batches)
 
 
+def neighbours(residual: Tensor) -> Tensor:
+    return residual[0::2] - residual[1::2]
+
+
+def both_halves(residual: Tensor) -> Tensor:
+    return residual[: len(residual) // 2] - residual[len(residual) // 2 :]
+
+
+def both_ends(residual: Tensor) -> Tensor:
+    return (residual - residual.flip(0))[: len(residual) // 2]
+
+
+def triplets(residual: Tensor) -> Tensor:
+    anchor, near, far = residual.view(-1, 3, residual.shape[1]).unbind(1)
+    return (anchor - near).square() - 0.1 * (anchor - far).square()
+
+
+@pytest.mark.parametrize(
+    ("compare", "batch_size"),
+    [(way, size) for way in (neighbours, both_halves, both_ends) for size in (2, 4, 6, 8, 12, 16)]
+    + [(triplets, size) for size in (3, 6, 12, 18, 24)],
+)
+def test_samples_that_are_compared_by_their_places_are_coupled(
+    compare: Callable[[Tensor], Tensor], batch_size: int
+) -> None:
+    """Whichever places these are: of neighbours the two halves of a batch know nothing of each other."""
+    source = DatasetSource(regression(96), batch_size)
+    objective = Objective(mlp(), lambda module, batch: compare(module(batch[0]) - batch[1]).square().mean())
+    assert asked(objective, source) is True
+
+
 def test_all_the_data_in_one_batch_stays_one_batch() -> None:
     source = DatasetSource(regression(32), 32)
     held, objective = source.window(0), Objective(mlp(), in_batch_negatives)

@@ -40,6 +40,25 @@ def test_signs_that_are_read_with_int_are_jumps_that_no_gradient_shows(seed: int
     assert est.mean > 20 and not est.valid and any(SAID in reason for reason in est.reasons)
 
 
+class Routed(nn.Module):
+    """A sample goes to the expert of the largest score, whose share of the chosen is 1: no score has a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(4, 3, bias=False)
+        self.experts = nn.Linear(4, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        score, chosen = self.router(x).topk(1, dim=1)
+        return (score.softmax(1) * self.experts(x).gather(1, chosen)).sum(1, keepdim=True)
+
+
+def test_the_expert_that_a_router_chooses_is_a_jump_and_named_so() -> None:
+    est = measured(seeded(Routed))
+    assert not est.valid
+    assert any(SAID in reason and "topk() as in routing" in reason for reason in est.reasons)
+
+
 def test_the_other_map_has_none() -> None:
     est = measured(orthogonal(seeded(lambda: nn.Linear(4, 4, bias=False)), orthogonal_map="cayley"))
     assert est.valid and abs(est.mean - 3.0) < 0.3  # six angles
