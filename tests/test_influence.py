@@ -33,10 +33,21 @@ def test_queries_that_are_training_samples_have_the_same_numbers_as_no_queries()
     assert float(away.max()) < 1e-5
     torch.testing.assert_close(alone.matrix, alone.matrix.T)
     torch.testing.assert_close(alone.matrix.diagonal(), alone.self_influence, rtol=1e-9, atol=0)
+    torch.testing.assert_close(overlap.correlation, alone.correlation[4:10], rtol=0, atol=1e-5)
     # other samples: apart from all of them
     other = tiny(mlp(), TensorDataset(*data[:12]), TensorDataset(*data[12:]))
     assert other.matrix.shape == (12, 12) and other.query_index.tolist() == list(range(12))
     assert not torch.allclose(other.matrix, other.matrix.T)
+
+
+def test_over_one_posterior_a_sample_has_the_mean_loss_of_the_query_that_it_is() -> None:
+    """The mean losses of training samples are of a posterior of their own where none is given."""
+    data, given = regression(24), {"nbeta": 300.0, "localization": 70.0}
+    alone, overlap = tiny(mlp(), data, **given), tiny(mlp(), data, TensorDataset(*data[4:10]), **given)
+    assert torch.equal(alone.query_mean_loss, alone.mean_loss)
+    torch.testing.assert_close(overlap.query_mean_loss, overlap.mean_loss[4:10], rtol=1e-5, atol=0)
+    moved = (alone.mean_loss - alone.init_loss).abs()
+    assert 0 < float(moved.median()) < 0.5 * float(alone.init_loss.median())
 
 
 def test_one_query() -> None:

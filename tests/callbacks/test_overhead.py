@@ -323,6 +323,56 @@ def test_sizes_between_never_exceed_what_is_allowed_nor_stop_growing() -> None:
     assert len(seen) <= 4
 
 
+def test_a_size_that_some_firing_has_is_that_firing() -> None:
+    """Sizes are quotients, and a rounding error must not make a firing smaller."""
+    full = ChainSettings(num_draws=120, max_steps_bw_draws=4)
+    sizes = [size_of(sized(full, 0.001 * k), full) for k in range(1001)]
+    assert [size_of(sized(full, size), full) for size in sizes] == sizes and len(set(sizes)) > 50
+
+
+def test_credit_that_nothing_was_due_for_is_that_of_a_firing_and_a_half() -> None:
+    """And what is taken up beside a firing is debited from that."""
+    run = Run(OverheadBudget(0.05, PLANNED), lambda step: 2.0, candidate=lambda step: step % 5000 == 0)
+    run.go(4999)
+    assert run.budget.decide(run.step).credit_seconds == pytest.approx(CAP * PLANNED * BATCH_SECONDS)
+    run.budget.charge(2.5)
+    assert run.budget.decide(run.step).credit_seconds == pytest.approx(CAP * PLANNED * BATCH_SECONDS - 2.5)
+
+
+def test_the_first_firing_is_foretold_once_batches_have_shown_what_it_takes() -> None:
+    """A second of chains, half of the full 2 s, is earned in 190 batches of a tenth of a second."""
+    budget = OverheadBudget(0.05, PLANNED, least_size=0.5)
+    run = Run(budget, lambda step: 2.0)
+    assert not run.go(30).budget.awaits_first and run.go(1).budget.awaits_first
+    assert budget.batches_to_first == pytest.approx(190 - 31)
+    run.go(158)
+    assert run.fired == [] and budget.awaits_first and budget.batches_to_first == pytest.approx(1)
+    run.go(10)
+    assert len(run.fired) == 1 and not budget.awaits_first
+
+
+def test_a_decision_says_what_its_own_firing_is_expected_to_take() -> None:
+    budget = OverheadBudget(0.05, PLANNED, least_size=0.25)
+    for _ in range(95):
+        budget.saw_batch(BATCH_SECONDS)
+        budget.earn(BATCH_SECONDS)
+    decision = budget.decide(95)
+    assert decision.fire and decision.size == pytest.approx(0.25)
+    assert decision.predicted_seconds == pytest.approx(0.5) == decision.credit_seconds
+
+
+def test_another_run_is_asked_as_if_there_had_been_none_before() -> None:
+    """At the pace of the last one its second question would come too late."""
+    used, fresh = OverheadBudget(0.05, PLANNED), OverheadBudget(0.05, PLANNED)
+    used.saw_batch(BATCH_SECONDS)
+    used.decide(10)
+    used.forget()
+    for budget in (used, fresh):
+        budget.saw_batch(BATCH_SECONDS)
+        budget.earn(BATCH_SECONDS)
+    assert used.decide(60) == fresh.decide(60)
+
+
 def test_the_next_question_is_half_way_to_where_the_credit_will_do_and_at_most_twice_the_steps_ahead() -> None:
     """A second of training earns a half; ten steps of a second each had earned 5 of 40, and the 35 that are missing
     take 70 more."""

@@ -96,6 +96,15 @@ def test_a_firing_that_a_checkpoint_came_before(schedule: dict[str, Any], traine
     assert turns.missed(trainer, 4) == (None if step is None else Turn(step, step - 1))
 
 
+def test_a_batch_of_this_process_is_no_batch_of_a_checkpoint() -> None:
+    """A fit that goes on after one that was broken off in its firing: the monitor was told of the step itself."""
+    turns = Turns(Schedule(every_n_train_steps=1), RunClock())
+    broken_off = trainer_at(4, batches=(5, 5, 4))
+    assert turns.missed(broken_off, 4) == Turn(5, 4)
+    broken_off.fit_loop.epoch_loop.restarting = False
+    assert turns.missed(broken_off, 4) is None
+
+
 def test_the_budget_is_asked_when_it_said_and_at_once_in_another_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     budget = OverheadBudget(0.05)
     turns = Turns(Schedule(every_n_train_steps=1), RunClock(budget))

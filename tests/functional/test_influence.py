@@ -289,6 +289,28 @@ def test_control_variates_of_a_known_covariance_keep_the_mean_and_take_the_noise
     torch.testing.assert_close(whole.matrix.diagonal(), own, rtol=1e-9, atol=0)
 
 
+def test_each_control_is_scaled_by_the_slope_of_the_losses_on_it_within_chains() -> None:
+    """Chains that lie apart, and the more so the smaller their losses are: across them the slopes are negative."""
+    g = torch.Generator().manual_seed(0)
+    direct, pulled = torch.randn(2, 3, 40, 2, generator=g, dtype=torch.float64).unbind()
+    apart = 100.0 * torch.arange(3).double()[:, None, None]
+    slopes = torch.tensor([2.0, 0.5]).double()
+    parts, down, across = LinearParts(direct + apart, pulled - apart).fitted(slopes * direct - apart)
+    torch.testing.assert_close(down, slopes)
+    torch.testing.assert_close(parts.direct, slopes * (direct + apart))
+    _, _, own = LinearParts(direct + apart, pulled - apart).fitted(3 * slopes * pulled + apart)
+    torch.testing.assert_close(own, 3 * slopes)
+    torch.testing.assert_close(parts.pulled, across * (pulled - apart))
+    assert float((across - down).abs().min()) > 0.1
+
+
+def test_where_no_error_is_known_nothing_is_taken_for_noise() -> None:
+    """Of a single chain with too few draws for two blocks."""
+    x = torch.randn(1, 6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = covariance(x, x)
+    assert found.num_blocks == 1 and bool(found.se.isnan().all()) and found.stein_weight == 1.0
+
+
 def test_a_control_that_does_not_vary_changes_nothing() -> None:
     x, y = autocorrelated(4, 100, 6, 0.3, 2), autocorrelated(4, 100, 5, 0.3, 3)
     still = [LinearParts(torch.zeros_like(v), torch.zeros_like(v)).fitted(v)[0] for v in (x, y)]

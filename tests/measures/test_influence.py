@@ -114,6 +114,18 @@ def test_training_samples_are_their_own_queries() -> None:
     torch.testing.assert_close(got["matrix"].diagonal(), got["self_influence"], rtol=1e-9, atol=0)
 
 
+def test_training_samples_that_are_their_own_queries_are_kept_above_the_same_start() -> None:
+    """In float32 a million has steps of a sixteenth: kept as they are, the queries' losses would have lost theirs."""
+    train, _ = losses()
+    start = train.mean(dim=(0, 1)) + 1e6
+    alone, twice = Influence(), Influence()
+    alone.update(train + 1e6, init_train=start)
+    twice.update(train + 1e6, train + 1e6, start, start)
+    same(alone.compute(), twice.compute())
+    torch.testing.assert_close(alone.draws()[1].double(), train + 1e6 - start, rtol=0, atol=1e-6)
+    torch.testing.assert_close(alone.compute()["mean_loss"], start, rtol=0, atol=1e-6)
+
+
 def test_reset_forgets_and_half_precision_is_taken() -> None:
     first, second = losses(seed=1), losses(seed=2)
     metric, fresh = Influence(), Influence()

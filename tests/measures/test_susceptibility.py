@@ -87,3 +87,8 @@ def test_plot_shows_every_shift_with_its_error() -> None:
     metric.update(*traces())
     figure, axes = metric.plot()
     assert figure is axes.get_figure() and len(axes.lines[0].get_xdata()) == SHIFTS
+    found = metric.response()
+    (bars,) = axes.collections
+    ends = torch.tensor([segment[:, 1].tolist() for segment in bars.get_segments()]).double()
+    torch.testing.assert_close(ends.mean(dim=1), found.chi, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ends[:, 1] - ends[:, 0], 4 * found.se, rtol=1e-5, atol=0)

@@ -35,6 +35,29 @@ def test_the_values_are_those_of_the_estimate():
     assert all(type(value) is float for value in metrics.values())
 
 
+def test_no_two_keys_are_of_one_number():
+    """Each field has a value of its own."""
+    fields = {
+        "llc/mean": "mean",
+        "llc/se": "se",
+        "diag/rhat": "rhat",
+        "diag/ess": "ess",
+        "diag/step_size": "step_size",
+        "diag/step_bias": "step_bias",
+        "diag/virial": "virial",
+        "diag/owed": "owed",
+        "diag/lean": "lean",
+        "diag/acceptance": "acceptance",
+        "loss/anchor": "init_loss",
+        "loss/chain_mean": "chain_loss",
+        "cost/seconds": "seconds",
+        "cost/overhead_frac": "overhead",
+    }
+    values = {field: 1.0 + k / 64 for k, field in enumerate(fields.values())}
+    metrics = metrics_of(make_estimate(**values))
+    assert {key: metrics[f"slt/{key}"] for key in fields} == {key: values[field] for key, field in fields.items()}
+
+
 def test_what_is_not_finite_is_left_out_and_validity_stays():
     metrics = metrics_of(make_estimate(mean=math.nan, se=math.inf, rhat=math.nan, ess=math.nan, step=None, valid=False))
     assert metrics["slt/diag/valid"] == 0.0

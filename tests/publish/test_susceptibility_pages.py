@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_slt.cli import main
 from lightning_slt.publish.html import report_html, write_report
 from lightning_slt.publish.run import load_run
 from lightning_slt.publish.specs.parts import BELOW, VALID
-from lightning_slt.publish.susceptibility_rows import course_rows, drawn
+from lightning_slt.publish.susceptibility_rows import cells, course_rows, drawn
 from lightning_slt.publish.words import headline, susceptibility_verdict
 from lightning_slt.record import RunRecord
 from lightning_slt.susceptibility_record import SusceptibilityEstimate, SusceptibilityRecord
@@ -100,9 +101,26 @@ def test_the_course_of_each_component_is_a_line_that_leaves_out_what_is_not_vali
     assert (whole[0]["low"], whole[0]["high"]) == pytest.approx((0.1 - 0.0196, 0.1 + 0.0196))
     assert -0.5 < whole[1]["chi"] < 0, "on the frame: -40 would flatten all else"
     assert whole[0]["segment"] != whole[2]["segment"], "the band must not run through what is not valid"
+    assert whole[2]["segment"] == whole[3]["segment"], "nor break between two that are"
     cat = [row for row in rows if row["component"] == "head" and row["line"] == "cat"]
     assert [(row["step"], row["chi"]) for row in cat] == [(100, 0.2), (300, 0.5), (400, 0.6)]
     assert [row["words"] for row in cat][-1] == "Step 400: head to cat 0.60 ± 0.01"
+
+
+def test_a_group_has_the_error_of_its_own() -> None:
+    """A whole shift is known better than the parts that it is the mean of."""
+    errors = torch.tensor([[0.5, 0.75], [0.25, 0.125]]).double()
+    (whole, cat, dog) = cells(at(100, groups=("cat", "dog"), group_se=errors))
+    assert [(cell.component, cell.group, cell.se) for cell in whole] == [
+        ("head", None, pytest.approx(0.01)),
+        ("body", None, pytest.approx(0.01)),
+    ]
+    for cells_of_group, expected in (
+        (cat, [("cat", 0.2, 0.5), ("cat", -2.5, 0.25)]),
+        (dog, [("dog", 0.02, 0.75), ("dog", -3.5, 0.125)]),
+    ):
+        assert [(cell.group, pytest.approx(cell.chi), cell.se) for cell in cells_of_group] == expected
+    assert [cell.clear for cell in (*cat, *dog)] == [False, True, False, True]
 
 
 def test_of_many_groups_those_that_stand_out_most_have_a_line() -> None:

@@ -6,10 +6,12 @@ import pytest
 
 from lightning_slt.publish.tables import (
     HISTORY_COLUMNS,
+    are_log_spaced,
     chain_rows,
     history_csv,
     history_markdown,
     history_row,
+    step_of,
     to_markdown,
 )
 from tests.publish.helpers import make_estimate
@@ -31,6 +33,26 @@ def test_nan_is_none_in_rows_and_empty_in_csv():
     assert (row["step"], row["llc"], row["valid"], row["reasons"]) == (7, None, False, "a; b")
     read = next(csv.DictReader(io.StringIO(history_csv([estimate]))))
     assert (read["llc"], read["rhat"], read["reasons"]) == ("", "1.01", "a; b")
+
+
+def test_every_column_has_the_number_of_its_name():
+    names = {"llc": "mean", "loss": "init_loss", "overhead_frac": "overhead", "n_bad_chains": "num_bad_chains"}
+    columns = [name for name in HISTORY_COLUMNS if name not in ("valid", "reasons")]
+    values = {names.get(column, column): 2 + k for k, column in enumerate(columns)}
+    row = dict(zip(HISTORY_COLUMNS, history_row(make_estimate(**values)), strict=True))
+    assert {column: row[column] for column in columns} == dict(zip(columns, values.values(), strict=True))
+
+
+def test_an_estimate_without_a_step_stands_at_the_loggers_one_and_else_at_its_number():
+    assert step_of(make_estimate(step=7, x=5), 3) == 7
+    assert step_of(make_estimate(step=None, x=5), 3) == 5
+    assert step_of(make_estimate(step=None, x=None), 3) == 3
+
+
+def test_steps_that_span_a_factor_of_a_hundred_are_not_drawn_on_a_logarithmic_axis():
+    assert not are_log_spaced([1, 2, 4, 20, 100])
+    assert are_log_spaced([1, 2, 4, 20, 101])
+    assert not are_log_spaced([0, 1, 1000])
 
 
 def test_the_monte_carlo_error_can_be_told_from_a_row():

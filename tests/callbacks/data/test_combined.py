@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import TensorDataset
 
-from lightning_slt.callbacks.data.combined import Combined
+from lightning_slt.callbacks.data.combined import Combined, batches_of_epoch
 from lightning_slt.callbacks.data.training import LoaderPart, SourcePlan
 
 LARGE = 2**20
@@ -90,3 +91,16 @@ def test_a_loader_that_starts_again_is_always_there() -> None:
     source = combined((24, 8), None)
     assert present(source) == [True] * 6
     assert set(uses(source, "b").values()) == {3}
+
+
+def test_a_minibatch_of_several_loaders_has_the_samples_of_all() -> None:
+    assert combined((24, 8), (6, 2)).batch_size == 8
+
+
+def test_an_epoch_of_training_that_is_cut_short_ends_for_every_loader() -> None:
+    def ends(*lengths: int, batches: float = float("inf"), fast: bool = False) -> Optional[tuple[int, ...]]:
+        loaders: list[Any] = [range(length) for length in lengths]
+        return batches_of_epoch(loaders, SimpleNamespace(num_training_batches=batches, fast_dev_run=fast))  # type: ignore[arg-type]
+
+    assert ends(6, 2) == (6, 2) == ends(6, 2, batches=1, fast=True)
+    assert ends(6, 2, batches=4) == (4, 2) and ends(6, 2, batches=2) is None and ends(6, 6) is None

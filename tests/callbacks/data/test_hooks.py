@@ -68,3 +68,23 @@ def test_the_order_of_a_dict_is_put_back() -> None:
     twin.losses[0] = twin.losses.pop(0)
     assert list(twin.losses) == [1, 2, 3, 4, 0]
     assert list(hooks.for_a_batch().losses) == list(live.losses) == [0, 1, 2, 3, 4]
+
+
+def test_what_hooks_draw_follows_from_the_global_generator() -> None:
+    """A firing is the same whatever was drawn before it."""
+    hooks = DataHooks(Counting(5))
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        drawn.append([hooks.for_a_batch().on_after_batch_transfer(number, 0)[1] for number in range(3)])
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 3
+
+
+def test_a_long_list_that_grows_late_is_put_back_at_once() -> None:
+    """Its contents are looked at after 1, 3, 7 minibatches; its length at every one."""
+    live = Counting(MAX_ITEMS + 1)
+    hooks = DataHooks(live)
+    for _ in range(4):
+        twin = hooks.for_a_batch()
+    twin.rows.append(0)
+    assert len(hooks.for_a_batch().rows) == len(live.rows) == MAX_ITEMS + 1

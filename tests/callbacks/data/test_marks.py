@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
 
 from lightning_slt.callbacks.data.marks import MAX_SUMMED_BYTES, marks_of, same_marks
 
@@ -97,3 +97,12 @@ def test_what_has_no_length_has_marks_all_the_same() -> None:
 
     assert [mark.where for mark in marks_of(Stream())] == ["/table"]
     assert marks_of(object()) == []
+
+
+def test_data_that_is_put_beside_what_there_was_is_seen() -> None:
+    data: Any = TensorDataset(torch.zeros(3))
+    before = marks_of(data)
+    data.weights = torch.ones(3)
+    assert not same_marks(before, marks_of(data)) and not same_marks(marks_of(data), before)
+    del data.weights
+    assert same_marks(before, marks_of(data))
