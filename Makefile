@@ -12,7 +12,7 @@ export WANDB_SILENT ?= true
 # bytecode is kept, also where the environment says otherwise: a hundred processes of the tests import the package
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all test-oldest lint docs install clean
+.PHONY: demo test test-all test-oldest test-newest lint docs install clean
 
 install: $(DEV_STAMP)
 
@@ -52,6 +52,13 @@ OLDEST_TESTS := tests/callbacks tests/functional tests/measures tests/testing te
 	$(foreach name,background background_killed background_queue bad_input data data_anew data_batches \
 	influence influence_failures influence_runs influence_samples loggers overhead private_copy step_state \
 	step_surroundings steps undisturbed,tests/integration/test_$(name).py)
+
+# the newest versions there are, whatever constraints.txt says (a GPU build of torch, 5 GB, where the index has no other)
+NEWEST ?= .venv-newest
+test-newest:
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]"
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" -q
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
