@@ -77,7 +77,7 @@ def test_nothing_is_owed_within_the_error_of_the_ratio_or_where_there_is_no_coef
     ]
     assert [owed_by(*case, 10) for case in cases] == [0.0] * len(cases)
     assert owed_by(4.0, 0.5, 0.3, 10) == pytest.approx(1.0) and owed_by(4.0, -0.1, 0.0, 10) == pytest.approx(5.5)
-    assert [owed_by(4.0, 0.5, 0.0, 10, steepness=s) for s in (1.0, 0.75, 0.5, 0.3)] == [2.5, 1.25, 0.0, 0.0]
+    assert [owed_by(4.0, 0.5, 0.0, 10, steepness=s) for s in (1.0, 0.75, 0.5, 0.3)] == [2.5, 1.25, 0.25, 0.25]
     assert [owed_by(4.0, 0.5, 0.0, 3, steepness=s) for s in (1.0, 2.0)] == [0.75, 1.5]
 
 
