@@ -65,8 +65,8 @@ MOST_NOISE = 20.0
 NOTED_HEAT = 0.04
 """Share of the LLC that is heat of the step beyond which covariances over the same chains say so: it is in them."""
 LEAST_SHARE = 0.1
-"""What singular models owe at the least, as a share of what regular ones would: on deep linear networks of four and five
-layers the means over seeds lacked 0.08, 0.14 and 0.3 of it, 0.9 to 1.8 % of the LLC."""
+"""What singular models owe at the least, as a share of what regular ones would: means over seeds of deep linear
+networks of four and five layers lacked 0.08, 0.14 and 0.3 of it, 0.9 to 1.8 % of the LLC."""
 BAD_FOR_COVARIANCES = frozenset(
     {
         Kind.HEAT_OF_STEP,
