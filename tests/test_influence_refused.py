@@ -153,6 +153,52 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], message: str) -> None:
         estimate_influence(mlp(), **{**arguments, **changes})
 
 
+class Named(Dataset[Any]):
+    """A regression whose samples are dicts."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, i: int) -> Any:
+        return {"x": torch.full((5,), 0.1 * i), "y": torch.zeros(3)}
+
+
+def by_name(module: nn.Module, batch: Any) -> Tensor:
+    return squares(module, (batch["x"], batch["y"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "ours", "expected", "own"),
+    [
+        ({"query_data": Named()}, "{'x': Tensor, 'y': Tensor}", "[Tensor, Tensor]", "KeyError: 0"),
+        (
+            {"train_data": Named(), "query_data": regression(4), "loss_fn": by_name},
+            "[Tensor, Tensor]",
+            "{'x': Tensor, 'y': Tensor}",
+            "TypeError: list indices",
+        ),
+        ({"query_data": TensorDataset(torch.zeros(4, 5))}, "[Tensor]", "[Tensor, Tensor]", "IndexError: "),
+    ],
+    ids=["a dict for a pair", "a pair for a dict", "without targets"],
+)
+def test_queries_of_another_structure_are_named(changes: dict[str, Any], ours: str, expected: str, own: str) -> None:
+    """With what the loss itself raises on them."""
+    arguments: dict[str, Any] = {"train_data": regression(12), "loss_fn": squares, **TINY, **changes}
+    with pytest.raises(ValueError) as caught:
+        estimate_influence(mlp(), **arguments)
+    said = str(caught.value)
+    assert said.startswith(
+        f"query_data: its samples give the step {ours}, and a batch of the training data is {expected}."
+    )
+    assert "Give query_data=Dataset" in said and own in said
+
+
+def test_queries_of_which_the_loss_takes_what_it_needs_may_have_more() -> None:
+    x, y = regression(4).tensors
+    inf = tiny(mlp(), regression(12), TensorDataset(x, y, torch.arange(4)))
+    assert torch.equal(inf.matrix, tiny(mlp(), regression(12), regression(4)).matrix)
+
+
 def test_a_coupled_loss_is_refused() -> None:
     def contrastive(module: nn.Module, batch: Any) -> Tensor:
         z = module(batch[0])

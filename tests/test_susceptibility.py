@@ -289,6 +289,17 @@ def test_a_wrong_argument_is_named_with_its_remedy(settings: dict[str, Any], mes
         measured(**settings)
 
 
+def test_shifted_data_of_another_structure_is_named() -> None:
+    """With what the loss itself raises on it."""
+    net, data, shifted = problem()
+    message = (
+        r"^shifted_data: its samples give the step \[Tensor\], and a batch of the training data is "
+        r"\[Tensor, Tensor\]\. Give shifted_data=Dataset .*(Index|Value)Error: "
+    )
+    with pytest.raises(ValueError, match=message):
+        estimate_susceptibility(net, data, TensorDataset(shifted.tensors[0]), half_square, num_chains=2)
+
+
 def test_a_whole_number_of_numpy_is_a_seed() -> None:
     # one path: the faster of the two is found by the clock, and they differ in the last bits
     fixed: dict[str, Any] = {"num_draws": 8, "nbeta": 50.0, "method": "sequential"}

@@ -22,6 +22,7 @@ from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import Sampler, as_sampler
 from lightning_slt.sampling.samples import GroupFn, indexed_source
 from lightning_slt.sampling.steps import LossFn, NoLossError
+from lightning_slt.sampling.unlike import naming_unlike
 
 MAX_TRAIN = 10_000
 """Training samples of a one-call estimate where nothing else is said."""
@@ -104,8 +105,9 @@ def estimate_influence(
         ``[n_query, n_train]``, ``self_influence`` ``[n_train]``, ``top(query, k)``, ``bottom(query, k)``.
 
     Raises:
-        ValueError: for an argument out of range, no data, data without an index, a coupled loss, a module without a
-            usable loss, a non-finite starting loss. The message names the argument and the remedy.
+        ValueError: for an argument out of range, no data, data without an index, queries of another structure than the
+            training samples that the loss fails on, a coupled loss, a module without a usable loss, a non-finite
+            starting loss. The message names the argument and the remedy.
         TypeError: for an argument of another kind, likewise.
 
     Example:
@@ -156,5 +158,10 @@ def estimate_influence(
             found = InfluenceChains(objective, train, probes, settings, *asked).measure()
         except NoLossError as error:
             raise ValueError(str(error)) from error
+        except Exception as error:
+            named = naming_unlike(error, {"query_data": probes.query}, train)
+            if named is error:
+                raise
+            raise named from error
         found = found.with_verdict(misfit_of_eval(objective))
     return found.replace(seconds=time.perf_counter() - start)

@@ -17,6 +17,7 @@ from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import Sampler, as_sampler
 from lightning_slt.sampling.samples import Samples, choose_samples, group_name, indexed_source
 from lightning_slt.sampling.steps import LossFn, NoLossError
+from lightning_slt.sampling.unlike import naming_unlike
 from lightning_slt.susceptibility.firing import measure_susceptibility
 from lightning_slt.susceptibility.shift import Shift
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
@@ -88,7 +89,8 @@ def estimate_susceptibility(
 
     Raises:
         ValueError: for an argument out of range, ``components`` beside ``restrict``, no data, data without an index, a
-            coupled loss, a component that matches no weight. The message names the argument and the remedy.
+            coupled loss, shifted data of another structure that the loss fails on, a component that matches no weight.
+            The message names the argument and the remedy.
         TypeError: for an argument of another kind, likewise.
 
     Example:
@@ -165,3 +167,8 @@ def estimate_susceptibility(
             )
         except NoLossError as error:
             raise ValueError(str(error)) from error
+        except Exception as error:
+            named = naming_unlike(error, {"shifted_data": shift.shifted}, source)
+            if named is error:
+                raise
+            raise named from error

@@ -1,20 +1,17 @@
-"""What a batch is made of: samples for several loaders side by side, and how samples differ from a training batch."""
+"""What a batch is made of: samples for several loaders side by side, and which samples differ from a training batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
-from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from lightning_slt.influence import ProbeSet
 from lightning_slt.sampling.batches import MinibatchSource
-from lightning_slt.sampling.probe import CoupledLossError
+from lightning_slt.sampling.unlike import naming_unlike
 
 Collate = Callable[[list[Any]], Any]
-SHOWN = 4
-"""Entries of a container that are shown in a message."""
 
 
 class SideBySide:
@@ -79,45 +76,8 @@ def explained(error: Exception, probes: Optional[ProbeSet], source: MinibatchSou
         probes: the samples; None where they could not be read.
         source: the chains' minibatches, which have the structure that the step expects.
     """
-    if isinstance(error, CoupledLossError):  # it is the loss, whatever the samples have besides
-        return error
-    for name, samples in (("probe", probes and probes.train), ("query", probes and probes.query)):
-        if not samples or not samples.batches:
-            continue
-        try:
-            ours, expected = samples.batches[0], source.window(0)[0]
-        except Exception:  # what is wrong is the data, which the error says
-            return error
-        # further down a list may be one of the samples, such as the targets of a detector
-        listed = isinstance(expected, (list, tuple)) and isinstance(ours, (list, tuple))
-        if (listed and len(ours) != len(expected)) or _differ(ours, expected):
-            return ValueError(
-                f"{name}: its samples give the step {_shape(ours)}, and a batch of the training data is "
-                f"{_shape(expected)}. Give {name}=Dataset whose samples, once collated, have that structure (for "
-                f"several loaders: a sample for each, in a container like theirs). {type(error).__name__}: {error}"
-            )
-    return error
-
-
-def _differ(ours: Any, expected: Any) -> bool:
-    """Whether a container stands where none is expected, the other way round, or lacks something."""
-    if isinstance(expected, Mapping):
-        return not isinstance(ours, Mapping) or any(k not in ours or _differ(ours[k], v) for k, v in expected.items())
-    if isinstance(expected, (list, tuple)):
-        if not isinstance(ours, (list, tuple)):
-            return True
-        return any(_differ(a, b) for a, b in zip(ours, expected, strict=False))
-    return isinstance(ours, (Mapping, list, tuple))
-
-
-def _shape(value: Any) -> str:
-    """``{'a': [Tensor, Tensor]}``."""
-    if isinstance(value, Mapping):
-        shown = [f"{name!r}: {_shape(part)}" for name, part in list(value.items())[:SHOWN]]
-        return "{" + ", ".join(shown + ["..."] * (len(value) > SHOWN)) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join([_shape(part) for part in value[:SHOWN]] + ["..."] * (len(value) > SHOWN)) + "]"
-    return "Tensor" if isinstance(value, Tensor) else type(value).__name__
+    given = {"probe": probes.train, "query": probes.query} if probes is not None else {}
+    return naming_unlike(error, given, source)
 
 
 __all__ = ["SideBySide", "collate_of", "explained"]

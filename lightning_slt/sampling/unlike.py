@@ -1,0 +1,64 @@
+"""Samples that are made of other things than a batch of the training data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Optional
+
+from torch import Tensor
+
+from lightning_slt.sampling.batches import MinibatchSource
+from lightning_slt.sampling.probe import CoupledLossError
+from lightning_slt.sampling.samples import Samples
+
+SHOWN = 4
+"""Entries of a container that are shown in a message."""
+
+
+def naming_unlike(error: Exception, given: Mapping[str, Optional[Samples]], source: MinibatchSource) -> Exception:
+    """The error that the step gives on samples, with what is wrong about them where their structure shows it.
+
+    Args:
+        error: that came up.
+        given: samples by the name of the argument that gives them.
+        source: the chains' minibatches, which have the structure that the step expects.
+    """
+    if isinstance(error, CoupledLossError):  # it is the loss, whatever the samples have besides
+        return error
+    for name, samples in given.items():
+        if not samples or not samples.batches:
+            continue
+        try:
+            ours, expected = samples.batches[0], source.window(0)[0]
+        except Exception:  # what is wrong is the data, which the error says
+            return error
+        # further down a list may be one of the samples, such as the targets of a detector
+        listed = isinstance(expected, (list, tuple)) and isinstance(ours, (list, tuple))
+        if (listed and len(ours) != len(expected)) or _differ(ours, expected):
+            return ValueError(
+                f"{name}: its samples give the step {_shape(ours)}, and a batch of the training data is "
+                f"{_shape(expected)}. Give {name}=Dataset whose samples, once collated, have that structure (for "
+                f"several loaders: a sample for each, in a container like theirs). {type(error).__name__}: {error}"
+            )
+    return error
+
+
+def _differ(ours: Any, expected: Any) -> bool:
+    """Whether a container stands where none is expected, the other way round, or lacks something."""
+    if isinstance(expected, Mapping):
+        return not isinstance(ours, Mapping) or any(k not in ours or _differ(ours[k], v) for k, v in expected.items())
+    if isinstance(expected, (list, tuple)):
+        if not isinstance(ours, (list, tuple)):
+            return True
+        return any(_differ(a, b) for a, b in zip(ours, expected, strict=False))
+    return isinstance(ours, (Mapping, list, tuple))
+
+
+def _shape(value: Any) -> str:
+    """``{'a': [Tensor, Tensor]}``."""
+    if isinstance(value, Mapping):
+        shown = [f"{name!r}: {_shape(part)}" for name, part in list(value.items())[:SHOWN]]
+        return "{" + ", ".join(shown + ["..."] * (len(value) > SHOWN)) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join([_shape(part) for part in value[:SHOWN]] + ["..."] * (len(value) > SHOWN)) + "]"
+    return "Tensor" if isinstance(value, Tensor) else type(value).__name__
