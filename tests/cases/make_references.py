@@ -72,7 +72,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "convnet-default": _KINETIC,
     "linear-6-6-6-6-r2-default": _LINEAR,
     "transformer-default": _NETWORK,
-    "digits-mlp-default": _DIGITS,
+    # --seed 1; seed 2 gave 13.76 +- 0.11, and 150 draws of seed 0 14.00 +- 0.12
+    "digits-mlp-default": {**_DIGITS, "num_draws": 230},
     "digits-mlp-gamma10": {**_DIGITS, "num_draws": 80, "num_warmup": 50},
 }
 
