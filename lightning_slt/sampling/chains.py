@@ -18,7 +18,8 @@ from lightning_slt.sampling.anchor import anchor_of_steps, measure_anchor, some_
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.chunk import Chunk, GradientMoments, num_noise_squares
 from lightning_slt.sampling.collective import Collective, RankLostError, own_chains
-from lightning_slt.sampling.engines import Engine
+from lightning_slt.sampling.engines import Engine, SequentialEngine
+from lightning_slt.sampling.gradients import GradientsInParts, in_parts
 from lightning_slt.sampling.layout import BLOCK
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.paths import SLOW, Choice, choose_engine
@@ -109,13 +110,25 @@ class Chains:
         self.from_anchor = True
         self._state = empty_state(self.sampler, self.weights)
         width = max(1, min(self._engine.width, len(self.numbers)))
-        self._grad = torch.zeros(width, d, device=device, dtype=dtype)
         block = min(d, BLOCK.get(device.type, d)) if self.sampler.elementwise else d
         # shards keep what is theirs of the noise of all the weights, so that it is drawn before any block is moved
         self._noise = torch.zeros(width, d if self.layout.sharded else block, device=device, dtype=dtype)
         self._blocks = self.layout.blocks(max(block, 1))
+        self._whole_grad: Tensor | None = None
+        self._parts: GradientsInParts | None = None
+        if isinstance(self._engine, SequentialEngine) and in_parts(self._engine, self.objective, self.sampler):
+            self._parts = GradientsInParts(self._engine, self.objective, [block for block, _ in self._blocks])
+        else:
+            self._gradients()
         self._moments: GradientMoments | None = None
         self.reseed(0)
+
+    def _gradients(self) -> Tensor:
+        """``[chains of a chunk, d]``."""
+        if self._whole_grad is None:
+            width = max(1, min(self._engine.width, len(self.numbers)))
+            self._whole_grad = self.weights.new_zeros(width, len(self.objective.anchor))
+        return self._whole_grad
 
     def sample(self, posterior: LocalPosterior, sampler: Sampler) -> None:
         """Sample this posterior from now on, from ``w*``, with this sampler."""
@@ -162,7 +175,7 @@ class Chains:
             row: of this rank's chains.
             put_back: where the last chain is is kept (one copy more, for that time); False loses it.
         """
-        anchor, grad, direction = self.objective.anchor, self._grad[:1], self.weights[row]
+        anchor, direction = self.objective.anchor, self.weights[row]
         is_last = row + 1 == len(self.weights)
         point = torch.empty_like(direction).unsqueeze(0) if is_last else self.weights[-1:]
         kept = point.to("cpu", copy=True) if put_back and not is_last else None
@@ -173,9 +186,8 @@ class Chains:
             torch.add(anchor, direction, alpha=share, out=point[0])
             if self.objective.draws:
                 seed_globals(derive_seed(self.seed, STEP, batch))
-            self._engine.bind(point, grad)
-            loss = self._engine(window, torch.tensor([batch]))
-            return float(loss), self.layout.dot(grad[0], direction)
+            loss, slope = self._slope_along(direction, point, window, batch)
+            return float(loss), slope
 
         direction.sub_(anchor)
         try:
@@ -185,6 +197,17 @@ class Chains:
             direction.add_(anchor)
             if kept is not None:
                 point.copy_(kept)
+
+    def _slope_along(self, direction: Tensor, point: Tensor, window: Window, batch: int) -> tuple[Tensor, float]:
+        """The loss of a minibatch at ``point`` ``[1, d]``, and its derivative along ``direction`` ``[d]``."""
+        at = torch.tensor([batch])
+        if self._parts is not None:
+            self._parts.bind(point)
+            return self._parts.derivative(direction, lambda: self._engine(window, at))
+        grad = self._gradients()[:1]
+        self._engine.bind(point, grad)
+        loss = self._engine(window, at)
+        return loss, self.layout.dot(grad[0], direction)
 
     def reseed(self, part: int) -> None:
         """Start the random numbers of every chain anew, those of part ``part`` of the run."""
@@ -212,9 +235,18 @@ class Chains:
         self.place(metric(torch.stack(draws)) if draws else torch.zeros_like(self.weights))
 
     def scratch(self) -> list[Tensor]:
-        """Memory to be used while the chains rest, which are put back after: ``[1, d]`` each, for gradients, and of as
-        many chains as there are here."""
-        return [self._grad[:1], *self.weights.split(1)] if len(self.weights) else []
+        """Memory to be used while the chains rest, which are put back after: ``[1, d]`` each, that of gradients where
+        there is one, and of as many chains as there are here."""
+        return [*self.gradient_memory(), *self.weights.split(1)] if len(self.weights) else []
+
+    def gradient_memory(self) -> list[Tensor]:
+        """``[1, d]`` for the gradients of one chain; none where autograd keeps them."""
+        return [self._gradients()[:1]] if self._parts is None else []
+
+    @property
+    def sparing(self) -> bool:
+        """The memory of the chains is less than the search for a step would like to have, and it is large."""
+        return self._parts is not None and len(self.weights) < 3
 
     def displacements(self) -> Tensor:
         """``[own chains, d]``: where the chains of this rank are, from ``w*``."""
@@ -351,6 +383,7 @@ class Chains:
 
     def _chunk(self, rows: slice) -> Chunk:
         count = rows.stop - rows.start
+        parts = None if getattr(self.reader, "wants_gradients", False) else self._parts
         return Chunk(
             self._engine,
             self.sampler,
@@ -358,7 +391,7 @@ class Chains:
             self.layout,
             anchor=self.objective.anchor,
             weights=self.weights[rows],
-            grad=self._grad[:count],
+            grad=self._gradients()[:count] if parts is None else parts,
             noise=self._noise[:count],
             blocks=self._blocks,
             state=SamplerState({name: x[rows] for name, x in self._state.tensors.items()}, self.preconditioner),

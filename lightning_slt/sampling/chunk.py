@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.sampling.engines import Engine, SequentialEngine
+from lightning_slt.sampling.gradients import Gradients, GradientsInParts, WholeGradients
 from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.noise import NormalStream, fill_rows_
 from lightning_slt.sampling.randomness import Randomness
@@ -23,10 +24,6 @@ from lightning_slt.sampling.segment import NOISE_EVERY, NOISE_LAG, STATS_EVERY
 from lightning_slt.sampling.steps import NoLossError
 from lightning_slt.sampling.weight_reader import Readout, num_reads
 from lightning_slt.sampling.window import Window
-
-KEPT_GRADIENT = 2**20
-"""Bytes of gradients, of the chains that move together, that are kept while those of another minibatch are taken;
-larger ones are computed once more."""
 
 
 class GradientMoments:
@@ -64,9 +61,9 @@ class Moved:
 class _Block:
     """Views of one block of the weights of all the chains: ``[k, block]`` each, ``anchor`` ``[block]``."""
 
+    number: int
     weights: Tensor
     anchor: Tensor
-    grad: Tensor
     scratch: Tensor
     state: SamplerState
     share: float
@@ -82,7 +79,7 @@ class Chunk:
         layout: which of the weights are on this rank.
         anchor: ``[d]``, ``w*``.
         weights: ``[k, d]``.
-        grad: ``[k, d]``, memory for their gradients.
+        grad: ``[k, d]``, memory for their gradients; or what has those of one chain without it.
         noise: ``[k, block]``, memory for the noise of a block of the weights (of all of them where they are shards).
         blocks: of the weights, each with its share in sums over ranks.
         state: the sampler's, of these chains.
@@ -98,7 +95,7 @@ class Chunk:
         layout: Layout,
         anchor: Tensor,
         weights: Tensor,
-        grad: Tensor,
+        grad: Tensor | GradientsInParts,
         noise: Tensor,
         blocks: Sequence[tuple[slice, float]],
         state: SamplerState,
@@ -106,11 +103,12 @@ class Chunk:
         moments: GradientMoments | None,
     ) -> None:
         self._engine, self._sampler, self._posterior, self._layout = engine, sampler, posterior, layout
-        self._weights, self._grad, self._noise = weights, grad, noise
+        self._weights, self._noise = weights, noise
+        self._grad: Gradients = grad if isinstance(grad, GradientsInParts) else self._whole(grad, blocks)
         self._randomness, self._moments = randomness, moments
         self._noise_streams = [own.noise for own in randomness]
         self._blocks = []
-        for block, share in blocks:
+        for number, (block, share) in enumerate(blocks):
             p = state.preconditioner
             inner = SamplerState(
                 {name: x[:, block] if x.dim() > 1 else x for name, x in state.tensors.items()},
@@ -118,9 +116,13 @@ class Chunk:
             )
             own = block if layout.sharded else slice(block.stop - block.start)
             scratch = noise[:, own]
-            views = weights[:, block], anchor[block], grad[:, block], scratch
-            self._blocks.append(_Block(*views, inner, share))
+            self._blocks.append(_Block(number, weights[:, block], anchor[block], scratch, inner, share))
         self._state = self._blocks[0].state
+
+    def _whole(self, grad: Tensor, blocks: Sequence[tuple[slice, float]]) -> WholeGradients:
+        # of all the weights and not of this rank's, since ranks with shards of unequal size call the engine together
+        size = len(grad) * self._layout.num_weights * grad.element_size()
+        return WholeGradients(self._engine, grad, [block for block, _ in blocks], size)
 
     def move(
         self,
@@ -149,7 +151,7 @@ class Chunk:
             NoLossError: where a minibatch has no loss.
             Exception: what the user's step raised at finite weights.
         """
-        self._engine.bind(self._weights, self._grad)
+        self._grad.bind(self._weights)
         if not isinstance(self._engine, SequentialEngine):
             # all at once: a copy at a step would make the GPU wait for it
             indices = indices.to(self._weights.device)
@@ -169,14 +171,15 @@ class Chunk:
                     raise
                 break
             with torch.no_grad():
+                self._grad.taken()
                 if (before + t) % STATS_EVERY == 0:
                     self._read(readings[taken])
                     taken += 1
-                    if self._moments is not None and self._layout.all_finite(self._grad):
-                        self._moments.add(self._grad)
+                    if self._moments is not None:
+                        self._add_moments(self._moments)
                 if partners is not None and (before + t) % NOISE_EVERY == NOISE_LAG:
                     squares.append(self._noise_square(window, partners[:, t], t, loss_at))
-                readout.offer(t, self._weights, self._grad, self._state)
+                readout.offer(t, self._weights, self._grad.whole, self._state)
                 loss = self._update(loss, lr)
             losses.append(loss)
         read = self._layout.sum(readings[:taken]).permute(1, 2, 0) if taken else None
@@ -215,7 +218,8 @@ class Chunk:
             draws = [torch.rand((), generator=own.choice, device=loss.device) for own in self._randomness]
             state.uniform = torch.stack(draws)
         for block, noise in self._drawn(self._noise_streams):
-            sampler.update_(block.weights, block.anchor, block.grad, noise, lr, posterior, block.state)
+            grad = self._grad.block(block.number)
+            sampler.update_(block.weights, block.anchor, grad, noise, lr, posterior, block.state)
         if sampler.shares_noise:
             self._share_noise(lr)
         return state.loss if sampler.full_batch and state.loss is not None else loss
@@ -250,32 +254,35 @@ class Chunk:
             t: the step.
             loss_at: see :meth:`_losses`.
         """
-        engine, grad = self._engine, self._grad
-        # larger ones would be a copy of the weights more: they are made anew for the step. Of all the weights and not
-        # of this rank's, since ranks with shards of unequal size call the engine together
-        size = len(grad) * self._layout.num_weights * grad.element_size()
-        kept = grad.clone() if size <= KEPT_GRADIENT else None
-        grad.neg_()
-        try:
+        engine = self._engine
+
+        def again() -> None:
             with torch.enable_grad():
-                engine(window, partners, keep=True)
-            square = self._grad_square() / 2
+                loss_at(t)
+
+        def other(keep: bool) -> None:
+            with torch.enable_grad():
+                engine(window, partners, keep=keep)
+
+        try:
+            square = self._grad.apart(again, other, self._grad_square) / 2
         except (ValueError, RuntimeError, NoLossError) as error:
             if not self._diverged(error):
                 raise
-            square = torch.full_like(grad[:, 0], torch.nan)
-        if kept is not None:
-            grad.copy_(kept)
-        else:
-            with torch.enable_grad():
-                loss_at(t)
+            square = torch.full_like(self._weights[:, 0], torch.nan)
+        self._grad.put_back(again)
         return square
+
+    def _add_moments(self, moments: GradientMoments) -> None:
+        grad = self._grad.whole
+        if grad is not None and self._layout.all_finite(grad):
+            moments.add(grad)
 
     def _grad_square(self) -> Tensor:
         """``[k]``, ``grad.P grad``; the noise's memory is used on the way."""
         total: Tensor | None = None
         for block in self._blocks:
-            p, grad = block.state.preconditioner, block.grad
+            p, grad = block.state.preconditioner, self._grad.block(block.number)
             square = torch.linalg.vecdot(grad, torch.mul(grad, p, out=block.scratch) if p is not None else grad)
             if block.share != 1.0:
                 square = block.share * square
@@ -287,7 +294,8 @@ class Chunk:
         """The three readings (five with a preconditioner), put in ``out`` ``[3 or 5, k]``; the noise's memory is used
         on the way."""
         for number, block in enumerate(self._blocks):
-            at, slope, scratch, tensors = block.weights, block.grad, block.scratch, block.state.tensors
+            at, scratch, tensors = block.weights, block.scratch, block.state.tensors
+            slope = self._grad.block(block.number)
             # the weights are a proposal that may be rejected
             if "accepted_weights" in tensors and bool(tensors["started"].all()):
                 at, slope = tensors["accepted_weights"], tensors["accepted_grad"]

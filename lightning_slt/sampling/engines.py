@@ -2,11 +2,13 @@
 
 Both write the gradient of every chain into one flat buffer ``[chains, d]``, with no Python work per parameter in the
 sequential one: the parameters of the private copy are views of the chain's weights, and their ``.grad`` are views of
-the gradient buffer, so that ``backward`` accumulates in place.
+the gradient buffer, so that ``backward`` accumulates in place. Without a buffer autograd leaves its own tensors there,
+which takes the memory of one gradient and no more (:mod:`~lightning_slt.sampling.gradients`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
@@ -25,8 +27,12 @@ class Engine:
     method: str
     width: int
 
-    def bind(self, weights: Tensor, grad: Tensor) -> None:
-        """Work on these buffers from now on: ``[width or fewer, d]``, both contiguous."""
+    def bind(self, weights: Tensor, grad: Tensor | None) -> None:
+        """Work on these buffers from now on: ``[width or fewer, d]``, both contiguous.
+
+        Args:
+            grad: None, of a plain :class:`SequentialEngine` only, for gradients as autograd leaves them.
+        """
         raise NotImplementedError
 
     def __call__(self, window: Window, indices: Tensor, keep: bool = False) -> Tensor:
@@ -54,17 +60,20 @@ class SequentialEngine(Engine):
         self._masters: list[Tensor] = []
         self._grad: Tensor | None = None
         self._grad_pieces: list[Tensor] = []
+        self._left: list[Tensor | None] = []
         # one copy of w* is enough: the module's own weights become views of the anchor
         self._home = [p.data for p in self._parameters] if self._rounds else objective.pieces(objective.anchor)
         self.release()
 
-    def bind(self, weights: Tensor, grad: Tensor) -> None:
+    def bind(self, weights: Tensor, grad: Tensor | None) -> None:
         self._masters = self._objective.pieces(weights[0])
-        self._grad = grad[0]
-        self._grad_pieces = self._objective.pieces(grad[0])
+        self._grad = grad[0] if grad is not None else None
+        self._grad_pieces = self._objective.pieces(grad[0]) if grad is not None else []
+        self._left = []
         if not self._rounds:
-            for parameter, piece, gradient in zip(self._parameters, self._masters, self._grad_pieces, strict=True):
+            for parameter, piece in zip(self._parameters, self._masters, strict=True):
                 parameter.data = piece
+            for parameter, gradient in zip(self._parameters, self._grad_pieces, strict=grad is not None):
                 parameter.grad = gradient
 
     def __call__(self, window: Window, indices: Tensor, keep: bool = False) -> Tensor:
@@ -72,8 +81,9 @@ class SequentialEngine(Engine):
 
     def step(self, batch: Any, keep: bool = False) -> Tensor:
         """Loss of one batch at the bound weights, its gradient left in the bound buffer (added to it: ``keep``)."""
-        assert self._grad is not None
         self._load()
+        if self._grad is None:
+            return self._step_in_parts(batch)
         differentiates = self._objective.differentiates
         before = self._grad.clone() if keep and differentiates else None
         loss = self._objective.loss(batch)
@@ -92,6 +102,50 @@ class SequentialEngine(Engine):
             else:
                 torch._foreach_copy_([g for g, _ in pairs], [g for _, g in pairs])  # type: ignore[misc]
         return loss.detach()
+
+    def _step_in_parts(self, batch: Any) -> Tensor:
+        self._left = []
+        for parameter in self._parameters:
+            parameter.grad = None  # what is there already is added to, which takes another tensor as large
+        loss = self._objective.loss(batch)
+        check_gradient(loss)
+        loss.backward()
+        return loss.detach()
+
+    def gradients(self) -> list[Tensor | None]:
+        """What autograd has left, ``[size]`` for each parameter, None where the loss does not depend on it; after a
+        step on weights that were bound without a buffer."""
+        if not self._left:
+            for parameter in self._parameters:
+                grad = parameter.grad
+                if grad is not None and not (grad.layout is torch.strided and grad.is_contiguous()):
+                    grad = parameter.grad = flat(grad).view(grad.shape)
+                self._left.append(grad.view(-1) if grad is not None else None)
+        return self._left
+
+    def hand_over(self, work: Callable[[], object], take: Callable[[int, Tensor], None]) -> None:
+        """Have each parameter's gradient taken as soon as autograd has it, and dropped.
+
+        Args:
+            work: makes steps, on weights that were bound without a buffer.
+            take: called with the number of the parameter and its gradient; more than once in a step, with a portion
+                each time, where several backward passes make it (checkpointing of the reentrant kind).
+        """
+
+        def taker(number: int) -> Callable[[Tensor], None]:
+            def hook(parameter: Tensor) -> None:
+                if parameter.grad is not None:
+                    take(number, parameter.grad)
+                parameter.grad = None
+
+            return hook
+
+        handles = [p.register_post_accumulate_grad_hook(taker(k)) for k, p in enumerate(self._parameters)]
+        try:
+            work()
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _load(self) -> None:
         if self._rounds:
@@ -113,7 +167,7 @@ class SequentialEngine(Engine):
         for parameter, home in zip(self._parameters, self._home, strict=True):
             parameter.data = home
             parameter.grad = None
-        self._grad, self._masters, self._grad_pieces = None, [], []
+        self._grad, self._masters, self._grad_pieces, self._left = None, [], [], []
         if self._rounds:
             with torch.no_grad():
                 torch._foreach_copy_(self._home, self._objective.pieces(self._objective.anchor))
@@ -131,7 +185,8 @@ class BorrowedEngine(SequentialEngine):
         self._wrapper = _GradientModule(objective.module, objective)
         self._buffers = {f"module.{k}": b for k, b in objective.module.named_buffers()}
 
-    def bind(self, weights: Tensor, grad: Tensor) -> None:
+    def bind(self, weights: Tensor, grad: Tensor | None) -> None:
+        assert grad is not None
         low = [p.dtype for p in self._objective.parameters()]
         self._grad_pieces = self._objective.pieces(grad[0])
         self._masters = self._objective.pieces(weights[0])
@@ -230,7 +285,8 @@ class BatchedEngine(Engine):
         self._grad_pieces: list[Tensor] = []
         self._grad: Tensor | None = None
 
-    def bind(self, weights: Tensor, grad: Tensor) -> None:
+    def bind(self, weights: Tensor, grad: Tensor | None) -> None:
+        assert grad is not None
         self._grad = grad
         self._grad_pieces = self._objective.pieces(grad)
         self._leaves = []
@@ -272,7 +328,8 @@ class ShardedEngine(SequentialEngine):
     def __init__(self, objective: ShardedObjective) -> None:
         self._shards = objective
 
-    def bind(self, weights: Tensor, grad: Tensor) -> None:
+    def bind(self, weights: Tensor, grad: Tensor | None) -> None:
+        assert grad is not None
         self._masters = self._shards.pieces(weights[0])
         self._grad_pieces = self._shards.pieces(grad[0])
 
@@ -292,6 +349,11 @@ class ShardedEngine(SequentialEngine):
     def release(self) -> None:
         self._shards.load(None)
         self._masters, self._grad_pieces = [], []
+
+
+def flat(grad: Tensor) -> Tensor:
+    """``[size]`` in the order of the parameter, of a gradient however it lies; no copy where it lies so."""
+    return (grad if grad.layout is torch.strided else grad.to_dense()).reshape(-1)
 
 
 def sequential_engine(objective: Objective) -> SequentialEngine:

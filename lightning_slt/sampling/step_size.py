@@ -89,6 +89,7 @@ def first_step(
     buffers: Sequence[Tensor] = (),
     centre: Tensor | None = None,
     numbers: Sequence[int] | None = None,
+    sparing: bool = False,
 ) -> float:
     """A step that is safe along the steepest direction: 0.3 over the largest posterior precision (4 is unstable).
 
@@ -104,45 +105,59 @@ def first_step(
         buffers: ``[1, d]`` each, for gradients, weights and a direction, written to; what is missing is allocated.
         centre: ``[d]``, where to look; None for ``w*``.
         numbers: of the window's minibatches, those that the curvature is the mean of; None for three.
+        sparing: with two buffers: a direction is where the gradients are that it is then replaced by.
     """
     engine = sequential_engine(objective)
     gen = normal_stream(seed, PROBE, device=objective.device, dtype=objective.dtype)
     anchor = objective.anchor if centre is None else centre
-    missing = [torch.empty_like(anchor[None]) for _ in range(3 - len(buffers))]
-    grad, weights, directions = [*buffers[:3], *missing]
+    count = 2 if sparing else 3
+    rows = [*buffers[:count], *(torch.empty_like(anchor[None]) for _ in range(count - len(buffers)))]
+    grad, weights = rows[:2]
     batches = [window[i] for i in (list(window.anchor_loss)[:3] if numbers is None else numbers)]
 
-    def add_gradients(direction: Tensor, radius: float) -> None:
-        torch.add(anchor, direction, alpha=radius, out=weights[0])
+    def add_gradients() -> None:
         for number, batch in enumerate(batches):
             if objective.draws:  # of the same numbers on both sides
                 seed_globals(derive_seed(seed, STEP, number))
             engine.step(batch, keep=True)
 
+    def closer() -> float:
+        """Where the loss is not finite, or there is none: look nearer to w*."""
+        if sparing:
+            torch.sub(weights[0], anchor, out=direction).div_(radius)
+        direction.mul_(0.1)
+        return 0.1 * reach
+
     layout = objective.layout
-    direction = directions[0]
+    direction = rows[-1][0] if not sparing else grad[0]
     layout.normal_(direction, gen)
     direction /= layout.norm(direction)
     scale = layout.norm(anchor) + 1.0
-    curvature = 0.0
+    curvature, reach = 0.0, 1.0  # the direction's length
     engine.bind(weights, grad)
     try:
         for turn in range(3 * TURNS):
             radius = min(1.0 / math.sqrt(posterior.nbeta * curvature + posterior.localization + 1e-12), scale)
             radius *= NEAR if turn < TURNS else 1.0
+            torch.add(anchor, direction, alpha=-radius, out=weights[0])
             grad.zero_()
             try:
-                add_gradients(direction, -radius)
+                add_gradients()
                 grad.neg_()
-                add_gradients(direction, radius)
+                if sparing:  # the direction has gone; the other side of w* has not
+                    torch.sub(anchor, weights[0], out=weights[0]).add_(anchor)
+                else:
+                    torch.add(anchor, direction, alpha=radius, out=weights[0])
+                add_gradients()
             except NoLossError:
-                direction *= 0.1  # as below
+                reach = closer()
                 continue
-            grad.div_(2 * radius * len(batches))
+            grad.div_(2 * radius * reach * len(batches))
             norm = layout.norm(grad[0])
             if not math.isfinite(norm):
-                direction *= 0.1  # outside the region where the loss is finite: look closer to w*
+                reach = closer()
                 continue
+            reach = 1.0
             # what was seen near w* may be that of a kink, and so may be what is seen at the scale that this gives
             curvature = norm if turn in (TURNS, TURNS + 1) else max(curvature * 0.5, norm)
             if norm == 0.0:
@@ -162,7 +177,9 @@ def agreed_first_step(chains: Chains, seed: int) -> float:
     def probe() -> float:
         # the chains are at w* and have not moved: their memory serves, and they are put back
         try:
-            return first_step(chains.objective, chains.source.window(0), chains.posterior, seed, chains.scratch())
+            window = chains.source.window(0)
+            buffers, sparing = chains.scratch(), chains.sparing
+            return first_step(chains.objective, window, chains.posterior, seed, buffers, sparing=sparing)
         finally:
             chains.restart()
 
@@ -177,14 +194,18 @@ def largest_step_of_chains(chains: Chains, seed: int) -> float:
     """
 
     def probe() -> float:
-        buffers = [*chains.scratch()[:1], *(torch.empty_like(chains.objective.anchor[None]) for _ in range(2))]
+        own = chains.gradient_memory()
+        buffers = [*own, *(torch.empty_like(chains.objective.anchor[None]) for _ in range(2))]
+        sparing = not own
         window = chains.window
         measure_anchor(chains.objective, window, torch.arange(min(LOOKED_AROUND, len(window))))
         known = list(window.anchor_loss)  # minibatches that have a loss: of a window that is new, none was known
         if not known:
             return 0.0  # nothing shows that more is borne
         steps = [
-            first_step(chains.objective, window, chains.posterior, seed + k, buffers, centre, [known[k % len(known)]])
+            first_step(
+                chains.objective, window, chains.posterior, seed + k, buffers, centre, [known[k % len(known)]], sparing
+            )
             for k, centre in enumerate(chains.weights[:LOOKED_AROUND])
         ]
         return min(steps, default=math.inf)

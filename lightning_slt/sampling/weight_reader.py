@@ -35,13 +35,13 @@ class Readout:
         self._waiting: list[tuple[Tensor, Tensor | None]] = []
         self._seen: list[Tensor] = []
 
-    def offer(self, step: int, weights: Tensor, grad: Tensor, state: SamplerState) -> None:
+    def offer(self, step: int, weights: Tensor, grad: Tensor | None, state: SamplerState) -> None:
         """The weights that a step begins with: kept, where they are to be read."""
         if self._reader is None or (self._before + step) % self._every:
             return
         here = _settled(weights, state)
         wanted = here is weights and getattr(self._reader, "wants_gradients", False)
-        self._waiting.append((here.clone(), grad.clone() if wanted else None))
+        self._waiting.append((here.clone(), grad.clone() if wanted and grad is not None else None))
         count = len(self._waiting)
         if count * len(weights) >= MAX_WAITING or here.numel() * count > MAX_WAITING_NUMBERS:
             self._ask(self._reader)

@@ -133,7 +133,7 @@ def test_the_steepest_of_all_ranks_chains_holds_for_all(monkeypatch: pytest.Monk
     """Of four chains on two ranks the second has the smallest step that is safe."""
     safe = [5.0, 2.0, 6.0, 7.0]
     monkeypatch.setattr(
-        step_size, "first_step", lambda objective, window, posterior, seed, buffers, centre, numbers: float(centre[0])
+        step_size, "first_step", lambda objective, window, posterior, seed, buffers, centre, *rest: float(centre[0])
     )
 
     def look(collective: Collective) -> float:

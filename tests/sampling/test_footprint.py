@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_slt import estimate_llc
-from lightning_slt.sampling import paths
+from lightning_slt.sampling import chains as chains_module
+from lightning_slt.sampling import chunk, paths
 from lightning_slt.sampling.engines import BatchedEngine, SequentialEngine, sequential_engine
 from lightning_slt.sampling.given_data import source_of
+from lightning_slt.sampling.gradients import IN_PARTS
 from lightning_slt.sampling.layout import BLOCK
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.paths import GRADIENT_BUDGET, choose_engine, chunk_width
@@ -25,18 +27,18 @@ from lightning_slt.sampling.samplers import SGLD
 from lightning_slt.sampling.window import Window
 from tests.sampling.helpers import make_chains, mean_squared, regression
 
-WIDTH, DEPTH = 256, 8
+WIDTH, DEPTH, LARGE = 256, 8, 16
 DRAWS: dict[str, Any] = {"num_draws": 8, "num_burnin_steps": 4, "num_steps_bw_draws": 1, "batch_size": 2}
 
 
-def module() -> nn.Module:
-    return nn.Sequential(*[layer for _ in range(DEPTH) for layer in (nn.Linear(WIDTH, WIDTH), nn.Tanh())])
+def module(depth: int) -> nn.Module:
+    return nn.Sequential(*[layer for _ in range(depth) for layer in (nn.Linear(WIDTH, WIDTH), nn.Tanh())])
 
 
-def peak_copies(chains: int, method: str, sampler: SGLD | None) -> float:
+def peak_copies(chains: int, method: str, sampler: SGLD | None, depth: int = DEPTH) -> float:
     """Allocations larger than the activations of a batch, added up as they come and go."""
     torch.manual_seed(0)
-    net, data = module(), TensorDataset(torch.randn(8, WIDTH), torch.randn(8, WIDTH))
+    net, data = module(depth), TensorDataset(torch.randn(8, WIDTH), torch.randn(8, WIDTH))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         estimate_llc(
             net, data, mean_squared, sampler=sampler, num_chains=chains, localization=1.0, method=method, **DRAWS
@@ -50,10 +52,15 @@ def peak_copies(chains: int, method: str, sampler: SGLD | None) -> float:
     return peak / sum(p.numel() * p.element_size() for p in net.parameters())
 
 
-def one_layer_and_noise() -> float:
-    """The gradient that backward makes of one parameter before it is added, and the noise of a block of weights."""
-    weights = DEPTH * (WIDTH * WIDTH + WIDTH)
-    return (WIDTH * WIDTH + min(BLOCK["cpu"], weights)) / weights
+def one_layer(depth: int = DEPTH) -> float:
+    """The gradient that backward makes of one parameter before it is added."""
+    return WIDTH / (depth * (WIDTH + 1))
+
+
+def block(depth: int = DEPTH) -> float:
+    """The noise of a block of weights."""
+    weights = depth * (WIDTH * WIDTH + WIDTH)
+    return min(BLOCK["cpu"], weights) / weights
 
 
 @pytest.mark.parametrize(
@@ -61,7 +68,26 @@ def one_layer_and_noise() -> float:
 )
 def test_chains_one_after_another_hold_two_copies_beside_their_own(chains: int, sampler: SGLD | None) -> None:
     """``w*`` and one gradient; nothing more while the step is looked for."""
-    assert peak_copies(chains, "sequential", sampler) <= chains + 2 + one_layer_and_noise() + 0.02
+    assert peak_copies(chains, "sequential", sampler) <= chains + 2 + one_layer() + block() + 0.02
+
+
+@pytest.mark.parametrize("sampler", [SGLD(lr=1e-7), None], ids=["given", "calibrated"])
+@pytest.mark.parametrize(("chains", "more"), [(4, 0.0), (2, 0.0), (1, one_layer(LARGE))])
+def test_large_weights_are_held_no_more_than_twice_beside_the_chains_own(
+    chains: int, more: float, sampler: SGLD | None
+) -> None:
+    """``w*`` and one gradient, and two blocks of 128 KiB. A single chain has no other's memory to look for its step in,
+    nor for the line to where it is: the gradient of one parameter more."""
+    assert DEPTH * (WIDTH * WIDTH + WIDTH) * 4 < IN_PARTS <= LARGE * (WIDTH * WIDTH + WIDTH) * 4
+    assert peak_copies(chains, "sequential", sampler, LARGE) <= chains + 2 + more + 2 * block(LARGE) + 0.01
+
+
+def test_the_noise_of_minibatches_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a copy for one gradient, and the other as it comes: with it told at every step the peak is no higher."""
+    monkeypatch.setattr(chunk, "NOISE_EVERY", 2)
+    monkeypatch.setattr(chunk, "NOISE_LAG", 1)
+    monkeypatch.setattr(chains_module, "NOISE_LAG", 1)
+    assert peak_copies(2, "sequential", SGLD(lr=1e-7), LARGE) <= 4 + 2 * block(LARGE) + 0.01
 
 
 @pytest.mark.parametrize(("chains", "sampler"), [(4, SGLD(lr=1e-7)), (2, None)], ids=["given", "calibrated"])
@@ -69,7 +95,7 @@ def test_a_batched_chunk_holds_its_gradients_once_and_no_second_copy_of_the_anch
     chains: int, sampler: SGLD | None
 ) -> None:
     width = min(chains, 3)  # of 2.1 MB each
-    assert peak_copies(chains, "batched", sampler) <= chains + width + 1 + width * one_layer_and_noise() + 0.02
+    assert peak_copies(chains, "batched", sampler) <= chains + width + 1 + width * (one_layer() + block()) + 0.02
 
 
 @pytest.mark.parametrize("through", ["backward", "grad"])

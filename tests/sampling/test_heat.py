@@ -13,7 +13,7 @@ from lightning_slt import SGLD, estimate_llc
 from lightning_slt.functional import LocalPosterior
 from lightning_slt.sampling.batches import MAX_RESIDENT_BYTES, DatasetSource
 from lightning_slt.sampling.chains import Chains
-from lightning_slt.sampling.chunk import KEPT_GRADIENT
+from lightning_slt.sampling.gradients import KEPT_GRADIENT
 from lightning_slt.sampling.readings import heat_of, virial_readings
 from lightning_slt.sampling.samplers import LeimkuhlerMatthews
 from lightning_slt.sampling.samplers.base import Heating
@@ -140,7 +140,7 @@ def test_noise_is_told_from_the_gradient_of_all_the_data_by_a_few_pairs() -> Non
 def test_a_chain_goes_where_it_would_without_its_noise_being_read(
     monkeypatch: pytest.MonkeyPatch, method: str, kept: int
 ) -> None:
-    monkeypatch.setattr("lightning_slt.sampling.chunk.KEPT_GRADIENT", kept)
+    monkeypatch.setattr("lightning_slt.sampling.gradients.KEPT_GRADIENT", kept)
 
     class Unread(SGLD):
         def heating(self, lr: float) -> Heating:

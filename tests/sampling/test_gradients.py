@@ -1,0 +1,321 @@
+"""Gradients of large weights stay where autograd makes them, and chains go where they would with one memory for all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import TensorDataset
+
+from lightning_slt.functional import LocalPosterior
+from lightning_slt.sampling import gradients
+from lightning_slt.sampling.anchor import open_window
+from lightning_slt.sampling.batches import DatasetSource
+from lightning_slt.sampling.chains import Chains
+from lightning_slt.sampling.engines import BatchedEngine, SequentialEngine
+from lightning_slt.sampling.gradients import GradientsInParts
+from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.samplers import SGLD, LeimkuhlerMatthews, RMSpropSGLD
+from lightning_slt.sampling.segment import NOISE_EVERY, NOISE_LAG, Segment
+from lightning_slt.sampling.step_size import first_step, largest_step_of_chains
+from lightning_slt.sampling.window import Window
+from tests.sampling import helpers
+from tests.sampling.helpers import cross_entropy, make_chains, mean_squared, mlp, next_token, regression, tokens
+
+
+class Loose(nn.Module):
+    """Weights that no loss reaches, and one without a dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Parameter(torch.ones(3, 2))
+        self.net = helpers.Scaled()
+        self.last = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Sparse(helpers.Tied):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8, sparse=True)
+
+
+class Checkpointed(helpers.Tied):
+    """Its tied weight gets a gradient from a backward pass within the backward pass, and another from without."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(self.embedding(x)).tanh()
+        return checkpoint(self.head, h, use_reentrant=True)  # type: ignore[no-any-return]
+
+
+class Shared(nn.Module):
+    """Of a sum of two weights in other shapes autograd gives both the same tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.ones(5, 3) / 3), nn.Parameter(torch.ones(15) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.a.view(-1) + self.b).view(5, 3)
+
+
+class Transposed(nn.Module):
+    """A gradient that does not lie as its weight does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(3, 5) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("ni,oi->no", x, self.w)
+
+
+def in_double(data: TensorDataset) -> TensorDataset:
+    return TensorDataset(*(t.double() for t in data.tensors))
+
+
+PROBLEMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], TensorDataset], Any]] = {
+    "mlp": (mlp, regression, mean_squared),
+    "conv": (
+        lambda: helpers.Conv(lambda: nn.BatchNorm2d(4)), lambda: helpers.classification((1, 8, 8)), cross_entropy,
+    ),
+    "lstm": (helpers.Recurrent, lambda: helpers.classification((5, 4)), cross_entropy),
+    "attention": (helpers.Attention, tokens, next_token),
+    "tied": (helpers.Tied, tokens, next_token),
+    "sparse": (Sparse, tokens, next_token),
+    "checkpointed": (Checkpointed, tokens, next_token),
+    "unreached": (Loose, regression, mean_squared),
+    "shared": (Shared, regression, mean_squared),
+    "transposed": (Transposed, regression, mean_squared),
+    "double": (lambda: mlp().double(), lambda: in_double(regression()), mean_squared),
+}  # fmt: skip
+
+
+def chains_of(name: str, in_parts: bool, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Chains:
+    """Chains of a small model, as if it were large (with blocks of 7 weights, which no parameter has) or as it is."""
+    make, data, loss_fn = PROBLEMS[name]
+    monkeypatch.setattr(gradients, "IN_PARTS", 0 if in_parts else math.inf)
+    monkeypatch.setitem(gradients.BLOCK, "cpu", 7)
+    torch.manual_seed(0)
+    chains = make_chains(make(), data(), loss_fn, **{"num_chains": 3, **settings})
+    assert (chains._parts is not None) is in_parts
+    return chains
+
+
+def both(name: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[Chains, Chains]:
+    return chains_of(name, True, monkeypatch, **settings), chains_of(name, False, monkeypatch, **settings)
+
+
+def assert_same_way(parts: Segment, whole: Segment) -> None:
+    """The same numbers; but a dot product rounds otherwise where what it is of begins at another place in memory."""
+    assert torch.equal(parts.difference, whole.difference) and torch.equal(parts.square, whole.square)
+    for name in ("grad_square", "grad_dot"):
+        assert torch.allclose(getattr(parts, name), getattr(whole, name), rtol=2e-6, atol=1e-6), name
+
+
+@pytest.mark.parametrize("sampler", [SGLD(), LeimkuhlerMatthews()], ids=["SGLD", "LeimkuhlerMatthews"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_chains_go_where_they_would_with_one_memory_for_all_gradients(
+    name: str, sampler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, whole = both(name, monkeypatch, sampler=sampler)
+    told = [chains.advance(NOISE_EVERY + NOISE_LAG + 4, 1e-3) for chains in (parts, whole)]
+    assert_same_way(*told)
+    assert torch.equal(parts.weights, whole.weights)
+    assert float(parts.displacements().abs().max()) > 0.01
+    noise, expected = (segment.noise_square for segment in told)
+    assert noise is not None and expected is not None and noise.shape == (3, 2) and float(expected[:, 0].min()) > 0
+    # the first minibatch's gradient has been held in 8 bits; the second may be that minibatch again
+    assert torch.allclose(noise, expected, rtol=5e-3, atol=1e-5 * float(expected.max()))
+
+
+def test_the_noise_of_two_minibatches_is_that_of_all_parameters() -> None:
+    """Of which one is reached by the first batch only, one by the second only, and one by neither."""
+    sizes = torch.tensor([1.0, 0.0])
+
+    class Ways(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ways = nn.ParameterList([nn.Parameter(torch.zeros(k + 2)) for k in range(4)])
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        a, b, both, _ = module.ways
+        first = bool(batch[0] > 0)
+        return (3 * a.sum() if first else -5 * b.sum()) + (1.0 if first else 2.0) * both.sum()
+
+    objective = Objective(Ways(), loss)
+    engine, window = SequentialEngine(objective), Window([(sizes[0],), (sizes[1],)])
+    held = GradientsInParts(engine, objective, [slice(0, 6), slice(6, 14)])
+    held.bind(objective.anchor[None].clone())
+    engine.step(window[0])
+    held.taken()
+    square = held.apart(lambda: engine.step(window[0]), lambda keep: engine.step(window[1], keep), _unasked)
+    assert square.tolist() == [2 * 3.0**2 + 3 * 5.0**2 + 4 * 1.0**2]
+    held.put_back(lambda: engine.step(window[0]))
+    blocks = [held.block(k).flatten().tolist() for k in range(2)]
+    assert blocks == [[3.0, 3.0, 0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]
+    loss_seen, slope = held.derivative(torch.arange(14.0), lambda: engine.step(window[1]))
+    assert (float(loss_seen), slope) == (0.0, -5 * (2 + 3 + 4) + 2 * (5 + 6 + 7 + 8))
+    assert all(g is None for g in engine.gradients())
+
+
+def _unasked() -> Tensor:
+    raise AssertionError("the blocks hold no difference")
+
+
+def test_none_of_the_gradients_is_held_beside_those_of_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the step begins its loss, those of the step before have gone."""
+    left: list[int] = []
+    chains = chains_of("mlp", True, monkeypatch)
+    kept = chains.objective.loss
+
+    def loss(batch: Any) -> Tensor:
+        left.append(sum(p.grad is not None for p in chains.objective.parameters()) + len(chains._engine._left))  # type: ignore[attr-defined]
+        return kept(batch)
+
+    monkeypatch.setattr(chains.objective, "loss", loss)
+    chains.advance(20, 1e-4)
+    assert len(left) >= 60 and not any(left)
+
+
+class Doubling(SGLD):
+    """A sampler of a user's that changes the gradient in place, as it may."""
+
+    def update_(self, weights: Tensor, anchor: Tensor, grad: Tensor, *rest: Any, **named: Any) -> None:
+        grad.mul_(2.0)
+        super().update_(weights, anchor, grad, *rest, **named)
+
+
+@pytest.mark.parametrize("name", ["shared", "mlp", "unreached"])
+def test_a_sampler_that_changes_a_gradient_changes_no_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, whole = both(name, monkeypatch, sampler=Doubling())
+    assert_same_way(parts.advance(30, 1e-3), whole.advance(30, 1e-3))
+    assert torch.equal(parts.weights, whole.weights)
+
+
+def test_a_chain_that_diverges_ends_as_it_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, whole = (chains.advance(60, 1e3) for chains in both("mlp", monkeypatch))
+    assert torch.equal(parts.finite, whole.finite) and not bool(parts.finite.any())
+    for a, b in ((parts.noise_square, whole.noise_square), (parts.difference, whole.difference)):
+        assert a is not None and b is not None and torch.equal(a.isnan(), b.isnan())
+
+
+@pytest.mark.parametrize("name", ["mlp", "tied", "checkpointed", "unreached"])
+def test_the_slope_along_a_line_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for chains in both(name, monkeypatch):
+        chains.advance(10, 1e-3)
+        with chains.line(0) as look:
+            found.append([look(share) for share in (0.0, 0.5, 1.0)])
+        with chains.line(2) as look:  # the last one: no other's memory is there
+            found[-1].append(look(0.5))
+    assert torch.allclose(*(torch.tensor(x, dtype=torch.float64) for x in found), rtol=1e-5, atol=1e-7)
+    assert all(abs(slope) > 1e-3 for _, slope in found[0])
+
+
+@pytest.mark.parametrize("num_chains", [1, 2, 3])
+def test_the_search_for_a_step_has_the_same_answer_in_less_memory(
+    num_chains: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer than three chains to take memory of, a direction and the gradients that it is replaced by are one."""
+    found = []
+    for chains in both("mlp", monkeypatch, num_chains=num_chains):
+        window = chains.source.window(0)
+        arguments = chains.objective, window, chains.posterior, 0, chains.scratch()
+        step = first_step(*arguments, sparing=chains.sparing)
+        chains.restart()
+        chains.advance(10, 1e-3)
+        found.append((step, largest_step_of_chains(chains, 0)))
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert found[0][0] > 0
+
+
+def test_a_direction_that_the_loss_does_not_reach_is_shortened_also_where_the_gradients_took_its_place() -> None:
+    """Beyond 0.02 of w* there is no number: the curvature of 9 within is found all the same."""
+
+    class Well(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(4))
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        radius = module.w.detach().norm()
+        return 4.5 * module.w.square().sum() * (math.nan if radius > 0.02 else 1.0) + 0 * batch[0].mean()
+
+    objective = Objective(Well(), loss)
+    source = DatasetSource(TensorDataset(torch.ones(8, 1)), 8, seed=0)
+    open_window(objective, source)
+    with objective.active():
+        steps = [
+            first_step(objective, source.window(0), LocalPosterior(10.0, 1.0), seed=0, sparing=sparing)
+            for sparing in (False, True)
+        ]
+    assert steps == pytest.approx([0.3 / 91.0] * 2, rel=1e-3)
+
+
+def test_what_is_read_with_gradients_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reader:
+        wants_gradients = True
+
+        def __call__(self, weights: Tensor, grad: Tensor | None) -> Tensor:
+            assert grad is not None and grad.shape == weights.shape
+            return grad[:, :5].clone()
+
+    told = []
+    for chains in both("mlp", monkeypatch):
+        chains.reader = Reader()
+        told.append(chains.advance(8, 1e-3).read)
+    assert told[0] is not None and told[1] is not None
+    assert torch.equal(*told) and float(told[0].abs().max()) > 0  # type: ignore[arg-type]
+
+
+def penalised(module: nn.Module, batch: Any) -> Tensor:
+    loss = mean_squared(module, batch)
+    (slope,) = torch.autograd.grad(loss, module[0].weight, create_graph=True)  # type: ignore[index]
+    return loss + slope.square().sum()
+
+
+def test_which_gradients_stay_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, data = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), regression()
+    monkeypatch.setattr(gradients, "IN_PARTS", 66 * 4)  # of 66 weights
+
+    def left(loss_fn: Any = mean_squared, **settings: Any) -> bool:
+        return make_chains(module, data, loss_fn, **settings)._parts is not None
+
+    assert left() and left(sampler=LeimkuhlerMatthews())
+    assert not left(sampler=RMSpropSGLD())  # learns its metric from all of them
+    assert not left(method="batched")
+    assert not left(penalised)
+    chains = make_chains(module, data, mean_squared)
+    assert gradients.in_parts(SequentialEngine(chains.objective), chains.objective, SGLD())
+    assert not gradients.in_parts(BatchedEngine(chains.objective, 2, "backward"), chains.objective, SGLD())
+    monkeypatch.setattr(gradients, "IN_PARTS", 66 * 4 + 1)
+    assert not left()
+
+
+def test_a_model_in_half_precision_keeps_its_gradients_in_it() -> None:
+    """Chains have float32 weights; what the module computes in bfloat16 is widened block by block."""
+    objective = Objective(mlp().bfloat16(), lambda m, b: mean_squared(m, tuple(t.bfloat16() for t in b)))
+    assert objective.rounds
+    x, y = regression().tensors
+    window, weights = Window([(x[:16], y[:16]), (x[16:32], y[16:32])]), objective.anchor[None] + 0.05
+    engine, whole = SequentialEngine(objective), torch.zeros(2, 66)
+    for row, batch in zip(whole, window.batches, strict=True):
+        engine.bind(weights, row[None])
+        engine.step(batch)
+    held = GradientsInParts(engine, objective, [slice(0, 40), slice(40, 66)])
+    held.bind(weights)
+    engine.step(window[0])
+    held.taken()
+    assert {g.dtype for g in engine.gradients() if g is not None} == {torch.bfloat16}
+    blocks = torch.cat([held.block(k).clone() for k in range(2)], dim=1)
+    assert blocks.dtype is torch.float32 and torch.equal(blocks[0], whole[0])
+    square = held.apart(lambda: engine.step(window[0]), lambda keep: engine.step(window[1], keep), _unasked)
+    assert float(square) == pytest.approx(float((whole[0] - whole[1]).square().sum()), rel=1e-5)
