@@ -141,12 +141,13 @@ class GradientsInParts:
         # asked for anew each time: what is held here would stay beside the next step's, another copy of the weights
         parts, cuts = self._engine.gradients(), self._plan[number]
         found: list[Tensor] = []
+        own = len(cuts) == 1 and not self._shared
         for parameter, inside in cuts:
             part = parts[parameter]
             if part is None:
-                part = self._zero.expand(self._sizes[parameter])
+                part, own = self._zero.expand(self._sizes[parameter]), False
             found.append(part if inside is None else part[inside])
-        if len(found) == 1 and found[0].dtype is self._dtype and not self._shared:
+        if own and found[0].dtype is self._dtype:
             return found[0].unsqueeze(0)
         out = self._scratch[:, : self._lengths[number]]
         torch.cat(found, out=out[0])

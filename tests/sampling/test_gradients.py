@@ -33,7 +33,7 @@ class Loose(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.idle = nn.Parameter(torch.ones(3, 2))
+        self.idle = nn.Parameter(torch.ones(3, 6))
         self.net = helpers.Scaled()
         self.last = nn.Parameter(torch.ones(4))
 
