@@ -132,8 +132,8 @@ def test_chains_go_where_they_would_with_one_memory_for_all_gradients(
     assert float(parts.displacements().abs().max()) > 0.01
     noise, expected = (segment.noise_square for segment in told)
     assert noise is not None and expected is not None and noise.shape == (3, 2) and float(expected[:, 0].min()) > 0
-    # the first minibatch's gradient has been held in 8 bits; the second may be that minibatch again
-    assert torch.allclose(noise, expected, rtol=5e-3, atol=1e-5 * float(expected.max()))
+    # the first minibatch's gradient has been held in 8 bits, and is so much off; the second may be that minibatch again
+    assert torch.allclose(noise, expected, rtol=5e-3, atol=2.0**-18 * float(told[1].grad_square.max()))
 
 
 def test_the_noise_of_two_minibatches_is_that_of_all_parameters() -> None:
@@ -217,7 +217,7 @@ def test_the_slope_along_a_line_is_the_same(name: str, monkeypatch: pytest.Monke
         with chains.line(2) as look:  # the last one: no other's memory is there
             found[-1].append(look(0.5))
     assert torch.allclose(*(torch.tensor(x, dtype=torch.float64) for x in found), rtol=1e-5, atol=1e-7)
-    assert all(abs(slope) > 1e-3 for _, slope in found[0])
+    assert max(abs(slope) for _, slope in found[0]) > 1e-2
 
 
 @pytest.mark.parametrize("num_chains", [1, 2, 3])
