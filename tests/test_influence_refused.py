@@ -193,6 +193,49 @@ def test_queries_of_another_structure_are_named(changes: dict[str, Any], ours: s
     assert "Give query_data=Dataset" in said and own in said
 
 
+@pytest.mark.parametrize(
+    ("query", "said", "own"),
+    [
+        pytest.param(
+            TensorDataset(torch.zeros(4, 6), torch.zeros(4, 3)),
+            "batch[0] of its samples is float32 [batch, 6], and of a batch of the training data float32 [batch, 5]",
+            "RuntimeError: mat1 and mat2",
+            id="sizes",
+        ),
+        pytest.param(
+            TensorDataset(torch.zeros(4, 5), torch.zeros(4, 2)),
+            "batch[1] of its samples is float32 [batch, 2], and of a batch of the training data float32 [batch, 3]",
+            "RuntimeError: The size of tensor",
+            id="of targets",
+        ),
+        pytest.param(
+            TensorDataset(torch.zeros(4, 5).long(), torch.zeros(4, 3)),
+            "batch[0] of its samples is int64 [batch, 5], and of a batch of the training data float32 [batch, 5]",
+            "RuntimeError: ",
+            id="types",
+        ),
+    ],
+)
+def test_queries_of_other_tensors_are_named(query: TensorDataset, said: str, own: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        tiny(mlp(), regression(12), query)
+    message = str(caught.value)
+    assert message.startswith(f"query_data: {said}. Give query_data=Dataset with samples like those of training")
+    assert own in message
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("full"), TypeError("of another kind")])
+def test_an_error_that_no_size_explains_stays_as_it_is(error: Exception) -> None:
+    def failing(module: nn.Module, batch: Any) -> Tensor:
+        if batch[0].shape[1] == 6:
+            raise error
+        return squares(module, batch)
+
+    with pytest.raises(type(error)) as caught:
+        tiny(mlp(), regression(12), TensorDataset(torch.zeros(4, 6), torch.zeros(4, 3)), failing)
+    assert caught.value is error
+
+
 def test_queries_of_which_the_loss_takes_what_it_needs_may_have_more() -> None:
     x, y = regression(4).tensors
     inf = tiny(mlp(), regression(12), TensorDataset(x, y, torch.arange(4)))

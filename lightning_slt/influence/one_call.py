@@ -21,8 +21,8 @@ from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import Sampler, as_sampler
 from lightning_slt.sampling.samples import GroupFn, indexed_source
-from lightning_slt.sampling.steps import LossFn, NoLossError
-from lightning_slt.sampling.unlike import naming_unlike
+from lightning_slt.sampling.steps import LossFn
+from lightning_slt.sampling.unlike import unlike_named
 
 MAX_TRAIN = 10_000
 """Training samples of a one-call estimate where nothing else is said."""
@@ -154,14 +154,7 @@ def estimate_influence(
             query = indexed_source("influence", "query_data", query_data, 1, objective.device, seed)
         probes = probe_set(train, query, max_train, max_query, seed, group_fn, per_token)
         asked = shrinkage, nbeta, localization, control_variates
-        try:
+        with unlike_named("query_data", probes.query, train):
             found = InfluenceChains(objective, train, probes, settings, *asked).measure()
-        except NoLossError as error:
-            raise ValueError(str(error)) from error
-        except Exception as error:
-            named = naming_unlike(error, {"query_data": probes.query}, train)
-            if named is error:
-                raise
-            raise named from error
         found = found.with_verdict(misfit_of_eval(objective))
     return found.replace(seconds=time.perf_counter() - start)

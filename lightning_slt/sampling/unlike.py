@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Optional
 
+import torch
 from torch import Tensor
 
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.probe import CoupledLossError
 from lightning_slt.sampling.samples import Samples
+from lightning_slt.sampling.steps import NoLossError
 
 SHOWN = 4
 """Entries of a container that are shown in a message."""
+
+
+@contextmanager
+def unlike_named(name: str, samples: Optional[Samples], source: MinibatchSource) -> Iterator[None]:
+    """Around a call on samples: the errors inside are raised as :func:`naming_unlike` has them.
+
+    Raises:
+        ValueError: also where no minibatch has a loss.
+    """
+    try:
+        yield
+    except NoLossError as error:
+        raise ValueError(str(error)) from error
+    except Exception as error:
+        named = naming_unlike(error, {name: samples}, source)
+        if named is error:
+            raise
+        raise named from error
 
 
 def naming_unlike(error: Exception, given: Mapping[str, Optional[Samples]], source: MinibatchSource) -> Exception:
@@ -40,7 +61,41 @@ def naming_unlike(error: Exception, given: Mapping[str, Optional[Samples]], sour
                 f"{_shape(expected)}. Give {name}=Dataset whose samples, once collated, have that structure (for "
                 f"several loaders: a sample for each, in a container like theirs). {type(error).__name__}: {error}"
             )
+        apart = _other_tensors("batch", ours, expected) if _is_of_tensors(error) else None
+        if apart is not None:
+            place, its, theirs = apart
+            return ValueError(
+                f"{name}: {place} of its samples is {its}, and of a batch of the training data {theirs}. Give "
+                f"{name}=Dataset with samples like those of training, if that is what the step fails on. "
+                f"{type(error).__name__}: {error}"
+            )
     return error
+
+
+def _is_of_tensors(error: Exception) -> bool:
+    """Whether it may be for their sizes or types that torch has raised it."""
+    return isinstance(error, (RuntimeError, IndexError)) and not isinstance(error, torch.cuda.OutOfMemoryError)
+
+
+def _other_tensors(place: str, ours: Any, expected: Any) -> Optional[tuple[str, str, str]]:
+    """Where the first tensor is whose samples have other sizes, or are whole numbers in place of others, and what both
+    are; None where there is none."""
+    pairs: list[tuple[Any, Any, Any]] = []
+    if isinstance(expected, Mapping):
+        pairs = [(repr(key), ours[key], value) for key, value in expected.items()]
+    elif isinstance(expected, (list, tuple)):
+        pairs = [(k, *both) for k, both in enumerate(zip(ours, expected, strict=False))]
+    elif isinstance(ours, Tensor) and isinstance(expected, Tensor):
+        its, theirs = _tensor(ours), _tensor(expected)
+        return (place, its, theirs) if its != theirs else None
+    found = (_other_tensors(f"{place}[{key}]", a, b) for key, a, b in pairs)
+    return next((apart for apart in found if apart is not None), None)
+
+
+def _tensor(value: Tensor) -> str:
+    """``float32 [batch, 3, 8]``."""
+    sizes = ["batch", *map(str, value.shape[1:])] if value.ndim else []
+    return f"{str(value.dtype).removeprefix('torch.')} [{', '.join(sizes)}]"
 
 
 def _differ(ours: Any, expected: Any) -> bool:

@@ -16,8 +16,8 @@ from lightning_slt.sampling.restriction import Restriction, select_parameters
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import Sampler, as_sampler
 from lightning_slt.sampling.samples import Samples, choose_samples, group_name, indexed_source
-from lightning_slt.sampling.steps import LossFn, NoLossError
-from lightning_slt.sampling.unlike import naming_unlike
+from lightning_slt.sampling.steps import LossFn
+from lightning_slt.sampling.unlike import unlike_named
 from lightning_slt.susceptibility.firing import measure_susceptibility
 from lightning_slt.susceptibility.shift import Shift
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
@@ -158,17 +158,10 @@ def estimate_susceptibility(
         numbers = choose_samples(total, max_shifted, seed)
         group = [group_name(groups[i]) for i in numbers] if groups is not None else None
         shift = Shift.of(source, Samples.of(other, numbers), seed, group)
-        try:
+        with unlike_named("shifted_data", shift.shifted, source):
             return measure_susceptibility(
                 {name: lambda o=o: o for name, o in objectives.items()},  # type: ignore[misc]
                 source,
                 shift,
                 settings,
             )
-        except NoLossError as error:
-            raise ValueError(str(error)) from error
-        except Exception as error:
-            named = naming_unlike(error, {"shifted_data": shift.shifted}, source)
-            if named is error:
-                raise
-            raise named from error
