@@ -76,8 +76,8 @@ class Estimate:
             below where flat directions have not been reached yet; over the second half of the draws.
         owed: What directions that have not reached their width may still add to ``mean``, or those that are beyond it
             have in it too much, in LLC units: by how much the virial ratio of all the draws is from 1 beyond its error
-            (:func:`lightning_slt.verdict.owed_by`). It is in ``se``, and nearly the same at neighbouring firings, which
-            start from the same displacements.
+            (:func:`lightning_slt.functional.owed.owed_by`). It is in ``se``, and nearly the same at neighbouring
+            firings, which start from the same displacements.
         lean: What the step of SGLD adds by keeping chains away from steep weights, in LLC units
             (:func:`lightning_slt.sampling.lean.lean_of`): a part of ``step_bias``, and in ``se`` as well, since it is
             known to first order; in ``se`` alone of a sampler that has none at first order. 0 where it is not seen.

@@ -12,11 +12,11 @@ from lightning_slt import SGNHT, Estimate
 from lightning_slt.callbacks.sizing import sized
 from lightning_slt.estimate import measure_llc
 from lightning_slt.firing import Course, firing_settings
+from lightning_slt.functional.owed import owed_by
 from lightning_slt.sampling.given_data import source_of
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sweep.run import transitions_of
-from lightning_slt.verdict import owed_by
 from tests.cases.problems import regular
 from tests.publish.helpers import make_estimate
 

@@ -15,6 +15,7 @@ from lightning_slt import MALA, LeimkuhlerMatthews, estimate_llc
 from lightning_slt import verdict as verdict_module
 from lightning_slt.estimate import ChainSettings, run_chains
 from lightning_slt.functional import LocalPosterior, standard_error, summarise
+from lightning_slt.functional.owed import owed_by
 from lightning_slt.publish.diagnoses import diagnostics, invalid_sentence, verdict_sentence
 from lightning_slt.reasons import Kind, Reason
 from lightning_slt.record import Estimate
@@ -28,7 +29,7 @@ from lightning_slt.sampling.readings import heat_of, steepness_of, virial_readin
 from lightning_slt.sampling.rounding import weight_rounding
 from lightning_slt.sampling.samplers import SGLD, KineticLangevin, Sampler
 from lightning_slt.sampling.segment import Segment
-from lightning_slt.verdict import BAD_FOR_COVARIANCES, fit_for_covariances, owed_by, read_llc
+from lightning_slt.verdict import BAD_FOR_COVARIANCES, fit_for_covariances, read_llc
 
 
 def half_square(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
