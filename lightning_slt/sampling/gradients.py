@@ -6,7 +6,8 @@ has to be: while the backward pass adds the gradient of one parameter to that me
 its own, one chain's at a time, and the blocks of the weights are cut from them. The numbers are the same.
 
 The gradient of a second minibatch, which the noise of both is told by, is compared with that of the first as it comes,
-parameter by parameter; the first is held in half as many bytes until then.
+parameter by parameter; the first is held in half as many bytes until then. (A parameter that is more than half of all
+the weights takes up to half a copy more than the chains' steps, for that time.)
 """
 
 from __future__ import annotations
