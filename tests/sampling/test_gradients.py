@@ -18,10 +18,10 @@ from lightning_slt.sampling import gradients
 from lightning_slt.sampling.anchor import open_window
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.chains import Chains
-from lightning_slt.sampling.engines import BatchedEngine, SequentialEngine
+from lightning_slt.sampling.engines import BatchedEngine, BorrowedEngine, SequentialEngine
 from lightning_slt.sampling.gradients import GradientsInParts
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.samplers import SGLD, LeimkuhlerMatthews, RMSpropSGLD
+from lightning_slt.sampling.samplers import SGLD, KineticLangevin, LeimkuhlerMatthews, RMSpropSGLD
 from lightning_slt.sampling.segment import NOISE_EVERY, NOISE_LAG, Segment
 from lightning_slt.sampling.step_size import first_step, largest_step_of_chains
 from lightning_slt.sampling.window import Window
@@ -361,6 +361,20 @@ def test_a_weight_that_the_step_freezes_for_a_batch_has_no_gradient_of_it() -> N
     assert slope == -(2 + 3 + 4)
 
 
+def test_a_gradient_that_a_hook_of_the_steps_has_taken_is_none() -> None:
+    def loss(module: Any, batch: Any) -> Tensor:
+        if not module.a._post_accumulate_grad_hooks:
+            module.a.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        return module.a.sum() + batch[0] * module.b.sum()  # type: ignore[no-any-return]
+
+    objective = Objective(Freezing(), loss)
+    engine, window = SequentialEngine(objective), Window([(torch.tensor(2.0),)])
+    held = GradientsInParts(engine, objective, [slice(0, 5)], SGLD())
+    held.bind(objective.anchor[None].clone())
+    _, slope = held.derivative(torch.arange(5.0), lambda: engine.step(window[0]))
+    assert slope == 2 * (2 + 3 + 4)
+
+
 def test_nothing_is_asked_of_the_weights_after_a_step_that_failed() -> None:
     def loss(module: Any, batch: Any) -> Tensor:
         total = module.a.sum() + module.b.square().sum()
@@ -428,13 +442,17 @@ def test_which_gradients_stay_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert left() and left(sampler=LeimkuhlerMatthews())
     assert not left(sampler=RMSpropSGLD())  # learns its metric from all of them
+    assert not left(sampler=KineticLangevin())  # looks at all of them at once
     assert not left(method="batched")
     assert not left(penalised)
     chains = make_chains(module, data, mean_squared)
     assert gradients.in_parts(SequentialEngine(chains.objective), chains.objective, SGLD())
+    assert not gradients.in_parts(BorrowedEngine(chains.objective), chains.objective, SGLD())
     assert not gradients.in_parts(BatchedEngine(chains.objective, 2, "backward"), chains.objective, SGLD())
     monkeypatch.setattr(gradients, "IN_PARTS", 66 * 4 + 1)
     assert not left()
+    monkeypatch.setattr(gradients, "IN_PARTS", 66 * 8)
+    assert make_chains(module.double(), in_double(data), mean_squared)._parts is not None
 
 
 def test_a_model_in_half_precision_keeps_its_gradients_in_it() -> None:
