@@ -260,17 +260,23 @@ def test_the_search_for_a_step_has_the_same_answer_in_less_memory(
     assert found[0][0] > 0
 
 
-def test_a_direction_that_the_loss_does_not_reach_is_shortened_also_where_the_gradients_took_its_place() -> None:
-    """Beyond 0.02 of w* there is no number: the curvature of 9 within is found all the same."""
+@pytest.mark.parametrize("beyond", [math.nan, None], ids=["no number", "no loss"])
+@pytest.mark.parametrize("reach", [0.02, 0.002])
+def test_a_direction_that_the_loss_does_not_reach_is_shortened_also_where_the_gradients_took_its_place(
+    reach: float, beyond: float | None
+) -> None:
+    """Beyond so much of w* there is none: the curvature of 9 within is found all the same."""
 
     class Well(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.w = nn.Parameter(torch.zeros(4))
 
-    def loss(module: Any, batch: Any) -> Tensor:
-        radius = module.w.detach().norm()
-        return 4.5 * module.w.square().sum() * (math.nan if radius > 0.02 else 1.0) + 0 * batch[0].mean()
+    def loss(module: Any, batch: Any) -> Any:
+        outside = bool(module.w.detach().norm() > reach)
+        if outside and beyond is None:
+            return None
+        return 4.5 * module.w.square().sum() * (math.nan if outside else 1.0) + 0 * batch[0].mean()
 
     objective = Objective(Well(), loss)
     source = DatasetSource(TensorDataset(torch.ones(8, 1)), 8, seed=0)
