@@ -117,7 +117,8 @@ class Chains:
         self._whole_grad: Tensor | None = None
         self._parts: GradientsInParts | None = None
         if isinstance(self._engine, SequentialEngine) and in_parts(self._engine, self.objective, self.sampler):
-            self._parts = GradientsInParts(self._engine, self.objective, [block for block, _ in self._blocks])
+            blocks = [block for block, _ in self._blocks]
+            self._parts = GradientsInParts(self._engine, self.objective, blocks, self.sampler)
         else:
             self._gradients()
         self._moments: GradientMoments | None = None

@@ -171,7 +171,6 @@ class Chunk:
                     raise
                 break
             with torch.no_grad():
-                self._grad.taken()
                 if (before + t) % STATS_EVERY == 0:
                     self._read(readings[taken])
                     taken += 1

@@ -8,7 +8,8 @@ which takes the memory of one gradient and no more (:mod:`~lightning_slt.samplin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
@@ -61,6 +62,7 @@ class SequentialEngine(Engine):
         self._grad: Tensor | None = None
         self._grad_pieces: list[Tensor] = []
         self._left: list[Tensor | None] = []
+        self._take: Callable[[int, Tensor], None] | None = None
         # one copy of w* is enough: the module's own weights become views of the anchor
         self._home = [p.data for p in self._parameters] if self._rounds else objective.pieces(objective.anchor)
         self.release()
@@ -105,12 +107,17 @@ class SequentialEngine(Engine):
 
     def _step_in_parts(self, batch: Any) -> Tensor:
         self._left = []
-        for parameter in self._parameters:
-            parameter.grad = None  # what is there already is added to, which takes another tensor as large
+        self._forget_gradients()  # what is there already is added to, which takes another tensor as large
         loss = self._objective.loss(batch)
+        self._forget_gradients()  # those of a step that has called backward() itself
         check_gradient(loss)
-        loss.backward()
+        with self._taking():
+            loss.backward()
         return loss.detach()
+
+    def _forget_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def gradients(self) -> list[Tensor | None]:
         """What autograd has left, ``[size]`` for each parameter, None where the loss does not depend on it; after a
@@ -132,7 +139,18 @@ class SequentialEngine(Engine):
                 each time, where several backward passes make it (checkpointing of the reentrant kind).
         """
 
-        def taker(number: int) -> Callable[[Tensor], None]:
+        self._take = take
+        try:
+            work()
+        finally:
+            self._take = None
+
+    @contextmanager
+    def _taking(self) -> Iterator[None]:
+        """Around the backward pass of the loss, and of nothing else that the step may differentiate."""
+        take, handles = self._take, []
+
+        def taker(number: int, take: Callable[[int, Tensor], None]) -> Callable[[Tensor], None]:
             def hook(parameter: Tensor) -> None:
                 if parameter.grad is not None:
                     take(number, parameter.grad)
@@ -140,9 +158,12 @@ class SequentialEngine(Engine):
 
             return hook
 
-        handles = [p.register_post_accumulate_grad_hook(taker(k)) for k, p in enumerate(self._parameters)]
+        if take is not None:
+            # a weight that the step has frozen has no gradient, and takes no hook
+            moving = [(k, p) for k, p in enumerate(self._parameters) if p.requires_grad]
+            handles = [p.register_post_accumulate_grad_hook(taker(k, take)) for k, p in moving]
         try:
-            work()
+            yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -151,14 +172,12 @@ class SequentialEngine(Engine):
         if self._rounds:
             with torch.no_grad():
                 torch._foreach_copy_(self._home, self._masters)
-            for parameter in self._parameters:
-                parameter.grad = None
+            self._forget_gradients()
 
     def _clear(self, before: Tensor | None) -> None:
         """Take away what a step that called ``backward()`` itself has left among the gradients."""
         if self._rounds:
-            for parameter in self._parameters:
-                parameter.grad = None
+            self._forget_gradients()
         elif before is not None:
             assert self._grad is not None
             self._grad.copy_(before)

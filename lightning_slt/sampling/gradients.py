@@ -6,7 +6,8 @@ has to be: while the backward pass adds the gradient of one parameter to that me
 its own, one chain's at a time, and the blocks of the weights are cut from them. The numbers are the same.
 
 The gradient of a second minibatch, which the noise of both is told by, is compared with that of the first as it comes,
-parameter by parameter; the first is held in half as many bytes until then.
+parameter by parameter; the first is held in half as many bytes until then. (A parameter that is more than half of all
+the weights takes up to half a copy more than the chains' steps, for that time.)
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from lightning_slt.sampling.engines import Engine, SequentialEngine, flat
 from lightning_slt.sampling.layout import BLOCK
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.samplers import Sampler
+from lightning_slt.sampling.samplers import SGLD, Sampler
 
 KEPT_GRADIENT = 2**20
 """Bytes of gradients, of the chains that move together, that are kept while those of another minibatch are taken;
@@ -45,9 +46,6 @@ class Gradients(Protocol):
 
     def bind(self, weights: Tensor) -> None:
         """Have the engine work on these weights ``[k, d]``."""
-
-    def taken(self) -> None:
-        """A pass has put new ones there."""
 
     def block(self, number: int) -> Tensor:
         """``[k, block]``, to be used before the next one is asked for."""
@@ -87,9 +85,6 @@ class WholeGradients:
     def bind(self, weights: Tensor) -> None:
         self._engine.bind(weights, self._memory)
 
-    def taken(self) -> None:
-        pass
-
     def block(self, number: int) -> Tensor:
         return self._blocks[number]
 
@@ -116,38 +111,36 @@ class GradientsInParts:
         engine: makes them, of one chain.
         objective: of which parameters.
         blocks: of the weights.
+        sampler: sees them.
     """
 
     whole: Tensor | None = None
 
-    def __init__(self, engine: SequentialEngine, objective: Objective, blocks: Sequence[slice]) -> None:
+    def __init__(
+        self, engine: SequentialEngine, objective: Objective, blocks: Sequence[slice], sampler: Sampler
+    ) -> None:
         self._engine, self._dtype = engine, objective.dtype
         self._sizes = objective.sizes
         self._plan = _cut(objective.sizes, blocks)
         like = objective.anchor
         self._lengths = [block.stop - block.start for block in blocks]
         self._scratch, self._zero = like.new_empty(1, max(self._lengths)), like.new_zeros(1)
-        self._shared = False
+        # one of the user's may overwrite them, and where they are may be a minibatch, or the gradient of another
+        self._copies = getattr(sampler.update_, "__func__", None) is not SGLD.update_
 
     def bind(self, weights: Tensor) -> None:
         self._engine.bind(weights, None)
-
-    def taken(self) -> None:
-        # autograd may give two parameters one tensor: who changes the one must not change the other
-        places = [g.untyped_storage().data_ptr() for g in self._engine.gradients() if g is not None]
-        self._shared = len(set(places)) < len(places)
 
     def block(self, number: int) -> Tensor:
         # asked for anew each time: what is held here would stay beside the next step's, another copy of the weights
         parts, cuts = self._engine.gradients(), self._plan[number]
         found: list[Tensor] = []
-        own = len(cuts) == 1 and not self._shared
         for parameter, inside in cuts:
             part = parts[parameter]
             if part is None:
-                part, own = self._zero.expand(self._sizes[parameter]), False
+                part = self._zero.expand(self._sizes[parameter])
             found.append(part if inside is None else part[inside])
-        if own and found[0].dtype is self._dtype:
+        if len(found) == 1 and found[0].dtype is self._dtype and not self._copies:
             return found[0].unsqueeze(0)
         out = self._scratch[:, : self._lengths[number]]
         torch.cat(found, out=out[0])
@@ -160,7 +153,8 @@ class GradientsInParts:
 
         def hold(parameter: int, grad: Tensor) -> None:
             low = grad.to(_HALF.get(grad.dtype, grad.dtype))
-            first[parameter] = first[parameter] + low if parameter in first else low
+            # a sum of portions is dense: of a sparse and a dense one, in this order, torch has none
+            first[parameter] = flat(first[parameter]) + flat(low) if parameter in first else low
 
         self._engine.hand_over(again, hold)
         total = self._scratch.new_zeros(1)
@@ -185,7 +179,6 @@ class GradientsInParts:
 
     def put_back(self, again: Callable[[], object]) -> None:
         again()
-        self.taken()
 
     def derivative(self, direction: Tensor, step: Callable[[], Tensor]) -> tuple[Tensor, float]:
         """What a step returns, and the inner product of its gradient with ``direction`` ``[d]``; no gradient stays."""

@@ -71,15 +71,26 @@ class StepCall:
             if torch.is_grad_enabled():
                 return self.loss_fn(module, batch)
             if not self.differentiates:
+                bare = [p for p in module.parameters() if p.grad is None]
                 try:
-                    return self.loss_fn(module, batch)
+                    losses = self.loss_fn(module, batch)
                 except RuntimeError as error:
                     if NO_GRAPH not in str(error):
                         raise
-                    log.info("the step asks for derivatives itself: it is called with gradients on")
-                    self.differentiates = True
+                    self._note_derivatives()
+                else:
+                    left = [p for p in bare if p.grad is not None]
+                    for parameter in left:  # of a step that turns gradients on itself, and calls backward()
+                        parameter.grad = None
+                    if left:
+                        self._note_derivatives()
+                    return losses
             with torch.enable_grad():
                 return self.loss_fn(module, batch).detach()
+
+    def _note_derivatives(self) -> None:
+        log.info("the step asks for derivatives itself: it is called with gradients on")
+        self.differentiates = True
 
     def forget(self, module: nn.Module) -> None:
         """A copy that is given up."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -432,13 +433,15 @@ def test_gradients_of_a_second_batch_are_added(road: str) -> None:
     assert not torch.allclose(found, losses_and_gradients(objective, engine, window, weights, second)[1], rtol=1e-2)
 
 
+@pytest.mark.parametrize("turns_on", [False, True], ids=["as it is called", "with gradients on"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_a_step_that_calls_backward_leaves_is_not_in_the_gradients(dtype: torch.dtype) -> None:
+def test_what_a_step_that_calls_backward_leaves_is_not_in_the_gradients(dtype: torch.dtype, turns_on: bool) -> None:
     """Neither in the first gradient nor in one that is added to it."""
 
     def step(module: nn.Module, batch: Any) -> Tensor:
         x = batch[0].to(dtype).clone().requires_grad_()
-        module(x).square().mean().backward()
+        with torch.enable_grad() if turns_on else nullcontext():
+            module(x).square().mean().backward()
         assert x.grad is not None
         return (module(batch[0].to(dtype) + 0.1 * x.grad.sign()) - batch[1]).square().mean()
 

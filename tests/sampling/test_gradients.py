@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,10 +18,10 @@ from lightning_slt.sampling import gradients
 from lightning_slt.sampling.anchor import open_window
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.chains import Chains
-from lightning_slt.sampling.engines import BatchedEngine, SequentialEngine
+from lightning_slt.sampling.engines import BatchedEngine, BorrowedEngine, SequentialEngine
 from lightning_slt.sampling.gradients import GradientsInParts
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.samplers import SGLD, LeimkuhlerMatthews, RMSpropSGLD
+from lightning_slt.sampling.samplers import SGLD, KineticLangevin, LeimkuhlerMatthews, RMSpropSGLD
 from lightning_slt.sampling.segment import NOISE_EVERY, NOISE_LAG, Segment
 from lightning_slt.sampling.step_size import first_step, largest_step_of_chains
 from lightning_slt.sampling.window import Window
@@ -33,7 +34,7 @@ class Loose(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.idle = nn.Parameter(torch.ones(3, 6))
+        self.idle = nn.Parameter(torch.ones(3, 7))
         self.net = helpers.Scaled()
         self.last = nn.Parameter(torch.ones(4))
 
@@ -77,6 +78,28 @@ class Transposed(nn.Module):
         return torch.einsum("ni,oi->no", x, self.w)
 
 
+class _Lent(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return (w * x.flatten()).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *outside: Tensor) -> Any:
+        return ctx.saved_tensors[0].view(-1), None
+
+
+class Lent(nn.Module):
+    """The gradient of its weight is the minibatch, in the minibatch's own memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(16 * 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Lent.apply(self.w, x)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def in_double(data: TensorDataset) -> TensorDataset:
     return TensorDataset(*(t.double() for t in data.tensors))
 
@@ -93,6 +116,7 @@ PROBLEMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], TensorDataset], 
     "checkpointed": (Checkpointed, tokens, next_token),
     "unreached": (Loose, regression, mean_squared),
     "shared": (Shared, regression, mean_squared),
+    "lent": (Lent, regression, lambda module, batch: module(batch[0])),
     "transposed": (Transposed, regression, mean_squared),
     "double": (lambda: mlp().double(), lambda: in_double(regression()), mean_squared),
 }  # fmt: skip
@@ -152,10 +176,9 @@ def test_the_noise_of_two_minibatches_is_that_of_all_parameters() -> None:
 
     objective = Objective(Ways(), loss)
     engine, window = SequentialEngine(objective), Window([(sizes[0],), (sizes[1],)])
-    held = GradientsInParts(engine, objective, [slice(0, 6), slice(6, 14)])
+    held = GradientsInParts(engine, objective, [slice(0, 6), slice(6, 14)], SGLD())
     held.bind(objective.anchor[None].clone())
     engine.step(window[0])
-    held.taken()
     square = held.apart(lambda: engine.step(window[0]), lambda keep: engine.step(window[1], keep), _unasked)
     assert square.tolist() == [2 * 3.0**2 + 3 * 5.0**2 + 4 * 1.0**2]
     held.put_back(lambda: engine.step(window[0]))
@@ -193,8 +216,8 @@ class Doubling(SGLD):
         super().update_(weights, anchor, grad, *rest, **named)
 
 
-@pytest.mark.parametrize("name", ["shared", "mlp", "unreached"])
-def test_a_sampler_that_changes_a_gradient_changes_no_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["shared", "mlp", "unreached", "lent"])
+def test_a_sampler_that_changes_a_gradient_changes_nothing_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parts, whole = both(name, monkeypatch, sampler=Doubling())
     assert_same_way(parts.advance(30, 1e-3), whole.advance(30, 1e-3))
     assert torch.equal(parts.weights, whole.weights)
@@ -237,17 +260,23 @@ def test_the_search_for_a_step_has_the_same_answer_in_less_memory(
     assert found[0][0] > 0
 
 
-def test_a_direction_that_the_loss_does_not_reach_is_shortened_also_where_the_gradients_took_its_place() -> None:
-    """Beyond 0.02 of w* there is no number: the curvature of 9 within is found all the same."""
+@pytest.mark.parametrize("beyond", [math.nan, None], ids=["no number", "no loss"])
+@pytest.mark.parametrize("reach", [0.02, 0.002])
+def test_a_direction_that_the_loss_does_not_reach_is_shortened_also_where_the_gradients_took_its_place(
+    reach: float, beyond: float | None
+) -> None:
+    """Beyond so much of w* there is none: the curvature of 9 within is found all the same."""
 
     class Well(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.w = nn.Parameter(torch.zeros(4))
 
-    def loss(module: Any, batch: Any) -> Tensor:
-        radius = module.w.detach().norm()
-        return 4.5 * module.w.square().sum() * (math.nan if radius > 0.02 else 1.0) + 0 * batch[0].mean()
+    def loss(module: Any, batch: Any) -> Any:
+        outside = bool(module.w.detach().norm() > reach)
+        if outside and beyond is None:
+            return None
+        return 4.5 * module.w.square().sum() * (math.nan if outside else 1.0) + 0 * batch[0].mean()
 
     objective = Objective(Well(), loss)
     source = DatasetSource(TensorDataset(torch.ones(8, 1)), 8, seed=0)
@@ -276,6 +305,134 @@ def test_what_is_read_with_gradients_has_them(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(*told) and float(told[0].abs().max()) > 0  # type: ignore[arg-type]
 
 
+def attacked(module: nn.Module, batch: Any, through_weights: bool) -> Tensor:
+    """The loss at inputs that have been moved up its own slope, but where only its value is wanted. ``backward()``
+    leaves gradients of the weights too."""
+    x, y = batch
+    if not torch.is_grad_enabled():
+        return mean_squared(module, batch)
+    z = x.clone().requires_grad_()
+    loss = mean_squared(module, (z, y))
+    if through_weights:
+        loss.backward()
+    slope = z.grad if through_weights else torch.autograd.grad(loss, z)[0]
+    return mean_squared(module, (x + 0.3 * slope.sign(), y))  # type: ignore[union-attr]
+
+
+def test_what_a_step_differentiates_by_itself_is_no_part_of_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing of it shows before."""
+    monkeypatch.setattr(gradients, "IN_PARTS", 0)
+    found = []
+    for through_weights in (True, False):
+        chains = make_chains(mlp(), regression(), partial(attacked, through_weights=through_weights), num_chains=2)
+        assert chains._parts is not None
+        segment = chains.advance(NOISE_LAG + 4, 1e-3)
+        with chains.line(0) as look:
+            found.append((chains.weights, segment.noise_square, torch.tensor(look(0.5))))
+    ours, expected = found
+    assert torch.equal(ours[0], expected[0])
+    assert float(ours[1].min()) > 0.01 and torch.equal(ours[1], expected[1])  # type: ignore[union-attr, arg-type]
+    assert torch.equal(ours[2], expected[2])
+
+
+class Freezing(nn.Module):
+    """Its first weight has a gradient of every batch but those below zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+
+
+def test_a_weight_that_the_step_freezes_for_a_batch_has_no_gradient_of_it() -> None:
+    def loss(module: Any, batch: Any) -> Tensor:
+        module.a.requires_grad_(bool(batch[0] > 0))
+        return batch[0] * (2 * module.a.sum() + module.b.sum())  # type: ignore[no-any-return]
+
+    objective = Objective(Freezing(), loss)
+    engine, window = SequentialEngine(objective), Window([(torch.tensor(-1.0),), (torch.tensor(1.0),)])
+    held = GradientsInParts(engine, objective, [slice(0, 5)], SGLD())
+    held.bind(objective.anchor[None].clone())
+    for number, expected in ((0, [0.0, 0.0, -1.0, -1.0, -1.0]), (1, [2.0, 2.0, 1.0, 1.0, 1.0])):
+        engine.step(window[number])
+        assert held.block(0).flatten().tolist() == expected
+    for first in (0, 1):
+        engine.step(window[first])
+        square = held.apart(
+            lambda k=first: engine.step(window[k]),  # type: ignore[misc]
+            lambda keep, k=1 - first: engine.step(window[k], keep),  # type: ignore[misc]
+            _unasked,
+        )
+        assert square.tolist() == [2 * 2.0**2 + 3 * 2.0**2]
+    _, slope = held.derivative(torch.arange(5.0), lambda: engine.step(window[0]))
+    assert slope == -(2 + 3 + 4)
+
+
+def test_a_gradient_that_a_hook_of_the_steps_has_taken_is_none() -> None:
+    def loss(module: Any, batch: Any) -> Tensor:
+        if not module.a._post_accumulate_grad_hooks:
+            module.a.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        return module.a.sum() + batch[0] * module.b.sum()  # type: ignore[no-any-return]
+
+    objective = Objective(Freezing(), loss)
+    engine, window = SequentialEngine(objective), Window([(torch.tensor(2.0),)])
+    held = GradientsInParts(engine, objective, [slice(0, 5)], SGLD())
+    held.bind(objective.anchor[None].clone())
+    _, slope = held.derivative(torch.arange(5.0), lambda: engine.step(window[0]))
+    assert slope == 2 * (2 + 3 + 4)
+
+
+def test_nothing_is_asked_of_the_weights_after_a_step_that_failed() -> None:
+    def loss(module: Any, batch: Any) -> Tensor:
+        total = module.a.sum() + module.b.square().sum()
+        if batch[0] < 0:
+            module.b.register_hook(_fail)
+        return total  # type: ignore[no-any-return]
+
+    objective = Objective(Freezing(), loss)
+    engine, window = SequentialEngine(objective), Window([(torch.tensor(-1.0),), (torch.tensor(1.0),)])
+    held = GradientsInParts(engine, objective, [slice(0, 5)], SGLD())
+    held.bind(objective.anchor[None].clone())
+    with pytest.raises(RuntimeError, match="of the user's"):
+        held.derivative(torch.ones(5), lambda: engine.step(window[0]))
+    assert not any(p._post_accumulate_grad_hooks for p in objective.parameters())  # type: ignore[attr-defined]
+    objective.module.b._backward_hooks.clear()  # type: ignore[union-attr, operator]
+    engine.step(window[1])
+    assert held.block(0).flatten().tolist() == [1.0, 1.0, 2.0, 2.0, 2.0]
+
+
+def _fail(grad: Tensor) -> Tensor:
+    raise RuntimeError("of the user's")
+
+
+def test_a_gradient_in_a_sparse_and_a_dense_portion_is_their_sum() -> None:
+    """The sparse one first, of an embedding within a checkpointed block; its weight is used outside as well."""
+
+    class Portions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(11, 8, sparse=True)
+            self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 11)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.body(nn.functional.one_hot(x, 11).float() @ self.embedding.weight)
+            return self.head(checkpoint(lambda h: self.embedding(x) * h, h, use_reentrant=True))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    objective = Objective(Portions(), next_token)
+    x, y = tokens().tensors
+    window, d = Window([(x[:16], y[:16]), (x[16:32], y[16:32])]), len(objective.anchor)
+    engine, weights, whole = SequentialEngine(objective), objective.anchor[None].clone(), torch.zeros(2, d)
+    for row, batch in zip(whole, window.batches, strict=True):
+        engine.bind(weights, row[None])
+        engine.step(batch)
+    held = GradientsInParts(engine, objective, [slice(0, d)], SGLD())
+    held.bind(weights)
+    square = held.apart(lambda: engine.step(window[0]), lambda keep: engine.step(window[1], keep), _unasked)
+    assert float(square) == pytest.approx(float((whole[0] - whole[1]).square().sum()), rel=2e-3)
+    held.put_back(lambda: engine.step(window[0]))
+    assert torch.allclose(held.block(0)[0], whole[0], atol=1e-7)
+
+
 def penalised(module: nn.Module, batch: Any) -> Tensor:
     loss = mean_squared(module, batch)
     (slope,) = torch.autograd.grad(loss, module[0].weight, create_graph=True)  # type: ignore[index]
@@ -291,13 +448,17 @@ def test_which_gradients_stay_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert left() and left(sampler=LeimkuhlerMatthews())
     assert not left(sampler=RMSpropSGLD())  # learns its metric from all of them
+    assert not left(sampler=KineticLangevin())  # looks at all of them at once
     assert not left(method="batched")
     assert not left(penalised)
     chains = make_chains(module, data, mean_squared)
     assert gradients.in_parts(SequentialEngine(chains.objective), chains.objective, SGLD())
+    assert not gradients.in_parts(BorrowedEngine(chains.objective), chains.objective, SGLD())
     assert not gradients.in_parts(BatchedEngine(chains.objective, 2, "backward"), chains.objective, SGLD())
     monkeypatch.setattr(gradients, "IN_PARTS", 66 * 4 + 1)
     assert not left()
+    monkeypatch.setattr(gradients, "IN_PARTS", 66 * 8)
+    assert make_chains(module.double(), in_double(data), mean_squared)._parts is not None
 
 
 def test_a_model_in_half_precision_keeps_its_gradients_in_it() -> None:
@@ -310,12 +471,14 @@ def test_a_model_in_half_precision_keeps_its_gradients_in_it() -> None:
     for row, batch in zip(whole, window.batches, strict=True):
         engine.bind(weights, row[None])
         engine.step(batch)
-    held = GradientsInParts(engine, objective, [slice(0, 40), slice(40, 66)])
+    held = GradientsInParts(engine, objective, [slice(0, 30), slice(30, 66)], SGLD())
     held.bind(weights)
     engine.step(window[0])
-    held.taken()
     assert {g.dtype for g in engine.gradients() if g is not None} == {torch.bfloat16}
-    blocks = torch.cat([held.block(k).clone() for k in range(2)], dim=1)
-    assert blocks.dtype is torch.float32 and torch.equal(blocks[0], whole[0])
+    blocks = [held.block(k).clone() for k in range(2)]  # one of a single weight, one of several
+    assert {b.dtype for b in blocks} == {torch.float32} and torch.equal(torch.cat(blocks, dim=1)[0], whole[0])
     square = held.apart(lambda: engine.step(window[0]), lambda keep: engine.step(window[1], keep), _unasked)
     assert float(square) == pytest.approx(float((whole[0] - whole[1]).square().sum()), rel=1e-5)
+    direction = torch.arange(66.0)
+    _, slope = held.derivative(direction, lambda: engine.step(window[1]))
+    assert slope == pytest.approx(float(torch.dot(whole[1], direction)), rel=1e-5)

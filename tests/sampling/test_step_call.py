@@ -84,6 +84,24 @@ def test_that_a_step_asks_for_derivatives_is_found_once() -> None:
     assert [float(loss) for loss in losses] == [9.0, 9.0] and not any(loss.requires_grad for loss in losses)
 
 
+def test_that_a_step_calls_backward_under_gradients_of_its_own_is_found_by_what_it_leaves() -> None:
+    def step(module: nn.Module, batch: Tensor) -> Tensor:
+        with torch.enable_grad():
+            module(batch).sum().backward()
+        return module(batch).sum()
+
+    call, module = StepCall(step), nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        loss = call.loss(module, torch.full((1, 1), 3.0))
+    assert call.differentiates and float(loss) == pytest.approx(3.0 * module.weight.item())
+    assert module.weight.grad is None
+    module.weight.grad = torch.ones(1, 1)
+    kept, call = module.weight.grad, StepCall(lambda module, batch: module(batch).sum())
+    with torch.no_grad():
+        call.loss(module, torch.full((1, 1), 3.0))
+    assert not call.differentiates and module.weight.grad is kept
+
+
 def test_an_error_of_the_step_is_its_own() -> None:
     def fails(module: nn.Module, batch: Tensor) -> Tensor:
         raise RuntimeError("of the user's")
