@@ -278,7 +278,7 @@ class _Probe:
         # autocast and TF32 round each product to 8 or 11 bits; float32 sums in another order
         self.tolerance = 1e-8 if objective.dtype == torch.float64 else 1e-3
         if objective.autocast or (
-            objective.dtype == torch.float32 and _tensor_float(objective.device, objective.module)
+            objective.dtype == torch.float32 and multiplies_in_tensor_float(objective.device, objective.module)
         ):
             self.tolerance = 2e-2
 
@@ -328,7 +328,7 @@ class _Probe:
         return _now(self._weights.device)
 
 
-def _tensor_float(device: torch.device, module: nn.Module) -> bool:
+def multiplies_in_tensor_float(device: torch.device, module: nn.Module) -> bool:
     """Whether products may be TF32: those of cuDNN's layers are by default, of matrices where the user allows it."""
     if device.type != "cuda":
         return False

@@ -19,7 +19,7 @@ from lightning_slt.firing import Course
 from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.given_data import source_of
-from lightning_slt.sampling.line_integral import _are_apart, misfit_of_gradient
+from lightning_slt.sampling.line_integral import Line, _are_apart, misfit_of_gradient
 from lightning_slt.sampling.objective import Objective
 from tests.sampling.helpers import gen, make_chains, mean_squared, mlp, regression, seeded
 
@@ -41,20 +41,22 @@ def test_signs_that_are_read_with_int_are_jumps_that_no_gradient_shows(seed: int
 
 
 class Routed(nn.Module):
-    """A sample goes to the expert of the largest score, whose share of the chosen is 1: no score has a gradient."""
+    """A sample goes to the experts of the largest scores; of one alone the share is 1, and no score has a gradient."""
 
-    def __init__(self) -> None:
+    def __init__(self, experts: int = 1) -> None:
         super().__init__()
+        self.chosen = experts
         self.router = nn.Linear(4, 3, bias=False)
         self.experts = nn.Linear(4, 3, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        score, chosen = self.router(x).topk(1, dim=1)
+        score, chosen = self.router(x).topk(self.chosen, dim=1)
         return (score.softmax(1) * self.experts(x).gather(1, chosen)).sum(1, keepdim=True)
 
 
-def test_the_expert_that_a_router_chooses_is_a_jump_and_named_so() -> None:
-    est = measured(seeded(Routed))
+@pytest.mark.parametrize("experts", [1, 2])
+def test_the_expert_that_a_router_chooses_is_a_jump_and_named_so(experts: int) -> None:
+    est = measured(seeded(lambda: Routed(experts)))
     assert not est.valid
     assert any(SAID in reason and "topk() as in routing" in reason for reason in est.reasons)
 
@@ -185,6 +187,44 @@ def test_a_reversed_gradient_is_not_that_of_the_loss() -> None:
     assert not est.valid and "GRADIENT" in est.kinds
 
 
+class Quantised(nn.Module):
+    """An autoencoder by the nearest of eight codes.
+
+    Args:
+        through: the gradient is passed on as if there were no choice (VQ-VAE); else it is that of the codes chosen.
+    """
+
+    def __init__(self, through: bool) -> None:
+        super().__init__()
+        self.encoder, self.codes = nn.Linear(6, 2), nn.Embedding(8, 2)
+        self.decoder = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 6))
+        self.through = through
+
+    def loss(self, x: Tensor) -> Tensor:
+        z = self.encoder(x)
+        code = self.codes(torch.cdist(z, self.codes.weight).argmin(1))
+        if not self.through:
+            return (self.decoder(code) - x).square().sum(1).mean() / 2 + 1.25 * (code - z).square().mean()
+        held = (code - z.detach()).square().mean() + 0.25 * (z - code.detach()).square().mean()
+        return (self.decoder(z + (code - z).detach()) - x).square().sum(1).mean() / 2 + held
+
+
+@pytest.mark.parametrize("through", [True, False])
+def test_the_nearest_code_jumps_without_rule_and_is_no_rounding(through: bool) -> None:
+    """Valid at 23.2 and 3.5 where HMC of the same losses has -4.0 and runs downhill: each sample jumps for itself, and
+    along a line that is as irregular as rounding."""
+    x = torch.randn(240, 6, generator=gen(0))
+    module: Any = seeded(lambda: Quantised(through=True))
+    optimizer = torch.optim.Adam(module.parameters(), lr=5e-3)
+    for _ in range(600):
+        optimizer.zero_grad()
+        module.loss(x[torch.randint(0, 240, (24,), generator=gen(1))]).backward()
+        optimizer.step()
+    module.through = through
+    est = estimate_llc(module, TensorDataset(x), lambda m, b: m.loss(b[0]), batch_size=24, num_draws=100)
+    assert not est.valid and "GRADIENT" in est.kinds
+
+
 @pytest.mark.parametrize("power", [2, 8])
 def test_losses_in_bfloat16_are_rounded_and_not_misled(power: int) -> None:
     """Rounding is without rule along a line; and a loss that rises fast is no reason either."""
@@ -228,20 +268,22 @@ def test_lines_are_looked_at_of_chains_that_count_alone() -> None:
 
 def test_what_rises_and_integrals_may_differ_by() -> None:
     """A tenth of the rises; and besides twice what rounding makes of eight parts, told by a third difference."""
-    smooth = lambda seen: [[(1.0, seen)] * 8]  # noqa: E731
+    smooth = lambda seen: [Line([(1.0, seen)] * 8)]  # noqa: E731
     assert [_are_apart(smooth(seen)) for seen in (1.0, 0.91, 0.89, 1.11)] == [False, False, True, True]
 
-    def rounded(by: float) -> list[list[tuple[float, float]]]:
-        return [[(1.0 + by * (-1) ** k, 1.0) for k in range(8)]]
+    def rounded(by: float) -> list[tuple[float, float]]:
+        return [(1.0 + by * (-1) ** k, 1.0) for k in range(8)]
 
     # of a difference that goes to and fro by b the third difference is 8 b: 2 * 8 * 8 b / sqrt(35) = 21.6 b
-    assert not _are_apart(rounded(0.3))
-    lost = [(rise, seen - 1.0) for rise, seen in rounded(0.02)[0]]
-    assert _are_apart([lost]) and not _are_apart([])
+    assert not _are_apart([Line(rounded(0.3))])
+    lost = [(rise, seen - 1.0) for rise, seen in rounded(0.02)]
+    assert _are_apart([Line(lost)]) and not _are_apart([])
     # the sum of the differences is 8 s; allowed are 0.8 and 21.6 b = 2.16
-    offset = lambda s: [[(1.0 + 0.1 * (-1) ** k, 1.0 - s) for k in range(8)]]  # noqa: E731
+    offset = lambda s: [Line([(1.0 + 0.1 * (-1) ** k, 1.0 - s) for k in range(8)])]  # noqa: E731
     allowed = 0.8 + 2 * 8 * 0.8 / math.sqrt(35)
     assert not _are_apart(offset(0.99 * allowed / 8)) and _are_apart(offset(1.01 * allowed / 8))
+    # the same to and fro, where rounding is known: 8 * 0.3 are not allowed, and are within 0.8 + 2 * 8 * 0.11
+    assert _are_apart([Line(rounded(0.3), 0.0)]) and not _are_apart([Line(rounded(0.3), 0.11)])
 
 
 @pytest.mark.parametrize(("scatter", "looked"), [(0.0, True), (0.2, True), (0.4, False)])
