@@ -12,6 +12,8 @@ from lightning.fabric.wrappers import _FabricDataLoader, _FabricModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_slt.sampling.step_call import LOW_PRECISION
+
 log = logging.getLogger(__name__)
 
 _ORDER = "Give the module first, then its data."
@@ -113,7 +115,7 @@ def without_fabric(value: Any) -> Any:
     its loader is no DataLoader. A module with weights in half precision stays: Fabric's converts what goes in and out.
     """
     if isinstance(value, _FabricModule):
-        half = any(p.dtype in (torch.bfloat16, torch.float16) for p in value.parameters())
+        half = any(p.dtype in LOW_PRECISION for p in value.parameters())
         return value if half else value.module
     return value._dataloader if isinstance(value, _FabricDataLoader) else value
 

@@ -19,7 +19,7 @@ from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.chunk import Chunk, GradientMoments, num_noise_squares
 from lightning_slt.sampling.collective import Collective, RankLostError, own_chains
 from lightning_slt.sampling.engines import Engine, SequentialEngine
-from lightning_slt.sampling.gradients import GradientsInParts, in_parts
+from lightning_slt.sampling.gradients import Gradients, GradientsInParts, WholeGradients, in_parts
 from lightning_slt.sampling.layout import BLOCK
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.paths import SLOW, Choice, choose_engine
@@ -120,16 +120,23 @@ class Chains:
             blocks = [block for block, _ in self._blocks]
             self._parts = GradientsInParts(self._engine, self.objective, blocks, self.sampler)
         else:
-            self._gradients()
+            self._memory_of_gradients()
         self._moments: GradientMoments | None = None
         self.reseed(0)
 
-    def _gradients(self) -> Tensor:
+    def _memory_of_gradients(self) -> Tensor:
         """``[chains of a chunk, d]``."""
         if self._whole_grad is None:
-            width = max(1, min(self._engine.width, len(self.numbers)))
-            self._whole_grad = self.weights.new_zeros(width, len(self.objective.anchor))
+            self._whole_grad = self.weights.new_zeros(len(self._noise), len(self.objective.anchor))
         return self._whole_grad
+
+    def _gradients(self, count: int, whole: bool = False) -> Gradients:
+        """Those of so many chains that move together; in one tensor where the weights are few, or where that is wanted
+        (``whole``)."""
+        if self._parts is not None and not whole:
+            return self._parts
+        blocks = [block for block, _ in self._blocks]
+        return WholeGradients(self._engine, self._memory_of_gradients()[:count], blocks, self.layout)
 
     def sample(self, posterior: LocalPosterior, sampler: Sampler) -> None:
         """Sample this posterior from now on, from ``w*``, with this sampler."""
@@ -182,12 +189,14 @@ class Chains:
         kept = point.to("cpu", copy=True) if put_back and not is_last else None
         window = self.window
         batch = some_batch(self.objective, window)
+        at, gradients = torch.tensor([batch]), self._gradients(1)
 
         def look(share: float) -> tuple[float, float]:
             torch.add(anchor, direction, alpha=share, out=point[0])
             if self.objective.draws:
                 seed_globals(derive_seed(self.seed, STEP, batch))
-            loss, slope = self._slope_along(direction, point, window, batch)
+            gradients.bind(point)
+            loss, slope = gradients.derivative(direction, lambda: self._engine(window, at))
             return float(loss), slope
 
         direction.sub_(anchor)
@@ -198,17 +207,6 @@ class Chains:
             direction.add_(anchor)
             if kept is not None:
                 point.copy_(kept)
-
-    def _slope_along(self, direction: Tensor, point: Tensor, window: Window, batch: int) -> tuple[Tensor, float]:
-        """The loss of a minibatch at ``point`` ``[1, d]``, and its derivative along ``direction`` ``[d]``."""
-        at = torch.tensor([batch])
-        if self._parts is not None:
-            self._parts.bind(point)
-            return self._parts.derivative(direction, lambda: self._engine(window, at))
-        grad = self._gradients()[:1]
-        self._engine.bind(point, grad)
-        loss = self._engine(window, at)
-        return loss, self.layout.dot(grad[0], direction)
 
     def reseed(self, part: int) -> None:
         """Start the random numbers of every chain anew, those of part ``part`` of the run."""
@@ -242,7 +240,7 @@ class Chains:
 
     def gradient_memory(self) -> list[Tensor]:
         """``[1, d]`` for the gradients of one chain; none where autograd keeps them."""
-        return [self._gradients()[:1]] if self._parts is None else []
+        return [self._memory_of_gradients()[:1]] if self._parts is None else []
 
     @property
     def sparing(self) -> bool:
@@ -384,7 +382,6 @@ class Chains:
 
     def _chunk(self, rows: slice) -> Chunk:
         count = rows.stop - rows.start
-        parts = None if getattr(self.reader, "wants_gradients", False) else self._parts
         return Chunk(
             self._engine,
             self.sampler,
@@ -392,7 +389,7 @@ class Chains:
             self.layout,
             anchor=self.objective.anchor,
             weights=self.weights[rows],
-            grad=self._gradients()[:count] if parts is None else parts,
+            gradients=self._gradients(count, whole=getattr(self.reader, "wants_gradients", False)),
             noise=self._noise[:count],
             blocks=self._blocks,
             state=SamplerState({name: x[rows] for name, x in self._state.tensors.items()}, self.preconditioner),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
 from lightning_slt.sampling.engines import Engine, SequentialEngine
-from lightning_slt.sampling.gradients import Gradients, GradientsInParts, WholeGradients
+from lightning_slt.sampling.gradients import Gradients
 from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.noise import NormalStream, fill_rows_
 from lightning_slt.sampling.randomness import Randomness
@@ -79,7 +79,7 @@ class Chunk:
         layout: which of the weights are on this rank.
         anchor: ``[d]``, ``w*``.
         weights: ``[k, d]``.
-        grad: ``[k, d]``, memory for their gradients; or what has those of one chain without it.
+        gradients: theirs.
         noise: ``[k, block]``, memory for the noise of a block of the weights (of all of them where they are shards).
         blocks: of the weights, each with its share in sums over ranks.
         state: the sampler's, of these chains.
@@ -95,7 +95,7 @@ class Chunk:
         layout: Layout,
         anchor: Tensor,
         weights: Tensor,
-        grad: Tensor | GradientsInParts,
+        gradients: Gradients,
         noise: Tensor,
         blocks: Sequence[tuple[slice, float]],
         state: SamplerState,
@@ -103,8 +103,7 @@ class Chunk:
         moments: GradientMoments | None,
     ) -> None:
         self._engine, self._sampler, self._posterior, self._layout = engine, sampler, posterior, layout
-        self._weights, self._noise = weights, noise
-        self._grad: Gradients = grad if isinstance(grad, GradientsInParts) else self._whole(grad, blocks)
+        self._weights, self._gradients, self._noise = weights, gradients, noise
         self._randomness, self._moments = randomness, moments
         self._noise_streams = [own.noise for own in randomness]
         self._blocks = []
@@ -118,11 +117,6 @@ class Chunk:
             scratch = noise[:, own]
             self._blocks.append(_Block(number, weights[:, block], anchor[block], scratch, inner, share))
         self._state = self._blocks[0].state
-
-    def _whole(self, grad: Tensor, blocks: Sequence[tuple[slice, float]]) -> WholeGradients:
-        # of all the weights and not of this rank's, since ranks with shards of unequal size call the engine together
-        size = len(grad) * self._layout.num_weights * grad.element_size()
-        return WholeGradients(self._engine, grad, [block for block, _ in blocks], size)
 
     def move(
         self,
@@ -151,7 +145,7 @@ class Chunk:
             NoLossError: where a minibatch has no loss.
             Exception: what the user's step raised at finite weights.
         """
-        self._grad.bind(self._weights)
+        self._gradients.bind(self._weights)
         if not isinstance(self._engine, SequentialEngine):
             # all at once: a copy at a step would make the GPU wait for it
             indices = indices.to(self._weights.device)
@@ -178,7 +172,7 @@ class Chunk:
                         self._add_moments(self._moments)
                 if partners is not None and (before + t) % NOISE_EVERY == NOISE_LAG:
                     squares.append(self._noise_square(window, partners[:, t], t, loss_at))
-                readout.offer(t, self._weights, self._grad.whole, self._state)
+                readout.offer(t, self._weights, self._gradients.whole, self._state)
                 loss = self._update(loss, lr)
             losses.append(loss)
         read = self._layout.sum(readings[:taken]).permute(1, 2, 0) if taken else None
@@ -217,7 +211,7 @@ class Chunk:
             draws = [torch.rand((), generator=own.choice, device=loss.device) for own in self._randomness]
             state.uniform = torch.stack(draws)
         for block, noise in self._drawn(self._noise_streams):
-            grad = self._grad.block(block.number)
+            grad = self._gradients.block(block.number)
             sampler.update_(block.weights, block.anchor, grad, noise, lr, posterior, block.state)
         if sampler.shares_noise:
             self._share_noise(lr)
@@ -264,16 +258,16 @@ class Chunk:
                 engine(window, partners, keep=keep)
 
         try:
-            square = self._grad.apart(again, other, self._grad_square) / 2
+            square = self._gradients.apart(again, other, self._grad_square) / 2
         except (ValueError, RuntimeError, NoLossError) as error:
             if not self._diverged(error):
                 raise
             square = torch.full_like(self._weights[:, 0], torch.nan)
-        self._grad.put_back(again)
+        self._gradients.put_back(again)
         return square
 
     def _add_moments(self, moments: GradientMoments) -> None:
-        grad = self._grad.whole
+        grad = self._gradients.whole
         if grad is not None and self._layout.all_finite(grad):
             moments.add(grad)
 
@@ -281,7 +275,7 @@ class Chunk:
         """``[k]``, ``grad.P grad``; the noise's memory is used on the way."""
         total: Tensor | None = None
         for block in self._blocks:
-            p, grad = block.state.preconditioner, self._grad.block(block.number)
+            p, grad = block.state.preconditioner, self._gradients.block(block.number)
             square = torch.linalg.vecdot(grad, torch.mul(grad, p, out=block.scratch) if p is not None else grad)
             if block.share != 1.0:
                 square = block.share * square
@@ -294,7 +288,7 @@ class Chunk:
         on the way."""
         for number, block in enumerate(self._blocks):
             at, scratch, tensors = block.weights, block.scratch, block.state.tensors
-            slope = self._grad.block(block.number)
+            slope = self._gradients.block(block.number)
             # the weights are a proposal that may be rejected
             if "accepted_weights" in tensors and bool(tensors["started"].all()):
                 at, slope = tensors["accepted_weights"], tensors["accepted_grad"]

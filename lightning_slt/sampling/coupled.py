@@ -19,12 +19,12 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.rng import preserve_rng, seed_globals
+from lightning_slt.sampling.step_call import LOW_PRECISION
 from lightning_slt.sampling.structures import data_in, over_tensors, tensors_in_collections
 from lightning_slt.sampling.trials import moved
 
 log = logging.getLogger(__name__)
 
-HALF = (torch.float16, torch.bfloat16)
 ALONE = (
     "the loss of a batch depends on which samples are together in it (weights that divide, as of classes or of "
     "unmasked tokens): what is read of a sample is its loss alone, without its weight"
@@ -81,7 +81,7 @@ def couples_samples(objective: Objective, batches: tuple[Any, Any], batch_size: 
     except Exception as error:
         log.debug(f"could not see whether the loss couples its samples: {type(error).__name__}: {error}")
         return False
-    coarse = objective.autocast or objective.rounds or any(x.dtype in HALF for x in shaped[0])
+    coarse = objective.autocast or objective.rounds or any(x.dtype in LOW_PRECISION for x in shaped[0])
     slack = 2e-2 if coarse else 1e-3 if objective.device.type != "cpu" else 1e-5
     one, other, *exchanged = found
     size = abs(one) + abs(other)

@@ -138,7 +138,6 @@ class SequentialEngine(Engine):
             take: called with the number of the parameter and its gradient; more than once in a step, with a portion
                 each time, where several backward passes make it (checkpointing of the reentrant kind).
         """
-
         self._take = take
         try:
             work()

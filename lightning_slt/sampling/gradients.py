@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_slt.sampling.engines import Engine, SequentialEngine, flat
-from lightning_slt.sampling.layout import BLOCK
+from lightning_slt.sampling.layout import BLOCK, Layout
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.samplers import SGLD, Sampler
 
@@ -64,6 +64,10 @@ class Gradients(Protocol):
     def put_back(self, again: Callable[[], object]) -> None:
         """Have those of the first there after :meth:`apart`, come what may."""
 
+    def derivative(self, direction: Tensor, step: Callable[[], Tensor]) -> tuple[Tensor, float]:
+        """What a step of one chain returns, and the inner product of its gradient with ``direction`` ``[d]``; none need
+        be there after it."""
+
 
 class WholeGradients:
     """All in one memory.
@@ -72,14 +76,15 @@ class WholeGradients:
         engine: puts them there.
         memory: ``[k, d]``.
         blocks: of the weights, of this rank.
-        size: bytes of those of all ranks together. (Ranks with shards of unequal size call the engine together.)
+        layout: which of the weights are on this rank.
     """
 
-    def __init__(self, engine: Engine, memory: Tensor, blocks: Sequence[slice], size: int) -> None:
+    def __init__(self, engine: Engine, memory: Tensor, blocks: Sequence[slice], layout: Layout) -> None:
         self.whole: Tensor | None = memory
-        self._engine, self._memory = engine, memory
+        self._engine, self._memory, self._layout = engine, memory, layout
         self._blocks = [memory[:, block] for block in blocks]
-        self._keeps = size <= KEPT_GRADIENT
+        # of all the weights and not of this rank's, since ranks with shards of unequal size call the engine together
+        self._keeps = len(memory) * layout.num_weights * memory.element_size() <= KEPT_GRADIENT
         self._kept: Tensor | None = None
 
     def bind(self, weights: Tensor) -> None:
@@ -102,6 +107,10 @@ class WholeGradients:
         else:
             again()
         self._kept = None
+
+    def derivative(self, direction: Tensor, step: Callable[[], Tensor]) -> tuple[Tensor, float]:
+        loss = step()
+        return loss, self._layout.dot(self._memory[0], direction)
 
 
 class GradientsInParts:
@@ -181,7 +190,6 @@ class GradientsInParts:
         again()
 
     def derivative(self, direction: Tensor, step: Callable[[], Tensor]) -> tuple[Tensor, float]:
-        """What a step returns, and the inner product of its gradient with ``direction`` ``[d]``; no gradient stays."""
         pieces, total = direction.split(self._sizes), torch.zeros((), dtype=torch.float64)
         loss: list[Tensor] = []
 

@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_slt.functional.convergence import standard_error
 from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
-from lightning_slt.sampling.coupled import HALF
 from lightning_slt.sampling.paths import multiplies_in_tensor_float
 from lightning_slt.sampling.rng import preserve_rng
+from lightning_slt.sampling.step_call import LOW_PRECISION
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class _Halves(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         several = made if isinstance(made, (tuple, list)) else (made,)
-        self.seen = self.seen or any(isinstance(x, Tensor) and x.dtype in HALF for x in several)
+        self.seen = self.seen or any(isinstance(x, Tensor) and x.dtype in LOW_PRECISION for x in several)
         return made
 
 

@@ -74,7 +74,7 @@ class ChainMemory:
         if not self.sharded and chains.num_chains * own.shape[1] * own.element_size() <= MAX_CHECKPOINT_BYTES:
             told = chains.collective.exchange(lambda: (chains.numbers, own))
             self.numbers = tuple(number for numbers, _ in told for number in numbers)
-            self.displacements = torch.cat([rows for _, rows in told])
+            self.displacements = torch.cat([rows for _, rows in told]) if len(told) > 1 else own
         else:
             self.numbers, self.displacements = tuple(chains.numbers), own
         self.preconditioner = p.cpu() if p is not None else None

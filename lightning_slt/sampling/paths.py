@@ -82,7 +82,7 @@ def observe(objective: Objective, batch: Any) -> Observed:
         nonlocal total
         if tensor.data_ptr() not in known:
             total += tensor.numel() * tensor.element_size()
-        return tensor
+        return tensor.detach()  # an output that its own graph held would never go, and the private copy with it
 
     embeddings = _Embeddings()
     try:

@@ -19,6 +19,9 @@ from lightning_slt.sampling.structures import clone, over_tensors
 log = logging.getLogger(__name__)
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+LOOKS = 8
+"""Calls without gradients after which it is looked whether the step has left any: a walk through all parameters, which
+would show in the time of every loss."""
 NO_GRAPH = "does not require grad"
 """How torch's error reads where a derivative is asked for of something that has none."""
 
@@ -40,6 +43,7 @@ class StepCall:
         state: attributes in Python, likewise; None for none.
         differentiates: the step itself asks for derivatives: it is called with gradients on, also where only its value
             is wanted.
+        looks: calls that are still looked at for gradients that they leave.
     """
 
     loss_fn: LossFn
@@ -49,6 +53,7 @@ class StepCall:
     written: StepTensors = field(default_factory=StepTensors)
     state: Optional[StepState] = None
     differentiates: bool = False
+    looks: int = LOOKS
 
     def loss(self, module: nn.Module, batch: Any) -> Tensor:
         """The scalar mean of :meth:`losses`."""
@@ -71,7 +76,7 @@ class StepCall:
             if torch.is_grad_enabled():
                 return self.loss_fn(module, batch)
             if not self.differentiates:
-                bare = [p for p in module.parameters() if p.grad is None]
+                bare = self._without_gradients(module)
                 try:
                     losses = self.loss_fn(module, batch)
                 except RuntimeError as error:
@@ -87,6 +92,13 @@ class StepCall:
                     return losses
             with torch.enable_grad():
                 return self.loss_fn(module, batch).detach()
+
+    def _without_gradients(self, module: nn.Module) -> list[nn.Parameter]:
+        """In which a call may leave some; none where that is not looked at any more."""
+        if self.looks == 0:
+            return []
+        self.looks -= 1
+        return [parameter for parameter in module.parameters() if parameter.grad is None]
 
     def _note_derivatives(self) -> None:
         log.info("the step asks for derivatives itself: it is called with gradients on")

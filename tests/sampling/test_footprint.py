@@ -22,7 +22,7 @@ from lightning_slt.sampling.given_data import source_of
 from lightning_slt.sampling.gradients import IN_PARTS
 from lightning_slt.sampling.layout import BLOCK
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.paths import GRADIENT_BUDGET, choose_engine, chunk_width
+from lightning_slt.sampling.paths import GRADIENT_BUDGET, choose_engine, chunk_width, observe
 from lightning_slt.sampling.samplers import SGLD
 from lightning_slt.sampling.window import Window
 from tests.sampling.helpers import make_chains, mean_squared, regression
@@ -131,6 +131,16 @@ def test_an_engine_that_is_given_up_leaves_at_once(through: str) -> None:
         assert held() is None
     finally:
         gc.enable()
+
+
+def test_what_is_observed_of_a_step_is_not_held_by_its_own_graph() -> None:
+    """An output that its node had saved, and that had the node, stayed for good, and a copy of the weights with it."""
+    objective = Objective(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), mean_squared)
+    assert observe(objective, tuple(t[:16] for t in regression().tensors)).saved_bytes >= 16 * (4 + 3) * 4
+    held = [weakref.ref(parameter) for parameter in objective.parameters()]
+    del objective
+    gc.collect()
+    assert [ref() for ref in held] == [None] * 4
 
 
 def test_the_gradients_of_a_chunk_stay_within_their_budget() -> None:
