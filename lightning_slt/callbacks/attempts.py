@@ -91,7 +91,9 @@ class Attempts:
         # drawing and logging count as overhead too, from the next firing's figure on
         clock.took(begin, size)
         if clock.budget is None:
-            warn_if_large(self._voice, history.estimates)
+            ahead = self._turns.ahead(moment.step)
+            at_end = clock.overhead_at_end(ahead.done, ahead.firings, clock.now() - begin) if ahead else None
+            warn_if_large(self._voice, history.estimates, at_end)
 
     def _measure_components(self, moment: Moment, settings: ChainSettings, raises: bool) -> None:
         """Susceptibility after the learning coefficient, which stands whatever becomes of it."""

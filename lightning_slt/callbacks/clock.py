@@ -120,6 +120,18 @@ class RunClock:
         run = now - (self._started if self._started is not None else begin)
         return (self.measured_seconds + now - begin) / max(run, 1e-9)
 
+    def overhead_at_end(self, done: float, firings: int, seconds: float) -> float:
+        """Share that measuring will have had of the whole run, where the rest of it goes on as before.
+
+        Args:
+            done: share of the run's steps that is behind, above 0.
+            firings: still to come.
+            seconds: of each.
+        """
+        measured = self.measured_seconds + firings * seconds
+        training = max(self.run_seconds - self.measured_seconds, 0.0) / done
+        return measured / max(measured + training, 1e-9)
+
     def state_dict(self) -> dict[str, Any]:
         """The time so far as plain types."""
         self.earn()

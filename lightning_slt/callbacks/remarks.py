@@ -9,12 +9,14 @@ from typing import Optional
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_slt.callbacks.clock import RunClock
 from lightning_slt.callbacks.overhead import OverheadBudget
 from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.schedule import Schedule, steps_of_run
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish.diagnoses import invalid_sentence, kinds_of
 from lightning_slt.publish.phrases import count_of, number
+from lightning_slt.publish.words import duration
 from lightning_slt.record import Estimate
 from lightning_slt.warned import warn
 
@@ -69,12 +71,39 @@ def warn_of_other_weights(voice: Voice, estimate: Estimate, before: int) -> None
         )
 
 
-def warn_if_large(voice: Voice, estimates: Sequence[Estimate]) -> None:
-    """Say once what can be done, where the cadence alone takes much of the run."""
+def say_cost(voice: Voice, clock: RunClock) -> None:
+    """What measuring took of a run that is over, and what came to nothing."""
+    share = clock.measured_seconds / max(clock.run_seconds, 1e-9)
+    failed = f"; {count_of(len(voice.failures), 'measurement')} failed" if voice.failures else ""
+    rank_zero_info(
+        f"{voice.who}: measuring took {duration(clock.measured_seconds)}, {share:.0%} of this run's wall-clock{failed}"
+    )
+
+
+def say_all_failed(voice: Voice) -> None:
+    """The run is over, and has nothing to show: why was said as it happened, which may be long ago."""
+    steps = voice.failures
+    many = "the one measurement" if len(steps) == 1 else f"all {len(steps):,} measurements"
+    rank_zero_info(f"{voice.who}: no estimates: {many} failed; why was said at step {steps[0]}")
+
+
+def warn_if_large(voice: Voice, estimates: Sequence[Estimate], at_end: Optional[float]) -> None:
+    """Say once what can be done, where the cadence alone takes much of the run.
+
+    Args:
+        voice: of the monitor.
+        estimates: of the run so far.
+        at_end: the share that measuring will have had of the whole run; None where that cannot be told, and the share
+            so far stands for it.
+    """
     # the first firings of a run come close together, and prove nothing
-    if len(estimates) > 3 and estimates[-1].overhead > LARGE_OVERHEAD and voice.first("overhead"):
+    if len(estimates) <= 3:
+        return
+    so_far = estimates[-1].overhead
+    if min(so_far, so_far if at_end is None else at_end) > LARGE_OVERHEAD and voice.first("overhead"):
+        ahead = "" if at_end is None else f", and will have taken about {at_end:.0%} at its end"
         warn(
-            f"{voice.who}: measuring has taken {estimates[-1].overhead:.0%} of this run's wall-clock so far. Measure "
+            f"{voice.who}: measuring has taken {so_far:.0%} of this run's wall-clock so far{ahead}. Measure "
             "more seldom, or with fewer num_chains or num_draws. max_overhead=0.05 bounds the share, but suits runs of "
             "about 10,000 batches and more: a shorter one may measure nothing."
         )
@@ -120,6 +149,8 @@ def warn_of_no_step(voice: Voice, schedule: Schedule, trainer: Trainer, last_ste
 
 
 __all__ = [
+    "say_all_failed",
+    "say_cost",
     "say_how",
     "say_when_first",
     "say_why_not",

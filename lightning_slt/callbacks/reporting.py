@@ -17,7 +17,7 @@ from lightning_slt.callbacks.data.samples import ProbedSamples
 from lightning_slt.callbacks.folder import claim, fresh, give_back, restore_record, run_folder
 from lightning_slt.callbacks.history import History
 from lightning_slt.callbacks.listener import EstimateListener
-from lightning_slt.callbacks.remarks import say_why_not, warn_of_other_weights
+from lightning_slt.callbacks.remarks import say_all_failed, say_cost, say_why_not, warn_of_other_weights
 from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.susceptibilities import publish, restore_susceptibilities
 from lightning_slt.influence_record import InfluenceEstimate
@@ -148,9 +148,12 @@ class Reporting:
             self._close(trainer, status, publisher)
         finally:
             give_back(self.folder)
+        if not estimates and self._voice.failures:
+            say_all_failed(self._voice)
         if not estimates or self.folder is None:
             return
         if RunRecord(self.folder).path.exists():
+            say_cost(self._voice, self._clock)
             report = f"; report: {publisher.report}" if publisher.report is not None else ""
             rank_zero_info(f"{self._voice.who}: {outcome_of(estimates)}, in {self.folder}{report}")
         elif trainer.is_global_zero:

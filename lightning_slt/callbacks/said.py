@@ -13,6 +13,9 @@ class Voice:
     Args:
         prefix: the group in front of its keys, as far as it is known yet.
 
+    Attributes:
+        failures: steps whose measurement failed in this run, as far as this process has seen it.
+
     Example:
         >>> voice = Voice("slt_2")
         >>> voice.who, voice.called("num_samples=None"), voice.first("full"), voice.first("full")
@@ -23,6 +26,7 @@ class Voice:
         self.prefix = prefix
         self._topics: set[str] = set()
         self._failure: Optional[tuple[int, str]] = None
+        self.failures: list[int] = []
 
     @property
     def who(self) -> str:
@@ -41,6 +45,7 @@ class Voice:
 
     def failed(self, step: int, reason: str) -> None:
         """A step that fails in chains fails at every firing: the whole reason is said once, not at each of them."""
+        self.failures.append(step)
         left_out = f"{self.who}: the measurement at step {step} failed and is left out"
         if self._failure is not None and self._failure[1] == reason:
             warn(f"{left_out}, for the reason given at step {self._failure[0]}; training goes on.")
@@ -52,6 +57,7 @@ class Voice:
         """Another run has been told nothing."""
         self._topics.clear()
         self._failure = None
+        self.failures = []
 
 
 __all__ = ["Voice"]

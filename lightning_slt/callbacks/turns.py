@@ -27,6 +27,18 @@ class Turn(NamedTuple):
     x: int
 
 
+class Ahead(NamedTuple):
+    """What a run has before it.
+
+    Attributes:
+        firings: that are still due.
+        done: share of its steps that is behind.
+    """
+
+    firings: int
+    done: float
+
+
 class Turns:
     """Keeps count of a run's steps, and says which of them the schedule names and the budget covers.
 
@@ -44,6 +56,7 @@ class Turns:
     def __init__(self, schedule: Schedule, clock: RunClock) -> None:
         self._schedule, self._clock = schedule, clock
         self._explicit: tuple[int, ...] = ()
+        self._total: Optional[int] = None
         self._ask_at = 0
         self._done_fast_run = False
         self.last = 0
@@ -68,7 +81,8 @@ class Turns:
                 f"{called}: an epoch has {lengths} batches on the ranks, which would come to its end at different "
                 "steps and wait for each other. Use every_n_train_steps=, or loaders of one length."
             )
-        self._explicit = self._schedule.explicit_steps(told[0][1])
+        self._total = told[0][1]
+        self._explicit = self._schedule.explicit_steps(self._total)
         self._ask_at = 0  # every rank asks at once
         self._done_fast_run = False
 
@@ -124,6 +138,14 @@ class Turns:
         """A checkpoint of now is of weights that were to be measured: a run that resumes from it makes up for that."""
         self.last = min(self.last, max(step - 1, 0))
 
+    def ahead(self, step: int) -> Optional[Ahead]:
+        """What comes after ``step``, where every step that is measured is named; else None: of a cadence there are as
+        many ahead as behind."""
+        by_cadence = self._schedule.every_n_train_steps is not None or self._schedule.every_n_epochs is not None
+        if by_cadence or not self._total or step < 1:
+            return None
+        return Ahead(sum(step < due <= self._total for due in self._explicit), min(step / self._total, 1.0))
+
     def decide(self, step: int, collective: Collective) -> Optional[Decision]:
         """What the budget says to a step that is due; None where it does not cover it.
 
@@ -139,4 +161,4 @@ class Turns:
         return decision if decision.fire else None
 
 
-__all__ = ["Turn", "Turns"]
+__all__ = ["Ahead", "Turn", "Turns"]

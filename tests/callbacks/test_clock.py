@@ -40,6 +40,18 @@ def credit(clock: RunClock) -> float:
     return float(clock.state_dict()["budget"]["credit"])
 
 
+def test_the_share_at_the_end_counts_what_is_still_to_come_of_both(time: Time) -> None:
+    """10 s of training for a tenth of the steps, and 20 s of measuring: 100 s, and 40 with two firings more."""
+    clock = RunClock()
+    clock.start()
+    time.passes(10.0)
+    begin = clock.now()
+    time.passes(20.0)
+    clock.took(begin)
+    assert clock.overhead_at_end(0.1, firings=2, seconds=10.0) == pytest.approx(40 / 140)
+    assert clock.overhead_at_end(1.0, firings=0, seconds=10.0) == pytest.approx(20 / 30) == clock.overhead(clock.now())
+
+
 def test_a_run_is_the_sum_of_its_fits(time: Time) -> None:
     clock = RunClock()
     for seconds in (7.0, 5.0):

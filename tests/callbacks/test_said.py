@@ -19,7 +19,9 @@ def test_a_failure_is_told_whole_once() -> None:
         voice.failed(6, "no loss")
     with pytest.warns(UserWarning, match=who + r" 9 failed and is left out; training goes on\. no data$"):
         voice.failed(9, "no data")
+    assert voice.failures == [3, 6, 9]
     voice.forget()
+    assert voice.failures == []
     with pytest.warns(UserWarning, match=who + r" 12 failed and is left out; training goes on\. no data$"):
         voice.failed(12, "no data")
 

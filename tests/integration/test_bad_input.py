@@ -263,10 +263,10 @@ class FailsInChains(Plain):
         return super().training_step(batch, batch_idx)
 
 
-def test_the_same_failure_is_explained_once(tmp_path: Path) -> None:
-    """A step that fails in chains fails at every firing, and a line each is enough."""
+def test_the_same_failure_is_explained_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A step that fails in chains fails at every firing, and a line each is enough; the last one counts them."""
     monitor = SLTMonitor(every_n_train_steps=2, **TINY)
-    with warnings.catch_warnings(record=True) as caught:
+    with caplog.at_level("INFO", logger="lightning.pytorch"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         Scenario(FailsInChains, loaders).run(tmp_path, monitor)
     said = [str(w.message) for w in caught if " failed and is left out" in str(w.message)]
@@ -275,6 +275,7 @@ def test_the_same_failure_is_explained_once(tmp_path: Path) -> None:
     assert "RuntimeError: one way" in said[0] and "RuntimeError: another way" in said[4]
     assert said[1].endswith("at step 4 failed and is left out, for the reason given at step 2; training goes on.")
     assert "reason given at step 10;" in said[5]
+    assert caplog.messages[-1] == "SLTMonitor: no estimates: all 6 measurements failed; why was said at step 2"
 
 
 class DivergesInTraining(Plain):

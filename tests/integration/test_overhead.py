@@ -289,6 +289,32 @@ def test_what_is_said_ends_no_run_where_warnings_are_errors(
     assert said(lambda: scenario(24).run(tmp_path, tiny_monitor(every_n_train_steps=4))) == []
 
 
+@pytest.mark.parametrize(("steps", "large"), [(24, True), (400, False)])
+def test_firings_close_together_at_first_prove_nothing_of_a_long_run(
+    clock: Clock, tmp_path: Path, steps: int, large: bool
+) -> None:
+    """Four of some 24 s beside steps of 1 s are nearly all of the wall-clock after the fourth step."""
+    monitor = tiny_monitor(every_n_train_steps=None, at_steps=[1, 2, 3, 4])
+    texts = said(lambda: scenario(steps).run(tmp_path, monitor))
+    seconds = monitor.state_dict()["seconds"]
+    so_far, at_end = seconds / (seconds + 4), seconds / (seconds + steps)
+    assert so_far > 0.9 and (at_end > 0.25) == large
+    expected = (
+        f"{so_far:.0%} of this run's wall-clock so far, and will have taken about {at_end:.0%} at its end. Measure"
+    )
+    assert [expected in text for text in texts] == [True] * large
+
+
+@pytest.mark.parametrize(("steps", "took"), [(12, "1 min 10 s"), (24, "2 min 16 s")])
+def test_it_is_said_at_the_end_what_measuring_took(
+    clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int, took: str
+) -> None:
+    """Beside steps of 1 s, and also where too few firings came for a warning."""
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        scenario(steps).run(tmp_path, tiny_monitor(every_n_train_steps=4))
+    assert f"SLTMonitor: measuring took {took}, 85% of this run's wall-clock" in caplog.messages
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, 5])
 def test_a_share_out_of_range_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="max_overhead="):
