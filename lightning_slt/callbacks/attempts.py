@@ -9,7 +9,7 @@ from lightning_slt.callbacks.distribution import RankFailedError, is_sharded
 from lightning_slt.callbacks.inside_firings import InsideFirings
 from lightning_slt.callbacks.moment import Moment
 from lightning_slt.callbacks.progress import FiringProgress
-from lightning_slt.callbacks.remarks import warn_if_large
+from lightning_slt.callbacks.remarks import say_what_is_due, warn_if_large
 from lightning_slt.callbacks.reporting import Reporting
 from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.signals import BrokenOffError, SignalsHeld
@@ -91,9 +91,21 @@ class Attempts:
         # drawing and logging count as overhead too, from the next firing's figure on
         clock.took(begin, size)
         if clock.budget is None:
-            ahead = self._turns.ahead(moment.step)
-            at_end = clock.overhead_at_end(ahead.done, ahead.firings, clock.now() - begin) if ahead else None
-            warn_if_large(self._voice, history.estimates, at_end)
+            self._say_what_it_takes(moment.step, clock.now() - begin)
+
+    def _say_what_it_takes(self, step: int, seconds: float) -> None:
+        """Of a cadence that no budget holds: how long its firings are, and what share of the run they come to.
+
+        Args:
+            step: measured just now.
+            seconds: that this took, drawing and logging with it.
+        """
+        estimates, ahead, at_end = self._reporting.history.estimates, self._turns.ahead(step), None
+        if ahead is not None:
+            if len(estimates) == 1:
+                say_what_is_due(self._voice, seconds, ahead)
+            at_end = self._clock.overhead_at_end(ahead.done, ahead.firings, seconds) if ahead.done > 0 else None
+        warn_if_large(self._voice, estimates, at_end)
 
     def _measure_components(self, moment: Moment, settings: ChainSettings, raises: bool) -> None:
         """Susceptibility after the learning coefficient, which stands whatever becomes of it."""

@@ -13,6 +13,7 @@ from lightning_slt.callbacks.clock import RunClock
 from lightning_slt.callbacks.overhead import OverheadBudget
 from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.schedule import Schedule, steps_of_run
+from lightning_slt.callbacks.turns import Ahead
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish.diagnoses import invalid_sentence, kinds_of
 from lightning_slt.publish.phrases import count_of, number
@@ -22,6 +23,8 @@ from lightning_slt.warned import warn
 
 LARGE_OVERHEAD = 0.25
 """Share of wall-clock above which a monitor without a budget says what can be done."""
+LONG = 60.0
+"""Seconds of the firings to come, from which on the first one says how many there are."""
 
 
 def say_how(voice: Voice, estimate: Estimate, influence: Optional[InfluenceEstimate]) -> None:
@@ -87,6 +90,15 @@ def say_all_failed(voice: Voice) -> None:
     rank_zero_info(f"{voice.who}: no estimates: {many} failed; why was said at step {steps[0]}")
 
 
+def say_what_is_due(voice: Voice, seconds: float, ahead: Ahead) -> None:
+    """After the first firing, where those to come are long as well: nobody should wait for the end to learn it."""
+    if ahead.firings * seconds > LONG and voice.first("what is due"):
+        rank_zero_info(
+            f"{voice.who}: this firing took {duration(seconds)}, and about {ahead.firings:,} more are due in this run. "
+            "Later ones are cheaper where they start from its chains"
+        )
+
+
 def warn_if_large(voice: Voice, estimates: Sequence[Estimate], at_end: Optional[float]) -> None:
     """Say once what can be done, where the cadence alone takes much of the run.
 
@@ -100,8 +112,9 @@ def warn_if_large(voice: Voice, estimates: Sequence[Estimate], at_end: Optional[
     if len(estimates) <= 3:
         return
     so_far = estimates[-1].overhead
-    if min(so_far, so_far if at_end is None else at_end) > LARGE_OVERHEAD and voice.first("overhead"):
-        ahead = "" if at_end is None else f", and will have taken about {at_end:.0%} at its end"
+    at_end = so_far if at_end is None else at_end
+    if min(so_far, at_end) > LARGE_OVERHEAD and voice.first("overhead"):
+        ahead = f", and will have taken about {at_end:.0%} at its end" if abs(at_end - so_far) > 0.05 else ""
         warn(
             f"{voice.who}: measuring has taken {so_far:.0%} of this run's wall-clock so far{ahead}. Measure "
             "more seldom, or with fewer num_chains or num_draws. max_overhead=0.05 bounds the share, but suits runs of "
@@ -152,6 +165,7 @@ __all__ = [
     "say_all_failed",
     "say_cost",
     "say_how",
+    "say_what_is_due",
     "say_when_first",
     "say_why_not",
     "warn_if_large",

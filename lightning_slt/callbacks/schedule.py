@@ -150,6 +150,25 @@ class Schedule:
             return True
         return bisect_right(explicit, step) > bisect_right(explicit, last)
 
+    def still_due(self, step: int, total: int, steps_of_epoch: float) -> int:
+        """About how many steps after ``step`` are to be measured, of a run of ``total`` with so many steps an epoch:
+        the end of an epoch counts beside a step of the cadence that it falls together with.
+
+        Example:
+            >>> Schedule.build(100, None, [0, 50, 200], None).still_due(100, 1000, 250.0)
+            9
+        """
+        count = 0
+        explicit = [due for due in self.explicit_steps(total) if step < due <= total]
+        if self.every_n_train_steps is not None:
+            n = self.every_n_train_steps
+            count += total // n - step // n
+            explicit = [due for due in explicit if due % n]
+        if self.every_n_epochs is not None and math.isfinite(steps_of_epoch):
+            apart = self.every_n_epochs * steps_of_epoch
+            count += math.floor(total / apart) - math.floor(step / apart)
+        return count + len(explicit)
+
     def due_epoch(self, epochs_done: int) -> bool:
         """Whether the end of this epoch (counted from 1) is to be measured."""
         return self.every_n_epochs is not None and epochs_done % self.every_n_epochs == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Optional
 
 from lightning.pytorch import Trainer
@@ -57,6 +58,7 @@ class Turns:
         self._schedule, self._clock = schedule, clock
         self._explicit: tuple[int, ...] = ()
         self._total: Optional[int] = None
+        self._steps_of_epoch: float = math.inf
         self._ask_at = 0
         self._done_fast_run = False
         self.last = 0
@@ -82,6 +84,8 @@ class Turns:
                 "steps and wait for each other. Use every_n_train_steps=, or loaders of one length."
             )
         self._total = told[0][1]
+        if self._schedule.every_n_epochs is not None and math.isfinite(lengths[0]):
+            self._steps_of_epoch = max(math.ceil(lengths[0] / trainer.accumulate_grad_batches), 1)
         self._explicit = self._schedule.explicit_steps(self._total)
         self._ask_at = 0  # every rank asks at once
         self._done_fast_run = False
@@ -139,12 +143,11 @@ class Turns:
         self.last = min(self.last, max(step - 1, 0))
 
     def ahead(self, step: int) -> Optional[Ahead]:
-        """What comes after ``step``, where every step that is measured is named; else None: of a cadence there are as
-        many ahead as behind."""
-        by_cadence = self._schedule.every_n_train_steps is not None or self._schedule.every_n_epochs is not None
-        if by_cadence or not self._total or step < 1:
+        """What comes after ``step``; None in a run without a known end."""
+        if not self._total:
             return None
-        return Ahead(sum(step < due <= self._total for due in self._explicit), min(step / self._total, 1.0))
+        firings = self._schedule.still_due(step, self._total, self._steps_of_epoch)
+        return Ahead(firings, min(step / self._total, 1.0))
 
     def decide(self, step: int, collective: Collective) -> Optional[Decision]:
         """What the budget says to a step that is due; None where it does not cover it.

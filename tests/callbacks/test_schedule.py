@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from lightning_slt.callbacks.schedule import log_spaced_steps, steps_of_run
+from lightning_slt.callbacks.schedule import Schedule, log_spaced_steps, steps_of_run
 
 
 def test_any_number_of_steps_may_be_asked_for_of_a_run_without_a_known_end() -> None:
@@ -35,3 +36,25 @@ def test_steps_of_a_run_are_those_of_its_epochs_with_what_is_left_of_each(
         max_steps=max_steps,
     )
     assert steps_of_run(trainer) == steps
+
+
+@pytest.mark.parametrize(
+    ("asked", "step", "due"),
+    [
+        ({"every_n_train_steps": 100}, 1, 10),
+        ({"every_n_train_steps": 100}, 100, 9),
+        ({"every_n_train_steps": 100, "at_steps": (0, 50, 150, 200, 2000)}, 100, 10),
+        ({"every_n_epochs": 2}, 0, 2),
+        ({"every_n_epochs": 2}, 500, 1),
+        ({"every_n_epochs": 2, "every_n_train_steps": 400}, 500, 2),
+        ({"log_spaced": 4}, 1, 3),
+        ({"log_spaced": 4}, 1000, 0),
+    ],
+)
+def test_how_many_firings_are_still_due(asked: dict[str, Any], step: int, due: int) -> None:
+    """Of 1,000 steps, 250 an epoch."""
+    assert Schedule(**asked).still_due(step, 1000, 250) == due
+
+
+def test_epochs_without_a_known_length_are_not_counted() -> None:
+    assert Schedule(every_n_epochs=1, at_steps=(7,)).still_due(1, 1000, math.inf) == 1

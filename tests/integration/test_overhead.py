@@ -305,6 +305,17 @@ def test_firings_close_together_at_first_prove_nothing_of_a_long_run(
     assert [expected in text for text in texts] == [True] * large
 
 
+@pytest.mark.parametrize(("steps", "said_first"), [(12, False), (24, True)])
+def test_the_first_of_long_firings_says_how_many_are_due(
+    clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int, said_first: bool
+) -> None:
+    """Of 26 s each; two more are less than a minute."""
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        scenario(steps).run(tmp_path, tiny_monitor(every_n_train_steps=4))
+    due = "SLTMonitor: this firing took 26 s, and about 5 more are due in this run. "
+    assert [text.startswith(due) for text in caplog.messages if " are due " in text] == [True] * said_first
+
+
 @pytest.mark.parametrize(("steps", "took"), [(12, "1 min 10 s"), (24, "2 min 16 s")])
 def test_it_is_said_at_the_end_what_measuring_took(
     clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int, took: str
