@@ -11,7 +11,7 @@ from typing import Any, Optional, Union, cast, get_args, get_origin, get_type_hi
 
 import yaml  # OmegaConf's own parser
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 Source = Union[str, os.PathLike[str], Mapping[str, Any], DictConfig]
 """A YAML file, or what such a file holds."""
@@ -133,7 +133,9 @@ def _explain(error: OmegaConfBaseException, given: DictConfig, schema: type[Any]
     expected = of_a_name or (section(owner, last) if owner is not None else None)
     if expected is not None and not isinstance(value, Mapping):
         what = f"expected the settings of a {expected.__name__}"
-    elif owner is not None and is_list(owner, last) and isinstance(value, Mapping):
+    elif isinstance(error, InterpolationResolutionError):
+        pass  # what is wrong with it is said, and no value is known
+    elif owner is not None and is_list(owner, last) and not isinstance(value, (list, tuple)):
         what = "expected a list"
     if owner is None:
         return f"{full_key}={value!r}: {what}."

@@ -359,6 +359,7 @@ def test_parts_of_a_run_that_do_not_fit(given: dict[str, Any], message: str) -> 
         ({"components": [1]}, "components=[1]: expected the settings of a MonitorConfig. RunConfig has"),
         ({"monitor": {"sampler": [1]}}, "monitor.sampler=[1]: expected the settings of a SamplerConfig. MonitorConfig"),
         ({"monitor": {"restrict": {"a": 1}}}, "monitor.restrict={'a': 1}: expected a list. MonitorConfig has every"),
+        ({"monitor": {"devices": "cpu"}}, "monitor.devices='cpu': expected a list. MonitorConfig has every"),
         ({"components": {"a": {"at_steps": {"b": 1}}}}, "components.a.at_steps={'b': 1}: expected a list. Monit"),
         ({"components": {"head": {"sampler": {"lr": "x"}}}}, "components.head.sampler.lr='x': Value 'x' of type 'str'"),
         ({"transition": {}}, "transition={}: no such setting (did you mean transitions?). RunConfig has monitor, "),

@@ -6,7 +6,8 @@ import hashlib
 import inspect
 import io
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -216,14 +217,29 @@ def make_module(config: SweepConfig, path: Path, state: Mapping[str, Any]) -> nn
     by_lightning = "pytorch-lightning_version" in state
     if by_lightning and isinstance(made, type) and issubclass(made, LightningModule):
         return _from_checkpoint(made, path, state, config)
-    try:
-        inspect.signature(made).bind(**arguments)
-    except TypeError as error:
-        raise ValueError(f"module_args={arguments}: do not fit module={config.module!r}: {error}") from error
-    module = made(**arguments)
+    module = callable_with(config.module, "module", arguments)(**arguments)
     if not isinstance(module, nn.Module):
         raise ValueError(f"module={config.module!r}: gave a {type(module).__name__}, and no torch module.")
     return module
+
+
+def callable_with(name: str, argument: str, arguments: Mapping[str, Any]) -> Callable[..., Any]:
+    """What a name stands for, where it can be called with these keyword arguments.
+
+    Args:
+        name: as of :func:`~lightning_slt.sweep.settings.find`.
+        argument: whose value it is, for errors; its keyword arguments are those of ``<argument>_args``.
+        arguments: these.
+
+    Raises:
+        ValueError: where it cannot be had, or lacks one of the arguments, or is given one that it does not know.
+    """
+    made = find(name, argument)
+    try:
+        inspect.signature(made).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{argument}_args={dict(arguments)}: do not fit {argument}={name!r}: {error}") from error
+    return made
 
 
 def _from_checkpoint(
@@ -231,7 +247,10 @@ def _from_checkpoint(
 ) -> LightningModule:
     arguments = dict(config.module_args)
     try:
-        return made.load_from_checkpoint(path, map_location="cpu", strict=False, weights_only=False, **arguments)
+        with warnings.catch_warnings():
+            # names inside wrappers are put right afterwards, and what does not fit then is an error
+            warnings.filterwarnings("ignore", message="Found keys that are")
+            return made.load_from_checkpoint(path, map_location="cpu", strict=False, weights_only=False, **arguments)
     except TypeError as error:
         if "__init__()" not in str(error):
             raise
@@ -271,7 +290,8 @@ def _data_of(config: SweepConfig) -> Any:
 @lru_cache(maxsize=1)
 def _data(name: str, arguments: str) -> Any:
     """Dataset, loader or datamodule; read once by a process."""
-    data = find(name, "data")(**json.loads(arguments))
+    given = json.loads(arguments)
+    data = callable_with(name, "data", given)(**given)
     if isinstance(data, LightningDataModule):
         data.prepare_data()
         data.setup("fit")
@@ -334,6 +354,7 @@ __all__ = [
     "OpenedPoint",
     "Point",
     "Task",
+    "callable_with",
     "make_module",
     "make_objective",
     "make_source",

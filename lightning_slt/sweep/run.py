@@ -20,7 +20,15 @@ from lightning_slt.publish.files import FilesSink
 from lightning_slt.record import Estimate, RunRecord
 from lightning_slt.sweep.checkpoint import Checkpoint, in_order, read_state
 from lightning_slt.sweep.executors import Executor, locally, named_devices
-from lightning_slt.sweep.point import POINTS_FOLDER, MisfitError, Point, Task, make_objective, read_point
+from lightning_slt.sweep.point import (
+    POINTS_FOLDER,
+    MisfitError,
+    Point,
+    Task,
+    callable_with,
+    make_objective,
+    read_point,
+)
 from lightning_slt.sweep.settings import SweepConfig
 from lightning_slt.transition_record import TransitionLog
 from lightning_slt.transitions import Transition, detect_transitions
@@ -96,6 +104,7 @@ def sweep(
             f"folder={config.folder!r}: holds the record of a run that a monitor measured, which a sweep would write "
             "anew. Give another folder."
         )
+    callable_with(config.data, "data", config.data_args)  # not at every point, with the record written anew of none
     localization = config.localization if config.localization is not None else _settle(points, config, folder)
     tasks = [Task.of(checkpoint, config, localization) for checkpoint in points]
     found: dict[int, Point] = {task.step: point for task in tasks if (point := read_point(task)) is not None}

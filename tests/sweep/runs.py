@@ -66,6 +66,10 @@ def dataset() -> TensorDataset:
     return tensors()
 
 
+def of_size(size: int) -> TensorDataset:
+    return TensorDataset(*(t[:size] for t in tensors().tensors))
+
+
 class Data(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         return loader()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -295,6 +296,8 @@ def _descendants(pid: int) -> list[int]:
         ({"module": "nowhere.py:Net"}, r"module='nowhere\.py:Net': cannot be imported: FileNotFoundError"),
         ({"module": "tests.sweep.runs:dataset"}, r"gave a TensorDataset, and no torch module"),
         ({"module": "tests.sweep.runs:Model"}, r"module_args={}: do not fit .*missing a required argument: 'lr'"),
+        ({"data": "tests.sweep.runs:of_size"}, r"data_args={}: do not fit .*missing a required argument: 'size'"),
+        ({"data_args": {"sise": 3}}, r"data_args={'sise': 3}: do not fit data=.*unexpected keyword argument 'sise'"),
         ({"probe": 0}, r"probe=0: must be at least 1"),
         ({"query": 3}, r"given without probe"),
         ({"num_draws": 0}, r"num_draws=0: must be at least 1"),
@@ -309,6 +312,34 @@ def test_what_cannot_be_measured_is_said(
         setattr(config, name, value)
     with pytest.raises(ValueError, match=message):
         sweep([tmp_path / "a.pt"], config, here([]))
+
+
+def test_arguments_that_do_not_fit_the_data_leave_the_curve_of_before(config: SweepConfig, tmp_path: Path) -> None:
+    """Localization is kept in the folder, so that nothing else asks for the data before the points do."""
+    paths, _ = runs.train(tmp_path / "run")
+    before = sweep(paths[:2], config, here([]))
+    with pytest.raises(ValueError, match=r"data_args={'size': 3}: do not fit"):
+        sweep(paths[:2], dataclasses.replace(config, data_args={"size": 3}), here([]))
+    assert_same_points(list(RunRecord(before.folder).read()), before.estimates)
+
+
+def test_nothing_is_said_of_names_inside_wrappers_that_are_put_right(
+    config: SweepConfig, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Lightning, which does not put them right, says of each that the checkpoint lacks it."""
+    paths, _ = runs.train(tmp_path / "run")
+    plain = sweep(paths[:1], config, here([]))
+    stored = torch.load(paths[0], weights_only=False)
+    stored["state_dict"] = {name.replace("net.", "net._orig_mod."): w for name, w in stored["state_dict"].items()}
+    torch.save(stored, tmp_path / "compiled.ckpt")
+    recwarn.clear()
+    compiled = sweep([tmp_path / "compiled.ckpt"], config, here([]))
+    assert_same_points(compiled.estimates, plain.estimates)
+    assert [str(w.message) for w in recwarn if "Found keys" in str(w.message)] == []
+    stored["state_dict"].popitem()
+    torch.save(stored, tmp_path / "cut.ckpt")
+    with pytest.raises(ValueError, match=r"cut\.ckpt: its weights do not fit module="):
+        sweep([tmp_path / "cut.ckpt"], dataclasses.replace(config, folder=str(tmp_path / "other")), here([]))
 
 
 def test_the_record_of_a_monitor_is_not_written_anew(config: SweepConfig, tmp_path: Path) -> None:
