@@ -124,7 +124,10 @@ def sweep(
     estimates = [found[task.step][0] for task in tasks if task.step in found]
     influences = [i for task in tasks if task.step in found and (i := found[task.step][1]) is not None]
     transitions = transitions_of(estimates, config.false_alarms)
-    _write_record(folder, estimates, influences, transitions, config)
+    if estimates or not RunRecord(folder).path.exists():
+        _write_record(folder, estimates, influences, transitions, config)
+    else:
+        say(f"{folder}: the record of an earlier sweep is left as it was, since no point was measured")
     return SweepResult(
         folder,
         tuple(estimates),

@@ -323,6 +323,17 @@ def test_arguments_that_do_not_fit_the_data_leave_the_curve_of_before(config: Sw
     assert_same_points(list(RunRecord(before.folder).read()), before.estimates)
 
 
+def test_a_sweep_that_measures_nothing_leaves_the_curve_of_before(config: SweepConfig, tmp_path: Path) -> None:
+    paths, _ = runs.train(tmp_path / "run")
+    before = sweep(paths[:2], config, here([]))
+    said: list[str] = []
+    other = dataclasses.replace(config, num_draws=config.num_draws + 10)
+    result = sweep(paths[:2], other, lambda tasks: ((task, "out of memory") for task in tasks), say=said.append)
+    assert not result.estimates and len(result.failed) == 2
+    assert_same_points(list(RunRecord(before.folder).read()), before.estimates)
+    assert said[-1] == f"{before.folder}: the record of an earlier sweep is left as it was, since no point was measured"
+
+
 def test_nothing_is_said_of_names_inside_wrappers_that_are_put_right(
     config: SweepConfig, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
