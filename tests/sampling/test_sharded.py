@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_slt.sampling.collective import Alone
+from lightning_slt.sampling.collective import Alone, Together
+from lightning_slt.sampling.layout import Layout
+from lightning_slt.sampling.noise import TableNormal
 from lightning_slt.sampling.sharded import ShardedObjective, fully_sharded, whole_weights
 from lightning_slt.sampling.steps import NoLossError
 from tests.sampling.helpers import gen, mean_squared, seeded
@@ -87,8 +89,10 @@ def test_training_has_back_what_it_had_whatever_came_in_between(breaks: bool) ->
     net[0].bias.grad = None
     objective = objective_of(net, restrict=["0.*", "2.weight"])
     before, grads = kept_of(net), [p.grad for p in net.parameters()]
+    net.asked.clear()
     try:
         with objective.active():
+            assert net.asked[-1] == "reshard"  # a pass of training has left gathered weights
             assert all(p.grad is None for p in net.parameters()) and not net[1].training
             moving = {n for n, p in net.named_parameters() if p.requires_grad}
             assert moving == {"0.weight", "0.bias", "2.weight"}
@@ -153,6 +157,47 @@ def test_a_pass_leaves_the_shards_where_no_backward_pass_will_and_is_undone_wher
         with pytest.raises(NoLossError):
             objective._call.losses(net, batch())
         assert net.asked == ["reset", "reshard"]
+
+
+def test_ranks_that_run_a_chain_together_are_told_of_its_passes() -> None:
+    told: list[str] = []
+
+    class Told(Together):
+        def begin_pass(self) -> None:
+            told.append("begins")
+
+        def break_off(self) -> None:
+            told.append("broken off")
+
+    net = seeded(Wrapped)
+    objective = objective_of(net, Told(Alone()))  # type: ignore[arg-type]
+    with objective.active():
+        objective._call.losses(net, batch())
+        assert told == ["begins"]
+        with pytest.raises(RuntimeError):
+            objective._call.losses(net, (torch.zeros(2, 9), torch.zeros(2, 2)))
+    assert told == ["begins", "begins", "broken off"]
+
+
+def test_the_pieces_lie_one_after_another() -> None:
+    """So that their noise is that of the whole."""
+    objective = objective_of(seeded(Wrapped))
+    d = sum(p.numel() for p in seeded(Wrapped).parameters())
+    assert objective.layout.num_weights == d == len(objective.anchor)
+    drawn = [torch.empty(d), torch.empty(d)]
+    for layout, out in zip((objective.layout, Layout(d)), drawn, strict=True):
+        layout.normal_(out, TableNormal(0))
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_weights_of_any_precision_come_back_to_the_last_bit(dtype: torch.dtype) -> None:
+    net = seeded(Wrapped).to(dtype)
+    before = kept_of(net)
+    objective = objective_of(net)
+    with objective.active():
+        objective.load([torch.zeros_like(p) for p in objective.pieces(objective.anchor)])
+    assert_same(kept_of(net), before)
 
 
 def test_chains_have_the_buffers_of_the_first_rank_and_training_its_own() -> None:
