@@ -13,7 +13,7 @@ from lightning_slt.callbacks.attempts import Attempts
 from lightning_slt.callbacks.distribution import RankFailedError
 from lightning_slt.callbacks.moment import Moment
 from lightning_slt.callbacks.overhead import Decision
-from lightning_slt.callbacks.signals import BrokenOffError
+from lightning_slt.callbacks.signals import BrokenOffError, SignalsHeld
 from lightning_slt.callbacks.sizing import size_of, sized
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.sampling.collective import Alone, RankLostError
@@ -81,14 +81,19 @@ class Firing:
         return settings, before
 
     def fire(self, held: Any = None, decision: Optional[Decision] = None, sharded: bool = False, smoke: int = 0) -> Any:
+        held = held or Held()
+        self.attempts._fire(self.moment(decision, sharded, smoke), held)
+        return held
+
+    def moment(
+        self, decision: Optional[Decision] = None, sharded: bool = False, smoke: int = 0, ranks: Any = None
+    ) -> Any:
         strategy = ModelParallelStrategy() if sharded else SingleDeviceStrategy()
         trainer: Any = SimpleNamespace(
             strategy=strategy, progress_bar_callback=None, is_global_zero=True, current_epoch=2, fast_dev_run=smoke
         )
         net: Any = None
-        held = held or Held()
-        self.attempts._fire(Moment(trainer, net, 40, 41, Alone(), decision), held)
-        return held
+        return Moment(trainer, net, 40, 41, ranks or Alone(), decision)
 
 
 def test_an_estimate_has_its_place_in_the_run_and_what_it_took() -> None:
@@ -179,6 +184,24 @@ def test_what_a_signal_breaks_off(raises: bool, sharded: bool, asked: Optional[s
     firing = Firing(raises=raises)
     held = firing.fire(sharded=sharded)
     assert firing.measured[1]._check == (getattr(held, asked) if asked else None)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_ctrl_c_waits_for_chains_of_several_ranks_that_could_be_left_alone(
+    sharded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chains over shards are all ranks' own."""
+    held: list[int] = []
+
+    class Counted(SignalsHeld):
+        def __init__(self, ranks: int) -> None:
+            held.append(ranks)
+            super().__init__(ranks)
+
+    monkeypatch.setattr(module, "SignalsHeld", Counted)
+    firing = Firing()
+    firing.attempts.fire(firing.moment(sharded=sharded, ranks=SimpleNamespace(rank=0, world_size=3)))
+    assert held == [1 if sharded else 3] and len(firing.estimates) == 1
 
 
 def test_components_come_after_the_estimate_which_stands_where_they_fail() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,15 @@ def test_all_ranks_have_the_batches_of_the_first(held: bool, differ: bool) -> No
     assert asked == ([1, 1 + each, 1 + each, 1 + each] if held else [1, 1 + each, 1 + each, 1 + 2 * each])
     for a, b in zip(first.window(1).batches, second.window(1).batches, strict=True):
         assert torch.equal(a[0], b[0]) and int(b[0].max()) < 24
+
+
+def test_batches_that_were_sent_do_not_stand_beside_the_next_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, second, _ = both(source(0, max_bytes=64), source(100, max_bytes=64), True)
+    sent = weakref.ref(second.window(0))
+    read, gone = second._source.window, list[bool]()
+    monkeypatch.setattr(second._source, "window", lambda index: gone.append(sent() is None) or read(index))
+    second.window(1)
+    assert gone == [True]
 
 
 def test_losses_at_weights_that_have_changed_are_forgotten_and_the_batches_stay() -> None:
