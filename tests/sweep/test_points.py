@@ -94,6 +94,9 @@ def test_samples_that_are_probed_are_asked_for_by_number(tmp_path: Path) -> None
     assert probes is not None and probes.query is not None
     assert (len(probes.train.index), len(probes.query.index)) == (6, 4)
     assert _probes(source, config_of(tmp_path), CPU) is None
+    chosen = [_probes(source, config_of(tmp_path, probe=6, seed=seed), CPU) for seed in (0, 0, 1)]
+    indices = [found.train.index for found in chosen if found is not None]
+    assert indices[0] == indices[1] != indices[2] and len(indices) == 3
     assert _probes(source, config_of(tmp_path, probe=6), CPU).query is None  # type: ignore[union-attr]
     batches = ReplaySource([torch.zeros(4, 2)], 4, 4)
     with pytest.raises(ValueError, match=r"probe=6: data='.*' gives no samples that can be asked for by number"):
@@ -180,7 +183,7 @@ def test_points_of_a_curve_are_held_against_each_other_by_the_chains_error(monke
     """As the monitor does."""
     told: list[Any] = []
     monkeypatch.setattr("lightning_slt.sweep.run.detect_transitions", lambda *a, **k: told.append((a, k)) or [])
-    estimates = [make_estimate(step=step) for step in (3, 9)]
+    estimates = [make_estimate(step=step, se=0.5, owed=0.3, lean=0.1, valid=step > 3) for step in (3, 9)]
     transitions_of(estimates, 0.2)
     (steps, means, errors, losses, comparable), options = told[0]
     assert steps.tolist() == [3.0, 9.0] and options == {"false_alarms": 0.2}
