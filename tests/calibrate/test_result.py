@@ -48,23 +48,33 @@ def test_a_firing_that_is_begun_in_a_step_of_training_takes_all_of_it() -> None:
 
 @pytest.mark.parametrize(
     ("later", "steps", "found"),
-    [(2.0, 3 + 5, 2.0), (0.25, 3 + 5, 0.25), (0.1, 3 + 11, 0.1), (1e-4, 3 + 100, 1e-4)],
+    [(2.0, 3 + 5, 2.0), (0.25, 3 + 5, 0.25), (0.11, 3 + 10, 0.11), (1e-4, 3 + 100, 1e-4)],
     ids=["long steps", "some of them", "of a second in all", "short steps"],
 )
 def test_training_is_timed_for_about_a_second_and_not_while_kernels_are_loaded(
     later: float, steps: int, found: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three steps, however long, are not counted; five at the least are, and a hundred at the most."""
+    """Three steps, however long, are not counted; five at the least are, and a hundred at the most; of all minibatches
+    in turn."""
     for early in (9.0, 0.0):
         reads: list[float] = []
 
         def clock(device: torch.device, reads: list[float] = reads, early: float = early) -> float:
             step, end = divmod(len(reads), 2)
-            reads.append((reads[-1] if reads else 0.0) + (end and (early if step < 3 else later)))
+            reads.append(
+                (reads[-1] if reads else 0.0) + (end and (early if step < 3 else later * (0.98 + step % 5 / 100)))
+            )
             return reads[-1]
 
         monkeypatch.setattr(training_step, "seconds_on", clock)
-        objective = Objective(nn.Linear(5, 3), mean_squared)
-        assert training_step_seconds(objective, DatasetSource(regression(), 16)) == pytest.approx(found)
+        seen: list[float] = []
+
+        def loss(module: nn.Module, batch: Any, seen: list[float] = seen) -> torch.Tensor:
+            seen.append(float(batch[0][0, 0]))
+            return mean_squared(module, batch)
+
+        source = DatasetSource(regression(), 16)
+        assert training_step_seconds(Objective(nn.Linear(5, 3), loss), source) == pytest.approx(found)
+        assert len(set(seen[-6:])) == 6 == len(source.window(0))
         if early == 0.0:
             assert len(reads) == 2 * steps
