@@ -309,3 +309,12 @@ def test_what_shards_leave_stays_on_its_rank_and_out_of_checkpoints() -> None:
     assert memory.preconditioner is not None and memory.preconditioner.tolist() == [2.0] * 3
     state = memory.state_dict()
     assert (state["displacements"], state["numbers"], state["preconditioner"]) == (None, [], None)
+
+
+def test_a_checkpoint_has_the_metric_with_the_displacements() -> None:
+    memory, resumed = ChainMemory(), ChainMemory()
+    memory.keep(make_chains(mlp(), regression(), mean_squared))
+    memory.preconditioner = torch.arange(66.0)
+    resumed.load_state_dict(memory.state_dict())
+    assert resumed.preconditioner is not None and resumed.displacements is not None
+    assert resumed.preconditioner.tolist() == list(range(66)) and resumed.numbers == memory.numbers
