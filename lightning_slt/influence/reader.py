@@ -63,15 +63,18 @@ class InfluenceReader:
     def take_gradients(self) -> Optional[Tensor]:
         """``[n_train, d]`` at ``w*``, kept for control variates with those of the queries; None where these do not
         fit, or are not to be had at once."""
-        probes = [p for p in (self._train, self._query) if p is not None]
-        room = MAX_GRADIENTS - self._train.n * len(self._anchor)
-        gradients = [p.gradients(room) if room > 0 else None for p in probes]
-        found = [g for g in gradients if g is not None]
-        if len(found) < len(gradients):
-            self._without_control = (
-                "no control variates: the gradients of all samples do not fit, or are not to be had at once"
-            )
-            return None
+        room, found = MAX_GRADIENTS, list[Tensor]()
+        for probe in (self._train, self._query):
+            if probe is None:
+                continue
+            gradients = probe.gradients(room)
+            if gradients is None:
+                self._without_control = (
+                    "no control variates: the gradients of all samples do not fit, or are not to be had at once"
+                )
+                return None
+            found.append(gradients)
+            room -= gradients.numel()
         self._gradients = torch.cat(found)
         return self._gradients[: self._train.n]
 

@@ -306,7 +306,7 @@ def make_source(data: Any, config: SweepConfig, transfer: BatchTransfer) -> Mini
     """
     loader = data
     if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, (DataLoader, list, tuple)):
-        loader = DataLoader(data, batch_size=min(config.batch_size or 64, max(len(data), 1)), shuffle=True)
+        loader = DataLoader(data, batch_size=64, shuffle=True)  # of fewer samples all are one batch
     if isinstance(loader, DataLoader):
         uniform, indices = uniform_samples(loader)
         if uniform:

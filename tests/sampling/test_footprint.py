@@ -24,6 +24,7 @@ from lightning_slt.sampling.layout import BLOCK
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.paths import GRADIENT_BUDGET, choose_engine, chunk_width, observe
 from lightning_slt.sampling.samplers import SGLD
+from lightning_slt.sampling.step_size import largest_step_of_chains
 from lightning_slt.sampling.window import Window
 from tests.sampling.helpers import make_chains, mean_squared, regression
 
@@ -39,11 +40,19 @@ def peak_copies(chains: int, method: str, sampler: SGLD | None, depth: int = DEP
     """Allocations larger than the activations of a batch, added up as they come and go."""
     torch.manual_seed(0)
     net, data = module(depth, width), TensorDataset(torch.randn(8, width), torch.randn(8, width))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        estimate_llc(
+    return peak_of(
+        lambda: estimate_llc(
             net, data, mean_squared, sampler=sampler, num_chains=chains, localization=1.0, method=method, **DRAWS
-        )
-    least = 2 * chains * width * 4
+        ),
+        net,
+        least=2 * chains * width * 4,
+    )
+
+
+def peak_of(work: Callable[[], object], net: nn.Module, least: int) -> float:
+    """What ``work`` allocates and holds at once in pieces of more bytes than ``least``, in copies of the weights."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -52,9 +61,9 @@ def peak_copies(chains: int, method: str, sampler: SGLD | None, depth: int = DEP
     return peak / sum(p.numel() * p.element_size() for p in net.parameters())
 
 
-def one_layer(depth: int = DEPTH) -> float:
+def one_layer(depth: int = DEPTH, width: int = WIDTH) -> float:
     """The gradient that backward makes of one parameter before it is added."""
-    return WIDTH / (depth * (WIDTH + 1))
+    return width / (depth * (width + 1))
 
 
 def block(depth: int = DEPTH) -> float:
@@ -88,6 +97,23 @@ def test_large_weights_are_held_no_more_than_twice_beside_the_chains_own(
     nor for the line to where it is: the gradient of one parameter more."""
     assert DEPTH * (WIDTH * WIDTH + WIDTH) * 4 < IN_PARTS <= LARGE * (WIDTH * WIDTH + WIDTH) * 4
     assert peak_copies(chains, "sequential", sampler, LARGE) <= chains + 2 + more + 2 * block(LARGE) + 0.01
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "num_chains"), [(DEPTH, WIDTH, 2), (LARGE, WIDTH, 1), (LARGE, WIDTH, 3), (1, 5 * WIDTH, 2)]
+)
+def test_the_search_for_a_step_around_chains_takes_two_copies_of_the_weights(
+    depth: int, width: int, num_chains: int
+) -> None:
+    """Beside the chains, which stay where they are, ``w*`` and the gradient of small weights, whose memory it takes."""
+    torch.manual_seed(0)
+    net = module(depth, width)
+    chains = make_chains(net, regression(4, width, width), mean_squared, num_chains=num_chains, batch_size=2)
+    chains.advance(2, 1e-7)
+    before = chains.weights.clone()
+    peak = peak_of(lambda: largest_step_of_chains(chains, 0), net, least=4 * width * 4)
+    assert 2.0 <= peak <= 2 + one_layer(depth, width) + 0.01
+    assert torch.equal(chains.weights, before)
 
 
 @pytest.mark.parametrize(("depth", "width", "more", "blocks"), [(LARGE, WIDTH, 0.0, 2), (1, 5 * WIDTH, 0.5, 5)])

@@ -20,6 +20,7 @@ from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.engines import BatchedEngine, BorrowedEngine, SequentialEngine
 from lightning_slt.sampling.gradients import GradientsInParts
+from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.samplers import SGLD, KineticLangevin, LeimkuhlerMatthews, RMSpropSGLD
 from lightning_slt.sampling.segment import NOISE_EVERY, NOISE_LAG, Segment
@@ -482,3 +483,19 @@ def test_a_model_in_half_precision_keeps_its_gradients_in_it() -> None:
     direction = torch.arange(66.0)
     _, slope = held.derivative(direction, lambda: engine.step(window[1]))
     assert slope == pytest.approx(float(torch.dot(whole[1], direction)), rel=1e-5)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_gradients_are_kept_beside_those_of_another_minibatch_where_they_are_few_bytes(
+    kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all the chains that move together; larger ones are computed once more."""
+    monkeypatch.setattr(gradients, "KEPT_GRADIENT", 2 * 3 * 4 - (not kept))
+    memory = torch.arange(6.0).reshape(2, 3)
+    engine: Any = None
+    held, asked = gradients.WholeGradients(engine, memory, [], Layout(3)), list[str]()
+    held.apart(_unasked, lambda keep: memory.add_(10.0 if keep else math.nan), lambda: memory.square().sum(dim=1))
+    assert memory.flatten().tolist() == [10.0, 9.0, 8.0, 7.0, 6.0, 5.0]
+    held.put_back(lambda: asked.append("again"))
+    assert asked == ([] if kept else ["again"]) and held._kept is None
+    assert (memory.flatten().tolist() == list(range(6))) is kept

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from lightning_slt.sampling.layout import BLOCK, Layout, Piece, ShardLayout
 from lightning_slt.sampling.noise import TableNormal
@@ -139,3 +140,26 @@ def test_a_placement_that_is_not_understood_is_named() -> None:
     partial = Distributed.of(tensor, tensor, Mesh((2,), 0), (Partial(),))
     with pytest.raises(ValueError, match=r"Partial.*restrict="):
         piece_of(partial, 0, 2)
+
+
+@pytest.mark.parametrize("rank", range(6))
+def test_rows_of_rows_that_were_cut_from_the_right_are_where_they_were(rank: int) -> None:
+    """As FSDP2 cuts what tensor parallelism has cut before: first over the three ranks of the right dimension."""
+    whole, mesh = torch.arange(60).reshape(12, 5), Mesh((2, 3), rank)
+    left, right = mesh.get_coordinate()
+    local = whole.chunk(3)[right].chunk(2)[left]
+    placements = (_StridedShard(0, split_factor=3), Shard(0))
+    piece = piece_of(Distributed.of(whole, local, mesh, placements), 100, 6)
+    assert [int(i) for i in piece.place] == (local.flatten() + 100).tolist()
+    assert (piece.size, piece.share) == (10, 1.0)
+
+
+def test_a_rank_that_is_not_where_its_placement_says_is_refused() -> None:
+    """A part of another shape, and a rank that is no part of the mesh."""
+    tensor = torch.zeros(4, 4)
+    with pytest.raises(ValueError, match=r"has \(3, 4\) here and not \(2, 4\).*Use restrict="):
+        piece_of(Distributed.of(tensor, tensor[:3], Mesh((2,), 0), (Shard(0),)), 0, 2)
+    outside = Mesh((2,), 0)
+    outside.get_coordinate = lambda: None  # type: ignore[assignment, method-assign, return-value]
+    with pytest.raises(ValueError, match="which chains do not know: use restrict="):
+        piece_of(Distributed.of(tensor, tensor[:2], outside, (Shard(0),)), 0, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -289,3 +290,31 @@ def test_what_is_forgotten_is_all_but_the_step_and_its_noise_does_not_come_back(
     assert (memory.lr, memory.ceiling, memory.generation) == (0.1, 0.5, 2)
     memory.forget()
     assert memory.generation == 2
+
+
+def test_what_shards_leave_stays_on_its_rank_and_out_of_checkpoints() -> None:
+    """However little it is; and the old displacements do not stand beside the new ones."""
+    memory, beside = ChainMemory(displacements=torch.ones(2, 3), numbers=(0, 1)), list[Tensor | None]()
+
+    def displacements() -> Tensor:
+        beside.append(memory.displacements)
+        return torch.zeros(2, 3)
+
+    chains: Any = SimpleNamespace(
+        displacements=displacements, preconditioner=torch.full((3,), 2.0), layout=SimpleNamespace(sharded=True),
+        num_chains=2, numbers=[0, 1], collective=None,
+    )  # fmt: skip
+    memory.keep(chains)
+    assert beside == [None] and memory.sharded and memory.numbers == (0, 1)
+    assert memory.preconditioner is not None and memory.preconditioner.tolist() == [2.0] * 3
+    state = memory.state_dict()
+    assert (state["displacements"], state["numbers"], state["preconditioner"]) == (None, [], None)
+
+
+def test_a_checkpoint_has_the_metric_with_the_displacements() -> None:
+    memory, resumed = ChainMemory(), ChainMemory()
+    memory.keep(make_chains(mlp(), regression(), mean_squared))
+    memory.preconditioner = torch.arange(66.0)
+    resumed.load_state_dict(memory.state_dict())
+    assert resumed.preconditioner is not None and resumed.displacements is not None
+    assert resumed.preconditioner.tolist() == list(range(66)) and resumed.numbers == memory.numbers

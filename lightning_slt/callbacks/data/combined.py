@@ -70,9 +70,8 @@ class Combined(MinibatchSource):
         taken = [int(index * count * end / epoch) for end in ends]
         rows = []
         for i in range(count):
-            place = min(int((i + offset) * epoch / count), epoch - 1)
-            row = [w[k % len(w)] if place < end else None for w, k, end in zip(windows, taken, ends, strict=True)]
-            taken = [k + (place < end) for k, end in zip(taken, ends, strict=True)]
+            place = min(int((i + offset) * epoch / count), epoch - 1)  # from the first to the last of one epoch
+            row = [w[(k + i) % len(w)] if place < end else None for w, k, end in zip(windows, taken, ends, strict=True)]
             rows.append(row)
         return rows
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Optional
 
@@ -11,6 +13,7 @@ import torch
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import TensorDataset
 
+from lightning_slt.callbacks.data import combined as module
 from lightning_slt.callbacks.data.combined import Combined, batches_of_epoch
 from lightning_slt.callbacks.data.training import LoaderPart, SourcePlan
 
@@ -22,13 +25,15 @@ def combined(
     ends: Optional[tuple[int, int]],
     batch_size: int = 4,
     max_bytes: tuple[int, int] = (LARGE,) * 2,
+    shortest: bool = False,
+    transfer: Callable[[Any], Any] = lambda batch: batch,
 ) -> Combined:
     """Loaders ``a`` and ``b`` over the numbers below ``sizes``, whose epoch has ``ends`` batches of each."""
     parts = tuple(
         LoaderPart(TensorDataset(torch.arange(n)), batch_size, None, None, 1, None, most, None)
         for n, most in zip(sizes, max_bytes, strict=True)
     )
-    source = SourcePlan(parts, tree_flatten({"a": 0, "b": 0})[1], max(sizes), False, ends).build(lambda batch: batch)
+    source = SourcePlan(parts, tree_flatten({"a": 0, "b": 0})[1], max(sizes), shortest, ends).build(transfer)
     assert isinstance(source, Combined)
     return source
 
@@ -79,12 +84,66 @@ def test_windows_of_less_than_an_epoch_keep_the_share(held: tuple[int, int]) -> 
     assert not source.resident and {len(rows) for rows in there} == {10}
     assert {sum(rows) for rows in there} == {2, 3}
     assert sum(sum(rows) for rows in there) == pytest.approx(100, abs=2)
-    counts = torch.tensor([uses(source, "a", 40)[i] for i in range(400)]).double()
+    used = uses(source, "a", 40)
+    counts = torch.tensor([used[i] for i in range(400)]).double()
     assert float(counts.sum()) == 1600  # 4 of each
     # batches are draws by themselves: a variance of 4, and five standard deviations of that of 400 numbers each way
     assert abs(float(counts.var()) / 4 - 1) < 5 * (2 / 400) ** 0.5
     if held[1] == LARGE:
-        assert max(uses(source, "b", 40).values()) <= 6 and len(uses(source, "b", 40)) == 100
+        short = uses(source, "b", 40)
+        assert max(short.values()) <= 6 and len(short) == 100
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ends", "batch_size", "fits", "rows"),
+    [((400, 100), (100, 25), 40, 100, (100, 10)), ((24, 24), (4, 2), 4, 8, (8, 4))],
+    ids=["one epoch", "two epochs of three"],
+)
+@pytest.mark.parametrize("of", ["batches", "bytes"])
+def test_as_many_whole_epochs_are_held_as_fit(
+    sizes: tuple[int, int],
+    ends: tuple[int, int],
+    batch_size: int,
+    fits: int,
+    rows: tuple[int, int],
+    of: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A row has a batch of each loader, of 8 bytes a sample. Where not one epoch fits, rows are from all over it."""
+    limit, each = ("MAX_RESIDENT_BYTES", 16 * batch_size) if of == "bytes" else ("MAX_RESIDENT_BATCHES", 1)
+    for most, expected in zip((fits * each, fits * each - 1), rows, strict=True):
+        monkeypatch.setattr(module, limit, most)
+        there = present(combined(sizes, ends, batch_size))
+        assert len(there) == expected
+        assert abs(sum(there) * ends[0] - ends[1] * expected) < ends[0]
+        # there is one window only, whichever is asked for first
+        assert [present(combined(sizes, ends, batch_size), index) for index in (1, 2)] == [there] * 2
+
+
+@pytest.mark.parametrize("ends", [None, (100, 25)])
+@pytest.mark.parametrize("held", [LARGE, 10 * 32])
+def test_a_window_is_kept_until_another_is_asked_for_and_is_gone_then(
+    held: int, ends: Optional[tuple[int, int]]
+) -> None:
+    """With what is known of its minibatches; it does not stand beside the next one's batches."""
+    seen: list[bool] = []
+    source = combined((400, 100), ends, max_bytes=(held, held), transfer=lambda batch: seen.append(old() is None))
+    old: Callable[[], Any] = lambda: None  # noqa: E731
+    first = source.window(3)
+    assert source.window(3) is first and (source.window(4) is first) is source.resident is (held == LARGE)
+    first = source.window(4)
+    assert source.window(4) is first
+    if not source.resident:
+        old = weakref.ref(first)
+        del first
+        seen.clear()
+        source.window(5)
+        assert seen == [True] * 10
+
+
+def test_the_shortest_loader_ends_the_rows_where_it_ends_the_epoch() -> None:
+    source = combined((24, 8), None, shortest=True)
+    assert present(source) == [True] * 2 and len(uses(source, "a")) == 8 and len(uses(source, "b")) == 8
 
 
 def test_a_loader_that_starts_again_is_always_there() -> None:
@@ -104,3 +163,4 @@ def test_an_epoch_of_training_that_is_cut_short_ends_for_every_loader() -> None:
 
     assert ends(6, 2) == (6, 2) == ends(6, 2, batches=1, fast=True)
     assert ends(6, 2, batches=4) == (4, 2) and ends(6, 2, batches=2) is None and ends(6, 6) is None
+    assert ends(6, 0) is None  # nothing of it at any place
