@@ -15,6 +15,7 @@ from lightning_slt.callbacks.moment import Moment
 from lightning_slt.callbacks.overhead import Decision
 from lightning_slt.callbacks.signals import BrokenOffError, SignalsHeld
 from lightning_slt.callbacks.sizing import size_of, sized
+from lightning_slt.callbacks.turns import Ahead
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.sampling.collective import Alone, RankLostError
 from tests.publish.helpers import make_estimate
@@ -42,6 +43,7 @@ class Firing:
         self.components_fail: Optional[Exception] = None
         self.measured: Any = None
         self.estimates: list[Any] = []
+        self.ahead: Optional[Ahead] = None
         self._time = 0.0
         self.history = SimpleNamespace(skipped=3, susceptibilities=["before"], estimates=self.estimates)
         asked: Any = SimpleNamespace(
@@ -51,8 +53,12 @@ class Firing:
         self.attempts = Attempts(
             asked,
             said,  # type: ignore[arg-type]
-            SimpleNamespace(now=self._now, took=self._took, budget=budget),  # type: ignore[arg-type]
-            SimpleNamespace(take_back=lambda step: self.told.append(("taken back", step))),  # type: ignore[arg-type]
+            SimpleNamespace(  # type: ignore[arg-type]
+                now=self._now, took=self._took, budget=budget, overhead_at_end=lambda *of: of
+            ),
+            SimpleNamespace(  # type: ignore[arg-type]
+                take_back=lambda step: self.told.append(("taken back", step)), ahead=lambda step: self.ahead
+            ),
             SimpleNamespace(measure=self._measure),  # type: ignore[arg-type]
             SimpleNamespace(measure=self._measure_components),  # type: ignore[arg-type]
             SimpleNamespace(  # type: ignore[arg-type]
@@ -118,15 +124,26 @@ def test_a_firing_of_the_budget_is_as_large_as_it_says() -> None:
     assert firing.told == [("took", 1.0, size, False)]
 
 
+@pytest.mark.parametrize("ahead", [None, Ahead(9, 0.1), Ahead(9, 0.0)])
 @pytest.mark.parametrize("budget", [None, object()])
-def test_the_share_of_the_run_is_spoken_of_where_nothing_bounds_it(
-    budget: Any, monkeypatch: pytest.MonkeyPatch
+def test_what_measuring_takes_is_spoken_of_where_nothing_bounds_it(
+    budget: Any, ahead: Optional[Ahead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[Any] = []
-    monkeypatch.setattr(module, "warn_if_large", lambda voice, estimates: said.append(list(estimates)))
+    """The clock goes on by a second at each look: two are in the firing, and a third with what followed."""
+    due: list[Any] = []
+    shares: list[Any] = []
+    monkeypatch.setattr(module, "say_what_is_due", lambda voice, *of: due.append(of))
+    monkeypatch.setattr(module, "warn_if_large", lambda voice, estimates, at_end: shares.append((estimates[:], at_end)))
     firing = Firing(budget=budget)
+    firing.ahead = ahead
     firing.fire()
-    assert said == ([firing.estimates] if budget is None else [])
+    firing.fire()
+    if budget is not None:
+        assert not due and not shares
+        return
+    assert due == ([(2.0, ahead)] if ahead else [])  # of the first alone
+    at_end = (0.1, 9, 2.0) if ahead and ahead.done else None
+    assert shares == [(firing.estimates[:1], at_end), (firing.estimates, at_end)]
 
 
 BROKEN_OFF = BrokenOffError("SIGTERM came")
