@@ -90,7 +90,7 @@ class Attempts:
             self._measure_components(moment, settings, raises)
         # drawing and logging count as overhead too, from the next firing's figure on
         clock.took(begin, size)
-        if clock.budget is None:
+        if clock.budget is None and not moment.is_smoke_test:
             self._say_what_it_takes(moment.step, clock.now() - begin)
 
     def _say_what_it_takes(self, step: int, seconds: float) -> None:

@@ -123,14 +123,17 @@ class RunClock:
     def overhead_at_end(self, done: float, firings: int, seconds: float) -> float:
         """Share that measuring will have had of the whole run, where the rest of it goes on as before.
 
+        Other monitors' firings count as what they have taken so far.
+
         Args:
-            done: share of the run's steps that is behind, above 0.
+            done: share that is behind of the steps that this clock sees, above 0.
             firings: still to come.
             seconds: of each.
         """
+        others = sum(other.measured_seconds for other in self._others)
         measured = self.measured_seconds + firings * seconds
-        training = max(self.run_seconds - self.measured_seconds, 0.0) / done
-        return measured / max(measured + training, 1e-9)
+        training = max(self.run_seconds - self.measured_seconds - others, 0.0) / done
+        return measured / max(measured + others + training, 1e-9)
 
     def state_dict(self) -> dict[str, Any]:
         """The time so far as plain types."""

@@ -350,6 +350,8 @@ class SLTMonitor(KeepsHistory):
             warn_of_untrained(trainer, pl_module, voice.who)
         last = self._turns.last
         self._turns.see(trainer)
+        if begins:
+            self._turns.began = self._turns.last
         self._course.go_on_from(self._reporting.open(trainer, self._turns.last, self._collective))
         self._reporting.start(self._config())
         if self._late is not None and not smoke_test:
@@ -505,6 +507,7 @@ class SLTMonitor(KeepsHistory):
         return {
             **self._reporting.history.state_dict(),
             "last_step": self._turns.last,
+            "first_step": self._turns.began,
             **self._course.state_dict(),
             **self._clock.state_dict(),
             "folder": str(self.folder) if self.folder is not None else None,
@@ -524,7 +527,7 @@ class SLTMonitor(KeepsHistory):
             return  # an empty state is of no run
         self._given = True
         self._reporting.history.load_state_dict(state_dict)
-        self._turns.last = int(state_dict["last_step"])
+        self._turns.last, self._turns.began = int(state_dict["last_step"]), int(state_dict.get("first_step", 0))
         self._course.load_state_dict(state_dict)
         if self._asked.settings.localization is not None:
             self._course.localization = self._asked.settings.localization

@@ -75,11 +75,12 @@ def warn_of_other_weights(voice: Voice, estimate: Estimate, before: int) -> None
 
 
 def say_cost(voice: Voice, clock: RunClock) -> None:
-    """What measuring took of a run that is over, and what came to nothing."""
+    """What measuring cost a run that is over, waiting for workers too, and what came to nothing."""
     share = clock.measured_seconds / max(clock.run_seconds, 1e-9)
+    of_run = f"{share:.0%}" if share >= 0.01 else f"{share:.1%}"
     failed = f"; {count_of(len(voice.failures), 'measurement')} failed" if voice.failures else ""
     rank_zero_info(
-        f"{voice.who}: measuring took {duration(clock.measured_seconds)}, {share:.0%} of this run's wall-clock{failed}"
+        f"{voice.who}: measuring cost this run {duration(clock.measured_seconds)}, {of_run} of its wall-clock{failed}"
     )
 
 

@@ -62,6 +62,14 @@ def steps_of_run(trainer: Trainer) -> Optional[int]:
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
 
+def steps_of_epoch(trainer: Trainer) -> Optional[int]:
+    """Batches of an epoch that will step the optimiser, None where that is not known or differs between epochs."""
+    batches, callbacks = trainer.num_training_batches, trainer.callbacks  # type: ignore[attr-defined]
+    if not math.isfinite(batches) or any(isinstance(c, GradientAccumulationScheduler) for c in callbacks):
+        return None
+    return max(math.ceil(batches / trainer.accumulate_grad_batches), 1)
+
+
 def is_of_batch_norm(trainer: Trainer) -> bool:
     """Whether this is the epoch that StochasticWeightAveraging adds after the last: the module holds the mean of the
     weights, which is no point of training's course, until BatchNorm has its statistics."""
@@ -150,12 +158,13 @@ class Schedule:
             return True
         return bisect_right(explicit, step) > bisect_right(explicit, last)
 
-    def still_due(self, step: int, total: int, steps_of_epoch: float) -> int:
-        """About how many steps after ``step`` are to be measured, of a run of ``total`` with so many steps an epoch:
-        the end of an epoch counts beside a step of the cadence that it falls together with.
+    def still_due(self, step: int, total: int, steps_of_epoch: Optional[int]) -> int:
+        """About how many steps after ``step`` are to be measured, of a run of ``total`` with so many steps an epoch
+        (needed for ``every_n_epochs`` alone): the end of an epoch counts beside a step of the cadence that it falls
+        together with.
 
         Example:
-            >>> Schedule.build(100, None, [0, 50, 200], None).still_due(100, 1000, 250.0)
+            >>> Schedule.build(100, None, [0, 50, 200], None).still_due(100, 1000, 250)
             9
         """
         count = 0
@@ -164,9 +173,9 @@ class Schedule:
             n = self.every_n_train_steps
             count += total // n - step // n
             explicit = [due for due in explicit if due % n]
-        if self.every_n_epochs is not None and math.isfinite(steps_of_epoch):
+        if self.every_n_epochs is not None and steps_of_epoch is not None:
             apart = self.every_n_epochs * steps_of_epoch
-            count += math.floor(total / apart) - math.floor(step / apart)
+            count += total // apart - step // apart
         return count + len(explicit)
 
     def due_epoch(self, epochs_done: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple, Optional
 
 from lightning.pytorch import Trainer
@@ -12,7 +11,7 @@ from lightning_slt.callbacks.arguments import is_smoke_test
 from lightning_slt.callbacks.clock import RunClock
 from lightning_slt.callbacks.overhead import Decision
 from lightning_slt.callbacks.resuming import step_before_its_firing
-from lightning_slt.callbacks.schedule import Schedule, is_of_batch_norm, steps_of_run
+from lightning_slt.callbacks.schedule import Schedule, is_of_batch_norm, steps_of_epoch, steps_of_run
 from lightning_slt.sampling.collective import Collective
 
 
@@ -33,7 +32,7 @@ class Ahead(NamedTuple):
 
     Attributes:
         firings: that are still due.
-        done: share of its steps that is behind.
+        done: share that is behind of the steps that the monitor sees.
     """
 
     firings: int
@@ -52,16 +51,17 @@ class Turns:
 
     Attributes:
         last: the step told of last; a later one is not looked at twice.
+        began: the step at which the monitor came to the run: 0, but where it was added to one that is resumed.
     """
 
     def __init__(self, schedule: Schedule, clock: RunClock) -> None:
         self._schedule, self._clock = schedule, clock
         self._explicit: tuple[int, ...] = ()
         self._total: Optional[int] = None
-        self._steps_of_epoch: float = math.inf
+        self._steps_of_epoch: Optional[int] = None
         self._ask_at = 0
         self._done_fast_run = False
-        self.last = 0
+        self.last = self.began = 0
 
     def open(self, trainer: Trainer, collective: Collective, called: str) -> None:
         """A fit begins: find the steps of its schedule, those of the first rank for all ranks.
@@ -84,15 +84,14 @@ class Turns:
                 "steps and wait for each other. Use every_n_train_steps=, or loaders of one length."
             )
         self._total = told[0][1]
-        if self._schedule.every_n_epochs is not None and math.isfinite(lengths[0]):
-            self._steps_of_epoch = max(math.ceil(lengths[0] / trainer.accumulate_grad_batches), 1)
+        self._steps_of_epoch = steps_of_epoch(trainer) if self._schedule.every_n_epochs is not None else None
         self._explicit = self._schedule.explicit_steps(self._total)
         self._ask_at = 0  # every rank asks at once
         self._done_fast_run = False
 
     def forget(self) -> None:
         """Another run, no step of which is done."""
-        self.last = 0
+        self.last = self.began = 0
 
     def before_training(self, trainer: Trainer) -> Optional[Turn]:
         """Step 0 of a run that begins, where it is named."""
@@ -143,11 +142,12 @@ class Turns:
         self.last = min(self.last, max(step - 1, 0))
 
     def ahead(self, step: int) -> Optional[Ahead]:
-        """What comes after ``step``; None in a run without a known end."""
-        if not self._total:
+        """What comes after ``step``; None where the end of the run is not known, or how many epochs it has."""
+        epochs_unknown = self._schedule.every_n_epochs is not None and self._steps_of_epoch is None
+        if self._total is None or self._total <= self.began or epochs_unknown:
             return None
         firings = self._schedule.still_due(step, self._total, self._steps_of_epoch)
-        return Ahead(firings, min(step / self._total, 1.0))
+        return Ahead(firings, min((step - self.began) / (self._total - self.began), 1.0))
 
     def decide(self, step: int, collective: Collective) -> Optional[Decision]:
         """What the budget says to a step that is due; None where it does not cover it.

@@ -75,7 +75,7 @@ class InfluenceReader:
                 return None
             found.append(gradients)
             room -= gradients.numel()
-        self._gradients = torch.cat(found)
+        self._gradients = torch.cat(found) if len(found) > 1 else found[0]
         return self._gradients[: self._train.n]
 
     def control_with(self, sampling: KineticSampling) -> None:

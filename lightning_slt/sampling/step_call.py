@@ -31,8 +31,8 @@ class StepCall:
     """The step of a module, or the ``loss_fn`` that was given, as chains call it.
 
     What trying it shows (:mod:`~lightning_slt.sampling.trials`) is said by another one, made by
-    :func:`dataclasses.replace`. Only ``differentiates`` shows in the calls themselves, at any of them, and is kept from
-    there on.
+    :func:`dataclasses.replace`. Only ``differentiates`` shows in the calls themselves, and is kept from there on: what
+    the step asks for and cannot have at any of them, gradients that it leaves behind at the first :data:`LOOKS`.
 
     Attributes:
         loss_fn: gives the losses of a module on a batch, see :func:`~lightning_slt.sampling.steps.loss_function`.

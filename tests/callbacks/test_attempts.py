@@ -141,6 +141,8 @@ def test_what_measuring_takes_is_spoken_of_where_nothing_bounds_it(
     if budget is not None:
         assert not due and not shares
         return
+    firing.fire(smoke=1)  # of which there is one alone, whatever the cadence says
+    firing.estimates.pop()
     assert due == ([(2.0, ahead)] if ahead else [])  # of the first alone
     at_end = (0.1, 9, 2.0) if ahead and ahead.done else None
     assert shares == [(firing.estimates[:1], at_end), (firing.estimates, at_end)]

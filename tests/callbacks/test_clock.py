@@ -52,6 +52,19 @@ def test_the_share_at_the_end_counts_what_is_still_to_come_of_both(time: Time) -
     assert clock.overhead_at_end(1.0, firings=0, seconds=10.0) == pytest.approx(20 / 30) == clock.overhead(clock.now())
 
 
+def test_the_share_at_the_end_takes_other_monitors_for_no_training(time: Time) -> None:
+    """10 s of training for a tenth of the steps; the other one's 40 s are neither stretched nor this one's."""
+    clock, other = RunClock(), RunClock()
+    clock.start(others=[clock, other])
+    other.start(others=[clock, other])
+    time.passes(10.0)
+    for measured, seconds in ((clock, 20.0), (other, 40.0)):
+        begin = clock.now()
+        time.passes(seconds)
+        measured.took(begin)
+    assert clock.overhead_at_end(0.1, firings=2, seconds=10.0) == pytest.approx(40 / (40 + 40 + 100))
+
+
 def test_a_run_is_the_sum_of_its_fits(time: Time) -> None:
     clock = RunClock()
     for seconds in (7.0, 5.0):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
+from lightning_slt import SLTMonitor
 from lightning_slt.callbacks.remarks import say_how
 from lightning_slt.callbacks.said import Voice
 from lightning_slt.record import Estimate
@@ -24,6 +27,20 @@ def test_a_failure_is_told_whole_once() -> None:
     assert voice.failures == []
     with pytest.warns(UserWarning, match=who + r" 12 failed and is left out; training goes on\. no data$"):
         voice.failed(12, "no data")
+
+
+def test_all_that_a_broken_background_leaves_out_has_failed() -> None:
+    """Said once, and counted each time."""
+    monitor = SLTMonitor(every_n_train_steps=4, execution="background", devices=["cpu"])
+    late, voice = monitor._late, monitor._voice
+    assert late is not None
+    with pytest.warns(UserWarning, match="step 4 failed and is left out; training goes on. So are all"):
+        late._say_broken(4, "the worker died.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in (8, 12):
+            late._say_broken(step, "the worker died.")
+    assert voice.failures == [4, 8, 12]
 
 
 def test_another_run_is_told_again() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from lightning_slt.callbacks.schedule import Schedule, log_spaced_steps, steps_of_run
+from lightning_slt.callbacks.schedule import Schedule, log_spaced_steps, steps_of_epoch, steps_of_run
 
 
 def test_any_number_of_steps_may_be_asked_for_of_a_run_without_a_known_end() -> None:
@@ -56,5 +56,20 @@ def test_how_many_firings_are_still_due(asked: dict[str, Any], step: int, due: i
     assert Schedule(**asked).still_due(step, 1000, 250) == due
 
 
-def test_epochs_without_a_known_length_are_not_counted() -> None:
-    assert Schedule(every_n_epochs=1, at_steps=(7,)).still_due(1, 1000, math.inf) == 1
+@pytest.mark.parametrize(
+    ("batches", "accumulated", "callbacks", "steps"),
+    [
+        (100, 1, [], 100),
+        (100, 8, [], 13),
+        (0, 1, [], 1),
+        (math.inf, 1, [], None),
+        (100, 1, [GradientAccumulationScheduler({0: 8})], None),
+    ],
+)
+def test_steps_of_an_epoch_are_known_where_all_have_as_many(
+    batches: float, accumulated: int, callbacks: list[Any], steps: Optional[int]
+) -> None:
+    trainer: Any = SimpleNamespace(
+        num_training_batches=batches, accumulate_grad_batches=accumulated, callbacks=callbacks
+    )
+    assert steps_of_epoch(trainer) == steps

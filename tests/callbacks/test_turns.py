@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any, Optional
 
@@ -10,7 +11,7 @@ import pytest
 from lightning_slt.callbacks.clock import RunClock
 from lightning_slt.callbacks.overhead import Decision, OverheadBudget
 from lightning_slt.callbacks.schedule import Schedule
-from lightning_slt.callbacks.turns import Turn, Turns
+from lightning_slt.callbacks.turns import Ahead, Turn, Turns
 from lightning_slt.sampling.collective import Alone
 
 
@@ -103,6 +104,31 @@ def test_a_batch_of_this_process_is_no_batch_of_a_checkpoint() -> None:
     assert turns.missed(broken_off, 4) == Turn(5, 4)
     broken_off.fit_loop.epoch_loop.restarting = False
     assert turns.missed(broken_off, 4) is None
+
+
+@pytest.mark.parametrize(
+    ("schedule", "batches", "began", "ahead"),
+    [
+        ({"every_n_train_steps": 10}, 25, 0, Ahead(6, 0.4)),
+        ({"every_n_train_steps": 10}, 25, 20, Ahead(6, 0.25)),
+        ({"every_n_train_steps": 10}, 25, 100, None),
+        ({"every_n_epochs": 1}, 25, 0, Ahead(3, 0.4)),
+        ({"every_n_epochs": 1}, math.inf, 0, None),
+        ({"at_steps": (5, 50, 200)}, math.inf, 0, Ahead(1, 0.4)),
+    ],
+)
+def test_what_is_ahead_of_a_step(schedule: dict[str, Any], batches: float, began: int, ahead: Optional[Ahead]) -> None:
+    """Of 100, at the 40th; None where it cannot be told."""
+    turns = Turns(Schedule(**schedule), RunClock())
+    assert turns.ahead(40) is None
+    given = {"estimated_stepping_batches": 100, "max_epochs": -1, "max_steps": 100, "accumulate_grad_batches": 1}
+    turns.open(trainer_at(0, num_training_batches=batches, **given), Alone(), "every_n_epochs")
+    turns.began = began
+    assert turns.ahead(40) == ahead
+    turns.forget()
+    assert turns.began == 0
+    turns.open(trainer_at(0, num_training_batches=25, **{**given, "estimated_stepping_batches": math.inf}), Alone(), "")
+    assert turns.ahead(40) is None
 
 
 def test_the_budget_is_asked_when_it_said_and_at_once_in_another_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -316,6 +316,21 @@ def test_the_first_of_long_firings_says_how_many_are_due(
     assert [text.startswith(due) for text in caplog.messages if " are due " in text] == [True] * said_first
 
 
+def test_a_monitor_that_comes_to_a_resumed_run_counts_from_there(clock: Clock, tmp_path: Path) -> None:
+    """Its clock has seen no step of before; and it remembers when it came, where it is resumed in turn."""
+    path = str(tmp_path / "a.ckpt")
+    scenario(16).run(tmp_path / "a").trainer.save_checkpoint(path)
+    first = tiny_monitor(every_n_train_steps=4)
+    scenario(24).run(tmp_path / "b", first, ckpt_path=path).trainer.save_checkpoint(path)
+    again = tiny_monitor(every_n_train_steps=4)
+    scenario(28).run(tmp_path / "b", again, ckpt_path=path)
+    assert [steps_of(monitor) for monitor in (first, again)] == [[20, 24], [20, 24, 28]]
+    assert [monitor.state_dict()["first_step"] for monitor in (first, again)] == [16, 16]
+    fresh = tiny_monitor(every_n_train_steps=4)
+    scenario(8).run(tmp_path / "c", fresh)
+    assert fresh.state_dict()["first_step"] == 0
+
+
 @pytest.mark.parametrize(("steps", "took"), [(12, "1 min 10 s"), (24, "2 min 16 s")])
 def test_it_is_said_at_the_end_what_measuring_took(
     clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int, took: str
@@ -323,7 +338,7 @@ def test_it_is_said_at_the_end_what_measuring_took(
     """Beside steps of 1 s, and also where too few firings came for a warning."""
     with caplog.at_level("INFO", logger="lightning.pytorch"):
         scenario(steps).run(tmp_path, tiny_monitor(every_n_train_steps=4))
-    assert f"SLTMonitor: measuring took {took}, 85% of this run's wall-clock" in caplog.messages
+    assert f"SLTMonitor: measuring cost this run {took}, 85% of its wall-clock" in caplog.messages
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 5])
@@ -411,6 +426,39 @@ def test_waiting_for_room_is_measuring_and_counts_once(clock: Clock, tmp_path: P
     assert state["seconds"] == 57.0 and state["run_seconds"] == 117.0
     assert state["budget"]["trained"] == 60.0
     assert state["budget"]["credit"] == pytest.approx(CAP * 1.0 - 57.0 + 20.0)  # a snapshot is priced at a batch
+
+
+class WaitsAtTheEnd(WaitsAlways):
+    """Results that are still out when training is over: one comes after 20 s, another one not within 30 more."""
+
+    full = False
+    pending = (40, 60)
+    await_all = WaitsAlways.make_room
+
+    def make_room(self, progress: Any) -> Iterator[Late]:
+        return iter(())
+
+    def send(self, *_: Any) -> None:
+        pass
+
+
+def test_waiting_for_the_last_results_is_measuring_too(
+    clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    inline = tiny_monitor(at_steps=[1])
+    scenario(1).run(tmp_path / "inline", inline)
+    monitor = tiny_monitor(every_n_train_steps=None, at_steps=[40], execution="background")
+    assert monitor._late is not None
+    beside = monitor._late._beside = WaitsAtTheEnd(clock)
+    beside.result = Late(Result(40, inline.estimates[0].replace(step=None), None, None, None), {"step": 40, "x": 39})
+    caplog.clear()
+    with (
+        caplog.at_level("INFO", logger="lightning.pytorch"),
+        pytest.warns(UserWarning, match=r"steps \(40, 60\) did not come within"),
+    ):
+        scenario(60).run(tmp_path, monitor)
+    assert monitor.state_dict()["seconds"] == 50.0 and monitor.state_dict()["run_seconds"] == 110.0
+    assert "SLTMonitor: measuring cost this run 50 s, 45% of its wall-clock" in caplog.messages
 
 
 # -------------------------------------------------------------------------------------------------------------- sizes

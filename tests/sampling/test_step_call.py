@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_slt.sampling.step_call import StepCall
+from lightning_slt.sampling.step_call import LOOKS, StepCall
 from lightning_slt.sampling.step_tensors import TensorLook
 
 
@@ -100,6 +100,25 @@ def test_that_a_step_calls_backward_under_gradients_of_its_own_is_found_by_what_
     with torch.no_grad():
         call.loss(module, torch.full((1, 1), 3.0))
     assert not call.differentiates and module.weight.grad is kept
+
+
+@pytest.mark.parametrize(("call_number", "found"), [(LOOKS, True), (LOOKS + 1, False)])
+def test_what_a_step_leaves_is_looked_for_at_the_first_calls(call_number: int, found: bool) -> None:
+    """A walk through all parameters at every loss would show in its time."""
+    calls: list[None] = []
+
+    def step(module: nn.Module, batch: Tensor) -> Tensor:
+        calls.append(None)
+        if len(calls) == call_number:
+            with torch.enable_grad():
+                module(batch).sum().backward()
+        return module(batch).sum()
+
+    call, module = StepCall(step), nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        for _ in range(call_number):
+            call.loss(module, torch.ones(1, 1))
+    assert call.differentiates is found and (module.weight.grad is None) is found
 
 
 def test_an_error_of_the_step_is_its_own() -> None:

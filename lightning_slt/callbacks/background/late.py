@@ -152,6 +152,8 @@ class LateFirings:
             raise RuntimeError(f"the measurement at step {step} failed: in the background {reason}")
         if self._voice.first("broken"):
             self._voice.failed(step, f"So are all that follow: in the background {reason}")
+        else:
+            self._voice.failures.append(step)
 
     def _probes_of(self, moment: Moment) -> ProbeSet:
         """The samples to look at, read at the first firing."""
@@ -212,9 +214,11 @@ class LateFirings:
         if not beside.pending:
             return
         label = f"{self._voice.prefix}: waiting for the results of {len(beside.pending)} snapshots"
+        begin, accounted = self._clock.now(), self._clock.measured_seconds
         with FiringProgress(trainer, label) as progress:
             for late in beside.await_all(progress):
                 self._take(trainer, pl_module, late)
+        self._clock.took(begin + self._clock.measured_seconds - accounted)  # less what was taken up meanwhile
         if beside.pending:
             warn(
                 f"{self._voice.who}: the results of steps {beside.pending} did not come within "
