@@ -104,8 +104,6 @@ def sweep(
             f"folder={config.folder!r}: holds the record of a run that a monitor measured, which a sweep would write "
             "anew. Give another folder."
         )
-    if not (folder / POINTS_FOLDER).exists():
-        callable_with(config.data, "data", config.data_args)
     localization = config.localization if config.localization is not None else _settle(points, config, folder)
     tasks = [Task.of(checkpoint, config, localization) for checkpoint in points]
     found: dict[int, Point] = {task.step: point for task in tasks if (point := read_point(task)) is not None}
@@ -113,7 +111,7 @@ def sweep(
     todo = [task for task in tasks if task.step not in found]
     many = f"{len(tasks)} checkpoint{'' if len(tasks) == 1 else 's'}"
     say(f"{many}, {known} measured already; {config.weights} weights, localization {localization:.4g}")
-    if todo:  # points that are all there need no data
+    if todo:  # once, and not at each of them; points that are all there need no data
         callable_with(config.data, "data", config.data_args)
     run = executor if executor is not None else locally(named_devices(config.devices))
     for task, error in run(todo):

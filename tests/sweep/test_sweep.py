@@ -296,8 +296,14 @@ def _descendants(pid: int) -> list[int]:
         ({"module": "nowhere.py:Net"}, r"module='nowhere\.py:Net': cannot be imported: FileNotFoundError"),
         ({"module": "tests.sweep.runs:dataset"}, r"gave a TensorDataset, and no torch module"),
         ({"module": "tests.sweep.runs:Model"}, r"module_args={}: do not fit .*missing a required argument: 'lr'"),
-        ({"data": "tests.sweep.runs:of_size"}, r"data_args={}: do not fit .*missing a required argument: 'size'"),
-        ({"data_args": {"sise": 3}}, r"data_args={'sise': 3}: do not fit data=.*unexpected keyword argument 'sise'"),
+        (
+            {"data": "tests.sweep.runs:of_size", "localization": 1.0},
+            r"data_args={}: do not fit .*missing a required argument: 'size'",
+        ),
+        (
+            {"data_args": {"sise": 3}, "localization": 1.0},
+            r"data_args={'sise': 3}: do not fit data=.*unexpected keyword argument 'sise'",
+        ),
         ({"probe": 0}, r"probe=0: must be at least 1"),
         ({"query": 3}, r"given without probe"),
         ({"num_draws": 0}, r"num_draws=0: must be at least 1"),
