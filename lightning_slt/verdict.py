@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_slt.functional.convergence import standard_error
 from lightning_slt.functional.learning_coefficient import Summary, summarise
-from lightning_slt.functional.owed import owed_by
+from lightning_slt.functional.owed import gain_of, owed_by
 from lightning_slt.functional.posterior import default_nbeta
 from lightning_slt.reasons import (
     DOWNHILL,
@@ -149,7 +149,8 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
     owed = 0.0
     if bool(good.any()):
         error, steepness = standard_error(reached), steepness_of(segment, posterior, good)
-        owed = owed_by(summary.mean, float(reached.mean()), error, d, steepness)
+        gain = gain_of(cooled.trace[good], reached)
+        owed = owed_by(summary.mean, float(reached.mean()), error, d, steepness, gain)
     init_loss = segment.anchor_loss
     digit = _unseen_digit(init_loss, summary, chains)
     if summary.mean + digit >= 0:

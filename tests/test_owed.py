@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from lightning_slt import SGNHT, Estimate
 from lightning_slt.callbacks.sizing import sized
 from lightning_slt.estimate import measure_llc
 from lightning_slt.firing import Course, firing_settings
-from lightning_slt.functional.owed import owed_by
+from lightning_slt.functional.owed import gain_of, owed_by
 from lightning_slt.sampling.given_data import source_of
 from lightning_slt.sampling.memory import ChainMemory
 from lightning_slt.sampling.objective import Objective
@@ -50,6 +51,73 @@ def test_it_bounds_what_chains_that_come_down_have_too_much(gamma: float, time: 
     assert owed_by(1.3 * whole, 1.3, 0.0, 10) == pytest.approx(0.3 * whole)
     assert owed_by(4.0, 1.02, 0.0, 10) == pytest.approx(4.0 - 4.0 / 1.02)
     assert owed_by(4.0, 1.5, 0.3, 2) == pytest.approx(0.2)
+
+
+CURVATURES = {
+    "a decade": torch.logspace(0.0, 1.0, 12, dtype=torch.float64),
+    "four decades": torch.logspace(-2.0, 2.0, 12, dtype=torch.float64),
+    "few that the loss holds": torch.tensor([300.0, 100.0, 30.0] + [1e-3] * 60, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("curvature", CURVATURES.values(), ids=CURVATURES)
+@pytest.mark.parametrize("start", [0.0, 0.6], ids=["cold", "warm"])
+@pytest.mark.parametrize("burnin", [0.0, 0.2, 1.0])
+def test_what_a_regular_model_lacks_is_at_most_what_it_gained_of_late(
+    curvature: Tensor, start: float, burnin: float
+) -> None:
+    """Moments of every chain along the way are those of the closed form: from ``w*``, or from a share of the width
+    that differs by direction. What is gained tells more than the ratio alone where weights are free."""
+    precision = curvature + 1.0
+    shares = start * torch.linspace(0.0, 1.0, len(curvature), dtype=torch.float64)
+    times = burnin + torch.linspace(0.0, 0.5, 400, dtype=torch.float64)[:, None]
+    reached = 1 - (1 - shares) * torch.exp(-2 * times * precision)
+    held = curvature / precision
+    llc, virial = (0.5 * held * reached).sum(dim=1).expand(4, -1), reached.mean(dim=1).expand(4, -1)
+    lacking = 0.5 * float(held.sum()) - float(llc.mean())
+    ratio = (float(llc.mean()), float(virial.mean()), 0.0, len(curvature))
+    found = owed_by(*ratio, gain=gain_of(llc, virial))
+    assert lacking <= found * (1 + 1e-9) + 1e-9
+    assert found <= owed_by(*ratio)
+    if len(curvature) > 20 and burnin:
+        assert found < 1.01 * lacking < 0.03 * owed_by(*ratio)
+
+
+def test_a_gain_has_the_error_of_how_few_the_chains_are_in_it() -> None:
+    """Two, four and eight chains that scatter alike: ``|r|`` and the half-width of its 95 % interval."""
+    virial = torch.linspace(0.5, 0.9, 80, dtype=torch.float64).expand(8, -1)
+    scatter = 0.1 * torch.tensor([1.0, -1.0] * 4, dtype=torch.float64)[:, None]
+    for slope in (3.0, -3.0):
+        llc = 10.0 + (slope + scatter) * virial
+        for chains, t in ((2, 12.7062), (4, 3.18245), (8, 2.36462)):
+            sd = 0.1 * math.sqrt(chains / (chains - 1))
+            found = gain_of(llc[:chains], virial[:chains])
+            assert found == pytest.approx(3.0 + t * sd / math.sqrt(chains), rel=1e-5)
+
+
+def test_nothing_is_known_of_a_gain_where_the_ratio_has_not_grown_surely() -> None:
+    generator = torch.Generator().manual_seed(0)
+    llc = torch.randn(4, 80, generator=generator)
+    growing = torch.linspace(0.5, 0.6, 40).expand(4, -1)
+    cases = {
+        "one chain": (llc[:1], growing[:1]),
+        "one draw": (llc[:, :1], growing),
+        "one reading": (llc, growing[:, :1]),
+        "level": (llc, torch.full((4, 40), 0.5)),
+        "falling": (llc, growing.flip(1)),
+        "one chain of four grows": (llc, torch.cat([growing[:1] * 4, torch.full((3, 40), 0.5)])),
+        "not finite": (llc, growing * math.nan),
+    }
+    assert {name: gain_of(*case) for name, case in cases.items()} == dict.fromkeys(cases, math.inf)
+    assert math.isfinite(gain_of(llc, growing))
+
+
+def test_a_gain_is_no_bound_where_it_is_above_the_others_nor_where_the_ratio_is_above_one() -> None:
+    assert owed_by(4.0, 0.5, 0.0, 10, gain=100.0) == owed_by(4.0, 0.5, 0.0, 10) == 2.5
+    assert owed_by(4.0, 0.5, 0.1, 10, gain=0.5) == pytest.approx(0.2)
+    assert owed_by(4.0, -0.1, 0.0, 10, gain=0.5) == pytest.approx(0.55)
+    assert owed_by(4.0, 1.3, 0.0, 10, gain=0.0) == owed_by(4.0, 1.3, 0.0, 10) > 0.9
+    assert owed_by(4.0, 0.5, 0.0, 10, gain=math.nan) == 2.5
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -15,7 +15,7 @@ from lightning_slt import MALA, LeimkuhlerMatthews, estimate_llc
 from lightning_slt import verdict as verdict_module
 from lightning_slt.estimate import ChainSettings, run_chains
 from lightning_slt.functional import LocalPosterior, standard_error, summarise
-from lightning_slt.functional.owed import owed_by
+from lightning_slt.functional.owed import gain_of, owed_by
 from lightning_slt.publish.diagnoses import diagnostics, invalid_sentence, verdict_sentence
 from lightning_slt.reasons import Kind, Reason
 from lightning_slt.record import Estimate
@@ -354,17 +354,23 @@ def test_chains_are_said_to_run_downhill_where_every_one_of_them_does(but: str) 
     assert ("NEGATIVE" in found.kinds) is (but == "all")
 
 
-def test_arrival_is_that_of_the_second_half_and_what_is_owed_that_of_all_draws() -> None:
+@pytest.mark.parametrize("grows", [True, False])
+def test_arrival_is_that_of_the_second_half_and_what_is_owed_that_of_all_draws(grows: bool) -> None:
+    """Whose ratio doubles: while the loss does as well, and while it stays, where nothing more is to come."""
     drawn, chains = with_heat(SGLD(lr=1e-3), 0.05)
     reached = torch.tensor([0.4] * 10 + [0.8] * 10, dtype=torch.float64) * 4.0 / chains.posterior.nbeta
     own = 1.0 + 0.02 * torch.arange(4.0, dtype=torch.float64)[:, None]
-    segment = replace(drawn.segment, grad_dot=reached * own)
+    rise = torch.ones(drawn.segment.steps, dtype=torch.float64)
+    rise[: len(rise) // 2] = 0.5 if grows else 1.0
+    segment = replace(drawn.segment, grad_dot=reached * own, difference=drawn.segment.difference * own * rise)
     ratios = virial_readings(segment, drawn.lr, chains.posterior, 4)
     found = read_llc(replace(drawn, segment=segment), chains)
     assert found.virial == pytest.approx(float(ratios[:, 10:].mean()), rel=1e-9) and 0.75 < found.virial < 0.85
     steepness = steepness_of(segment, chains.posterior, segment.finite)
-    owed = owed_by(found.mean, float(ratios.mean()), standard_error(ratios), 4, steepness)
-    assert found.owed == pytest.approx(owed, rel=1e-9) and owed > 0.1
+    ratio = (found.mean, float(ratios.mean()), standard_error(ratios), 4, steepness)
+    owed = owed_by(*ratio, gain_of(found.trace, ratios))
+    assert found.owed == pytest.approx(owed, rel=1e-6, abs=1e-9)
+    assert owed == owed_by(*ratio) > 0.1 if grows else owed < 1e-6 < owed_by(*ratio)
 
 
 def test_heat_beside_a_coefficient_of_nearly_nothing_is_held_against_a_constant() -> None:
