@@ -80,7 +80,8 @@ class Estimate:
             firings, which start from the same displacements.
         lean: What the step of SGLD adds by keeping chains away from steep weights, in LLC units
             (:func:`lightning_slt.sampling.lean.lean_of`): a part of ``step_bias``, and in ``se`` as well, since it is
-            known to first order; in ``se`` alone of a sampler that has none at first order. 0 where it is not seen.
+            known to first order; in ``se`` alone of a sampler that has none at first order, and where it is below zero
+            (chains keep away from flat weights). 0 where it is not seen.
         acceptance: Acceptance rate, for samplers that have one.
         finite_share: Share of chains whose every loss was finite.
         num_bad_chains: Chains left out: non-finite or diverged.

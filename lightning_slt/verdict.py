@@ -130,7 +130,7 @@ def _heat_in_covariances(drawn: Drawn, chains: Chains, llc: Estimate) -> tuple[t
 
 def _heat_noted(llc: Estimate) -> tuple[str, ...]:
     """What covariances over the chains of this learning coefficient have of the heat of the step; none where little."""
-    heat = max(llc.step_bias - llc.lean, 0.0) / (llc.mean + llc.step_bias) if llc.mean > 0 else 0.0
+    heat = max(llc.step_bias - max(llc.lean, 0.0), 0.0) / (llc.mean + llc.step_bias) if llc.mean > 0 else 0.0
     if not heat > NOTED_HEAT:
         return ()
     said = f"the finite step adds {heat:.0%} to the LLC (taken off), and about {2 * heat:.0%} to covariances"
@@ -238,8 +238,8 @@ class _WithoutHeat:
         heat: what the estimate is judged by, as a share of it; NaN where there is no heat, or no positive estimate to
             hold it against.
         noisy: the minibatches' part of it is what keeps the step small.
-        lean: of the step (:func:`~lightning_slt.sampling.lean.lean_of`), in LLC units: taken off with the heat, and an
-            error of its own size, since it holds to first order alone.
+        lean: of the step (:func:`~lightning_slt.sampling.lean.lean_of`), in LLC units: taken off with the heat, where
+            it is above zero, and an error of its own size, since it holds to first order alone.
         scale: of the loss, see :func:`_scale_of_loss`; 0 where it is not known.
     """
 
@@ -266,9 +266,10 @@ def _without_heat(drawn: Drawn, chains: Chains, good: Tensor) -> _WithoutHeat:
         return _WithoutHeat(trace, 1.0, math.nan, noisy, scale=scale)
     # where noise is shared there is no lean at first order; but neither can those chains stay where it is too steep
     lean = 0.0 if _has_momenta(chains) else lean_of(segment, drawn.lr, posterior, good)
-    leans = 0.0 if heating.noise_alone else lean
+    above = max(lean, 0.0)  # one below zero is an error alone
+    leans = 0.0 if heating.noise_alone else above
     share = (found.total + leans) / level
-    judged = found.total if _has_momenta(chains) else found.of_sgld + lean
+    judged = found.total if _has_momenta(chains) else found.of_sgld + above
     if not 0 < share < 2 * MAX_HEAT:
         return _WithoutHeat(trace, 1.0, judged / level, noisy, lean, scale)
     kept = 1.0 - share

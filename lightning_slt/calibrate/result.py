@@ -57,7 +57,7 @@ class Calibration:
         """What the heat of the step added to the estimate and was taken off, without the lean, as a share of it before;
         NaN without an estimate."""
         raw = self.estimate.mean + self.estimate.step_bias
-        return max(self.estimate.step_bias - self.estimate.lean, 0.0) / raw if raw > 0 else math.nan
+        return max(self.estimate.step_bias - max(self.estimate.lean, 0.0), 0.0) / raw if raw > 0 else math.nan
 
     @property
     def every_n_train_steps(self) -> int:

@@ -64,6 +64,14 @@ def test_heat_and_lean_are_what_the_step_adds(push: float, pull: float, eps: flo
     assert without_heat - lean == pytest.approx(truth(push, pull), abs=3 * error)
 
 
+def test_where_the_loss_rises_as_the_potential_steepens_it_is_below_zero() -> None:
+    segment, posterior = chains(-20.0, 40.0, 2e-3), LocalPosterior(1.0, 40.0)
+    without_heat = float(segment.difference.mean()) - heat_of(segment, 2e-3, posterior).total
+    lean = lean_of(segment, 2e-3, posterior, segment.finite)
+    assert lean < -0.05
+    assert without_heat - lean == pytest.approx(truth(-20.0, 40.0), abs=0.06)
+
+
 def test_where_the_loss_does_not_care_for_steepness_there_is_none() -> None:
     """The potential steepens along y, and the loss, but for its heat, is the same everywhere."""
     segment = chains(0.0, 10.0, 8e-4)
@@ -104,6 +112,19 @@ def test_noise_is_no_lean() -> None:
 
 
 @pytest.mark.parametrize(("num_chains", "count"), [(1, 100), (8, LEAST_READINGS - 1)])
+def test_heat_that_directions_remember_is_none_below_zero() -> None:
+    """Of a Gaussian of many directions, whose heat and loss go together at all lags, at the step where it is most."""
+    g, eps, curvature = torch.Generator().manual_seed(3), 8.0, 0.07 / 8.0
+    x = curvature**-0.5 * torch.randn(8, 50, generator=g, dtype=torch.float64)
+    rows = []
+    for step in range(4000 * STATS_EVERY):
+        rows += [x.square().sum(dim=1)] if step % STATS_EVERY == 0 else []
+        x = (1 - eps * curvature / 2) * x + eps**0.5 * torch.randn(8, 50, generator=g, dtype=torch.float64)
+    square = torch.stack(rows, dim=1)
+    segment, posterior = readings(curvature**2 * square, curvature / 2 * square)
+    assert lean_of(segment, eps, posterior, segment.finite) == 0.0
+
+
 def test_one_chain_or_few_readings_show_none(num_chains: int, count: int) -> None:
     level = torch.linspace(-1, 1, num_chains * count, dtype=torch.float64).reshape(num_chains, count)
     segment, posterior = readings(2.0 + level, 10.0 - level)
@@ -130,21 +151,22 @@ def test_pieces_that_are_no_multiple_of_the_steps_between_readings_show_none(len
 class Steep(nn.Module):
     """The potential above, divided by n, beside forty regular directions that make the coefficient positive."""
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, push: float = 20.0) -> None:
         super().__init__()
-        self.n = n
+        self.n, self.push = n, push
         self.yz, self.rest = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(40))
 
     def forward(self) -> Tensor:
-        loss, _, _ = gradients(self.yz[0], self.yz[1], 20.0)
+        loss, _, _ = gradients(self.yz[0], self.yz[1], self.push)
         return (loss + 200.0 * self.rest.square().sum()) / self.n
 
 
-def estimate_of(sampler: SGLD | LeimkuhlerMatthews) -> Estimate:
+def estimate_of(sampler: SGLD | LeimkuhlerMatthews, push: float = 20.0) -> Estimate:
     n = 100
     return estimate_llc(
-        Steep(n), TensorDataset(torch.zeros(n)), lambda module, batch: module(), nbeta=float(n), localization=40.0,
-        sampler=sampler, num_chains=32, num_draws=2000, num_burnin_steps=1000, full_batch=True, seed=0,
+        Steep(n, push), TensorDataset(torch.zeros(n)), lambda module, batch: module(), nbeta=float(n),
+        localization=40.0, sampler=sampler,
+        num_chains=32, num_draws=2000, num_burnin_steps=1000, full_batch=True, seed=0,
     )  # fmt: skip
 
 
@@ -156,6 +178,15 @@ def test_an_estimate_has_it_taken_off_and_in_its_error() -> None:
     assert estimate.se == pytest.approx(math.hypot(estimate.chain_se, estimate.owed, estimate.lean))
     assert estimate.mean == pytest.approx(expected, abs=2 * estimate.se)
     assert estimate.mean == pytest.approx(float(estimate.trace.double().mean()), rel=1e-5)
+
+
+def test_one_below_zero_is_in_the_error_alone() -> None:
+    """Where the loss is higher at steeper weights the whole of the heat is too much."""
+    estimate = estimate_of(SGLD(lr=1e-3), -20.0)
+    expected = truth(-20.0, 40.0) + 20.0 * 400.0 / 440.0
+    assert estimate.valid and estimate.lean < -0.02
+    assert estimate.se == pytest.approx(math.hypot(estimate.chain_se, estimate.owed, estimate.lean))
+    assert estimate.mean == pytest.approx(expected, abs=2 * estimate.se)
 
 
 def test_shared_noise_has_no_lean_to_take_off_but_the_error_of_one() -> None:
