@@ -111,7 +111,6 @@ def test_noise_is_no_lean() -> None:
     assert sum(found) / 200 < 0.02 and max(found) < 0.15
 
 
-@pytest.mark.parametrize(("num_chains", "count"), [(1, 100), (8, LEAST_READINGS - 1)])
 def test_heat_that_directions_remember_is_none_below_zero() -> None:
     """Of a Gaussian of many directions, whose heat and loss go together at all lags, at the step where it is most."""
     g, eps, curvature = torch.Generator().manual_seed(3), 8.0, 0.07 / 8.0
@@ -125,6 +124,7 @@ def test_heat_that_directions_remember_is_none_below_zero() -> None:
     assert lean_of(segment, eps, posterior, segment.finite) == 0.0
 
 
+@pytest.mark.parametrize(("num_chains", "count"), [(1, 100), (8, LEAST_READINGS - 1)])
 def test_one_chain_or_few_readings_show_none(num_chains: int, count: int) -> None:
     level = torch.linspace(-1, 1, num_chains * count, dtype=torch.float64).reshape(num_chains, count)
     segment, posterior = readings(2.0 + level, 10.0 - level)
