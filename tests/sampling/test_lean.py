@@ -149,22 +149,24 @@ def test_pieces_that_are_no_multiple_of_the_steps_between_readings_show_none(len
 
 
 class Steep(nn.Module):
-    """The potential above, divided by n, beside forty regular directions that make the coefficient positive."""
+    """The potential above, divided by n, beside regular directions that make the coefficient positive."""
 
-    def __init__(self, n: int, push: float = 20.0) -> None:
+    def __init__(self, n: int, push: float, count: int, curvature: float) -> None:
         super().__init__()
-        self.n, self.push = n, push
-        self.yz, self.rest = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(40))
+        self.n, self.push, self.curvature = n, push, curvature
+        self.yz, self.rest = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(count))
 
     def forward(self) -> Tensor:
         loss, _, _ = gradients(self.yz[0], self.yz[1], self.push)
-        return (loss + 200.0 * self.rest.square().sum()) / self.n
+        return (loss + 0.5 * self.curvature * self.rest.square().sum()) / self.n
 
 
-def estimate_of(sampler: SGLD | LeimkuhlerMatthews, push: float = 20.0) -> Estimate:
+def estimate_of(
+    sampler: SGLD | LeimkuhlerMatthews, push: float = 20.0, count: int = 40, curvature: float = 400.0
+) -> Estimate:
     n = 100
     return estimate_llc(
-        Steep(n, push), TensorDataset(torch.zeros(n)), lambda module, batch: module(), nbeta=float(n),
+        Steep(n, push, count, curvature), TensorDataset(torch.zeros(n)), lambda module, batch: module(), nbeta=float(n),
         localization=40.0, sampler=sampler,
         num_chains=32, num_draws=2000, num_burnin_steps=1000, full_batch=True, seed=0,
     )  # fmt: skip
@@ -182,9 +184,9 @@ def test_an_estimate_has_it_taken_off_and_in_its_error() -> None:
 
 def test_one_below_zero_is_in_the_error_alone() -> None:
     """Where the loss is higher at steeper weights the whole of the heat is too much."""
-    estimate = estimate_of(SGLD(lr=1e-3), -20.0)
-    expected = truth(-20.0, 40.0) + 20.0 * 400.0 / 440.0
-    assert estimate.valid and estimate.lean < -0.02
+    estimate = estimate_of(SGLD(lr=2e-3), -20.0, 80, 40.0)
+    expected = truth(-20.0, 40.0) + 0.5 * 80 * 40.0 / (40.0 + 40.0)
+    assert estimate.valid and estimate.lean < -0.05
     assert estimate.se == pytest.approx(math.hypot(estimate.chain_se, estimate.owed, estimate.lean))
     assert estimate.mean == pytest.approx(expected, abs=2 * estimate.se)
 
