@@ -51,10 +51,10 @@ class Estimate:
 
     Attributes:
         mean: The estimate: the mean over the good chains (NaN where there is none).
-        se: Standard error of ``mean``, ``sqrt(chain_se² + owed² + lean²)``: the Monte-Carlo error, which counts the
-            autocorrelation within chains, the spread between them, and how few they are
-            (:func:`lightning_slt.functional.standard_error`), what the directions reached last may still owe, and the
-            lean of the step.
+        se: Standard error of ``mean``, ``sqrt(chain_se² + owed² + lean² + unsure_heat²)``: the Monte-Carlo error, which
+            counts the autocorrelation within chains, the spread between them, and how few they are
+            (:func:`lightning_slt.functional.standard_error`), what the directions reached last may still owe, the lean
+            of the step, and what is not sure of its heat.
         per_chain: ``[num_chains]`` float64, the mean of each chain; NaN for a chain that was left out.
         trace: ``[num_chains, num_draws]`` float32; entry ``[c, t]`` is the mean over the ``num_steps_bw_draws`` steps
             of draw ``t`` of ``nbeta * (L_B(w) - L_B(w*))``, both losses on the same minibatch, corrected for step size.
@@ -82,6 +82,8 @@ class Estimate:
             (:func:`lightning_slt.sampling.lean.lean_of`): a part of ``step_bias``, and in ``se`` as well, since it is
             known to first order; in ``se`` alone of a sampler that has none at first order, and where it is below zero
             (chains keep away from flat weights). 0 where it is not seen.
+        unsure_heat: A third of what the minibatches' noise added to ``mean`` by what is taken off of it (a part of
+            ``step_bias``), in LLC units: how much of it reaches the loss is known no better. It is in ``se``.
         acceptance: Acceptance rate, for samplers that have one.
         finite_share: Share of chains whose every loss was finite.
         num_bad_chains: Chains left out: non-finite or diverged.
@@ -124,6 +126,7 @@ class Estimate:
     virial: float = math.nan
     owed: float = 0.0
     lean: float = 0.0
+    unsure_heat: float = 0.0
     acceptance: Optional[float] = None
     finite_share: float = 1.0
     num_bad_chains: int = 0
@@ -161,8 +164,8 @@ class Estimate:
 
     @property
     def chain_se(self) -> float:
-        """The Monte-Carlo part of ``se``: what moves from point to point of a curve; ``owed`` and ``lean`` stay."""
-        bias = math.hypot(self.owed, self.lean)
+        """The Monte-Carlo part of ``se``: what moves from point to point of a curve, where the others stay."""
+        bias = math.hypot(self.owed, self.lean, self.unsure_heat)
         return math.sqrt(max(self.se**2 - bias**2, 0.0)) if bias else self.se
 
     @property

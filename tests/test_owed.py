@@ -183,7 +183,7 @@ def test_neighbouring_firings_owe_about_the_same_and_their_scatter_is_not_in_it(
     _, first, second = firings(0, 0.3, 3)
     assert (first.mean, first.owed) == pytest.approx((second.mean, second.owed), rel=1e-5)
     for estimate in (first, second):
-        assert estimate.se == pytest.approx(math.hypot(estimate.chain_se, estimate.owed))
+        assert estimate.se == pytest.approx(math.hypot(estimate.chain_se, estimate.owed, estimate.unsure_heat))
         assert 0 < estimate.chain_se <= estimate.se
 
 

@@ -282,7 +282,9 @@ def test_what_is_taken_off_and_what_the_error_has_of_it(sampler: Sampler) -> Non
     assert found.step_bias == pytest.approx(float(off.mean()), rel=1e-9)
     assert found.chain_loss == pytest.approx(found.init_loss + found.mean / posterior.nbeta, rel=1e-12)
     assert found.lean == pytest.approx(lean, rel=1e-9)
-    assert found.se == pytest.approx(math.hypot(standard_error(found.trace), found.owed, lean), rel=1e-4)
+    assert found.unsure_heat == pytest.approx(heat.noise / 3, rel=1e-9)
+    parts = (standard_error(found.trace), found.owed, lean, heat.noise / 3)
+    assert found.se == pytest.approx(math.hypot(*parts), rel=1e-4)
 
 
 @pytest.mark.parametrize(

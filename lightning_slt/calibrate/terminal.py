@@ -91,6 +91,7 @@ def _diagnostics(found: Calibration) -> Rows:
         ("heat of the step", _heat(found)),
         ("owed", _part_of_error(e.owed, "for directions that the chains have not reached", e)),
         ("lean", _part_of_error(abs(e.lean), f"for chains that keep away from {away_from} weights", e)),
+        ("unsure heat", _part_of_error(e.unsure_heat, "for how much of the minibatches' heat reaches the loss", e)),
     ]
     if e.num_bad_chains:
         rows.append(("left out", f"{e.num_bad_chains} of {count_of(e.num_chains, 'chain')}"))

@@ -31,6 +31,7 @@ HISTORY_COLUMNS: tuple[str, ...] = (
     "step_bias",
     "owed",
     "lean",
+    "unsure_heat",
     "virial",
     "seconds",
     "overhead_frac",
@@ -88,8 +89,8 @@ def history_row(estimate: Estimate) -> list[Any]:
     """One estimate in the order of :data:`HISTORY_COLUMNS`; unknown or non-finite values are None."""
     e = estimate
     row = [e.step, e.x, e.epoch, e.mean, e.se, e.rhat, e.ess, e.valid, "; ".join(e.reasons), e.num_bad_chains]
-    row += [e.init_loss, e.chain_loss, e.nbeta, e.localization, e.step_size, e.step_bias, e.owed, e.lean, e.virial]
-    row += [e.seconds, e.overhead]
+    row += [e.init_loss, e.chain_loss, e.nbeta, e.localization, e.step_size, e.step_bias]
+    row += [e.owed, e.lean, e.unsure_heat, e.virial, e.seconds, e.overhead]
     return [plain(value) for value in row]
 
 

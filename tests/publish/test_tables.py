@@ -56,11 +56,11 @@ def test_steps_that_span_a_factor_of_a_hundred_are_not_drawn_on_a_logarithmic_ax
 
 
 def test_the_monte_carlo_error_can_be_told_from_a_row():
-    """Transitions go by that part of the error; what is owed, and the lean of the step, move along a curve."""
-    estimate = make_estimate(se=0.5, owed=0.3, lean=0.24)
+    """Transitions go by that part of the error; what is owed, and of the step, moves along a curve."""
+    estimate = make_estimate(se=0.5, owed=0.3, lean=0.24, unsure_heat=0.1)
     row = dict(zip(HISTORY_COLUMNS, history_row(estimate), strict=True))
-    assert (row["se"], row["owed"], row["lean"]) == (0.5, 0.3, 0.24)
-    assert math.sqrt(row["se"] ** 2 - row["owed"] ** 2 - row["lean"] ** 2) == pytest.approx(estimate.chain_se)
+    assert [row[key] for key in ("se", "owed", "lean", "unsure_heat")] == [0.5, 0.3, 0.24, 0.1]
+    assert math.sqrt(row["se"] ** 2 - row["owed"] ** 2 - row["lean"] ** 2 - 0.1**2) == pytest.approx(estimate.chain_se)
 
 
 def test_a_bar_in_a_reason_does_not_end_the_markdown_cell():
