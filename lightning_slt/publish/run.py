@@ -89,7 +89,8 @@ def load_run(folder: Union[str, os.PathLike[str]], traces: bool = True) -> Run:
     """Read the record of a run.
 
     Args:
-        folder: the record's own folder (``.../slt``), or the run's folder that has it inside.
+        folder: the record's own folder (``.../slt``), the run's folder that has it inside, or one further up that has
+            no other run below it.
         traces: whether the chains are read as well.
 
     Raises:
@@ -101,8 +102,11 @@ def load_run(folder: Union[str, os.PathLike[str]], traces: bool = True) -> Run:
     found = [monitor_record(place, traces) for place in folders_of(given)]
     monitors = [m for m in found if m.estimates]
     if not monitors:
-        below = sorted({str(path.parent) for path in _records_below(given)})[:_SUGGESTIONS]
-        hint = f" Name one of: {', '.join(below)}." if below else " Give the folder that the monitor names at its end."
+        below = _runs_below(given)
+        if len({tuple(folders_of(place)) for place in below}) == 1:
+            return load_run(below[0], traces)
+        named = ", ".join(str(place) for place in below[:_SUGGESTIONS])
+        hint = f" Name one of: {named}." if below else " Give the folder that the monitor names at its end."
         raise FileNotFoundError(f"RUN_DIR={str(given)!r}: no estimates in it.{hint}")
     return Run(tuple(monitors))
 
@@ -190,9 +194,11 @@ def _json(path: Path) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _records_below(folder: Path, depth: int = 4) -> Iterator[Path]:
-    for level in range(1, depth + 1):
-        yield from folder.glob("/".join(["*"] * level + [RECORD_FILE]))
+def _runs_below(folder: Path, depth: int = 4) -> list[Path]:
+    """Folders of records below this one, without those that lie within another of them."""
+    levels = ("/".join(["*"] * level + [RECORD_FILE]) for level in range(1, depth + 1))
+    found = {path.parent for pattern in levels for path in folder.glob(pattern)}
+    return sorted(place for place in found if found.isdisjoint(place.parents))
 
 
 __all__ = ["MonitorRecord", "Run", "folders_of", "load_run", "monitor_record"]

@@ -37,3 +37,29 @@ def test_a_folder_that_is_named_like_a_later_run_has_its_components(tmp_path: Pa
     record(folder)
     record(folder / "slt_head", component="head")
     assert [m.name for m in load_run(folder).monitors] == ["mnist_run2", "head"]
+
+
+def test_the_only_run_below_a_folder_is_taken(tmp_path: Path) -> None:
+    """Whatever its record is called, and with its monitors beside it and inside it; of two runs both are named."""
+    inner = tmp_path / "lightning_logs" / "version_0"
+    record(inner / "slt")
+    record(inner / "slt_head", component="head")
+    for given in (tmp_path, tmp_path / "lightning_logs", inner):
+        assert [m.name for m in load_run(given).monitors] == ["slt", "head"]
+    mine = tmp_path / "other" / "mine"
+    record(mine)
+    record(mine / "slt_head", component="head")
+    assert [m.name for m in load_run(tmp_path / "other").monitors] == ["mine", "head"]
+    with pytest.raises(FileNotFoundError) as raised:
+        load_run(tmp_path)
+    assert str(raised.value).endswith(f"Name one of: {inner / 'slt'}, {inner / 'slt_head'}, {mine}.")
+
+
+def test_a_later_run_below_a_folder_is_a_second_one(tmp_path: Path) -> None:
+    for place in ("slt_run1", "slt_run2"):
+        record(tmp_path / "run" / place)
+    with pytest.raises(FileNotFoundError, match=r"no estimates in it\. Name one of: .*slt_run1, .*slt_run2\.$"):
+        load_run(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="Give the folder that the monitor names at its end"):
+        load_run(tmp_path / "empty")
