@@ -368,7 +368,7 @@ def _reasons_of_width(
         return
     virial = float(ratios.mean())
     error = float(ratios.std()) / math.sqrt(len(ratios)) if len(ratios) > 1 else 0.0
-    at = f"(virial ratio {virial:.2f})"
+    at = f"(virial ratio {round(virial, 2) + 0.0:.2f})"  # no minus before a zero
     if virial < MIN_VIRIAL:
         said = f"{NOT_ARRIVED} in {drawn.num_burnin_steps + drawn.segment.steps} steps {at}"
         yield Reason(Kind.NOT_ARRIVED, said if explained else _with_remedy(said, cooled, chains))

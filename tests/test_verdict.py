@@ -375,6 +375,15 @@ def test_arrival_is_that_of_the_second_half_and_what_is_owed_that_of_all_draws(g
     assert owed == owed_by(*ratio) > 0.1 if grows else owed < 1e-6 < owed_by(*ratio)
 
 
+def test_a_ratio_that_rounds_to_zero_has_no_sign() -> None:
+    drawn, chains = with_heat(SGLD(lr=1e-3), 0.05)
+    segment = replace(drawn.segment, grad_dot=torch.full_like(drawn.segment.grad_dot, -0.001 / chains.posterior.nbeta))
+    still = replace(segment, square=torch.zeros_like(segment.square), grad_square=torch.zeros_like(segment.grad_square))
+    found = read_llc(replace(drawn, segment=still), chains)
+    assert -0.005 < found.virial < 0
+    assert [reason for reason in found.reasons if "(virial ratio 0.00)" in reason]
+
+
 def test_heat_beside_a_coefficient_of_nearly_nothing_is_held_against_a_constant() -> None:
     """More than a quarter of an LLC of 0.1, which is a seventh of 0.2."""
     drawn, chains = with_heat(SGLD(lr=1e-3), 0.017)

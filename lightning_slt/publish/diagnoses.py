@@ -55,8 +55,8 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
         "step size",
         "the chains' step size did not suit the weights",
         # calibration holds the heat against the scatter of the chains, where that is more than the LLC
-        "Where lr or num_burnin_steps is given, leave both to calibration, or give a smaller lr; where neither is, the "
-        "LLC is near zero, which is usual early in training.",
+        "Where lr or num_burnin_steps is given, leave both to calibration, or give a smaller lr; where neither is, an "
+        "LLC near zero is usual early in training, and at any other a smaller lr helps.",
     ),
     (
         NONE_STAYED,

@@ -171,7 +171,9 @@ def test_the_advice_on_a_step_that_is_too_large_is_for_those_who_left_it_to_cali
     reason = "step size 0.00017 is too large: 59% of the estimate is heat of the step"
     said = invalid_sentence(make_estimate(reasons=(reason,)), (reason,))
     assert "Where lr or num_burnin_steps is given, leave both to calibration, or give a smaller lr" in said
-    assert said.endswith("where neither is, the LLC is near zero, which is usual early in training.")
+    assert said.endswith(
+        "where neither is, an LLC near zero is usual early in training, and at any other a smaller lr helps."
+    )
 
 
 def test_of_chains_that_run_downhill_more_draws_are_not_advised():
