@@ -96,8 +96,8 @@ class Course:
             estimate = measure_llc(objective, source, settings, collective, progress, memory)
         if not smoke_test:
             self.coupled = source.coupled
-        if memory is not None and Kind.GRADIENT.name in estimate.kinds:
-            memory.forget()  # it is looked at where chains begin anew
+        if memory is not None and not {Kind.GRADIENT.name, Kind.OSCILLATES.name}.isdisjoint(estimate.kinds):
+            memory.forget()  # lines are looked along where chains begin anew
         if not self.warm_start:
             self.memory = ChainMemory(lr=self.memory.lr)
         if estimate.method == "sequential":

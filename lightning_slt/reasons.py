@@ -55,6 +55,8 @@ class Kind(Enum):
     """The loss is summed over the minibatch, and nbeta is that of a mean."""
     GRADIENT = auto()
     """It is not that of the loss."""
+    OSCILLATES = auto()
+    """The loss goes up and down too often for what a step adds to be taken off."""
 
 
 @dataclass(frozen=True)

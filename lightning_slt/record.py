@@ -81,7 +81,7 @@ class Estimate:
         lean: What the step of SGLD adds by keeping chains away from steep weights, in LLC units
             (:func:`lightning_slt.sampling.lean.lean_of`): a part of ``step_bias``, and in ``se`` as well, since it is
             known to first order; in ``se`` alone of a sampler that has none at first order, and where it is below zero
-            (chains keep away from flat weights). 0 where it is not seen.
+            (the loss is higher at steep weights). 0 where it is not seen.
         unsure_heat: A third of what the minibatches' noise added to ``mean`` by what is taken off of it (a part of
             ``step_bias``), in LLC units: how much of it reaches the loss is known no better. It is in ``se``.
         acceptance: Acceptance rate, for samplers that have one.

@@ -67,7 +67,8 @@ def test_what_a_regular_model_lacks_is_at_most_what_it_gained_of_late(
     curvature: Tensor, start: float, burnin: float
 ) -> None:
     """Moments of every chain along the way are those of the closed form: from ``w*``, or from a share of the width
-    that differs by direction. What is gained tells more than the ratio alone where weights are free."""
+    that differs by direction and is nowhere above it. What is gained tells more than the ratio alone where weights
+    are free."""
     precision = curvature + 1.0
     shares = start * torch.linspace(0.0, 1.0, len(curvature), dtype=torch.float64)
     times = burnin + torch.linspace(0.0, 0.5, 400, dtype=torch.float64)[:, None]
@@ -93,6 +94,22 @@ def test_a_gain_has_the_error_of_how_few_the_chains_are_in_it() -> None:
             sd = 0.1 * math.sqrt(chains / (chains - 1))
             found = gain_of(llc[:chains], virial[:chains])
             assert found == pytest.approx(3.0 + t * sd / math.sqrt(chains), rel=1e-5)
+
+
+def test_the_interval_of_a_gain_is_that_of_a_ratio() -> None:
+    """Chains whose ratio grows differently: an LLC that goes with it exactly has no error at all. And one that does not
+    has the ends of all r with ``(mean(x - r y))² <= t² var(x - r y) / 4``, which is a quadratic in r."""
+    growth = torch.tensor([0.3, 0.4, 0.5, 0.4], dtype=torch.float64)
+    change = torch.tensor([1.0, 0.6, 1.4, 1.0], dtype=torch.float64)
+    time = (torch.arange(2) == 1).double()
+    virial = 0.4 + growth[:, None] * time
+    assert gain_of(7.0 + 2.0 * virial, virial) == pytest.approx(2.0, rel=1e-9)
+    assert gain_of(7.0 - 2.0 * virial, virial) == pytest.approx(2.0, rel=1e-9)
+    for sign in (1.0, -1.0):
+        end = sign * gain_of(sign * (7.0 + change[:, None] * time), virial)
+        left = sign * change - end * growth
+        assert float(left.mean()) ** 2 == pytest.approx(3.182446**2 * float(left.var()) / 4, rel=1e-5)
+        assert end == pytest.approx(sign * 4.7, abs=1.5)
 
 
 def test_nothing_is_known_of_a_gain_where_the_ratio_has_not_grown_surely() -> None:

@@ -27,7 +27,7 @@ from lightning_slt.sampling.lean import lean_of
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.readings import heat_of, steepness_of, virial_readings
 from lightning_slt.sampling.rounding import weight_rounding
-from lightning_slt.sampling.samplers import SGLD, KineticLangevin, Sampler
+from lightning_slt.sampling.samplers import SGLD, KineticLangevin, RMSpropSGLD, Sampler
 from lightning_slt.sampling.segment import Segment
 from lightning_slt.verdict import BAD_FOR_COVARIANCES, fit_for_covariances, read_llc
 
@@ -370,9 +370,19 @@ def test_arrival_is_that_of_the_second_half_and_what_is_owed_that_of_all_draws(g
     assert found.virial == pytest.approx(float(ratios[:, 10:].mean()), rel=1e-9) and 0.75 < found.virial < 0.85
     steepness = steepness_of(segment, chains.posterior, segment.finite)
     ratio = (found.mean, float(ratios.mean()), standard_error(ratios), 4, steepness)
-    owed = owed_by(*ratio, gain_of(found.trace, ratios))
+    before = found.trace * (found.mean + found.step_bias) / found.mean  # as gained, before the heat came off
+    owed = owed_by(*ratio, gain_of(before, ratios))
     assert found.owed == pytest.approx(owed, rel=1e-6, abs=1e-9)
     assert owed == owed_by(*ratio) > 0.1 if grows else owed < 1e-6 < owed_by(*ratio)
+    warm = read_llc(replace(drawn, segment=segment, warm=True), chains)
+    assert warm.owed == pytest.approx(owed_by(*ratio), rel=1e-6)
+
+
+@pytest.mark.parametrize("sampler", [RMSpropSGLD(lr=1e-3), KineticLangevin(lr=1e-3)], ids=["metric", "momenta"])
+def test_what_was_gained_of_late_bounds_nothing_where_flat_directions_need_not_come_last(sampler: Sampler) -> None:
+    drawn, chains = drawn_by(sampler)
+    assert not verdict_module._slowest_last(drawn, chains)
+    assert verdict_module._slowest_last(*drawn_by(SGLD(lr=1e-3)))
 
 
 def test_a_ratio_that_rounds_to_zero_has_no_sign() -> None:

@@ -83,14 +83,13 @@ def _localization_from(found: Calibration) -> str:
 
 def _diagnostics(found: Calibration) -> Rows:
     e = found.estimate
-    away_from = "flat" if e.lean < 0 else "steep"
     rows = [
         ("R-hat", f"{number(e.rhat)} (1 is mixed)"),
         ("ESS", f"{number(e.ess)} independent draws"),
         ("virial ratio", f"{number(e.virial)} (1 where the chains have their full width)"),
         ("heat of the step", _heat(found)),
         ("owed", _part_of_error(e.owed, "for directions that the chains have not reached", e)),
-        ("lean", _part_of_error(abs(e.lean), f"for chains that keep away from {away_from} weights", e)),
+        ("lean", _part_of_error(abs(e.lean), "for chains that keep away from steep weights", e)),
         ("unsure heat", _part_of_error(e.unsure_heat, "for how much of the minibatches' heat reaches the loss", e)),
     ]
     if e.num_bad_chains:

@@ -10,7 +10,9 @@ HELP = "Write the report of a run: one HTML file that needs no network, from the
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The run and the file."""
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="the run's folder, or that of its record (.../slt)")
+    parser.add_argument(
+        "run_dir", metavar="RUN_DIR", help="folder of the run or of its record (.../slt), or above the only run"
+    )
     parser.add_argument("-o", "--output", help="the file to write (default: report.html in the run's slt folder)")
     parser.add_argument("--title", help="heading of the page (default: the names of the run's folders)")
 

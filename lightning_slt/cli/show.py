@@ -14,7 +14,9 @@ HELP = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The run, and how much of it."""
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="the run's folder, or that of its record (.../slt)")
+    parser.add_argument(
+        "run_dir", metavar="RUN_DIR", help="folder of the run or of its record (.../slt), or above the only run"
+    )
     parser.add_argument(
         "--rows", type=int, default=20, metavar="N", help="estimates in the table (default: %(default)s)"
     )

@@ -83,11 +83,13 @@ def gain_of(llc: Tensor, virial: Tensor) -> float:
     over chains c. The interval is that of a ratio of two means (Fieller 1954, *Some problems in interval estimation*,
     JRSS B 16:175), which has an end only where V has grown beyond its own.
 
-    On a regular model direction i, of precision A_i, lacks a share ``u_i exp(-2 A_i t)`` of its variance at time t,
-    and ``s_i / 2`` times that in the LLC and ``1 / d`` times in V. The slower it is, the more of what is lacking on
-    average it has beside what was gained meanwhile, ``coth(A_i T) / 2`` for halves of length T: and the smaller is its
-    s_i. So the mean of s_i over what lacks is at most the one over what was gained (Chebyshev's sum inequality), from
-    wherever the chains began; and r times what V lacks is at least what the LLC lacks.
+    On a regular model at its minimum direction i, of precision A_i, lacks a share ``u_i exp(-2 A_i t)`` of its variance
+    at time t, and ``s_i / 2`` times that in the LLC and ``1 / d`` times in V. The slower it is, the more of what is
+    lacking on average it has beside what was gained meanwhile, ``coth(A_i T) / 2`` for halves of length T: and the
+    smaller is its s_i. So the mean of s_i over what lacks is at most the one over what was gained (Chebyshev's sum
+    inequality); and r times what V lacks is at least what the LLC lacks. No ``u_i`` may be below zero: that is so of
+    chains from ``w*``, and not of those that began wider than the posterior in some direction. Nor does it hold where a
+    preconditioner makes flat directions the faster ones, or momenta let widths swing.
 
     Networks that are fitted to few samples are where that tells most. Nearly all of their weights are free, and come
     slowly, while the LLC has long been where it stays. It may also fall while V grows (the chains leave a narrow

@@ -90,7 +90,7 @@ def load_run(folder: Union[str, os.PathLike[str]], traces: bool = True) -> Run:
 
     Args:
         folder: the record's own folder (``.../slt``), the run's folder that has it inside, or one further up that has
-            no other run below it.
+            no other run below it, as far as four levels.
         traces: whether the chains are read as well.
 
     Raises:
@@ -195,9 +195,9 @@ def _json(path: Path) -> Mapping[str, Any]:
 
 
 def _runs_below(folder: Path, depth: int = 4) -> list[Path]:
-    """Folders of records below this one, without those that lie within another of them."""
+    """Folders of records below this one that have anything in them, without those that lie within another of them."""
     levels = ("/".join(["*"] * level + [RECORD_FILE]) for level in range(1, depth + 1))
-    found = {path.parent for pattern in levels for path in folder.glob(pattern)}
+    found = {path.parent for pattern in levels for path in folder.glob(pattern) if path.stat().st_size}
     return sorted(place for place in found if found.isdisjoint(place.parents))
 
 

@@ -75,7 +75,8 @@ def lean_of(segment: Segment, lr: float, posterior: LocalPosterior, keep: Tensor
         return 0.0
     # around the mean over the chains at each reading: what they have in common is their way up from w*
     below, error = _slow(heat - heat.mean(dim=0), excess - excess.mean(dim=0))
-    below = below * len(rows) / (len(rows) - 1) + REMEMBERED * max(float(excess.mean()), 0.0)
+    below, error = (value * len(rows) / (len(rows) - 1) for value in (below, error))
+    below += REMEMBERED * max(float(excess.mean()), 0.0)
     sure = SURE * error * (len(rows) - 1) / (len(rows) - 3)
     return below - error**2 / below if below < -sure else 0.0
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -40,6 +40,18 @@ class Line:
 
     parts: Sequence[tuple[float, float]]
     rounding: Optional[float] = None
+
+
+class Looked(NamedTuple):
+    """What a look along lines from ``w*`` to the chains told.
+
+    Args:
+        misfit: why chains do not sample the posterior of their loss; empty where they do, as far as is known.
+        oscillates: their gradient is its own, and it goes up and down so often that :data:`CLOSEST` looks were needed.
+    """
+
+    misfit: tuple[str, ...] = ()
+    oscillates: bool = False
 
 
 STEEP = 1.5
@@ -80,8 +92,8 @@ MEDIAN_OF_NORMAL = 0.6745
 """Of the size of a standard normal number."""
 
 
-def misfit_of_gradient(chains: Chains, drawn: Drawn, good: Tensor) -> tuple[str, ...]:
-    """Why chains do not sample the posterior of their loss; empty where they do, as far as is known.
+def look_along_lines(chains: Chains, drawn: Drawn, good: Tensor) -> Looked:
+    """Whether the loss rises as its gradient says, and how smoothly.
 
     To be called on all ranks at once, when the chains have ended: their memory is used, and put back where the next
     firing may go on from it.
@@ -92,7 +104,7 @@ def misfit_of_gradient(chains: Chains, drawn: Drawn, good: Tensor) -> tuple[str,
         good: ``[chains]`` bool, which of them count.
     """
     if not bool(good.any()) or chains.layout.sharded:
-        return ()
+        return Looked()
     segment = drawn.segment
     known: dict[int, Looks] = {}  # a closer look goes on from the one before
 
@@ -104,7 +116,7 @@ def misfit_of_gradient(chains: Chains, drawn: Drawn, good: Tensor) -> tuple[str,
     slow = level - 3 * standard_error(segment.difference[good]) > STEEP * max(work / 2, 0.0)
     fresh = not drawn.warm and DEAREST * segment.difference.numel() >= CLOSER[0][0] * (FIRST + 1)
     if not (slow or fresh):
-        return ()
+        return Looked()
 
     def seems_wrong(looks: Sequence[Line]) -> bool:
         rise, seen = _in_all(looks)
@@ -114,24 +126,25 @@ def misfit_of_gradient(chains: Chains, drawn: Drawn, good: Tensor) -> tuple[str,
     for lines, parts in CLOSER:
         looks = along(lines, parts)
         if not seems_wrong(looks):
-            return ()
+            return Looked()
     missed = _missed(looks)
     for parts in CLOSEST:
         before, looks = missed, along(lines, parts)
         if not seems_wrong(looks):
-            return ()
+            return Looked(oscillates=True)
         missed = _missed(looks)
         if missed > STAYS * before:
             break
     rise, seen = _in_all(looks)
     cancels = abs(rise - seen) < missed * abs(rise)
     between = f" ({missed:.0%} of the ups and downs on the way are missed)" if cancels else ""
-    return (
+    said = (
         f"the loss rises from w* to the chains by {rise:.2g}, and its gradient says {seen:.2g}{between}: it is not "
         "that of the loss (int(), round(), detach(), argmax() or topk() as in routing, an autograd.Function in the "
         "module, parametrizations.orthogonal with orthogonal_map='householder'). Leave such weights out with restrict, "
-        "or give a loss_fn(module, batch) whose gradient is its own",
+        "or give a loss_fn(module, batch) whose gradient is its own"
     )
+    return Looked((said,))
 
 
 def _in_all(lines: Sequence[Line]) -> tuple[float, float]:
