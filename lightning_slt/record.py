@@ -82,8 +82,8 @@ class Estimate:
             (:func:`lightning_slt.sampling.lean.lean_of`): a part of ``step_bias``, and in ``se`` as well, since it is
             known to first order; in ``se`` alone of a sampler that has none at first order, and where it is below zero
             (the loss is higher at steep weights). 0 where it is not seen.
-        unsure_heat: A third of what the minibatches' noise added to ``mean`` by what is taken off of it (a part of
-            ``step_bias``), in LLC units: how much of it reaches the loss is known no better. It is in ``se``.
+        unsure_heat: Of what is taken off for the minibatches' noise (a part of ``step_bias``), in LLC units, what may
+            be too much or too little: a third of it, less where the loss is nearly a square. It is in ``se``.
         acceptance: Acceptance rate, for samplers that have one.
         finite_share: Share of chains whose every loss was finite.
         num_bad_chains: Chains left out: non-finite or diverged.

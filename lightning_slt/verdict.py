@@ -56,9 +56,12 @@ helps them, and more draws hardly do."""
 MAX_HEAT = 0.25
 """Share of the estimate that may be step-size heat before it is called invalid."""
 UNSURE_NOISE = 1.0 / 3.0
-"""Share of the minibatches' heat, as it is taken off, that is counted as an error. On a ReLU classifier of 150 samples,
-batches of 64, 1.1 of 17.05 was taken off, and the estimates of 12 seeds stayed 0.7 too high; on the digits the whole of
-it, not weighted, is too much."""
+"""Share of the minibatches' heat, as it is taken off, that is counted as an error where the loss is no square. On a
+ReLU classifier of 150 samples, batches of 64, 1.1 of 17.05 was taken off, and the estimates of 12 seeds stayed 0.7 too
+high; on the digits the whole of it, not weighted, is too much."""
+NO_SQUARE = 4.0
+"""That share, for each unit by which the LLC is apart from half the work of the gradient beyond its error: on a square
+these are the same, and the heat is exact."""
 LITTLE_HEAT = 0.02
 """The same of a step that was given, below which it is the step that keeps chains from their width: a larger one would
 do. Half or a quarter of what a step that is found has."""
@@ -289,8 +292,18 @@ def _without_heat(drawn: Drawn, chains: Chains, good: Tensor) -> _WithoutHeat:
     own = found.each + leans - share * trace[good].mean(dim=1)
     trace[good] -= (own / kept).unsqueeze(1)
     # held against what the step was chosen by, where what there is of it is taken off
-    unsure = UNSURE_NOISE * max(found.noise, 0.0)
+    unsure = _unsure_share(segment, good) * max(found.noise, 0.0)
     return _WithoutHeat(trace * kept, kept, judged / max(level, LEAST_SCALE), noisy, lean, scale, unsure)
+
+
+def _unsure_share(segment: Segment, good: Tensor) -> float:
+    """How much of the minibatches' heat is not sure: none on a square, and :data:`UNSURE_NOISE` far from one."""
+    half_work = 0.5 * segment.grad_dot[good].mean(dim=1)
+    beyond = segment.difference[good].mean(dim=1) - half_work
+    if len(beyond) < 2 or not float(half_work.mean()) > 0:
+        return UNSURE_NOISE
+    apart = abs(float(beyond.mean())) - float(beyond.std()) / math.sqrt(len(beyond))
+    return min(UNSURE_NOISE, NO_SQUARE * max(apart, 0.0) / float(half_work.mean()))
 
 
 def _scale_of_loss(found: Heat, nbeta: float, batch_size: int) -> float:

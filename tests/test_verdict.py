@@ -282,9 +282,36 @@ def test_what_is_taken_off_and_what_the_error_has_of_it(sampler: Sampler) -> Non
     assert found.step_bias == pytest.approx(float(off.mean()), rel=1e-9)
     assert found.chain_loss == pytest.approx(found.init_loss + found.mean / posterior.nbeta, rel=1e-12)
     assert found.lean == pytest.approx(lean, rel=1e-9)
-    assert found.unsure_heat == pytest.approx(heat.noise / 3, rel=1e-9)
-    parts = (standard_error(found.trace), found.owed, lean, heat.noise / 3)
+    unsure = verdict_module._unsure_share(segment, segment.finite) * heat.noise
+    assert found.unsure_heat == pytest.approx(unsure, rel=1e-9)
+    parts = (standard_error(found.trace), found.owed, lean, unsure)
     assert found.se == pytest.approx(math.hypot(*parts), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("level", "scatter", "share"),
+    [
+        (1.0, 0.0, 0.0),
+        (1.05, 0.0, 0.2),
+        (0.95, 0.0, 0.2),
+        (1.05, 0.03, 0.2 - 4 * 0.03 / math.sqrt(3)),
+        (1.05, 0.1, 0.0),
+        (0.5, 0.0, 1 / 3),
+    ],
+)
+def test_minibatches_heat_is_the_less_sure_the_further_the_loss_is_from_a_square(
+    level: float, scatter: float, share: float
+) -> None:
+    """The LLC beside half the work of the gradient, in units of that; chains scatter around it to and fro."""
+    drawn, _ = with_heat(SGLD(lr=1e-3))
+    own = level + scatter * torch.tensor([[1.0], [-1.0], [1.0], [-1.0]], dtype=torch.float64)
+    shown = replace(
+        drawn.segment,
+        difference=own.expand(4, drawn.segment.steps),
+        grad_dot=torch.full_like(drawn.segment.grad_dot, 2.0),
+    )
+    assert verdict_module._unsure_share(shown, shown.finite) == pytest.approx(share, abs=1e-12)
+    assert verdict_module._unsure_share(shown, torch.tensor([True, False, False, False])) == 1 / 3
 
 
 @pytest.mark.parametrize(
