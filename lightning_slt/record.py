@@ -163,6 +163,13 @@ class Estimate:
         return finite and (self.valid or saddle)
 
     @property
+    def heat_share(self) -> float:
+        """What the heat of the step added and was taken off, without the lean, as a share of the estimate before; NaN
+        where that is not above zero."""
+        before = self.mean + self.step_bias
+        return max(self.step_bias - max(self.lean, 0.0), 0.0) / before if before > 0 else math.nan
+
+    @property
     def chain_se(self) -> float:
         """The Monte-Carlo part of ``se``: what moves from point to point of a curve, where the others stay."""
         bias = math.hypot(self.owed, self.lean, self.unsure_heat)

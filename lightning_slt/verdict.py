@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Optional
 
 import torch
@@ -29,14 +28,13 @@ from lightning_slt.reasons import (
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
+from lightning_slt.sampling.cooling import LARGE_LOSS, MAX_HEAT, WithoutHeat, has_momenta, without_heat
 from lightning_slt.sampling.eval_mode import misfit_of_eval
-from lightning_slt.sampling.lean import lean_of
 from lightning_slt.sampling.line_integral import look_along_lines
 from lightning_slt.sampling.minibatch_heat import MAX_NOISE_HEAT, held_by_thermostat, too_hot
-from lightning_slt.sampling.readings import Heat, diverged, heat_of, steepness_of, virial_readings
+from lightning_slt.sampling.readings import diverged, steepness_of, virial_readings
 from lightning_slt.sampling.rounding import misfit_of_rounding
 from lightning_slt.sampling.segment import Segment
-from lightning_slt.sampling.step_size import HEAT, LEAST_SCALE, NOISE_HEAT
 from lightning_slt.sampling.sums import misfit_of_sum
 
 MAX_ROUNDING = 0.1
@@ -53,23 +51,9 @@ have thrown them there, and the step that is right since is too small to bring t
 MIN_ACCEPTANCE = 0.1
 """Share of the steps that are accepted below which chains that have not settled are said to stand still: a smaller step
 helps them, and more draws hardly do."""
-MAX_HEAT = 0.25
-"""Share of the estimate that may be step-size heat before it is called invalid."""
-UNSURE_NOISE = 1.0 / 3.0
-"""Share of the minibatches' heat, as it is taken off, that is counted as an error where the loss is no square. On a
-ReLU classifier of 150 samples, batches of 64, 1.1 of 17.05 was taken off, and the estimates of 12 seeds stayed 0.7 too
-high; on the digits the whole of it, not weighted, is too much."""
-NO_SQUARE = 4.0
-"""That share, for each unit by which the LLC is apart from half the work of the gradient beyond its error: on a square
-these are the same, and the heat is exact."""
 LITTLE_HEAT = 0.02
 """The same of a step that was given, below which it is the step that keeps chains from their width: a larger one would
 do. Half or a quarter of what a step that is found has."""
-LARGE_LOSS = 3.0
-"""Times a negative log-likelihood that a loss seems to be (:func:`_scale_of_loss`), above which its scale is
-named: those of 9 and of 10,000 times both seem to be 3.6 and more, a likelihood 0.9 to 1.1."""
-MOST_NOISE = 20.0
-"""Times the heat of discretisation that minibatches may have for the former to be seen beside it."""
 NOTED_HEAT = 0.04
 """Share of the LLC that is heat of the step beyond which covariances over the same chains say so: it is in them."""
 BAD_FOR_COVARIANCES = frozenset(
@@ -138,8 +122,8 @@ def _heat_in_covariances(drawn: Drawn, chains: Chains, llc: Estimate) -> tuple[t
 
 def _heat_noted(llc: Estimate) -> tuple[str, ...]:
     """What covariances over the chains of this learning coefficient have of the heat of the step; none where little."""
-    heat = max(llc.step_bias - max(llc.lean, 0.0), 0.0) / (llc.mean + llc.step_bias) if llc.mean > 0 else 0.0
-    if not heat > NOTED_HEAT:
+    heat = llc.heat_share
+    if not (llc.mean > 0 and heat > NOTED_HEAT):
         return ()
     said = f"the finite step adds {heat:.0%} to the LLC (taken off), and about {2 * heat:.0%} to covariances"
     return (f"{said} (not taken off)",)
@@ -148,7 +132,7 @@ def _heat_noted(llc: Estimate) -> tuple[str, ...]:
 def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
     segment, posterior, d = drawn.segment, chains.posterior, chains.layout.num_weights
     good = ~diverged(segment, posterior.nbeta, d)
-    cooled = _without_heat(drawn, chains, good)
+    cooled = without_heat(drawn, chains, good)
     summary = summarise(cooled.trace, ~good)
     heating = chains.sampler.heating(drawn.lr)
     width = (heating.virial_step, posterior, d, good, heating.noise_alone)
@@ -240,110 +224,17 @@ def _reasons_of_data(segment: Segment) -> tuple[Reason, ...]:
     return (Reason(Kind.NOT_FINITE, sentence),)
 
 
-@dataclass(frozen=True, eq=False)
-class _WithoutHeat:
-    """A trace of the LLC integrand with the heat of the step taken off.
-
-    Attributes:
-        trace: ``[num_chains, num_draws]`` float64.
-        kept: its mean over the good chains, as a share of what it was; 1 where nothing is taken off.
-        heat: what the estimate is judged by, as a share of it; NaN where there is no heat, or no positive estimate to
-            hold it against.
-        noisy: the minibatches' part of it is what keeps the step small.
-        lean: of the step (:func:`~lightning_slt.sampling.lean.lean_of`), in LLC units: taken off with the heat, where
-            it is above zero, and an error of its own size, since it holds to first order alone.
-        scale: of the loss, see :func:`_scale_of_loss`; 0 where it is not known.
-        unsure: what is not sure of the minibatches' heat that is taken off, in LLC units.
-    """
-
-    trace: Tensor
-    kept: float
-    heat: float
-    noisy: bool
-    lean: float = 0.0
-    scale: float = 0.0
-    unsure: float = 0.0
-
-
-def _without_heat(drawn: Drawn, chains: Chains, good: Tensor) -> _WithoutHeat:
-    segment, posterior, d = drawn.segment, chains.posterior, chains.layout.num_weights
-    raw = posterior.nbeta * segment.difference
-    trace = raw.reshape(len(raw), drawn.num_draws, drawn.num_steps_bw_draws).mean(dim=2)
-    heating = chains.sampler.heating(drawn.lr)
-    if not (heating.step > 0 and bool(good.any())):
-        return _WithoutHeat(trace, 1.0, math.nan, False)
-    found = heat_of(segment, heating.step, posterior, good, heating.noise_alone, d if heating.thermostat else 0)
-    noisy = found.noise / NOISE_HEAT > 2 * found.discretisation / HEAT
-    scale = _scale_of_loss(found, posterior.nbeta, chains.source.batch_size)
-    level = float(trace[good].mean())
-    if not level > 0:
-        return _WithoutHeat(trace, 1.0, math.nan, noisy, scale=scale)
-    # where noise is shared there is no lean at first order; but neither can those chains stay where it is too steep
-    lean = 0.0 if _has_momenta(chains) else lean_of(segment, drawn.lr, posterior, good)
-    above = max(lean, 0.0)  # one below zero is an error alone
-    leans = 0.0 if heating.noise_alone else above
-    share = (found.total + leans) / level
-    judged = found.total if _has_momenta(chains) else found.of_sgld + above
-    if not 0 < share < 2 * MAX_HEAT:
-        return _WithoutHeat(trace, 1.0, judged / level, noisy, lean, scale)
-    kept = 1.0 - share
-    # what a chain has beyond that share is taken off it too: the mean stays as it is, and the error of the heat
-    # is counted together with that of the loss it goes along with
-    own = found.each + leans - share * trace[good].mean(dim=1)
-    trace[good] -= (own / kept).unsqueeze(1)
-    # held against what the step was chosen by, where what there is of it is taken off
-    unsure = _unsure_share(segment, good) * max(found.noise, 0.0)
-    return _WithoutHeat(trace * kept, kept, judged / max(level, LEAST_SCALE), noisy, lean, scale, unsure)
-
-
-def _unsure_share(segment: Segment, good: Tensor) -> float:
-    """How much of the minibatches' heat is not sure: none on a square, and :data:`UNSURE_NOISE` far from one."""
-    half_work = 0.5 * segment.grad_dot[good].mean(dim=1)
-    beyond = segment.difference[good].mean(dim=1) - half_work
-    if len(beyond) < 2 or not float(half_work.mean()) > 0:
-        return UNSURE_NOISE
-    apart = abs(float(beyond.mean())) - float(beyond.std()) / math.sqrt(len(beyond))
-    return min(UNSURE_NOISE, NO_SQUARE * max(apart, 0.0) / float(half_work.mean()))
-
-
-def _scale_of_loss(found: Heat, nbeta: float, batch_size: int) -> float:
-    """How many times a negative log-likelihood the loss seems to be: by how much more the gradients of single samples
-    scatter than its curvature says.
-
-    Of a log-likelihood the covariance C of these gradients is the curvature H, of c times one it is c H. The heat of
-    the minibatches is in proportion to ``nbeta² tr(C) / batch_size``, that of discretisation to ``nbeta tr(H)``. The
-    latter is a difference, and no more than a hint beside noise that is :data:`MOST_NOISE` times as large.
-
-    Returns:
-        0 where minibatches add no heat, and where they would hide that of discretisation for a log-likelihood too
-        (an nbeta far above the batch size); infinity where discretisation adds none.
-
-    Example:
-        >>> _scale_of_loss(Heat(0.125, 0.25, 0.5, 1.0, torch.zeros(1)), nbeta=20.0, batch_size=40)
-        8.0
-    """
-    noise = found.noise / found.weight if found.weight > 0 else 0.0
-    if not noise > 0 or LARGE_LOSS * nbeta > MOST_NOISE * batch_size:
-        return 0.0
-    own = found.discretisation / max(found.steepness, 1.0)
-    return noise / own * batch_size / nbeta if own > 0 else math.inf
-
-
 def _slowest_last(drawn: Drawn, chains: Chains) -> bool:
     """Whether directions are reached the later the less the loss holds them, see
     :func:`~lightning_slt.functional.owed.gain_of`."""
-    return not (drawn.warm or chains.sampler.preconditioned or _has_momenta(chains))
+    return not (drawn.warm or chains.sampler.preconditioned or has_momenta(chains))
 
 
-def _has_momenta(chains: Chains) -> bool:
-    return chains.sampler.calibration == "curvature"
-
-
-def _reasons_of_heat(cooled: _WithoutHeat, summary: Summary, drawn: Drawn, chains: Chains) -> Iterator[Reason]:
+def _reasons_of_heat(cooled: WithoutHeat, summary: Summary, drawn: Drawn, chains: Chains) -> Iterator[Reason]:
     heat = cooled.heat
     if not summary.mean > 0:
         return
-    if _has_momenta(chains):
+    if has_momenta(chains):
         if heat >= MAX_NOISE_HEAT:
             yield Reason(Kind.HEAT_OF_MINIBATCHES, too_hot(heat, "estimate"))
     elif heat >= MAX_HEAT:
@@ -354,7 +245,7 @@ def _reasons_of_heat(cooled: _WithoutHeat, summary: Summary, drawn: Drawn, chain
             yield Reason(Kind.HEAT_OF_STEP, f"{too_large}: {heat:.0%} of the estimate is heat of the step")
 
 
-def _reasons_of_oscillation(cooled: _WithoutHeat, drawn: Drawn) -> Iterator[Reason]:
+def _reasons_of_oscillation(cooled: WithoutHeat, drawn: Drawn) -> Iterator[Reason]:
     """A loss that goes up and down within a step is not raised by its heat as one that only rises is."""
     heat = 1.0 - cooled.kept
     if heat >= LITTLE_HEAT:
@@ -391,7 +282,7 @@ def _reasons_of_descent(trace: Tensor, ratios: Tensor, summary: Summary, digit: 
 
 
 def _reasons_of_width(
-    ratios: Tensor, cooled: _WithoutHeat, summary: Summary, drawn: Drawn, chains: Chains, explained: bool
+    ratios: Tensor, cooled: WithoutHeat, summary: Summary, drawn: Drawn, chains: Chains, explained: bool
 ) -> Iterator[Reason]:
     """
     Args:
@@ -411,7 +302,7 @@ def _reasons_of_width(
         yield Reason(Kind.TOO_WIDE, said if explained else f"{said}: a larger batch_size, or more draws")
 
 
-def _with_remedy(said: str, cooled: _WithoutHeat, chains: Chains) -> str:
+def _with_remedy(said: str, cooled: WithoutHeat, chains: Chains) -> str:
     """What is said of chains that have not reached their width, and what lets them.
 
     A step that was given is small because it was given: where it has little heat a larger one would do.

@@ -19,6 +19,7 @@ from lightning_slt.functional.owed import gain_of, owed_by
 from lightning_slt.publish.diagnoses import diagnostics, invalid_sentence, verdict_sentence
 from lightning_slt.reasons import Kind, Reason
 from lightning_slt.record import Estimate
+from lightning_slt.sampling import cooling
 from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.collective import Alone
@@ -282,7 +283,7 @@ def test_what_is_taken_off_and_what_the_error_has_of_it(sampler: Sampler) -> Non
     assert found.step_bias == pytest.approx(float(off.mean()), rel=1e-9)
     assert found.chain_loss == pytest.approx(found.init_loss + found.mean / posterior.nbeta, rel=1e-12)
     assert found.lean == pytest.approx(lean, rel=1e-9)
-    unsure = verdict_module._unsure_share(segment, segment.finite) * heat.noise
+    unsure = cooling._unsure_share(segment, segment.finite) * heat.noise
     assert found.unsure_heat == pytest.approx(unsure, rel=1e-9)
     parts = (standard_error(found.trace), found.owed, lean, unsure)
     assert found.se == pytest.approx(math.hypot(*parts), rel=1e-4)
@@ -310,8 +311,8 @@ def test_minibatches_heat_is_the_less_sure_the_further_the_loss_is_from_a_square
         difference=own.expand(4, drawn.segment.steps),
         grad_dot=torch.full_like(drawn.segment.grad_dot, 2.0),
     )
-    assert verdict_module._unsure_share(shown, shown.finite) == pytest.approx(share, abs=1e-12)
-    assert verdict_module._unsure_share(shown, torch.tensor([True, False, False, False])) == 1 / 3
+    assert cooling._unsure_share(shown, shown.finite) == pytest.approx(share, abs=1e-12)
+    assert cooling._unsure_share(shown, torch.tensor([True, False, False, False])) == 1 / 3
 
 
 @pytest.mark.parametrize(

@@ -54,10 +54,8 @@ class Calibration:
 
     @property
     def heat_share(self) -> float:
-        """What the heat of the step added to the estimate and was taken off, without the lean, as a share of it before;
-        NaN without an estimate."""
-        raw = self.estimate.mean + self.estimate.step_bias
-        return max(self.estimate.step_bias - max(self.estimate.lean, 0.0), 0.0) / raw if raw > 0 else math.nan
+        """That of the estimate (:attr:`~lightning_slt.Estimate.heat_share`)."""
+        return self.estimate.heat_share
 
     @property
     def every_n_train_steps(self) -> int:

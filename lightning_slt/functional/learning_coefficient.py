@@ -140,6 +140,16 @@ def _none_left(finite: Tensor) -> str:
     return f"{NONE_STAYED}: {which} are finite, at losses above those of the posterior"
 
 
+def changes_of(table: Tensor) -> Tensor:
+    """``[num_chains]``, the mean of the second half less that of the first; one in the middle is in neither.
+
+    Args:
+        table: ``[num_chains, n]``, two or more of each chain.
+    """
+    half = table.shape[1] // 2
+    return table[:, -half:].mean(dim=1) - table[:, :half].mean(dim=1)
+
+
 def half_change(trace: Tensor) -> tuple[float, float]:
     """Second half minus first half, and its standard error between chains (within, for a single chain).
 
@@ -149,7 +159,7 @@ def half_change(trace: Tensor) -> tuple[float, float]:
     half = trace.shape[1] // 2
     if half < 2:
         return 0.0, math.inf
-    change = trace[:, -half:].mean(dim=1) - trace[:, :half].mean(dim=1)
+    change = changes_of(trace)
     if len(change) > 1:
         return float(change.mean()), float(change.std() / math.sqrt(len(change)))
     return float(change.mean()), _error_of_halves(trace)

@@ -8,6 +8,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from lightning_slt.functional.learning_coefficient import changes_of
+
 LEAST_SHARE = 0.1
 """What singular models owe at the least, as a share of what regular ones would: means over seeds of deep linear
 networks of four and five layers lacked 0.08, 0.14 and 0.3 of it, 0.9 to 1.8 % of the LLC."""
@@ -111,7 +113,7 @@ def gain_of(llc: Tensor, virial: Tensor) -> float:
     chains = len(llc)
     if chains < 2 or llc.shape[1] < 2 or virial.shape[1] < 2:
         return math.inf
-    changes = torch.stack([_between_halves(llc), _between_halves(virial)])
+    changes = torch.stack([changes_of(table.double()) for table in (llc, virial)])
     change, growth = changes.mean(dim=1).tolist()
     # all r with (change - r growth)² <= t² Var(change - r growth), between the roots of a r² - 2 b r + c
     spread = torch.cov(changes) / chains * float(stats.t.ppf(0.975, chains - 1)) ** 2
@@ -120,9 +122,3 @@ def gain_of(llc: Tensor, virial: Tensor) -> float:
     if not (growth > 0 and a > 0):
         return math.inf
     return (abs(b) + math.sqrt(max(b * b - a * c, 0.0))) / a
-
-
-def _between_halves(table: Tensor) -> Tensor:
-    """``[chains]``, means of the second half less those of the first."""
-    half, table = table.shape[1] // 2, table.double()
-    return table[:, -half:].mean(dim=1) - table[:, :half].mean(dim=1)

@@ -33,7 +33,13 @@ def test_the_step_as_a_share_of_the_unstable_one() -> None:
 
 @pytest.mark.parametrize(
     ("mean", "bias", "lean", "share"),
-    [(2.0, 0.5, 0.1, 0.4 / 2.5), (2.0, 0.1, 0.3, 0.0), (-2.0, 0.5, 0.0, math.nan), (-0.5, 0.5, 0.0, math.nan)],
+    [
+        (2.0, 0.5, 0.1, 0.4 / 2.5),
+        (2.0, 0.1, 0.3, 0.0),
+        (2.0, 0.5, -0.3, 0.2),
+        (-2.0, 0.5, 0.0, math.nan),
+        (-0.5, 0.5, 0.0, math.nan),
+    ],
 )
 def test_the_heat_is_a_share_of_the_estimate_before_it_was_taken_off(
     mean: float, bias: float, lean: float, share: float
