@@ -316,11 +316,12 @@ def duration(seconds: float) -> str:
     """A time for a person.
 
     Example:
-        >>> duration(0.034), duration(7.26), duration(340.0), duration(7500.0)
-        ('0.034 s', '7.3 s', '5 min 40 s', '2 h 5 min')
+        >>> duration(0.034), duration(7.26), duration(59.6), duration(340.0), duration(7500.0)
+        ('0.034 s', '7.3 s', '1 min 0 s', '5 min 40 s', '2 h 5 min')
     """
     if seconds < 10:
         return f"{seconds:.2g} s"
+    seconds = round(seconds)
     if seconds < 60:
         return f"{seconds:.0f} s"
     if seconds < 3600:

@@ -108,7 +108,7 @@ def test_no_line_ends_inside_a_number_and_its_error(
         out = written_in(columns, folder, capsys, monkeypatch)
         parts = [part.strip() for line in out.splitlines() for part in re.split(r"\s{2,}|│", line)]
         assert not [part for part in parts if part.startswith("±") or part.endswith("±")], columns
-        assert "3.00 ± 0.01" in out and "from 10.0 ± 0.5" in re.sub(r"[\s│]+", " ", out)
+        assert "3.000 ± 0.010" in out and "from 10.0 ± 0.5" in re.sub(r"[\s│]+", " ", out)
         assert max(map(len, out.splitlines())) <= columns
 
 
@@ -147,7 +147,7 @@ def test_a_mean_loss_of_zero_is_a_number(
     InfluenceRecord(folder).save(influence.replace(train_group=("a", "b", "c")))
     assert main(["show", str(tmp_path)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[3:6] for line in lines if line[:1] == ["1"] and "a" in line] == [["0.00", "±", "0.01"]]
+    assert [line[3:6] for line in lines if line[:1] == ["1"] and "a" in line] == [["0.000", "±", "0.010"]]
 
 
 BROKEN: dict[str, tuple[str, bytes]] = {

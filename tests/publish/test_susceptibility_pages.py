@@ -61,9 +61,9 @@ def test_the_report_has_the_last_firing_as_a_table_with_errors(tmp_path: Path) -
     numbers = [[cell.replace("\u00a0", " ") for cell in row[1:]] for row in rows]
     assert numbers == [
         ["head", "body"],
-        ["0.30 ± 0.01", "−3.00 ± 0.01"],
-        ["0.60 ± 0.01", "−2.50 ± 0.01"],
-        ["0.02 ± 0.01", "−3.50 ± 0.01"],
+        ["0.300 ± 0.010", "−3.000 ± 0.010"],
+        ["0.600 ± 0.010", "−2.500 ± 0.010"],
+        ["0.020 ± 0.010", "−3.500 ± 0.010"],
     ]
     assert section.count('class="number faint"') == 1, "0.02 is within 3 errors of zero"
     assert "How a component of the model answers to data" in section
@@ -104,7 +104,7 @@ def test_the_course_of_each_component_is_a_line_that_leaves_out_what_is_not_vali
     assert whole[2]["segment"] == whole[3]["segment"], "nor break between two that are"
     cat = [row for row in rows if row["component"] == "head" and row["line"] == "cat"]
     assert [(row["step"], row["chi"]) for row in cat] == [(100, 0.2), (300, 0.5), (400, 0.6)]
-    assert [row["words"] for row in cat][-1] == "Step 400: head to cat 0.60 ± 0.01"
+    assert [row["words"] for row in cat][-1] == "Step 400: head to cat 0.600 ± 0.010"
 
 
 def test_a_group_has_the_error_of_its_own() -> None:
@@ -148,10 +148,10 @@ def test_the_terminal_has_a_line_for_each_component_and_group(
     out = shown_in(100, folder, capsys, monkeypatch)
     part = out.split("Susceptibility: which component answers to which data")[1]
     lines = [re.split(r"\s{2,}", line.strip()) for line in part.splitlines()]
-    assert ["head", "the whole shift", "0.30 ± 0.01", "30", "▁·▆█"] in lines
-    assert ["cat", "0.60 ± 0.01", "60", "▁·▆█"] in lines
-    assert ["dog", "0.02 ± 0.01", "2.0", "▁·▁▁"] in lines
-    assert ["body", "the whole shift", "−3.00 ± 0.01", "300", "▁·▁▁"] in lines
+    assert ["head", "the whole shift", "0.300 ± 0.010", "30", "▁·▆█"] in lines
+    assert ["cat", "0.600 ± 0.010", "60", "▁·▆█"] in lines
+    assert ["dog", "0.020 ± 0.010", "2.0", "▁·▁▁"] in lines
+    assert ["body", "the whole shift", "−3.000 ± 0.010", "300", "▁·▁▁"] in lines
     assert "How a component of the model answers to data" in part and NOTE in part
 
 
@@ -161,7 +161,7 @@ def test_the_table_fits_a_narrow_terminal(
 ) -> None:
     out = shown_in(columns, write(tmp_path, HISTORY), capsys, monkeypatch)
     assert max(map(len, out.splitlines())) <= columns and "…" not in out
-    for value in ("0.30 ± 0.01", "−3.50 ± 0.01"):
+    for value in ("0.300 ± 0.010", "−3.500 ± 0.010"):
         assert value in out
 
 
@@ -169,7 +169,7 @@ def test_the_story_names_what_stands_out_most(tmp_path: Path) -> None:
     told = headline(load_run(write(tmp_path, [found.replace(groups=("cat", "dog")) for found in HISTORY])))
     assert (
         "Susceptibility to data was measured 4 times, of components head and body; at step 400 what stands out most is "
-        "body, held more tightly by data of group “dog” (−3.50 ± 0.01)."
+        "body, held more tightly by data of group “dog” (−3.500 ± 0.010)."
     ) in told
 
 
