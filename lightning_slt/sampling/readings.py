@@ -170,17 +170,18 @@ def _steepness_by_scatter(segment: Segment, posterior: LocalPosterior, keep: Ten
 
 
 def _share_of_kinks(segment: Segment, posterior: LocalPosterior, keep: Tensor) -> float:
-    """``1 - Cov(f, nbeta |g|² + gamma g.u) / E[nbeta |g|² + gamma g.u]``, within 0 and 1, with the covariance at the
-    upper end of its error; 0 where the readings are not every so many steps, or there is but one chain."""
-    force = force_of(segment, posterior)[keep]
+    """``1 - Cov(f, |G|²) / E[nbeta |g|² + gamma g.u]``, within 0 and 1, with the covariance at the upper end of its
+    error; 0 where the readings are not every so many steps, or there is but one chain."""
+    nbeta = posterior.nbeta
+    force, whole = force_of(segment, posterior)[keep], whole_force_of(segment, posterior)[keep]
     chains, readings = force.shape
     level = float(force.mean())
     if chains < 2 or segment.steps != readings * STATS_EVERY or not level > 0:
         return 0.0
-    loss = posterior.nbeta * segment.difference[keep].reshape(chains, readings, STATS_EVERY)
-    loss, force = loss - loss.mean(), force - level
+    loss = nbeta * segment.difference[keep].reshape(chains, readings, STATS_EVERY)
+    loss, whole = loss - loss.mean(), whole / nbeta - float(whole.mean()) / nbeta
     # at which of the steps the readings were is not known where pieces were cut: it is where the two agree most
-    each = (loss * force.unsqueeze(2)).mean(dim=1)
+    each = (loss * whole.unsqueeze(2)).mean(dim=1)
     each = each[:, int(each.mean(dim=0).argmax())]
     covariance = float(each.mean()) + float(each.std()) / math.sqrt(chains)
     return min(max(1.0 - covariance / level, 0.0), 1.0)
@@ -194,6 +195,14 @@ def force_of(segment: Segment, posterior: LocalPosterior) -> Tensor:
     """``grad . P G``, reading by reading."""
     pulled = segment.pulled_dot if segment.pulled_dot is not None else segment.grad_dot
     return posterior.nbeta * segment.grad_square + posterior.localization * pulled
+
+
+def whole_force_of(segment: Segment, posterior: LocalPosterior) -> Tensor:
+    """``G . P G``, reading by reading."""
+    nbeta, gamma = posterior.nbeta, posterior.localization
+    dot = segment.pulled_dot if segment.pulled_dot is not None else segment.grad_dot
+    square = segment.pulled_square if segment.pulled_square is not None else segment.square
+    return nbeta * force_of(segment, posterior) + gamma * (nbeta * dot + gamma * square)
 
 
 def virial_readings(
@@ -214,11 +223,8 @@ def virial_readings(
     """
     rows = (segment.finite if keep is None else keep).nonzero().flatten()
     gu, uu = segment.grad_dot[rows], segment.square[rows]
-    pulled_dot = segment.pulled_dot[rows] if segment.pulled_dot is not None else gu
-    pulled_square = segment.pulled_square[rows] if segment.pulled_square is not None else uu
     nbeta, gamma = posterior.nbeta, posterior.localization
-    force = nbeta * force_of(segment, posterior)[rows]
-    force = force + gamma * (nbeta * pulled_dot + gamma * pulled_square)
+    force = whole_force_of(segment, posterior)[rows]
     if shared:
         noise = segment.noise_square
         if noise is None or noise.shape[1] == 0:

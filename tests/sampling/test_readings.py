@@ -19,8 +19,8 @@ CHAINS, STEPS, BEFORE = 3000, 400, 300
 Potential = Callable[[Tensor], Tensor]
 
 
-def segment_of(potential: Potential, eps: float, seed: int = 0) -> Segment:
-    """What chains of SGLD on all the data would show, at a step that heats."""
+def segment_of(potential: Potential, eps: float, seed: int = 0, gamma: float = 0.0) -> Segment:
+    """What chains of SGLD on all the data would show, at a step that heats; pulled back with ``gamma``."""
     g = torch.Generator().manual_seed(seed)
     u = torch.zeros(CHAINS, dtype=torch.float64)
     losses, squares, dots, radii = [], [], [], []
@@ -34,14 +34,14 @@ def segment_of(potential: Potential, eps: float, seed: int = 0) -> Segment:
                 squares.append(grad.square())
                 dots.append(grad * u)
                 radii.append(u.square())
-        u = u - 0.5 * eps * grad + math.sqrt(eps) * torch.randn(CHAINS, generator=g, dtype=torch.float64)
+        u = u - 0.5 * eps * (grad + gamma * u) + math.sqrt(eps) * torch.randn(CHAINS, generator=g, dtype=torch.float64)
     tables = [torch.stack(rows, dim=1) for rows in (losses, squares, dots, radii)]
     return Segment(list(range(CHAINS)), *tables, anchors={(0, 0, 0): 0.0})
 
 
-def truth_of(potential: Potential) -> float:
+def truth_of(potential: Potential, gamma: float = 0.0) -> float:
     u = torch.linspace(-60, 60, 200_001, dtype=torch.float64)
-    return float((torch.softmax(-potential(u), 0) * potential(u)).sum())
+    return float((torch.softmax(-potential(u) - 0.5 * gamma * u.square(), 0) * potential(u)).sum())
 
 
 def kink(u: Tensor) -> Tensor:
@@ -79,6 +79,20 @@ def test_the_heat_of_a_step_on_what_rises_more_slowly_than_a_square(
     truth, raw = truth_of(potential), float(segment.difference.mean())
     assert raw > 1.05 * truth
     assert raw - found.total == pytest.approx(truth, rel=0.015)
+
+
+@pytest.mark.parametrize(("gamma", "eps"), [(0.3, 0.4), (1.0, 0.2)])
+def test_what_pulls_a_chain_back_is_part_of_the_force_that_tells_kinks(gamma: float, eps: float) -> None:
+    """A loss that saturates, as of a classifier of few samples. By the loss's part of the force alone up to twice its heat
+    was taken off: what remained was 2.3 and 4.3 % too low.
+
+    The mean of 1.2 million steps is known to 0.4 %.
+    """
+    segment = segment_of(log_cosh, eps, gamma=gamma)
+    found = heat_of(segment, eps, LocalPosterior(1.0, gamma))
+    raw, truth = float(segment.difference.mean()), truth_of(log_cosh, gamma)
+    assert raw > 1.08 * truth
+    assert raw - found.total == pytest.approx(truth, rel=0.01)
 
 
 def test_steepness_above_one_counts_only_beyond_its_error() -> None:
