@@ -20,6 +20,7 @@ from lightning_slt.reasons import Kind
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.anchor import coupling, let_pass, open_window
 from lightning_slt.sampling.arguments import check_data
+from lightning_slt.sampling.batch_size import enlarge
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.budget import MAX_STEPS_BW_DRAWS, Budget, Drawn
 from lightning_slt.sampling.calibration import draw
@@ -235,7 +236,10 @@ def run_chains(
 
         def begin() -> tuple[float, Optional[bool]]:
             loss = _start(objective, source, sampler)
-            return loss, coupling(objective, source) if first else None  # minibatches are of one kind on all ranks
+            coupled = coupling(objective, source) if first else None  # minibatches are of one kind on all ranks
+            if coupled is not True and enlarge(objective, source):
+                loss = open_window(objective, source)
+            return loss, coupled
 
         loss, source.coupled = collective.exchange(begin)[0]
         log.debug(f"loss at w* on the first minibatch: {loss:.6g}")
@@ -324,7 +328,8 @@ def estimate_llc(
         num_draws: draws of each.
         num_burnin_steps: None to burn in until the trace is flat.
         num_steps_bw_draws: steps a draw; every one of them counts in the mean. None for as many as the burn-in asks.
-        batch_size: None for that of the DataLoader, else 64.
+        batch_size: None for that of the DataLoader; of a Dataset 64, or 256 where the network is small
+            (:mod:`~lightning_slt.sampling.batch_size`).
         weights: a ``state_dict`` (or a Lightning checkpoint with one) to study in place of the module's weights.
         restrict: which weights move.
         seed: determines the estimate.
@@ -380,15 +385,16 @@ def estimate_llc(
         source = source_of(data, batch_size, objective.device, seed, num_samples, full_batch)
         if nbeta is None and source.num_samples is not None:
             default_nbeta(source.num_samples)
+        try:
+            estimate = measure_llc(objective, source, settings)
+        except NoLossError as error:
+            raise ValueError(str(error)) from error
         if isinstance(sampler, KineticLangevin) and source.batch_size < (source.num_samples or math.inf):
             log.warning(
                 f"sampler=KineticLangevin(): minibatches of {source.batch_size} heat its chains, and little of that "
                 "can be taken off. Give full_batch=True, or leave the sampler None."
             )
-        try:
-            return measure_llc(objective, source, settings)
-        except NoLossError as error:
-            raise ValueError(str(error)) from error
+        return estimate
 
 
 def state_dict_of(weights: Optional[Mapping[str, Any]]) -> Optional[dict[str, Tensor]]:

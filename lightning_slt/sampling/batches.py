@@ -108,9 +108,14 @@ class DatasetSource(MinibatchSource):
         max_bytes: how much of the data may be held at once, beyond :data:`LEAST_WINDOW`.
         worker_init_fn: as in a DataLoader, for those processes.
 
+    Attributes:
+        size_is_open: nobody has said how many samples a minibatch has.
+
     Raises:
         ValueError: for an empty dataset or a batch size below 1.
     """
+
+    size_is_open = False
 
     def __init__(
         self,
@@ -138,10 +143,13 @@ class DatasetSource(MinibatchSource):
         self._transfer = transfer
         self._seed = seed
         self._max_bytes = max_bytes
-        self._next_window = 0
+        self._plan()
+
+    def _plan(self) -> None:
+        """What of the data is held at once, with minibatches of this size."""
+        n, self._next_window, self._kept = self._count, 0, None
         first = self._read(self._stream(0, 1))[0]
-        self._bytes = max(num_bytes(first), 1)
-        self._affordable = max(LEAST_WINDOW, max_bytes // self._bytes)
+        self._affordable = max(LEAST_WINDOW, self._max_bytes // max(num_bytes(first), 1))
         total = n * _epochs_for_even_use(n, self.batch_size) // self.batch_size
         self.resident = total <= min(self._affordable, MAX_RESIDENT_BATCHES)
         self._window_batches = total if self.resident else min(self._affordable, WINDOW_BATCHES)
@@ -150,6 +158,14 @@ class DatasetSource(MinibatchSource):
     def num_indexed(self) -> int:
         """Samples that can be asked for by number; ``num_samples`` may say otherwise of how many the loss is a mean."""
         return self._count
+
+    def resize(self, batch_size: int) -> bool:
+        """Give minibatches this many samples, or all there are, from the first window on; whether that changes any."""
+        if min(batch_size, self._count) == self.batch_size:
+            return False
+        self.batch_size = min(batch_size, self._count)
+        self._plan()
+        return True
 
     def with_batches(self, batch_size: int, transfer: Callable[[Any], Any], seed: int) -> DatasetSource:
         """The same samples in minibatches of another size."""

@@ -24,6 +24,7 @@ from torch.utils.data import (
 )
 
 from lightning_slt.sampling.arguments import without_fabric
+from lightning_slt.sampling.batch_size import USUAL
 from lightning_slt.sampling.batches import DatasetSource, IterableSource, MinibatchSource
 from lightning_slt.sampling.counting import (
     batch_length,
@@ -96,7 +97,7 @@ def source_of(
         return IterableSource(data, num_samples, move)
     if isinstance(data, IterableDataset):
         _refuse_full_batch(full_batch)
-        return IterableSource(DataLoader(data, batch_size=batch_size or 64), num_samples, move)
+        return IterableSource(DataLoader(data, batch_size=batch_size or USUAL), num_samples, move)
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         if len(data) == 0:
             raise ValueError("data: the dataset is empty; chains need samples to compute a loss on.")
@@ -107,7 +108,8 @@ def source_of(
             )
         if full_batch:
             batch_size = len(data)
-        samples = DatasetSource(data, batch_size or 64, collate, indices, move, seed, workers)
+        samples = DatasetSource(data, batch_size or USUAL, collate, indices, move, seed, workers)
+        samples.size_is_open = batch_size is None
         samples.num_samples = num_samples or samples.num_samples
         return samples
     if isinstance(data, Iterable):

@@ -83,8 +83,8 @@ def test_the_heat_of_a_step_on_what_rises_more_slowly_than_a_square(
 
 @pytest.mark.parametrize(("gamma", "eps"), [(0.3, 0.4), (1.0, 0.2)])
 def test_what_pulls_a_chain_back_is_part_of_the_force_that_tells_kinks(gamma: float, eps: float) -> None:
-    """A loss that saturates, as of a classifier of few samples. By the loss's part of the force alone up to twice its heat
-    was taken off: what remained was 2.3 and 4.3 % too low.
+    """A loss that saturates, as of a classifier of few samples. By the loss's part of the force alone up to twice its
+    heat was taken off: what remained was 2.3 and 4.3 % too low.
 
     The mean of 1.2 million steps is known to 0.4 %.
     """
