@@ -25,7 +25,7 @@ USUAL, LARGE = 64, 256
 MOST_WEIGHTS = 4096
 """Of the module, whether they move or not: from here on products show."""
 MOST_KEPT = 256
-"""Numbers for each sample that the backward pass needs; convolutions and recurrent networks have many for few weights."""
+"""Numbers for each sample that the backward pass needs: convolutions have many for few weights, and recurrence has."""
 
 
 def enlarge(objective: Objective, source: MinibatchSource) -> bool:
