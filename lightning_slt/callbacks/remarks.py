@@ -9,7 +9,6 @@ from typing import Optional
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_slt.callbacks.clock import RunClock
 from lightning_slt.callbacks.overhead import OverheadBudget
 from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.schedule import Schedule, steps_of_run
@@ -17,7 +16,8 @@ from lightning_slt.callbacks.turns import Ahead
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish.diagnoses import invalid_sentence, kinds_of
 from lightning_slt.publish.phrases import count_of, number
-from lightning_slt.publish.words import duration
+from lightning_slt.publish.sink import RunCost
+from lightning_slt.publish.words import cost_words, duration
 from lightning_slt.record import Estimate
 from lightning_slt.warned import warn
 
@@ -74,14 +74,10 @@ def warn_of_other_weights(voice: Voice, estimate: Estimate, before: int) -> None
         )
 
 
-def say_cost(voice: Voice, clock: RunClock) -> None:
-    """What measuring cost a run that is over, waiting for workers too, and what came to nothing."""
-    share = clock.measured_seconds / max(clock.run_seconds, 1e-9)
-    of_run = f"{share:.0%}" if share >= 0.01 else f"{share:.1%}"
+def say_cost(voice: Voice, cost: RunCost) -> None:
+    """What measuring cost a run that is over, and what came to nothing."""
     failed = f"; {count_of(len(voice.failures), 'measurement')} failed" if voice.failures else ""
-    rank_zero_info(
-        f"{voice.who}: measuring cost this run {duration(clock.measured_seconds)}, {of_run} of its wall-clock{failed}"
-    )
+    rank_zero_info(f"{voice.who}: measuring cost this run {cost_words(cost)}{failed}")
 
 
 def say_all_failed(voice: Voice) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
+from lightning_slt.publish.sink import RunCost
 from lightning_slt.record import RECORD_FILE, Estimate, RunRecord
 from lightning_slt.susceptibility_record import SusceptibilityEstimate, SusceptibilityRecord
 from lightning_slt.transition_record import TransitionLog
@@ -56,6 +57,16 @@ class MonitorRecord:
     def status(self) -> str:
         """``"running"``, ``"finished"`` or ``"failed"``; a record without a summary is of a run that died early."""
         return str(self.summary.get("status", "failed"))
+
+    @property
+    def cost(self) -> Optional[RunCost]:
+        """What measuring cost the whole run; None of one that did not come to its end, and of older records."""
+        found = self.summary.get("cost")
+        spent = [found.get(name) for name in ("seconds", "run_seconds")] if isinstance(found, Mapping) else []
+        numbers = [float(value) for value in spent if isinstance(value, (int, float))]
+        if len(numbers) < 2 or not all(math.isfinite(value) and value >= 0 for value in numbers):
+            return None
+        return RunCost(*numbers)
 
     @property
     def beside_seconds(self) -> float:

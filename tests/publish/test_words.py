@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from lightning_slt.publish import RunPublisher
 from lightning_slt.publish.diagnoses import diagnostics, invalid_sentence, kind_of_reason, outcome_of, reason_words
 from lightning_slt.publish.phrases import with_error
 from lightning_slt.publish.run import load_run
-from lightning_slt.publish.words import headline, suspects_sentence, transitions_sentence
+from lightning_slt.publish.sink import RunCost
+from lightning_slt.publish.words import cost_of, headline, seconds_of, suspects_sentence, transitions_sentence
 from lightning_slt.record import Estimate, RunRecord
 from lightning_slt.susceptibility_record import SusceptibilityEstimate, SusceptibilityRecord
 from lightning_slt.transition_record import TransitionLog
@@ -47,7 +51,32 @@ def test_what_measuring_took_is_that_of_all_monitors(tmp_path: Path):
         record = RunRecord(tmp_path / (f"slt_{name}" if name else "slt"))
         for step in (10, 20):
             record.append(make_estimate(step=step, component=name, seconds=seconds, overhead=share))
-    assert "Measuring took 1 min 0 s in all, 38% of the run's wall-clock" in headline(load_run(tmp_path))[-2]
+    assert "Measuring took 1 min 0 s in all; training itself" in headline(load_run(tmp_path))[-2]
+
+
+def test_what_measuring_cost_is_what_the_monitors_said_at_the_end(tmp_path: Path):
+    """Shares at the last firings are of two moments, and lack what a clock counts beside the chains."""
+    for name, share, cost in (("", 0.9, RunCost(14.0, 39.5)), ("attn", 0.8, RunCost(6.0, 40.0))):
+        estimate = make_estimate(step=10, component=name, seconds=2.0, overhead=share)
+        publisher = RunPublisher([], tmp_path / (f"slt_{name}" if name else "slt"))
+        publisher.estimate(estimate)
+        publisher.finish([estimate], "finished", cost=cost)
+    both = "Measuring cost this run 20 s, 50% of its wall-clock; training itself was left as it was."
+    run = load_run(tmp_path)
+    assert (headline(run)[-1], cost_of(run)) == (both, both) and seconds_of(run) == 20.0
+    (tmp_path / "slt_attn" / "summary.json").unlink()
+    assert cost_of(load_run(tmp_path)) == "Measuring took 16 s in all; training itself was left as it was."
+    shutil.rmtree(tmp_path / "slt_attn")
+    alone = "Measuring cost this run 14 s, 35% of its wall-clock; training itself was left as it was."
+    assert cost_of(load_run(tmp_path)) == alone
+
+
+@pytest.mark.parametrize("cost", [None, 3, {"seconds": 3.0}, {"seconds": "3", "run_seconds": None}, {"seconds": []}])
+def test_of_a_run_that_was_killed_the_share_is_that_up_to_its_last_firing(cost: object, tmp_path: Path):
+    RunRecord(tmp_path).append(make_estimate(step=10, seconds=10.0, overhead=0.25))
+    (tmp_path / "summary.json").write_text(json.dumps({"status": "running", "cost": cost}))
+    told = "Measuring took 10 s in all, 25% of the run's wall-clock up to its last firing; training itself was left"
+    assert cost_of(load_run(tmp_path)).startswith(told)
 
 
 def test_what_measuring_took_has_that_of_susceptibility_in_it(tmp_path: Path):
@@ -60,7 +89,8 @@ def test_what_measuring_took_has_that_of_susceptibility_in_it(tmp_path: Path):
             1.0, (1.0,), (3,), 100, 4, 100, True, step=step, seconds=50.0,
         )  # fmt: skip
         SusceptibilityRecord(tmp_path / "slt").save(found)
-    assert "Measuring took 2 min 0 s in all, 25% of the run's wall-clock" in headline(load_run(tmp_path))[-2]
+    told = "Measuring took 2 min 0 s in all, 25% of the run's wall-clock up to its last firing"
+    assert told in headline(load_run(tmp_path))[-2]
 
 
 @pytest.mark.parametrize(
