@@ -152,13 +152,18 @@ class Reporting:
             give_back(self.folder)
         if not estimates and self._voice.failures:
             say_all_failed(self._voice)
-        if not estimates or self.folder is None:
+        if not estimates or self.folder is None or not trainer.is_global_zero:
             return
-        if RunRecord(self.folder).path.exists():
+        recorded = {estimate.step for estimate in RunRecord(self.folder).read(traces=False)}
+        lacking = sum(estimate.step not in recorded for estimate in estimates)
+        if lacking < len(estimates):
             say_cost(self._voice, cost)
+            where = f"in {self.folder}"
+            if lacking:  # a disk that filled up
+                where += f", without {lacking:,} of them that could not be written there"
             report = f"; report: {publisher.report}" if publisher.report is not None else ""
-            rank_zero_info(f"{self._voice.who}: {outcome_of(estimates)}, in {self.folder}{report}")
-        elif trainer.is_global_zero:
+            rank_zero_info(f"{self._voice.who}: {outcome_of(estimates)}, {where}{report}")
+        else:
             warn(
                 f"{self._voice.who}: {count_of(len(estimates), 'estimate')} in monitor.estimates and in the loggers, "
                 f"and none in files: {self.folder} could not be written. Name a folder that can be with dirpath=."

@@ -368,10 +368,12 @@ class RunPublisher:
         except Exception as error:
             if place not in self._warned:
                 self._warned.add(place)
+                said = f"{type(error).__name__}: {error}".rstrip(".")
+                if self.record is not None and name.startswith("the local") and isinstance(error, OSError):
+                    said += f". {self.record.folder} could not be written: name another folder with dirpath="
                 # whose it is, where several monitors publish to the same place
                 warn(
-                    f"{speaker(self.prefix, kind='lightning_slt')} could not publish to {name}: "
-                    f"{type(error).__name__}: {error}. Training and the other loggers go on; further failures there "
-                    "are not reported."
+                    f"{speaker(self.prefix, kind='lightning_slt')} could not publish to {name}: {said}. Training and "
+                    "the other loggers go on; further failures there are not reported."
                 )
             return None
