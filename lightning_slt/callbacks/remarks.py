@@ -52,15 +52,21 @@ def say_how(voice: Voice, estimate: Estimate, influence: Optional[InfluenceEstim
         warn(f"{voice.who}: {len(influence.dropped)} samples are left out of influence: {named}")
 
 
-def say_why_not(voice: Voice, estimate: Estimate) -> None:
-    """Why an estimate is not valid: each kind of reason once in a run."""
+def say_why_not(voice: Voice, estimate: Estimate, step_given: bool) -> None:
+    """Why an estimate is not valid: each kind of reason once in a run.
+
+    Args:
+        voice: of the monitor.
+        estimate: any.
+        step_given: whether ``lr`` or ``num_burnin_steps`` was.
+    """
     if estimate.valid:
         return
     kinds = kinds_of(estimate)
     fresh = {kind for kind in dict.fromkeys(kinds) if voice.first(f"not valid: {kind}")}
     new = [reason for reason, kind in zip(estimate.reasons, kinds, strict=True) if kind in fresh]
     if new:
-        rank_zero_info(f"{voice.who}: {invalid_sentence(estimate, new)}")
+        rank_zero_info(f"{voice.who}: {invalid_sentence(estimate, new, step_given)}")
 
 
 def warn_of_other_weights(voice: Voice, estimate: Estimate, before: int) -> None:

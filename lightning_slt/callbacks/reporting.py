@@ -201,7 +201,7 @@ class Reporting:
             warn_of_other_weights(self._voice, estimate, before=estimates[-1].num_weights)
         estimates.append(estimate)
         if not is_smoke_test(trainer):  # the few draws of one are never valid
-            say_why_not(self._voice, estimate)
+            say_why_not(self._voice, estimate, self._asked.step_given)
         self.show(trainer)
         if self._publisher is not None:
             self._publisher.estimate(estimate)

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 _OTHER_RUN = re.compile(r"_run\d+$")
 """How the folder of a later run with the same settings ends: it is no monitor of this one."""
 _SUGGESTIONS = 5
+CALIBRATED = "SGLD, calibrated"
+"""What settings have for the sampler where none was given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +69,17 @@ class MonitorRecord:
         if len(numbers) < 2 or not all(math.isfinite(value) and value >= 0 for value in numbers):
             return None
         return RunCost(*numbers)
+
+    @property
+    def step_given(self) -> Optional[bool]:
+        """Whether ``lr`` or ``num_burnin_steps`` was, by the settings; None where they do not say."""
+        config = self.summary.get("config")
+        if not isinstance(config, Mapping) or "num_burnin_steps" not in config:
+            return None
+        sampler = str(config.get("sampler"))
+        if config["num_burnin_steps"] is not None or re.search(r"\blr=[\d.]", sampler):
+            return True
+        return False if sampler == CALIBRATED or "lr=None" in sampler else None
 
     @property
     def beside_seconds(self) -> float:
@@ -212,4 +225,4 @@ def _runs_below(folder: Path, depth: int = 4) -> list[Path]:
     return sorted(place for place in found if found.isdisjoint(place.parents))
 
 
-__all__ = ["MonitorRecord", "Run", "folders_of", "load_run", "monitor_record"]
+__all__ = ["CALIBRATED", "MonitorRecord", "Run", "folders_of", "load_run", "monitor_record"]

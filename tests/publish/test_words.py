@@ -209,6 +209,44 @@ def test_the_advice_on_a_step_that_is_too_large_is_for_those_who_left_it_to_cali
     )
 
 
+def test_where_it_is_known_whether_a_step_was_given_only_that_is_advised(tmp_path: Path):
+    estimate = make_estimate(step=10, reasons=("step size 0.1 is too large: 59% of the estimate is heat of the step",))
+    given = "Leave both lr and num_burnin_steps to calibration, or give a smaller lr."
+    found = "An LLC near zero is usual early in training, and at any other a smaller lr helps."
+    assert invalid_sentence(estimate, estimate.reasons, step_given=True).endswith(f"of the step. {given}")
+    assert invalid_sentence(estimate, estimate.reasons, step_given=False).endswith(f"of the step. {found}")
+    for sampler, burnin, advice in (
+        ("SGLD, calibrated", None, found),
+        ("SGNHT(lr=None, diffusion_factor=0.01)", None, found),
+        ("SGNHT(lr=1e-05, diffusion_factor=0.01)", None, given),
+        ("SGLD, calibrated", 200, given),
+        ("mine", None, "Where lr or num_burnin_steps is given, leave both to calibration, or give a smaller lr; where"),
+    ):
+        record = tmp_path / f"{sampler}{burnin}"
+        RunRecord(record).append(estimate)
+        settings = {"sampler": sampler, "num_burnin_steps": burnin}
+        (record / "summary.json").write_text(json.dumps({"status": "finished", "config": settings}))
+        monitor = load_run(record).main
+        [remark] = diagnostics(monitor.estimates, monitor.step_given)
+        assert f"(step 10). {advice}" in remark.text
+
+
+def test_a_firing_that_a_budget_made_short_is_not_told_to_take_more_draws():
+    """A larger num_draws is cut down to the same."""
+    short = make_estimate(step=10, reasons=(NOT_MIXED,), firing_size=0.25)
+    full = make_estimate(step=20, reasons=(NOT_MIXED,), firing_size=1.0)
+    budget = "max_overhead keeps firings short: a larger one gives them more draws, num_draws does not."
+    assert invalid_sentence(short, short.reasons).endswith(f", error 5.9. {budget}")
+    assert diagnostics([short])[0].text == f"Chains disagree with each other (step 10). {budget}"
+    some = budget.replace("firings", "some firings")
+    assert diagnostics([short, full])[0].text == (
+        "Chains disagree with each other (2 estimates: steps 10 to 20). More draws (num_draws) or chains (num_chains) "
+        f"help. {some}"
+    )
+    slow = make_estimate(reasons=(SHORT,), firing_size=0.25)
+    assert invalid_sentence(slow, slow.reasons).endswith(f"(virial ratio 0.40): more draws. {budget}")
+
+
 def test_of_chains_that_run_downhill_more_draws_are_not_advised():
     downhill = "negative beyond its error: the weights are not at a minimum (chains run downhill)"
     both, mixing = make_estimate(step=10, reasons=(NOT_MIXED, downhill)), make_estimate(step=20, reasons=(NOT_MIXED,))
