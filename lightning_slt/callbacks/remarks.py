@@ -27,8 +27,14 @@ LONG = 60.0
 """Seconds of the firings to come, from which on the first one says how many there are."""
 
 
-def say_how(voice: Voice, estimate: Estimate, influence: Optional[InfluenceEstimate]) -> None:
-    """What there is to be said of the first firing, of the first notes, and of the first samples left out."""
+def say_how(voice: Voice, step: int, estimate: Estimate, influence: Optional[InfluenceEstimate]) -> None:
+    """What there is to be said of the first firing, of the first notes, and of the first samples left out.
+
+    Args:
+        voice: of the monitor.
+        step: that both are of, which they may not know yet.
+        estimate, influence: of a firing.
+    """
     if voice.first("method"):
         chains = count_of(estimate.num_chains, f"{estimate.method} chain")
         n = f"{estimate.num_samples:,}" if estimate.num_samples is not None else "not known"
@@ -43,8 +49,8 @@ def say_how(voice: Voice, estimate: Estimate, influence: Optional[InfluenceEstim
             queries = count_of(len(influence.query_index), "query", "queries")
             asked = f"of {count_of(len(influence.train_index), 'training sample')} on {queries}"
             asked = "; ".join([asked, *influence.notes])
-            said = f"is not valid: {'; '.join(influence.reasons)} ({asked})" if influence.reasons else asked
-            rank_zero_info(f"{voice.who}: influence {said}")
+            why_not = f"step {step}: influence is not valid: {'; '.join(influence.reasons)} ({asked})"
+            rank_zero_info(f"{voice.who}: {why_not if influence.reasons else f'influence {asked}'}")
     if influence is not None and influence.notes and voice.first("notes"):
         rank_zero_info(f"{voice.who}: of influence from here on: {'; '.join(influence.notes)}")
     if influence is not None and influence.dropped and voice.first("dropped"):
@@ -96,8 +102,9 @@ def say_all_failed(voice: Voice) -> None:
 def say_what_is_due(voice: Voice, seconds: float, ahead: Ahead) -> None:
     """After the first firing, where those to come are long as well: nobody should wait for the end to learn it."""
     if ahead.firings * seconds > LONG and voice.first("what is due"):
+        due = "1 more is" if ahead.firings == 1 else f"{ahead.firings:,} more are"
         rank_zero_info(
-            f"{voice.who}: this firing took {duration(seconds)}, and about {ahead.firings:,} more are due in this run. "
+            f"{voice.who}: this firing took {duration(seconds)}, and about {due} due in this run. "
             "Later ones are cheaper where they start from its chains"
         )
 

@@ -309,10 +309,10 @@ def test_what_is_refused_before_training_is_said_by_the_monitor_that_refuses(
 def test_influence_that_is_not_valid_says_so_and_why_first(caplog: pytest.LogCaptureFixture) -> None:
     influence = make_influence(valid=False, reasons=("chains have not mixed",), notes=("the data changes",))
     with caplog.at_level("INFO", logger="lightning.pytorch"):
-        remarks.say_how(Voice(), make_estimate(), influence)
+        remarks.say_how(Voice(), 30, make_estimate(), influence)
     assert caplog.records[-1].getMessage() == (
-        "SLTMonitor: influence is not valid: chains have not mixed (of 30 training samples on 6 queries; the data "
-        "changes)"
+        "SLTMonitor: step 30: influence is not valid: chains have not mixed (of 30 training samples on 6 queries; the "
+        "data changes)"
     )
 
 
