@@ -320,8 +320,8 @@ def _with_remedy(said: str, cooled: WithoutHeat, chains: Chains) -> str:
         usual = f"{nbeta:.3g}; n / log n is {default_nbeta(n):.3g}"
         return f"{NBETA_TOO_LARGE} ({usual}), {said}: a smaller nbeta, or {batch}"
     if noisy and cooled.scale > LARGE_LOSS:
-        nats = "one in nats (a squared error divided by 2 sigma², sigma the scale of the noise in the targets)"
-        return f"{LOSS_TOO_LARGE}, {said}: {nats}; where it is, {batch}, or more draws"
+        nats = "a squared error is when divided by 2 sigma² (sigma is the scale of the noise in the targets)"
+        return f"{LOSS_TOO_LARGE}: {said}. It should be in nats, which {nats}; where it is, {batch} or more draws help"
     more = f", {batch} (the minibatches' noise keeps the step small)" if noisy else ""
     return f"{said}: more draws{more}; a stronger localization settles sooner, but measures another number"
 

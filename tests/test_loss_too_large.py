@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_slt import Estimate, estimate_llc
-from lightning_slt.publish.diagnoses import diagnostics
+from lightning_slt.publish.diagnoses import diagnostics, reason_words
 from lightning_slt.reasons import LOSS_TOO_LARGE, NOT_ARRIVED
 from tests.sampling.helpers import gen, mean_squared
 
@@ -38,7 +38,11 @@ def test_the_scale_of_the_loss_is_named_and_what_to_divide_it_by(seed: int) -> N
     est = measured(divisor=1.0, seed=seed)
     assert not est.valid and "NOT_ARRIVED" in est.kinds and est.virial < 0.7
     said = est.reasons[est.kinds.index("NOT_ARRIVED")]
-    assert said.startswith(f"{LOSS_TOO_LARGE}, {NOT_ARRIVED} in ") and "divided by 2 sigma²" in said
+    assert said.startswith(f"{LOSS_TOO_LARGE}: {NOT_ARRIVED} in ") and said.endswith(
+        "). It should be in nats, which a squared error is when divided by 2 sigma² (sigma is the scale of the noise "
+        "in the targets); where it is, a larger batch_size or more draws help"
+    )
+    assert reason_words(said).endswith(f"had not spread to their full width (virial ratio {est.virial:.2f})")
     told = " ".join(remark.text for remark in diagnostics([est]))
     assert "divide it (a squared error by 2 sigma²" in told
 

@@ -11,6 +11,7 @@ from lightning_slt.callbacks.schedule import Schedule
 from lightning_slt.callbacks.susceptibilities import Measures
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.kinds import check_count
+from lightning_slt.publish.run import CALIBRATED
 from lightning_slt.sampling.restriction import Restriction
 from lightning_slt.sampling.steps import LossFn, check_loss_fn
 
@@ -59,6 +60,12 @@ class Asked:
         return self.on_failure == RAISE
 
     @property
+    def step_given(self) -> bool:
+        """Whether ``lr`` or ``num_burnin_steps`` was, beside which calibration does not search for the step."""
+        sampler = self.settings.sampler
+        return self.settings.num_burnin_steps is not None or (sampler is not None and sampler.lr is not None)
+
+    @property
     def moving(self) -> list[str]:
         """The entries of ``restrict`` as text, submodules by their class; empty where all weights move."""
         return [entry if isinstance(entry, str) else type(entry).__name__ for entry in listed(self.restrict)]
@@ -81,7 +88,7 @@ class Asked:
             "every_n_epochs": schedule.every_n_epochs,
             "at_steps": list(schedule.at_steps) if schedule.at_steps is not None else None,
             "log_spaced": schedule.log_spaced,
-            "sampler": repr(settings.sampler) if settings.sampler is not None else "SGLD, calibrated",
+            "sampler": repr(settings.sampler) if settings.sampler is not None else CALIBRATED,
             "num_chains": settings.num_chains,
             "num_draws": settings.num_draws,
             "num_burnin_steps": settings.num_burnin_steps,

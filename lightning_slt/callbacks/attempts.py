@@ -74,9 +74,10 @@ class Attempts:
                 raise
             # on one rank, for all of them
             elsewhere = isinstance(error, RankFailedError) and BrokenOffError.__name__ in error.kinds
-            if held.waits or elsewhere:
+            signalled = held.waits or elsewhere
+            if signalled:
                 self._turns.take_back(moment.step)
-            self._voice.failed(moment.step, f"{type(error).__name__}: {error}")
+            self._voice.failed(moment.step, f"{type(error).__name__}: {error}", goes_on=not signalled)
             clock.took(begin, failed=True)
             return
         size = size_of(settings, asked.settings)

@@ -108,7 +108,7 @@ class InsideFirings:
             )
             if problem and samples.leave_out():
                 warn_of_no_influence(self._voice, problem)
-        say_how(self._voice, *measured)
+        say_how(self._voice, moment.step, *measured)
         return measured
 
     def _open(self, moment: Moment) -> tuple[Objective, MinibatchSource]:

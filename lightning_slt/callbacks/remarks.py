@@ -9,7 +9,6 @@ from typing import Optional
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_slt.callbacks.clock import RunClock
 from lightning_slt.callbacks.overhead import OverheadBudget
 from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.schedule import Schedule, steps_of_run
@@ -17,7 +16,8 @@ from lightning_slt.callbacks.turns import Ahead
 from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish.diagnoses import invalid_sentence, kinds_of
 from lightning_slt.publish.phrases import count_of, number
-from lightning_slt.publish.words import duration
+from lightning_slt.publish.sink import RunCost
+from lightning_slt.publish.words import cost_words, duration
 from lightning_slt.record import Estimate
 from lightning_slt.warned import warn
 
@@ -27,8 +27,14 @@ LONG = 60.0
 """Seconds of the firings to come, from which on the first one says how many there are."""
 
 
-def say_how(voice: Voice, estimate: Estimate, influence: Optional[InfluenceEstimate]) -> None:
-    """What there is to be said of the first firing, of the first notes, and of the first samples left out."""
+def say_how(voice: Voice, step: int, estimate: Estimate, influence: Optional[InfluenceEstimate]) -> None:
+    """What there is to be said of the first firing, of the first notes, and of the first samples left out.
+
+    Args:
+        voice: of the monitor.
+        step: that both are of, which they may not know yet.
+        estimate, influence: of a firing.
+    """
     if voice.first("method"):
         chains = count_of(estimate.num_chains, f"{estimate.method} chain")
         n = f"{estimate.num_samples:,}" if estimate.num_samples is not None else "not known"
@@ -43,8 +49,8 @@ def say_how(voice: Voice, estimate: Estimate, influence: Optional[InfluenceEstim
             queries = count_of(len(influence.query_index), "query", "queries")
             asked = f"of {count_of(len(influence.train_index), 'training sample')} on {queries}"
             asked = "; ".join([asked, *influence.notes])
-            said = f"is not valid: {'; '.join(influence.reasons)} ({asked})" if influence.reasons else asked
-            rank_zero_info(f"{voice.who}: influence {said}")
+            why_not = f"step {step}: influence is not valid: {'; '.join(influence.reasons)} ({asked})"
+            rank_zero_info(f"{voice.who}: {why_not if influence.reasons else f'influence {asked}'}")
     if influence is not None and influence.notes and voice.first("notes"):
         rank_zero_info(f"{voice.who}: of influence from here on: {'; '.join(influence.notes)}")
     if influence is not None and influence.dropped and voice.first("dropped"):
@@ -52,15 +58,21 @@ def say_how(voice: Voice, estimate: Estimate, influence: Optional[InfluenceEstim
         warn(f"{voice.who}: {len(influence.dropped)} samples are left out of influence: {named}")
 
 
-def say_why_not(voice: Voice, estimate: Estimate) -> None:
-    """Why an estimate is not valid: each kind of reason once in a run."""
+def say_why_not(voice: Voice, estimate: Estimate, step_given: bool) -> None:
+    """Why an estimate is not valid: each kind of reason once in a run.
+
+    Args:
+        voice: of the monitor.
+        estimate: any.
+        step_given: whether ``lr`` or ``num_burnin_steps`` was.
+    """
     if estimate.valid:
         return
     kinds = kinds_of(estimate)
     fresh = {kind for kind in dict.fromkeys(kinds) if voice.first(f"not valid: {kind}")}
     new = [reason for reason, kind in zip(estimate.reasons, kinds, strict=True) if kind in fresh]
     if new:
-        rank_zero_info(f"{voice.who}: {invalid_sentence(estimate, new)}")
+        rank_zero_info(f"{voice.who}: {invalid_sentence(estimate, new, step_given)}")
 
 
 def warn_of_other_weights(voice: Voice, estimate: Estimate, before: int) -> None:
@@ -74,14 +86,10 @@ def warn_of_other_weights(voice: Voice, estimate: Estimate, before: int) -> None
         )
 
 
-def say_cost(voice: Voice, clock: RunClock) -> None:
-    """What measuring cost a run that is over, waiting for workers too, and what came to nothing."""
-    share = clock.measured_seconds / max(clock.run_seconds, 1e-9)
-    of_run = f"{share:.0%}" if share >= 0.01 else f"{share:.1%}"
+def say_cost(voice: Voice, cost: RunCost) -> None:
+    """What measuring cost a run that is over, and what came to nothing."""
     failed = f"; {count_of(len(voice.failures), 'measurement')} failed" if voice.failures else ""
-    rank_zero_info(
-        f"{voice.who}: measuring cost this run {duration(clock.measured_seconds)}, {of_run} of its wall-clock{failed}"
-    )
+    rank_zero_info(f"{voice.who}: measuring cost this run {cost_words(cost)}{failed}")
 
 
 def say_all_failed(voice: Voice) -> None:
@@ -94,8 +102,9 @@ def say_all_failed(voice: Voice) -> None:
 def say_what_is_due(voice: Voice, seconds: float, ahead: Ahead) -> None:
     """After the first firing, where those to come are long as well: nobody should wait for the end to learn it."""
     if ahead.firings * seconds > LONG and voice.first("what is due"):
+        due = "1 more is" if ahead.firings == 1 else f"{ahead.firings:,} more are"
         rank_zero_info(
-            f"{voice.who}: this firing took {duration(seconds)}, and about {ahead.firings:,} more are due in this run. "
+            f"{voice.who}: this firing took {duration(seconds)}, and about {due} due in this run. "
             "Later ones are cheaper where they start from its chains"
         )
 

@@ -25,6 +25,7 @@ from lightning_slt.publish import RunPublisher
 from lightning_slt.publish.diagnoses import outcome_of
 from lightning_slt.publish.phrases import count_of
 from lightning_slt.publish.render import Rendered
+from lightning_slt.publish.sink import RunCost
 from lightning_slt.record import Estimate, RunRecord
 from lightning_slt.sampling.collective import Collective
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
@@ -144,25 +145,31 @@ class Reporting:
         if publisher is None:
             return
         estimates = self.history.estimates
+        cost = RunCost(self._clock.measured_seconds, self._clock.run_seconds)
         try:
-            self._close(trainer, status, publisher)
+            self._close(trainer, status, publisher, cost)
         finally:
             give_back(self.folder)
         if not estimates and self._voice.failures:
             say_all_failed(self._voice)
-        if not estimates or self.folder is None:
+        if not estimates or self.folder is None or not trainer.is_global_zero:
             return
-        if RunRecord(self.folder).path.exists():
-            say_cost(self._voice, self._clock)
+        recorded = {estimate.step for estimate in RunRecord(self.folder).read(traces=False)}
+        lacking = sum(estimate.step not in recorded for estimate in estimates)
+        if lacking < len(estimates):
+            say_cost(self._voice, cost)
+            where = f"in {self.folder}"
+            if lacking:  # a disk that filled up
+                where += f", without {lacking:,} of them that could not be written there"
             report = f"; report: {publisher.report}" if publisher.report is not None else ""
-            rank_zero_info(f"{self._voice.who}: {outcome_of(estimates)}, in {self.folder}{report}")
-        elif trainer.is_global_zero:
+            rank_zero_info(f"{self._voice.who}: {outcome_of(estimates)}, {where}{report}")
+        else:
             warn(
                 f"{self._voice.who}: {count_of(len(estimates), 'estimate')} in monitor.estimates and in the loggers, "
                 f"and none in files: {self.folder} could not be written. Name a folder that can be with dirpath=."
             )
 
-    def _close(self, trainer: Trainer, status: str, publisher: RunPublisher) -> None:
+    def _close(self, trainer: Trainer, status: str, publisher: RunPublisher, cost: RunCost) -> None:
         if self.history.influences:
             publisher.finish_influence(self.history.influences)
         transitions: list[Transition] = []
@@ -171,7 +178,7 @@ class Reporting:
                 transitions += listener.on_monitor_end(trainer, monitor, publisher)
             except Exception as error:  # the record and the loggers must be closed whatever it met
                 warn(f"{self._voice.who}: {type(listener).__name__} failed at the end: {type(error).__name__}: {error}")
-        publisher.finish(self.history.estimates, status, transitions)  # last: it flushes
+        publisher.finish(self.history.estimates, status, transitions, cost)  # last: it flushes
 
     # --- while training -------------------------------------------------------------------------------------------
 
@@ -194,7 +201,7 @@ class Reporting:
             warn_of_other_weights(self._voice, estimate, before=estimates[-1].num_weights)
         estimates.append(estimate)
         if not is_smoke_test(trainer):  # the few draws of one are never valid
-            say_why_not(self._voice, estimate)
+            say_why_not(self._voice, estimate, self._asked.step_given)
         self.show(trainer)
         if self._publisher is not None:
             self._publisher.estimate(estimate)

@@ -43,15 +43,22 @@ class Voice:
         self._topics.add(topic)
         return new
 
-    def failed(self, step: int, reason: str) -> None:
-        """A step that fails in chains fails at every firing: the whole reason is said once, not at each of them."""
+    def failed(self, step: int, reason: str, goes_on: bool = True) -> None:
+        """A step that fails in chains fails at every firing: the whole reason is said once, not at each of them.
+
+        Args:
+            step: that is left out.
+            reason: why.
+            goes_on: whether training is known to go on; what answers a signal may end it.
+        """
         self.failures.append(step)
+        training = "; training goes on" if goes_on else ""
         left_out = f"{self.who}: the measurement at step {step} failed and is left out"
         if self._failure is not None and self._failure[1] == reason:
-            warn(f"{left_out}, for the reason given at step {self._failure[0]}; training goes on.")
+            warn(f"{left_out}, for the reason given at step {self._failure[0]}{training}.")
             return
         self._failure = (step, reason)
-        warn(f"{left_out}; training goes on. {reason}")
+        warn(f"{left_out}{training}. {reason}")
 
     def forget(self) -> None:
         """Another run has been told nothing."""

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Optional
 
 from lightning_slt.publish.phrases import count_of, listed, number, with_error
 from lightning_slt.reasons import (
@@ -27,6 +27,15 @@ Level = Literal["good", "note", "bad"]
 
 _EACH = 5
 """Diverged firings that are told one by one, and stretches of steps that a sentence names."""
+
+_OF_STEP = (
+    "Where lr or num_burnin_steps is given, leave both to calibration, or give a smaller lr; where neither is, an "
+    "LLC near zero is usual early in training, and at any other a smaller lr helps."
+)
+"""Of a step that is too large, where it is not known whether one was given."""
+_OF_GIVEN_STEP = "Leave both lr and num_burnin_steps to calibration, or give a smaller lr."
+# calibration holds the heat against the scatter of the chains, where that is more than the LLC
+_OF_FOUND_STEP = "An LLC near zero is usual early in training, and at any other a smaller lr helps."
 
 _REASONS: tuple[tuple[str, str, str], ...] = (
     (NEGATIVE, "chains ran downhill: the weights were at no minimum", "Usual early in training and at a saddle."),
@@ -54,9 +63,7 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     (
         "step size",
         "the chains' step size did not suit the weights",
-        # calibration holds the heat against the scatter of the chains, where that is more than the LLC
-        "Where lr or num_burnin_steps is given, leave both to calibration, or give a smaller lr; where neither is, an "
-        "LLC near zero is usual early in training, and at any other a smaller lr helps.",
+        _OF_STEP,
     ),
     (
         NONE_STAYED,
@@ -68,6 +75,8 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
 """Beginnings of the reasons of an estimate, what they mean in plain words, and what can be done."""
 _ADVISED = (NOT_ACCEPTED, NOT_ARRIVED, NBETA_TOO_LARGE, LOSS_TOO_LARGE, TOO_WIDE)
 """Those that say themselves what can be done."""
+_WANTS_DRAWS = (DRIFTING, NOT_MIXED, NOT_ARRIVED)
+"""Those that more draws are advised of."""
 _DECISIVE = (NEGATIVE, DOWNHILL, NOT_ACCEPTED, NBETA_TOO_LARGE)
 """Beside these no advice of another reason is given: chains that run downhill, or stand still, need no more draws."""
 
@@ -162,17 +171,44 @@ def kinds_of(estimate: Estimate) -> tuple[str, ...]:
     return tuple(kind_of_reason(reason) for reason in estimate.reasons)
 
 
-def invalid_sentence(estimate: Estimate, reasons: Sequence[str]) -> str:
+def invalid_sentence(estimate: Estimate, reasons: Sequence[str], step_given: Optional[bool] = None) -> str:
     """One estimate that is not valid, in a line of the log: the reasons as the record has them, and what helps.
 
     Args:
         estimate: that is not valid.
         reasons: those of its reasons that are to be told.
+        step_given: whether ``lr`` or ``num_burnin_steps`` was; None where that is not known.
     """
     found = f"LLC {with_error(estimate.mean, estimate.se)} is not valid" if math.isfinite(estimate.mean) else "no LLC"
     decisive = [reason for reason in estimate.reasons if reason.startswith(_DECISIVE)]
-    advice = dict.fromkeys(_meaning(reason)[1] for reason in decisive or reasons if not reason.startswith(_ADVISED))
+    advice = dict.fromkeys(
+        _advice(reason, [estimate], step_given)
+        for reason in decisive or reasons
+        if not reason.startswith(_ADVISED) or (_is_short(estimate) and _asks_for_draws(reason))
+    )
     return " ".join([f"{_labelled(estimate)}{found}: {'; '.join(reasons)}.", *filter(None, advice)])
+
+
+def _advice(reason: str, estimates: Sequence[Estimate], step_given: Optional[bool]) -> str:
+    """What can be done about a reason that these estimates have."""
+    _, advice = _meaning(reason)
+    if advice == _OF_STEP and step_given is not None:
+        return _OF_GIVEN_STEP if step_given else _OF_FOUND_STEP
+    short = sum(map(_is_short, estimates))
+    if not short or not reason.startswith(_WANTS_DRAWS):
+        return advice
+    some = "" if short == len(estimates) else "some "
+    of_budget = f"max_overhead keeps {some}firings short: a larger one gives them more draws, num_draws does not."
+    return f"{advice} {of_budget}" if some else of_budget
+
+
+def _is_short(estimate: Estimate) -> bool:
+    """Whether a budget made the firing smaller than what was asked for."""
+    return estimate.firing_size < 1.0
+
+
+def _asks_for_draws(reason: str) -> bool:
+    return reason.startswith(NOT_ARRIVED) and "more draws" in reason
 
 
 def outcome_of(estimates: Sequence[Estimate]) -> str:
@@ -191,14 +227,19 @@ def _labelled(estimate: Estimate) -> str:
     return f"step {estimate.step}: " if estimate.step is not None else ""
 
 
-def diagnostics(estimates: Sequence[Estimate]) -> list[Remark]:
+def diagnostics(estimates: Sequence[Estimate], step_given: Optional[bool] = None) -> list[Remark]:
     """What is to be known of the chains of a run: first each chain that diverged, then the other reasons.
 
     Estimates that suffer from the same come as one remark, with the advice; of more than a handful of diverged chains
     there is one remark as well.
+
+    Args:
+        estimates: of the run.
+        step_given: whether ``lr`` or ``num_burnin_steps`` was; None where that is not known.
     """
     diverged: list[Remark] = []
     reasons: dict[tuple[str, str], list[int]] = {}
+    wordings: dict[tuple[str, str], str] = {}
     for place, estimate in enumerate(estimates):
         remarks = diagnosis(estimate)
         if bad_chains(estimate):
@@ -206,6 +247,7 @@ def diagnostics(estimates: Sequence[Estimate]) -> list[Remark]:
         for reason in estimate.reasons:
             if not _is_divergence(reason):
                 places = reasons.setdefault(_meaning(reason), [])
+                wordings.setdefault(_meaning(reason), reason)
                 places += [place] if place not in places[-1:] else []
         if not estimate.valid and not estimate.reasons and not bad_chains(estimate):
             reasons.setdefault((remarks[0].text, ""), []).append(place)
@@ -222,6 +264,8 @@ def diagnostics(estimates: Sequence[Estimate]) -> list[Remark]:
         text = f"{_sentence(words)[:-1]} ({many}{_where(estimates, places)})."
         if (words, advice) not in decisive and all(_is_decided(estimates[place]) for place in places):
             advice = ""
+        elif advice:
+            advice = _advice(wordings[words, advice], [estimates[place] for place in places], step_given)
         found.append(Remark("bad", f"{text} {advice}".strip(), steps))
     return found
 

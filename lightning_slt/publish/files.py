@@ -1,7 +1,7 @@
 """Local files, complete without any server and readable while the run is alive.
 
 ==============================  =======================================================================================
-``summary.json``                status, settings, number of estimates, and the last one
+``summary.json``                status, settings, number of estimates, and the last one; at the end what measuring cost
 ``history.csv``                 one row an estimate
 ``figures/chains_step_*.png``   the chains of each estimate
 ``figures/history.png``         the learning coefficient over training, at the end
@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from lightning_slt.durable import write_whole
 from lightning_slt.publish.charts import png
-from lightning_slt.publish.sink import Alert, Page, plain_config
+from lightning_slt.publish.sink import Alert, Page, RunCost, plain_config
 from lightning_slt.publish.tables import history_csv, to_csv
 from lightning_slt.record import Estimate, RunRecord
 
@@ -47,10 +47,14 @@ class FilesSink:
 
     Args:
         folder: The run's own folder.
+
+    Attributes:
+        cost: what measuring has cost the whole run; None until it is over.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.cost: Optional[RunCost] = None
         self._config: dict[str, Any] = {}
         self._count = 0
         self._of_run: dict[str, float] = {}
@@ -118,5 +122,7 @@ class FilesSink:
                 if k not in ("per_chain", "extra")
             }
         summary = {"status": status, "num_estimates": self._count, "last": scalars, **self._of_run}
+        if self.cost is not None:
+            summary["cost"] = {"seconds": self.cost.seconds, "run_seconds": self.cost.run_seconds}
         summary["config"] = self._config
         _write(self.folder / "summary.json", (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())

@@ -22,7 +22,7 @@ from lightning_slt.publish.influence_tables import PAIR_COLUMNS, SUSPECT_COLUMNS
 from lightning_slt.publish.keys import STATUSES, influence_metrics_of, transition_metrics_of, x_of
 from lightning_slt.publish.mlflow_logger import MLflowSink
 from lightning_slt.publish.render import Rendered
-from lightning_slt.publish.sink import Alert, Page, Sink, Table
+from lightning_slt.publish.sink import Alert, Page, RunCost, Sink, Table
 from lightning_slt.publish.suspect_charts import suspects_figure
 from lightning_slt.publish.tables import MAX_WANDB_ROWS, thinned
 from lightning_slt.publish.tensorboard import TensorBoardSink
@@ -319,6 +319,7 @@ class RunPublisher:
         estimates: Sequence[Estimate],
         status: str,
         transitions: Sequence[Transition] = (),
+        cost: Optional[RunCost] = None,
     ) -> None:
         """The run is over: the history as one table and one picture, and the status.
 
@@ -326,6 +327,7 @@ class RunPublisher:
             estimates: Everything that was measured, those before a resume included.
             status: ``"finished"`` or ``"failed"``.
             transitions: What the picture of the history marks.
+            cost: What measuring cost, which the local files keep; None where that is not known.
 
         Raises:
             ValueError: if ``status`` is not one of :data:`~lightning_slt.publish.keys.STATUSES`.
@@ -339,6 +341,8 @@ class RunPublisher:
             figure = self._guard(-3, "the picture of the history", partial(history_figure, estimates, transitions))
             self._curve(estimates, transitions)
         for i, (name, sink) in enumerate(self._sinks):
+            if isinstance(sink, FilesSink):
+                sink.cost = cost
             self._guard(i, name, partial(sink.finish, estimates, status, figure))
         if self.record is None or not (self.record.folder / RECORD_FILE).exists():
             return  # no folder, or one that could not be written, as has been said
@@ -364,10 +368,12 @@ class RunPublisher:
         except Exception as error:
             if place not in self._warned:
                 self._warned.add(place)
+                said = f"{type(error).__name__}: {error}".rstrip(".")
+                if self.record is not None and name.startswith("the local") and isinstance(error, OSError):
+                    said += f". {self.record.folder} could not be written: name another folder with dirpath="
                 # whose it is, where several monitors publish to the same place
                 warn(
-                    f"{speaker(self.prefix, kind='lightning_slt')} could not publish to {name}: "
-                    f"{type(error).__name__}: {error}. Training and the other loggers go on; further failures there "
-                    "are not reported."
+                    f"{speaker(self.prefix, kind='lightning_slt')} could not publish to {name}: {said}. Training and "
+                    "the other loggers go on; further failures there are not reported."
                 )
             return None

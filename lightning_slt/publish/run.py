@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
+from lightning_slt.publish.sink import RunCost
 from lightning_slt.record import RECORD_FILE, Estimate, RunRecord
 from lightning_slt.susceptibility_record import SusceptibilityEstimate, SusceptibilityRecord
 from lightning_slt.transition_record import TransitionLog
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 _OTHER_RUN = re.compile(r"_run\d+$")
 """How the folder of a later run with the same settings ends: it is no monitor of this one."""
 _SUGGESTIONS = 5
+CALIBRATED = "SGLD, calibrated"
+"""What settings have for the sampler where none was given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +59,27 @@ class MonitorRecord:
     def status(self) -> str:
         """``"running"``, ``"finished"`` or ``"failed"``; a record without a summary is of a run that died early."""
         return str(self.summary.get("status", "failed"))
+
+    @property
+    def cost(self) -> Optional[RunCost]:
+        """What measuring cost the whole run; None of one that did not come to its end, and of older records."""
+        found = self.summary.get("cost")
+        spent = [found.get(name) for name in ("seconds", "run_seconds")] if isinstance(found, Mapping) else []
+        numbers = [float(value) for value in spent if isinstance(value, (int, float))]
+        if len(numbers) < 2 or not all(math.isfinite(value) and value >= 0 for value in numbers):
+            return None
+        return RunCost(*numbers)
+
+    @property
+    def step_given(self) -> Optional[bool]:
+        """Whether ``lr`` or ``num_burnin_steps`` was, by the settings; None where they do not say."""
+        config = self.summary.get("config")
+        if not isinstance(config, Mapping) or "num_burnin_steps" not in config:
+            return None
+        sampler = str(config.get("sampler"))
+        if config["num_burnin_steps"] is not None or re.search(r"\blr=[\d.]", sampler):
+            return True
+        return False if sampler == CALIBRATED or "lr=None" in sampler else None
 
     @property
     def beside_seconds(self) -> float:
@@ -201,4 +225,4 @@ def _runs_below(folder: Path, depth: int = 4) -> list[Path]:
     return sorted(place for place in found if found.isdisjoint(place.parents))
 
 
-__all__ = ["MonitorRecord", "Run", "folders_of", "load_run", "monitor_record"]
+__all__ = ["CALIBRATED", "MonitorRecord", "Run", "folders_of", "load_run", "monitor_record"]

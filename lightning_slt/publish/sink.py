@@ -56,6 +56,24 @@ class Alert:
     text: str
 
 
+@dataclass(frozen=True)
+class RunCost:
+    """What measuring has cost a run that is over, by the clock of one monitor.
+
+    Attributes:
+        seconds: of measuring, waiting for workers too.
+        run_seconds: of the whole run, these included.
+    """
+
+    seconds: float
+    run_seconds: float
+
+    @property
+    def share(self) -> float:
+        """Of the run's wall-clock."""
+        return self.seconds / max(self.run_seconds, 1e-9)
+
+
 @runtime_checkable
 class Sink(Protocol):
     """One place that results go to. A method may raise; :class:`~lightning_slt.publish.RunPublisher` guards it."""

@@ -288,7 +288,7 @@ def _diagnostics(run: Run) -> Group:
     for monitor in run.monitors:
         name = f"{monitor.name}: " if len(run.monitors) > 1 else ""
         lines.append(Padding(Text(f"{name}{diagnostics_sentence(monitor.estimates)}"), (0, 0, 0, 2)))
-        for remark in diagnostics(monitor.estimates):
+        for remark in diagnostics(monitor.estimates, monitor.step_given):
             style = BAD if remark.level == "bad" else MUTED
             item = Table.grid(padding=(0, 1, 0, 0))
             item.add_row(Text("  •", style=style), _plain(remark.text))

@@ -10,6 +10,7 @@ from lightning_slt.influence_record import InfluenceEstimate
 from lightning_slt.publish.diagnoses import at_step
 from lightning_slt.publish.phrases import count_of, listed, number, signed, with_error
 from lightning_slt.publish.run import MonitorRecord, Run
+from lightning_slt.publish.sink import RunCost
 from lightning_slt.publish.susceptibility_rows import WHOLE_SHIFT, cells, step_at
 from lightning_slt.record import Estimate
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
@@ -294,8 +295,16 @@ def susceptibility_verdict(history: Sequence[SusceptibilityEstimate]) -> str:
 
 def seconds_of(run: Run) -> float:
     """What measuring took in this run, all its monitors together; NaN where no record says."""
-    spent = [e.seconds for monitor in run.monitors for e in monitor.estimates if math.isfinite(e.seconds)]
-    return sum(spent) + sum(monitor.beside_seconds for monitor in run.monitors) if spent else math.nan
+    known = [seconds for seconds in map(_seconds, run.monitors) if math.isfinite(seconds)]
+    return sum(known) if known else math.nan
+
+
+def _seconds(monitor: MonitorRecord) -> float:
+    """By its clock at the end; of a run that has none, what its firings took."""
+    if monitor.cost is not None:
+        return monitor.cost.seconds
+    spent = [e.seconds for e in monitor.estimates if math.isfinite(e.seconds)]
+    return sum(spent) + monitor.beside_seconds if spent else math.nan
 
 
 def cost_of(run: Run) -> str:
@@ -303,13 +312,32 @@ def cost_of(run: Run) -> str:
     seconds = seconds_of(run)
     if not math.isfinite(seconds):
         return ""
+    left = "training itself was left as it was."
+    costs = [monitor.cost for monitor in run.monitors if monitor.cost is not None]
+    if len(costs) == len(run.monitors):
+        # each counts its own firings alone, against the same clock
+        whole = RunCost(seconds, max(cost.run_seconds for cost in costs))
+        return f"Measuring cost this run {cost_words(whole)}; {left}"
     text = f"Measuring took {duration(seconds)} in all"
-    # each counts its own firings alone, against the same clock
-    newest = [[e.overhead for e in m.estimates if math.isfinite(e.overhead)][-1:] for m in run.monitors]
-    if any(newest):
-        share = min(sum(each[0] for each in newest if each), 1.0)
-        text += f", {share:.0%} of the run's wall-clock" if share >= 0.01 else f", {share:.1%} of the run's wall-clock"
-    return text + "; training itself was left as it was."
+    shares = [e.overhead for e in run.main.estimates if math.isfinite(e.overhead)]
+    # those of several monitors are of different moments, and add to nothing
+    if shares and len(run.monitors) == 1:
+        text += f", {_share(shares[-1])} of the run's wall-clock up to its last firing"
+    return f"{text}; {left}"
+
+
+def cost_words(cost: RunCost) -> str:
+    """The seconds, and what part of the run they are.
+
+    Example:
+        >>> cost_words(RunCost(14.0, 18.0)), cost_words(RunCost(0.5, 100.0))
+        ('14 s, 78% of its wall-clock', '0.5 s, 0.5% of its wall-clock')
+    """
+    return f"{duration(cost.seconds)}, {_share(cost.share)} of its wall-clock"
+
+
+def _share(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else f"{share:.1%}"
 
 
 def duration(seconds: float) -> str:

@@ -16,6 +16,7 @@ from lightning_slt.sampling.device_clock import seconds_on as _now
 from lightning_slt.sampling.engines import BatchedEngine, Engine, SequentialEngine, sequential_engine
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.steps import NoGradientError
+from lightning_slt.sampling.vmapped import what_failed
 from lightning_slt.sampling.window import Window
 
 ACTIVATION_BUDGET = 2**30
@@ -251,7 +252,7 @@ def _try(
         except NoGradientError:
             raise  # neither path could
         except Exception as error:
-            reason = reason or f"vmap fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            reason = reason or f"vmap fails: {what_failed(error)}"
         else:
             engine.release()  # else it would hold the probe's weights and gradients until the chains bind theirs
             # the second road is for modules that the first does not take: where both do, they are as fast

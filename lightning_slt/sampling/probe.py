@@ -28,7 +28,7 @@ from lightning_slt.sampling.samples import MAX_CHUNK, SampleGroup, Samples, grou
 from lightning_slt.sampling.steps import NoLossError
 from lightning_slt.sampling.structures import clone, num_bytes
 from lightning_slt.sampling.unreduced import Unreduced
-from lightning_slt.sampling.vmapped import without_advice
+from lightning_slt.sampling.vmapped import what_failed, without_advice
 
 log = logging.getLogger(__name__)
 
@@ -385,8 +385,7 @@ class Probe:
                     return
                 reasons.append(f"{method} gives other numbers")
             except Exception as error:
-                text = str(error).splitlines()[0] if str(error) else ""
-                reasons.append(f"{method} fails: {type(error).__name__}: {text}")
+                reasons.append(f"{method} fails: {what_failed(error)}")
         self._alike = False
         self.method, self.reason = "one by one", "; ".join(reasons) or "the module is called in place"
         log.info(f"losses of single samples are computed one by one, which is slow: {self.reason}")

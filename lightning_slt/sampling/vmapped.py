@@ -7,6 +7,7 @@ of a small model these are 80 each (torch 2.13, 64 weights): more than its produ
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Optional
@@ -111,3 +112,31 @@ class Slots:
     def empty(self) -> None:
         """The module's own weights are back in it, and nothing of others is held."""
         self.put(self._own)
+
+
+_MEANT = (
+    ("calling .item()", "calling .item(), which gives one Python number for several chains"),
+    ("data-dependent control flow", "data-dependent control flow, in which chains would part ways"),
+    ("indexing with a boolean mask", "indexing with a boolean mask, which gives another length in each chain"),
+    ("aten::nonzero", "aten::nonzero, which gives another number of rows in each chain"),
+    ("inplace arithmetic", "inplace arithmetic on a tensor that is one for all chains"),
+)
+"""What torch says of steps that vmap cannot take, and the words of docs/compatibility.md for it."""
+_PLEA = re.compile(r"\. ((?!\. ).)*\bplease (file|open|submit|report)\b", re.IGNORECASE)
+
+
+def what_failed(error: Exception) -> str:
+    """An error under vmap in one line, without torch's plea for a bug report: the step is what it is about.
+
+    Example:
+        >>> what_failed(RuntimeError("vmap: It looks like you're calling .item() on a Tensor. We don't support that"))
+        'calling .item(), which gives one Python number for several chains'
+        >>> what_failed(RuntimeError("vmap: no rule. If it is inside of PyTorch, please file a bug report."))
+        'RuntimeError: vmap: no rule'
+    """
+    line = str(error).splitlines()[0] if str(error) else ""
+    meant = next((words for mark, words in _MEANT if mark in line), None)
+    if meant is not None:
+        return meant
+    found = _PLEA.search(line)
+    return f"{type(error).__name__}: {line[: found.start()] if found else line}"

@@ -49,7 +49,7 @@ class Firing:
         asked: Any = SimpleNamespace(
             settings=SETTINGS, raises=raises, measures=SimpleNamespace(susceptibility=components)
         )
-        said = SimpleNamespace(prefix="slt", who="SLTMonitor", failed=lambda *what: self.told.append(("failed", *what)))
+        said = SimpleNamespace(prefix="slt", who="SLTMonitor", failed=self._failed)
         self.attempts = Attempts(
             asked,
             said,  # type: ignore[arg-type]
@@ -71,6 +71,9 @@ class Firing:
     def _now(self) -> float:
         self._time += 1.0
         return self._time
+
+    def _failed(self, step: int, reason: str, goes_on: bool = True) -> None:
+        self.told.append(("failed", step, reason, goes_on))
 
     def _took(self, begin: float, size: Optional[float] = None, failed: bool = False) -> None:
         self.told.append(("took", begin, size, failed))
@@ -169,7 +172,8 @@ def test_a_failure_is_told_and_a_firing_that_a_signal_ends_is_due_again(
     firing = Firing()
     firing.fails = error
     firing.fire(held)
-    failed = [("failed", 40, f"{type(error).__name__}: {error}"), ("took", 1.0, None, True)]
+    # what answers a signal may end training
+    failed = [("failed", 40, f"{type(error).__name__}: {error}", not again), ("took", 1.0, None, True)]
     assert firing.told == [*([("taken back", 40)] if again else []), *failed]
     assert not firing.estimates and firing.history.skipped == 3
 

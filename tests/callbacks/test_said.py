@@ -7,8 +7,9 @@ import warnings
 import pytest
 
 from lightning_slt import SLTMonitor
-from lightning_slt.callbacks.remarks import say_how
+from lightning_slt.callbacks.remarks import say_how, say_what_is_due
 from lightning_slt.callbacks.said import Voice
+from lightning_slt.callbacks.turns import Ahead
 from lightning_slt.record import Estimate
 from tests.publish.helpers import make_estimate
 
@@ -22,7 +23,13 @@ def test_a_failure_is_told_whole_once() -> None:
         voice.failed(6, "no loss")
     with pytest.warns(UserWarning, match=who + r" 9 failed and is left out; training goes on\. no data$"):
         voice.failed(9, "no data")
-    assert voice.failures == [3, 6, 9]
+    for step, said in (
+        (11, r" 11 failed and is left out\. SIGTERM came$"),
+        (12, r", for the reason given at step 11\.$"),
+    ):
+        with pytest.warns(UserWarning, match=said):
+            voice.failed(step, "SIGTERM came", goes_on=False)
+    assert voice.failures == [3, 6, 9, 11, 12]
     voice.forget()
     assert voice.failures == []
     with pytest.warns(UserWarning, match=who + r" 12 failed and is left out; training goes on\. no data$"):
@@ -41,6 +48,13 @@ def test_all_that_a_broken_background_leaves_out_has_failed() -> None:
         for step in (8, 12):
             late._say_broken(step, "the worker died.")
     assert voice.failures == [4, 8, 12]
+
+
+@pytest.mark.parametrize(("firings", "due"), [(1, "1 more is due"), (1_000, "1,000 more are due")])
+def test_what_is_due_is_counted(firings: int, due: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        say_what_is_due(Voice(), 70.0, Ahead(firings, 0.5))
+    assert f"SLTMonitor: this firing took 1 min 10 s, and about {due} in this run. Later" in caplog.text
 
 
 def test_another_run_is_told_again() -> None:
@@ -68,5 +82,5 @@ def test_how_it_measures_is_said_in_numbers_that_can_be_read(
     estimate: Estimate, said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", logger="lightning.pytorch"):
-        say_how(Voice(), estimate.replace(method_reason="there is one chain"), None)
+        say_how(Voice(), 4, estimate.replace(method_reason="there is one chain"), None)
     assert f"SLTMonitor: {said}" in caplog.text

@@ -221,8 +221,8 @@ def test_a_dataset_that_changes_between_reads_is_said(tmp_path: Path, caplog: py
     with caplog.at_level("INFO", logger="lightning.pytorch"):
         Scenario(Net, lambda: loaders(dataset=Counts())).run(tmp_path, monitor)
     assert "gives other training samples when read again" in monitor.influences[0].notes[0]
-    (said,) = [r.getMessage() for r in caplog.records if "SLTMonitor: influence " in r.getMessage()]
-    assert said.startswith("SLTMonitor: influence is not valid: ")  # of few draws; why comes first
+    (said,) = [r.getMessage() for r in caplog.records if ": influence " in r.getMessage()]
+    assert said.startswith("SLTMonitor: step 1: influence is not valid: ")  # of few draws; why comes first
     assert " (of 6 training samples on 6 queries; the dataset gives other" in said
 
 

@@ -22,7 +22,7 @@ from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.susceptibilities import Measures
 from lightning_slt.publish import publisher
 from lightning_slt.reasons import Kind, Reason, sentences
-from lightning_slt.record import RunRecord
+from lightning_slt.record import Estimate, RunRecord
 from lightning_slt.sampling import paths
 from tests.integration.harness import (
     RecordingLogger,
@@ -309,10 +309,10 @@ def test_what_is_refused_before_training_is_said_by_the_monitor_that_refuses(
 def test_influence_that_is_not_valid_says_so_and_why_first(caplog: pytest.LogCaptureFixture) -> None:
     influence = make_influence(valid=False, reasons=("chains have not mixed",), notes=("the data changes",))
     with caplog.at_level("INFO", logger="lightning.pytorch"):
-        remarks.say_how(Voice(), make_estimate(), influence)
+        remarks.say_how(Voice(), 30, make_estimate(), influence)
     assert caplog.records[-1].getMessage() == (
-        "SLTMonitor: influence is not valid: chains have not mixed (of 30 training samples on 6 queries; the data "
-        "changes)"
+        "SLTMonitor: step 30: influence is not valid: chains have not mixed (of 30 training samples on 6 queries; the "
+        "data changes)"
     )
 
 
@@ -337,6 +337,26 @@ def test_the_last_line_names_no_report_where_none_was_written(
     with caplog.at_level("INFO", logger="lightning.pytorch"), pytest.warns(UserWarning, match="publish to the report"):
         Scenario(Net, loaders).run(tmp_path, monitor)
     assert caplog.records[-1].getMessage().endswith(f", in {monitor.folder}")
+
+
+def test_the_last_line_says_how_many_estimates_a_full_disk_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = RunRecord._write_traces
+
+    def full(record: RunRecord, estimate: Estimate) -> None:
+        if estimate.step != 4:
+            raise OSError(28, "No space left on device")
+        whole(record, estimate)
+
+    monkeypatch.setattr(RunRecord, "_write_traces", full)
+    monitor = tiny_monitor()
+    told = r"local record: OSError: \[Errno 28\] No space left on device\. .*could not be written: name .* dirpath=\."
+    with caplog.at_level("INFO", logger="lightning.pytorch"), pytest.warns(UserWarning, match=told):
+        Scenario(Net, loaders).run(tmp_path, monitor)
+    last = caplog.records[-1].getMessage()
+    assert last.startswith("SLTMonitor: 3 estimates, ")
+    assert f", in {monitor.folder}, without 2 of them that could not be written there; report: " in last
 
 
 def test_reasons_of_one_kind_are_said_once_however_they_are_worded(

@@ -18,6 +18,8 @@ from lightning_slt.callbacks import clock as clock_module
 from lightning_slt.callbacks.background.firings import BackgroundFirings, Late
 from lightning_slt.callbacks.background.pool import Result
 from lightning_slt.callbacks.overhead import CAP
+from lightning_slt.publish.run import load_run
+from lightning_slt.publish.words import cost_of
 from tests.integration.harness import RecordingLogger, Scenario, SLTMonitor, steps_of, tiny_monitor
 from tests.integration.models import Plain, loaders
 
@@ -459,6 +461,8 @@ def test_waiting_for_the_last_results_is_measuring_too(
         scenario(60).run(tmp_path, monitor)
     assert monitor.state_dict()["seconds"] == 50.0 and monitor.state_dict()["run_seconds"] == 110.0
     assert "SLTMonitor: measuring cost this run 50 s, 45% of its wall-clock" in caplog.messages
+    assert monitor.folder is not None
+    assert cost_of(load_run(monitor.folder)).startswith("Measuring cost this run 50 s, 45% of its wall-clock; ")
 
 
 # -------------------------------------------------------------------------------------------------------------- sizes

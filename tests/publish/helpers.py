@@ -62,7 +62,7 @@ def make_estimate(
         "overhead": 0.0625,
         "credit_seconds": 1.75,
         "predicted_seconds": 1.5,
-        "firing_size": 0.25,
+        "firing_size": 1.0,
         "skipped": 3,
         "step": 100,
     }

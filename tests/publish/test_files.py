@@ -5,6 +5,7 @@ import numpy as np
 from PIL import Image
 
 from lightning_slt.publish import RunPublisher
+from lightning_slt.publish.sink import RunCost
 from lightning_slt.record import RunRecord
 from tests.publish.helpers import make_estimate, read_csv
 
@@ -18,7 +19,7 @@ def test_a_run_is_complete_on_disk(tmp_path):
     for estimate in estimates:
         publisher.estimate(estimate)
     live = (tmp_path / "run/history.csv").read_text()
-    publisher.finish(estimates, "finished")
+    publisher.finish(estimates, "finished", cost=RunCost(2.5, 10.0))
 
     rows = read_csv(tmp_path / "run/history.csv")
     assert [(row["step"], row["llc"], row["valid"]) for row in rows] == [
@@ -29,6 +30,7 @@ def test_a_run_is_complete_on_disk(tmp_path):
     assert live == (tmp_path / "run/history.csv").read_text()
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["status"] == "finished" and summary["num_estimates"] == 3
+    assert summary["cost"] == {"seconds": 2.5, "run_seconds": 10.0}
     assert summary["last"]["step"] == 300 and summary["last"]["mean"] is None
     assert summary["config"] == {"num_chains": 4, "where": str(tmp_path), "bad": None}
     names = sorted(path.name for path in (tmp_path / "run/figures").iterdir())

@@ -17,7 +17,9 @@ def test_a_complete_estimate_gives_every_key_and_no_other():
 
 
 def test_the_values_are_those_of_the_estimate():
-    metrics = metrics_of(make_estimate(mean=12.0, se=0.5, bad_chains=1, step=300, x=299), prefix="mine")
+    metrics = metrics_of(
+        make_estimate(mean=12.0, se=0.5, bad_chains=1, step=300, x=299, firing_size=0.25), prefix="mine"
+    )
     assert metrics["mine/llc/mean"] == 12.0
     assert metrics["mine/llc/se"] == 0.5
     assert metrics["mine/llc/lo"] == pytest.approx(11.02)

@@ -82,6 +82,8 @@ def test_a_folder_that_cannot_be_written_warns_and_the_loggers_go_on(tmp_path):
     places = sorted(message.split(" to ")[1].split(":")[0] for message in caught)
     assert places == ["the local files", "the local record"]
     assert [step for step, _ in logger.rows] == [10, 20]
+    run = tmp_path / "file" / "run"
+    assert all(f". {run} could not be written: name another folder with dirpath=. Training" in said for said in caught)
 
 
 def test_the_local_record_is_written_before_any_logger(tmp_path):

@@ -238,6 +238,20 @@ def test_the_report_is_written_by_itself_where_no_server_shows_the_run(
     assert (tmp_path / "report.html").exists() is written
 
 
+def test_a_report_without_room_names_the_command_for_another_file(tmp_path: Path) -> None:
+    """Said at the end of a run, where nobody has called a command that has options."""
+    publisher = RunPublisher([], tmp_path)
+    publisher.estimate(make_estimate(step=10))
+    (tmp_path / "report.html").mkdir()
+    with pytest.warns(UserWarning, match="could not publish to the report") as caught:
+        publisher.finish([make_estimate(step=10)], "finished")
+    (said,) = [str(w.message) for w in caught]
+    command = (
+        f"Have it written to another file, such as here: lightning-slt report {tmp_path} -o report.html. Training and"
+    )
+    assert command in said and ".." not in said
+
+
 def test_a_report_that_fails_is_warned_about_and_the_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(folder: Path) -> None:
         raise RuntimeError("no page")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from lightning_slt.publish import RunPublisher
 from lightning_slt.publish.diagnoses import diagnostics, invalid_sentence, kind_of_reason, outcome_of, reason_words
 from lightning_slt.publish.phrases import with_error
 from lightning_slt.publish.run import load_run
-from lightning_slt.publish.words import headline, suspects_sentence, transitions_sentence
+from lightning_slt.publish.sink import RunCost
+from lightning_slt.publish.words import cost_of, headline, seconds_of, suspects_sentence, transitions_sentence
 from lightning_slt.record import Estimate, RunRecord
 from lightning_slt.susceptibility_record import SusceptibilityEstimate, SusceptibilityRecord
 from lightning_slt.transition_record import TransitionLog
@@ -47,7 +51,32 @@ def test_what_measuring_took_is_that_of_all_monitors(tmp_path: Path):
         record = RunRecord(tmp_path / (f"slt_{name}" if name else "slt"))
         for step in (10, 20):
             record.append(make_estimate(step=step, component=name, seconds=seconds, overhead=share))
-    assert "Measuring took 1 min 0 s in all, 38% of the run's wall-clock" in headline(load_run(tmp_path))[-2]
+    assert "Measuring took 1 min 0 s in all; training itself" in headline(load_run(tmp_path))[-2]
+
+
+def test_what_measuring_cost_is_what_the_monitors_said_at_the_end(tmp_path: Path):
+    """Shares at the last firings are of two moments, and lack what a clock counts beside the chains."""
+    for name, share, cost in (("", 0.9, RunCost(14.0, 39.5)), ("attn", 0.8, RunCost(6.0, 40.0))):
+        estimate = make_estimate(step=10, component=name, seconds=2.0, overhead=share)
+        publisher = RunPublisher([], tmp_path / (f"slt_{name}" if name else "slt"))
+        publisher.estimate(estimate)
+        publisher.finish([estimate], "finished", cost=cost)
+    both = "Measuring cost this run 20 s, 50% of its wall-clock; training itself was left as it was."
+    run = load_run(tmp_path)
+    assert (headline(run)[-1], cost_of(run)) == (both, both) and seconds_of(run) == 20.0
+    (tmp_path / "slt_attn" / "summary.json").unlink()
+    assert cost_of(load_run(tmp_path)) == "Measuring took 16 s in all; training itself was left as it was."
+    shutil.rmtree(tmp_path / "slt_attn")
+    alone = "Measuring cost this run 14 s, 35% of its wall-clock; training itself was left as it was."
+    assert cost_of(load_run(tmp_path)) == alone
+
+
+@pytest.mark.parametrize("cost", [None, 3, {"seconds": 3.0}, {"seconds": "3", "run_seconds": None}, {"seconds": []}])
+def test_of_a_run_that_was_killed_the_share_is_that_up_to_its_last_firing(cost: object, tmp_path: Path):
+    RunRecord(tmp_path).append(make_estimate(step=10, seconds=10.0, overhead=0.25))
+    (tmp_path / "summary.json").write_text(json.dumps({"status": "running", "cost": cost}))
+    told = "Measuring took 10 s in all, 25% of the run's wall-clock up to its last firing; training itself was left"
+    assert cost_of(load_run(tmp_path)).startswith(told)
 
 
 def test_what_measuring_took_has_that_of_susceptibility_in_it(tmp_path: Path):
@@ -60,7 +89,8 @@ def test_what_measuring_took_has_that_of_susceptibility_in_it(tmp_path: Path):
             1.0, (1.0,), (3,), 100, 4, 100, True, step=step, seconds=50.0,
         )  # fmt: skip
         SusceptibilityRecord(tmp_path / "slt").save(found)
-    assert "Measuring took 2 min 0 s in all, 25% of the run's wall-clock" in headline(load_run(tmp_path))[-2]
+    told = "Measuring took 2 min 0 s in all, 25% of the run's wall-clock up to its last firing"
+    assert told in headline(load_run(tmp_path))[-2]
 
 
 @pytest.mark.parametrize(
@@ -177,6 +207,44 @@ def test_the_advice_on_a_step_that_is_too_large_is_for_those_who_left_it_to_cali
     assert said.endswith(
         "where neither is, an LLC near zero is usual early in training, and at any other a smaller lr helps."
     )
+
+
+def test_where_it_is_known_whether_a_step_was_given_only_that_is_advised(tmp_path: Path):
+    estimate = make_estimate(step=10, reasons=("step size 0.1 is too large: 59% of the estimate is heat of the step",))
+    given = "Leave both lr and num_burnin_steps to calibration, or give a smaller lr."
+    found = "An LLC near zero is usual early in training, and at any other a smaller lr helps."
+    assert invalid_sentence(estimate, estimate.reasons, step_given=True).endswith(f"of the step. {given}")
+    assert invalid_sentence(estimate, estimate.reasons, step_given=False).endswith(f"of the step. {found}")
+    for sampler, burnin, advice in (
+        ("SGLD, calibrated", None, found),
+        ("SGNHT(lr=None, diffusion_factor=0.01)", None, found),
+        ("SGNHT(lr=1e-05, diffusion_factor=0.01)", None, given),
+        ("SGLD, calibrated", 200, given),
+        ("mine", None, "Where lr or num_burnin_steps is given, leave both to calibration, or give a smaller lr; where"),
+    ):
+        record = tmp_path / f"{sampler}{burnin}"
+        RunRecord(record).append(estimate)
+        settings = {"sampler": sampler, "num_burnin_steps": burnin}
+        (record / "summary.json").write_text(json.dumps({"status": "finished", "config": settings}))
+        monitor = load_run(record).main
+        [remark] = diagnostics(monitor.estimates, monitor.step_given)
+        assert f"(step 10). {advice}" in remark.text
+
+
+def test_a_firing_that_a_budget_made_short_is_not_told_to_take_more_draws():
+    """A larger num_draws is cut down to the same."""
+    short = make_estimate(step=10, reasons=(NOT_MIXED,), firing_size=0.25)
+    full = make_estimate(step=20, reasons=(NOT_MIXED,), firing_size=1.0)
+    budget = "max_overhead keeps firings short: a larger one gives them more draws, num_draws does not."
+    assert invalid_sentence(short, short.reasons).endswith(f", error 5.9. {budget}")
+    assert diagnostics([short])[0].text == f"Chains disagree with each other (step 10). {budget}"
+    some = budget.replace("firings", "some firings")
+    assert diagnostics([short, full])[0].text == (
+        "Chains disagree with each other (2 estimates: steps 10 to 20). More draws (num_draws) or chains (num_chains) "
+        f"help. {some}"
+    )
+    slow = make_estimate(reasons=(SHORT,), firing_size=0.25)
+    assert invalid_sentence(slow, slow.reasons).endswith(f"(virial ratio 0.40): more draws. {budget}")
 
 
 def test_of_chains_that_run_downhill_more_draws_are_not_advised():

@@ -195,7 +195,7 @@ class LateFirings:
             if self._samples.leave_out():
                 warn_of_no_influence(self._voice, result.influence_error)
         with preserve_rng():
-            say_how(self._voice, result.estimate, result.influence)
+            say_how(self._voice, result.step, result.estimate, result.influence)
             estimate = result.estimate.replace(**late.notes)
             self._reporting.take_up(trainer, pl_module, estimate, result.influence, begin)
         self._clock.took(begin)

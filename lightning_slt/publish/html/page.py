@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -55,9 +56,9 @@ def write_report(
         write_whole(path, lambda temporary: temporary.write_text(html, encoding="utf-8", errors="replace"))
     except OSError as error:  # that of the system names a temporary file
         said = error.strerror or type(error).__name__
-        raise OSError(
-            f"{path}: cannot be written: {said}. Name another file with output (-o), such as report.html here."
-        ) from error
+        # whoever calls this, in a program, at the end of a run or by the command, can give that one
+        elsewhere = f"such as here: lightning-slt report {shlex.quote(os.fspath(folder))} -o report.html"
+        raise OSError(f"{path}: cannot be written: {said}. Have it written to another file, {elsewhere}") from error
     return path
 
 

@@ -178,7 +178,7 @@ def _chains(data: Mapping[str, Any]) -> Optional[Section]:
 def _diagnostics(run: Run, charts: Mapping[str, Any]) -> Section:
     parts = []
     for monitor in run.monitors:
-        remarks = diagnostics(monitor.estimates)
+        remarks = diagnostics(monitor.estimates, monitor.step_given)
         items = "".join(f'<li class="{r.level}">{esc(r.text)}</li>' for r in remarks)
         heading = f"<h3>{esc(monitor.name)}</h3>" if len(run.monitors) > 1 else ""
         parts.append(
