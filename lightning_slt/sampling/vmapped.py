@@ -115,6 +115,7 @@ class Slots:
 
 
 _MEANT = (
+    ("either (1) calling .item()", "calling .item(), or an if on a tensor, for which chains have one value each"),
     ("calling .item()", "calling .item(), which gives one Python number for several chains"),
     ("data-dependent control flow", "data-dependent control flow, in which chains would part ways"),
     ("indexing with a boolean mask", "indexing with a boolean mask, which gives another length in each chain"),
@@ -131,6 +132,8 @@ def what_failed(error: Exception) -> str:
     Example:
         >>> what_failed(RuntimeError("vmap: It looks like you're calling .item() on a Tensor. We don't support that"))
         'calling .item(), which gives one Python number for several chains'
+        >>> what_failed(RuntimeError("vmap: It looks like you're either (1) calling .item() on a Tensor or (2) else"))
+        'calling .item(), or an if on a tensor, for which chains have one value each'
         >>> what_failed(RuntimeError("vmap: no rule. If it is inside of PyTorch, please file a bug report."))
         'RuntimeError: vmap: no rule'
     """
