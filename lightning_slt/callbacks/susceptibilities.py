@@ -16,6 +16,7 @@ from lightning_slt.influence import ProbeSet
 from lightning_slt.publish import RunPublisher
 from lightning_slt.publish.sink import Page
 from lightning_slt.sampling.batches import DatasetSource, MinibatchSource
+from lightning_slt.sampling.chains import Progress
 from lightning_slt.sampling.collective import Collective
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.restriction import Restriction, select_parameters
@@ -157,6 +158,7 @@ def measure_beside(
     collective: Collective,
     prepare: Callable[[Objective], None],
     before: Sequence[SusceptibilityEstimate] = (),
+    progress: Optional[Progress] = None,
 ) -> SusceptibilityEstimate:
     """Susceptibility of every component to a shift towards the queries, or the probed samples where there are none.
 
@@ -165,6 +167,7 @@ def measure_beside(
     Args:
         before: the estimates of this run so far, whose first one has chosen gamma for all: points of one curve are of
             one posterior.
+        progress: told about chain-steps done.
 
     Raises:
         ValueError: where the training data cannot be asked for a sample by number.
@@ -196,6 +199,7 @@ def measure_beside(
         collective,
         prepare,
         dict(zip(before[0].components, before[0].localization, strict=True)) if before else None,
+        progress,
     )
 
 

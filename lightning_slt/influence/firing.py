@@ -80,7 +80,7 @@ def measure_both(
         return min(cheap, STATS_EVERY * max(1, apart // STATS_EVERY))
 
     def make_reader() -> InfluenceReader:
-        readers.append(InfluenceReader(objective, probes, settings.seed))
+        readers.append(InfluenceReader(objective, probes, settings.seed, progress))
         together.append(weighs_together(objective, source))
         return readers[0]
 

@@ -15,6 +15,7 @@ import contextlib
 import logging
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
@@ -57,6 +58,8 @@ class Probe:
         samples: whose losses are wanted.
         per_token: the losses of a ``loss_fn`` that returns ``[batch, tokens]`` stay apart.
         seed: of random numbers inside the step, the same at every reading.
+        progress: told of no steps, again and again while losses are computed: what it raises ends that, which may
+            take as long as the chains.
 
     Raises:
         CoupledLossError: where the loss of a sample depends on the others of its batch.
@@ -70,7 +73,14 @@ class Probe:
         without: numbers of the samples for which the step gives no loss.
     """
 
-    def __init__(self, objective: Objective, samples: Samples, per_token: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        samples: Samples,
+        per_token: bool = False,
+        seed: int = 0,
+        progress: Optional[Callable[[int], None]] = None,
+    ) -> None:
         self._objective = objective
         self._per_token = per_token
         self._seed = seed
@@ -85,6 +95,7 @@ class Probe:
         self._all = samples.index
         self.method, self.reason, self.rows = "", "", 1
         self._alike = False
+        self._progress: Callable[[int], None] = lambda steps: None
         with torch.no_grad(), preserve_rng(seed):
             self._drop_without_loss(all_samples=False)
             self._refuse_coupled()
@@ -96,6 +107,7 @@ class Probe:
                     "loss_fn(module, batch) -> [batch, tokens] losses."
                 )
             self._choose_method(outs[0])
+            self._progress = progress or self._progress  # not before: what it raises is no failure of a method
             try:
                 self.anchor = self._at_anchor()
             except Exception as error:
@@ -212,6 +224,7 @@ class Probe:
 
         Random numbers inside the step start anew for every row of weights: a sample has the same ones at all of them.
         """
+        self._progress(0)
         if self.method == "vmap":
             batch, dims = group.part(start, stop)
             self._reseed(group.places[start])
@@ -226,6 +239,7 @@ class Probe:
                 return torch.vmap(over_samples, in_dims=(0, None), randomness="same")(self._named(weights), batch)
         found = []
         for row in weights:
+            self._progress(0)
             named = self._named(row)
             self._reseed(group.places[start])
             if self.method in ("whole batches", "unreduced batches"):
