@@ -81,6 +81,8 @@ def measure_both(
 
     def make_reader() -> InfluenceReader:
         readers.append(InfluenceReader(objective, probes, settings.seed, progress))
+        if readers[0].slow and (collective is None or collective.rank == 0):
+            objective.say("one by one", readers[0].slow)
         together.append(weighs_together(objective, source))
         return readers[0]
 

@@ -70,6 +70,11 @@ class InfluenceReader:
         self._control: Optional[SteinControl] = None
         log.debug(f"losses of single samples: {self._train.method} ({self._train.reason})")
 
+    @property
+    def slow(self) -> str:
+        """What a user should know where losses are computed one by one; empty for other ways."""
+        return self._train.slow or (self._query.slow if self._query is not None else "")
+
     def take_gradients(self) -> Optional[Tensor]:
         """``[n_train, d]`` at ``w*``, kept for control variates with those of the queries; None where these do not
         fit, or are not to be had at once."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.one_by_one import slow_sentence
 from lightning_slt.sampling.paths import ACTIVATION_BUDGET, observe
 from lightning_slt.sampling.rng import preserve_rng, seed_globals
 from lightning_slt.sampling.samples import MAX_CHUNK, SampleGroup, Samples, grouped
@@ -121,6 +122,11 @@ class Probe:
     def n(self) -> int:
         """Columns."""
         return len(self.index)
+
+    @property
+    def slow(self) -> str:
+        """What a user should know where several samples are computed one by one; empty for other ways."""
+        return slow_sentence(self.reason) if self.method == "one by one" and len(self._all) > 1 else ""
 
     def __call__(self, weights: Tensor) -> Tensor:
         """Losses minus those at ``w*``, ``[chains, n]`` float32: the difference keeps the digits.
@@ -403,7 +409,6 @@ class Probe:
                 reasons.append(f"{method} fails: {type(error).__name__}: {text}")
         self._alike = False
         self.method, self.reason = "one by one", "; ".join(reasons) or "the module is called in place"
-        log.info(f"losses of single samples are computed one by one, which is slow: {self.reason}")
 
     def _holds_for_a_chunk(self, group: SampleGroup, rtol: float) -> bool:
         """Whether samples far apart in a batch of the full size have the losses that they have alone."""

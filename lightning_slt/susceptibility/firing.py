@@ -115,6 +115,8 @@ def _measure(
 
     def make_reader() -> ShiftReader:
         readers.append(ShiftReader(objective, shift, settings.seed, progress))
+        if readers[-1].slow and collective.rank == 0:
+            objective.say("one by one", readers[-1].slow)
         together.append(weighs_together(objective, source))
         return readers[-1]
 

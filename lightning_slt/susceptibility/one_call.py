@@ -11,7 +11,7 @@ from torch import nn
 from lightning_slt.estimate import ChainSettings, state_dict_of
 from lightning_slt.kinds import check_count, check_flag
 from lightning_slt.sampling.arguments import without_fabric
-from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.objective import Objective, told_once
 from lightning_slt.sampling.restriction import Restriction, select_parameters
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import Sampler, as_sampler
@@ -136,9 +136,10 @@ def estimate_susceptibility(
     seed = settings.seed
     state = state_dict_of(weights)
     wanted: Mapping[str, Restriction] = components if components is not None else {"all": restrict}
+    say = told_once()
 
     def made(restriction: Restriction) -> Callable[[], Objective]:
-        return lambda: Objective(module, loss_fn, restriction, device, weights=state)
+        return lambda: Objective(module, loss_fn, restriction, device, weights=state, say=say)
 
     if isinstance(module, nn.Module):  # what it is otherwise is said below
         for name, restriction in (components or {}).items():

@@ -80,6 +80,11 @@ class ShiftReader:
             numbers = generator(seed, CHOICE)  # the order of the data may carry meaning
             self._orders = [torch.randperm(probe.n, generator=numbers) for probe in (self._observed, self._base)]
 
+    @property
+    def slow(self) -> str:
+        """What a user should know where losses are computed one by one; empty for other ways."""
+        return self._observed.slow or self.shifted.slow
+
     def __call__(self, weights: Tensor, slopes: Optional[Tensor] = None) -> Tensor:
         observed = self._observed(weights).double()
         mean, shifted = observed.mean(dim=1, keepdim=True), self.shifted(weights).double()
