@@ -34,6 +34,7 @@ from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import SGLD, KineticLangevin, Sampler, as_sampler
 from lightning_slt.sampling.segment import STATS_EVERY
 from lightning_slt.sampling.steps import LossFn, NoLossError
+from lightning_slt.sampling.unlike import array_named
 from lightning_slt.sampling.weight_reader import WeightReader
 from lightning_slt.verdict import read_llc
 
@@ -386,7 +387,8 @@ def estimate_llc(
                 "can be taken off. Give full_batch=True, or leave the sampler None."
             )
         try:
-            return measure_llc(objective, source, settings)
+            with array_named("data", data, source):
+                return measure_llc(objective, source, settings)
         except NoLossError as error:
             raise ValueError(str(error)) from error
 

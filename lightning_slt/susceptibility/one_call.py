@@ -17,7 +17,7 @@ from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import Sampler, as_sampler
 from lightning_slt.sampling.samples import Samples, choose_samples, group_name, indexed_source
 from lightning_slt.sampling.steps import LossFn
-from lightning_slt.sampling.unlike import unlike_named
+from lightning_slt.sampling.unlike import array_named, unlike_named
 from lightning_slt.susceptibility.firing import measure_susceptibility
 from lightning_slt.susceptibility.shift import Shift
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
@@ -159,7 +159,7 @@ def estimate_susceptibility(
         numbers = choose_samples(total, max_shifted, seed)
         group = [group_name(groups[i]) for i in numbers] if groups is not None else None
         shift = Shift.of(source, Samples.of(other, numbers), seed, group)
-        with unlike_named("shifted_data", shift.shifted, source):
+        with unlike_named("shifted_data", shift.shifted, source), array_named("data", data, source):
             return measure_susceptibility(
                 {name: lambda o=o: o for name, o in objectives.items()},  # type: ignore[misc]
                 source,
