@@ -38,6 +38,11 @@ class Measures:
             "components": {name: patterns}}``. The LLC is always measured.
         probed: whether there are samples to look at.
 
+    Raises:
+        ValueError: for an unknown measure, one that needs samples where none are given, or a component that has no
+            weights or no name that a key can have; names the remedy.
+        TypeError: for what is no list of names and mappings.
+
     Example:
         >>> Measures(["llc", {"name": "susceptibility", "components": {"head": ["fc.*"]}}], True).components
         {'head': ['fc.*']}
@@ -55,13 +60,9 @@ class Measures:
                 self.components |= _components_of(entry.get("components"))
         self.influence = probed and (self._given is None or "influence" in names)
         self.susceptibility = "susceptibility" in names
+        self._check()
 
-    def check(self) -> None:
-        """At setup.
-
-        Raises:
-            ValueError: for an unknown measure, or one that needs samples where none are given; names the remedy.
-        """
+    def _check(self) -> None:
         for entry in self._given or []:
             name = entry.get("name") if isinstance(entry, Mapping) else entry
             if name not in NAMES:
@@ -139,7 +140,7 @@ def _components_of(components: Any) -> dict[str, Restriction]:
     if not isinstance(components, Mapping):
         kind = type(components).__name__
         raise TypeError(f"measures: components={components!r}: expected a mapping, got {kind}. Give {EXAMPLE}.")
-    return {str(name): plain(patterns) for name, patterns in components.items()}
+    return {str(name): plain(patterns, _called(str(name))) for name, patterns in components.items()}
 
 
 def _called(component: str) -> str:
