@@ -35,6 +35,7 @@ from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import SGLD, KineticLangevin, Sampler, as_sampler
 from lightning_slt.sampling.segment import STATS_EVERY
 from lightning_slt.sampling.steps import LossFn, NoLossError
+from lightning_slt.sampling.unlike import array_named
 from lightning_slt.sampling.weight_reader import WeightReader
 from lightning_slt.verdict import read_llc
 
@@ -386,7 +387,8 @@ def estimate_llc(
         if nbeta is None and source.num_samples is not None:
             default_nbeta(source.num_samples)
         try:
-            estimate = measure_llc(objective, source, settings)
+            with array_named("data", data, source):
+                estimate = measure_llc(objective, source, settings)
         except NoLossError as error:
             raise ValueError(str(error)) from error
         if isinstance(sampler, KineticLangevin) and source.batch_size < (source.num_samples or math.inf):

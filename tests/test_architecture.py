@@ -34,6 +34,7 @@ FLOORS = {
     "sweep": 6,
     "calibrate": 7,
     "cli": 8,
+    "__main__": 9,
 }
 
 TOP = 5

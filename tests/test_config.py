@@ -156,7 +156,7 @@ def test_builds_the_callback_with_every_argument(monkeypatch: pytest.MonkeyPatch
         ({"num_draws": 0}, "num_draws=0"),
         ({"probe": 0}, "probe=0: must be at least 1"),
         ({"probe": 10, "query": -1}, "query=-1: must be at least 1"),
-        ({"query": 10}, "query is given without probe"),
+        ({"query": 10}, "query=10: is given without probe"),
     ],
 )
 def test_an_argument_out_of_range_is_refused_by_the_callback(given: dict[str, Any], message: str) -> None:

@@ -211,6 +211,42 @@ def test_few_tensors_may_be_samples() -> None:
     assert math.isfinite(tiny(mlp(), tuple(samples), square).mean)
 
 
+ROWS = torch.zeros(40, 5)
+
+
+@pytest.mark.parametrize("data", [ROWS, ROWS.numpy()], ids=["a tensor", "an array"])
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("data", lambda data: tiny(mlp(), data, mean_squared)),
+        ("train_data", lambda data: estimate_influence(mlp(), data, None, mean_squared)),
+        ("data", lambda data: estimate_susceptibility(mlp(), data, regression(3), mean_squared)),
+    ],
+    ids=["llc", "influence", "susceptibility"],
+)
+def test_one_array_that_the_step_fails_on_is_said_to_have_been_read_as_samples(
+    name: str, call: Callable[[Any], Any], data: Any
+) -> None:
+    said = (
+        f"{name}: got one array of shape (40, 5), which is read as 40 samples without targets: the step is given a "
+        f"single tensor [batch, 5], and fails. If there are targets, give {name}=TensorDataset(X, y). ValueError: "
+    )
+    with pytest.raises(ValueError) as raised:
+        call(data)
+    assert str(raised.value) == said + str(raised.value.__cause__) and "to unpack" in str(raised.value)
+
+
+def test_one_array_is_data_where_the_step_wants_no_targets_and_is_not_blamed_for_what_else_is_wrong() -> None:
+    square: Any = lambda m, b: m(b).square().mean()  # noqa: E731
+    assert tiny(mlp(), torch.randn(40, 5, generator=gen(3)), square).num_samples == 40
+    with pytest.raises(TypeError, match=r"^the loss must be a tensor"):
+        tiny(mlp(), ROWS, lambda m, b: 1.0)
+    with pytest.raises(ValueError, match=r"^loss_fn=<lambda>: returned None for every minibatch"):
+        tiny(mlp(), ROWS, lambda m, b: None)
+    with pytest.raises(ValueError, match=r"^query_data: its samples give the step \[Tensor, Tensor\]"):
+        estimate_influence(mlp(), ROWS, regression(3), square)
+
+
 @pytest.mark.parametrize(("count", "warned"), [(2, True), (20, False)])
 def test_a_short_list_of_equal_tensors_is_read_as_samples_and_said_to_be(
     count: int, warned: bool, caplog: pytest.LogCaptureFixture

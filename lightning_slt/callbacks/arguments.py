@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_slt.sampling import samplers
 from lightning_slt.sampling.arguments import no_restriction
-from lightning_slt.sampling.restriction import restriction_entries
+from lightning_slt.sampling.restriction import nothing_named, restriction_entries
 from lightning_slt.sampling.samplers import KineticLangevin
 from lightning_slt.sampling.sharded import local_of
 from lightning_slt.warned import warn
@@ -160,15 +160,21 @@ def as_sampler(sampler: Any) -> Any:
     return found
 
 
-def plain(restrict: Any) -> Any:
+def plain(restrict: Any, called: str = "restrict") -> Any:
     """Lists of a configuration library as plain lists.
 
+    Args:
+        called: what an error calls an empty one.
+
     Raises:
+        ValueError: for a list without an entry.
         TypeError: for a Parameter, a Tensor, or anything else that is not a name or a submodule.
     """
     if restrict is None or isinstance(restrict, (str, nn.Module)):
         return restrict
     entries = restriction_entries(restrict)
+    if not entries:
+        raise nothing_named(called)
     for entry in entries:
         if not isinstance(entry, (str, nn.Module)):
             raise no_restriction(entry)

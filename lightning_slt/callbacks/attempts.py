@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Optional
+
 from lightning_slt.callbacks.asked import Asked
 from lightning_slt.callbacks.clock import RunClock
 from lightning_slt.callbacks.component_firings import ComponentFirings
@@ -88,7 +91,9 @@ class Attempts:
             history.skipped = 0
         self._reporting.take_up(moment.trainer, moment.module, estimate, influence, begin)
         if asked.measures.susceptibility:
-            self._measure_components(moment, settings, raises)
+            self._measure_components(moment, settings, raises, check, held)
+            if held.interrupted:
+                return
         # drawing and logging count as overhead too, from the next firing's figure on
         clock.took(begin, size)
         if clock.budget is None and not moment.is_smoke_test:
@@ -108,11 +113,29 @@ class Attempts:
             at_end = self._clock.overhead_at_end(ahead.done, ahead.firings, seconds) if ahead.done > 0 else None
         warn_if_large(self._voice, estimates, at_end)
 
-    def _measure_components(self, moment: Moment, settings: ChainSettings, raises: bool) -> None:
-        """Susceptibility after the learning coefficient, which stands whatever becomes of it."""
+    def _measure_components(
+        self,
+        moment: Moment,
+        settings: ChainSettings,
+        raises: bool,
+        check: Optional[Callable[[], None]],
+        held: SignalsHeld,
+    ) -> None:
+        """Susceptibility after the learning coefficient, which stands whatever becomes of it.
+
+        Args:
+            raises: a failure ends the run.
+            check: what ends the chains where a signal waits; None where they run to their end.
+            held: the signals that wait.
+        """
+        label = f"{self._voice.prefix} at step {moment.step}, susceptibility"
+        before = self._reporting.history.susceptibilities
         try:
-            found = self._components.measure(moment, settings, self._reporting.history.susceptibilities)
+            with FiringProgress(moment.trainer, label, check) as progress:
+                found = self._components.measure(moment, settings, before, progress)
         except Exception as error:
+            if held.interrupted:
+                return  # a KeyboardInterrupt comes now, whatever this is
             if raises or isinstance(error, RankLostError):
                 raise
             warn_of(error, moment.step, self._voice.who)

@@ -12,6 +12,7 @@ from lightning_slt.callbacks.data.samples import ProbedSamples
 from lightning_slt.callbacks.data.structure import explained
 from lightning_slt.callbacks.inside_firings import InsideFirings, share_buffers
 from lightning_slt.callbacks.moment import Moment
+from lightning_slt.callbacks.progress import FiringProgress
 from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.susceptibilities import measure_beside
 from lightning_slt.estimate import ChainSettings
@@ -44,13 +45,18 @@ class ComponentFirings:
         self._course, self._followed, self._inside = course, followed, inside
 
     def measure(
-        self, moment: Moment, settings: ChainSettings, before: Sequence[SusceptibilityEstimate]
+        self,
+        moment: Moment,
+        settings: ChainSettings,
+        before: Sequence[SusceptibilityEstimate],
+        progress: FiringProgress,
     ) -> SusceptibilityEstimate:
         """Susceptibility after the learning coefficient of the same moment.
 
         Args:
             settings: what is asked of the chains of this firing.
             before: the estimates of this run so far.
+            progress: told about chain-steps done; what it raises ends the chains.
         """
         begin, followed = RunClock.now(), self._followed
         source = followed.source
@@ -80,6 +86,7 @@ class ComponentFirings:
                     moment.collective,
                     lambda objective: share_buffers(objective, moment.collective),
                     before,
+                    progress,
                 )
         except RankLostError:
             raise

@@ -105,7 +105,7 @@ class SLTMonitor(KeepsHistory):
             several loaders, one for each in a container like theirs: ``{"a": sample, "b": sample}``). The same samples
             are looked at at every firing.
         query: whose losses they influence: None for the probed samples themselves, a number of samples of the
-            validation data, or a Dataset.
+            validation data (True for up to 1,000), or a Dataset.
         group_fn: ``group_fn(sample)`` -> the group that a sample of a dataset belongs to; None for its class.
         render: ``render(sample)`` -> a picture (array, tensor or PIL image) or a text to show it by. None for defaults
             by shape; token ids are decoded by the ``tokenizer`` attribute (with a ``decode`` method) of the datamodule,
@@ -211,6 +211,11 @@ class SLTMonitor(KeepsHistory):
             name=name,
             dirpath=dirpath,
         )
+        if asked.measures.susceptibility and execution == "background":
+            raise ValueError(
+                "execution='background': measures=['susceptibility'] is measured inside training: use "
+                "execution='inline'."
+            )
         check_flag("warm_start", warm_start, optional=False)
         self._samples = samples
         self._voice = voice = Voice(f"slt_{name}" if name else "slt")
@@ -285,15 +290,6 @@ class SLTMonitor(KeepsHistory):
         if stage != "fit":
             return
         self.number_among(trainer)
-        try:
-            self._asked.measures.check()
-        except ValueError as error:
-            raise MisconfigurationException(f"{self._voice.who}: {error}") from error
-        if self._asked.measures.susceptibility and self._late is not None:
-            raise MisconfigurationException(
-                self._voice.called("measures=['susceptibility']")
-                + " is measured inside training: use execution='inline'."
-            )
         sampler = self._asked.settings.sampler
         check_strategy(trainer, sampler is None or sampler.elementwise, self._samples.wanted, self._voice.prefix)
         try:

@@ -20,7 +20,8 @@ DELAY = 2.0
 class FiringProgress:
     """Counts chain-steps; after :data:`DELAY` seconds shows them below the trainer's bar, and clears them at the end.
 
-    Silent where the trainer has no progress bar, where it is disabled, and on ranks other than zero.
+    Silent where the trainer has no progress bar, where it is disabled, and on ranks other than zero. No steps are no
+    news, and checked all the same.
 
     Args:
         trainer: its ``progress_bar_callback`` is respected.
@@ -41,7 +42,7 @@ class FiringProgress:
         if self._check is not None:
             self._check()
         self._done += steps
-        if self._bar is None or time.monotonic() - self._start < DELAY:
+        if not steps or self._bar is None or time.monotonic() - self._start < DELAY:
             return
         rate = self._done / max(time.monotonic() - self._start, 1e-9)
         try:

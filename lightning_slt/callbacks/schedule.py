@@ -107,7 +107,7 @@ class Schedule:
 
     Raises:
         TypeError: for what is no whole number.
-        ValueError: for a number below 1 (below 0 in ``at_steps``).
+        ValueError: for a number below 1 (below 0 in ``at_steps``), and for ``at_steps`` without a step alone.
     """
 
     every_n_train_steps: Optional[int] = None
@@ -120,6 +120,11 @@ class Schedule:
             check_count(name, getattr(self, name), otherwise=", or None to leave it out")
         if self.at_steps is not None and any(step < 0 for step in self.at_steps):
             raise ValueError(f"at_steps={list(self.at_steps)}: steps must not be negative.")
+        if self.at_steps == () and (self.every_n_train_steps, self.every_n_epochs, self.log_spaced) == (None,) * 3:
+            raise ValueError(
+                "at_steps=[]: names no step, and nothing else says when to measure. Name steps, such as [0, 100, "
+                "1000], or leave it None for log-spaced ones."
+            )
 
     def __str__(self) -> str:
         """What was asked for, as it is written.

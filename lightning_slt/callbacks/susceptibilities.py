@@ -16,6 +16,7 @@ from lightning_slt.influence import ProbeSet
 from lightning_slt.publish import RunPublisher
 from lightning_slt.publish.sink import Page
 from lightning_slt.sampling.batches import DatasetSource, MinibatchSource
+from lightning_slt.sampling.chains import Progress
 from lightning_slt.sampling.collective import Collective
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.restriction import Restriction, select_parameters
@@ -37,6 +38,11 @@ class Measures:
             "components": {name: patterns}}``. The LLC is always measured.
         probed: whether there are samples to look at.
 
+    Raises:
+        ValueError: for an unknown measure, one that needs samples where none are given, or a component that has no
+            weights or no name that a key can have; names the remedy.
+        TypeError: for what is no list of names and mappings.
+
     Example:
         >>> Measures(["llc", {"name": "susceptibility", "components": {"head": ["fc.*"]}}], True).components
         {'head': ['fc.*']}
@@ -54,13 +60,9 @@ class Measures:
                 self.components |= _components_of(entry.get("components"))
         self.influence = probed and (self._given is None or "influence" in names)
         self.susceptibility = "susceptibility" in names
+        self._check()
 
-    def check(self) -> None:
-        """At setup.
-
-        Raises:
-            ValueError: for an unknown measure, or one that needs samples where none are given; names the remedy.
-        """
+    def _check(self) -> None:
         for entry in self._given or []:
             name = entry.get("name") if isinstance(entry, Mapping) else entry
             if name not in NAMES:
@@ -138,7 +140,7 @@ def _components_of(components: Any) -> dict[str, Restriction]:
     if not isinstance(components, Mapping):
         kind = type(components).__name__
         raise TypeError(f"measures: components={components!r}: expected a mapping, got {kind}. Give {EXAMPLE}.")
-    return {str(name): plain(patterns) for name, patterns in components.items()}
+    return {str(name): plain(patterns, _called(str(name))) for name, patterns in components.items()}
 
 
 def _called(component: str) -> str:
@@ -157,6 +159,7 @@ def measure_beside(
     collective: Collective,
     prepare: Callable[[Objective], None],
     before: Sequence[SusceptibilityEstimate] = (),
+    progress: Optional[Progress] = None,
 ) -> SusceptibilityEstimate:
     """Susceptibility of every component to a shift towards the queries, or the probed samples where there are none.
 
@@ -165,6 +168,7 @@ def measure_beside(
     Args:
         before: the estimates of this run so far, whose first one has chosen gamma for all: points of one curve are of
             one posterior.
+        progress: told about chain-steps done.
 
     Raises:
         ValueError: where the training data cannot be asked for a sample by number.
@@ -196,6 +200,7 @@ def measure_beside(
         collective,
         prepare,
         dict(zip(before[0].components, before[0].localization, strict=True)) if before else None,
+        progress,
     )
 
 

@@ -103,6 +103,8 @@ class InfluenceChains:
     def _make_reader(self) -> InfluenceReader:
         if self._reader is None:
             self._reader = InfluenceReader(self.objective, self.probes, self.settings.seed)
+            if self._reader.slow:
+                self.objective.say("one by one", self._reader.slow)
             self._together = weighs_together(self.objective, self.train)
         return self._reader
 

@@ -80,7 +80,9 @@ def measure_both(
         return min(cheap, STATS_EVERY * max(1, apart // STATS_EVERY))
 
     def make_reader() -> InfluenceReader:
-        readers.append(InfluenceReader(objective, probes, settings.seed))
+        readers.append(InfluenceReader(objective, probes, settings.seed, progress))
+        if readers[0].slow and (collective is None or collective.rank == 0):
+            objective.say("one by one", readers[0].slow)
         together.append(weighs_together(objective, source))
         return readers[0]
 

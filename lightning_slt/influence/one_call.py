@@ -22,7 +22,7 @@ from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import Sampler, as_sampler
 from lightning_slt.sampling.samples import GroupFn, indexed_source
 from lightning_slt.sampling.steps import LossFn
-from lightning_slt.sampling.unlike import unlike_named
+from lightning_slt.sampling.unlike import array_named, unlike_named
 
 MAX_TRAIN = 10_000
 """Training samples of a one-call estimate where nothing else is said."""
@@ -154,7 +154,7 @@ def estimate_influence(
             query = indexed_source("influence", "query_data", query_data, 1, objective.device, seed)
         probes = probe_set(train, query, max_train, max_query, seed, group_fn, per_token)
         asked = shrinkage, nbeta, localization, control_variates
-        with unlike_named("query_data", probes.query, train):
+        with unlike_named("query_data", probes.query, train), array_named("train_data", train_data, train):
             found = InfluenceChains(objective, train, probes, settings, *asked).measure()
         found = found.with_verdict(misfit_of_eval(objective))
     return found.replace(seconds=time.perf_counter() - start)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Optional
 
@@ -48,17 +49,31 @@ class InfluenceReader:
         objective: the loss.
         probes: the samples.
         seed: of random numbers inside the step.
+        progress: told of no steps, again and again while losses are read: what it raises ends that.
     """
 
-    def __init__(self, objective: Objective, probes: ProbeSet, seed: int) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        probes: ProbeSet,
+        seed: int,
+        progress: Optional[Callable[[int], None]] = None,
+    ) -> None:
         self.probes = probes
         self._anchor = objective.anchor
         self._gradients: Optional[Tensor] = None
-        self._train = Probe(objective, probes.train, seed=seed)
-        self._query = Probe(objective, probes.query, probes.per_token, seed) if probes.query is not None else None
+        self._train = Probe(objective, probes.train, False, seed, progress)
+        self._query: Optional[Probe] = None
+        if probes.query is not None:
+            self._query = Probe(objective, probes.query, probes.per_token, seed, progress)
         self._without_control = ""
         self._control: Optional[SteinControl] = None
         log.debug(f"losses of single samples: {self._train.method} ({self._train.reason})")
+
+    @property
+    def slow(self) -> str:
+        """What a user should know where losses are computed one by one; empty for other ways."""
+        return self._train.slow or (self._query.slow if self._query is not None else "")
 
     def take_gradients(self) -> Optional[Tensor]:
         """``[n_train, d]`` at ``w*``, kept for control variates with those of the queries; None where these do not

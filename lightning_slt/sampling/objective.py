@@ -32,6 +32,18 @@ class WrongWeightsError(ValueError):
     """The weights to study are not those of such a module."""
 
 
+def told_once() -> Callable[[str, str], None]:
+    """What is said of a topic, the first time, as a warning in the log: chains that begin anew find it anew."""
+    topics: set[str] = set()
+
+    def say(topic: str, sentence: str) -> None:
+        if topic not in topics:
+            topics.add(topic)
+            log.warning(sentence)
+
+    return say
+
+
 class Objective:
     """The training loss as a function of the weights that move, on a private copy of the user's module.
 
@@ -48,7 +60,7 @@ class Objective:
         context: makes the context in which the loss is computed (autocast); None for none.
         weights: a ``state_dict`` to study in place of the module's own weights.
         say: told what a user should know, as a topic and a sentence: that the module is called in place, or that chains
-            are slow as they were asked for. It is so at every estimate; None for the log.
+            or the losses of samples are slow. It is so at every estimate; None for the log, each topic once.
 
     Raises:
         TypeError: for a module that is none.
@@ -92,7 +104,7 @@ class Objective:
         module = without_fabric(module)
         check_module("module", module)
         check_device("device", device)
-        self.say = say or (lambda topic, sentence: log.warning(sentence))
+        self.say = say or told_once()
         self._live, self._live_names = module, select_parameters(module, restrict)
         refuse_lazy(module)
         refuse_empty(module, self._live_names)

@@ -15,6 +15,7 @@ import contextlib
 import logging
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.one_by_one import slow_sentence
 from lightning_slt.sampling.paths import ACTIVATION_BUDGET, observe
 from lightning_slt.sampling.rng import preserve_rng, seed_globals
 from lightning_slt.sampling.samples import MAX_CHUNK, SampleGroup, Samples, grouped
@@ -57,6 +59,8 @@ class Probe:
         samples: whose losses are wanted.
         per_token: the losses of a ``loss_fn`` that returns ``[batch, tokens]`` stay apart.
         seed: of random numbers inside the step, the same at every reading.
+        progress: told of no steps, again and again while losses are computed: what it raises ends that, which may
+            take as long as the chains.
 
     Raises:
         CoupledLossError: where the loss of a sample depends on the others of its batch.
@@ -70,7 +74,14 @@ class Probe:
         without: numbers of the samples for which the step gives no loss.
     """
 
-    def __init__(self, objective: Objective, samples: Samples, per_token: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        samples: Samples,
+        per_token: bool = False,
+        seed: int = 0,
+        progress: Optional[Callable[[int], None]] = None,
+    ) -> None:
         self._objective = objective
         self._per_token = per_token
         self._seed = seed
@@ -85,6 +96,7 @@ class Probe:
         self._all = samples.index
         self.method, self.reason, self.rows = "", "", 1
         self._alike = False
+        self._progress: Callable[[int], None] = lambda steps: None
         with torch.no_grad(), preserve_rng(seed):
             self._drop_without_loss(all_samples=False)
             self._refuse_coupled()
@@ -96,6 +108,7 @@ class Probe:
                     "loss_fn(module, batch) -> [batch, tokens] losses."
                 )
             self._choose_method(outs[0])
+            self._progress = progress or self._progress  # not before: what it raises is no failure of a method
             try:
                 self.anchor = self._at_anchor()
             except Exception as error:
@@ -109,6 +122,11 @@ class Probe:
     def n(self) -> int:
         """Columns."""
         return len(self.index)
+
+    @property
+    def slow(self) -> str:
+        """What a user should know where several samples are computed one by one; empty for other ways."""
+        return slow_sentence(self.reason) if self.method == "one by one" and len(self._all) > 1 else ""
 
     def __call__(self, weights: Tensor) -> Tensor:
         """Losses minus those at ``w*``, ``[chains, n]`` float32: the difference keeps the digits.
@@ -212,6 +230,7 @@ class Probe:
 
         Random numbers inside the step start anew for every row of weights: a sample has the same ones at all of them.
         """
+        self._progress(0)
         if self.method == "vmap":
             batch, dims = group.part(start, stop)
             self._reseed(group.places[start])
@@ -226,6 +245,7 @@ class Probe:
                 return torch.vmap(over_samples, in_dims=(0, None), randomness="same")(self._named(weights), batch)
         found = []
         for row in weights:
+            self._progress(0)
             named = self._named(row)
             self._reseed(group.places[start])
             if self.method in ("whole batches", "unreduced batches"):
@@ -388,7 +408,6 @@ class Probe:
                 reasons.append(f"{method} fails: {what_failed(error)}")
         self._alike = False
         self.method, self.reason = "one by one", "; ".join(reasons) or "the module is called in place"
-        log.info(f"losses of single samples are computed one by one, which is slow: {self.reason}")
 
     def _holds_for_a_chunk(self, group: SampleGroup, rtol: float) -> bool:
         """Whether samples far apart in a batch of the full size have the losses that they have alone."""

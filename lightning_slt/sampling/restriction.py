@@ -53,7 +53,7 @@ def select_parameters(module: nn.Module, restrict: Restriction = None, called: s
         return trainable
     entries = restriction_entries(restrict)
     if not entries:
-        raise ValueError(f"{called} is empty: leave it None to move every weight, or name parameters or submodules.")
+        raise nothing_named(called)
 
     # a tied weight has several names but is one parameter: match every name, move it once
     aliases = [(without_compile(name), p) for name, p in module.named_parameters(remove_duplicate=False)]
@@ -98,6 +98,11 @@ def restriction_entries(restrict: Restriction) -> list[Union[str, nn.Module]]:
     if isinstance(restrict, Mapping) or not isinstance(restrict, Iterable):
         raise no_restriction(restrict)
     return list(restrict)
+
+
+def nothing_named(called: str) -> ValueError:
+    """What is said of a list without an entry."""
+    return ValueError(f"{called} is empty: leave it None to move every weight, or name parameters or submodules.")
 
 
 def refuse_lazy(module: nn.Module) -> None:

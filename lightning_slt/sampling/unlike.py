@@ -1,4 +1,5 @@
-"""Samples that are made of other things than a batch of the training data."""
+"""Data and samples that are made of other things than the step wants: one array without targets, or samples that differ
+from a batch of the training data."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +38,50 @@ def unlike_named(name: str, samples: Optional[Samples], source: MinibatchSource)
         raise named from error
 
 
+class OneArrayError(ValueError):
+    """The step fails on data that is one array."""
+
+
+@contextmanager
+def array_named(name: str, data: Any, source: MinibatchSource) -> Iterator[None]:
+    """Around a call on data that may be one array: where the step fails on it, what it was read as is said.
+
+    Samples that are rows of one array are what an autoencoder wants, and what is left of a classifier's data where the
+    targets were forgotten: only the step can tell.
+
+    Args:
+        name: of the argument.
+        data: as it was given.
+        source: what it was read as: where a minibatch of it has had a loss, it is not the data that is wrong.
+
+    Raises:
+        OneArrayError: for what the step raised, naming the argument and the remedy.
+    """
+    try:
+        yield
+    except Exception as error:
+        out_of_memory = isinstance(error, torch.cuda.OutOfMemoryError)
+        if not isinstance(data, (Tensor, np.ndarray)) or out_of_memory or _raised_here(error):
+            raise
+        if source.window(0).anchor_loss:
+            raise
+        sizes = ", ".join(["batch", *map(str, data.shape[1:])])
+        raise OneArrayError(
+            f"{name}: got one array of shape {tuple(data.shape)}, which is read as {len(data)} samples without "
+            f"targets: the step is given a single tensor [{sizes}], and fails. If there are targets, give "
+            f"{name}=TensorDataset(X, y). {type(error).__name__}: {error}"
+        ) from error
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether it is this package that says something, and not the step or what it calls."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    name = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    return name.partition(".")[0] == __name__.partition(".")[0]
+
+
 def naming_unlike(error: Exception, given: Mapping[str, Optional[Samples]], source: MinibatchSource) -> Exception:
     """The error that the step gives on samples, with what is wrong about them where their structure shows it.
 
@@ -44,7 +90,8 @@ def naming_unlike(error: Exception, given: Mapping[str, Optional[Samples]], sour
         given: samples by the name of the argument that gives them.
         source: the chains' minibatches, which have the structure that the step expects.
     """
-    if isinstance(error, CoupledLossError):  # it is the loss, whatever the samples have besides
+    # it is the loss, or the training data, whatever the samples have besides
+    if isinstance(error, (CoupledLossError, OneArrayError)):
         return error
     for name, samples in given.items():
         if not samples or not samples.batches:

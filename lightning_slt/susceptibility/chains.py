@@ -12,7 +12,7 @@ from lightning_slt.estimate import ChainSettings, default_localization, run_chai
 from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 from lightning_slt.sampling.batches import DatasetSource
 from lightning_slt.sampling.budget import Drawn
-from lightning_slt.sampling.chains import Chains
+from lightning_slt.sampling.chains import Chains, Progress
 from lightning_slt.sampling.collective import Collective
 from lightning_slt.sampling.kinetic import STEP, Beginning, KineticRun, KineticSampling, MakeSampler, run_kinetic
 from lightning_slt.sampling.metric import curvature_at
@@ -29,13 +29,17 @@ def run_component(
     settings: ChainSettings,
     collective: Collective,
     make_reader: Callable[[], ShiftReader],
+    progress: Optional[Progress] = None,
 ) -> tuple[Drawn, Chains, Optional[KineticRun]]:
     """The sampler that was asked for; else kinetic Langevin, with a shorter step where minibatches would heat it or
     chains leave the region, and what there is to say of that."""
     between = settings.num_steps_bw_draws or BETWEEN
     if settings.sampler is not None:
         settings = dataclasses.replace(settings, num_steps_bw_draws=between)
-        return *run_chains(objective, source, settings, collective, make_reader=make_reader, read_every=between), None
+        drawn, chains = run_chains(
+            objective, source, settings, collective, progress, make_reader=make_reader, read_every=between
+        )
+        return drawn, chains, None
     n = source.num_samples
     nbeta = settings.nbeta if settings.nbeta is not None else default_nbeta(n or 0)
     gamma = settings.localization if settings.localization is not None else default_localization(objective.anchor)
@@ -64,6 +68,7 @@ def run_component(
             source,
             chosen,
             collective,
+            progress,
             make_reader=make_reader,
             read_every=between,
             make_sampler=make_sampler,

@@ -12,6 +12,7 @@ import torch
 from lightning_slt.estimate import ChainSettings
 from lightning_slt.sampling.anchor import weighs_together
 from lightning_slt.sampling.batches import DatasetSource
+from lightning_slt.sampling.chains import Progress
 from lightning_slt.sampling.collective import Alone, Collective
 from lightning_slt.sampling.coupled import ALONE
 from lightning_slt.sampling.eval_mode import misfit_of_eval
@@ -32,6 +33,7 @@ def measure_susceptibility(
     collective: Optional[Collective] = None,
     prepare: Optional[Callable[[Objective], None]] = None,
     localization: Optional[Mapping[str, float]] = None,
+    progress: Optional[Progress] = None,
 ) -> SusceptibilityEstimate:
     """Run the chains of each component and read its susceptibility off them: behind every road to an estimate.
 
@@ -43,6 +45,7 @@ def measure_susceptibility(
         collective: ranks that share the chains.
         prepare: called with each loss on every rank, where ranks have to agree on it.
         localization: gamma of each component, where a curve has begun with one; else that of ``settings``.
+        progress: told about chain-steps done; what it raises ends the chains.
 
     Raises:
         ValueError: as :func:`~lightning_slt.estimate.measure_llc`, and for a loss that couples samples.
@@ -59,7 +62,7 @@ def measure_susceptibility(
         source.forget()
         gamma = (localization or {}).get(name, settings.localization)
         asked = dataclasses.replace(settings, localization=gamma)
-        found[name] = _measure(name, made[0], source, shift, asked, collective, together)
+        found[name] = _measure(name, made[0], source, shift, asked, collective, together, progress)
     first, parts = next(iter(found.values())), list(found.values())
     names = names_of(shift.groups_of(first.index))
     nothing = torch.zeros(len(parts), 0, dtype=torch.float64)
@@ -105,16 +108,19 @@ def _measure(
     settings: ChainSettings,
     collective: Collective,
     together: list[bool],
+    progress: Optional[Progress],
 ) -> Component:
     """One component; ``together`` has an answer for each try: whether its loss weighs samples together."""
     readers: list[ShiftReader] = []
 
     def make_reader() -> ShiftReader:
-        readers.append(ShiftReader(objective, shift, settings.seed))
+        readers.append(ShiftReader(objective, shift, settings.seed, progress))
+        if readers[-1].slow and collective.rank == 0:
+            objective.say("one by one", readers[-1].slow)
         together.append(weighs_together(objective, source))
         return readers[-1]
 
-    drawn, chains, ran = run_component(objective, source, settings, collective, make_reader)
+    drawn, chains, ran = run_component(objective, source, settings, collective, make_reader, progress)
     index = readers[-1].shifted.index
     group = shift.groups_of(index)
     unread = 1 - len(shift.observed.index) / source.num_indexed if readers[-1].parts else 0.0

@@ -11,13 +11,13 @@ from torch import nn
 from lightning_slt.estimate import ChainSettings, state_dict_of
 from lightning_slt.kinds import check_count, check_flag
 from lightning_slt.sampling.arguments import without_fabric
-from lightning_slt.sampling.objective import Objective
+from lightning_slt.sampling.objective import Objective, told_once
 from lightning_slt.sampling.restriction import Restriction, select_parameters
 from lightning_slt.sampling.rng import preserve_rng
 from lightning_slt.sampling.samplers import Sampler, as_sampler
 from lightning_slt.sampling.samples import Samples, choose_samples, group_name, indexed_source
 from lightning_slt.sampling.steps import LossFn
-from lightning_slt.sampling.unlike import unlike_named
+from lightning_slt.sampling.unlike import array_named, unlike_named
 from lightning_slt.susceptibility.firing import measure_susceptibility
 from lightning_slt.susceptibility.shift import Shift
 from lightning_slt.susceptibility_record import SusceptibilityEstimate
@@ -136,9 +136,10 @@ def estimate_susceptibility(
     seed = settings.seed
     state = state_dict_of(weights)
     wanted: Mapping[str, Restriction] = components if components is not None else {"all": restrict}
+    say = told_once()
 
     def made(restriction: Restriction) -> Callable[[], Objective]:
-        return lambda: Objective(module, loss_fn, restriction, device, weights=state)
+        return lambda: Objective(module, loss_fn, restriction, device, weights=state, say=say)
 
     if isinstance(module, nn.Module):  # what it is otherwise is said below
         for name, restriction in (components or {}).items():
@@ -158,7 +159,7 @@ def estimate_susceptibility(
         numbers = choose_samples(total, max_shifted, seed)
         group = [group_name(groups[i]) for i in numbers] if groups is not None else None
         shift = Shift.of(source, Samples.of(other, numbers), seed, group)
-        with unlike_named("shifted_data", shift.shifted, source):
+        with unlike_named("shifted_data", shift.shifted, source), array_named("data", data, source):
             return measure_susceptibility(
                 {name: lambda o=o: o for name, o in objectives.items()},  # type: ignore[misc]
                 source,

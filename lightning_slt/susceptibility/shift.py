@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Optional
 
@@ -62,10 +63,15 @@ class ShiftReader:
         parts: k; 0 where all the original data is read.
     """
 
-    def __init__(self, objective: Objective, shift: Shift, seed: int) -> None:
-        self._observed = Probe(objective, shift.observed, seed=seed)
-        self._base = Probe(objective, shift.base, seed=seed) if shift.base is not None else None
-        self.shifted = Probe(objective, shift.shifted, seed=seed)
+    def __init__(
+        self, objective: Objective, shift: Shift, seed: int, progress: Optional[Callable[[int], None]] = None
+    ) -> None:
+        def probe(samples: Samples) -> Probe:
+            return Probe(objective, samples, seed=seed, progress=progress)
+
+        self._observed = probe(shift.observed)
+        self._base = probe(shift.base) if shift.base is not None else None
+        self.shifted = probe(shift.shifted)
         self.parts = 0
         self._orders: list[Tensor] = []
         if self._base is not None:
@@ -73,6 +79,11 @@ class ShiftReader:
             self.parts = min(PARTS, least) if least > 1 else 0
             numbers = generator(seed, CHOICE)  # the order of the data may carry meaning
             self._orders = [torch.randperm(probe.n, generator=numbers) for probe in (self._observed, self._base)]
+
+    @property
+    def slow(self) -> str:
+        """What a user should know where losses are computed one by one; empty for other ways."""
+        return self._observed.slow or self.shifted.slow
 
     def __call__(self, weights: Tensor, slopes: Optional[Tensor] = None) -> Tensor:
         observed = self._observed(weights).double()

@@ -42,6 +42,7 @@ class Firing:
         self.fails: Optional[Exception] = None
         self.components_fail: Optional[Exception] = None
         self.measured: Any = None
+        self.of_components: Any = None
         self.estimates: list[Any] = []
         self.ahead: Optional[Ahead] = None
         self._time = 0.0
@@ -84,7 +85,8 @@ class Firing:
             raise self.fails
         return make_estimate(step=0), None
 
-    def _measure_components(self, moment: Moment, settings: ChainSettings, before: Any) -> Any:
+    def _measure_components(self, moment: Moment, settings: ChainSettings, before: Any, progress: Any) -> Any:
+        self.of_components = progress
         if self.components_fail is not None:
             raise self.components_fail
         return settings, before
@@ -197,6 +199,10 @@ def test_whatever_fails_with_ctrl_c_waiting_is_neither_told_nor_raised(raises: b
     firing.fails = BROKEN_OFF
     firing.fire(Held(interrupted=True))
     assert firing.told == []
+    later = Firing(raises=raises, components=True)
+    later.components_fail = BROKEN_OFF
+    later.fire(Held(interrupted=True))
+    assert later.told == [] and len(later.estimates) == 1
 
 
 @pytest.mark.parametrize(
@@ -204,9 +210,10 @@ def test_whatever_fails_with_ctrl_c_waiting_is_neither_told_nor_raised(raises: b
 )
 def test_what_a_signal_breaks_off(raises: bool, sharded: bool, asked: Optional[str]) -> None:
     """Where failures raise Ctrl-C alone, and nothing of ranks with shards, which can only leave off together."""
-    firing = Firing(raises=raises)
+    firing = Firing(raises=raises, components=True)
     held = firing.fire(sharded=sharded)
-    assert firing.measured[1]._check == (getattr(held, asked) if asked else None)
+    check = getattr(held, asked) if asked else None
+    assert firing.measured[1]._check == check and firing.of_components._check == check
 
 
 @pytest.mark.parametrize("sharded", [False, True])

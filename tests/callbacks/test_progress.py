@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,6 +63,19 @@ def test_it_is_silent_where_the_bar_is_disabled(tmp_path: Any, monkeypatch: pyte
     monkeypatch.setattr(progress.FiringProgress, "_show", lambda self, text: shown.append(text))
     assert len(fit(tmp_path, enable_progress_bar=False).estimates) == 2
     assert shown == []
+
+
+def test_what_tells_of_no_steps_is_checked_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes at every reading of samples, thousands of times a second."""
+    shown: list[str] = []
+    checked: list[bool] = []
+    monkeypatch.setattr(progress, "DELAY", 0.0)
+    monkeypatch.setattr(progress.FiringProgress, "_show", lambda self, text: shown.append(text))
+    trainer: Any = SimpleNamespace(progress_bar_callback=TQDMProgressBar(), is_global_zero=True)
+    line = progress.FiringProgress(trainer, "slt", lambda: checked.append(True))
+    for steps in (0, 0, 7, 0):
+        line(steps)
+    assert len(checked) == 4 and [text.split(",")[0] for text in shown] == ["slt: 7 chain-steps"]
 
 
 def test_a_line_that_fails_costs_no_measurement(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,32 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "an address for a folder": ({"dirpath": "s3://bucket/slt"}, r"dirpath='s3://bucket/slt'.*path of a folder"),
     "no seconds to wait": ({"max_wait": float("nan")}, r"max_wait=nan: must not be negative"),
     "sampler of another kind": ({"sampler": {"step": 1e-4}}, r"sampler.*step.*lr"),
+    "no steps at all": (
+        {"at_steps": []},
+        r"^at_steps=\[\]: names no step, .*such as \[0, 100, 1000\], or .*None",
+    ),
+    "no steps, and a budget": ({"at_steps": (), "max_overhead": 0.05}, r"^at_steps=\[\]: names no step"),
+    "nothing to move": ({"restrict": []}, r"^restrict is empty: leave it None to move every weight, or name param"),
+    "a component of nothing": (
+        {"probe": True, "measures": {"name": "susceptibility", "components": {"head": []}}},
+        r"^measures: components\['head'\] is empty: leave it None to move every weight",
+    ),
+    "an unknown measure": (
+        {"measures": ["loss"]},
+        r"^measures: there is no 'loss'; there are llc, influence, susceptibility\.$",
+    ),
+    "a measure misspelt": (
+        {"measures": "influenc", "probe": True},
+        r"'influenc' \(did you mean 'influence'\?\)",
+    ),
+    "influence of nothing": (
+        {"measures": ["influence"]},
+        r"^measures: 'influence' needs samples to look at: give",
+    ),
+    "components beside training": (
+        {"execution": "background", "measures": ["llc", "susceptibility"], "probe": 4},
+        r"^execution='background': measures=\['susceptibility'\] is measured inside .* use execution='inline'\.$",
+    ),
 }
 
 
@@ -141,6 +167,10 @@ def test_argument_of_another_kind_for_transitions(arguments: dict[str, Any], mes
         TransitionMonitor(**arguments)
 
 
+def test_no_steps_beside_a_cadence_are_none() -> None:
+    assert SLTMonitor(every_n_epochs=2, at_steps=[])._asked.describe()["at_steps"] == []
+
+
 @pytest.mark.parametrize("measures", ["llc", {"name": "llc"}, ["llc"]], ids=repr)
 def test_one_measure_need_not_be_in_a_list(measures: Any) -> None:
     monitor = SLTMonitor(measures=measures)
@@ -148,7 +178,6 @@ def test_one_measure_need_not_be_in_a_list(measures: Any) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]], str]] = {
-    "empty restriction": ({"restrict": []}, loaders, r"restrict is empty.*None"),
     "restriction that matches nothing": ({"restrict": "body.*"}, loaders, r"'body\.\*' matches no.*net\.weight"),
     "one of two restrictions matches nothing": ({"restrict": ["net.*", "head"]}, loaders, r"'head' matches no"),
     "no samples to look at": ({"probe": models.tensors(0)}, loaders, r"probe: the dataset is empty.*with samples"),

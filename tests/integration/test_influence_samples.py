@@ -199,9 +199,10 @@ def test_groups_that_are_no_text_still_have_a_name(tmp_path: Path) -> None:
     [
         ({"probe": 0}, "probe=0: must be at least 1"),
         ({"probe": True, "query": -3}, "query=-3: must be at least 1"),
-        ({"query": 4}, "query is given without probe: probe=True looks at the training data"),
-        ({"probe": False, "group_fn": str}, "group_fn is given without probe"),
-        ({"render": str}, "render is given without probe"),
+        ({"query": 4}, "^query=4: is given without probe: probe=True looks at the training data"),
+        ({"query": models.tensors(3)}, "^query=TensorDataset: is given without probe"),
+        ({"probe": False, "group_fn": str}, "group_fn=type: is given without probe"),
+        ({"render": str}, "render=type: is given without probe"),
         ({"probe": models.Stream()}, "probe: expected a number of samples or a map-style Dataset .*, got Stream"),
         ({"probe": True, "query": "val"}, "query: expected a number of samples or a map-style Dataset .*, got str"),
         ({"probe": 0.5}, "got float"),

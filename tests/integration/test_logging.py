@@ -290,7 +290,10 @@ def test_what_is_said_below_the_monitor_has_its_prefix_too(tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"measures": ["influenc"], "probe": True}, r"^SLTMonitor \(slt_head\): measures: there is no 'influenc'"),
+        (
+            {"measures": {"name": "susceptibility", "components": {"head": "fc.*"}}, "probe": True},
+            r"^SLTMonitor \(slt_head\): measures: components\['head'\]: 'fc\.\*' matches no",
+        ),
         ({"restrict": "body.*"}, r"^SLTMonitor \(slt_head\): .*'body\.\*' matches no"),
         ({"execution": "background"}, r"^SLTMonitor\(execution='background'\) \(slt_head\): .* cannot be pickled"),
     ],

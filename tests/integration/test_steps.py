@@ -238,12 +238,6 @@ def test_chains_beside_several_ranks_or_shards_are_refused_at_setup(strategy: ty
     assert "\n" not in str(told.value)
 
 
-def test_susceptibility_beside_training_is_refused_at_setup(tmp_path: Path) -> None:
-    settings = {"execution": "background", "measures": ["llc", "susceptibility"], "probe": 4, "query": 2}
-    with pytest.raises(MisconfigurationException, match=r"susceptibility.*execution='inline'"):
-        setup_under(SingleDeviceStrategy, tmp_path, **settings)
-
-
 def test_a_trainer_of_the_other_package_is_told_which_to_import(tmp_path: Path) -> None:
     pl = pytest.importorskip("pytorch_lightning")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from lightning_slt import SLTMonitor
 from lightning_slt.callbacks import component_firings
 from lightning_slt.config import load
 from lightning_slt.sampling.paths import choose_engine
+from lightning_slt.susceptibility import firing
+from lightning_slt.susceptibility.shift import ShiftReader
 from lightning_slt.susceptibility_record import SusceptibilityEstimate, SusceptibilityRecord
 from tests.integration.harness import Scenario, steps_of, tiny_monitor
 from tests.integration.models import Holds, Net, Plain, Stream, loaders, tensors, with_validation
@@ -153,6 +156,30 @@ def test_a_failure_leaves_training_and_the_learning_coefficient(
     assert len(monitor.estimates) >= 1 and not monitor.susceptibilities
 
 
+def test_a_signal_breaks_off_the_chains_of_components(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is answered then, not when they have ended, which may take minutes: a scheduler kills what goes on."""
+    read: list[bool] = []
+    answered: list[int] = []
+
+    class Signalled(ShiftReader):
+        def __call__(self, *args: Any) -> Any:
+            read.append(True)
+            if len(read) == 1:
+                signal.raise_signal(signal.SIGUSR1)
+            return super().__call__(*args)
+
+    monkeypatch.setattr(firing, "ShiftReader", Signalled)
+    monitor = tiny_monitor(probe=7, measures=BESIDE, num_draws=16, on_failure="warn")
+    before = signal.signal(signal.SIGUSR1, lambda *_: answered.append(len(read)))
+    try:
+        with pytest.warns(UserWarning, match="susceptibility at step 4 failed .*BrokenOffError: SIGUSR1 came"):
+            Scenario(Net, loaders).run(tmp_path, monitor)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert answered == [1]  # at the first reading of the first firing
+    assert steps_of(monitor) == [4, 8, 12] and [found.step for found in monitor.susceptibilities] == [8, 12]
+
+
 @pytest.mark.parametrize(
     ("measures", "probe", "message"),
     [
@@ -160,17 +187,17 @@ def test_a_failure_leaves_training_and_the_learning_coefficient(
         (["susceptibility"], None, "'susceptibility' needs samples to look at: give probe="),
         ([{"name": "susceptibility", "component": {}}], True, "'susceptibility' has no component"),
         ([{"name": "susceptibility", "components": {"A b": "*"}}], True, "component 'A b'"),
-        (
-            [{"name": "susceptibility", "components": {"all": ["*"], "head": ["fc.*"]}}],
-            True,
-            r"SLTMonitor: measures: components\['head'\]: 'fc\.\*' matches no parameter.*net\.0\.weight",
-        ),
     ],
 )
-def test_wrong_measures_are_refused_before_training(
-    measures: list[object], probe: object, message: str, tmp_path: Path
-) -> None:
-    monitor = SLTMonitor(measures=measures, probe=probe)  # type: ignore[arg-type]
+def test_wrong_measures_are_refused_at_once(measures: list[object], probe: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SLTMonitor(measures=measures, probe=probe)  # type: ignore[arg-type]
+
+
+def test_a_component_of_no_weight_is_refused_before_training(tmp_path: Path) -> None:
+    components = {"all": ["*"], "head": ["fc.*"]}
+    monitor = SLTMonitor(measures=[{"name": "susceptibility", "components": components}], probe=True)
+    message = r"SLTMonitor: measures: components\['head'\]: 'fc\.\*' matches no parameter.*net\.0\.weight"
     with pytest.raises(MisconfigurationException, match=message):
         Scenario(Net, loaders).run(tmp_path, monitor)
 

@@ -398,6 +398,32 @@ def test_the_module_and_the_global_generators_are_left_alone() -> None:
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
 
 
+@pytest.mark.parametrize("item", [False, True], ids=["batches", "one by one"])
+def test_reading_is_told_of_at_every_row_of_weights_and_ends_by_what_is_raised_there(item: bool) -> None:
+    """Losses of many samples take as long as chains, and a signal is to be answered meanwhile."""
+    told: list[int] = []
+
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        found = functional.mse_loss(module(batch[0]), batch[1])
+        return found + 0.0 * found.item() if item else found
+
+    def progress(steps: int) -> None:
+        told.append(steps)
+        if len(told) == 4:
+            raise InterruptedError
+
+    objective, source = Objective(seeded(mlp), loss), DatasetSource(regression(), 4)
+    open_window(objective, source)
+    with objective.active():
+        probe = Probe(objective, Samples.of(source, range(6)), progress=progress)
+        told.clear()  # the losses at w*
+        probe(elsewhere(probe, rows=1))
+        assert 0 < len(told) < 4 and set(told) == {0}
+        with pytest.raises(InterruptedError):
+            probe(elsewhere(probe, rows=4))
+    assert len(told) == 4
+
+
 def test_a_buffer_that_the_step_writes_to_does_not_drift() -> None:
     class Counts(nn.Module):
         def __init__(self) -> None:

@@ -32,7 +32,8 @@ class ProbedSamples:
     Args:
         probe: None for no influence; True for the training set up to 1,000 samples; a number for another limit; or a
             Dataset, all of it.
-        query: None for the probed samples themselves; a number of samples of the validation data; or a Dataset.
+        query: None for the probed samples themselves; a number of samples of the validation data, True for up to
+            1,000; or a Dataset.
         group_fn: the group of a sample; None for its class where it has one.
         render: how a sample is shown; None for the defaults.
         seed: which samples.
@@ -63,7 +64,8 @@ class ProbedSamples:
         if probe is None or probe is False:
             for name, other in (("query", query), ("group_fn", group_fn), ("render", render)):
                 if other is not None and other is not False:
-                    raise ValueError(f"{name} is given without probe: probe=True looks at the training data.")
+                    shown = repr(other) if isinstance(other, (bool, int)) else type(other).__name__
+                    raise ValueError(f"{name}={shown}: is given without probe: probe=True looks at the training data.")
         self._probe = None if probe is False else probe
         self._query = None if query is False else query
         self._group_fn, self._render, self._seed = group_fn, render, seed
