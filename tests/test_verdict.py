@@ -193,7 +193,7 @@ def test_weights_too_large_for_their_type_are_named(norm: str) -> None:
     36 % at 5e5; at 2e5 the share is 0.006, and it is less than 1 %."""
     far, noise = FAR[norm]
     data, truth = far_data(noise=noise)
-    found = estimate_llc(Far(far), data, half_square, localization=1.0, method="sequential")
+    found = estimate_llc(Far(far), data, half_square, localization=1.0, batch_size=64, method="sequential")
     named = [reason for reason in found.reasons if reason.startswith("the weights are too large for float32")]
     if far > 2e5:
         assert len(named) == 1 and "float64" in named[0] and found.mean > 1.1 * truth

@@ -99,9 +99,8 @@ def test_outliers_among_the_samples_do_not_buy_a_larger_step(seed: int) -> None:
     """Single minibatches throw the chains far up and down. Held against that scatter the step was made 70 to 330 times
     as large, and the LLC was 46 to 166."""
     net, data, curvatures = outliers(0.01)
-    found = estimate_llc(
-        net, data, half_square, num_chains=4, num_draws=100, tolerance="5%", method="sequential", seed=seed
-    )
+    given = {"num_chains": 4, "num_draws": 100, "batch_size": 64, "tolerance": "5%", "method": "sequential"}
+    found = estimate_llc(net, data, half_square, **given, seed=seed)
     held = found.nbeta * curvatures
     truth = float(0.5 * (held / (held + found.localization)).sum())
     assert found.num_bad_chains == 0 and found.step_size < 1e-4

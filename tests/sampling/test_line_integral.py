@@ -155,7 +155,7 @@ def two_firings(factor: float) -> list[tuple[Estimate, int]]:
     settings, course, out = ChainSettings(num_draws=50, nbeta=80.0), Course(localization=0.1), []
     for _ in range(2):
         with mock.patch.object(Chains, "line", autospec=True, side_effect=Chains.line) as line:
-            source = source_of(data, None, objective.device, 0)
+            source = source_of(data, 64, objective.device, 0)
             out.append((course.measure(objective, source, settings)[0], line.call_count))
     return out
 
@@ -174,7 +174,8 @@ class Adversarial(nn.Module):
 
 
 def test_a_reversed_gradient_is_not_that_of_the_loss() -> None:
-    """The chains of such a network settle, and are of no posterior."""
+    """The chains of such a network settle, and are of no posterior. With all the data in a batch they stay where two of
+    six seeds do not tell."""
     x = torch.randn(1000, 6, generator=gen(1))
     labels = [(x[:, k] + 0.5 * torch.randn(1000, generator=gen(2 + k)) > 0).long() for k in range(2)]
     module: Any = seeded(Adversarial)
@@ -184,7 +185,8 @@ def test_a_reversed_gradient_is_not_that_of_the_loss() -> None:
         module.loss(x, *labels).backward()
         optimizer.step()
     data = TensorDataset(x, *labels)
-    est = estimate_llc(module, data, lambda m, b: m.loss(*b), localization=1.0, num_draws=50, num_chains=4)
+    given = {"localization": 1.0, "num_draws": 50, "num_chains": 4, "batch_size": 64}
+    est = estimate_llc(module, data, lambda m, b: m.loss(*b), **given)
     assert not est.valid and "GRADIENT" in est.kinds
 
 
@@ -307,12 +309,12 @@ def test_one_that_goes_up_and_down_and_has_another_gradient_is_named(
 def test_of_a_loss_that_goes_up_and_down_the_heat_of_a_large_step_is_not_trusted() -> None:
     """Its gradient is its own. With an eighth of the step there is hardly any heat to take off."""
     module, data = fitted(2, 12, 30.0, 0)
-    found = estimate_llc(module, data, mean_squared, num_draws=50, num_chains=4)
+    found = estimate_llc(module, data, mean_squared, num_draws=50, num_chains=4, batch_size=64)
     assert found.kinds == ("OSCILLATES",) and found.step_bias > 0.1 * found.mean
     assert "12% of the estimate was taken off as heat of the step" in found.reasons[0]
     assert f"A smaller lr than {found.step_size:.2g}" in found.reasons[0]
     smaller = SGLD(lr=found.step_size / 8)
-    cool = estimate_llc(module, data, mean_squared, num_draws=50, num_chains=4, sampler=smaller)
+    cool = estimate_llc(module, data, mean_squared, num_draws=50, num_chains=4, batch_size=64, sampler=smaller)
     assert cool.step_bias < 0.02 * cool.mean and not {"OSCILLATES", "GRADIENT"} & set(cool.kinds)
 
 
