@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_slt.sampling.anchor import weighs_together
 from lightning_slt.sampling.batches import DatasetSource, MinibatchSource
+from lightning_slt.sampling.coupled import averages_halves
 from lightning_slt.sampling.objective import Objective
-from lightning_slt.sampling.window import Window
 
 USUAL, LARGE = 64, 256
 MOST_WEIGHTS = 4096
@@ -31,23 +30,25 @@ MOST_KEPT = 256
 def enlarge(objective: Objective, source: MinibatchSource) -> bool:
     """Give minibatches :data:`LARGE` samples where their size was left open and they are cheap; whether it has.
 
-    Not where the loss couples the samples of a batch, or is their sum: it is another loss for another size then.
+    Only where the loss of a batch is seen to be the mean over its samples: any other is another loss at another size.
 
     Args:
         objective: of which the first minibatch has been looked at.
         source: whose first window has been opened; it begins anew where the size changes.
     """
-    if not (isinstance(source, DatasetSource) and source.size_is_open) or objective.is_sum:
+    if not (isinstance(source, DatasetSource) and source.size_is_open) or source.batch_size == source.num_indexed:
         return False
     if sum(weights.numel() for weights in objective.module.parameters()) > MOST_WEIGHTS:
         return False
+    window, size = source.window(0), source.batch_size
+    batch = window[next(iter(window.anchor_loss))]
     with objective.active():
-        if _kept(objective, source.window(0)) > MOST_KEPT * source.batch_size or weighs_together(objective, source):
+        if _kept(objective, batch) > MOST_KEPT * size or not averages_halves(objective, batch, size):
             return False
     return source.resize(LARGE)
 
 
-def _kept(objective: Objective, window: Window) -> int:
+def _kept(objective: Objective, batch: Any) -> int:
     """Numbers that the graph of the loss of a minibatch holds."""
     total = 0
 
@@ -56,7 +57,6 @@ def _kept(objective: Objective, window: Window) -> int:
         total += saved.numel()
         return saved
 
-    batch: Any = window[next(iter(window.anchor_loss))]
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
         objective.loss(batch)
     return total

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,33 +60,80 @@ def couples_samples(objective: Objective, batches: tuple[Any, Any], batch_size: 
         return False  # of the samples, which they would not go with
     places = _places(batch_size)
 
-    def mixed(front: Any, back: Any) -> float:
+    def mixed(front: Any, back: Any) -> Any:
         rest = iter([x for x in tensors_in_collections(back) if x.ndim > 0])
 
         def joined(x: Tensor) -> Tensor:
             return next(rest).index_copy(0, places.to(x.device), x[places.to(x.device)]) if x.ndim > 0 else x
 
-        seed_globals(0)
-        return float(objective.loss(over_tensors(front, joined)))
+        return over_tensors(front, joined)
+
+    one, other = batches
+    pairs = ((one, one), (other, other), (one, other), (other, one))
+    found = _losses(objective, [partial(mixed, front, back) for front, back in pairs])
+    return found is not None and not _agree(objective, shaped[0], found[:2], found[2:])
+
+
+def averages_halves(objective: Objective, batch: Any, batch_size: int) -> bool:
+    """Whether the loss of a batch is the mean of those of its halves, and so the same for batches of any size; not for
+    a sum over samples, also where a number divides it, nor for what couples them.
+
+    Args:
+        objective: active, with ``w*`` in its weights.
+        batch: any.
+        batch_size: samples in it.
+
+    Returns:
+        False as well where it cannot be told: an odd number, what :func:`couples_samples` cannot try, and a step that
+        draws random numbers, which are others for half a batch.
+    """
+    shaped = [x for x in tensors_in_collections(batch) if x.ndim > 0]
+    if objective.layout.sharded or batch_size % 2 or not shaped:
+        return False
+    if len(data_in(batch)) != len(tensors_in_collections(batch)) or any(
+        x.is_nested or len(x) != batch_size for x in shaped
+    ):
+        return False
+    if sum(not isinstance(leaf, Tensor) for leaf in tree_leaves(batch)) >= batch_size:
+        return False
+    half = batch_size // 2
+
+    def part(start: int, stop: int) -> Any:
+        return over_tensors(batch, lambda x: x[start:stop] if x.ndim > 0 else x)
+
+    found = _losses(objective, [partial(part, *cut) for cut in ((0, batch_size), (0, half), (half, batch_size))])
+    if found is None or not all(map(math.isfinite, found)):
+        return False
+    return _agree(objective, shaped, [2.0 * found[0]], found[1:])
+
+
+def _losses(objective: Objective, batches: Sequence[Callable[[], Any]]) -> list[float] | None:
+    """At random weights, where samples have different losses; None where one cannot be had."""
 
     def losses_at(weights: AbstractContextManager[None]) -> list[float]:
-        one, other = batches
+        found = []
         with preserve_rng(0), torch.no_grad(), weights:
-            return [mixed(a, b) for a, b in ((one, one), (other, other), (one, other), (other, one))]
+            for batch in batches:
+                made = batch()
+                seed_globals(0)
+                found.append(float(objective.loss(made)))
+        return found
 
     try:
         scatter = _scatter(torch.Generator().manual_seed(0))
         found = losses_at(nullcontext() if objective.borrowed else moved(objective.parameters(), scatter))
-        if not all(map(math.isfinite, found)):
-            found = losses_at(objective.elsewhere())
+        return found if all(map(math.isfinite, found)) else losses_at(objective.elsewhere())
     except Exception as error:
         log.debug(f"could not see whether the loss couples its samples: {type(error).__name__}: {error}")
-        return False
-    coarse = objective.autocast or objective.rounds or any(x.dtype in LOW_PRECISION for x in shaped[0])
+        return None
+
+
+def _agree(objective: Objective, shaped: Sequence[Tensor], some: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether the sums of two lists of losses are the same within rounding, where the first list is finite."""
+    coarse = objective.autocast or objective.rounds or any(x.dtype in LOW_PRECISION for x in shaped)
     slack = 2e-2 if coarse else 1e-3 if objective.device.type != "cpu" else 1e-5
-    one, other, *exchanged = found
-    size = abs(one) + abs(other)
-    return math.isfinite(size) and not abs(one + other - sum(exchanged)) <= slack * size
+    size = sum(map(abs, some))
+    return not math.isfinite(size) or abs(sum(some) - sum(others)) <= slack * size
 
 
 def couples_halves(objective: Objective, batch: Any, batch_size: int) -> bool:
@@ -121,4 +169,4 @@ def _scatter(noise: torch.Generator) -> Callable[[nn.Parameter], object]:
     return scattered
 
 
-__all__ = ["couples_halves", "couples_samples"]
+__all__ = ["averages_halves", "couples_halves", "couples_samples"]

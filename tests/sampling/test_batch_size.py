@@ -70,12 +70,22 @@ def total(output: Tensor, y: Tensor) -> Tensor:
     return (output - y).square().sum()
 
 
+def divided(output: Tensor, y: Tensor) -> Tensor:
+    """The mean over 64 samples, and over no others."""
+    return (output - y).square().sum() / 64
+
+
+def noisy(output: Tensor, y: Tensor) -> Tensor:
+    """Half a batch draws other numbers: it cannot be told."""
+    return (output + torch.randn_like(output) - y).square().mean()
+
+
 def ranked(output: Tensor, y: Tensor) -> Tensor:
     """Every sample against all others of its batch."""
     return nn.functional.softplus(output - output.T).mean() + (output - y).square().mean()
 
 
-@pytest.mark.parametrize("of", [total, ranked])
+@pytest.mark.parametrize("of", [total, divided, ranked, noisy])
 def test_a_loss_that_another_size_would_change_sees_64(of: Callable[[Tensor, Tensor], Tensor]) -> None:
     loss = Seen(of)
     estimate(nn.Linear(3, 1), data_of(1000), loss)
