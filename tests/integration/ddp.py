@@ -324,6 +324,34 @@ def signalled(folder: Path, world: int) -> Result:
     return said(monitor, num_batches=trace.num_batches, step=step)
 
 
+class SignalsAfterLLC(Net):
+    """The same, in the chains of components that come after those of the learning coefficient."""
+
+    monitor: Any = None
+    calls = 0
+
+    def loss(self, batch: Any) -> Tensor:
+        measured = [estimate.step for estimate in SignalsAfterLLC.monitor.estimates]
+        if not self.training and self.trainer.global_rank == 0 and measured[-1:] == [4]:
+            SignalsAfterLLC.calls += 1
+            if SignalsAfterLLC.calls == 12:
+                time.sleep(0.5)
+                for pid in Requeues.pids:
+                    os.kill(pid, signal.SIGUSR1)
+        return super().loss(batch)
+
+
+def signalled_components(folder: Path, world: int) -> Result:
+    """The learning coefficient is there, and its components at that step are not."""
+    path = folder / "requeue.ckpt"
+    settings = ddp_samples.beside(ddp_samples.COMPONENTS)
+    monitor = tiny_monitor(every_n_train_steps=2, num_chains=1, on_failure="warn", **settings)
+    SignalsAfterLLC.monitor = monitor
+    trace = Scenario(SignalsAfterLLC, with_validation, ranks_of(world)).run(folder, Requeues(path), monitor)
+    step = torch.load(path, weights_only=False)["global_step"]
+    return ddp_samples.susceptible(monitor, num_batches=trace.num_batches, step=step)
+
+
 class InterruptsAll(SignalsAll):
     number = signal.SIGINT
 
@@ -487,6 +515,7 @@ SCENARIOS: dict[str, Callable[[Path, int], Result]] = {
             one_rank_raises_raise,
             resume,
             signalled,
+            signalled_components,
             ctrl_c,
             ctrl_c_raise,
             budget,

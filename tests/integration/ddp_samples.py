@@ -71,7 +71,7 @@ def influence_fails_on_one_rank(folder: Path, world: int) -> Result:
 COMPONENTS = {"first": ["net.0.*"], "last": ["net.4.*"]}
 
 
-def _beside(components: Any) -> dict[str, Any]:
+def beside(components: Any) -> dict[str, Any]:
     """Susceptibility as well, towards four queries of the validation data."""
     measure = {"name": "susceptibility", "components": components}
     return {"num_draws": 16, "probe": 7, "query": 4, "measures": ["llc", measure]}
@@ -91,7 +91,7 @@ class HeldNet(Net):
 
 
 def _susceptibility(folder: Path, world: int, **settings: Any) -> Result:
-    monitor = tiny_monitor(every_n_epochs=1, **{"num_chains": 4, **_beside(COMPONENTS), **settings})
+    monitor = tiny_monitor(every_n_epochs=1, **{"num_chains": 4, **beside(COMPONENTS), **settings})
     Scenario(HeldNet, with_validation, ranks_of(world, max_epochs=1)).run(folder, monitor)
     return susceptible(monitor)
 
@@ -107,7 +107,7 @@ def susceptibility_of_three_chains(folder: Path, world: int) -> Result:
 
 def susceptibility_undisturbed(folder: Path, world: int) -> Result:
     """One chain for two ranks: one of them has nothing to read, and joins in all the same."""
-    monitor = tiny_monitor(every_n_train_steps=2, num_chains=1, **_beside(COMPONENTS))
+    monitor = tiny_monitor(every_n_train_steps=2, num_chains=1, **beside(COMPONENTS))
     trace = Scenario(Net, with_validation, ranks_of(world)).assert_undisturbed(folder, monitor)
     return susceptible(monitor, num_batches=trace.num_batches)
 
@@ -118,7 +118,7 @@ def unreadable_validation() -> dict[str, Any]:
 
 
 def susceptibility_fails_on_one_rank(folder: Path, world: int) -> Result:
-    monitor = tiny_monitor(every_n_train_steps=2, on_failure="warn", **_beside(COMPONENTS))
+    monitor = tiny_monitor(every_n_train_steps=2, on_failure="warn", **beside(COMPONENTS))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         scenario = Scenario(Net, unreadable_validation, ranks_of(world))
@@ -140,7 +140,7 @@ class NotCopiedHere(Net):
 
 
 def _not_copied(folder: Path, world: int, rank: int) -> Result:
-    monitor = tiny_monitor(every_n_train_steps=2, method="auto", **_beside(COMPONENTS))
+    monitor = tiny_monitor(every_n_train_steps=2, method="auto", **beside(COMPONENTS))
     scenario = Scenario(lambda: NotCopiedHere(rank), with_validation, ranks_of(world))
     trace = scenario.assert_undisturbed(folder, monitor)
     return susceptible(monitor, num_batches=trace.num_batches)
@@ -157,7 +157,7 @@ def first_rank_cannot_copy(folder: Path, world: int) -> Result:
 def susceptibility_resume(folder: Path, world: int) -> Result:
     """From the checkpoint of step 3: the firing at step 2 is behind it, that at step 4 is measured a second time."""
     saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=False)
-    settings = {"every_n_train_steps": 2, "dirpath": str(folder / "slt"), **_beside(COMPONENTS)}
+    settings = {"every_n_train_steps": 2, "dirpath": str(folder / "slt"), **beside(COMPONENTS)}
     first, again = tiny_monitor(**settings), tiny_monitor(**settings)
     saving = ranks_of(world, callbacks=[saver], enable_checkpointing=True, max_steps=4)
     Scenario(Net, with_validation, saving).run(folder, first)

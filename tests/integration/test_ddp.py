@@ -174,6 +174,13 @@ def test_a_signal_in_a_firing_is_answered_when_no_rank_waits_for_another(folder:
     assert [(r["num_batches"], r["step"]) for r in results] == [(6, 4)] * 2
 
 
+def test_a_signal_in_the_chains_of_components_is_answered_by_all_ranks(folder: Path) -> None:
+    results = results_of(folder, "signalled_components", 2)
+    assert_ranks_agree(results, [2, 4, 6])
+    assert [(r["num_batches"], r["step"]) for r in results] == [(6, 4)] * 2
+    assert [[found["step"] for found in r["susceptibilities"]] for r in results] == [[2, 6]] * 2
+
+
 @pytest.mark.parametrize("name", ["ctrl_c", "ctrl_c_raise"])
 def test_ctrl_c_in_a_firing_is_answered_when_no_rank_waits_for_another(name: str, folder: Path) -> None:
     """Both write the checkpoint, of weights whose point is still to be measured, also where failures are raised."""
