@@ -238,8 +238,8 @@ def run_chains(
         def begin() -> tuple[float, Optional[bool]]:
             loss = _start(objective, source, sampler)
             coupled = coupling(objective, source) if first else None  # minibatches are of one kind on all ranks
-            if coupled is not True and enlarge(objective, source):
-                loss = open_window(objective, source)
+            if not coupled:
+                enlarge(objective, source)
             return loss, coupled
 
         loss, source.coupled = collective.exchange(begin)[0]

@@ -75,9 +75,7 @@ class Attempts:
             if raises or isinstance(error, RankLostError):
                 self._turns.take_back(moment.step)
                 raise
-            # on one rank, for all of them
-            elsewhere = isinstance(error, RankFailedError) and BrokenOffError.__name__ in error.kinds
-            signalled = held.waits or elsewhere
+            signalled = _signalled(error, held)
             if signalled:
                 self._turns.take_back(moment.step)
             self._voice.failed(moment.step, f"{type(error).__name__}: {error}", goes_on=not signalled)
@@ -138,9 +136,14 @@ class Attempts:
                 return  # a KeyboardInterrupt comes now, whatever this is
             if raises or isinstance(error, RankLostError):
                 raise
-            warn_of(error, moment.step, self._voice.who)
+            warn_of(error, moment.step, self._voice.who, goes_on=not _signalled(error, held))
             return
         self._reporting.take_up_susceptibility(moment.trainer, found)
+
+
+def _signalled(error: Exception, held: SignalsHeld) -> bool:
+    """Whether chains were broken off for a signal, on this rank or on another one, and so on all of them."""
+    return held.waits or (isinstance(error, RankFailedError) and BrokenOffError.__name__ in error.kinds)
 
 
 __all__ = ["Attempts"]

@@ -234,12 +234,17 @@ def labels_of(groups: Sequence[str]) -> list[str]:
     return labels
 
 
-def warn_of(error: Exception, step: int, who: str) -> None:
-    """The learning coefficient of this step stands."""
-    warn(
-        f"{who}: susceptibility at step {step} failed and is left out; the learning coefficient is kept; training "
-        f"goes on. {type(error).__name__}: {error}"
-    )
+def warn_of(error: Exception, step: int, who: str, goes_on: bool = True) -> None:
+    """The learning coefficient of this step stands.
+
+    Args:
+        error: why.
+        step: that is left out.
+        who: speaks.
+        goes_on: whether training is known to go on; what answers a signal may end it.
+    """
+    kept = "the learning coefficient is kept" + ("; training goes on" if goes_on else "")
+    warn(f"{who}: susceptibility at step {step} failed and is left out; {kept}. {type(error).__name__}: {error}")
 
 
 def publish(

@@ -114,9 +114,14 @@ def let_pass(objective: Objective, source: MinibatchSource) -> None:
     """Have no batch come back; the first window is another one from now on."""
     if source.can_pass:
         source.let_pass()
-        window = source.window(0)
-        with objective.active():
-            measure_anchor(objective, window, torch.arange(min(PROBED_BATCHES, len(window))))
+        measure_first(objective, source)
+
+
+def measure_first(objective: Objective, source: MinibatchSource) -> None:
+    """The losses at ``w*`` of a few minibatches, where the first window is another one than that which was opened."""
+    window = source.window(0)
+    with objective.active():
+        measure_anchor(objective, window, torch.arange(min(PROBED_BATCHES, len(window))))
 
 
 def _remedy(error: Exception, objective: Objective, batch: Any) -> Optional[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_slt.sampling.anchor import measure_first
 from lightning_slt.sampling.batches import DatasetSource, MinibatchSource
 from lightning_slt.sampling.coupled import averages_halves
 from lightning_slt.sampling.objective import Objective
@@ -27,8 +28,8 @@ MOST_KEPT = 256
 """Numbers for each sample that the backward pass needs: convolutions have many for few weights, and recurrence has."""
 
 
-def enlarge(objective: Objective, source: MinibatchSource) -> bool:
-    """Give minibatches :data:`LARGE` samples where their size was left open and they are cheap; whether it has.
+def enlarge(objective: Objective, source: MinibatchSource) -> None:
+    """Give minibatches :data:`LARGE` samples where their size was left open and they are cheap.
 
     Only where the loss of a batch is seen to be the mean over its samples: any other is another loss at another size.
 
@@ -37,15 +38,16 @@ def enlarge(objective: Objective, source: MinibatchSource) -> bool:
         source: whose first window has been opened; it begins anew where the size changes.
     """
     if not (isinstance(source, DatasetSource) and source.size_is_open) or source.batch_size == source.num_indexed:
-        return False
+        return
     if sum(weights.numel() for weights in objective.module.parameters()) > MOST_WEIGHTS:
-        return False
+        return
     window, size = source.window(0), source.batch_size
     batch = window[next(iter(window.anchor_loss))]
     with objective.active():
         if _kept(objective, batch) > MOST_KEPT * size or not averages_halves(objective, batch, size):
-            return False
-    return source.resize(LARGE)
+            return
+    source.resize(LARGE)
+    measure_first(objective, source)
 
 
 def _kept(objective: Objective, batch: Any) -> int:

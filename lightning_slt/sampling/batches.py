@@ -159,13 +159,10 @@ class DatasetSource(MinibatchSource):
         """Samples that can be asked for by number; ``num_samples`` may say otherwise of how many the loss is a mean."""
         return self._count
 
-    def resize(self, batch_size: int) -> bool:
-        """Give minibatches this many samples, or all there are, from the first window on; whether that changes any."""
-        if min(batch_size, self._count) == self.batch_size:
-            return False
+    def resize(self, batch_size: int) -> None:
+        """Give minibatches this many samples, or all there are, from the first window on."""
         self.batch_size = min(batch_size, self._count)
         self._plan()
-        return True
 
     def with_batches(self, batch_size: int, transfer: Callable[[Any], Any], seed: int) -> DatasetSource:
         """The same samples in minibatches of another size."""

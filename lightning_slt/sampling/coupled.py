@@ -47,17 +47,9 @@ def couples_samples(objective: Objective, batches: tuple[Any, Any], batch_size: 
         batches: two of the chains.
         batch_size: samples in each.
     """
-    shaped = [[x for x in tensors_in_collections(batch) if x.ndim > 0] for batch in batches]
-    if any(len(data_in(b)) != len(tensors_in_collections(b)) for b in batches):  # arrays, or held by an object
+    shaped = [_by_sample(objective, batch, batch_size) for batch in batches]
+    if batch_size < 2 or not shaped[0] or [x.shape for x in shaped[0]] != [x.shape for x in shaped[1]]:
         return False
-    if objective.layout.sharded or batch_size < 2 or not shaped[0]:
-        return False
-    if any(x.is_nested or len(x) != batch_size for x in shaped[0] + shaped[1]):
-        return False
-    if [x.shape for x in shaped[0]] != [x.shape for x in shaped[1]]:
-        return False
-    if sum(not isinstance(leaf, Tensor) for leaf in tree_leaves(batches[0])) >= batch_size:
-        return False  # of the samples, which they would not go with
     places = _places(batch_size)
 
     def mixed(front: Any, back: Any) -> Any:
@@ -87,24 +79,32 @@ def averages_halves(objective: Objective, batch: Any, batch_size: int) -> bool:
         False as well where it cannot be told: an odd number, what :func:`couples_samples` cannot try, and a step that
         draws random numbers, which are others for half a batch.
     """
-    shaped = [x for x in tensors_in_collections(batch) if x.ndim > 0]
-    if objective.layout.sharded or batch_size % 2 or not shaped:
+    shaped, half = _by_sample(objective, batch, batch_size), batch_size // 2
+    if batch_size % 2 or not shaped:
         return False
-    if len(data_in(batch)) != len(tensors_in_collections(batch)) or any(
-        x.is_nested or len(x) != batch_size for x in shaped
-    ):
-        return False
-    if sum(not isinstance(leaf, Tensor) for leaf in tree_leaves(batch)) >= batch_size:
-        return False
-    half = batch_size // 2
-
-    def part(start: int, stop: int) -> Any:
-        return over_tensors(batch, lambda x: x[start:stop] if x.ndim > 0 else x)
-
-    found = _losses(objective, [partial(part, *cut) for cut in ((0, batch_size), (0, half), (half, batch_size))])
+    found = _losses(
+        objective, [partial(_cut, batch, *ends) for ends in ((0, batch_size), (0, half), (half, batch_size))]
+    )
     if found is None or not all(map(math.isfinite, found)):
         return False
     return _agree(objective, shaped, [2.0 * found[0]], found[1:])
+
+
+def _by_sample(objective: Objective, batch: Any, batch_size: int) -> list[Tensor]:
+    """The tensors of a batch that have its samples in front; none where it cannot be told which samples they are."""
+    held = tensors_in_collections(batch)
+    shaped = [x for x in held if x.ndim > 0]
+    if objective.layout.sharded or len(data_in(batch)) != len(held):  # arrays, or held by an object
+        return []
+    if any(x.is_nested or len(x) != batch_size for x in shaped):
+        return []
+    # of the samples, which they would not go with
+    beside = sum(not isinstance(leaf, Tensor) for leaf in tree_leaves(batch))
+    return shaped if beside < batch_size else []
+
+
+def _cut(batch: Any, start: int, stop: int) -> Any:
+    return over_tensors(batch, lambda x: x[start:stop] if x.ndim > 0 else x)
 
 
 def _losses(objective: Objective, batches: Sequence[Callable[[], Any]]) -> list[float] | None:
@@ -138,15 +138,10 @@ def _agree(objective: Objective, shaped: Sequence[Tensor], some: Sequence[float]
 
 def couples_halves(objective: Objective, batch: Any, batch_size: int) -> bool:
     """:func:`couples_samples` of both halves of one batch; the last sample of an odd number is left out."""
-    shaped = [x for x in tensors_in_collections(batch) if x.ndim > 0]
-    if objective.layout.sharded or any(x.is_nested or len(x) != batch_size for x in shaped):
+    if not _by_sample(objective, batch, batch_size):
         return False
     half = batch_size // 2
-
-    def part(start: int) -> Any:
-        return over_tensors(batch, lambda x: x[start : start + half] if x.ndim > 0 else x)
-
-    return couples_samples(objective, (part(0), part(half)), half)
+    return couples_samples(objective, (_cut(batch, 0, half), _cut(batch, half, 2 * half)), half)
 
 
 def _places(batch_size: int) -> Tensor:
