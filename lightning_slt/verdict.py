@@ -16,6 +16,7 @@ from lightning_slt.functional.owed import gain_of, owed_by
 from lightning_slt.functional.posterior import default_nbeta
 from lightning_slt.reasons import (
     DOWNHILL,
+    LARGE_INPUTS,
     LOSS_TOO_LARGE,
     NBETA_TOO_LARGE,
     NOT_ACCEPTED,
@@ -30,6 +31,7 @@ from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.cooling import LARGE_LOSS, MAX_HEAT, WithoutHeat, has_momenta, without_heat
 from lightning_slt.sampling.eval_mode import misfit_of_eval
+from lightning_slt.sampling.input_scale import LargeInput, largest_input
 from lightning_slt.sampling.line_integral import look_along_lines
 from lightning_slt.sampling.minibatch_heat import MAX_NOISE_HEAT, held_by_thermostat, too_hot
 from lightning_slt.sampling.readings import diverged, steepness_of, virial_readings
@@ -310,6 +312,8 @@ def _with_remedy(said: str, cooled: WithoutHeat, chains: Chains) -> str:
     The noise of minibatches grows with the square of nbeta, the force of the loss with nbeta: above n it is nbeta that
     keeps the step small. So it is with a loss on a large scale, such as the squared error of targets in thousands: c
     times a negative log-likelihood is one at c times ``nbeta``.
+
+    Where the inputs of a layer are large, the loss is far steeper along its weights than along all others.
     """
     n, nbeta, batch = chains.source.num_samples, chains.posterior.nbeta, "a larger batch_size"
     given = chains.sampler.lr is not None and chains.sampler.calibration == "heat"
@@ -322,8 +326,19 @@ def _with_remedy(said: str, cooled: WithoutHeat, chains: Chains) -> str:
     if noisy and cooled.scale > LARGE_LOSS:
         nats = "a squared error is when divided by 2 sigma² (sigma is the scale of the noise in the targets)"
         return f"{LOSS_TOO_LARGE}: {said}. It should be in nats, which {nats}; where it is, {batch} or more draws help"
+    large = _large_input(chains)
+    if large is not None:
+        at = f"root mean square up to {large.size:,.0f} in {large.layer!r}"
+        closer = "" if chains.sampler.preconditioned else "; for these weights sampler=RMSpropSGLD() comes closer"
+        return f"{LARGE_INPUTS} ({at}), {said}: standardised inputs help, in another training{closer}"
     more = f", {batch} (the minibatches' noise keeps the step small)" if noisy else ""
     return f"{said}: more draws{more}; a stronger localization settles sooner, but measures another number"
+
+
+def _large_input(chains: Chains) -> Optional[LargeInput]:
+    """Of what the ranks see, on the minibatches that they hold, the largest."""
+    told = chains.collective.exchange(lambda: largest_input(chains.objective, chains.window[0]))
+    return max((found for found in told if found is not None), key=lambda found: found.size, default=None)
 
 
 def _unseen_digit(init_loss: float, summary: Summary, chains: Chains) -> float:

@@ -12,6 +12,7 @@ from lightning_slt.publish.phrases import count_of, listed, number, with_error
 from lightning_slt.reasons import (
     DOWNHILL,
     DRIFTING,
+    LARGE_INPUTS,
     LOSS_TOO_LARGE,
     NBETA_TOO_LARGE,
     NEGATIVE,
@@ -59,6 +60,12 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
         "Where it is not in nats, divide it (a squared error by 2 sigma², sigma the scale of the noise in the "
         "targets); where it is, a larger batch_size helps, or more draws.",
     ),
+    (
+        LARGE_INPUTS,
+        "the inputs of a layer were large, and chains had not spread to their full width",
+        "The loss is far steeper along that layer's weights than along others. Standardised inputs help, in another "
+        "training; for these weights sampler=RMSpropSGLD() comes closer.",
+    ),
     (TOO_WIDE, "chains had been thrown wide and not come back", "A larger batch_size makes their steps less noisy."),
     (
         "step size",
@@ -73,11 +80,11 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     ("no chain", "every chain left the finite numbers", "A smaller step or a larger localization holds them."),
 )
 """Beginnings of the reasons of an estimate, what they mean in plain words, and what can be done."""
-_ADVISED = (NOT_ACCEPTED, NOT_ARRIVED, NBETA_TOO_LARGE, LOSS_TOO_LARGE, TOO_WIDE)
+_ADVISED = (NOT_ACCEPTED, NOT_ARRIVED, NBETA_TOO_LARGE, LOSS_TOO_LARGE, LARGE_INPUTS, TOO_WIDE)
 """Those that say themselves what can be done."""
 _WANTS_DRAWS = (DRIFTING, NOT_MIXED, NOT_ARRIVED)
 """Those that more draws are advised of."""
-_DECISIVE = (NEGATIVE, DOWNHILL, NOT_ACCEPTED, NBETA_TOO_LARGE)
+_DECISIVE = (NEGATIVE, DOWNHILL, NOT_ACCEPTED, NBETA_TOO_LARGE, LARGE_INPUTS)
 """Beside these no advice of another reason is given: chains that run downhill, or stand still, need no more draws."""
 
 
