@@ -28,13 +28,16 @@ class NoGradientError(ValueError):
     """The loss does not depend on the weights that move: chains would have nothing to follow."""
 
 
+BATCH_IDX = 2
+"""What chains give as ``batch_idx``, the same at every call. What a step does now and then it does at the first of so
+many batches (``if batch_idx % 100 == 0: print(...)``); and losses in turn are told by whether it is even, as 0 is."""
 EVAL_MODE = (
     "Chains call the module in eval mode, where self.training is False: a step that gives a loss in training mode only "
     "is none for them."
 )
 NO_LOSS = (
     f"training_step returned None for every minibatch: there is no loss to sample. {EVAL_MODE} So is one that gives a "
-    "loss at some batch_idx only, which is 0 for them. Give loss_fn(module, batch) -> loss."
+    f"loss at some batch_idx only, which is {BATCH_IDX} for them. Give loss_fn(module, batch) -> loss."
 )
 
 
@@ -124,7 +127,7 @@ def check_loss_fn(loss_fn: Any) -> None:
 
 
 def _step_arguments(module: LightningModule) -> tuple[int, ...]:
-    """What follows the batch: nothing, or ``batch_idx`` = 0 (a constant: L(w) must not depend on it)."""
+    """What follows the batch: nothing, or :data:`BATCH_IDX` (a constant: L(w) must not depend on it)."""
     parameters = list(inspect.signature(_unwrapped_step(module)).parameters.values())
     if any(parameter.name == "dataloader_iter" for parameter in parameters):
         raise ValueError(
@@ -133,7 +136,7 @@ def _step_arguments(module: LightningModule) -> tuple[int, ...]:
         )
     by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     takes_index = len(by_position) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    return (0,) if takes_index else ()
+    return (BATCH_IDX,) if takes_index else ()
 
 
 def _unwrapped_step(module: LightningModule) -> Callable[..., Any]:

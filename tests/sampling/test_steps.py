@@ -51,10 +51,23 @@ class OneArgument(Base):
         return self.value(batch)
 
 
+class NowAndThen(Base):
+    """Says something at the first of so many batches, and has another loss at every second one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[int] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.said += [k for k in (3, 10, 50, 100) if batch_idx % k == 0]
+        self.said += [0] if batch_idx == 0 else []
+        return self.value(batch) * (1.0 if batch_idx % 2 == 0 else 2.0)
+
+
 class AnyArguments(Base):
     def training_step(self, *args: Any) -> Tensor:
         batch, index = args
-        assert index == 0
+        assert index == 2
         return self.value(batch)
 
 
@@ -65,7 +78,7 @@ class Keyword(Base):
 
 class Defaulted(Base):
     def training_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        assert (batch_idx, dataloader_idx) == (0, 0)
+        assert (batch_idx, dataloader_idx) == (2, 0)
         return self.value(batch)
 
 
@@ -73,6 +86,13 @@ class PerSample(Base):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
         return 0.5 * (self.net(x) - y).square().sum(-1)
+
+
+def test_what_a_step_does_now_and_then_it_does_at_no_call_of_the_chains() -> None:
+    module = NowAndThen()
+    loss = loss_function(module)(module, BATCH)
+    assert module.said == []
+    assert torch.equal(loss, module.value(BATCH))  # of the even ones, as at the first batch
 
 
 @pytest.mark.parametrize("kind", [ReturnsDict, OneArgument, AnyArguments, Keyword, Defaulted, PerSample])
