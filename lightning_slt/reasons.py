@@ -12,9 +12,10 @@ NBETA_TOO_LARGE = "nbeta is too large for the minibatches"
 LOSS_TOO_LARGE = "the loss may be too large for the minibatches"
 LARGE_INPUTS = "the inputs of a layer are large"
 TOO_WIDE = "the chains are wider than the posterior"
+NOT_IN_NATS = "the loss may not be in nats"
 NONE_STAYED = "every chain diverged"
 NOT_ACCEPTED = "hardly any step was accepted"
-UNSETTLED = (NOT_MIXED, DRIFTING, NEGATIVE, DOWNHILL, NOT_ARRIVED)
+UNSETTLED = (NOT_MIXED, DRIFTING, NEGATIVE, DOWNHILL, NOT_IN_NATS, NOT_ARRIVED)
 """How the reasons begin that are a state of the weights: away from a minimum chains have nowhere to settle. For
 sentences that were read back from a file, which may have no kind."""
 
@@ -32,6 +33,8 @@ class Kind(Enum):
     DRIFTING = auto()
     NEGATIVE = auto()
     """Chains run downhill."""
+    NOT_IN_NATS = auto()
+    """They do, and the loss is larger than most log-likelihoods."""
     HEAT_OF_STEP = auto()
     """Too much of the estimate was heat of the step."""
     HEAT_OF_MINIBATCHES = auto()

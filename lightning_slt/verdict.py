@@ -21,6 +21,7 @@ from lightning_slt.reasons import (
     NBETA_TOO_LARGE,
     NOT_ACCEPTED,
     NOT_ARRIVED,
+    NOT_IN_NATS,
     TOO_WIDE,
     Kind,
     Reason,
@@ -53,6 +54,9 @@ have thrown them there, and the step that is right since is too small to bring t
 MIN_ACCEPTANCE = 0.1
 """Share of the steps that are accepted below which chains that have not settled are said to stand still: a smaller step
 helps them, and more draws hardly do."""
+LARGE_IN_NATS = 30.0
+"""A loss from which on it is asked whether it is in nats: a cross-entropy is below the logarithm of the number of
+classes, 12 of the largest vocabularies, before training already. A likelihood of whole pictures may be above."""
 LITTLE_HEAT = 0.02
 """The same of a step that was given, below which it is the step that keeps chains from their width: a larger one would
 do. Half or a quarter of what a step that is found has."""
@@ -165,6 +169,7 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
         *_reasons_of_acceptance(acceptance, drawn.lr, (*summary.verdict, *of_width)),
         *summary.verdict,
         *downhill,
+        *_reasons_of_scale((*summary.verdict, *downhill), init_loss),
         *_reasons_of_heat(cooled, summary, drawn, chains),
         *of_width,
         *_reasons_of_rounding(init_loss, digit, chains),
@@ -281,6 +286,18 @@ def _reasons_of_descent(trace: Tensor, ratios: Tensor, summary: Summary, digit: 
     falls = trace[:, -half:].mean(dim=1) < trace[:, :half].mean(dim=1)
     if bool((falls & (trace.mean(dim=1) < 0) & (ratios < -1.0)).all()):
         yield Reason(Kind.NEGATIVE, f"{DOWNHILL}: the weights are not at a minimum (chains run downhill)")
+
+
+def _reasons_of_scale(others: tuple[Reason, ...], init_loss: float) -> Iterator[Reason]:
+    """A loss of 10,000 times a log-likelihood (the squared error of targets in hundreds) has its minimum for the chains
+    where nearly every digit of the data is fitted, and training ends far from it.
+
+    Args:
+        others: of how the chains have settled.
+    """
+    if init_loss > LARGE_IN_NATS and any(reason.kind is Kind.NEGATIVE for reason in others):
+        nats = "a squared error is once it is divided by twice the variance of the noise in the targets"
+        yield Reason(Kind.NOT_IN_NATS, f"{NOT_IN_NATS} (it is {init_loss:,.0f} here): {nats}")
 
 
 def _reasons_of_width(

@@ -19,6 +19,7 @@ from lightning_slt.reasons import (
     NONE_STAYED,
     NOT_ACCEPTED,
     NOT_ARRIVED,
+    NOT_IN_NATS,
     NOT_MIXED,
     TOO_WIDE,
 )
@@ -41,6 +42,12 @@ _OF_FOUND_STEP = "An LLC near zero is usual early in training, and at any other 
 _REASONS: tuple[tuple[str, str, str], ...] = (
     (NEGATIVE, "chains ran downhill: the weights were at no minimum", "Usual early in training and at a saddle."),
     (DOWNHILL, "chains ran downhill: the weights were at no minimum", "Usual early in training and at a saddle."),
+    (
+        NOT_IN_NATS,
+        "the loss may not have been in nats",
+        "A squared error is once it is divided by twice the variance of the noise in the targets; on another scale "
+        "chains may run downhill wherever training ends.",
+    ),
     (NOT_ACCEPTED, "hardly a step of the chains was accepted", "A smaller lr helps; without one calibration finds it."),
     (DRIFTING, "chains were still moving at their end", "More draws (num_draws) give them time."),
     (NOT_MIXED, "chains disagree with each other", "More draws (num_draws) or chains (num_chains) help."),
@@ -80,11 +87,11 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     ("no chain", "every chain left the finite numbers", "A smaller step or a larger localization holds them."),
 )
 """Beginnings of the reasons of an estimate, what they mean in plain words, and what can be done."""
-_ADVISED = (NOT_ACCEPTED, NOT_ARRIVED, NBETA_TOO_LARGE, LOSS_TOO_LARGE, LARGE_INPUTS, TOO_WIDE)
+_ADVISED = (NOT_IN_NATS, NOT_ACCEPTED, NOT_ARRIVED, NBETA_TOO_LARGE, LOSS_TOO_LARGE, LARGE_INPUTS, TOO_WIDE)
 """Those that say themselves what can be done."""
 _WANTS_DRAWS = (DRIFTING, NOT_MIXED, NOT_ARRIVED)
 """Those that more draws are advised of."""
-_DECISIVE = (NEGATIVE, DOWNHILL, NOT_ACCEPTED, NBETA_TOO_LARGE, LARGE_INPUTS)
+_DECISIVE = (NEGATIVE, DOWNHILL, NOT_IN_NATS, NOT_ACCEPTED, NBETA_TOO_LARGE, LARGE_INPUTS)
 """Beside these no advice of another reason is given: chains that run downhill, or stand still, need no more draws."""
 
 
@@ -188,9 +195,10 @@ def invalid_sentence(estimate: Estimate, reasons: Sequence[str], step_given: Opt
     """
     found = f"LLC {with_error(estimate.mean, estimate.se)} is not valid" if math.isfinite(estimate.mean) else "no LLC"
     decisive = [reason for reason in estimate.reasons if reason.startswith(_DECISIVE)]
+    first = [reason for reason in decisive if reason.startswith(NOT_IN_NATS)]
     advice = dict.fromkeys(
         _advice(reason, [estimate], step_given)
-        for reason in decisive or reasons
+        for reason in first or decisive or reasons
         if not reason.startswith(_ADVISED) or (_is_short(estimate) and _asks_for_draws(reason))
     )
     return " ".join([f"{_labelled(estimate)}{found}: {'; '.join(reasons)}.", *filter(None, advice)])
