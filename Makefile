@@ -33,7 +33,7 @@ demo: $(STAMP)
 test: $(DEV_STAMP) lint
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" -q
 
-# everything, the tests that take minutes included
+# everything, with the long tests and the further cases that `make test` leaves out
 test-all: $(DEV_STAMP) lint
 	$(BIN)/python -m pytest -n $(WORKERS) -q
 

@@ -192,7 +192,7 @@ class Adapted(nn.Module):
 
 
 @pytest.mark.parametrize("batch_size", [16, 32])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 4))])
 def test_weights_that_the_loss_does_not_depend_on_have_a_coefficient_of_nothing(seed: int, batch_size: int) -> None:
     """Below zero by the last digit of a loss is not downhill, and that digit is the error."""
     module = seeded(Adapted, seed)

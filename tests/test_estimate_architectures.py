@@ -22,9 +22,9 @@ REFERENCES = load_references()
 LOCALIZED = {"convnet-gamma100"}
 ARCHITECTURES = [
     "digits-mlp-default",
-    "transformer-default",
+    pytest.param("transformer-default", marks=pytest.mark.slow),
     pytest.param("lstm", marks=pytest.mark.slow),
-    "convnet-gamma100",
+    pytest.param("convnet-gamma100", marks=pytest.mark.slow),
     pytest.param("convnet-default", marks=pytest.mark.slow),
     "linear-6-6-6-6-r2-default",
 ]

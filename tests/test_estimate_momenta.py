@@ -31,7 +31,7 @@ def estimate(sampler: Sampler, spectrum: list[float], batch_size: int, seed: int
 
 @pytest.mark.parametrize(
     ("sampler", "spectrum", "seed"),
-    [(KineticLangevin(), HELD, 1), (SGNHT(), HELD + FREE, 0)],
+    [(KineticLangevin(), HELD, 1), pytest.param(SGNHT(), HELD + FREE, 0, marks=pytest.mark.slow)],
     ids=["kinetic", "thermostat-with-free-directions"],
 )
 def test_heat_that_is_most_of_the_estimate_makes_it_invalid(sampler: Sampler, spectrum: list[float], seed: int) -> None:

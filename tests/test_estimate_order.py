@@ -63,7 +63,7 @@ def with_a_remainder(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return x, x @ torch.randn(4, 1, generator=gen(seed + 100)) + torch.randn(n, 1, generator=gen(seed + 200))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_the_one_sample_left_over_at_the_end_of_an_epoch_counts_as_one(seed: int) -> None:
     x, y = with_a_remainder(257, seed)
     module, truth = fitted(x, y)
@@ -89,6 +89,7 @@ def test_it_counts_as_one_in_batches_that_training_has_seen(tmp_path: Path) -> N
     assert est.valid and abs(est.mean - truth) < 3 * est.se, f"{est.mean} ± {est.se} for {truth}"
 
 
+@pytest.mark.slow
 def test_chains_do_not_run_after_the_class_that_passes_by() -> None:
     x = torch.randn(4000, 4, generator=gen(2))
     slopes = torch.randn(4, 2, generator=gen(3))

@@ -186,7 +186,7 @@ def half_squared(module: nn.Module, batch: Any) -> Tensor:
     return 0.5 * (module(batch[0]) - batch[1]).square().mean()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("noise", [10.0, 30.0])
 def test_minibatches_of_noise_never_give_an_answer_that_claims_to_be_valid(noise: float, seed: int) -> None:
     """Their step is too small to arrive with; the estimate had been 8 to 59, of chains that the first steps had thrown
@@ -197,7 +197,10 @@ def test_minibatches_of_noise_never_give_an_answer_that_claims_to_be_valid(noise
     assert not estimate.valid and "a larger batch_size" in " ".join(estimate.reasons)
 
 
-@pytest.mark.parametrize(("num_chains", "seed"), [(8, 0), (8, 1), (8, 2), (1, 1)])
+@pytest.mark.parametrize(
+    ("num_chains", "seed"),
+    [pytest.param(8, 0, marks=pytest.mark.slow), pytest.param(8, 1, marks=pytest.mark.slow), (8, 2), (1, 1)],
+)
 def test_chains_wider_than_the_posterior_are_not_valid(
     num_chains: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,7 +276,7 @@ MEMORY = """
 """
 
 
-@pytest.mark.parametrize("method", ["sequential", "batched"])
+@pytest.mark.parametrize("method", ["sequential", pytest.param("batched", marks=pytest.mark.slow)])
 def test_a_large_dataset_is_not_kept_in_memory(method: str) -> None:
     """400 MB of samples made at access, read for 120 steps of 0.8 MB (96 MB in all), 16 MB allowed at once.
 

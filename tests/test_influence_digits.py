@@ -94,6 +94,7 @@ def test_wrong_labels_after_40_epochs() -> None:
         assert np.mean([bool(data.flipped[i]) for i in inf.suspects(20)]) >= 0.95
 
 
+@pytest.mark.slow
 def test_wrong_labels_that_have_been_memorised() -> None:
     """400 epochs without weight decay: the plain loss of most wrong labels is as small as that of right ones.
 

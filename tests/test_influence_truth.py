@@ -74,6 +74,7 @@ def test_linear_regression_within_three_errors_everywhere_and_five_percent_at_20
     assert float((inf.matrix - first).norm() / first.norm()) < 0.12
 
 
+@pytest.mark.slow
 def test_without_control_variates_the_same_answer_with_three_times_the_error() -> None:
     """Of ten seeds six are within 3 errors everywhere without them, and so is this one."""
     net, train, query = problem()
@@ -86,6 +87,7 @@ def test_without_control_variates_the_same_answer_with_three_times_the_error() -
     assert float((plain.se / inf.se).median()) > 3
 
 
+@pytest.mark.slow
 def test_the_errors_are_true_over_seeds() -> None:
     """20 seeds: the spread of the estimates is what they report. The ratio of a mean over 300 dependent pairs with
     some ten independent numbers among them has a standard deviation of about 0.07. Chains of 100 draws with a memory of
@@ -114,6 +116,7 @@ def test_the_errors_are_true_over_seeds() -> None:
     assert float((mean - exact).norm() / exact.norm()) < 0.06
 
 
+@pytest.mark.slow
 def test_the_weighted_rest_is_nearer_the_truth_than_the_plain_covariance(monkeypatch: pytest.MonkeyPatch) -> None:
     """40 seeds of the default size, each read both ways, where what lies beyond first order is of the size of its
     noise. Of no more than ten independent numbers (the products of four directions) the gain is small: a tenth of the

@@ -172,6 +172,7 @@ def test_chains_that_sample_the_tilted_loss_move_the_integrand_as_the_closed_for
     assert slope == pytest.approx((exact.integrand(eps) - exact.integrand(-eps)) / (2 * eps), rel=0.1)
 
 
+@pytest.mark.slow
 def test_reported_error_is_the_spread_over_twenty_seeds() -> None:
     """Of three groups of twenty seeds, those from 20 and from 40 on are well within; of the first, 0 to 19, the spread
     is 0.6 of what is reported, and the mean three of its errors off."""
@@ -242,6 +243,7 @@ def test_the_original_data_is_no_shift() -> None:
     assert abs(float(found.chi[0])) < 1e-4 * float(found.matrix.abs().max())
 
 
+@pytest.mark.slow
 def test_sgld_that_is_given_finds_the_same_within_its_error() -> None:
     found = measured(components={"left": WANTED["left"]}, sampler=SGLD(), full_batch=True, num_draws=400)
     exact = Exact(*problem(), COLUMNS["left"]).chi()
@@ -300,6 +302,7 @@ def test_shifted_data_of_another_structure_is_named() -> None:
         estimate_susceptibility(net, data, TensorDataset(shifted.tensors[0]), half_square, num_chains=2)
 
 
+@pytest.mark.slow
 def test_a_whole_number_of_numpy_is_a_seed() -> None:
     # one path: the faster of the two is found by the clock, and they differ in the last bits
     fixed: dict[str, Any] = {"num_draws": 8, "nbeta": 50.0, "method": "sequential"}
@@ -361,7 +364,9 @@ def test_a_sampler_of_ones_own_that_is_too_hot_is_not_valid() -> None:
     assert cool.valid, cool.reasons
 
 
-@pytest.mark.parametrize(("n", "batch_size", "nbeta"), [(60, 16, 60.0), (500, 150, 80.0)])
+@pytest.mark.parametrize(
+    ("n", "batch_size", "nbeta"), [(60, 16, 60.0), pytest.param(500, 150, 80.0, marks=pytest.mark.slow)]
+)
 def test_a_thermostat_that_holds_more_heat_than_the_llc_is_not_valid(n: int, batch_size: int, nbeta: float) -> None:
     """SGNHT in batches of 16 of 60 had chi 1.9 +- 0.3 times too large (4 runs of 1,000 draws), and three of four valid;
     in batches of 150 of 500 it is right, 0.98 +- 0.08. The heat it holds is 3 to 5 and 0.3 of the LLC: three seeds."""
@@ -390,6 +395,7 @@ def test_a_thermostat_that_holds_more_heat_than_the_llc_is_not_valid(n: int, bat
     assert sum(((float(f.chi[0]) - chi) / float(f.se[0])) ** 2 for f in found) / 3 < 2.5
 
 
+@pytest.mark.slow
 def test_mean_of_the_integrand_is_the_learning_coefficient() -> None:
     net, data, _ = problem()
     found = measured(components={"both": None}, num_draws=800)
@@ -397,6 +403,7 @@ def test_mean_of_the_integrand_is_the_learning_coefficient() -> None:
     assert abs(float(found.llc[0]) - est.mean) < 3 * est.se + 0.03 * est.mean
 
 
+@pytest.mark.slow
 def test_beyond_2048_samples_the_errors_count_which_of_them_were_read() -> None:
     """Two random subsets of 1,024 of 3,000 have other losses than all of them: over 8 seeds the distances from the
     closed form had a root mean square of 2.8 errors without that, of single samples 3.6, and have 0.8 and 0.9 with

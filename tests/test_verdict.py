@@ -61,7 +61,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("sampler", [SGLD(lr=1e-6), LeimkuhlerMatthews(lr=1e-6)])
+@pytest.mark.parametrize("sampler", [pytest.param(SGLD(lr=1e-6), marks=pytest.mark.slow), LeimkuhlerMatthews(lr=1e-6)])
 def test_a_step_that_was_given_too_small_is_what_is_to_be_changed(sampler: Sampler) -> None:
     """It had been the minibatches' noise that was said to keep it small, and a larger batch to help."""
     found = read_llc(*drawn_by(sampler))
@@ -120,7 +120,7 @@ def test_chains_that_are_finite_and_diverged_are_not_said_to_be_anything_else() 
     assert "A smaller lr, a larger batch_size or a smaller nbeta" in said and "left the finite numbers" not in said
 
 
-@pytest.mark.parametrize("lr", [0.5, 50.0])
+@pytest.mark.parametrize("lr", [pytest.param(0.5, marks=pytest.mark.slow), 50.0])
 def test_of_steps_that_are_hardly_ever_accepted_it_is_said_and_that_a_smaller_one_helps(lr: float) -> None:
     net, data = problem()
     found = estimate_llc(net, data, half_square, sampler=MALA(lr=lr), num_chains=4, num_draws=50)
@@ -133,6 +133,7 @@ def test_of_steps_that_are_hardly_ever_accepted_it_is_said_and_that_a_smaller_on
     assert f"hardly a step of the chains was accepted ({share})" in verdict_sentence(found)
 
 
+@pytest.mark.slow
 def test_few_accepted_steps_are_no_reason_where_the_chains_have_settled() -> None:
     net, data = problem()
     found = estimate_llc(net, data, half_square, sampler=MALA(lr=0.25), num_chains=4, num_draws=400)
@@ -150,7 +151,7 @@ def test_width_is_not_held_against_chains_that_run_downhill() -> None:
     assert [reason.split(":")[0] for reason in found.reasons] == ["negative beyond its error"]
 
 
-@pytest.mark.parametrize("seed", range(1, 5))
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 5))])
 def test_chains_that_run_downhill_each_as_far_as_it_happens_to_are_said_to_do_so(seed: int) -> None:
     """From a maximum they run away exponentially: the error of their mean is as large as the mean."""
     found = downhill(num_draws=100, tolerance=0.1, seed=seed)
@@ -187,7 +188,9 @@ def far_data(dtype: torch.dtype = torch.float32, noise: float = 0.3) -> tuple[Te
 FAR = {"1": (1.0, 0.3), "2e5": (2e5, 0.3), "5e5-noisy": (5e5, 1.0), "1e6": (1e6, 0.3)}
 
 
-@pytest.mark.parametrize("norm", FAR)
+@pytest.mark.parametrize(
+    "norm", [pytest.param(norm, marks=pytest.mark.slow if norm == "5e5-noisy" else ()) for norm in FAR]
+)
 def test_weights_too_large_for_their_type_are_named(norm: str) -> None:
     """At a norm of 1e6, where the share is 0.11, the LLC is 18 % too high, and with labels three times as noisy
     36 % at 5e5; at 2e5 the share is 0.006, and it is less than 1 %."""

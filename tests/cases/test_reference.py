@@ -102,7 +102,7 @@ def test_hmc_matches_the_closed_form_under_strong_localisation_and_with_noise() 
     assert result.se < 0.03
 
 
-@pytest.mark.parametrize(("powers", "exact"), [((1, 1), 0.3473), ((1, 2), 0.2021)])
+@pytest.mark.parametrize(("powers", "exact"), [pytest.param((1, 1), 0.3473, marks=pytest.mark.slow), ((1, 2), 0.2021)])
 def test_hmc_matches_quadrature_on_a_normal_crossing(powers: tuple[int, ...], exact: float) -> None:
     case = normal_crossing(powers)
     assert case.truth == pytest.approx(exact, abs=1e-4)
@@ -123,6 +123,7 @@ def test_whitened_coordinates_give_the_closed_form_of_a_steep_regular_model_in_f
     assert result.mean_leapfrog < 8  # the potential is round there: the steepest weight would ask for dozens
 
 
+@pytest.mark.slow
 def test_whitened_coordinates_leave_a_singular_target_as_it_is() -> None:
     case, stored = CASES["rrr-5-3-5-r1"](), load_references()["rrr-5-3-5-r1"]
     result = hmc_reference(case, num_chains=64, num_draws=80, num_warmup=60, whiten=True)
@@ -154,6 +155,7 @@ def test_kinetic_chains_agree_with_the_closed_form_at_two_steps() -> None:
         assert result.se < 0.03 * 4.4976
 
 
+@pytest.mark.slow
 def test_kinetic_chains_agree_with_hmc_on_a_singular_model() -> None:
     case, stored = CASES["rrr-5-3-5-r1"](), load_references()["rrr-5-3-5-r1"]
     result = kinetic_reference(

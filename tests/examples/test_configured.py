@@ -53,7 +53,12 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "mistake", "said"), [(name, *mistake) for name, given in MISTAKES.items() for mistake in given]
+    ("name", "mistake", "said"),
+    [
+        pytest.param(name, *mistake, marks=() if mistake[1] == "min_chang" else pytest.mark.slow)
+        for name, given in MISTAKES.items()
+        for mistake in given
+    ],
 )
 def test_a_mistake_ends_the_run_before_it_begins(name: str, mistake: str, said: str, tmp_path: Path) -> None:
     done = run_configured(name, tmp_path, mistake)

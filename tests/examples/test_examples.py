@@ -78,6 +78,7 @@ def test_example_measures_draws_and_says_where(
     assert ("not valid" in done.stdout) == any(not e.valid for e in record)
 
 
+@pytest.mark.slow
 def test_overrides_and_the_csv_logger(tmp_path: Path) -> None:
     arguments = ["--logger", "csv", "trainer.max_epochs=1", "monitor.num_chains=2", "trainer.enable_progress_bar=false"]
     done = run_example("digits", tmp_path, *arguments)
@@ -90,7 +91,7 @@ def test_overrides_and_the_csv_logger(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "wandb").exists()
 
 
-@pytest.mark.parametrize("logger", ["none", "csv"])
+@pytest.mark.parametrize("logger", [pytest.param("none", marks=pytest.mark.slow), "csv"])
 def test_wrong_labels_are_found_shown_and_counted(logger: str, tmp_path: Path) -> None:
     """35 of the 300 samples that are looked at are flipped: of twenty at random, two or three would be."""
     done = run_example("mislabelled_digits", tmp_path, "--logger", logger, "trainer.enable_progress_bar=false")
@@ -135,7 +136,7 @@ def modes_printed(text: str) -> list[tuple[list[int], str]]:
     return rows
 
 
-@pytest.mark.parametrize("logger", ["none", "csv"])
+@pytest.mark.parametrize("logger", [pytest.param("none", marks=pytest.mark.slow), "csv"])
 def test_modes_of_a_deep_linear_network_beside_what_was_found(logger: str, tmp_path: Path) -> None:
     """Thirty points are too few for three boundaries; what is known does not depend on that. With four chains of twenty
     draws half of all seeds have no valid estimate: this one has some in the end."""
@@ -162,6 +163,7 @@ def test_modes_of_a_deep_linear_network_beside_what_was_found(logger: str, tmp_p
     assert (tmp_path / "out" / "csv" / "version_0" / "metrics.csv").exists() == (logger == "csv")
 
 
+@pytest.mark.slow
 def test_polygons_of_superposition_beside_what_was_found(tmp_path: Path) -> None:
     done = run_example("superposition", tmp_path, "--logger", "none", "trainer.enable_progress_bar=false")
     assert done.returncode == 0, done.stderr
@@ -199,6 +201,7 @@ def test_every_mode_of_a_deep_linear_network_is_found(tmp_path: Path) -> None:
     assert done.stdout.count("3 of 3 known boundaries found, 0 others") == 2
 
 
+@pytest.mark.slow
 def test_a_typo_is_refused_before_anything_runs(tmp_path: Path) -> None:
     done = run_example("digits", tmp_path, "monitor.num_chain=8")
     assert done.returncode == 2

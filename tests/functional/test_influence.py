@@ -128,7 +128,12 @@ def test_the_error_of_few_draws_is_no_smaller_than_the_spread(
 
 @pytest.mark.parametrize(
     ("chains", "draws", "memory", "of_blocks"),
-    [(8, 400, 0.97, 1.15), (8, 200, 0.97, 1.25), (4, 200, 0.95, 1.15), (4, 400, 0.5, 0.9)],
+    [
+        pytest.param(8, 400, 0.97, 1.15, marks=pytest.mark.slow),
+        pytest.param(8, 200, 0.97, 1.25, marks=pytest.mark.slow),
+        (4, 200, 0.95, 1.15),
+        (4, 400, 0.5, 0.9),
+    ],
 )
 def test_the_error_of_draws_whose_memory_is_beyond_that_of_long_blocks_is_no_smaller_than_the_spread(
     chains: int, draws: int, memory: float, of_blocks: float

@@ -73,12 +73,17 @@ class Orthogonal(Parametrised):
     [
         pytest.param(Net, {}, id="BatchNorm and dropout"),
         pytest.param(Net, {"devices": ["cpu:0", "cpu"], "num_chains": 3}, id="two workers share three chains"),
-        pytest.param(Net, {"probe": 8, "num_draws": 20}, id="influence"),
-        pytest.param(Adam, {"sampler": RMSpropSGLD(lr=1e-4)}, id="second moments of Adam"),
-        pytest.param(Net, {"sampler": None, "num_burnin_steps": None, "num_steps_bw_draws": None}, id="calibrated"),
-        pytest.param(Parametrised, {}, id="weight norm"),
-        pytest.param(SpectralNorm, {}, id="spectral norm"),
-        pytest.param(Orthogonal, {}, id="orthogonal"),
+        pytest.param(Net, {"probe": 8, "num_draws": 20}, id="influence", marks=pytest.mark.slow),
+        pytest.param(Adam, {"sampler": RMSpropSGLD(lr=1e-4)}, id="second moments of Adam", marks=pytest.mark.slow),
+        pytest.param(
+            Net,
+            {"sampler": None, "num_burnin_steps": None, "num_steps_bw_draws": None},
+            id="calibrated",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(Parametrised, {}, id="weight norm", marks=pytest.mark.slow),
+        pytest.param(SpectralNorm, {}, id="spectral norm", marks=pytest.mark.slow),
+        pytest.param(Orthogonal, {}, id="orthogonal", marks=pytest.mark.slow),
     ],
 )
 def test_results_are_those_of_firings_inside_training(module: Any, changes: dict[str, Any], tmp_path: Path) -> None:
@@ -110,7 +115,9 @@ PRECISIONS: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if k else ()) for k, name in enumerate(PRECISIONS)]
+)
 def test_results_are_those_of_firings_inside_training_in_every_precision(name: str, tmp_path: Path) -> None:
     """Bit for bit: the worker autocasts as training does, has the batches that training has, and the same masters."""
     module, trainer = PRECISIONS[name]
@@ -151,7 +158,12 @@ def unreadable(sample: Any) -> str:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        pytest.param({"probe": TensorDataset(tensors().tensors[0])}, "probe: its samples give the step", id="the step"),
+        pytest.param(
+            {"probe": TensorDataset(tensors().tensors[0])},
+            "probe: its samples give the step",
+            id="the step",
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"probe": 6, "group_fn": unreadable}, "group_fn failed on sample", id="reading them"),
     ],
 )
@@ -170,6 +182,7 @@ def test_samples_that_fail_leave_influence_out_and_nothing_else(
         Scenario(Net, loaders).run(tmp_path / "raises", beside(num_draws=20, **changes))
 
 
+@pytest.mark.slow
 def test_batches_that_training_saw_travel_with_the_snapshot(tmp_path: Path) -> None:
     scenario = Scenario(Net, lambda: loaders(dataset=models.Stream()))
     inline, background = tiny_monitor(num_samples=24), beside(num_samples=24)
@@ -179,7 +192,7 @@ def test_batches_that_training_saw_travel_with_the_snapshot(tmp_path: Path) -> N
     assert_same_estimates(background, inline)
 
 
-@pytest.mark.parametrize("execution", ["background", "inline"])
+@pytest.mark.parametrize("execution", [pytest.param("background", marks=pytest.mark.slow), "inline"])
 def test_snapshots_in_the_folder_of_a_run_that_goes_on_are_not_said_to_be_gone(execution: str, tmp_path: Path) -> None:
     """Another live run holds the folder of the checkpoint; or the run that is resumed measures inside training."""
     settings: dict[str, Any] = {"every_n_train_steps": 4, "dirpath": str(tmp_path / "slt"), "name": "a"}

@@ -81,9 +81,15 @@ def curriculum(make: Callable[[int], Any] = points, module: Any = Net, data: Any
 @pytest.mark.parametrize(
     ("scenario", "changes", "sizes"),
     [
-        pytest.param(curriculum(), {}, [8, 16, 24], id="other data at every epoch"),
-        pytest.param(curriculum(), {"devices": ["cpu", "cpu"]}, [8, 16, 24], id="two workers share the chains"),
-        pytest.param(curriculum(), {"probe": 6, "num_draws": 20}, [8, 16, 24], id="influence"),
+        pytest.param(curriculum(), {}, [8, 16, 24], id="other data at every epoch", marks=pytest.mark.slow),
+        pytest.param(
+            curriculum(),
+            {"devices": ["cpu", "cpu"]},
+            [8, 16, 24],
+            id="two workers share the chains",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(curriculum(), {"probe": 6, "num_draws": 20}, [8, 16, 24], id="influence", marks=pytest.mark.slow),
         pytest.param(curriculum(data=Standardised), {}, [8, 16, 24], id="hooks that know the data"),
         pytest.param(curriculum(data=Relabels), {}, [24, 24, 24], id="data that is changed in place"),
         pytest.param(curriculum(stream_then_points), {}, [None, 16, 24], id="a stream, then tables"),
@@ -215,6 +221,7 @@ def main(folder: str) -> None:
     print(steps_of(monitor), [e.num_samples for e in monitor.estimates])
 
 
+@pytest.mark.slow
 def test_data_of_the_running_script_that_comes_later_is_found(tmp_path: Path) -> None:
     """Workers did not need the script when they were started: they are started again, and import it."""
     root = str(Path(__file__).parents[2])

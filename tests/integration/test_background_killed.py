@@ -116,6 +116,7 @@ def resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
 
 
+@pytest.mark.slow
 def test_two_hundred_firings_leave_nothing_behind(tmp_path: Path) -> None:
     monitor = beside(every_n_train_steps=1, max_pending=1)
     counts = Counts(monitor)
@@ -185,7 +186,14 @@ def test_training_killed_and_resumed_loses_nothing_and_doubles_nothing(tmp_path:
     assert left <= {"result"}  # those that the last checkpoints wait for
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "how",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
 def test_no_worker_outlives_training(how: signal.Signals, tmp_path: Path) -> None:
     """A signal to the whole group, as Ctrl-C sends it, or to training alone, as a scheduler does."""
     process = start(tmp_path, -1, 0.5)

@@ -28,7 +28,7 @@ from tests.integration.models import Net, loaders
 pytestmark = pytest.mark.timeout(240)
 
 
-@pytest.mark.parametrize(("when_full", "max_wait"), [("skip", 60.0), ("wait", 0.0)])
+@pytest.mark.parametrize(("when_full", "max_wait"), [pytest.param("skip", 60.0, marks=pytest.mark.slow), ("wait", 0.0)])
 def test_a_firing_beyond_the_queue_is_left_out(when_full: str, max_wait: float, tmp_path: Path) -> None:
     """At once, or after the time that it may wait; what is in the queue comes at the end."""
     monitor = beside(every_n_train_steps=1, max_pending=2, when_full=when_full, max_wait=max_wait)

@@ -140,7 +140,7 @@ def two_streams(make: Callable[[Any, Any], Any], lr: float = 0.1, **kwargs: Any)
     return Scenario(lambda: models.TwoStreams(lr), train)
 
 
-@pytest.mark.parametrize("make", [as_dict, as_list])
+@pytest.mark.parametrize("make", [as_dict, pytest.param(as_list, marks=pytest.mark.slow)])
 def test_samples_of_several_loaders_side_by_side(make: Callable[[Any, Any], Any], tmp_path: Path) -> None:
     """The loss of a sample is that of its parts, and training is the same."""
     monitor = probing(Pairs(make), query=Pairs(make))

@@ -231,7 +231,7 @@ class NotFinite(Callback):
                 parameter.data.fill_(float("nan"))
 
 
-@pytest.mark.parametrize("execution", ["inline", "background"])
+@pytest.mark.parametrize("execution", ["inline", pytest.param("background", marks=pytest.mark.slow)])
 def test_localization_is_that_of_the_first_weights_that_are_finite(execution: str, tmp_path: Path) -> None:
     beside = {"execution": "background", "devices": ["cpu"], "when_full": "wait"} if execution == "background" else {}
     monitor = tiny_monitor(on_failure="warn", at_steps=[3, 4, 8], **beside)

@@ -69,7 +69,7 @@ def test_tensorboard_csv_and_mlflow_in_one_run(
     assert {"slt/tables/history.csv", "slt/tables/influence_top_step_000000011.csv"} <= tables
 
 
-@pytest.mark.parametrize("execution", ["inline", "background"])
+@pytest.mark.parametrize("execution", ["inline", pytest.param("background", marks=pytest.mark.slow)])
 def test_a_step_that_uses_its_loggers_logs_its_training_alone(execution: str, tmp_path: Path) -> None:
     def train(name: str, *callbacks: Any) -> tuple[TrainingTrace, RecordingLogger, CSVLogger]:
         rows, table = RecordingLogger(), CSVLogger(tmp_path / name, "four", 3)

@@ -364,7 +364,11 @@ def test_two_monitors_each_keep_their_own_share(clock: Clock, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("other", [{"max_overhead": 0.3}, {"every_n_train_steps": 5}], ids=["a budget", "none"])
+@pytest.mark.parametrize(
+    "other",
+    [{"max_overhead": 0.3}, pytest.param({"every_n_train_steps": 5}, marks=pytest.mark.slow)],
+    ids=["a budget", "none"],
+)
 def test_a_monitor_fires_as_it_would_without_another_one(
     other: dict[str, Any], first: bool, clock: Clock, tmp_path: Path
 ) -> None:
@@ -483,6 +487,7 @@ def test_a_run_too_short_for_a_full_firing_has_a_small_one(clock: Clock, tmp_pat
     assert share(monitor) <= 0.5
 
 
+@pytest.mark.slow
 def test_a_long_run_grows_to_full_firings_within_the_share(clock: Clock, tmp_path: Path) -> None:
     monitor = budgeted(0.5, num_draws=200)
     scenario(1_800).run(tmp_path, monitor)

@@ -73,7 +73,7 @@ def assert_same_measurement(a: SusceptibilityEstimate, b: SusceptibilityEstimate
 COMPONENTS = [{"name": "susceptibility", "components": {"weight": ["*.weight"], "bias": ["*.bias"]}}]
 
 
-@pytest.mark.parametrize("check_val_every_n_epoch", [1, 2])
+@pytest.mark.parametrize("check_val_every_n_epoch", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(("stopped", "saved"), [(5, 5), (7, 5), (6, 6)], ids=["stopped", "crashed", "between epochs"])
 def test_a_run_that_is_resumed_measures_what_an_uninterrupted_one_does(
     stopped: int, saved: int, check_val_every_n_epoch: int, tmp_path: Path

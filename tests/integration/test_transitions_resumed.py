@@ -38,7 +38,15 @@ def known(watch: TransitionMonitor) -> list[dict[str, Any]]:
     return [{**r, "checkpoints": {k: Path(v).name for k, v in r["checkpoints"].items()}} for r in plain]
 
 
-@pytest.mark.parametrize(("saved", "dead"), [(30, 33), (31, 40), (33, 45), (20, 21)])
+@pytest.mark.parametrize(
+    ("saved", "dead"),
+    [
+        pytest.param(30, 33, marks=pytest.mark.slow),
+        (31, 40),
+        pytest.param(33, 45, marks=pytest.mark.slow),
+        pytest.param(20, 21, marks=pytest.mark.slow),
+    ],
+)
 def test_crash_and_resume_gives_the_transitions_of_an_uninterrupted_run(saved: int, dead: int, tmp_path: Path) -> None:
     """The checkpoint is from before the flag, or after it; the crash before the verdict, or after it."""
     reference = watched(tmp_path / "whole")

@@ -79,7 +79,13 @@ def test_susceptibility_is_summarised_as_the_other_scalars_are(offline):
     assert summary["mine-slt/susceptibility/head/group_cat"] == {"last": 2, "max": 2, "min": -4}
 
 
-@pytest.mark.parametrize("own", [{"num_chains": 8, "mine": 1}, "mine", {"num_draws": 50}, 0])
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"num_chains": 8, "mine": 1},
+        *(pytest.param(own, marks=pytest.mark.slow) for own in ("mine", {"num_draws": 50}, 0)),
+    ],
+)
 def test_a_key_of_the_users_own_config_is_kept(own, offline):
     logger = WandbLogger(save_dir=offline, project="p")
     logger.experiment.config.update({"slt": own, "lr": 0.1})
@@ -119,6 +125,7 @@ def test_a_picture_in_wandb_is_the_file_of_the_run_folder(offline):
     assert sent.read_bytes() == local.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_tables_of_a_very_long_run_reach_to_its_end(offline):
     """wandb cuts off what is beyond 10,000 rows: the newest estimates, and the transitions behind them."""
     one = make_estimate(num_chains=1, num_draws=1)

@@ -26,7 +26,7 @@ def test_every_key_of_the_plan_has_a_name_that_is_published() -> None:
     assert {key.removeprefix("slt/") for key in named} <= known
 
 
-@pytest.mark.parametrize(("of_logger", "prefix"), [("", "slt"), ("exp", "exp-slt")])
+@pytest.mark.parametrize(("of_logger", "prefix"), [("", "slt"), pytest.param("exp", "exp-slt", marks=pytest.mark.slow)])
 def test_every_key_of_the_workspace_is_in_a_logged_run(of_logger: str, prefix: str, offline: Path) -> None:
     import wandb
     from lightning.pytorch.loggers import WandbLogger

@@ -94,7 +94,7 @@ def half_square(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return 0.5 * (module(batch[0]) - batch[1]).square().mean()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_outliers_among_the_samples_do_not_buy_a_larger_step(seed: int) -> None:
     """Single minibatches throw the chains far up and down. Held against that scatter the step was made 70 to 330 times
     as large, and the LLC was 46 to 166."""
@@ -251,6 +251,7 @@ def test_a_bad_start_does_not_spoil_the_draws(start: float) -> None:
     assert heat_of(drawn.segment, drawn.lr, chains.posterior).total <= 2.5 * HEAT * 5.0
 
 
+@pytest.mark.slow
 def test_draws_at_a_step_twice_too_hot_are_kept() -> None:
     """What the step adds is known and taken off. On reduced-rank regression it shows late how hot it is: chains that
     began anew then made 2000 steps each, at half the step, for no smaller an error (1200, 800 and 1200 now)."""
@@ -308,7 +309,15 @@ def test_draws_are_whole_multiples_and_leave_the_search_out() -> None:
         assert drawn.num_steps_bw_draws <= 2 * MAX_STEPS_BW_DRAWS
 
 
-@pytest.mark.parametrize(("num_draws", "apart"), [(10, 2), (25, 4), (30, 2), (40, 1)])
+@pytest.mark.parametrize(
+    ("num_draws", "apart"),
+    [
+        (10, 2),
+        pytest.param(25, 4, marks=pytest.mark.slow),
+        pytest.param(30, 2, marks=pytest.mark.slow),
+        pytest.param(40, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_draws_have_the_steps_that_their_readings_speak_of(num_draws: int, apart: int) -> None:
     """Else neither the lean of the step nor how the loss moves with its slope could be told from them."""
     budget = Budget(num_draws=num_draws)

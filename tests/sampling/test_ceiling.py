@@ -57,7 +57,7 @@ def fire(case: Case, memory: ChainMemory, seed: int, settings: ChainSettings = S
     return measure_llc(Objective(case.module, case.loss_fn), source, settings, None, None, memory)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_step_that_one_steep_direction_does_not_bear_is_not_tried(seed: int) -> None:
     """The heat asks for three times as much; a square is as steep where the chains are as it is at ``w*``."""
     case, truth, steepest = least_squares(seed)
@@ -73,6 +73,7 @@ def test_a_step_that_one_steep_direction_does_not_bear_is_not_tried(seed: int) -
         assert estimate.valid and abs(estimate.mean - truth) < 4 * estimate.se
 
 
+@pytest.mark.slow
 def test_chains_take_larger_steps_than_what_is_stable_where_they_started() -> None:
     """A transformer is less steep where its posterior is than at ``w*``: the first firing finds the second one's step,
     and is within two errors of long exact chains."""

@@ -134,7 +134,7 @@ def test_all_the_data_in_one_batch_stays_one_batch() -> None:
     assert source.resident and source.window(0) is held
 
 
-@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_pairs_within_a_batch_have_the_coefficient_of_all_the_pairs(seed: int) -> None:
     """A square in the weights, of which batches of any size are an unbiased mean: exact. With the pairs of sixteen
     batches alone it is 17 % and 20 % too low."""

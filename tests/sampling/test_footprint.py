@@ -85,7 +85,7 @@ def test_chains_one_after_another_hold_two_copies_beside_their_own(chains: int, 
     [
         pytest.param(4, 0.0, SGLD(lr=1e-7), id="4-given"),
         pytest.param(2, 0.0, SGLD(lr=1e-7), id="2-given"),
-        pytest.param(2, 0.0, None, id="2-calibrated"),
+        pytest.param(2, 0.0, None, id="2-calibrated", marks=pytest.mark.slow),
         pytest.param(1, one_layer(LARGE), SGLD(lr=1e-7), id="1-given"),
         pytest.param(1, one_layer(LARGE), None, id="1-calibrated"),
     ],

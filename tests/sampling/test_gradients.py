@@ -145,7 +145,9 @@ def assert_same_way(parts: Segment, whole: Segment) -> None:
         assert torch.allclose(getattr(parts, name), getattr(whole, name), rtol=2e-6, atol=1e-6), name
 
 
-@pytest.mark.parametrize("sampler", [SGLD(), LeimkuhlerMatthews()], ids=["SGLD", "LeimkuhlerMatthews"])
+@pytest.mark.parametrize(
+    "sampler", [pytest.param(SGLD(), marks=pytest.mark.slow), LeimkuhlerMatthews()], ids=["SGLD", "LeimkuhlerMatthews"]
+)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_chains_go_where_they_would_with_one_memory_for_all_gradients(
     name: str, sampler: Any, monkeypatch: pytest.MonkeyPatch

@@ -169,7 +169,7 @@ def test_all_the_data_in_one_batch_have_no_noise() -> None:
     assert chains.advance(48, 1e-6).noise_square is None
 
 
-@pytest.mark.parametrize("lr", [1e-3, 2e-3])
+@pytest.mark.parametrize("lr", [pytest.param(1e-3, marks=pytest.mark.slow), 2e-3])
 def test_heat_is_taken_off_a_singular_model(lr: float) -> None:
     """Reduced-rank regression (19.00 by HMC): 12 and 24 % of heat, and what is left is within 3 %.
 

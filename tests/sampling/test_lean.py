@@ -52,7 +52,12 @@ def chains(push: float, pull: float, eps: float) -> Segment:
 
 
 @pytest.mark.parametrize(
-    ("push", "pull", "eps", "error"), [(5.0, 10.0, 2e-4, 0.017), (12.0, 40.0, 4e-4, 0.008), (20.0, 40.0, 2e-4, 0.020)]
+    ("push", "pull", "eps", "error"),
+    [
+        (5.0, 10.0, 2e-4, 0.017),
+        pytest.param(12.0, 40.0, 4e-4, 0.008, marks=pytest.mark.slow),
+        pytest.param(20.0, 40.0, 2e-4, 0.020, marks=pytest.mark.slow),
+    ],
 )
 def test_heat_and_lean_are_what_the_step_adds(push: float, pull: float, eps: float, error: float) -> None:
     """Where the loss falls as the potential steepens. ``error``: of the mean over the chains; right, it is three of

@@ -34,6 +34,7 @@ def measured(module: nn.Module, seed: int = 0) -> Estimate:
     return estimate_llc(module, data, mean_squared, localization=1.0, num_draws=50, seed=seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_signs_that_are_read_with_int_are_jumps_that_no_gradient_shows(seed: int) -> None:
     """torch's own choice for a weight that is not square: 60 for less than 8 / 2."""
@@ -55,13 +56,14 @@ class Routed(nn.Module):
         return (score.softmax(1) * self.experts(x).gather(1, chosen)).sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("experts", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_expert_that_a_router_chooses_is_a_jump_and_named_so(experts: int) -> None:
     est = measured(seeded(lambda: Routed(experts)))
     assert not est.valid
     assert any(SAID in reason and "topk() as in routing" in reason for reason in est.reasons)
 
 
+@pytest.mark.slow
 def test_the_other_map_has_none() -> None:
     est = measured(orthogonal(seeded(lambda: nn.Linear(4, 4, bias=False)), orthogonal_map="cayley"))
     assert est.valid and abs(est.mean - 3.0) < 0.3  # six angles
@@ -122,7 +124,9 @@ def of_two_heads(factor: float) -> Estimate:
     return estimate_llc(module, TensorDataset(x, module(x).detach()), mean_squared, localization=0.1, num_draws=50)
 
 
-@pytest.mark.parametrize("factor", [0.5, 0.7, 2.0])
+@pytest.mark.parametrize(
+    "factor", [pytest.param(0.5, marks=pytest.mark.slow), 0.7, pytest.param(2.0, marks=pytest.mark.slow)]
+)
 def test_a_gradient_that_is_scaled_is_not_that_of_the_loss(factor: float) -> None:
     """Chains are those of ``factor`` times the loss of the first head: ``3 / 2 (1 + 1 / factor)`` in place of 3."""
     est = of_two_heads(factor)
@@ -140,6 +144,7 @@ def test_a_gradient_that_was_not_that_of_the_loss_is_looked_at_again() -> None:
     assert [(estimate.kinds, looks > 0) for estimate, looks in two_firings(0.5)] == 2 * [(("GRADIENT",), True)]
 
 
+@pytest.mark.slow
 def test_a_firing_of_warm_chains_makes_no_passes_for_the_look() -> None:
     (first, looks), (second, none) = two_firings(1.0)
     assert first.valid and second.valid and second.num_burnin_steps < first.num_burnin_steps
@@ -173,6 +178,7 @@ class Adversarial(nn.Module):
         return told + nn.functional.cross_entropy(self.of_domain(Scaled.apply(hidden, -1.0)), domain)
 
 
+@pytest.mark.slow
 def test_a_reversed_gradient_is_not_that_of_the_loss() -> None:
     """The chains of such a network settle, and are of no posterior. With all the data in a batch they stay where two of
     six seeds do not tell."""
@@ -212,7 +218,7 @@ class Quantised(nn.Module):
         return (self.decoder(z + (code - z).detach()) - x).square().sum(1).mean() / 2 + held
 
 
-@pytest.mark.parametrize("through", [True, False])
+@pytest.mark.parametrize("through", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_nearest_code_jumps_without_rule_and_is_no_rounding(through: bool) -> None:
     """Valid at 23.2 and 3.5 where HMC of the same losses has -4.0 and runs downhill: each sample jumps for itself, and
     along a line that is as irregular as rounding."""

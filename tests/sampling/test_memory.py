@@ -166,7 +166,7 @@ def test_a_step_that_has_become_too_large_is_made_smaller_though_the_trace_drift
         assert estimate.valid and abs(estimate.mean - problem.truth) < 3 * estimate.se
 
 
-@pytest.mark.parametrize("seed", [1, 3, 6])
+@pytest.mark.parametrize("seed", [1, pytest.param(3, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow)])
 def test_a_step_that_has_become_far_too_small_is_found_by_the_next_firing(seed: int) -> None:
     """A tenth as steep as at the firing before: chains are as narrow as they were, at which nobody asks for a larger
     step, and get wide too slowly to be called unfit. The same firing came back for ever, with three times the error

@@ -90,6 +90,7 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if "one by one" in record.getMessage()]
 
 
+@pytest.mark.slow
 def test_a_run_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Takes(Net):
         def loss(self, batch: Any) -> Tensor:

@@ -32,7 +32,7 @@ def noisy(module: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     return half_squared_error(module, (x, y + torch.randn_like(y)))
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_noise_of_the_step_is_in_the_error(seed: int) -> None:
     # of other numbers at w* than elsewhere it was 6.4 +- 0.3 for 4.97 (seed 0, a step of 1e-3), and valid
     est = estimate_llc(CASE.module, CASE.dataset, noisy, sampler=SGLD(lr=3e-4), seed=seed, **CHAINS)
@@ -62,7 +62,12 @@ class OwnGenerator(LightningModule):
 
 
 @pytest.mark.parametrize(
-    "generator", [lambda: torch.Generator().manual_seed(1), lambda: np.random.default_rng(1)], ids=["torch", "numpy"]
+    "generator",
+    [
+        lambda: torch.Generator().manual_seed(1),
+        pytest.param(lambda: np.random.default_rng(1), marks=pytest.mark.slow),
+    ],
+    ids=["torch", "numpy"],
 )
 def test_a_generator_of_the_module_s_own_gives_other_numbers_at_each_step(generator: Callable[[], Any]) -> None:
     x, y = CASE.dataset.tensors

@@ -149,7 +149,7 @@ def a_gaussian() -> tuple[Tensor, Tensor, LocalPosterior, Tensor]:
     return hessian, 50.0 * hessian + 20.0 * torch.eye(3, dtype=torch.float64), posterior, anchor
 
 
-@pytest.mark.parametrize("share", [0.03, 0.3])
+@pytest.mark.parametrize("share", [pytest.param(0.03, marks=pytest.mark.slow), 0.3])
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)
 def test_mean_and_covariance_of_a_gaussian_at_two_step_sizes(sampler: Sampler, share: float) -> None:
     """Each against its own stationary law: exact for MALA and where noise is shared between steps, the discretised
@@ -195,7 +195,7 @@ def test_mean_and_covariance_of_a_gaussian_at_two_step_sizes(sampler: Sampler, s
     assert (u.mean(0) / scale).abs().max() < 0.03
 
 
-@pytest.mark.parametrize("share", [0.02, 0.08])
+@pytest.mark.parametrize("share", [pytest.param(0.02, marks=pytest.mark.slow), 0.08])
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)
 def test_double_well_at_two_step_sizes(sampler: Sampler, share: float) -> None:
     """An uneven double well against quadrature: which well, how wide, and the mean of the loss."""
@@ -233,7 +233,7 @@ def funnel(w: Tensor) -> Tensor:
     return 0.5 * v.square() / FUNNEL_NECK**2 + 0.5 * x.square() * torch.exp(-2 * FUNNEL_WIDTH * v) + FUNNEL_WIDTH * v
 
 
-@pytest.mark.parametrize("share", [0.01, 0.03])
+@pytest.mark.parametrize("share", [pytest.param(0.01, marks=pytest.mark.slow), 0.03])
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)
 def test_funnel_at_two_step_sizes(sampler: Sampler, share: float) -> None:
     """Localised at the mouth's centre, against quadrature: means, covariance, and the share of time in the neck.

@@ -77,7 +77,7 @@ def assert_same_points(ours: Any, theirs: Any) -> None:
             b.mean, b.se, b.init_loss, b.nbeta, b.localization)  # fmt: skip
 
 
-@pytest.mark.parametrize("data", ["loader", "Data"])
+@pytest.mark.parametrize("data", ["loader", pytest.param("Data", marks=pytest.mark.slow)])
 def test_the_curve_is_that_of_a_monitor_that_was_there(data: str, config: SweepConfig, tmp_path: Path) -> None:
     """Bit for bit, where the monitor starts every firing at the weights; with influence."""
     paths, monitor = runs.train(tmp_path, probe=8, num_draws=20)
@@ -182,6 +182,7 @@ def test_averaged_weights_that_are_not_there(config: SweepConfig, tmp_path: Path
         sweep(paths, config, here([]))
 
 
+@pytest.mark.slow
 def test_two_devices_share_the_checkpoints_and_a_death_costs_one_point(config: SweepConfig, tmp_path: Path) -> None:
     paths, monitor = runs.train(tmp_path)
     config.module = "tests.sweep.runs:Dies"
@@ -190,6 +191,7 @@ def test_two_devices_share_the_checkpoints_and_a_death_costs_one_point(config: S
     assert_same_points(result.estimates, [e for e in monitor.estimates if e.step != 4])
 
 
+@pytest.mark.slow
 def test_jobs_of_a_cluster(config: SweepConfig, tmp_path: Path) -> None:
     """submitit's local executor: processes of their own, as on a machine of the cluster."""
     pytest.importorskip("submitit")

@@ -108,7 +108,7 @@ def test_a_resumed_detector_goes_on_as_if_never_stopped(cut: int) -> None:
     assert after.state_dict() == whole.state_dict()
 
 
-@pytest.mark.parametrize("width", [20, 60])
+@pytest.mark.parametrize("width", [20, pytest.param(60, marks=pytest.mark.slow)])
 def test_a_wide_stage_that_is_flagged_at_its_beginning_is_one_transition(width: int) -> None:
     """Ten of each, noise a hundredth of the height; without a look at what lies between, twice as many flags."""
     flags, heights = 0, []

@@ -66,6 +66,7 @@ def decays(*times: float) -> list[Curve]:
     return curves
 
 
+@pytest.mark.slow
 def test_a_smooth_decay_over_decades_is_no_transition() -> None:
     curves = decays(0.1, 0.2, 0.3)
     assert len(curves) == 48
