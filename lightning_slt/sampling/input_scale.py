@@ -31,7 +31,7 @@ class LargeInput:
     """What goes into a layer.
 
     Attributes:
-        layer: its name in the module.
+        layer: its name in the module; that of its class where it is the module.
         size: root mean square of its largest feature (of a convolution, channel) over a minibatch.
     """
 
@@ -63,9 +63,9 @@ def largest_input(objective: Objective, batch: Any) -> Optional[LargeInput]:
         return layer.register_forward_pre_hook(hook)
 
     layers = [
-        (name, layer)
+        (name or type(layer).__name__, layer)
         for name, layer in objective.module.named_modules()
-        if isinstance(layer, (nn.Linear, _ConvNd, nn.RNNBase)) and any(id(p) in moving for p in layer.parameters(False))
+        if isinstance(layer, (nn.Linear, _ConvNd, nn.RNNBase)) and any(id(p) in moving for p in layer.parameters())
     ]
     handles = [watch(name, layer) for name, layer in layers]
     try:

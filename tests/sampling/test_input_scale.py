@@ -49,6 +49,13 @@ def test_from_a_size_on(size: float, is_large: bool) -> None:
     assert (found(nn.Linear(2, 2), columns(1.0, size)) is not None) is is_large
 
 
+def test_a_layer_under_a_parametrisation_counts_and_one_that_is_the_module_has_the_name_of_its_class() -> None:
+    told = found(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), columns(1.0, 50.0))
+    assert told is not None and told.size == pytest.approx(50.0)
+    told = found(nn.Linear(2, 2), columns(1.0, 50.0))
+    assert told is not None and told.layer == "Linear"
+
+
 def test_of_a_convolution_it_is_a_channel() -> None:
     images = torch.ones(2, 3, 4, 4)
     images[:, 1] = 30.0
