@@ -152,10 +152,13 @@ def test_the_outcome_of_a_run_is_its_last_valid_number_or_why_there_is_none(esti
 def test_an_estimate_that_is_not_valid_is_told_with_its_reason_and_what_helps():
     estimate = make_estimate(mean=-16.0, se=2.0, step=100, reasons=(DOWNHILL,))
     assert invalid_sentence(estimate, estimate.reasons) == (
-        f"step 100: LLC −16 ± 2 is not valid: {DOWNHILL}. Usual early in training and at a saddle."
+        f"step 100: LLC −16 ± 2 is not valid: {DOWNHILL}. Usual early in training, at a "
+        "saddle, and under strong weight decay."
     )
     both = make_estimate(reasons=(NOT_MIXED, DOWNHILL))
-    assert invalid_sentence(both, both.reasons).endswith("downhill). Usual early in training and at a saddle.")
+    assert invalid_sentence(both, both.reasons).endswith(
+        "downhill). Usual early in training, at a saddle, and under strong weight decay."
+    )
     lost = make_estimate(mean=math.nan, step=100, bad_chains=4, reasons=("no chain stayed finite",))
     assert invalid_sentence(lost, lost.reasons).startswith("step 100: no LLC: no chain stayed finite. A smaller step")
     short = make_estimate(reasons=(SHORT,))
@@ -252,6 +255,7 @@ def test_of_chains_that_run_downhill_more_draws_are_not_advised():
     both, mixing = make_estimate(step=10, reasons=(NOT_MIXED, downhill)), make_estimate(step=20, reasons=(NOT_MIXED,))
     assert [remark.text for remark in diagnostics([both])] == [
         "Chains disagree with each other (step 10).",
-        "Chains ran downhill: the weights were at no minimum (step 10). Usual early in training and at a saddle.",
+        "Chains ran downhill: the weights were at no minimum (step 10). Usual early in training, at a saddle, "
+        "and under strong weight decay.",
     ]
     assert "More draws (num_draws)" in diagnostics([both, mixing])[0].text
