@@ -38,7 +38,7 @@ _OF_STEP = (
 _OF_GIVEN_STEP = "Leave both lr and num_burnin_steps to calibration, or give a smaller lr."
 # calibration holds the heat against the scatter of the chains, where that is more than the LLC
 _OF_FOUND_STEP = "An LLC near zero is usual early in training, and at any other a smaller lr helps."
-_USUAL = "Usual early in training, at a saddle, and under strong weight decay."
+_USUAL = "Usual early in training, at a saddle, while the learning rate is large, and under strong weight decay."
 
 _REASONS: tuple[tuple[str, str, str], ...] = (
     (NEGATIVE, "chains ran downhill: the weights were at no minimum", _USUAL),

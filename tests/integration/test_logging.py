@@ -407,7 +407,7 @@ def test_each_kind_of_reason_why_an_estimate_is_not_valid_is_said_once(
         Scenario(Net, loaders).run(tmp_path, tiny_monitor(at_steps=list(reasons)))
     assert [r.getMessage() for r in caplog.records if "is not valid: " in r.getMessage()] == [
         "SLTMonitor: step 2: LLC −16 ± 2 is not valid: negative beyond its error: downhill. Usual early in training, "
-        "at a saddle, and under strong weight decay.",
+        "at a saddle, while the learning rate is large, and under strong weight decay.",
         "SLTMonitor: step 6: LLC −16 ± 2 is not valid: chains drift: by -3 ± 1; chains have not mixed: R-hat 2. More "
         "draws (num_draws) give them time. More draws (num_draws) or chains (num_chains) help.",
     ]

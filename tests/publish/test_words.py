@@ -153,11 +153,12 @@ def test_an_estimate_that_is_not_valid_is_told_with_its_reason_and_what_helps():
     estimate = make_estimate(mean=-16.0, se=2.0, step=100, reasons=(DOWNHILL,))
     assert invalid_sentence(estimate, estimate.reasons) == (
         f"step 100: LLC −16 ± 2 is not valid: {DOWNHILL}. Usual early in training, at a "
-        "saddle, and under strong weight decay."
+        "saddle, while the learning rate is large, and under strong weight decay."
     )
     both = make_estimate(reasons=(NOT_MIXED, DOWNHILL))
     assert invalid_sentence(both, both.reasons).endswith(
-        "downhill). Usual early in training, at a saddle, and under strong weight decay."
+        "downhill). Usual early in training, at a saddle, while the learning rate is large, and under strong weight "
+        "decay."
     )
     lost = make_estimate(mean=math.nan, step=100, bad_chains=4, reasons=("no chain stayed finite",))
     assert invalid_sentence(lost, lost.reasons).startswith("step 100: no LLC: no chain stayed finite. A smaller step")
@@ -256,6 +257,6 @@ def test_of_chains_that_run_downhill_more_draws_are_not_advised():
     assert [remark.text for remark in diagnostics([both])] == [
         "Chains disagree with each other (step 10).",
         "Chains ran downhill: the weights were at no minimum (step 10). Usual early in training, at a saddle, "
-        "and under strong weight decay.",
+        "while the learning rate is large, and under strong weight decay.",
     ]
     assert "More draws (num_draws)" in diagnostics([both, mixing])[0].text
