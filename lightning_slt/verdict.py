@@ -51,12 +51,12 @@ Between the two lie singular models, whose free directions take longest and matt
 MAX_VIRIAL = 1.4
 """Virial ratio above which, beyond its error, chains are wider than the posterior: minibatches or a step of the search
 have thrown them there, and the step that is right since is too small to bring them back."""
-MIN_ACCEPTANCE = 0.1
-"""Share of the steps that are accepted below which chains that have not settled are said to stand still: a smaller step
-helps them, and more draws hardly do."""
 LARGE_IN_NATS = 30.0
 """A loss from which on it is asked whether it is in nats: a cross-entropy is below the logarithm of the number of
 classes, 12 of the largest vocabularies, before training already. A likelihood of whole pictures may be above."""
+MIN_ACCEPTANCE = 0.1
+"""Share of the steps that are accepted below which chains that have not settled are said to stand still: a smaller step
+helps them, and more draws hardly do."""
 LITTLE_HEAT = 0.02
 """The same of a step that was given, below which it is the step that keeps chains from their width: a larger one would
 do. Half or a quarter of what a step that is found has."""
