@@ -315,13 +315,13 @@ def _reasons_of_width(
     at = f"(virial ratio {round(virial, 2) + 0.0:.2f})"  # no minus before a zero
     if virial < MIN_VIRIAL:
         said = f"{NOT_ARRIVED} in {drawn.num_burnin_steps + drawn.segment.steps} steps {at}"
-        yield Reason(Kind.NOT_ARRIVED, said if explained else _with_remedy(said, cooled, chains))
+        yield Reason(Kind.NOT_ARRIVED, said if explained else _with_remedy(said, cooled, drawn, chains))
     elif virial > MAX_VIRIAL and virial - 1.0 > error:
         said = f"{TOO_WIDE} {at}"
         yield Reason(Kind.TOO_WIDE, said if explained else f"{said}: a larger batch_size, or more draws")
 
 
-def _with_remedy(said: str, cooled: WithoutHeat, chains: Chains) -> str:
+def _with_remedy(said: str, cooled: WithoutHeat, drawn: Drawn, chains: Chains) -> str:
     """What is said of chains that have not reached their width, and what lets them.
 
     A step that was given is small because it was given: where it has little heat a larger one would do.
@@ -330,7 +330,8 @@ def _with_remedy(said: str, cooled: WithoutHeat, chains: Chains) -> str:
     keeps the step small. So it is with a loss on a large scale, such as the squared error of targets in thousands: c
     times a negative log-likelihood is one at c times ``nbeta``.
 
-    Where the inputs of a layer are large, the loss is far steeper along its weights than along all others.
+    Where the inputs of a layer are large, the loss is far steeper along its weights than along all others, and its
+    scale cannot be told by the noise.
     """
     n, nbeta, batch = chains.source.num_samples, chains.posterior.nbeta, "a larger batch_size"
     given = chains.sampler.lr is not None and chains.sampler.calibration == "heat"
@@ -340,10 +341,10 @@ def _with_remedy(said: str, cooled: WithoutHeat, chains: Chains) -> str:
     if noisy and n is not None and nbeta > n >= 2:
         usual = f"{nbeta:.3g}; n / log n is {default_nbeta(n):.3g}"
         return f"{NBETA_TOO_LARGE} ({usual}), {said}: a smaller nbeta, or {batch}"
-    if noisy and cooled.scale > LARGE_LOSS:
+    large = _large_input(chains)
+    if noisy and cooled.scale > LARGE_LOSS and (large is None or drawn.segment.anchor_loss > LARGE_IN_NATS):
         nats = "a squared error is when divided by 2 sigma² (sigma is the scale of the noise in the targets)"
         return f"{LOSS_TOO_LARGE}: {said}. It should be in nats, which {nats}; where it is, {batch} or more draws help"
-    large = _large_input(chains)
     if large is not None:
         at = f"root mean square up to {large.size:,.0f} in {large.layer!r}"
         closer = "" if chains.sampler.preconditioned else "; for these weights sampler=RMSpropSGLD() comes closer"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,15 +10,15 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lightning_slt import Estimate, RMSpropSGLD, estimate_llc
+from lightning_slt import Estimate, RMSpropSGLD, estimate_llc, verdict
 from lightning_slt.publish.diagnoses import diagnostics, invalid_sentence, reason_words
-from lightning_slt.reasons import LARGE_INPUTS, NOT_ARRIVED
+from lightning_slt.reasons import LARGE_INPUTS, LOSS_TOO_LARGE, NOT_ARRIVED
 from tests.sampling.helpers import gen, mean_squared
 
 N, FEATURES = 500, 4
 
 
-def measured(scale: float, **settings: Any) -> Estimate:
+def measured(scale: float, constant: float = 0.0, **settings: Any) -> Estimate:
     """Half a squared error of unit noise at the minimum, of eight weights: LLC 4, with a weak pull."""
     x = torch.randn(N, FEATURES, generator=gen(1))
     y = x @ torch.randn(FEATURES, 2, generator=gen(2)) + torch.randn(N, 2, generator=gen(3))
@@ -27,7 +28,7 @@ def measured(scale: float, **settings: Any) -> Estimate:
     with torch.no_grad():
         module.head.weight.copy_(torch.linalg.lstsq(x, y).solution.T)
     given = {"localization": 0.1, "num_draws": 50, "num_chains": 4, "batch_size": 64, **settings}
-    return estimate_llc(module, TensorDataset(x, y), mean_squared, **given)
+    return estimate_llc(module, TensorDataset(x, y), lambda m, batch: mean_squared(m, batch) + constant, **given)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -71,3 +72,18 @@ def test_the_sampler_that_is_named_comes_closer() -> None:
     assert here.virial > 1.5 * there.virial and here.step_size != there.step_size
     said = next(reason for reason in here.reasons if reason.startswith(LARGE_INPUTS))
     assert said.endswith(": standardised inputs help, in another training")
+
+
+@pytest.mark.parametrize(("constant", "start"), [(0.0, LARGE_INPUTS), (50.0, LOSS_TOO_LARGE)])
+def test_a_loss_that_seems_to_be_large_is_named_first_where_it_is(
+    constant: float, start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise of the minibatches, by which its scale is told, is large where inputs are."""
+    heat = verdict.without_heat
+
+    def noisy(*given: Any) -> Any:
+        return dataclasses.replace(heat(*given), noisy=True, scale=10.0)
+
+    monkeypatch.setattr(verdict, "without_heat", noisy)
+    est = measured(scale=100.0, constant=constant)
+    assert est.reasons[est.kinds.index("NOT_ARRIVED")].startswith(start)
