@@ -67,7 +67,7 @@ def test_they_are_not_named_where_they_are_not_large() -> None:
 
 
 def test_the_sampler_that_is_named_comes_closer() -> None:
-    """The virial ratio is 0.3 by SGLD and 0.5 to 0.7 so (three seeds), and it is not named to who has it."""
+    """The virial ratio is 0.3 by SGLD and 0.5 or more so (three seeds), and it is not named to who has it."""
     there, here = measured(scale=100.0), measured(scale=100.0, sampler=RMSpropSGLD())
     assert here.virial > 1.5 * there.virial and here.step_size != there.step_size
     said = next(reason for reason in here.reasons if reason.startswith(LARGE_INPUTS))
