@@ -40,6 +40,8 @@ RECORD_FILE = "estimates.jsonl"
 MAY_BE_INFINITE, INFINITE = ("rhat",), "inf"
 """What says something where it is infinite (chains that stand still, apart from each other), and how JSON has it."""
 TRACE_FOLDER = "traces"
+MUCH_SLOPE = 0.1
+"""Share of an estimate by which it may be less than at a minimum without a word."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +86,10 @@ class Estimate:
             (the loss is higher at steep weights). 0 where it is not seen.
         unsure_heat: Of what is taken off for the minibatches' noise (a part of ``step_bias``), in LLC units, what may
             be too much or too little: a third of it, less where the loss is nearly a square. It is in ``se``.
+        slope: How far ``w*`` is from a minimum, ``-nbeta/2 grad L_n(w*) . E[w - w*]`` in LLC units: by about as much
+            ``mean`` is less than it is at the minimum beside (:mod:`lightning_slt.sampling.slope`). 0 at one; NaN where
+            it was not measured. It is not in ``se``.
+        slope_se: Standard error of ``slope``.
         acceptance: Acceptance rate, for samplers that have one.
         finite_share: Share of chains whose every loss was finite.
         num_bad_chains: Chains left out: non-finite or diverged.
@@ -127,6 +133,8 @@ class Estimate:
     owed: float = 0.0
     lean: float = 0.0
     unsure_heat: float = 0.0
+    slope: float = math.nan
+    slope_se: float = math.nan
     acceptance: Optional[float] = None
     finite_share: float = 1.0
     num_bad_chains: int = 0
@@ -161,6 +169,13 @@ class Estimate:
         finite = math.isfinite(self.mean) and math.isfinite(self.init_loss)
         saddle = bool(self.reasons) and all(r.startswith(UNSETTLED) for r in self.reasons)
         return finite and (self.valid or saddle)
+
+    @property
+    def beside_minimum(self) -> bool:
+        """Whether ``mean`` is clearly less than at the minimum beside: by more than :data:`MUCH_SLOPE` of it, and more
+        than the errors would make of nothing."""
+        least = max(MUCH_SLOPE * abs(self.mean), self.se)
+        return self.slope > least and not self.slope <= 2 * self.slope_se
 
     @property
     def heat_share(self) -> float:
@@ -232,7 +247,8 @@ class Estimate:
 
     def __str__(self) -> str:
         where = f"step {self.step}: " if self.step is not None else ""
-        state = "" if self.valid else f"  NOT VALID: {'; '.join(self.reasons)}"
+        beside = f"  beside a minimum, at which it is about {self.slope:.2g} higher" if self.beside_minimum else ""
+        state = beside if self.valid else f"  NOT VALID: {'; '.join(self.reasons)}"
         return (
             f"{where}LLC {self.mean:.3g} ± {self.se:.2g}  (loss {self.init_loss:.4g}, R-hat {self.rhat:.2f}, "
             f"ESS {self.ess:.0f}, {self.num_chains} chains x {self.num_draws} draws){state}"

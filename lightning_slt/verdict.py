@@ -38,6 +38,7 @@ from lightning_slt.sampling.minibatch_heat import MAX_NOISE_HEAT, held_by_thermo
 from lightning_slt.sampling.readings import diverged, steepness_of, virial_readings
 from lightning_slt.sampling.rounding import misfit_of_rounding
 from lightning_slt.sampling.segment import Segment
+from lightning_slt.sampling.slope import slope_of
 from lightning_slt.sampling.sums import misfit_of_sum
 
 MAX_ROUNDING = 0.1
@@ -163,6 +164,7 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
     standing = acceptance is not None and acceptance < MIN_ACCEPTANCE
     downhill = tuple(_reasons_of_descent(cooled.trace[good], ratios, summary, digit))
     of_width = tuple(_reasons_of_width(ratios, cooled, summary, drawn, chains, standing or bool(downhill)))
+    slope = slope_of(chains, drawn, good)  # first: a look along lines may use up the memory of a chain
     looked = look_along_lines(chains, drawn, good)
     verdict = (
         *of_data,
@@ -202,6 +204,8 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
         owed=owed,
         lean=cooled.lean,
         unsure_heat=cooled.unsure,
+        slope=slope.mean,
+        slope_se=slope.se,
         finite_share=float(segment.finite.double().mean()),
         num_bad_chains=int((~summary.good).sum()),
         num_chains=chains.num_chains,

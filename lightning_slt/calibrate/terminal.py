@@ -91,6 +91,7 @@ def _diagnostics(found: Calibration) -> Rows:
         ("owed", _part_of_error(e.owed, "for directions that the chains have not reached", e)),
         ("lean", _part_of_error(abs(e.lean), "for chains that keep away from steep weights", e)),
         ("unsure heat", _part_of_error(e.unsure_heat, "for how much of the minibatches' heat reaches the loss", e)),
+        ("slope", _slope(e)),
     ]
     if e.num_bad_chains:
         rows.append(("left out", f"{e.num_bad_chains} of {count_of(e.num_chains, 'chain')}"))
@@ -102,6 +103,12 @@ def _heat(found: Calibration) -> str:
     if math.isnan(share):
         return "not known: the estimate is not above zero"
     return f"{share:.1%} of the estimate, taken off"
+
+
+def _slope(estimate: Estimate) -> str:
+    if math.isnan(estimate.slope):
+        return "not measured"
+    return f"{with_error(estimate.slope, estimate.slope_se)} more at the minimum beside these weights; 0 at one"
 
 
 def _part_of_error(part: float, what: str, estimate: Estimate) -> str:

@@ -14,7 +14,7 @@ from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.schedule import Schedule, steps_of_run
 from lightning_slt.callbacks.turns import Ahead
 from lightning_slt.influence_record import InfluenceEstimate
-from lightning_slt.publish.diagnoses import invalid_sentence, kinds_of
+from lightning_slt.publish.diagnoses import beside_sentence, invalid_sentence, kinds_of
 from lightning_slt.publish.phrases import count_of, number
 from lightning_slt.publish.sink import RunCost
 from lightning_slt.publish.words import cost_words, duration
@@ -58,8 +58,8 @@ def say_how(voice: Voice, step: int, estimate: Estimate, influence: Optional[Inf
         warn(f"{voice.who}: {len(influence.dropped)} samples are left out of influence: {named}")
 
 
-def say_why_not(voice: Voice, estimate: Estimate, step_given: bool) -> None:
-    """Why an estimate is not valid: each kind of reason once in a run.
+def say_how_far(voice: Voice, estimate: Estimate, step_given: bool) -> None:
+    """Why an estimate is not valid, each kind of reason once in a run; or, once, that it is of weights at no minimum.
 
     Args:
         voice: of the monitor.
@@ -67,6 +67,8 @@ def say_why_not(voice: Voice, estimate: Estimate, step_given: bool) -> None:
         step_given: whether ``lr`` or ``num_burnin_steps`` was.
     """
     if estimate.valid:
+        if estimate.beside_minimum and voice.first("beside a minimum"):
+            rank_zero_info(f"{voice.who}: {beside_sentence(estimate)}")
         return
     kinds = kinds_of(estimate)
     fresh = {kind for kind in dict.fromkeys(kinds) if voice.first(f"not valid: {kind}")}
@@ -175,9 +177,9 @@ __all__ = [
     "say_all_failed",
     "say_cost",
     "say_how",
+    "say_how_far",
     "say_what_is_due",
     "say_when_first",
-    "say_why_not",
     "warn_if_large",
     "warn_of_no_influence",
     "warn_of_no_step",

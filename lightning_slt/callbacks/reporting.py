@@ -17,7 +17,7 @@ from lightning_slt.callbacks.data.samples import ProbedSamples
 from lightning_slt.callbacks.folder import claim, fresh, give_back, restore_record, run_folder
 from lightning_slt.callbacks.history import History
 from lightning_slt.callbacks.listener import EstimateListener
-from lightning_slt.callbacks.remarks import say_all_failed, say_cost, say_why_not, warn_of_other_weights
+from lightning_slt.callbacks.remarks import say_all_failed, say_cost, say_how_far, warn_of_other_weights
 from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.susceptibilities import publish, restore_susceptibilities
 from lightning_slt.influence_record import InfluenceEstimate
@@ -201,7 +201,7 @@ class Reporting:
             warn_of_other_weights(self._voice, estimate, before=estimates[-1].num_weights)
         estimates.append(estimate)
         if not is_smoke_test(trainer):  # the few draws of one are never valid
-            say_why_not(self._voice, estimate, self._asked.step_given)
+            say_how_far(self._voice, estimate, self._asked.step_given)
         self.show(trainer)
         if self._publisher is not None:
             self._publisher.estimate(estimate)

@@ -39,6 +39,7 @@ _OF_GIVEN_STEP = "Leave both lr and num_burnin_steps to calibration, or give a s
 # calibration holds the heat against the scatter of the chains, where that is more than the LLC
 _OF_FOUND_STEP = "An LLC near zero is usual early in training, and at any other a smaller lr helps."
 _USUAL = "Usual early in training, at a saddle, while the learning rate is large, and under strong weight decay."
+_BESIDE = "Usual early in training, while the learning rate is large, and under weight decay."
 
 _REASONS: tuple[tuple[str, str, str], ...] = (
     (NEGATIVE, "chains ran downhill: the weights were at no minimum", _USUAL),
@@ -135,6 +136,9 @@ def diagnosis(estimate: Estimate) -> list[Remark]:
         remarks.append(Remark("bad", reason_words(reason), steps))
     if not estimate.valid and not remarks:
         remarks.append(Remark("bad", "not valid; no reason was recorded", steps))
+    if estimate.valid and estimate.beside_minimum:
+        higher = f"at which the LLC is about {number(estimate.slope, 2)} higher"
+        remarks.append(Remark("note", f"the weights were beside a minimum, {higher}", steps))
     return remarks
 
 
@@ -227,6 +231,13 @@ def _asks_for_draws(reason: str) -> bool:
     return reason.startswith(NOT_ARRIVED) and "more draws" in reason
 
 
+def beside_sentence(estimate: Estimate) -> str:
+    """One valid estimate of weights that are at no minimum, in a line of the log."""
+    found = f"LLC {with_error(estimate.mean, estimate.se)}"
+    higher = f"at which it would be about {number(estimate.slope, 2)} higher"
+    return f"{_labelled(estimate)}{found} is of weights beside a minimum, {higher}. {_BESIDE}"
+
+
 def outcome_of(estimates: Sequence[Estimate]) -> str:
     """How many there are of a run, how many of them are valid, and the last of these; else why the last one is not."""
     count, valid = count_of(len(estimates), "estimate"), [e for e in estimates if e.valid]
@@ -283,7 +294,22 @@ def diagnostics(estimates: Sequence[Estimate], step_given: Optional[bool] = None
         elif advice:
             advice = _advice(wordings[words, advice], [estimates[place] for place in places], step_given)
         found.append(Remark("bad", f"{text} {advice}".strip(), steps))
-    return found
+    return [*found, *_beside_minima(estimates)]
+
+
+def _beside_minima(estimates: Sequence[Estimate]) -> list[Remark]:
+    """Of the valid ones whose weights are at no minimum, together."""
+    places = [place for place, e in enumerate(estimates) if e.valid and e.beside_minimum]
+    if not places:
+        return []
+    steps = tuple(step for place in places if (step := estimates[place].step) is not None)
+    most = number(max(estimates[place].slope for place in places), 2)
+    many = f"{count_of(len(places), 'estimate')}: " if len(places) > 1 else ""
+    higher = f"by about {most}{' at the most' if len(places) > 1 else ''}"
+    text = (
+        f"The weights were beside a minimum ({many}{_where(estimates, places)}), at which the LLC is higher: {higher}."
+    )
+    return [Remark("note", f"{text} {_BESIDE}", steps)]
 
 
 def _is_decided(estimate: Estimate) -> bool:
@@ -340,6 +366,6 @@ def verdict_sentence(estimate: Estimate) -> str:
     text = f"{at_step(estimate)}: LLC {with_error(estimate.mean, estimate.se)}, loss {number(estimate.init_loss)}"
     remarks = diagnosis(estimate)
     if estimate.valid:
-        note = f"; {remarks[0].text}" if remarks else ""
+        note = "".join(f"; {remark.text}" for remark in remarks)
         return f"{text}. Valid: R-hat {number(estimate.rhat)}, worth {number(estimate.ess)} independent draws{note}."
     return f"{text}. Not valid: {'; '.join(r.text for r in remarks)}."

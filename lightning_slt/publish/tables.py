@@ -32,6 +32,7 @@ HISTORY_COLUMNS: tuple[str, ...] = (
     "owed",
     "lean",
     "unsure_heat",
+    "slope",
     "virial",
     "seconds",
     "overhead_frac",
@@ -90,7 +91,7 @@ def history_row(estimate: Estimate) -> list[Any]:
     e = estimate
     row = [e.step, e.x, e.epoch, e.mean, e.se, e.rhat, e.ess, e.valid, "; ".join(e.reasons), e.num_bad_chains]
     row += [e.init_loss, e.chain_loss, e.nbeta, e.localization, e.step_size, e.step_bias]
-    row += [e.owed, e.lean, e.unsure_heat, e.virial, e.seconds, e.overhead]
+    row += [e.owed, e.lean, e.unsure_heat, e.slope, e.virial, e.seconds, e.overhead]
     return [plain(value) for value in row]
 
 

@@ -174,6 +174,16 @@ class Chains:
         """The minibatches that the chains see next: one that has passed by would be read anew."""
         return self.source.window(self._window_index)
 
+    @property
+    def has_window(self) -> bool:
+        """Whether those have been read; of data that passes by, new ones may be next."""
+        return self.source.resident or self._window_used > 0 or self._window_index == 0
+
+    @property
+    def calls_a_step(self) -> int:
+        """How often the engine is asked, for a step of all chains of this rank."""
+        return math.ceil(len(self.numbers) / self._engine.width)
+
     @contextmanager
     def line(self, row: int, put_back: bool = True) -> Iterator[Callable[[float], tuple[float, float]]]:
         """The loss of one minibatch on the line from ``w*`` to where the chain of ``row`` is, and its slope along it,
@@ -196,8 +206,8 @@ class Chains:
             if self.objective.draws:
                 seed_globals(derive_seed(self.seed, STEP, batch))
             gradients.bind(point)
-            loss, slope = gradients.derivative(direction, lambda: self._engine(window, at))
-            return float(loss), slope
+            loss, slope = gradients.products([direction], lambda: self._engine(window, at))
+            return float(loss), float(slope[0])
 
         direction.sub_(anchor)
         try:
@@ -207,6 +217,32 @@ class Chains:
             direction.add_(anchor)
             if kept is not None:
                 point.copy_(kept)
+
+    def slopes(self, most: int) -> tuple[Tensor, Tensor]:
+        """How the loss rises at ``w*`` towards where each chain is, on up to ``most`` minibatches of the window, evenly
+        spaced.
+
+        Returns:
+            ``[own chains, batches]`` float64, ``grad L_B(w*) . (w - w*)``; and what each of these minibatches weighs,
+            ``[batches]``, 1 in the mean over the window.
+        """
+        window, anchor = self.window, self.objective.anchor
+        at = self._state.tensors.get("accepted_weights", self.weights)
+        wanted = torch.linspace(0, len(window) - 1, min(most, len(window))).round().long()
+        batches = measure_anchor(self.objective, window, wanted).unique()
+        gradients, rows = self._gradients(1), []
+        gradients.bind(anchor.unsqueeze(0))
+        try:
+            for batch in batches.tolist():
+                if self.objective.draws:
+                    seed_globals(derive_seed(self.seed, STEP, batch))
+                step = torch.tensor([batch])
+                _, found = gradients.products([anchor, *at], lambda step=step: self._engine(window, step))  # type: ignore[misc]
+                rows.append(found[1:] - found[0])
+        finally:
+            self._engine.release()
+        shares = torch.ones(len(batches)) if window.shares is None else window.shares[batches] * len(window)
+        return torch.stack(rows, dim=1), shares.double()
 
     def reseed(self, part: int) -> None:
         """Start the random numbers of every chain anew, those of part ``part`` of the run."""

@@ -64,9 +64,9 @@ class Gradients(Protocol):
     def put_back(self, again: Callable[[], object]) -> None:
         """Have those of the first there after :meth:`apart`, come what may."""
 
-    def derivative(self, direction: Tensor, step: Callable[[], Tensor]) -> tuple[Tensor, float]:
-        """What a step of one chain returns, and the inner product of its gradient with ``direction`` ``[d]``; none need
-        be there after it."""
+    def products(self, vectors: Sequence[Tensor], step: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """What a step of one chain returns, and the inner products ``[k]`` float64, on the CPU, of its gradient with k
+        vectors ``[d]``; none need be there after it."""
 
 
 class WholeGradients:
@@ -108,9 +108,9 @@ class WholeGradients:
             again()
         self._kept = None
 
-    def derivative(self, direction: Tensor, step: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    def products(self, vectors: Sequence[Tensor], step: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         loss = step()
-        return loss, self._layout.dot(self._memory[0], direction)
+        return loss, torch.tensor([self._layout.dot(self._memory[0], v) for v in vectors], dtype=torch.float64)
 
 
 class GradientsInParts:
@@ -189,15 +189,17 @@ class GradientsInParts:
     def put_back(self, again: Callable[[], object]) -> None:
         again()
 
-    def derivative(self, direction: Tensor, step: Callable[[], Tensor]) -> tuple[Tensor, float]:
-        pieces, total = direction.split(self._sizes), torch.zeros((), dtype=torch.float64)
+    def products(self, vectors: Sequence[Tensor], step: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        pieces = [vector.split(self._sizes) for vector in vectors]
+        totals = self._scratch.new_zeros(len(pieces), dtype=torch.float64)
         loss: list[Tensor] = []
 
         def add(parameter: int, grad: Tensor) -> None:
-            total.add_(torch.dot(flat(grad).to(self._dtype), pieces[parameter]))
+            own = flat(grad).to(self._dtype)
+            totals.add_(torch.stack([torch.dot(own, piece[parameter]) for piece in pieces]))
 
         self._engine.hand_over(lambda: loss.append(step()), add)
-        return loss[0], float(total)
+        return loss[0], totals.cpu()
 
     def _square_between(self, a: Tensor, b: Tensor | None) -> Tensor:
         """Piece by piece: a difference of all would be as large as they are."""

@@ -30,6 +30,8 @@ def made(estimate: dict[str, Any] | None = None, **changes: Any) -> Calibration:
         "method_reason": "batched would be 1.07 times as fast, which is no gain",
         "owed": 0.3,
         "unsure_heat": 0.1,
+        "slope": 0.42,
+        "slope_se": 0.05,
     }
     found = make_estimate(**{**fields, **(estimate or {})})
     given = {"module": "m:M", "data": "m:d"}
@@ -62,6 +64,7 @@ def test_every_number_is_told() -> None:
     assert said["lean"] == "nothing"
     whole = "0.100 for how much of the minibatches' heat reaches the loss, 4% of the squared error"
     assert said["unsure heat"] == whole
+    assert said["slope"] == "0.42 ± 0.05 more at the minimum beside these weights; 0 at one"
     assert said["first firing"] == "2 s, 4 chains of 270 steps"
     assert said["second firing"] == "1 s, 4 chains of 125 steps, from the chains of the first: LLC 9.4 ± 0.5"
     assert said["training step"] == "0.01 s, forward and backward of 50 samples"

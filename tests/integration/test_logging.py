@@ -412,3 +412,23 @@ def test_each_kind_of_reason_why_an_estimate_is_not_valid_is_said_once(
         "draws (num_draws) give them time. More draws (num_draws) or chains (num_chains) help.",
     ]
     assert "SLTMonitor: 4 estimates, 1 valid; step 4: LLC −16 ± 2, in " in caplog.records[-1].getMessage()
+
+
+def test_that_valid_numbers_are_of_weights_beside_a_minimum_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slopes = {2: 0.5, 4: 4.0, 6: 3.0}
+    measure = InsideFirings.measure
+
+    def judged(self: InsideFirings, moment: Moment, *args: Any) -> Any:
+        found, influence = measure(self, moment, *args)
+        judged = {"mean": 16.0, "se": 0.6, "valid": True, "reasons": (), "slope": slopes[moment.step], "slope_se": 0.2}
+        return found.replace(**judged), influence
+
+    monkeypatch.setattr(InsideFirings, "measure", judged)
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        Scenario(Net, loaders).run(tmp_path, tiny_monitor(at_steps=list(slopes)))
+    assert [r.getMessage() for r in caplog.records if "minimum" in r.getMessage()] == [
+        "SLTMonitor: step 4: LLC 16.0 ± 0.6 is of weights beside a minimum, at which it would be about 4.0 higher. "
+        "Usual early in training, while the learning rate is large, and under weight decay."
+    ]

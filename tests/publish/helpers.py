@@ -54,6 +54,8 @@ def make_estimate(
         "step_size": 1e-4,
         "step_bias": 0.125,
         "virial": 0.96875,
+        "slope": 0.0625,
+        "slope_se": 0.015625,
         "finite_share": 1.0 - bad_chains / num_chains,
         "num_bad_chains": bad_chains,
         "num_chains": num_chains,

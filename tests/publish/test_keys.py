@@ -11,7 +11,7 @@ from tests.publish.helpers import make_estimate
 def test_a_complete_estimate_gives_every_key_and_no_other():
     metrics = metrics_of(make_estimate(acceptance=0.5))
     assert set(metrics) == {f"slt/{name}" for name in METRIC_NAMES}
-    assert len(metrics) == 25
+    assert len(metrics) == 26
     assert set(metrics) - set(metrics_of(make_estimate())) == {"slt/diag/acceptance"}
     assert all(re.fullmatch(r"[a-z0-9_]+(/[a-z0-9_]+)*", key) for key in metrics)
 
@@ -50,6 +50,7 @@ def test_no_two_keys_are_of_one_number():
         "diag/owed": "owed",
         "diag/lean": "lean",
         "diag/unsure_heat": "unsure_heat",
+        "diag/slope": "slope",
         "diag/acceptance": "acceptance",
         "loss/anchor": "init_loss",
         "loss/chain_mean": "chain_loss",

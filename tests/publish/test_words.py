@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from lightning_slt.publish import RunPublisher
-from lightning_slt.publish.diagnoses import diagnostics, invalid_sentence, kind_of_reason, outcome_of, reason_words
+from lightning_slt.publish.diagnoses import (
+    diagnostics,
+    invalid_sentence,
+    kind_of_reason,
+    outcome_of,
+    reason_words,
+    verdict_sentence,
+)
 from lightning_slt.publish.phrases import with_error
 from lightning_slt.publish.run import load_run
 from lightning_slt.publish.sink import RunCost
@@ -33,6 +40,28 @@ def test_estimates_that_suffer_from_the_same_are_one_remark_however_many_reasons
     [remark] = diagnostics(estimates)
     assert remark.steps == (10, 20, 40)
     assert remark.text.startswith("Chains disagree with each other (3 estimates: steps 10 to 20 and 40).")
+
+
+def test_valid_estimates_of_weights_beside_a_minimum_are_one_note():
+    """Of those that are not valid the reason is said."""
+    beside = {"slope": 4.25, "slope_se": 0.6}
+    estimates = [
+        make_estimate(step=10, reasons=(DOWNHILL,), **beside),
+        make_estimate(step=20, **beside),
+        make_estimate(step=30, slope=2.0, slope_se=0.1),
+        make_estimate(step=40),
+    ]
+    downhill, note = diagnostics(estimates)
+    assert downhill.level == "bad" and downhill.steps == (10,)
+    assert (note.level, note.steps) == ("note", (20, 30))
+    assert note.text == (
+        "The weights were beside a minimum (2 estimates: steps 20 to 30), at which the LLC is higher: by about 4.2 at "
+        "the most. Usual early in training, while the learning rate is large, and under weight decay."
+    )
+    [alone] = diagnostics(estimates[2:])
+    assert "(step 30), at which the LLC is higher: by about 2.0. Usual" in alone.text
+    said = verdict_sentence(estimates[1])
+    assert said.endswith("; the weights were beside a minimum, at which the LLC is about 4.2 higher.")
 
 
 def test_the_diagnostics_of_a_long_run_take_time_in_proportion_to_it():
