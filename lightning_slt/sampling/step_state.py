@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric, MetricCollection
 
 from lightning_slt.sampling.belongings import (
@@ -68,8 +69,12 @@ class StepState:
             owner = originals.get(place[0])
             if owner is None:
                 continue
+            value = vars(owner).get(place[1], _ABSENT)
+            # such as a hidden state that the step detaches when it goes on from it
+            outputs = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+            known = memo | {id(_ABSENT): _ABSENT} | {id(output): output.detach().clone() for output in outputs}
             try:
-                self._values[place] = copy.deepcopy(vars(owner).get(place[1], _ABSENT), {**memo, id(_ABSENT): _ABSENT})
+                self._values[place] = copy.deepcopy(value, known)
             except Exception as error:
                 log.debug(f"{'.'.join(place)} is not put back: {type(error).__name__}: {error}")
         self._drawn_from = {place for place, value in self._values.items() if generators_in(value)}
