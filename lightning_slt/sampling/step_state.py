@@ -68,8 +68,12 @@ class StepState:
             owner = originals.get(place[0])
             if owner is None:
                 continue
+            value = vars(owner).get(place[1], _ABSENT)
+            # such as a hidden state that the step detaches when it goes on from it
+            outputs = {id(output): output.detach().clone() for output in _outputs_in(value, MAX_DEPTH, set(memo))}
+            known = {**memo, id(_ABSENT): _ABSENT, **outputs}
             try:
-                self._values[place] = copy.deepcopy(vars(owner).get(place[1], _ABSENT), {**memo, id(_ABSENT): _ABSENT})
+                self._values[place] = copy.deepcopy(value, known)
             except Exception as error:
                 log.debug(f"{'.'.join(place)} is not put back: {type(error).__name__}: {error}")
         self._drawn_from = {place for place, value in self._values.items() if generators_in(value)}
@@ -164,6 +168,23 @@ def _print_of(value: Any, depth: int, known: set[int]) -> Any:
     if members is None:
         return id(value)
     return id(value), len(members), tuple(_print_of(member, depth - 1, known) for member in members[:MAX_ITEMS])
+
+
+def _outputs_in(value: Any, depth: int, seen: set[int]) -> list[Tensor]:
+    """The tensors that have a graph, of which deepcopy makes no copy."""
+    if id(value) in seen:
+        return []
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        return [value] if value.grad_fn is not None else []
+    members: list[Any] = []
+    if depth and isinstance(value, dict):
+        members = list(value.values())
+    elif depth and isinstance(value, (list, tuple, set, deque)):
+        members = list(value)
+    elif depth and is_users(value):
+        members = list(attributes_of(value).values())
+    return [output for member in members for output in _outputs_in(member, depth - 1, seen)]
 
 
 def _held_by(hidden: nn.Module, known: set[int]) -> list[Any]:

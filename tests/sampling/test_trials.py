@@ -103,6 +103,29 @@ def test_attributes_that_a_step_changes_are_put_back_from_there_on() -> None:
     assert len({float(found.loss(module, BATCH)) for _ in range(3)}) == 1
 
 
+class Memory:
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+@pytest.mark.parametrize("keep", [lambda h: h, lambda h: (h, [2 * h]), Memory], ids=["tensor", "tuple", "object"])
+def test_a_hidden_state_that_has_a_graph_is_put_back(keep: Callable[[Tensor], Any]) -> None:
+    def loss(module: Any, batch: Tensor) -> Tensor:
+        kept = module.seen
+        before = kept.hidden if isinstance(kept, Memory) else kept[0] if isinstance(kept, tuple) else kept
+        hidden = module(batch) + 0.5 * before.detach()
+        module.seen = keep(hidden)
+        return hidden.mean()
+
+    live = Net()
+    live.seen = keep(live(BATCH))
+    module, call = shadow_copy(live), StepCall(loss)
+    found = trials_of(live, module).watch(call).call
+    assert found.state is not None and found.state.names == ["seen"]
+    expected = 1.5 * float(mean(live, BATCH))
+    assert [float(found.loss(module, BATCH)) for _ in range(3)] == pytest.approx([expected] * 3)
+
+
 def counting(module: Any, batch: Tensor) -> Tensor:
     module.calls += 1
     return mean(module, batch) * module.calls
