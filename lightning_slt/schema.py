@@ -137,6 +137,8 @@ def _explain(error: OmegaConfBaseException, given: DictConfig, schema: type[Any]
         pass  # what is wrong with it is said, and no value is known
     elif owner is not None and is_list(owner, last) and not isinstance(value, (list, tuple)):
         what = "expected a list"
+    elif isinstance(value, Mapping) and "." in str(value.get("class_path")):
+        what = "expected a name, write it as {}:{}".format(*value["class_path"].rsplit(".", 1))
     if owner is None:
         return f"{full_key}={value!r}: {what}."
     if isinstance(error, MissingMandatoryValue):

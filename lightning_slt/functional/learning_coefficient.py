@@ -105,7 +105,8 @@ def summarise(trace: Tensor, diverged: Tensor | None = None) -> Summary:
         said = f"its error is not known: one chain of {kept.shape[1]} draws (4 at the least)"
         verdict.append(Reason(Kind.TOO_FEW_DRAWS, said))
     elif math.isnan(r):
-        said = f"{kept.shape[1]} draws of a chain do not show whether the chains have mixed (4 at the least)"
+        few = "1 draw of a chain does" if kept.shape[1] == 1 else f"{kept.shape[1]} draws of a chain do"
+        said = f"{few} not show whether the chains have mixed (4 at the least)"
         verdict.append(Reason(Kind.TOO_FEW_DRAWS, said))
     tolerance = max(MAX_RELATIVE_ERROR * abs(mean), MAX_RELATIVE_ERROR)
     if r > MAX_RHAT and se > tolerance / 2:

@@ -139,9 +139,10 @@ def look_along_lines(chains: Chains, drawn: Drawn, good: Tensor) -> Looked:
     cancels = abs(rise - seen) < missed * abs(rise)
     between = f" ({missed:.0%} of the ups and downs on the way are missed)" if cancels else ""
     said = (
-        f"the loss rises from w* to the chains by {rise:.2g}, and its gradient says {seen:.2g}{between}: it is not "
-        "that of the loss (int(), round(), detach(), argmax() or topk() as in routing, an autograd.Function in the "
-        "module, parametrizations.orthogonal with orthogonal_map='householder'). Leave such weights out with restrict, "
+        f"the loss changes from w* to the chains by {rise:.2g}, and its gradient says {seen:.2g}{between}: it is not "
+        "that of the loss (int(), round(), detach(), argmax() or topk() as in routing, samples drawn by these weights "
+        "as in REINFORCE, an autograd.Function in the module, parametrizations.orthogonal with "
+        "orthogonal_map='householder'). Leave such weights out with restrict, "
         "or give a loss_fn(module, batch) whose gradient is its own"
     )
     return Looked((said,))

@@ -157,8 +157,9 @@ def test_a_short_trace_has_a_mean_and_does_not_raise() -> None:
 def test_draws_too_few_to_show_mixing_are_not_valid(draws: int) -> None:
     s = summarise(trace_of()[:, :draws])
     assert math.isfinite(s.se) and not s.valid
-    assert f"{draws} draws of a chain do not show whether the chains have mixed" in "; ".join(s.reasons)
-    assert "do not show" not in "; ".join(summarise(trace_of()[:, :4]).reasons)
+    few = "1 draw of a chain does" if draws == 1 else f"{draws} draws of a chain do"
+    assert f"{few} not show whether the chains have mixed" in "; ".join(s.reasons)
+    assert "not show" not in "; ".join(summarise(trace_of()[:, :4]).reasons)
 
 
 def test_without_an_error_nothing_is_beyond_it() -> None:

@@ -67,6 +67,14 @@ def test_half_a_name_is_refused(name: str) -> None:
         find(name, "data")
 
 
+def test_a_class_path_as_the_cli_of_lightning_has_it_is_told_how_to_be_written() -> None:
+    given = {"module": {"class_path": "proj.nets.Net", "init_args": {"width": 3}}, "data": "proj:data"}
+    with pytest.raises(
+        ValueError, match=r"^module=\{.*\}: expected a name, write it as proj.nets:Net\. SweepConfig has "
+    ):
+        load(given, schema=SweepConfig)
+
+
 def test_what_cannot_be_called_is_named() -> None:
     with pytest.raises(ValueError, match=r"loss_fn='math:pi': is a float, and no function or class to call\."):
         find("math:pi", "loss_fn")
