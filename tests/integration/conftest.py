@@ -9,9 +9,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from lightning_slt.callbacks import clock as clock_module
 from lightning_slt.publish import publisher
 from tests.integration import models
 from tests.integration.harness import FIGURES
+from tests.integration.timed import Clock, Timed
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -68,3 +70,12 @@ def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def pictures() -> None:
     """Asks for the pictures of each estimate to be drawn."""
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """What the monitor and :class:`Timed` have for a clock."""
+    clock = Clock()
+    monkeypatch.setattr(clock_module, "time", clock)
+    monkeypatch.setattr(Timed, "clock", clock)
+    return clock
