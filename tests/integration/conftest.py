@@ -17,14 +17,13 @@ from tests.integration.timed import Clock, Timed
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Ranks run while the other worker of xdist is busy elsewhere: one test of each file first, and those that start
-    ranks themselves; the rest last."""
+    """Ranks run while the other worker of xdist is busy elsewhere: one test of each file first, the rest last."""
     first, last, others = [], [], []
     for item in items:
         name = item.path.name
         if name not in ("test_ddp.py", "test_fsdp.py"):
             others.append(item)
-        elif "spawned" in item.fixturenames or not any(name == other.path.name for other in first):  # type: ignore[attr-defined]
+        elif not any(name == other.path.name for other in first):
             first.append(item)
         else:
             last.append(item)

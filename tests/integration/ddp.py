@@ -385,9 +385,9 @@ FOUR = (
     "two_chains",
     *ddp_samples.FOUR,
 )
-SPAWNED: tuple[tuple[str, int], ...] = (("spawn", 0), ("fork", 0))
+SPAWNED = ("spawn", "fork")
 RUNS: tuple[tuple[str, int], ...] = (
-    *((name, 2) for name in SCENARIOS if (name, 0) not in SPAWNED),
+    *((name, 0 if name in SPAWNED else 2) for name in SCENARIOS),
     *((name, 1) for name in ALONE),
     *((name, 4) for name in FOUR),
 )
