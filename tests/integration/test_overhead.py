@@ -153,15 +153,15 @@ def saving(folder: Path, steps: int) -> Callable[[], dict[str, Any]]:
 
 def test_resume_keeps_the_ledger_and_not_the_time_between(clock: Clock, tmp_path: Path) -> None:
     whole, first, again = budgeted(), budgeted(), budgeted()
-    Scenario(Timed, loaders, saving(tmp_path / "whole", 300)).run(tmp_path, whole)
-    Scenario(Timed, loaders, saving(tmp_path / "first", 150)).run(tmp_path, first)
+    Scenario(Timed, loaders, saving(tmp_path / "whole", 300), watched=False).run(tmp_path, whole)
+    Scenario(Timed, loaders, saving(tmp_path / "first", 150), watched=False).run(tmp_path, first)
     path = tmp_path / "first" / "step=120.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     (state,) = [v for k, v in checkpoint["callbacks"].items() if "SLTMonitor" in k]
     assert state["budget"]["trained"] == 120.0 and len(state["budget"]["costs"]) == len(state["estimates"]) > 0
 
     clock.now += 1e7
-    Scenario(Timed, loaders, saving(tmp_path / "again", 300)).run(tmp_path, again, ckpt_path=str(path))
+    Scenario(Timed, loaders, saving(tmp_path / "again", 300), watched=False).run(tmp_path, again, ckpt_path=str(path))
     before = [step for step in steps_of(whole) if step is not None and step <= 120]
     assert steps_of(again)[: len(before)] == before
     # it asks at other steps than the run that was not cut off, and finds the credit a step or two sooner or later

@@ -41,7 +41,7 @@ def budgeted(max_overhead: float = 0.2, **changes: Any) -> SLTMonitor:
 
 
 def scenario(steps: int, **trainer: Any) -> Scenario:
-    return Scenario(Timed, loaders, lambda: {"max_epochs": -1, "max_steps": steps, **trainer})
+    return Scenario(Timed, loaders, lambda: {"max_epochs": -1, "max_steps": steps, **trainer}, watched=False)
 
 
 def said(run: Callable[[], object]) -> list[str]:
