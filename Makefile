@@ -50,8 +50,8 @@ test-oldest:
 OLDEST_TESTS := tests/callbacks tests/functional tests/measures tests/testing tests/test_estimate.py \
 	tests/test_estimate_traps.py tests/test_config.py tests/sampling/test_engines.py \
 	$(foreach name,background background_killed background_queue bad_input data data_anew data_batches \
-	influence influence_failures influence_runs influence_samples loggers overhead private_copy step_state \
-	step_surroundings steps undisturbed,tests/integration/test_$(name).py)
+	influence influence_failures influence_runs influence_samples loggers overhead overhead_said private_copy \
+	step_state step_surroundings steps undisturbed,tests/integration/test_$(name).py)
 
 # the newest versions there are, whatever constraints.txt says (a GPU build of torch, 5 GB, where the index has no other)
 NEWEST ?= .venv-newest

@@ -9,20 +9,21 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from lightning_slt.callbacks import clock as clock_module
 from lightning_slt.publish import publisher
 from tests.integration import models
 from tests.integration.harness import FIGURES
+from tests.integration.timed import Clock, Timed
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Ranks run while the other worker of xdist is busy elsewhere: one test of each file first, and those that start
-    ranks themselves; the rest last."""
+    """Ranks run while the other worker of xdist is busy elsewhere: one test of each file first, the rest last."""
     first, last, others = [], [], []
     for item in items:
         name = item.path.name
         if name not in ("test_ddp.py", "test_fsdp.py"):
             others.append(item)
-        elif "spawned" in item.fixturenames or not any(name == other.path.name for other in first):  # type: ignore[attr-defined]
+        elif not any(name == other.path.name for other in first):
             first.append(item)
         else:
             last.append(item)
@@ -68,3 +69,12 @@ def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def pictures() -> None:
     """Asks for the pictures of each estimate to be drawn."""
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """What the monitor and :class:`Timed` have for a clock."""
+    clock = Clock()
+    monkeypatch.setattr(clock_module, "time", clock)
+    monkeypatch.setattr(Timed, "clock", clock)
+    return clock

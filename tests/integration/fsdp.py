@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from lightning_slt import LeimkuhlerMatthews, RMSpropSGLD, SLTMonitor, TransitionMonitor
 from lightning_slt.callbacks import distribution
+from lightning_slt.sampling import calibration
 from tests.integration import models
 from tests.integration.ddp_parts import Firing, Unreadable
 from tests.integration.harness import Scenario, TrainingTrace, assert_same, tiny_monitor
@@ -100,10 +101,14 @@ def said(monitor: SLTMonitor, trace: TrainingTrace, **more: Any) -> Result:
     }
 
 
+SHORT = 8
+"""Draws where what is particular about a scenario is there at each step: those of :func:`fixed_step` are more."""
+
+
 def _held(
     folder: Path, world: int, make: Callable[[], Any] = Held, trainer: dict[str, Any] | None = None, **settings: Any
 ) -> Result:
-    monitor = tiny_monitor(at_steps=[0], num_chains=3, num_draws=20, **settings)
+    monitor = tiny_monitor(**{"at_steps": [0], "num_chains": 3, "num_draws": 20, **settings})
     scenario = Scenario(make, loaders, shards_of(world, max_epochs=1, **(trainer or {})))
     return said(monitor, scenario.run(folder, monitor))
 
@@ -114,7 +119,7 @@ def fixed_step(folder: Path, world: int) -> Result:
 
 def restricted(folder: Path, world: int) -> Result:
     """Only the last layer moves; its gradients alone are computed."""
-    return _held(folder, world, restrict="net.4.*")
+    return _held(folder, world, restrict="net.4.*", num_draws=SHORT)
 
 
 def within_layers(folder: Path, world: int) -> Result:
@@ -123,7 +128,7 @@ def within_layers(folder: Path, world: int) -> Result:
     if world > 1:
         monitor = tiny_monitor(every_n_train_steps=2, restrict=restrict)
         Scenario(Sharded, loaders, shards_of(world)).assert_undisturbed(folder / "net", monitor)
-    return _held(folder / "held", world, restrict=restrict)
+    return _held(folder / "held", world, restrict=restrict, num_draws=SHORT)
 
 
 class Frozen(Held):
@@ -138,7 +143,7 @@ def frozen(folder: Path, world: int) -> Result:
     if world > 1:
         scenario = Scenario(Frozen, loaders, shards_of(world))
         scenario.assert_undisturbed(folder / "net", tiny_monitor(every_n_train_steps=2))
-    return _held(folder / "held", world, Frozen)
+    return _held(folder / "held", world, Frozen, num_draws=SHORT)
 
 
 def defaults(folder: Path, world: int) -> Result:
@@ -147,19 +152,26 @@ def defaults(folder: Path, world: int) -> Result:
     return said(monitor, Scenario(HeldInTwo, loaders, shards_of(world, max_epochs=1)).run(folder, monitor))
 
 
+def _short_search() -> None:
+    """A metric of a fifth of the steps: each rank's part has its moments from the first of them on."""
+    calibration.METRIC_ROUNDS = (5, 5, 10, 10)
+
+
 def preconditioned(folder: Path, world: int) -> Result:
     """A metric learnt from the gradients of the chains, each rank's part on that rank."""
-    return _held(folder, world, HeldInTwo, sampler=RMSpropSGLD(lr=1e-4), num_burnin_steps=24)
+    _short_search()
+    return _held(folder, world, HeldInTwo, sampler=RMSpropSGLD(lr=1e-4), num_burnin_steps=24, num_draws=SHORT)
 
 
 def shared_noise(folder: Path, world: int) -> Result:
     """Each rank's part of the noise of two steps."""
-    return _held(folder, world, sampler=LeimkuhlerMatthews(lr=1e-4))
+    return _held(folder, world, sampler=LeimkuhlerMatthews(lr=1e-4), num_draws=SHORT)
 
 
 def moments_of_the_optimiser(folder: Path, world: int) -> Result:
     """The metric begins as that of training's Adam, whose state is sharded as the weights are; some shards are
     empty."""
+    _short_search()
     # a seed whose chain does not run downhill: nothing would be kept of that one
     monitor = tiny_monitor(at_steps=[1], num_chains=1, sampler=RMSpropSGLD(lr=1e-4), seed=1)
     trace = Scenario(ShardedInTwo, loaders, shards_of(world, max_epochs=1)).assert_undisturbed(folder, monitor)
@@ -192,7 +204,7 @@ class Split(Plain):
 
 def tensor_parallel(folder: Path, world: int) -> Result:
     """Two ranks: tensor-parallel alone; four: sharded as well."""
-    return _held(folder, world, Split, {"tensor_parallel": 2} if world > 1 else {})
+    return _held(folder, world, Split, {"tensor_parallel": 2} if world > 1 else {}, num_draws=SHORT)
 
 
 def _precision(folder: Path, world: int, precision: Any, make: Any = Sharded, held: Any = Held) -> Result:
@@ -244,7 +256,7 @@ class Draws(Held):
 
 
 def draws(folder: Path, world: int) -> Result:
-    return _held(folder, world, Draws)
+    return _held(folder, world, Draws, num_draws=SHORT)
 
 
 class Policy(Plain):

@@ -84,6 +84,19 @@ def seed_everything(seed: int = SEED) -> None:
     random.seed(seed)
 
 
+class BatchesOnly(Fingerprint):
+    """The losses of the batches, and no copy of any other state: for long runs that are compared with nothing."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        pass
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        pass
+
+    def _training_state(self, *_: Any) -> dict[str, Any]:
+        return {}
+
+
 def run(
     make_trainer_kwargs: Callable[[], dict[str, Any]],
     make_module: Callable[[], Any],
@@ -91,6 +104,7 @@ def run(
     callbacks: Sequence[Callback],
     folder: Path,
     ckpt_path: Optional[str] = None,
+    watched: bool = True,
 ) -> TrainingTrace:
     """Train once from fixed seeds and keep what was seen.
 
@@ -101,8 +115,9 @@ def run(
         callbacks: those under test; they stand after those of ``make_trainer_kwargs``.
         folder: ``default_root_dir``.
         ckpt_path: resume from there.
+        watched: whether the state of training is copied at every batch.
     """
-    fingerprint, logger = Fingerprint(), RecordingLogger()
+    fingerprint, logger = Fingerprint() if watched else BatchesOnly(), RecordingLogger()
     seed_everything()
     kwargs = make_trainer_kwargs()
     others = kwargs.pop("callbacks", [])
@@ -123,17 +138,20 @@ class Scenario:
         module: makes the module (or a compiled one).
         data: makes the data arguments of ``Trainer.fit``.
         trainer: makes the arguments of the trainer.
+        watched: whether the state of training is copied at every batch, to be compared.
     """
 
     module: Callable[[], Any]
     data: Callable[[], dict[str, Any]]
     trainer: Callable[[], dict[str, Any]] = dict
+    watched: bool = True
 
     def run(self, folder: Path, *callbacks: Callback, **kwargs: Any) -> TrainingTrace:
-        return run(self.trainer, self.module, self.data, callbacks, folder, **kwargs)
+        return run(self.trainer, self.module, self.data, callbacks, folder, **{"watched": self.watched, **kwargs})
 
     def assert_undisturbed(self, folder: Path, *callbacks: Callback) -> TrainingTrace:
         """Train without and with ``callbacks``; everything must be the same. Gives the trace with them."""
+        assert self.watched
         without = self.run(folder / "without")
         with_monitor = self.run(folder / "with", *callbacks)
         assert without.num_batches > 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import gc
 import importlib
 import multiprocessing
 import os
@@ -173,6 +174,8 @@ def main() -> None:
     registry.entry_points = functools.cache(registry.entry_points)  # type: ignore[assignment]
     module, folder = importlib.import_module(f"tests.integration.{sys.argv[1]}"), Path(sys.argv[2])
     warm_up(module.SCENARIOS[module.ALONE[0]], folder / "warm_up")
+    gc.collect()
+    gc.freeze()  # or each rank's collector writes to, and so copies, every page that it has of this process
     for item in sys.argv[3:]:
         name, world = item.split(":")
         start = time.monotonic()

@@ -12,7 +12,7 @@ import torch
 from lightning_slt.influence_record import InfluenceEstimate, InfluenceRecord
 from lightning_slt.record import RECORD_FILE
 from lightning_slt.susceptibility_record import SusceptibilityEstimate, SusceptibilityRecord
-from tests.integration.ddp import RUNS, SPAWNED
+from tests.integration.ddp import RUNS
 from tests.integration.ranks import Results, assert_ranks_agree, estimates_of, launched_once, place, results_of
 
 TIMEOUT = 900.0
@@ -23,12 +23,6 @@ TIMEOUT = 900.0
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the ranks left their results."""
     return launched_once(tmp_path_factory, "ddp", "ddp", RUNS, TIMEOUT)
-
-
-@pytest.fixture(scope="session")
-def spawned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same where Lightning starts the ranks: slow, since each of them imports everything."""
-    return launched_once(tmp_path_factory, "ddp", "ddp_spawn", SPAWNED, TIMEOUT)
 
 
 def test_training_is_the_same_and_the_ranks_agree(folder: Path) -> None:
@@ -212,9 +206,9 @@ def test_the_first_rank_spends_the_budget_for_all(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["spawn", "fork"])
-def test_ranks_that_lightning_starts_return_metrics_and_leave_a_record(name: str, spawned: Path) -> None:
-    (result,) = results_of(spawned, name, 0)
-    records = list(place(spawned, name, 0).rglob(RECORD_FILE))
+def test_ranks_that_lightning_starts_return_metrics_and_leave_a_record(name: str, folder: Path) -> None:
+    (result,) = results_of(folder, name, 0)
+    records = list(place(folder, name, 0).rglob(RECORD_FILE))
     assert len(records) == 1
     assert len(records[0].read_text().splitlines()) == 3
     assert result["metrics"]["slt/llc/mean"] != 0.0

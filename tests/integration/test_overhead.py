@@ -14,54 +14,14 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_slt.callbacks import clock as clock_module
 from lightning_slt.callbacks.background.firings import BackgroundFirings, Late
 from lightning_slt.callbacks.background.pool import Result
 from lightning_slt.callbacks.overhead import CAP
 from lightning_slt.publish.run import load_run
 from lightning_slt.publish.words import cost_of
 from tests.integration.harness import RecordingLogger, Scenario, SLTMonitor, steps_of, tiny_monitor
-from tests.integration.models import Plain, loaders
-
-CHAIN_STEPS = 12
-"""Of the smallest chains: two of 2 + 4 steps."""
-
-
-class Clock:
-    """Stands in for the module ``time`` in the monitor; a batch and a chain-step take as long as is said."""
-
-    def __init__(self, batch: float = 1.0, chain_step: float = 1.0) -> None:
-        self.now, self.batch, self.chain_step = 1e6, batch, chain_step
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-class Timed(Plain):
-    """Moves the clock with each step of training and of a chain."""
-
-    clock = Clock()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        type(self).clock.now += type(self).clock.batch if self.training else type(self).clock.chain_step
-        return super().training_step(batch, batch_idx)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(clock_module, "time", clock)
-    monkeypatch.setattr(Timed, "clock", clock)
-    return clock
-
-
-def budgeted(max_overhead: float = 0.2, **changes: Any) -> SLTMonitor:
-    """The smallest chains; every step is a candidate where no cadence is given."""
-    return tiny_monitor(**{"every_n_train_steps": None, "max_overhead": max_overhead, **changes})
-
-
-def scenario(steps: int, **trainer: Any) -> Scenario:
-    return Scenario(Timed, loaders, lambda: {"max_epochs": -1, "max_steps": steps, **trainer})
+from tests.integration.models import loaders
+from tests.integration.timed import CHAIN_STEPS, Clock, Timed, budgeted, said, scenario
 
 
 def share(monitor: SLTMonitor) -> float:
@@ -193,15 +153,15 @@ def saving(folder: Path, steps: int) -> Callable[[], dict[str, Any]]:
 
 def test_resume_keeps_the_ledger_and_not_the_time_between(clock: Clock, tmp_path: Path) -> None:
     whole, first, again = budgeted(), budgeted(), budgeted()
-    Scenario(Timed, loaders, saving(tmp_path / "whole", 300)).run(tmp_path, whole)
-    Scenario(Timed, loaders, saving(tmp_path / "first", 150)).run(tmp_path, first)
+    Scenario(Timed, loaders, saving(tmp_path / "whole", 300), watched=False).run(tmp_path, whole)
+    Scenario(Timed, loaders, saving(tmp_path / "first", 150), watched=False).run(tmp_path, first)
     path = tmp_path / "first" / "step=120.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     (state,) = [v for k, v in checkpoint["callbacks"].items() if "SLTMonitor" in k]
     assert state["budget"]["trained"] == 120.0 and len(state["budget"]["costs"]) == len(state["estimates"]) > 0
 
     clock.now += 1e7
-    Scenario(Timed, loaders, saving(tmp_path / "again", 300)).run(tmp_path, again, ckpt_path=str(path))
+    Scenario(Timed, loaders, saving(tmp_path / "again", 300), watched=False).run(tmp_path, again, ckpt_path=str(path))
     before = [step for step in steps_of(whole) if step is not None and step <= 120]
     assert steps_of(again)[: len(before)] == before
     # it asks at other steps than the run that was not cut off, and finds the credit a step or two sooner or later
@@ -224,100 +184,6 @@ def test_a_checkpoint_of_before_there_was_a_budget(clock: Clock) -> None:
     assert monitor.estimates == []
 
 
-def test_the_clock_stops_between_two_fits(clock: Clock, tmp_path: Path) -> None:
-    monitor = budgeted()
-    trace = scenario(60).run(tmp_path, monitor)
-    clock.now += 1e7
-    assert monitor.state_dict()["run_seconds"] < 1e3
-    trace.trainer.fit_loop.epoch_loop.max_steps = 400
-    trace.trainer.fit(trace.module, **loaders())
-    assert 0.8 * 0.2 < share(monitor) <= 0.2
-
-
-# -------------------------------------------------------------------------------------------------------- what is said
-
-
-def said(run: Callable[[], object]) -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        run()
-    return [str(w.message) for w in caught if "max_overhead" in str(w.message)]
-
-
-def test_a_run_that_never_earned_a_firing_says_so(clock: Clock, tmp_path: Path) -> None:
-    monitor = budgeted(0.05)
-    (text,) = said(lambda: scenario(100).run(tmp_path, monitor))
-    assert monitor.estimates == []
-    assert text.startswith("SLTMonitor(max_overhead=0.05): nothing was measured.")
-    assert "about 12 s, which 228 s of training earn, and training lasted 100 s" in text
-
-
-@pytest.mark.parametrize("steps", [100, 300])
-def test_a_run_is_told_early_when_its_first_firing_comes(
-    clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int
-) -> None:
-    """12 s for a firing at 1 s in 19: it may be beyond the run's end, which nobody should wait for to learn it."""
-    monitor = budgeted(0.05)
-    with caplog.at_level("INFO", logger="lightning.pytorch"):
-        scenario(steps).run(tmp_path, monitor)
-    (text,) = [text for text in caplog.messages if "first firing" in text]
-    assert text.startswith("SLTMonitor(max_overhead=0.05): the first firing comes at about step 228")
-    assert f"(this run has {steps}); a larger max_overhead" in text
-    assert [abs(estimate.step - 228) <= 1 for estimate in monitor.estimates[:1]] == [True] * (steps > 228)
-
-
-def test_a_run_without_candidates_does_not_blame_the_budget(clock: Clock, tmp_path: Path) -> None:
-    assert said(lambda: scenario(5).run(tmp_path, budgeted(0.05, at_steps=[50]))) == []
-
-
-def test_a_cadence_that_takes_much_of_the_run_says_once_that_there_is_a_budget(clock: Clock, tmp_path: Path) -> None:
-    (text,) = said(lambda: scenario(24).run(tmp_path, tiny_monitor(every_n_train_steps=4)))
-    assert "of this run's wall-clock so far. Measure more seldom, or with fewer num_chains or num_draws." in text
-    assert "max_overhead=0.05" in text and "10,000 batches" in text and "may measure nothing" in text
-
-
-def test_what_is_said_ends_no_run_where_warnings_are_errors(
-    clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    monitor = tiny_monitor(every_n_train_steps=4)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="SLTMonitor", category=UserWarning)
-        trace = scenario(24).run(tmp_path, monitor)
-    assert trace.num_batches == 24 and len(monitor.estimates) == 6
-    (told,) = [record for record in caplog.records if "of this run's wall-clock so far" in record.message]
-    assert told.levelname == "WARNING" and told.message.startswith("SLTMonitor: measuring has taken ")
-    assert said(lambda: scenario(12).run(tmp_path, tiny_monitor(every_n_train_steps=4))) == []  # three prove nothing
-    clock.chain_step = 0.01
-    assert said(lambda: scenario(24).run(tmp_path, tiny_monitor(every_n_train_steps=4))) == []
-
-
-@pytest.mark.parametrize(("steps", "large"), [(24, True), (400, False)])
-def test_firings_close_together_at_first_prove_nothing_of_a_long_run(
-    clock: Clock, tmp_path: Path, steps: int, large: bool
-) -> None:
-    """Four of some 24 s beside steps of 1 s are nearly all of the wall-clock after the fourth step."""
-    monitor = tiny_monitor(every_n_train_steps=None, at_steps=[1, 2, 3, 4])
-    texts = said(lambda: scenario(steps).run(tmp_path, monitor))
-    seconds = monitor.state_dict()["seconds"]
-    so_far, at_end = seconds / (seconds + 4), seconds / (seconds + steps)
-    assert so_far > 0.9 and (at_end > 0.25) == large
-    expected = (
-        f"{so_far:.0%} of this run's wall-clock so far, and will have taken about {at_end:.0%} at its end. Measure"
-    )
-    assert [expected in text for text in texts] == [True] * large
-
-
-@pytest.mark.parametrize(("steps", "said_first"), [(12, False), (24, True)])
-def test_the_first_of_long_firings_says_how_many_are_due(
-    clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int, said_first: bool
-) -> None:
-    """Of 26 s each; two more are less than a minute."""
-    with caplog.at_level("INFO", logger="lightning.pytorch"):
-        scenario(steps).run(tmp_path, tiny_monitor(every_n_train_steps=4))
-    due = "SLTMonitor: this firing took 26 s, and about 5 more are due in this run. "
-    assert [text.startswith(due) for text in caplog.messages if " are due " in text] == [True] * said_first
-
-
 def test_a_monitor_that_comes_to_a_resumed_run_counts_from_there(clock: Clock, tmp_path: Path) -> None:
     """Its clock has seen no step of before; and it remembers when it came, where it is resumed in turn."""
     path = str(tmp_path / "a.ckpt")
@@ -333,14 +199,17 @@ def test_a_monitor_that_comes_to_a_resumed_run_counts_from_there(clock: Clock, t
     assert fresh.state_dict()["first_step"] == 0
 
 
-@pytest.mark.parametrize(("steps", "took"), [(12, "1 min 10 s"), (24, "2 min 16 s")])
-def test_it_is_said_at_the_end_what_measuring_took(
-    clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int, took: str
-) -> None:
-    """Beside steps of 1 s, and also where too few firings came for a warning."""
-    with caplog.at_level("INFO", logger="lightning.pytorch"):
-        scenario(steps).run(tmp_path, tiny_monitor(every_n_train_steps=4))
-    assert f"SLTMonitor: measuring cost this run {took}, 85% of its wall-clock" in caplog.messages
+def test_the_clock_stops_between_two_fits(clock: Clock, tmp_path: Path) -> None:
+    monitor = budgeted()
+    trace = scenario(60).run(tmp_path, monitor)
+    clock.now += 1e7
+    assert monitor.state_dict()["run_seconds"] < 1e3
+    trace.trainer.fit_loop.epoch_loop.max_steps = 400
+    trace.trainer.fit(trace.module, **loaders())
+    assert 0.8 * 0.2 < share(monitor) <= 0.2
+
+
+# -------------------------------------------------------------------------------------- other monitors, and waiting
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 5])

@@ -22,6 +22,8 @@ from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.collective import Alone, Collective
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.samplers import SGLD
+from tests.cases.problems import regular
+from tests.sampling.segments import SPECTRUM
 
 T = TypeVar("T")
 
@@ -255,3 +257,20 @@ class Stream(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(torch.arange(self.n).unsqueeze(1))
+
+
+def opened(noise: float = 0.0, seed: int = 0, gamma: float = 1.0) -> Chains:
+    """Of a regular model with the curvatures ``SPECTRUM``."""
+    case = regular(n=400, eigenvalues=SPECTRUM, noise=noise)
+    source = DatasetSource(case.dataset, 64, seed=seed)
+    return make_chains(
+        case.module,
+        case.dataset,
+        case.loss_fn,
+        source=source,
+        num_chains=8,
+        nbeta=case.nbeta,
+        gamma=gamma,
+        seed=seed,
+        method="batched",
+    )

@@ -1,9 +1,10 @@
-"""A small run with checkpoints, and its data: what a sweep imports by name."""
+"""A small run with checkpoints, and its data: what a sweep imports by name; and a sweep in this process."""
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_slt.sweep.executors import Executor, Outcome
+from lightning_slt.sweep.point import Task, measure_point
 from tests.integration.harness import quiet_trainer, seed_everything, tiny_monitor
 from tests.integration.models import BATCH, Net, tensors
 
@@ -115,3 +118,29 @@ def settings(**changes: Any) -> dict[str, Any]:
 
 def numbers(estimates: Any) -> list[tuple[int, torch.Tensor]]:
     return [(e.step, e.trace) for e in estimates]
+
+
+def here(measured: list[int], fail_after: int = 1000) -> Executor:
+    """In this process; keeps the steps, and is interrupted after some of them."""
+
+    def run(tasks: Sequence[Task]) -> Iterator[Outcome]:
+        for task in tasks:
+            if len(measured) == fail_after:
+                raise KeyboardInterrupt
+            try:
+                measure_point(task)
+            except Exception as error:
+                yield task, f"{type(error).__name__}: {error}"
+                continue
+            measured.append(task.step)
+            yield task, None
+
+    return run
+
+
+def assert_same_points(ours: Any, theirs: Any) -> None:
+    assert [e.step for e in ours] == [e.step for e in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.trace, b.trace)
+        assert (a.mean, a.se, a.init_loss, a.nbeta, a.localization) == (
+            b.mean, b.se, b.init_loss, b.nbeta, b.localization)  # fmt: skip
