@@ -13,16 +13,10 @@ from torch import Tensor
 from lightning_slt.functional.convergence import standard_error
 from lightning_slt.functional.learning_coefficient import Summary, summarise
 from lightning_slt.functional.owed import gain_of, owed_by
-from lightning_slt.functional.posterior import default_nbeta
 from lightning_slt.reasons import (
     DOWNHILL,
-    LARGE_INPUTS,
-    LOSS_TOO_LARGE,
-    NBETA_TOO_LARGE,
     NOT_ACCEPTED,
-    NOT_ARRIVED,
     NOT_IN_NATS,
-    TOO_WIDE,
     Kind,
     Reason,
     sentences,
@@ -30,9 +24,8 @@ from lightning_slt.reasons import (
 from lightning_slt.record import Estimate
 from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
-from lightning_slt.sampling.cooling import LARGE_LOSS, MAX_HEAT, WithoutHeat, has_momenta, without_heat
+from lightning_slt.sampling.cooling import MAX_HEAT, WithoutHeat, has_momenta, without_heat
 from lightning_slt.sampling.eval_mode import misfit_of_eval
-from lightning_slt.sampling.input_scale import LargeInput, largest_input
 from lightning_slt.sampling.line_integral import look_along_lines
 from lightning_slt.sampling.minibatch_heat import MAX_NOISE_HEAT, held_by_thermostat, too_hot
 from lightning_slt.sampling.readings import diverged, steepness_of, virial_readings
@@ -40,27 +33,16 @@ from lightning_slt.sampling.rounding import misfit_of_rounding
 from lightning_slt.sampling.segment import Segment
 from lightning_slt.sampling.slope import slope_of
 from lightning_slt.sampling.sums import misfit_of_sum
+from lightning_slt.sampling.width import LARGE_IN_NATS, LITTLE_HEAT, reasons_of_width
 
 MAX_ROUNDING = 0.1
 """Share of the LLC that the last digit of a loss may be, where it is not within the error: losses at ``w*`` may all be
 rounded to the same side."""
 LEAST_DIGIT = 1e-3
 """What the last digit of a loss may be in units of the LLC, however small that is: it is counted in the error then."""
-MIN_VIRIAL = 0.7
-"""Virial ratio below which chains that have used their budget have not reached their width: the number is not valid.
-Between the two lie singular models, whose free directions take longest and matter least."""
-MAX_VIRIAL = 1.4
-"""Virial ratio above which, beyond its error, chains are wider than the posterior: minibatches or a step of the search
-have thrown them there, and the step that is right since is too small to bring them back."""
-LARGE_IN_NATS = 30.0
-"""A loss from which on it is asked whether it is in nats: a cross-entropy is below the logarithm of the number of
-classes, 12 of the largest vocabularies, before training already. A likelihood of whole pictures may be above."""
 MIN_ACCEPTANCE = 0.1
 """Share of the steps that are accepted below which chains that have not settled are said to stand still: a smaller step
 helps them, and more draws hardly do."""
-LITTLE_HEAT = 0.02
-"""The same of a step that was given, below which it is the step that keeps chains from their width: a larger one would
-do. Half or a quarter of what a step that is found has."""
 NOTED_HEAT = 0.04
 """Share of the LLC that is heat of the step beyond which covariances over the same chains say so: it is in them."""
 BAD_FOR_COVARIANCES = frozenset(
@@ -163,7 +145,7 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
     acceptance = _acceptance(segment, good)
     standing = acceptance is not None and acceptance < MIN_ACCEPTANCE
     downhill = tuple(_reasons_of_descent(cooled.trace[good], ratios, summary, digit))
-    of_width = tuple(_reasons_of_width(ratios, cooled, summary, drawn, chains, standing or bool(downhill)))
+    of_width = tuple(reasons_of_width(ratios, cooled, summary, drawn, chains, standing or bool(downhill)))
     slope = slope_of(chains, drawn, good)  # first: a look along lines may use up the memory of a chain
     looked = look_along_lines(chains, drawn, good)
     verdict = (
@@ -302,65 +284,6 @@ def _reasons_of_scale(others: tuple[Reason, ...], init_loss: float) -> Iterator[
     if init_loss > LARGE_IN_NATS and any(reason.kind is Kind.NEGATIVE for reason in others):
         nats = "a squared error is once it is divided by twice the variance of the noise in the targets"
         yield Reason(Kind.NOT_IN_NATS, f"{NOT_IN_NATS} (it is {init_loss:,.0f} here): {nats}")
-
-
-def _reasons_of_width(
-    ratios: Tensor, cooled: WithoutHeat, summary: Summary, drawn: Drawn, chains: Chains, explained: bool
-) -> Iterator[Reason]:
-    """
-    Args:
-        ratios: ``[chains kept]``, the virial ratio of each.
-        explained: why is said elsewhere, and more draws do not help.
-    """
-    if any(reason.kind is Kind.NEGATIVE for reason in summary.verdict):
-        return
-    virial = float(ratios.mean())
-    error = float(ratios.std()) / math.sqrt(len(ratios)) if len(ratios) > 1 else 0.0
-    at = f"(virial ratio {round(virial, 2) + 0.0:.2f})"  # no minus before a zero
-    if virial < MIN_VIRIAL:
-        said = f"{NOT_ARRIVED} in {drawn.num_burnin_steps + drawn.segment.steps} steps {at}"
-        yield Reason(Kind.NOT_ARRIVED, said if explained else _with_remedy(said, cooled, drawn, chains))
-    elif virial > MAX_VIRIAL and virial - 1.0 > error:
-        said = f"{TOO_WIDE} {at}"
-        yield Reason(Kind.TOO_WIDE, said if explained else f"{said}: a larger batch_size, or more draws")
-
-
-def _with_remedy(said: str, cooled: WithoutHeat, drawn: Drawn, chains: Chains) -> str:
-    """What is said of chains that have not reached their width, and what lets them.
-
-    A step that was given is small because it was given: where it has little heat a larger one would do.
-
-    The noise of minibatches grows with the square of nbeta, the force of the loss with nbeta: above n it is nbeta that
-    keeps the step small. So it is with a loss on a large scale, such as the squared error of targets in thousands: c
-    times a negative log-likelihood is one at c times ``nbeta``.
-
-    Where the inputs of a layer are large, the loss is far steeper along its weights than along all others, and its
-    scale cannot be told by the noise.
-    """
-    n, nbeta, batch = chains.source.num_samples, chains.posterior.nbeta, "a larger batch_size"
-    given = chains.sampler.lr is not None and chains.sampler.calibration == "heat"
-    if given and not cooled.heat >= LITTLE_HEAT:
-        return f"{said}: a larger lr, or none given, to have it found"
-    noisy = cooled.noisy and not given
-    if noisy and n is not None and nbeta > n >= 2:
-        usual = f"{nbeta:.3g}; n / log n is {default_nbeta(n):.3g}"
-        return f"{NBETA_TOO_LARGE} ({usual}), {said}: a smaller nbeta, or {batch}"
-    large = _large_input(chains)
-    if noisy and cooled.scale > LARGE_LOSS and (large is None or drawn.segment.anchor_loss > LARGE_IN_NATS):
-        nats = "a squared error is when divided by 2 sigma² (sigma is the scale of the noise in the targets)"
-        return f"{LOSS_TOO_LARGE}: {said}. It should be in nats, which {nats}; where it is, {batch} or more draws help"
-    if large is not None:
-        at = f"root mean square up to {large.size:,.0f} in {large.layer!r}"
-        closer = "" if chains.sampler.preconditioned else "; for these weights sampler=RMSpropSGLD() comes closer"
-        return f"{LARGE_INPUTS} ({at}), {said}: standardised inputs help, in another training{closer}"
-    more = f", {batch} (the minibatches' noise keeps the step small)" if noisy else ""
-    return f"{said}: more draws{more}; a stronger localization settles sooner, but measures another number"
-
-
-def _large_input(chains: Chains) -> Optional[LargeInput]:
-    """Of what the ranks see, on the minibatches that they hold, the largest."""
-    told = chains.collective.exchange(lambda: largest_input(chains.objective, chains.window[0]))
-    return max((found for found in told if found is not None), key=lambda found: found.size, default=None)
 
 
 def _unseen_digit(init_loss: float, summary: Summary, chains: Chains) -> float:

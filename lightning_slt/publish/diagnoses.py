@@ -8,21 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Optional
 
+from lightning_slt.publish.meanings import OF_FOUND_STEP, OF_GIVEN_STEP, OF_STEP, meaning_of
 from lightning_slt.publish.phrases import count_of, listed, number, with_error
-from lightning_slt.reasons import (
-    DOWNHILL,
-    DRIFTING,
-    LARGE_INPUTS,
-    LOSS_TOO_LARGE,
-    NBETA_TOO_LARGE,
-    NEGATIVE,
-    NONE_STAYED,
-    NOT_ACCEPTED,
-    NOT_ARRIVED,
-    NOT_IN_NATS,
-    NOT_MIXED,
-    TOO_WIDE,
-)
+from lightning_slt.reasons import DOWNHILL, NEGATIVE, NOT_ARRIVED
 from lightning_slt.record import Estimate
 
 Level = Literal["good", "note", "bad"]
@@ -30,71 +18,7 @@ Level = Literal["good", "note", "bad"]
 _EACH = 5
 """Diverged firings that are told one by one, and stretches of steps that a sentence names."""
 
-_OF_STEP = (
-    "Where lr or num_burnin_steps is given, leave both to calibration, or give a smaller lr; where neither is, an "
-    "LLC near zero is usual early in training, and at any other a smaller lr helps."
-)
-"""Of a step that is too large, where it is not known whether one was given."""
-_OF_GIVEN_STEP = "Leave both lr and num_burnin_steps to calibration, or give a smaller lr."
-# calibration holds the heat against the scatter of the chains, where that is more than the LLC
-_OF_FOUND_STEP = "An LLC near zero is usual early in training, and at any other a smaller lr helps."
-_USUAL = "Usual early in training, at a saddle, while the learning rate is large, and under strong weight decay."
 _BESIDE = "Usual early in training, while the learning rate is large, and under weight decay."
-
-_REASONS: tuple[tuple[str, str, str], ...] = (
-    (NEGATIVE, "chains ran downhill: the weights were at no minimum", _USUAL),
-    (DOWNHILL, "chains ran downhill: the weights were at no minimum", _USUAL),
-    (
-        NOT_IN_NATS,
-        "the loss may not have been in nats",
-        "A squared error is once it is divided by twice the variance of the noise in the targets; on another scale "
-        "chains may run downhill wherever training ends.",
-    ),
-    (NOT_ACCEPTED, "hardly a step of the chains was accepted", "A smaller lr helps; without one calibration finds it."),
-    (DRIFTING, "chains were still moving at their end", "More draws (num_draws) give them time."),
-    (NOT_MIXED, "chains disagree with each other", "More draws (num_draws) or chains (num_chains) help."),
-    (
-        NOT_ARRIVED,
-        "chains had not spread to their full width",
-        "More draws (num_draws) help; leave num_burnin_steps to calibration.",
-    ),
-    (
-        NBETA_TOO_LARGE,
-        "nbeta was too large for the minibatches, and chains had not spread to their full width",
-        "A smaller nbeta helps, or a larger batch_size; left None it is n / log n.",
-    ),
-    (
-        LOSS_TOO_LARGE,
-        "the loss may have been too large for the minibatches, and chains had not spread to their full width",
-        "Where it is not in nats, divide it (a squared error by 2 sigma², sigma the scale of the noise in the "
-        "targets); where it is, a larger batch_size helps, or more draws.",
-    ),
-    (
-        LARGE_INPUTS,
-        "the inputs of a layer were large, and chains had not spread to their full width",
-        "The loss is far steeper along that layer's weights than along others. Standardised inputs help, in another "
-        "training; for these weights sampler=RMSpropSGLD() comes closer.",
-    ),
-    (TOO_WIDE, "chains had been thrown wide and not come back", "A larger batch_size makes their steps less noisy."),
-    (
-        "step size",
-        "the chains' step size did not suit the weights",
-        _OF_STEP,
-    ),
-    (
-        NONE_STAYED,
-        "every chain left the posterior",
-        "A smaller lr, a larger batch_size or a smaller nbeta keeps them in it.",
-    ),
-    ("no chain", "every chain left the finite numbers", "A smaller step or a larger localization holds them."),
-)
-"""Beginnings of the reasons of an estimate, what they mean in plain words, and what can be done."""
-_ADVISED = (NOT_IN_NATS, NOT_ACCEPTED, NOT_ARRIVED, NBETA_TOO_LARGE, LOSS_TOO_LARGE, LARGE_INPUTS, TOO_WIDE)
-"""Those that say themselves what can be done."""
-_WANTS_DRAWS = (DRIFTING, NOT_MIXED, NOT_ARRIVED)
-"""Those that more draws are advised of."""
-_DECISIVE = (NEGATIVE, DOWNHILL, NOT_IN_NATS, NOT_ACCEPTED, NBETA_TOO_LARGE, LARGE_INPUTS)
-"""Beside these no advice of another reason is given: chains that run downhill, or stand still, need no more draws."""
 
 
 @dataclass(frozen=True)
@@ -154,18 +78,14 @@ def reason_words(reason: str) -> str:
         >>> reason_words("chains have not mixed: R-hat 1.38 > 1.1, error 5.9")
         'chains disagree with each other (R-hat 1.38 > 1.1, error 5.9)'
     """
-    words, _ = _meaning(reason)
-    if reason.startswith(_ADVISED):  # what follows is advice; the number is in brackets before it
+    meaning = meaning_of(reason)
+    words = meaning.words
+    if meaning.advises:  # what follows is advice; the number is in brackets before it
         found = re.search(r"\(([^)]*)\)", reason)
         return f"{words} ({found[1]})" if found else words
     if words == reason or reason.startswith((NEGATIVE, DOWNHILL)) or ": " not in reason:
         return words
     return f"{words} ({reason.split(': ', 1)[1]})"
-
-
-def _meaning(reason: str) -> tuple[str, str]:
-    """What it means, and what can be done."""
-    return next(((words, advice) for start, words, advice in _REASONS if reason.startswith(start)), (reason, ""))
 
 
 def kind_of_reason(reason: str) -> str:
@@ -179,7 +99,7 @@ def kind_of_reason(reason: str) -> str:
     """
     if _is_divergence(reason):
         return "chains diverged"
-    words, _ = _meaning(reason)
+    words = meaning_of(reason).words
     return words if words != reason else re.sub(r"[\d\W]+", " ", re.sub(r"\d[\d.,]*(e[+-]?\d+)?", " ", reason))
 
 
@@ -199,23 +119,23 @@ def invalid_sentence(estimate: Estimate, reasons: Sequence[str], step_given: Opt
         step_given: whether ``lr`` or ``num_burnin_steps`` was; None where that is not known.
     """
     found = f"LLC {with_error(estimate.mean, estimate.se)} is not valid" if math.isfinite(estimate.mean) else "no LLC"
-    decisive = [reason for reason in estimate.reasons if reason.startswith(_DECISIVE)]
-    first = [reason for reason in decisive if reason.startswith(NOT_IN_NATS)]
+    decisive = [reason for reason in estimate.reasons if meaning_of(reason).decides]
+    first = [reason for reason in decisive if meaning_of(reason).is_first]
     advice = dict.fromkeys(
         _advice(reason, [estimate], step_given)
         for reason in first or decisive or reasons
-        if not reason.startswith(_ADVISED) or (_is_short(estimate) and _asks_for_draws(reason))
+        if not meaning_of(reason).advises or (_is_short(estimate) and _asks_for_draws(reason))
     )
     return " ".join([f"{_labelled(estimate)}{found}: {'; '.join(reasons)}.", *filter(None, advice)])
 
 
 def _advice(reason: str, estimates: Sequence[Estimate], step_given: Optional[bool]) -> str:
     """What can be done about a reason that these estimates have."""
-    _, advice = _meaning(reason)
-    if advice == _OF_STEP and step_given is not None:
-        return _OF_GIVEN_STEP if step_given else _OF_FOUND_STEP
+    advice = meaning_of(reason).advice
+    if advice == OF_STEP and step_given is not None:
+        return OF_GIVEN_STEP if step_given else OF_FOUND_STEP
     short = sum(map(_is_short, estimates))
-    if not short or not reason.startswith(_WANTS_DRAWS):
+    if not short or not meaning_of(reason).wants_draws:
         return advice
     some = "" if short == len(estimates) else "some "
     of_budget = f"max_overhead keeps {some}firings short: a larger one gives them more draws, num_draws does not."
@@ -273,8 +193,10 @@ def diagnostics(estimates: Sequence[Estimate], step_given: Optional[bool] = None
             diverged.append(remarks[0])
         for reason in estimate.reasons:
             if not _is_divergence(reason):
-                places = reasons.setdefault(_meaning(reason), [])
-                wordings.setdefault(_meaning(reason), reason)
+                meaning = meaning_of(reason)
+                known = meaning.words, meaning.advice
+                places = reasons.setdefault(known, [])
+                wordings.setdefault(known, reason)
                 places += [place] if place not in places[-1:] else []
         if not estimate.valid and not estimate.reasons and not bad_chains(estimate):
             reasons.setdefault((remarks[0].text, ""), []).append(place)
@@ -284,15 +206,15 @@ def diagnostics(estimates: Sequence[Estimate], step_given: Optional[bool] = None
         text = f"chains diverged at {_where(estimates, places)}; {count_of(len(lost), 'estimate')} left out"
         diverged = [Remark("bad" if lost else "note", text, tuple(step for r in diverged for step in r.steps))]
     found = [Remark(r.level, _sentence(r.text), r.steps) for r in diverged]
-    decisive = {_meaning(start) for start in _DECISIVE}
     for (words, advice), places in reasons.items():
         steps = tuple(step for place in places if (step := estimates[place].step) is not None)
         many = f"{count_of(len(places), 'estimate')}: " if len(places) > 1 else ""
         text = f"{_sentence(words)[:-1]} ({many}{_where(estimates, places)})."
-        if (words, advice) not in decisive and all(_is_decided(estimates[place]) for place in places):
+        first = wordings.get((words, advice), "")
+        if not meaning_of(first).decides and all(_is_decided(estimates[place]) for place in places):
             advice = ""
         elif advice:
-            advice = _advice(wordings[words, advice], [estimates[place] for place in places], step_given)
+            advice = _advice(first, [estimates[place] for place in places], step_given)
         found.append(Remark("bad", f"{text} {advice}".strip(), steps))
     return [*found, *_beside_minima(estimates)]
 
@@ -313,7 +235,7 @@ def _beside_minima(estimates: Sequence[Estimate]) -> list[Remark]:
 
 
 def _is_decided(estimate: Estimate) -> bool:
-    return any(reason.startswith(_DECISIVE) for reason in estimate.reasons)
+    return any(meaning_of(reason).decides for reason in estimate.reasons)
 
 
 def _is_divergence(reason: str) -> bool:
