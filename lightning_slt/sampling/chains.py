@@ -179,11 +179,6 @@ class Chains:
         """Whether those have been read; of data that passes by, new ones may be next."""
         return self.source.resident or self._window_used > 0 or self._window_index == 0
 
-    @property
-    def calls_a_step(self) -> int:
-        """How often the engine is asked, for a step of all chains of this rank."""
-        return math.ceil(len(self.numbers) / self._engine.width)
-
     @contextmanager
     def line(self, row: int, put_back: bool = True) -> Iterator[Callable[[float], tuple[float, float]]]:
         """The loss of one minibatch on the line from ``w*`` to where the chain of ``row`` is, and its slope along it,
@@ -206,8 +201,8 @@ class Chains:
             if self.objective.draws:
                 seed_globals(derive_seed(self.seed, STEP, batch))
             gradients.bind(point)
-            loss, slope = gradients.products([direction], lambda: self._engine(window, at))
-            return float(loss), float(slope[0])
+            loss, slope = gradients.derivative(direction, lambda: self._engine(window, at))
+            return float(loss), slope
 
         direction.sub_(anchor)
         try:
@@ -230,19 +225,23 @@ class Chains:
         at = self._state.tensors.get("accepted_weights", self.weights)
         wanted = torch.linspace(0, len(window) - 1, min(most, len(window))).round().long()
         batches = measure_anchor(self.objective, window, wanted).unique()
-        gradients, rows = self._gradients(1), []
+        table, gradients = anchor.new_zeros(len(at), len(batches)), self._gradients(1)
         gradients.bind(anchor.unsqueeze(0))
         try:
-            for batch in batches.tolist():
+            for column, batch in enumerate(batches.tolist()):
                 if self.objective.draws:
                     seed_globals(derive_seed(self.seed, STEP, batch))
-                step = torch.tensor([batch])
-                _, found = gradients.products([anchor, *at], lambda step=step: self._engine(window, step))  # type: ignore[misc]
-                rows.append(found[1:] - found[0])
+                self._engine(window, torch.tensor([batch]))
+                for number, (block, share) in enumerate(self._blocks):
+                    # in the memory of the noise: where a row lies must not show in its last digit
+                    moved, slope = self._noise[0, : block.stop - block.start], gradients.block(number)[0]
+                    for row, weights in enumerate(at):
+                        torch.sub(weights[block], anchor[block], out=moved)
+                        table[row, column] += share * torch.dot(slope, moved)
         finally:
             self._engine.release()
         shares = torch.ones(len(batches)) if window.shares is None else window.shares[batches] * len(window)
-        return torch.stack(rows, dim=1), shares.double()
+        return self.layout.sum(table).double().cpu(), shares.double()
 
     def reseed(self, part: int) -> None:
         """Start the random numbers of every chain anew, those of part ``part`` of the run."""

@@ -64,9 +64,9 @@ class Gradients(Protocol):
     def put_back(self, again: Callable[[], object]) -> None:
         """Have those of the first there after :meth:`apart`, come what may."""
 
-    def products(self, vectors: Sequence[Tensor], step: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        """What a step of one chain returns, and the inner products ``[k]`` float64, on the CPU, of its gradient with k
-        vectors ``[d]``; none need be there after it."""
+    def derivative(self, direction: Tensor, step: Callable[[], Tensor]) -> tuple[Tensor, float]:
+        """What a step of one chain returns, and the inner product of its gradient with ``direction`` ``[d]``; none need
+        be there after it."""
 
 
 class WholeGradients:
@@ -108,9 +108,9 @@ class WholeGradients:
             again()
         self._kept = None
 
-    def products(self, vectors: Sequence[Tensor], step: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    def derivative(self, direction: Tensor, step: Callable[[], Tensor]) -> tuple[Tensor, float]:
         loss = step()
-        return loss, torch.tensor([self._layout.dot(self._memory[0], v) for v in vectors], dtype=torch.float64)
+        return loss, self._layout.dot(self._memory[0], direction)
 
 
 class GradientsInParts:
@@ -189,17 +189,15 @@ class GradientsInParts:
     def put_back(self, again: Callable[[], object]) -> None:
         again()
 
-    def products(self, vectors: Sequence[Tensor], step: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        pieces = [vector.split(self._sizes) for vector in vectors]
-        totals = self._scratch.new_zeros(len(pieces), dtype=torch.float64)
+    def derivative(self, direction: Tensor, step: Callable[[], Tensor]) -> tuple[Tensor, float]:
+        pieces, total = direction.split(self._sizes), torch.zeros((), dtype=torch.float64)
         loss: list[Tensor] = []
 
         def add(parameter: int, grad: Tensor) -> None:
-            own = flat(grad).to(self._dtype)
-            totals.add_(torch.stack([torch.dot(own, piece[parameter]) for piece in pieces]))
+            total.add_(torch.dot(flat(grad).to(self._dtype), pieces[parameter]))
 
         self._engine.hand_over(lambda: loss.append(step()), add)
-        return loss[0], totals.cpu()
+        return loss[0], float(total)
 
     def _square_between(self, a: Tensor, b: Tensor | None) -> Tensor:
         """Piece by piece: a difference of all would be as large as they are."""

@@ -9,8 +9,9 @@ missing in the estimate. For a quadratic loss ``L(w*) + g.u + u.H u / 2``, u = w
           + \tfrac12 n\beta\, g \cdot E[w - w^*]
 
 The first term is what the estimate is at the minimum, the second one, with its sign turned, is the slope here. With a
-stronger pull it is more by ``gamma/2 |E[u]|²``. It is zero at a minimum whatever the loss is like there, and so are its
-readings: where ``g`` is zero they have no noise. Of chains that have not come down yet it is a part of what it will be.
+stronger pull ``gamma/2 |E[u]|²`` more is missing. It is zero at a minimum, whatever the loss is like there, and so are
+its readings: where ``g`` is zero they have no noise. Of chains that have not come down yet it is a part of what it will
+be.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from torch import Tensor
 from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.rng import preserve_rng
+from lightning_slt.sampling.steps import NoLossError
 
-SHARE = 0.02
-"""What it may cost, as a share of the engine's steps for the draws."""
+SHARE = 0.05
+"""Minibatches that are asked, as a share of the steps of a chain: with several chains it costs as much less."""
 MOST = 32
-"""Minibatches that are asked at the most."""
+"""Of them at the most."""
 LEAST = 4
-"""Of more minibatches than that; with fewer their noise may be all there is."""
+"""At the least, where there are as many; with fewer their noise may be all there is."""
 
 
 class Slope(NamedTuple):
@@ -45,57 +47,80 @@ class Slope(NamedTuple):
     se: float = math.nan
 
 
-class _OfRank(NamedTuple):
-    """``[own chains kept]``, of each the mean over the minibatches; and the squared error of their mean that comes from
-    which minibatches these were."""
+class _Readings(NamedTuple):
+    """What a rank has seen.
 
-    each: Tensor
-    of_batches: float
+    Attributes:
+        rows: by chain, ``-nbeta/2 grad L_B(w*) . (w - w*)`` on each of some minibatches.
+        shares: what each of these weighs, ``[batches]``; together 1.
+        available: how many minibatches there were.
+        owner: whose they are: the first rank's, where all have the same.
+    """
+
+    rows: dict[int, Tensor]
+    shares: Tensor
+    available: int
+    owner: int
 
 
 def slope_of(chains: Chains, drawn: Drawn, good: Tensor) -> Slope:
     """What the estimate lacks for the slope of the loss at ``w*``, from where the chains have ended.
 
-    To be called on all ranks at once. It costs a gradient at ``w*`` for each of a few minibatches, at most
-    :data:`SHARE` of the draws' own: of short draws, and of data that passes by and would have to be read for it,
-    nothing is known.
+    To be called on all ranks at once. It costs a gradient at ``w*`` for each of a few minibatches: of short draws, and
+    of data that passes by and would have to be read for it, nothing is known. It is the same to the last bit on however
+    many ranks the chains are.
 
     Args:
         chains: where the draws have ended.
         drawn: the draws.
         good: ``[chains]`` bool, which of them count.
     """
-    most = int(SHARE * drawn.segment.steps * chains.calls_a_step)
     fine = {number for number, is_good in zip(drawn.segment.chains, good.tolist(), strict=True) if is_good}
+    most = min(int(SHARE * drawn.segment.steps), MOST)
     told = chains.collective.exchange(lambda: _of_rank(chains, fine, most))
-    known = [of_rank for of_rank in told if of_rank is not None and len(of_rank.each)]
-    if not known:
+    tables = _by_owner([readings for readings in told if readings is not None])
+    if not tables:
         return Slope()
-    each = torch.cat([of_rank.each for of_rank in known])
-    # ranks may have the same minibatches: their errors are not independent
-    of_batches = sum(len(of_rank.each) * of_rank.of_batches for of_rank in known) / len(each)
+    each = torch.cat([(rows * shares).sum(dim=1) for rows, shares, _ in tables])
+    of_batches = sum(len(table[0]) * _error_of_batches(*table) for table in tables) / len(each)
     of_chains = float(each.var()) / len(each) if len(each) > 1 else math.nan
     return Slope(float(each.mean()), math.sqrt(of_chains + of_batches))
 
 
-def _of_rank(chains: Chains, fine: set[int], most: int) -> _OfRank | None:
-    """Of this rank's chains; None where that would cost too much."""
+def _of_rank(chains: Chains, fine: set[int], most: int) -> _Readings | None:
+    """Of this rank's chains; None where they have none, or their minibatches are not at hand or too many."""
     rows = [k for k, number in enumerate(chains.numbers) if number in fine]
     if not rows or not chains.has_window:
         return None
     available = len(chains.window)
-    most = min(most, MOST, available)
     if most < min(LEAST, available):
         return None
     with preserve_rng(chains.seed), chains.objective.active():
-        table, shares = chains.slopes(most)
-    table = -0.5 * chains.posterior.nbeta * table[rows]
-    weights = shares / shares.sum()
-    each = table @ weights
-    count = len(weights)
+        try:
+            table, shares = chains.slopes(most)
+        except NoLossError:  # of numbers that the step has drawn, or of all the minibatches of a new window
+            return None
+    table = -0.5 * chains.posterior.nbeta * table
+    owner = 0 if chains.source.shared else chains.collective.rank
+    return _Readings({chains.numbers[k]: table[k] for k in rows}, shares / shares.sum(), available, owner)
+
+
+def _by_owner(told: list[_Readings]) -> list[tuple[Tensor, Tensor, int]]:
+    """``[chains, batches]`` in order of the chains, the shares of the batches, and how many there were; one for each of
+    those who have minibatches of their own."""
+    tables = []
+    for owner in dict.fromkeys(readings.owner for readings in told):
+        own = [readings for readings in told if readings.owner == owner]
+        rows = {number: row for readings in own for number, row in readings.rows.items()}
+        tables.append((torch.stack([rows[number] for number in sorted(rows)]), own[0].shares, own[0].available))
+    return tables
+
+
+def _error_of_batches(rows: Tensor, shares: Tensor, available: int) -> float:
+    """Squared error of the mean for which of the minibatches these are; 0 of all there are."""
+    count = len(shares)
     if count < 2:
-        return _OfRank(each, 0.0)
-    off = table.mean(dim=0) - each.mean()
-    # of all the minibatches there are the mean has no error
-    left = 1.0 - min(count / available, 1.0)
-    return _OfRank(each, left * count / (count - 1) * float((weights * off).square().sum()))
+        return 0.0
+    means = rows.mean(dim=0)
+    off = means - (means * shares).sum()
+    return (1.0 - count / available) * count / (count - 1) * float((shares * off).square().sum())

@@ -44,7 +44,7 @@ def test_the_noise_of_two_minibatches_is_that_of_all_parameters() -> None:
     held.put_back(lambda: engine.step(window[0]))
     blocks = [held.block(k).flatten().tolist() for k in range(2)]
     assert blocks == [[3.0, 3.0, 0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]
-    loss_seen, (slope,) = held.products([torch.arange(14.0)], lambda: engine.step(window[1]))
+    loss_seen, slope = held.derivative(torch.arange(14.0), lambda: engine.step(window[1]))
     assert (float(loss_seen), slope) == (0.0, -5 * (2 + 3 + 4) + 2 * (5 + 6 + 7 + 8))
     assert all(g is None for g in engine.gradients())
 
@@ -81,7 +81,7 @@ def test_a_weight_that_the_step_freezes_for_a_batch_has_no_gradient_of_it() -> N
             _unasked,
         )
         assert square.tolist() == [2 * 2.0**2 + 3 * 2.0**2]
-    _, (slope,) = held.products([torch.arange(5.0)], lambda: engine.step(window[0]))
+    _, slope = held.derivative(torch.arange(5.0), lambda: engine.step(window[0]))
     assert slope == -(2 + 3 + 4)
 
 
@@ -95,7 +95,7 @@ def test_a_gradient_that_a_hook_of_the_steps_has_taken_is_none() -> None:
     engine, window = SequentialEngine(objective), Window([(torch.tensor(2.0),)])
     held = GradientsInParts(engine, objective, [slice(0, 5)], SGLD())
     held.bind(objective.anchor[None].clone())
-    _, (slope,) = held.products([torch.arange(5.0)], lambda: engine.step(window[0]))
+    _, slope = held.derivative(torch.arange(5.0), lambda: engine.step(window[0]))
     assert slope == 2 * (2 + 3 + 4)
 
 
@@ -111,7 +111,7 @@ def test_nothing_is_asked_of_the_weights_after_a_step_that_failed() -> None:
     held = GradientsInParts(engine, objective, [slice(0, 5)], SGLD())
     held.bind(objective.anchor[None].clone())
     with pytest.raises(RuntimeError, match="of the user's"):
-        held.products([torch.ones(5)], lambda: engine.step(window[0]))
+        held.derivative(torch.ones(5), lambda: engine.step(window[0]))
     assert not any(p._post_accumulate_grad_hooks for p in objective.parameters())  # type: ignore[attr-defined]
     objective.module.b._backward_hooks.clear()  # type: ignore[union-attr, operator]
     engine.step(window[1])
@@ -170,7 +170,7 @@ def test_a_model_in_half_precision_keeps_its_gradients_in_it() -> None:
     square = held.apart(lambda: engine.step(window[0]), lambda keep: engine.step(window[1], keep), _unasked)
     assert float(square) == pytest.approx(float((whole[0] - whole[1]).square().sum()), rel=1e-5)
     direction = torch.arange(66.0)
-    _, (slope,) = held.products([direction], lambda: engine.step(window[1]))
+    _, slope = held.derivative(direction, lambda: engine.step(window[1]))
     assert slope == pytest.approx(float(torch.dot(whole[1], direction)), rel=1e-5)
 
 
