@@ -119,7 +119,7 @@ def fixed_step(folder: Path, world: int) -> Result:
 
 def restricted(folder: Path, world: int) -> Result:
     """Only the last layer moves; its gradients alone are computed. Draws of steps enough to tell a slope."""
-    return _held(folder, world, restrict="net.4.*", num_draws=SHORT, num_steps_bw_draws=9)
+    return _held(folder, world, restrict="net.4.*", num_draws=SHORT, num_steps_bw_draws=10)
 
 
 def within_layers(folder: Path, world: int) -> Result:
