@@ -175,7 +175,7 @@ class Estimate:
         """Whether ``mean`` is clearly less than at the minimum beside: by more than :data:`MUCH_SLOPE` of it, and more
         than the errors would make of nothing."""
         least = max(MUCH_SLOPE * abs(self.mean), self.se)
-        return self.slope > least and not self.slope <= 2 * self.slope_se
+        return self.slope > least and self.slope > 2 * self.slope_se
 
     @property
     def heat_share(self) -> float:
@@ -247,7 +247,7 @@ class Estimate:
 
     def __str__(self) -> str:
         where = f"step {self.step}: " if self.step is not None else ""
-        beside = f"  beside a minimum, at which it is about {self.slope:.2g} higher" if self.beside_minimum else ""
+        beside = f"  beside a minimum, at which it is about {self.slope:.3g} higher" if self.beside_minimum else ""
         state = beside if self.valid else f"  NOT VALID: {'; '.join(self.reasons)}"
         return (
             f"{where}LLC {self.mean:.3g} ± {self.se:.2g}  (loss {self.init_loss:.4g}, R-hat {self.rhat:.2f}, "

@@ -174,11 +174,6 @@ class Chains:
         """The minibatches that the chains see next: one that has passed by would be read anew."""
         return self.source.window(self._window_index)
 
-    @property
-    def has_window(self) -> bool:
-        """Whether those have been read; of data that passes by, new ones may be next."""
-        return self.source.resident or self._window_used > 0 or self._window_index == 0
-
     @contextmanager
     def line(self, row: int, put_back: bool = True) -> Iterator[Callable[[float], tuple[float, float]]]:
         """The loss of one minibatch on the line from ``w*`` to where the chain of ``row`` is, and its slope along it,
@@ -224,7 +219,9 @@ class Chains:
         window, anchor = self.window, self.objective.anchor
         at = self._state.tensors.get("accepted_weights", self.weights)
         wanted = torch.linspace(0, len(window) - 1, min(most, len(window))).round().long()
-        batches = measure_anchor(self.objective, window, wanted).unique()
+        measure_anchor(self.objective, window, wanted)
+        # those without a loss are left out, which all ranks do alike
+        batches = wanted[~torch.isin(wanted, torch.tensor(sorted(window.without_loss), dtype=torch.long))].unique()
         table, gradients = anchor.new_zeros(len(at), len(batches)), self._gradients(1)
         gradients.bind(anchor.unsqueeze(0))
         try:

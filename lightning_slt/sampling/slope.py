@@ -16,6 +16,7 @@ be.
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import NamedTuple
 
@@ -25,10 +26,11 @@ from torch import Tensor
 from lightning_slt.sampling.budget import Drawn
 from lightning_slt.sampling.chains import Chains
 from lightning_slt.sampling.rng import preserve_rng
-from lightning_slt.sampling.steps import NoLossError
+
+log = logging.getLogger(__name__)
 
 SHARE = 0.05
-"""Minibatches that are asked, as a share of the steps of a chain: with several chains it costs as much less."""
+"""Minibatches that are asked, as a share of the steps of one chain."""
 MOST = 32
 """Of them at the most."""
 LEAST = 4
@@ -53,13 +55,13 @@ class _Readings(NamedTuple):
     Attributes:
         rows: by chain, ``-nbeta/2 grad L_B(w*) . (w - w*)`` on each of some minibatches.
         shares: what each of these weighs, ``[batches]``; together 1.
-        available: how many minibatches there were.
+        available: how many there are of which these are some.
         owner: whose they are: the first rank's, where all have the same.
     """
 
     rows: dict[int, Tensor]
     shares: Tensor
-    available: int
+    available: float
     owner: int
 
 
@@ -82,7 +84,7 @@ def slope_of(chains: Chains, drawn: Drawn, good: Tensor) -> Slope:
     if not tables:
         return Slope()
     each = torch.cat([(rows * shares).sum(dim=1) for rows, shares, _ in tables])
-    of_batches = sum(len(table[0]) * _error_of_batches(*table) for table in tables) / len(each)
+    of_batches = sum((len(table[0]) / len(each)) ** 2 * _error_of_batches(*table) for table in tables)
     of_chains = float(each.var()) / len(each) if len(each) > 1 else math.nan
     return Slope(float(each.mean()), math.sqrt(of_chains + of_batches))
 
@@ -90,22 +92,31 @@ def slope_of(chains: Chains, drawn: Drawn, good: Tensor) -> Slope:
 def _of_rank(chains: Chains, fine: set[int], most: int) -> _Readings | None:
     """Of this rank's chains; None where they have none, or their minibatches are not at hand or too many."""
     rows = [k for k, number in enumerate(chains.numbers) if number in fine]
-    if not rows or not chains.has_window:
+    # a window that passes by has moved the chains itself, and its own gradient is not that of all the data
+    if not rows or not chains.source.resident:
         return None
-    available = len(chains.window)
-    if most < min(LEAST, available):
+    available, draws = len(chains.window), chains.objective.draws
+    if most < min(LEAST, available) or (draws and available == 1):
         return None
     with preserve_rng(chains.seed), chains.objective.active():
         try:
             table, shares = chains.slopes(most)
-        except NoLossError:  # of numbers that the step has drawn, or of all the minibatches of a new window
+        except Exception as error:
+            # of a minibatch that no chain has met; shards are in step, and fail together
+            if chains.layout.sharded:
+                raise
+            log.debug(f"the slope of the loss is not known: {type(error).__name__}: {error}")
             return None
+    if not len(shares):
+        return None
     table = -0.5 * chains.posterior.nbeta * table
     owner = 0 if chains.source.shared else chains.collective.rank
-    return _Readings({chains.numbers[k]: table[k] for k in rows}, shares / shares.sum(), available, owner)
+    # of steps that draw random numbers these are some of many, however many minibatches there are
+    population = math.inf if draws else available
+    return _Readings({chains.numbers[k]: table[k] for k in rows}, shares / shares.sum(), population, owner)
 
 
-def _by_owner(told: list[_Readings]) -> list[tuple[Tensor, Tensor, int]]:
+def _by_owner(told: list[_Readings]) -> list[tuple[Tensor, Tensor, float]]:
     """``[chains, batches]`` in order of the chains, the shares of the batches, and how many there were; one for each of
     those who have minibatches of their own."""
     tables = []
@@ -116,7 +127,7 @@ def _by_owner(told: list[_Readings]) -> list[tuple[Tensor, Tensor, int]]:
     return tables
 
 
-def _error_of_batches(rows: Tensor, shares: Tensor, available: int) -> float:
+def _error_of_batches(rows: Tensor, shares: Tensor, available: float) -> float:
     """Squared error of the mean for which of the minibatches these are; 0 of all there are."""
     count = len(shares)
     if count < 2:
