@@ -31,7 +31,7 @@ from lightning_slt.sampling.minibatch_heat import MAX_NOISE_HEAT, held_by_thermo
 from lightning_slt.sampling.readings import diverged, steepness_of, virial_readings
 from lightning_slt.sampling.rounding import misfit_of_rounding
 from lightning_slt.sampling.segment import Segment
-from lightning_slt.sampling.slope import slope_of
+from lightning_slt.sampling.slope import Slope, slope_of
 from lightning_slt.sampling.sums import misfit_of_sum
 from lightning_slt.sampling.width import LARGE_IN_NATS, LITTLE_HEAT, reasons_of_width
 
@@ -76,7 +76,7 @@ def fit_for_covariances(drawn: Drawn, chains: Chains) -> tuple[tuple[str, ...], 
     Returns:
         Reasons why covariances over them are not valid, and notes.
     """
-    llc, verdict = _judge(drawn, chains)
+    llc, verdict = _judge(drawn, chains, with_slope=False)
     reasons = tuple(_of_llc(reason) for reason in verdict if reason.kind in BAD_FOR_COVARIANCES)
     more, notes = _heat_in_covariances(drawn, chains, llc)
     reasons += more
@@ -118,7 +118,7 @@ def _heat_noted(llc: Estimate) -> tuple[str, ...]:
     return (f"{said} (not taken off)",)
 
 
-def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
+def _judge(drawn: Drawn, chains: Chains, with_slope: bool = True) -> tuple[Estimate, tuple[Reason, ...]]:
     segment, posterior, d = drawn.segment, chains.posterior, chains.layout.num_weights
     good = ~diverged(segment, posterior.nbeta, d)
     cooled = without_heat(drawn, chains, good)
@@ -146,7 +146,8 @@ def _judge(drawn: Drawn, chains: Chains) -> tuple[Estimate, tuple[Reason, ...]]:
     standing = acceptance is not None and acceptance < MIN_ACCEPTANCE
     downhill = tuple(_reasons_of_descent(cooled.trace[good], ratios, summary, digit))
     of_width = tuple(reasons_of_width(ratios, cooled, summary, drawn, chains, standing or bool(downhill)))
-    slope = slope_of(chains, drawn, good)  # first: a look along lines may use up the memory of a chain
+    # first: a look along lines may use up the memory of a chain
+    slope = slope_of(chains, drawn, good) if with_slope else Slope()
     looked = look_along_lines(chains, drawn, good)
     verdict = (
         *of_data,

@@ -214,14 +214,14 @@ class Chains:
 
         Returns:
             ``[own chains, batches]`` float64, ``grad L_B(w*) . (w - w*)``; and what each of these minibatches weighs,
-            ``[batches]``, 1 in the mean over the window.
+            ``[batches]``, together 1.
         """
         window, anchor = self.window, self.objective.anchor
-        at = self._state.tensors.get("accepted_weights", self.weights)
         wanted = torch.linspace(0, len(window) - 1, min(most, len(window))).round().long()
         measure_anchor(self.objective, window, wanted)
         # those without a loss are left out, which all ranks do alike
         batches = wanted[~torch.isin(wanted, torch.tensor(sorted(window.without_loss), dtype=torch.long))].unique()
+        at = self._where()
         table, gradients = anchor.new_zeros(len(at), len(batches)), self._gradients(1)
         gradients.bind(anchor.unsqueeze(0))
         try:
@@ -237,8 +237,8 @@ class Chains:
                         table[row, column] += share * torch.dot(slope, moved)
         finally:
             self._engine.release()
-        shares = torch.ones(len(batches)) if window.shares is None else window.shares[batches] * len(window)
-        return self.layout.sum(table).double().cpu(), shares.double()
+        shares = (torch.ones(len(window)) if window.shares is None else window.shares)[batches].double()
+        return self.layout.sum(table).double().cpu(), shares / shares.sum()
 
     def reseed(self, part: int) -> None:
         """Start the random numbers of every chain anew, those of part ``part`` of the run."""
@@ -281,8 +281,11 @@ class Chains:
 
     def displacements(self) -> Tensor:
         """``[own chains, d]``: where the chains of this rank are, from ``w*``."""
-        at = self._state.tensors.get("accepted_weights", self.weights)
-        return at - self.objective.anchor
+        return self._where() - self.objective.anchor
+
+    def _where(self) -> Tensor:
+        """``[own chains, d]``: not at a proposal that has yet to be accepted."""
+        return self._state.tensors.get("accepted_weights", self.weights)
 
     @property
     def preconditioner(self) -> Tensor | None:

@@ -113,7 +113,7 @@ def _of_rank(chains: Chains, fine: set[int], most: int) -> _Readings | None:
     owner = 0 if chains.source.shared else chains.collective.rank
     # of steps that draw random numbers these are some of many, however many minibatches there are
     population = math.inf if draws else available
-    return _Readings({chains.numbers[k]: table[k] for k in rows}, shares / shares.sum(), population, owner)
+    return _Readings({chains.numbers[k]: table[k] for k in rows}, shares, population, owner)
 
 
 def _by_owner(told: list[_Readings]) -> list[tuple[Tensor, Tensor, float]]:

@@ -245,7 +245,7 @@ def test_large_weights_have_their_gradients_seen_parameter_by_parameter() -> Non
     with chains.objective.active():
         table, shares = chains.slopes(4)
         peak = peak_of(lambda: chains.slopes(4), net, least=2 * 384 * 4)
-    assert table.shape == (2, 4) and shares.tolist() == [1.0] * 4
+    assert table.shape == (2, 4) and shares.tolist() == [0.25] * 4
     assert peak <= 1.0 + one_layer(8, 384) + 0.01
     expected = by_hand(chains)
     assert torch.allclose(table, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
