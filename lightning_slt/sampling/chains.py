@@ -7,24 +7,25 @@ chunks, the engine or the number of ranks that share the work.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from lightning_slt.functional.posterior import LocalPosterior
-from lightning_slt.sampling.anchor import anchor_of_steps, measure_anchor, some_batch
+from lightning_slt.sampling.anchor import anchor_of_steps, measure_anchor
+from lightning_slt.sampling.at_rest import AtRest, Look
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.chunk import Chunk, GradientMoments, num_noise_squares
 from lightning_slt.sampling.collective import Collective, RankLostError, own_chains
-from lightning_slt.sampling.engines import Engine, SequentialEngine
-from lightning_slt.sampling.gradients import Gradients, GradientsInParts, WholeGradients, in_parts
+from lightning_slt.sampling.engines import Engine
+from lightning_slt.sampling.gradients import GradientMemory
 from lightning_slt.sampling.layout import BLOCK
 from lightning_slt.sampling.objective import Objective
 from lightning_slt.sampling.paths import SLOW, Choice, choose_engine
 from lightning_slt.sampling.randomness import Randomness
-from lightning_slt.sampling.rng import START, STEP, derive_seed, generator, seed_globals
+from lightning_slt.sampling.rng import START, generator
 from lightning_slt.sampling.samplers import Sampler, SamplerState, empty_state
 from lightning_slt.sampling.segment import NOISE_LAG, READINGS, STATS_EVERY, Segment
 from lightning_slt.sampling.weight_reader import Readout, WeightReader, join_reads, num_reads
@@ -114,131 +115,21 @@ class Chains:
         # shards keep what is theirs of the noise of all the weights, so that it is drawn before any block is moved
         self._noise = torch.zeros(width, d if self.layout.sharded else block, device=device, dtype=dtype)
         self._blocks = self.layout.blocks(max(block, 1))
-        self._whole_grad: Tensor | None = None
-        self._parts: GradientsInParts | None = None
-        if isinstance(self._engine, SequentialEngine) and in_parts(self._engine, self.objective, self.sampler):
-            blocks = [block for block, _ in self._blocks]
-            self._parts = GradientsInParts(self._engine, self.objective, blocks, self.sampler)
-        else:
-            self._memory_of_gradients()
+        blocks = [block for block, _ in self._blocks]
+        self._gradients = GradientMemory(self._engine, self.objective, self.sampler, width, blocks)
         self._moments: GradientMoments | None = None
         self.reseed(0)
-
-    def _memory_of_gradients(self) -> Tensor:
-        """``[chains of a chunk, d]``."""
-        if self._whole_grad is None:
-            self._whole_grad = self.weights.new_zeros(len(self._noise), len(self.objective.anchor))
-        return self._whole_grad
-
-    def _gradients(self, count: int, whole: bool = False) -> Gradients:
-        """Those of so many chains that move together; in one tensor where the weights are few, or where that is wanted
-        (``whole``)."""
-        if self._parts is not None and not whole:
-            return self._parts
-        blocks = [block for block, _ in self._blocks]
-        return WholeGradients(self._engine, self._memory_of_gradients()[:count], blocks, self.layout)
 
     def sample(self, posterior: LocalPosterior, sampler: Sampler) -> None:
         """Sample this posterior from now on, from ``w*``, with this sampler."""
         self.posterior, self.sampler = posterior, sampler
+        del self._gradients  # their memory goes before there is another one
         self._allocate()
-
-    def gradients(self, weights: Tensor, batches: Sequence[int]) -> Tensor:
-        """Gradients of the mean loss at any weights, averaged over these minibatches of the first window.
-
-        Args:
-            weights: ``[k, d]``.
-            batches: numbers of minibatches that have a loss.
-
-        Returns:
-            ``[k, d]``.
-        """
-        window, total = self.source.window(0), torch.zeros_like(weights)
-        weights, width = weights.contiguous(), self._engine.width
-        grad = torch.empty_like(weights[:width])
-        try:
-            for start in range(0, len(weights), width):
-                rows = weights[start : start + width]
-                self._engine.bind(rows, grad[: len(rows)])
-                for i in batches:
-                    if self.objective.draws:  # what differs between weights is the weights' doing
-                        seed_globals(derive_seed(self.seed, STEP, i))
-                    self._engine(window, torch.full((len(rows),), i))
-                    total[start : start + width] += grad[: len(rows)]
-        finally:
-            self._engine.release()
-        return total / len(batches)
 
     @property
     def window(self) -> Window:
         """The minibatches that the chains see next: one that has passed by would be read anew."""
         return self.source.window(self._window_index)
-
-    @contextmanager
-    def line(self, row: int, put_back: bool = True) -> Iterator[Callable[[float], tuple[float, float]]]:
-        """The loss of one minibatch on the line from ``w*`` to where the chain of ``row`` is, and its slope along it,
-        at a share of the way. In the memory of the last of the chains.
-
-        Args:
-            row: of this rank's chains.
-            put_back: where the last chain is is kept (one copy more, for that time); False loses it.
-        """
-        anchor, direction = self.objective.anchor, self.weights[row]
-        is_last = row + 1 == len(self.weights)
-        point = torch.empty_like(direction).unsqueeze(0) if is_last else self.weights[-1:]
-        kept = point.to("cpu", copy=True) if put_back and not is_last else None
-        window = self.window
-        batch = some_batch(self.objective, window)
-        at, gradients = torch.tensor([batch]), self._gradients(1)
-
-        def look(share: float) -> tuple[float, float]:
-            torch.add(anchor, direction, alpha=share, out=point[0])
-            if self.objective.draws:
-                seed_globals(derive_seed(self.seed, STEP, batch))
-            gradients.bind(point)
-            loss, slope = gradients.derivative(direction, lambda: self._engine(window, at))
-            return float(loss), slope
-
-        direction.sub_(anchor)
-        try:
-            yield look
-        finally:
-            self._engine.release()
-            direction.add_(anchor)
-            if kept is not None:
-                point.copy_(kept)
-
-    def slopes(self, most: int) -> tuple[Tensor, Tensor]:
-        """How the loss rises at ``w*`` towards where each chain is, on up to ``most`` minibatches of the window, evenly
-        spaced.
-
-        Returns:
-            ``[own chains, batches]`` float64, ``grad L_B(w*) . (w - w*)``; and what each of these minibatches weighs,
-            ``[batches]``, together 1.
-        """
-        window, anchor = self.window, self.objective.anchor
-        wanted = torch.linspace(0, len(window) - 1, min(most, len(window))).round().long()
-        measure_anchor(self.objective, window, wanted)
-        # those without a loss are left out, which all ranks do alike
-        batches = wanted[~torch.isin(wanted, torch.tensor(sorted(window.without_loss), dtype=torch.long))].unique()
-        at = self._where()
-        table, gradients = anchor.new_zeros(len(at), len(batches)), self._gradients(1)
-        gradients.bind(anchor.unsqueeze(0))
-        try:
-            for column, batch in enumerate(batches.tolist()):
-                if self.objective.draws:
-                    seed_globals(derive_seed(self.seed, STEP, batch))
-                self._engine(window, torch.tensor([batch]))
-                for number, (block, share) in enumerate(self._blocks):
-                    # in the memory of the noise: where a row lies must not show in its last digit
-                    moved, slope = self._noise[0, : block.stop - block.start], gradients.block(number)[0]
-                    for row, weights in enumerate(at):
-                        torch.sub(weights[block], anchor[block], out=moved)
-                        table[row, column] += share * torch.dot(slope, moved)
-        finally:
-            self._engine.release()
-        shares = (torch.ones(len(window)) if window.shares is None else window.shares)[batches].double()
-        return self.layout.sum(table).double().cpu(), shares / shares.sum()
 
     def reseed(self, part: int) -> None:
         """Start the random numbers of every chain anew, those of part ``part`` of the run."""
@@ -265,6 +156,11 @@ class Chains:
         draws = [torch.randn(anchor.shape, generator=g, device=device, dtype=anchor.dtype) for g in streams]
         self.place(metric(torch.stack(draws)) if draws else torch.zeros_like(self.weights))
 
+    @property
+    def at_rest(self) -> AtRest:
+        """The loss at weights of one's choosing, while these rest."""
+        return AtRest(self.objective, self._engine, self._gradients, self._blocks, self.seed)
+
     def scratch(self) -> list[Tensor]:
         """Memory to be used while the chains rest, which are put back after: ``[1, d]`` each, that of gradients where
         there is one, and of as many chains as there are here."""
@@ -272,12 +168,24 @@ class Chains:
 
     def gradient_memory(self) -> list[Tensor]:
         """``[1, d]`` for the gradients of one chain; none where autograd keeps them."""
-        return [self._memory_of_gradients()[:1]] if self._parts is None else []
+        return [] if self._gradients.in_parts else [self._gradients.whole()[:1]]
 
     @property
     def sparing(self) -> bool:
         """The memory of the chains is less than the search for a step would like to have, and it is large."""
-        return self._parts is not None and len(self.weights) < 3
+        return self._gradients.in_parts and len(self.weights) < 3
+
+    def line(self, row: int, put_back: bool = True) -> AbstractContextManager[Look]:
+        """The loss on the line from ``w*`` to where the chain of ``row`` is, see :meth:`AtRest.line`."""
+        return self.at_rest.line(self.window, self.weights, row, put_back)
+
+    def slopes(self, most: int) -> tuple[Tensor, Tensor]:
+        """How the loss rises at ``w*`` towards where each chain is, see :meth:`AtRest.slopes`."""
+        return self.at_rest.slopes(self.window, self._where(), self._noise[0], most)
+
+    def gradients(self, weights: Tensor, batches: Sequence[int]) -> Tensor:
+        """Gradients of the mean loss at any weights, see :meth:`AtRest.gradients`."""
+        return self.at_rest.gradients(self.source.window(0), weights, batches)
 
     def displacements(self) -> Tensor:
         """``[own chains, d]``: where the chains of this rank are, from ``w*``."""
@@ -424,7 +332,7 @@ class Chains:
             self.layout,
             anchor=self.objective.anchor,
             weights=self.weights[rows],
-            gradients=self._gradients(count, whole=getattr(self.reader, "wants_gradients", False)),
+            gradients=self._gradients.of(count, whole=getattr(self.reader, "wants_gradients", False)),
             noise=self._noise[:count],
             blocks=self._blocks,
             state=SamplerState({name: x[rows] for name, x in self._state.tensors.items()}, self.preconditioner),

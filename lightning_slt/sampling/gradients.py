@@ -209,6 +209,47 @@ class GradientsInParts:
         return total
 
 
+class GradientMemory:
+    """The memory for the gradients of a rank's chains: none, where autograd keeps them and nobody asks for them whole.
+
+    Args:
+        engine: makes them.
+        objective: of which weights.
+        sampler: sees them.
+        width: chains that move together, at the most.
+        blocks: of the weights, of this rank.
+
+    Attributes:
+        in_parts: autograd keeps them.
+    """
+
+    def __init__(
+        self, engine: Engine, objective: Objective, sampler: Sampler, width: int, blocks: Sequence[slice]
+    ) -> None:
+        self._engine, self._layout, self._width, self._blocks = engine, objective.layout, width, blocks
+        self._anchor = objective.anchor
+        self._whole: Tensor | None = None
+        self._parts: GradientsInParts | None = None
+        if isinstance(engine, SequentialEngine) and in_parts(engine, objective, sampler):
+            self._parts = GradientsInParts(engine, objective, blocks, sampler)
+        else:
+            self.whole()
+        self.in_parts = self._parts is not None
+
+    def whole(self) -> Tensor:
+        """``[width, d]``."""
+        if self._whole is None:
+            self._whole = self._anchor.new_zeros(self._width, len(self._anchor))
+        return self._whole
+
+    def of(self, count: int, whole: bool = False) -> Gradients:
+        """Those of so many chains that move together; in one tensor where the weights are few, or where that is wanted
+        (``whole``)."""
+        if self._parts is not None and not whole:
+            return self._parts
+        return WholeGradients(self._engine, self.whole()[:count], self._blocks, self._layout)
+
+
 def _cut(sizes: Sequence[int], blocks: Sequence[slice]) -> list[list[tuple[int, slice | None]]]:
     """For each block of the weights, which parameters it consists of, and which part of each; None for all of it.
 

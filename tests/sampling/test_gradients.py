@@ -127,7 +127,7 @@ def chains_of(name: str, in_parts: bool, monkeypatch: pytest.MonkeyPatch, **sett
     monkeypatch.setitem(gradients.BLOCK, "cpu", 7)
     torch.manual_seed(0)
     chains = make_chains(make(), data(), loss_fn, **{"num_chains": 3, **settings})
-    assert (chains._parts is not None) is in_parts
+    assert chains._gradients.in_parts is in_parts
     return chains
 
 
@@ -292,7 +292,7 @@ def test_what_a_step_differentiates_by_itself_is_no_part_of_its_gradient(monkeyp
     found = []
     for through_weights in (True, False):
         chains = make_chains(mlp(), regression(), partial(attacked, through_weights=through_weights), num_chains=2)
-        assert chains._parts is not None
+        assert chains._gradients.in_parts
         segment = chains.advance(NOISE_LAG + 4, 1e-3)
         with chains.line(0) as look:
             found.append((chains.weights, segment.noise_square, torch.tensor(look(0.5))))
@@ -313,7 +313,7 @@ def test_which_gradients_stay_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradients, "IN_PARTS", 66 * 4)  # of 66 weights
 
     def left(loss_fn: Any = mean_squared, **settings: Any) -> bool:
-        return make_chains(module, data, loss_fn, **settings)._parts is not None
+        return make_chains(module, data, loss_fn, **settings)._gradients.in_parts
 
     assert left() and left(sampler=LeimkuhlerMatthews())
     assert not left(sampler=RMSpropSGLD())  # learns its metric from all of them
@@ -327,4 +327,4 @@ def test_which_gradients_stay_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradients, "IN_PARTS", 66 * 4 + 1)
     assert not left()
     monkeypatch.setattr(gradients, "IN_PARTS", 66 * 8)
-    assert make_chains(module.double(), in_double(data), mean_squared)._parts is not None
+    assert make_chains(module.double(), in_double(data), mean_squared)._gradients.in_parts
