@@ -17,7 +17,14 @@ from lightning_slt.sampling.arguments import check_device, check_module, without
 from lightning_slt.sampling.borrowing import apart, as_interpreted, borrow, buffers_kept, prepare
 from lightning_slt.sampling.layout import Layout
 from lightning_slt.sampling.restriction import Restriction, refuse_empty, refuse_lazy, select_parameters
-from lightning_slt.sampling.shadow import CopyError, copy_with_hooks, detach_from_training, shadow_copy, without_compile
+from lightning_slt.sampling.shadow import (
+    CopyError,
+    copy_with_hooks,
+    detach_from_training,
+    shadow_copy,
+    stand_ins_for,
+    without_compile,
+)
 from lightning_slt.sampling.step_call import StepCall
 from lightning_slt.sampling.step_tensors import StepTensors
 from lightning_slt.sampling.structures import clone
@@ -42,6 +49,14 @@ def told_once() -> Callable[[str, str], None]:
             log.warning(sentence)
 
     return say
+
+
+def _copy_sharing(module: nn.Module, shared: dict[int, Any]) -> nn.Module:
+    """A copy that holds what ``shared`` has in place of what it answers for."""
+    try:
+        return copy_with_hooks(module, shared)
+    except Exception as error:
+        return copy_with_hooks(module, stand_ins_for(module, error, shared))
 
 
 class Objective:
@@ -233,7 +248,7 @@ class Objective:
             # They are those of the private copy: what training moves is shared with neither
             moving = self.parameters()  # held, so that the numbers by which deepcopy knows them stay theirs
             shared = {id(p): nn.Parameter(p.data, p.requires_grad) for p in moving}
-            twin = shadow_copy(self.module) if stand_ins else copy_with_hooks(self.module, shared)
+            twin = shadow_copy(self.module) if stand_ins else _copy_sharing(self.module, shared)
         detach_from_training(twin)
         prepare(twin, self._trainer)
         return twin
@@ -261,6 +276,8 @@ class Objective:
                 self._adapt_copy(batch)
         with self.active():
             self._find_use(batch)
+            if self.borrowed and not self.layout.sharded:
+                self._call_again(batch)
 
     def _adapt_copy(self, batch: Any) -> None:
         trials = self._trials(batch)
@@ -306,9 +323,25 @@ class Objective:
     def compare_with_first(self, loss: float) -> None:
         """Told the loss of the batch that it was adapted to: another one than then is one of many, of generators that
         the step makes anew. Ranks with shards, who compute every loss together, have one answer."""
-        slack = (2e-2 if self.autocast else 1e-4) * abs(self._first_loss)
-        drew = self.draws or abs(loss - self._first_loss) > slack
+        drew = self.draws or self._differs(loss)
         self.draws = not self.layout.all_finite(torch.tensor([math.nan if drew else 0.0]))
+
+    def _call_again(self, batch: Any) -> None:
+        """Say so where a module that is called in place has another loss at its next call, for no global random number:
+        what it keeps is put back when the chains have ended, and not before each of their calls."""
+        with torch.no_grad():
+            if self.draws or not self._differs(float(self.loss(clone(batch)))):
+                return
+        self.say(
+            "state in place",
+            "the loss of one batch is another one at each call: the step keeps something from call to call (a count, "
+            "a generator of its own), which is put back before each only where the module can be copied. Chains of "
+            "this one sample a loss that moves on. Make it copyable, or keep that out of the loss.",
+        )
+
+    def _differs(self, loss: float) -> bool:
+        """Whether this is another loss than the first of the same batch, beyond rounding."""
+        return abs(loss - self._first_loss) > (2e-2 if self.autocast else 1e-4) * abs(self._first_loss)
 
     def elsewhere(self) -> AbstractContextManager[None]:
         """The copy's weights a little beside ``w*``, where no loss is zero by chance; a borrowed module stays."""

@@ -44,7 +44,7 @@ def shadow_copy(module: nn.Module) -> nn.Module:
     try:
         shadow = copy_with_hooks(module, memo)
     except Exception as error:
-        stand_ins = _stand_ins(module, error, memo)
+        stand_ins = stand_ins_for(module, error, memo)
         try:
             shadow = copy_with_hooks(module, stand_ins)
         except Exception as again:
@@ -173,11 +173,16 @@ def uncompile(module: nn.Module) -> nn.Module:
     return module
 
 
-def _stand_ins(module: nn.Module, error: Exception, known: Mapping[int, Any]) -> dict[int, Any]:
+def stand_ins_for(copied: Any, error: Exception, known: Mapping[int, Any]) -> dict[int, Any]:
     """A deepcopy memo with a substitute for everything that blocks the copy.
 
     Args:
+        copied: a module, or what one holds.
+        error: what its copy has raised.
         known: a memo that answers for some of it already.
+
+    Raises:
+        CopyError: where something blocks the copy for which there is no substitute.
     """
     memo: dict[int, Any] = dict(known)
     blocking: list[tuple[str, Exception]] = []
@@ -225,13 +230,13 @@ def _stand_ins(module: nn.Module, error: Exception, known: Mapping[int, Any]) ->
         if not isinstance(value, (nn.Module, *_FUNCTIONS)) and (why := _blocks(value, memo)) is not None:
             blocking.append((path, why))
 
-    visit(module, type(module).__name__)
+    visit(copied, type(copied).__name__)
     try:
-        copy.deepcopy(module, dict(memo))
+        copy.deepcopy(copied, dict(memo))
     except Exception as again:
         where, why = blocking[0] if blocking else ("", again)
         raise CopyError(
-            f"{type(module).__name__} cannot be copied: {f'the attribute {where}' if where else 'an attribute'} blocks "
+            f"{type(copied).__name__} cannot be copied: {f'the attribute {where}' if where else 'an attribute'} blocks "
             f"it ({type(why).__name__}: {why}). Give that "
             "attribute's class a __deepcopy__ or __getstate__, or create it when it is used."
         ) from error

@@ -29,7 +29,7 @@ from lightning_slt.sampling.belongings import (
     services_of,
 )
 from lightning_slt.sampling.services import SHARED_NUMBERS, numbers_in, renewed
-from lightning_slt.sampling.shadow import without_compile
+from lightning_slt.sampling.shadow import stand_ins_for, without_compile
 from lightning_slt.sampling.step_tensors import fingerprint
 from lightning_slt.sampling.structures import attributes_of
 
@@ -62,6 +62,7 @@ class StepState:
         memo |= services
         self._services = list(services.values())
         self._values: dict[_Place, Any] = {}
+        self._shared: dict[int, Any] = {}  # such as a lock: all copies have the one
         self._owners: dict[nn.Module, tuple[list[tuple[nn.Module, _Place]], dict[int, Any]]] = {}
         self._shallow = {place for place, shallow in changed.items() if shallow}
         for place in changed:
@@ -73,10 +74,22 @@ class StepState:
             outputs = {id(output): output.detach().clone() for output in _outputs_in(value, MAX_DEPTH, set(memo))}
             known = {**memo, id(_ABSENT): _ABSENT, **outputs}
             try:
-                self._values[place] = copy.deepcopy(value, known)
+                self._values[place] = self._copied(value, known)
             except Exception as error:
-                log.debug(f"{'.'.join(place)} is not put back: {type(error).__name__}: {error}")
+                log.debug(f"{_called(place)} is not put back: {type(error).__name__}: {error}")
         self._drawn_from = {place for place, value in self._values.items() if generators_in(value)}
+
+    def _copied(self, value: Any, known: dict[int, Any]) -> Any:
+        """A copy from which others can be made."""
+        try:
+            return copy.deepcopy(value, dict(known))
+        except Exception as error:
+            memo = stand_ins_for(value, error, known)
+        copied = copy.deepcopy(value, dict(memo))
+        shared = {key: held for key, held in memo.items() if id(held) == key}
+        copy.deepcopy(copied, dict(shared))
+        self._shared |= shared
+        return copied
 
     def __bool__(self) -> bool:
         return bool(self._values)
@@ -84,7 +97,7 @@ class StepState:
     @property
     def names(self) -> list[str]:
         """What is put back."""
-        return sorted(".".join(filter(None, place)) for place in self._values)
+        return sorted(map(_called, self._values))
 
     def put_back(self, module: nn.Module) -> None:
         """Make the attributes of ``module``, a private copy, what they were; but generators begin with a number of the
@@ -106,9 +119,12 @@ class StepState:
             elif place in self._shallow:
                 attributes[key] = copy.copy(value)
             else:
-                attributes[key] = copy.deepcopy(value, {**memo, **{id(s): renewed(s) for s in self._services}})
+                attributes[key] = copy.deepcopy(value, {**memo, **self._shared, **self._renewed()})
             for source in generators_in(attributes[key]) if place in self._drawn_from else ():
                 seed_random(source, int(torch.randint(2**62, ())))
+
+    def _renewed(self) -> dict[int, Any]:
+        return {id(service): renewed(service) for service in self._services}
 
     def forget(self, module: nn.Module) -> None:
         """A private copy that is given up."""
@@ -168,6 +184,10 @@ def _print_of(value: Any, depth: int, known: set[int]) -> Any:
     if members is None:
         return id(value)
     return id(value), len(members), tuple(_print_of(member, depth - 1, known) for member in members[:MAX_ITEMS])
+
+
+def _called(place: _Place) -> str:
+    return ".".join(filter(None, place))
 
 
 def _outputs_in(value: Any, depth: int, seen: set[int]) -> list[Tensor]:

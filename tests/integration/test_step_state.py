@@ -3,6 +3,7 @@ depend on how often it was asked for, and what the step does beside must reach n
 
 from __future__ import annotations
 
+import threading
 from array import array
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,31 @@ class InSlots(InObject):
         self.tally = Slotted()
 
 
+class Locked(Tally):
+    """No copy can be made of a lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+class InLocked(InObject):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tally = Locked()
+
+
+class NotToCopy(Tally):
+    def __deepcopy__(self, _: Any) -> Any:
+        raise RuntimeError("there is one of me")
+
+
+class InPlace(InObject):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tally = NotToCopy()
+
+
 class InBytes(InNested):
     def __init__(self) -> None:
         super().__init__()
@@ -193,6 +219,7 @@ class InData(InTensor):
         InNested,
         InObject,
         InSlots,
+        InLocked,
         InBytes,
         InNumbers,
         InCallable,
@@ -230,6 +257,23 @@ class DrawsInPlace(Draws):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         noise = torch.from_numpy(self.rng.normal(size=(len(batch[0]), IN)).astype(np.float32))
         return cross_entropy(self.score(batch[0] + noise), batch[1])
+
+
+class InPlaceAlone(Plain):
+    """Called in place, and keeps nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tally = NotToCopy()
+
+
+def test_what_a_step_keeps_and_cannot_be_put_back_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    told = {}
+    for module in (InPlace, DrawsInPlace, InPlaceAlone, InLocked):
+        caplog.clear()
+        estimates(module, tmp_path)
+        told[module] = sum("another one at each call" in record.getMessage() for record in caplog.records)
+    assert told == {InPlace: 1, DrawsInPlace: 1, InPlaceAlone: 0, InLocked: 0}
 
 
 @pytest.mark.parametrize("module", [Draws, DrawsInPlace])
