@@ -108,7 +108,12 @@ def _heat(found: Calibration) -> str:
 def _slope(estimate: Estimate) -> str:
     if math.isnan(estimate.slope):
         return "not measured"
-    return f"{with_error(estimate.slope, estimate.slope_se)} more at the minimum beside these weights; 0 at one"
+    size = with_error(estimate.slope, estimate.slope_se)
+    if math.isnan(estimate.slope_se):
+        return f"{size}, of one chain, which does not tell how sure that is; 0 at a minimum"
+    if not estimate.sure_of_slope:
+        return f"{size}: none for sure; 0 at a minimum"
+    return f"{size} more at the minimum beside these weights; 0 at one"
 
 
 def _part_of_error(part: float, what: str, estimate: Estimate) -> str:

@@ -72,6 +72,14 @@ def test_every_number_is_told() -> None:
     assert "the first one takes as long as 200 training steps" in said
 
 
+def test_a_slope_that_may_be_chance_is_not_told_as_one() -> None:
+    noise = lines(made({"slope": -0.1, "slope_se": 0.2}))
+    assert noise["slope"] == "−0.1 ± 0.2: none for sure; 0 at a minimum"
+    alone = lines(made({"slope": 0.42, "slope_se": float("nan")}))
+    assert alone["slope"] == "0.420, of one chain, which does not tell how sure that is; 0 at a minimum"
+    assert lines(made({"slope": float("nan"), "slope_se": float("nan")}))["slope"] == "not measured"
+
+
 def test_what_was_given_is_said_to_be() -> None:
     said = lines(made(config={"sampler": {"lr": 1e-4}, "localization": 10.0, "nbeta": 100.0, "probe": 7}))
     assert said["step size"] == "3.00e-05, given, 10% of the largest stable one"

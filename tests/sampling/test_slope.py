@@ -254,8 +254,13 @@ def test_large_weights_have_their_gradients_seen_parameter_by_parameter() -> Non
 def test_an_estimate_is_told_to_be_beside_a_minimum_where_that_is_much_and_sure() -> None:
     linear, data, _ = beside_its_minimum(0.0)
     est = measured(linear, data, 0).replace(mean=10.0, se=0.2)
-    for slope, error, told in [(1.1, 0.5, True), (0.9, 0.1, False), (1.1, 0.6, False), (math.nan, math.nan, False)]:
+    assert est.num_chains == 8
+    # as much as two errors of a normal number: 2.43 by Student's t with 7 degrees of freedom, 3.31 with 3, 2.04 with 63
+    for slope, error, told in [(1.1, 0.45, True), (0.9, 0.1, False), (1.1, 0.46, False), (math.nan, math.nan, False)]:
         assert est.replace(slope=slope, slope_se=error).beside_minimum is told
+    for chains, error, told in [(4, 0.33, True), (4, 0.34, False), (64, 0.53, True), (64, 0.54, False)]:
+        assert est.replace(num_chains=chains, slope=1.1, slope_se=error).beside_minimum is told
+    assert not est.replace(num_bad_chains=4, slope=1.1, slope_se=0.34).beside_minimum
     assert not est.replace(se=1.5, slope=1.2, slope_se=0.1).beside_minimum
     assert not est.replace(slope=1.2, slope_se=math.nan).beside_minimum  # of one chain, whose scatter nothing tells
     assert "beside a minimum, at which it is about 1.23 higher" in str(est.replace(slope=1.23, slope_se=0.1))
