@@ -18,7 +18,7 @@ Level = Literal["good", "note", "bad"]
 _EACH = 5
 """Diverged firings that are told one by one, and stretches of steps that a sentence names."""
 
-_BESIDE = "Usual early in training, while the learning rate is large, and under weight decay."
+_BESIDE = "Usual early in training, while the learning rate is large, under weight decay and under dropout."
 
 
 @dataclass(frozen=True)

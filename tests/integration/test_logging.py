@@ -430,5 +430,5 @@ def test_that_valid_numbers_are_of_weights_beside_a_minimum_is_said_once(
         Scenario(Net, loaders).run(tmp_path, tiny_monitor(at_steps=list(slopes)))
     assert [r.getMessage() for r in caplog.records if "minimum" in r.getMessage()] == [
         "SLTMonitor: step 4: LLC 16.0 ± 0.6 is of weights beside a minimum, at which it would be about 4.0 higher. "
-        "Usual early in training, while the learning rate is large, and under weight decay."
+        "Usual early in training, while the learning rate is large, under weight decay and under dropout."
     ]

@@ -56,7 +56,7 @@ def test_valid_estimates_of_weights_beside_a_minimum_are_one_note():
     assert (note.level, note.steps) == ("note", (20, 30))
     assert note.text == (
         "The weights were beside a minimum (2 estimates: steps 20 to 30), at which the LLC is higher: by about 4.2 at "
-        "the most. Usual early in training, while the learning rate is large, and under weight decay."
+        "the most. Usual early in training, while the learning rate is large, under weight decay and under dropout."
     )
     [alone] = diagnostics(estimates[2:])
     assert "(step 30), at which the LLC is higher: by about 2.0. Usual" in alone.text
