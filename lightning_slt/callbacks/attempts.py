@@ -87,11 +87,12 @@ class Attempts:
         if decision is not None:
             estimate = estimate.replace(firing_size=size)
             history.skipped = 0
-        self._reporting.take_up(moment.trainer, moment.module, estimate, influence, begin)
-        if asked.measures.susceptibility:
-            self._measure_components(moment, settings, raises, check, held)
-            if held.interrupted:
-                return
+        with self._reporting.one_row(joins=moment.x if moment.logs_next else None):
+            self._reporting.take_up(moment.trainer, moment.module, estimate, influence, begin)
+            if asked.measures.susceptibility:
+                self._measure_components(moment, settings, raises, check, held)
+                if held.interrupted:
+                    return
         # drawing and logging count as overhead too, from the next firing's figure on
         clock.took(begin, size)
         if clock.budget is None and not moment.is_smoke_test:

@@ -22,6 +22,7 @@ class Moment:
         x: the step under which loggers have it.
         collective: the ranks that measure it together.
         decision: of the overhead budget; None where there is none.
+        logs_next: training logs its own metrics at this x right after, should it have any.
     """
 
     trainer: Trainer
@@ -30,6 +31,7 @@ class Moment:
     x: int
     collective: Collective
     decision: Optional[Decision] = None
+    logs_next: bool = False
 
     @property
     def epoch(self) -> int:

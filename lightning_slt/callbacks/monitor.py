@@ -413,10 +413,12 @@ class SLTMonitor(KeepsHistory):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Chains follow the data where ``reload_dataloaders_every_n_epochs`` has loaded it anew."""
+        self._reporting.settle()
         if self._followed.follow_loaders(trainer) and self._late is not None:
             self._late.data_is_other()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._reporting.settle()
         self._turns.see(trainer)
         self._followed.see(batch)
 
@@ -428,17 +430,23 @@ class SLTMonitor(KeepsHistory):
         self._clock.saw_batch()
         turn = self._turns.after_batch(trainer)
         if turn is not None:
-            self._consider(trainer, pl_module, turn)
+            every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+            logs_next = trainer.is_last_batch or (every > 0 and (turn.x + 1) % every == 0)
+            self._consider(trainer, pl_module, turn, logs_next)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._late is not None:
             self._late.collect(trainer, pl_module)
         turn = self._turns.after_epoch(trainer)
         if turn is not None and not self._has(turn.step):
-            self._consider(trainer, pl_module, turn)
+            self._consider(trainer, pl_module, turn, logs_next=True)
 
-    def _consider(self, trainer: Trainer, pl_module: LightningModule, turn: Turn) -> None:
-        """Fire where the budget covers it, or there is none, or the run is a smoke test."""
+    def _consider(self, trainer: Trainer, pl_module: LightningModule, turn: Turn, logs_next: bool = False) -> None:
+        """Fire where the budget covers it, or there is none, or the run is a smoke test.
+
+        Args:
+            logs_next: training logs at this x right after.
+        """
         decision: Optional[Decision] = None
         budget = self._clock.budget
         if budget is not None and not is_smoke_test(trainer):
@@ -448,7 +456,7 @@ class SLTMonitor(KeepsHistory):
                 if budget.awaits_first and self._voice.first("first firing"):
                     say_when_first(self._voice, budget, turn.step, trainer)
                 return
-        self._fire(Moment(trainer, pl_module, turn.step, turn.x, self._collective, decision))
+        self._fire(Moment(trainer, pl_module, turn.step, turn.x, self._collective, decision, logs_next))
 
     def _fire(self, moment: Moment) -> None:
         """Measure now, or have the weights of now measured; what is interrupted is still to be measured."""

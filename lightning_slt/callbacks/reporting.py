@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -181,6 +182,17 @@ class Reporting:
         publisher.finish(self.history.estimates, status, transitions, cost)  # last: it flushes
 
     # --- while training -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def one_row(self, joins: Optional[int] = None) -> Iterator[None]:
+        """What is taken up inside is one row of a wandb run, see :meth:`RunPublisher.one_row`."""
+        with self._publisher.one_row(joins) if self._publisher is not None else nullcontext():
+            yield
+
+    def settle(self) -> None:
+        """A batch or an epoch begins: training has logged what it had to log of the one before."""
+        if self._publisher is not None:
+            self._publisher.settle()
 
     def take_up(
         self,

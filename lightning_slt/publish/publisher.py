@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -313,6 +313,30 @@ class RunPublisher:
         """What else there is to show at ``step``, to every sink; one that fails is warned about once."""
         for i, (name, sink) in enumerate(self._sinks):
             self._guard(i, name, partial(sink.page, page, step))
+
+    @contextmanager
+    def one_row(self, joins: Optional[int] = None) -> Iterator[None]:
+        """What is published inside at one x is one row of a wandb run; other loggers have it as it comes.
+
+        Args:
+            joins: the x of a row that training logs right after, which what has that x here becomes a part of. Call
+                :meth:`settle` when training has gone on.
+        """
+        sinks = [(i, name, sink) for i, (name, sink) in enumerate(self._sinks) if isinstance(sink, WandbSink)]
+        sinks = sinks if _is_rank_zero() else []
+        for _, _, sink in sinks:
+            sink.gather()
+        try:
+            yield
+        finally:
+            for i, name, sink in sinks:
+                self._guard(i, name, partial(sink.write, joins))
+
+    def settle(self) -> None:
+        """Training has gone on: what was to be a part of a row that never came is a row by itself."""
+        for i, (name, sink) in enumerate(self._sinks):
+            if isinstance(sink, WandbSink):
+                self._guard(i, name, sink.settle)
 
     def finish(
         self,

@@ -3,7 +3,11 @@
 The row goes through ``WandbLogger.log_metrics``: it carries ``trainer/global_step`` itself and leaves wandb's own step
 to wandb. ``run.log(step=N)`` would move that step, and every later training row with a smaller one would be dropped.
 
-wandb keeps a table as an artifact, and asks its server before it does: rows with tables are logged beside training.
+Each row moves it on by one, and a user who calls ``wandb.log(..., step=global_step)`` loses the rows that it is ahead
+of. So what belongs to one firing is one row, and where training's own row of the same x comes next, a part of that.
+
+wandb keeps a table as an artifact, and asks its server before it does: tables are logged beside training, and are part
+of whatever row comes next.
 """
 
 from __future__ import annotations
@@ -57,6 +61,31 @@ def _image(figure: Figure) -> Any:
     return wandb.Image(_Packed(png(figure)))
 
 
+def _samples(page: Page) -> list[Any]:
+    """The samples of a page that have pictures."""
+    import wandb
+
+    return [
+        wandb.Image(sample.picture(), caption=name) for name, sample in page.samples.items() if sample.image is not None
+    ]
+
+
+def _tables(page: Page) -> dict[str, Any]:
+    """The tables of a page, and one of the samples that are texts."""
+    import wandb
+
+    tables = dict(page.tables)
+    texts = [[name, sample.text] for name, sample in page.samples.items() if sample.image is None]
+    if texts:
+        tables["samples"] = Table(("media", "text"), texts)
+    return {
+        name: wandb.Table(
+            columns=list(table.columns), data=[list(values) for values in table.rows], allow_mixed_types=True
+        )
+        for name, table in tables.items()
+    }
+
+
 def _has_names_of(held: Any, settings: Mapping[str, Any]) -> bool:
     return isinstance(held, Mapping) and set(held) == set(settings)
 
@@ -74,13 +103,59 @@ class WandbSink:
         self.prefix = prefix
         self._later = Later()
         self._defined: set[str] = set()
+        self._gathered: Optional[dict[int, dict[str, Any]]] = None
+        self._pending: Optional[int] = None
 
-    def _log_tables(self, row: Mapping[str, Any], step: Optional[int]) -> None:
-        """Log a row that may have tables in it: an online run asks its server first, and must not ask it here."""
-        if self.online:
-            self._later(lambda: self.logger.log_metrics(row, step=step))
+    def gather(self) -> None:
+        """What is published from here on is one row for each x, once :meth:`write` is called."""
+        self._gathered = {}
+
+    def write(self, joins: Optional[int] = None) -> None:
+        """Log what was gathered.
+
+        Args:
+            joins: the x of a row that training logs next, which the row of that x here is to be a part of.
+        """
+        rows, self._gathered = self._gathered or {}, None
+        joining = rows.pop(joins, None) if joins is not None and not self._disabled else None
+        for x, row in rows.items():
+            self.logger.log_metrics(row, step=x)
+        if joining is not None:
+            self._log_without_commit(joining, joins)
+            self._pending = self.logger.experiment.step
+
+    def settle(self) -> None:
+        """Where training had no row of its own for what was to be a part of it, it is one by itself."""
+        pending, self._pending = self._pending, None
+        if pending is not None and self.logger.experiment.step == pending:
+            self.logger.experiment.log({}, commit=True)
+
+    def _log(self, row: Mapping[str, Any], x: Optional[int]) -> None:
+        if self._gathered is not None and x is not None:
+            self._gathered.setdefault(x, {}).update(row)
         else:
-            self.logger.log_metrics(row, step=step)
+            self.logger.log_metrics(row, step=x)
+
+    def _log_without_commit(self, row: Mapping[str, Any], x: Optional[int] = None) -> None:
+        """As ``WandbLogger.log_metrics`` has it, but for the commit."""
+        own = {f"{self._front}{key}": value for key, value in row.items()}
+        if x is not None and not self._by_tensorboard:
+            own["trainer/global_step"] = x
+        self.logger.experiment.log(own, commit=False)
+
+    @property
+    def _disabled(self) -> bool:
+        return bool(getattr(self.logger.experiment, "disabled", False))
+
+    @property
+    def _front(self) -> str:
+        """What the logger puts in front of every key."""
+        user_prefix = getattr(self.logger, "_prefix", "")
+        return f"{user_prefix}{self.logger.LOGGER_JOIN_CHAR}" if user_prefix else ""
+
+    @property
+    def _by_tensorboard(self) -> bool:
+        return bool(getattr(self.logger, "_wandb_init", {}).get("sync_tensorboard"))
 
     @property
     def online(self) -> bool:
@@ -112,10 +187,7 @@ class WandbSink:
 
     def _define(self, keys: Iterable[str]) -> None:
         """How wandb is to sum up these scalars, of those that it has not been told of."""
-        user_prefix = getattr(self.logger, "_prefix", "")
-        front = f"{user_prefix}{self.logger.LOGGER_JOIN_CHAR}" if user_prefix else ""
-        by_tensorboard = getattr(self.logger, "_wandb_init", {}).get("sync_tensorboard")
-        axis = "global_step" if by_tensorboard else "trainer/global_step"
+        axis = "global_step" if self._by_tensorboard else "trainer/global_step"
         for key in keys:
             if key in self._defined:
                 continue
@@ -123,42 +195,34 @@ class WandbSink:
             # is repeated since an exact definition replaces the one of "*".
             # A count's last value is its summary, under its own name.
             summary = None if key == f"{self.prefix}/transition/count" else "min,max,last"
-            self.logger.experiment.define_metric(f"{front}{key}", step_metric=axis, summary=summary)
+            self.logger.experiment.define_metric(f"{self._front}{key}", step_metric=axis, summary=summary)
             self._defined.add(key)
 
     def estimate(self, estimate: Estimate, figure: Optional[Figure], step: int) -> None:
         row: dict[str, Any] = dict(metrics_of(estimate, self.prefix))
-        if figure is not None and not getattr(self.logger.experiment, "disabled", False):
+        if figure is not None and not self._disabled:
             row[f"{self.prefix}/media/chains"] = _image(figure)
-        self.logger.log_metrics(row, step=step)
+        self._log(row, step)
 
     def page(self, page: Page, step: int) -> None:
         row: dict[str, Any] = dict(page.scalars)
-        if not getattr(self.logger.experiment, "disabled", False):
-            import wandb
-
+        found: dict[str, Any] = {}
+        if not self._disabled:
             if self._defined:  # the run has begun; names of components and groups are not known before this
                 self._define(page.scalars)
             row |= {f"{self.prefix}/media/{name}": _image(figure) for name, figure in page.pictures.items()}
-            tables = dict(page.tables)
-            texts = [[name, sample.text] for name, sample in page.samples.items() if sample.image is None]
-            images = [
-                wandb.Image(sample.picture(), caption=name)
-                for name, sample in page.samples.items()
-                if sample.image is not None
-            ]
+            images, found = _samples(page), _tables(page)
             if images:
                 row[f"{self.prefix}/media/samples"] = images
-            if texts:
-                tables["samples"] = Table(("media", "text"), texts)
-            for name, table in tables.items():
-                data = [list(values) for values in table.rows]
-                row[f"{self.prefix}/tables/{name}"] = wandb.Table(
-                    columns=list(table.columns), data=data, allow_mixed_types=True
-                )
+            found = {f"{self.prefix}/tables/{name}": table for name, table in found.items()}
+        if found and self.online:
+            # in no row of its own, and without an x, which would be that of training's row that comes next
+            self._later(lambda: self._log_without_commit(found))
+        else:
+            row |= found
         if row:
-            self._log_tables(row, step)
-        if page.summary and not getattr(self.logger.experiment, "disabled", False):
+            self._log(row, step)
+        if page.summary and not self._disabled:
             for key, value in page.summary.items():
                 self.logger.experiment.summary[key] = value
         # last: what an earlier row met is no reason to leave this one out
@@ -175,6 +239,7 @@ class WandbSink:
         run = self.logger.experiment
         if getattr(run, "disabled", False):
             return
+        self.settle()
         # first, so that a table that fails does not leave a run that says "running" for ever
         run.summary[f"{self.prefix}/status"] = status
         if not estimates:
@@ -191,7 +256,10 @@ class WandbSink:
             row[f"{self.prefix}/tables/chains"] = wandb.Table(columns=list(CHAIN_COLUMNS), data=chain_rows(last))
         if figure is not None:
             row[f"{self.prefix}/media/history"] = _image(figure)
-        self._log_tables(row, x_of(last))
+        if self.online:
+            self._later(lambda: self.logger.log_metrics(row, step=x_of(last)))
+        else:
+            self.logger.log_metrics(row, step=x_of(last))
         if not self._later.wait(LAST_ROWS_SECONDS):
             raise TimeoutError(f"the server did not answer for {LAST_ROWS_SECONDS:g} s; tables may be missing in wandb")
         self._later.check()

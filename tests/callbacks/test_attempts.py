@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, Optional
 
@@ -64,6 +65,7 @@ class Firing:
             SimpleNamespace(measure=self._measure_components),  # type: ignore[arg-type]
             SimpleNamespace(  # type: ignore[arg-type]
                 history=self.history,
+                one_row=lambda joins: nullcontext(),
                 take_up=lambda trainer, net, estimate, influence, begin: self.estimates.append(estimate),
                 take_up_susceptibility=lambda trainer, found: self.told.append(("components", found)),
             ),

@@ -194,6 +194,51 @@ def test_wandb_offline_has_every_value(offline: Path, pictures: None) -> None:
     assert [row["trainer/global_step"] for row in rows if "val_loss" in row] == [5, 11]
 
 
+class LogsToTheRun(Net):
+    """What wandb's own documentation shows: a row at a step of one's own. One below the run's own step is dropped."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        if self.training and isinstance(self.logger, WandbLogger):
+            self.logger.experiment.log({"own": self.global_step}, step=self.global_step)
+        return loss
+
+
+class OfEpochs(LogsToTheRun):
+    """Lightning has no row of its own after a batch."""
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        super().log(*args, **{**kwargs, "on_step": False, "on_epoch": True})
+
+
+@pytest.mark.parametrize("module", [LogsToTheRun, OfEpochs])
+@pytest.mark.parametrize(("every", "probe"), [(1, None), (2, 5), (50, 5)])
+def test_rows_that_a_user_logs_to_the_run_itself_are_kept(
+    module: type[Net], every: int, probe: Optional[int], offline: Path
+) -> None:
+    """But for those that Lightning's own rows go ahead of, at the end of an epoch."""
+    monitor = tiny_monitor(every_n_train_steps=3, probe=probe)
+
+    def rows_with(*callbacks: Any) -> list[dict[str, Any]]:
+        import wandb
+
+        logger = WandbLogger(save_dir=str(offline), offline=True, project="test")
+        trainer = {"logger": logger, "log_every_n_steps": every}
+        Scenario(module, loaders, lambda: dict(trainer)).run(offline, *callbacks)
+        run_folder = Path(logger.experiment.dir).parent
+        wandb.finish()
+        return [record["history"]["item"] for record in records(run_folder) if record["type"] == "history"]
+
+    without, rows = rows_with(), rows_with(monitor, TransitionMonitor())
+    own = [row["own"] for row in rows if "own" in row]
+    assert own == [row["own"] for row in without if "own" in row]
+    assert len(own) >= (6 if every == 1 else 11)
+    ours = [row for row in rows if "slt/llc/mean" in row]
+    assert [(row["trainer/global_step"], row["slt/step"]) for row in ours] == [(2, 3), (5, 6), (8, 9), (11, 12)]
+    assert all("slt/transition/score" in row for row in ours)
+    assert sum("slt/influence/valid" in row for row in ours) == (0 if probe is None else 4)
+
+
 def test_wandb_disabled_is_no_obstacle(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monitor = tiny_monitor()

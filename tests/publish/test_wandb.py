@@ -56,6 +56,40 @@ def test_every_value_of_a_run_with_late_results_reads_back(offline):
     assert whole["summary"]["slt/media/history"]["width"] == 1000
 
 
+def test_what_belongs_to_one_firing_is_one_row_and_part_of_trainings_own_where_that_comes_next(offline):
+    logger = WandbLogger(save_dir=offline, project="p", prefix="mine")
+    publisher = RunPublisher([logger], None)
+    publisher.start({})
+
+    def firing(x, joins=None):
+        with publisher.one_row(joins):
+            publisher.estimate(make_estimate(step=x + 1, x=x))
+            publisher.page(Page({"slt/transition/score": 1.0}, step=x + 1), x)
+            publisher.page(Page({"slt/transition/score": 7.0}, step=3), 2)  # of an earlier point, which comes late
+
+    publisher.settle()  # nothing waits
+    firing(9)
+    firing(19, joins=19)
+    logger.log_metrics({"loss": 0.5}, step=19)
+    publisher.settle()
+    firing(29, joins=29)  # and training has nothing to log
+    publisher.settle()
+    logger.log_metrics({"loss": 0.25}, step=49)
+    folder = Path(logger.experiment.dir).parent
+    wandb.finish()
+    rows = [record["history"]["item"] for record in records(folder) if record["type"] == "history"]
+    shown = ("trainer/global_step", "mine-slt/step", "mine-slt/transition/score", "mine-loss")
+    assert [tuple(row.get(key) for key in shown) for row in rows] == [
+        (9, 10, 1, None),
+        (2, None, 7, None),
+        (2, None, 7, None),
+        (19, 20, 1, 0.5),
+        (2, None, 7, None),
+        (29, 30, 1, None),
+        (49, None, None, 0.25),
+    ]
+
+
 def test_susceptibility_is_summarised_as_the_other_scalars_are(offline):
     """Its names are those of components and groups, which are known when they come."""
     logger = WandbLogger(save_dir=offline, project="p", prefix="mine")

@@ -197,7 +197,8 @@ class LateFirings:
         with preserve_rng():
             say_how(self._voice, result.step, result.estimate, result.influence)
             estimate = result.estimate.replace(**late.notes)
-            self._reporting.take_up(trainer, pl_module, estimate, result.influence, begin)
+            with self._reporting.one_row():
+                self._reporting.take_up(trainer, pl_module, estimate, result.influence, begin)
         self._clock.took(begin)
 
     def data_is_other(self) -> None:
