@@ -32,6 +32,7 @@ from lightning_slt.sampling.readings import diverged, steepness_of, virial_readi
 from lightning_slt.sampling.rounding import misfit_of_rounding
 from lightning_slt.sampling.segment import Segment
 from lightning_slt.sampling.slope import Slope, slope_of
+from lightning_slt.sampling.step_size import LEAST_SCALE
 from lightning_slt.sampling.sums import misfit_of_sum
 from lightning_slt.sampling.width import LARGE_IN_NATS, LITTLE_HEAT, reasons_of_width
 
@@ -155,7 +156,7 @@ def _judge(drawn: Drawn, chains: Chains, with_slope: bool = True) -> tuple[Estim
         *summary.verdict,
         *downhill,
         *_reasons_of_scale((*summary.verdict, *downhill), init_loss),
-        *_reasons_of_heat(cooled, summary, drawn, chains),
+        *_reasons_of_heat(cooled, summary, slope, drawn, chains),
         *of_width,
         *_reasons_of_rounding(init_loss, digit, chains),
         *(Reason(Kind.WEIGHTS_TOO_COARSE, sentence) for sentence in coarse),
@@ -181,7 +182,7 @@ def _judge(drawn: Drawn, chains: Chains, with_slope: bool = True) -> tuple[Estim
         num_samples=chains.source.num_samples,
         num_weights=d,
         step_size=drawn.lr,
-        step_bias=summary.mean * (1.0 / cooled.kept - 1.0),
+        step_bias=cooled.taken if math.isfinite(summary.mean) else math.nan,
         virial=float(ratios.mean()),
         acceptance=acceptance,
         owed=owed,
@@ -224,10 +225,16 @@ def _slowest_last(drawn: Drawn, chains: Chains) -> bool:
     return not (drawn.warm or chains.sampler.preconditioned or has_momenta(chains))
 
 
-def _reasons_of_heat(cooled: WithoutHeat, summary: Summary, drawn: Drawn, chains: Chains) -> Iterator[Reason]:
-    heat = cooled.heat
-    if not summary.mean > 0:
+def _reasons_of_heat(
+    cooled: WithoutHeat, summary: Summary, slope: Slope, drawn: Drawn, chains: Chains
+) -> Iterator[Reason]:
+    """Held against the estimate; where heat is taken off weights beside a minimum, against that of the minimum."""
+    if not summary.mean + cooled.taken > 0:
         return
+    heat = cooled.heat
+    if cooled.taken > 0 and slope.mean > 2 * slope.se:
+        level = max(summary.mean + cooled.taken, LEAST_SCALE)
+        heat *= level / (level + slope.mean)
     if has_momenta(chains):
         if heat >= MAX_NOISE_HEAT:
             yield Reason(Kind.HEAT_OF_MINIBATCHES, too_hot(heat, "estimate"))

@@ -36,9 +36,11 @@ class WithoutHeat:
 
     Attributes:
         trace: ``[num_chains, num_draws]`` float64.
-        kept: its mean over the good chains, as a share of what it was; 1 where nothing is taken off.
+        kept: its mean over the good chains, as a share of what it was; 1 where nothing is taken off, and where the
+            same is taken off every draw.
         heat: what the estimate is judged by, as a share of it; NaN where there is no heat, or no positive estimate to
             hold it against.
+        taken: what was taken off, in LLC units.
         noisy: the minibatches' part of it is what keeps the step small.
         lean: of the step (:func:`~lightning_slt.sampling.lean.lean_of`), in LLC units: taken off with the heat, where
             it is above zero, and an error of its own size, since it holds to first order alone.
@@ -53,10 +55,15 @@ class WithoutHeat:
     lean: float = 0.0
     scale: float = 0.0
     unsure: float = 0.0
+    taken: float = 0.0
 
 
 def without_heat(drawn: Drawn, chains: Chains, good: Tensor) -> WithoutHeat:
     """The trace of the LLC integrand as the draws have it, less what their step added.
+
+    Beside a minimum the LLC is near zero or below, where chains go down as far as they are thrown up, and what the step
+    added is no share of it. There it is held against half the work of the gradient, which is the LLC at the minimum of
+    a square, and below zero where chains run away. Where it is most of that too, nothing is taken off.
 
     Args:
         good: ``[chains]`` bool, those that heat and lean are read from, and that they are taken off.
@@ -70,8 +77,12 @@ def without_heat(drawn: Drawn, chains: Chains, good: Tensor) -> WithoutHeat:
     found = heat_of(segment, heating.step, posterior, good, heating.noise_alone, d if heating.thermostat else 0)
     noisy = found.noise / NOISE_HEAT > 2 * found.discretisation / HEAT
     scale = _scale_of_loss(found, posterior.nbeta, chains.source.batch_size)
-    level = float(trace[good].mean())
+    level, work = float(trace[good].mean()), 0.5 * posterior.nbeta * float(segment.grad_dot[good].mean())
+    unsure = _unsure_share(segment, good) * max(found.noise, 0.0)
     if not level > 0:
+        if 0 < found.total < 2 * MAX_HEAT * work:
+            trace[good] -= found.each.unsqueeze(1)
+            return WithoutHeat(trace, 1.0, math.nan, noisy, scale=scale, unsure=unsure, taken=found.total)
         return WithoutHeat(trace, 1.0, math.nan, noisy, scale=scale)
     # where noise is shared there is no lean at first order; but neither can those chains stay where it is too steep
     lean = 0.0 if has_momenta(chains) else lean_of(segment, drawn.lr, posterior, good)
@@ -80,6 +91,10 @@ def without_heat(drawn: Drawn, chains: Chains, good: Tensor) -> WithoutHeat:
     share = (found.total + leans) / level
     judged = found.total if has_momenta(chains) else found.of_sgld + above
     if not 0 < share < 2 * MAX_HEAT:
+        if 0 < share * level < 2 * MAX_HEAT * work:
+            trace[good] -= (found.each + leans).unsqueeze(1)
+            taken = found.total + leans
+            return WithoutHeat(trace, 1.0, judged / max(level, LEAST_SCALE), noisy, lean, scale, unsure, taken)
         return WithoutHeat(trace, 1.0, judged / level, noisy, lean, scale)
     kept = 1.0 - share
     # what a chain has beyond that share is taken off it too: the mean stays as it is, and the error of the heat
@@ -87,8 +102,8 @@ def without_heat(drawn: Drawn, chains: Chains, good: Tensor) -> WithoutHeat:
     own = found.each + leans - share * trace[good].mean(dim=1)
     trace[good] -= (own / kept).unsqueeze(1)
     # held against what the step was chosen by, where what there is of it is taken off
-    unsure = _unsure_share(segment, good) * max(found.noise, 0.0)
-    return WithoutHeat(trace * kept, kept, judged / max(level, LEAST_SCALE), noisy, lean, scale, unsure)
+    heat = judged / max(level, LEAST_SCALE)
+    return WithoutHeat(trace * kept, kept, heat, noisy, lean, scale, unsure, taken=share * level)
 
 
 def _unsure_share(segment: Segment, good: Tensor) -> float:
