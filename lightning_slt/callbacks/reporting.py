@@ -114,6 +114,20 @@ class Reporting:
         self._publisher = RunPublisher(trainer.loggers, folder, prefix)
         return restored
 
+    def stay(self) -> None:
+        """Nothing is left to train of a run that is resumed: its record is where it was."""
+        if self.resumed_folder is not None and self.resumed_folder.is_dir():
+            self.folder = self.resumed_folder
+
+    def has_recorded(self, step: int) -> bool:
+        """Whether the record has an estimate of this step, as that of a run has which went on after its checkpoint."""
+        if self.folder is None:
+            return False
+        try:
+            return any(e.step == step for e in RunRecord(self.folder).read(traces=False))
+        except (OSError, ValueError, KeyError, TypeError):
+            return False  # which is said where it is to be restored
+
     def start(self, config: Mapping[str, Any]) -> None:
         """Publish the settings of the run that has been opened."""
         assert self._publisher is not None
