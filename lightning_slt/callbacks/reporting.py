@@ -238,14 +238,14 @@ class Reporting:
         """The newest estimate for callbacks that monitor it; before there is one, that none is valid."""
         prefix = self._voice.prefix
         if not self.history.estimates:
-            trainer.callback_metrics.setdefault(f"{prefix}/diag/valid", torch.tensor(0.0))
+            trainer.callback_metrics.setdefault(f"{prefix}/diag/valid", torch.tensor(0.0, device="cpu"))
             return
         newest = self.history.estimates[-1]
         trainer.callback_metrics.update(
             {
-                f"{prefix}/llc/mean": torch.tensor(newest.mean),
-                f"{prefix}/llc/se": torch.tensor(newest.se),
-                f"{prefix}/diag/valid": torch.tensor(float(newest.valid)),
+                f"{prefix}/llc/mean": torch.tensor(newest.mean, device="cpu"),
+                f"{prefix}/llc/se": torch.tensor(newest.se, device="cpu"),
+                f"{prefix}/diag/valid": torch.tensor(float(newest.valid), device="cpu"),
             }
         )
 
