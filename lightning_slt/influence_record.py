@@ -243,8 +243,8 @@ class InfluenceEstimate:
 
     def loss_rank(self) -> Tensor:
         """``[n_train]`` long: the place of each sample by its loss at ``w*``, 1 for the largest."""
-        rank = torch.empty(len(self.init_loss), dtype=torch.long)
-        rank[self.init_loss.argsort(descending=True, stable=True)] = torch.arange(1, len(rank) + 1)
+        rank = torch.empty(len(self.init_loss), dtype=torch.long, device="cpu")
+        rank[self.init_loss.argsort(descending=True, stable=True)] = torch.arange(1, len(rank) + 1, device="cpu")
         return rank
 
     def nearest(self, query: int = 0, k: int = 10) -> list[tuple[int, float]]:
@@ -277,7 +277,7 @@ class InfluenceEstimate:
     def _same(self) -> Tensor:
         """``[n_query, n_train]`` bool: the pair is one and the same sample, where queries are training samples."""
         if not self.queries_are_train or not self.matrix.numel():
-            return torch.zeros(self.matrix.shape, dtype=torch.bool)
+            return torch.zeros(self.matrix.shape, dtype=torch.bool, device="cpu")
         return self.query_index[:, None] == self.train_index[None]
 
     def scalars(self) -> dict[str, Any]:
@@ -304,7 +304,7 @@ class InfluenceEstimate:
 
     def without_pairs(self) -> InfluenceEstimate:
         """The same without the pair matrices: what the history in memory and in a checkpoint keeps."""
-        empty = torch.empty(0, len(self.train_index), dtype=torch.float64)
+        empty = torch.empty(0, len(self.train_index), dtype=torch.float64, device="cpu")
         said = {"known_passing": self.passing, "known_max_abs": self.max_abs}
         return self.replace(matrix=empty, correlation=empty, se=empty, **said)
 
@@ -374,7 +374,7 @@ def suspicion_of(firings: Sequence[InfluenceEstimate]) -> Optional[Tensor]:
         return None
     index = firings[-1].train_index
     place = {sample: k for k, sample in enumerate(index.tolist())}
-    total, count = torch.zeros(len(index)).double(), torch.zeros(len(index)).double()
+    total, count = torch.zeros(len(index), device="cpu").double(), torch.zeros(len(index), device="cpu").double()
     before: Optional[int] = None
     for firing in firings:
         weight, step = math.log(2.0), firing.step
@@ -393,7 +393,7 @@ def suspicion_of(firings: Sequence[InfluenceEstimate]) -> Optional[Tensor]:
             continue
         common = [(k, place[sample]) for k, sample in enumerate(firing.train_index.tolist()) if sample in place]
         if common:
-            here, at = torch.tensor(common).T
+            here, at = torch.tensor(common, device="cpu").T
             total[at] += weight * centred[here] / scale
             count[at] += weight
     return total / torch.where(count > 0, count, 1.0)

@@ -239,12 +239,12 @@ class Estimate:
         values = {k: v for k, v in state.items() if k in names}
         values |= {k: math.inf for k in MAY_BE_INFINITE if values.get(k) == INFINITE}
         values["per_chain"] = torch.tensor(
-            [math.nan if v is None else v for v in values["per_chain"]], dtype=torch.float64
+            [math.nan if v is None else v for v in values["per_chain"]], dtype=torch.float64, device="cpu"
         )
         for name in ("reasons", "kinds"):
             values[name] = tuple(values.get(name) or ())
         if "trace" not in values:
-            values["trace"] = torch.empty(len(values["per_chain"]), 0)
+            values["trace"] = torch.empty(len(values["per_chain"]), 0, device="cpu")
         for f in dataclasses.fields(cls):
             if f.type in ("float",) and values.get(f.name) is None and f.name in values:
                 values[f.name] = math.nan

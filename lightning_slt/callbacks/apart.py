@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_slt.sampling.belongings import RANDOM, LiveIterator, is_live_iterator, random_state, set_random_state
+from lightning_slt.callbacks.data.own_contents import OwnContents
+from lightning_slt.sampling.belongings import RANDOM, LiveIterator, copy_of_random, is_live_iterator
 from lightning_slt.sampling.stand_ins import ReadThrough
 
 METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
@@ -18,7 +17,7 @@ METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
 
 class SeenTrainer(ReadThrough):
     """The live trainer as the chains may see it: what a step writes to its metrics, to the settings of its optimisers
-    and schedulers, and to the attributes of its DataModule stays here, and no checkpoint is saved.
+    and schedulers, and to what its DataModule holds (within limits) stays here, and no checkpoint is saved.
 
     Args:
         trainer: the live one.
@@ -36,7 +35,9 @@ class SeenTrainer(ReadThrough):
         if name == "strategy":
             local[name] = value = SeenStrategy(value)
         elif name == "datamodule" and value is not None:
-            local[name] = value = loosened(value)
+            local[name] = twin = loosened(value)
+            OwnContents(value, twin)
+            return twin
         elif name in METRICS:
             local[name] = value = dict(value)
         return value
@@ -111,9 +112,7 @@ def _own(value: Any) -> Any:
     if type(value) in (list, dict, set):
         return value.copy()
     if isinstance(value, RANDOM):
-        twin = torch.Generator(value.device) if isinstance(value, torch.Generator) else copy.deepcopy(value)
-        set_random_state(twin, random_state(value))
-        return twin
+        return copy_of_random(value)
     return value.clone() if isinstance(value, Tensor) and value.ndim == 0 and not value.requires_grad else value
 
 

@@ -153,7 +153,7 @@ class InsideFirings:
         if objective.layout.sharded:
             own = second_moments(optimizers, module, objective.names)
             # some shards' moments without those of the others are of no use
-            found = torch.tensor([0.0 if own is not None else math.nan])
+            found = torch.tensor([0.0 if own is not None else math.nan], device="cpu")
             return own if objective.layout.all_finite(found) else None
         first = moment.collective.rank == 0
         return moment.collective.exchange(

@@ -43,7 +43,7 @@ from lightning_slt.callbacks.inside_firings import InsideFirings
 from lightning_slt.callbacks.listener import EstimateListener
 from lightning_slt.callbacks.moment import Moment
 from lightning_slt.callbacks.overhead import Decision, OverheadBudget
-from lightning_slt.callbacks.remarks import say_when_first, warn_of_no_step, warn_of_nothing
+from lightning_slt.callbacks.remarks import say_when_first, warn_of_left_out, warn_of_no_step, warn_of_nothing
 from lightning_slt.callbacks.reporting import Reporting
 from lightning_slt.callbacks.said import Voice
 from lightning_slt.callbacks.schedule import Schedule
@@ -337,7 +337,7 @@ class SLTMonitor(KeepsHistory):
             raise MisconfigurationException(f"{voice.who}: {error}") from error
         if not data.counts_batches:
             check_num_samples(data.num_samples, asked.settings.nbeta, voice.who)
-        self._turns.open(trainer, self._collective, voice.called(f"every_n_epochs={asked.schedule.every_n_epochs}"))
+        self._open_turns(trainer)
         begins = self._begins(trainer)
         if begins:
             self._forget()
@@ -358,6 +358,10 @@ class SLTMonitor(KeepsHistory):
             self._consider(trainer, pl_module, turn)
         elif not begins:
             self._make_up_for(trainer, pl_module, self._turns.missed(trainer, last))
+
+    def _open_turns(self, trainer: Trainer) -> None:
+        called = self._voice.called(f"every_n_epochs={self._asked.schedule.every_n_epochs}")
+        self._turns.open(trainer, self._collective, called)
 
     def _make_up_for(self, trainer: Trainer, pl_module: LightningModule, turn: Optional[Turn]) -> None:
         """Measure at the step of a checkpoint that was written between the end of its batch and the firing there."""
@@ -488,6 +492,16 @@ class SLTMonitor(KeepsHistory):
             warn_of_no_step(self._voice, self._asked.schedule, trainer, self._turns.last)
         elif budget is not None and math.isfinite(budget.predicted_seconds):
             warn_of_nothing(self._voice, budget)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning comes to no start and no end of training where a run that is resumed has nothing left to train."""
+        if not self._given:
+            return
+        self._reporting.stay()
+        self._open_turns(trainer)
+        turn = self._turns.missed(trainer, self._turns.last)
+        if turn is not None and not self._has(turn.step) and not self._reporting.has_recorded(turn.step):
+            warn_of_left_out(self._voice, turn.step)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._late is not None:

@@ -164,6 +164,15 @@ def warn_of_nothing(voice: Voice, budget: OverheadBudget) -> None:
     )
 
 
+def warn_of_left_out(voice: Voice, step: int) -> None:
+    """A run is resumed at its end, from a checkpoint written before the measurement there, and not trained on."""
+    warn(
+        f"{voice.who}: the measurement at step {step:,} is left out: the checkpoint was written before it, and nothing "
+        "is left to train. It is made where training goes on from there (a larger max_epochs); lightning-slt sweep "
+        "measures the checkpoint by itself."
+    )
+
+
 def warn_of_no_step(voice: Voice, schedule: Schedule, trainer: Trainer, last_step: int) -> None:
     """The run was over before the first step that the schedule names: nothing else would say so."""
     warn(
@@ -181,6 +190,7 @@ __all__ = [
     "say_what_is_due",
     "say_when_first",
     "warn_if_large",
+    "warn_of_left_out",
     "warn_of_no_influence",
     "warn_of_no_step",
     "warn_of_nothing",

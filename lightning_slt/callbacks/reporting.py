@@ -115,6 +115,20 @@ class Reporting:
         self._publisher = RunPublisher(trainer.loggers, folder, prefix)
         return restored
 
+    def stay(self) -> None:
+        """Nothing is left to train of a run that is resumed: its record is where it was."""
+        if self.resumed_folder is not None and self.resumed_folder.is_dir():
+            self.folder = self.resumed_folder
+
+    def has_recorded(self, step: int) -> bool:
+        """Whether the record has an estimate of this step, as that of a run has which went on after its checkpoint."""
+        if self.folder is None:
+            return False
+        try:
+            return any(e.step == step for e in RunRecord(self.folder).read(traces=False))
+        except (OSError, ValueError, KeyError, TypeError):
+            return False  # which is said where it is to be restored
+
     def start(self, config: Mapping[str, Any]) -> None:
         """Publish the settings of the run that has been opened."""
         assert self._publisher is not None
@@ -236,14 +250,14 @@ class Reporting:
         """The newest estimate for callbacks that monitor it; before there is one, that none is valid."""
         prefix = self._voice.prefix
         if not self.history.estimates:
-            trainer.callback_metrics.setdefault(f"{prefix}/diag/valid", torch.tensor(0.0))
+            trainer.callback_metrics.setdefault(f"{prefix}/diag/valid", torch.tensor(0.0, device="cpu"))
             return
         newest = self.history.estimates[-1]
         trainer.callback_metrics.update(
             {
-                f"{prefix}/llc/mean": torch.tensor(newest.mean),
-                f"{prefix}/llc/se": torch.tensor(newest.se),
-                f"{prefix}/diag/valid": torch.tensor(float(newest.valid)),
+                f"{prefix}/llc/mean": torch.tensor(newest.mean, device="cpu"),
+                f"{prefix}/llc/se": torch.tensor(newest.se, device="cpu"),
+                f"{prefix}/diag/valid": torch.tensor(float(newest.valid), device="cpu"),
             }
         )
 

@@ -187,7 +187,9 @@ class TransitionMonitor(KeepsHistory):
         """To those who monitor a metric."""
         standing = sum(t.state != "retracted" for t in self._detector.transitions)
         values = {"score": self._detector.score, "flag": float(flag), "count": float(standing)}
-        trainer.callback_metrics.update({f"{self._prefix}/transition/{k}": torch.tensor(v) for k, v in values.items()})
+        trainer.callback_metrics.update(
+            {f"{self._prefix}/transition/{k}": torch.tensor(v, device="cpu") for k, v in values.items()}
+        )
 
     # --- while training -------------------------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ def block_edges(num_chains: int, num_draws: int) -> list[tuple[int, int]]:
         [(0, 4), (4, 9), (9, 14), (14, 18)]
     """
     blocks = blocks_per_chain(num_chains, num_draws)
-    return list(pairwise(torch.linspace(0, num_draws, blocks + 1).round().long().tolist()))
+    return list(pairwise(torch.linspace(0, num_draws, blocks + 1, device="cpu").round().long().tolist()))
 
 
 def independent_stretches(num_chains: int, num_blocks: int, num_draws: int) -> int:
@@ -102,7 +102,7 @@ def error_of_mean(values: Tensor) -> Tensor:
     chains, draws, n = values.shape
     edges = block_edges(chains, draws)
     if chains * len(edges) < 2:
-        return torch.full((n,), math.nan, dtype=torch.float64)
+        return torch.full((n,), math.nan, dtype=torch.float64, device="cpu")
     # by its share of the draws, where blocks differ in length
     shares = torch.cat([values[:, a:b].double().sum(dim=1) * (len(edges) / draws) for a, b in edges])
     error = shares.std(dim=0) / math.sqrt(len(shares))

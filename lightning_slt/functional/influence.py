@@ -254,7 +254,7 @@ class CovarianceAccumulator:
             raise ValueError("no draws: a covariance needs two draws of a chain at least.")
         total, count = sum(count for count, _, _ in chains.values()), len(self._blocks)
         stretches = independent_stretches(len(chains), count, total)
-        first = torch.zeros(self.n_y, self.n_x, dtype=torch.float64)
+        first = torch.zeros(self.n_y, self.n_x, dtype=torch.float64, device="cpu")
         square, square_of_chains = torch.zeros_like(first), torch.zeros_like(first)
         # blocks may differ a little in length: each counts by its share of the draws
         for chain in chains:
@@ -309,18 +309,18 @@ def covariance(
     left = torch.cat([centred(side[0]) * (weight if k else 1.0) for k, side in enumerate(sides)], dim=1)
     right = torch.cat([centred(side[1]) for side in sides], dim=1)
     blocks = [
-        (chain, torch.cat([torch.arange(low, high) + k * draws for k in range(len(sides))]))
+        (chain, torch.cat([torch.arange(low, high, device="cpu") + k * draws for k in range(len(sides))]))
         for chain in range(chains)
         for low, high in block_edges(chains, draws)
     ]
     rights = [right[chain, rows] for chain, rows in blocks]
-    matrix = torch.zeros(y.shape[2], x.shape[2], dtype=torch.float64)
+    matrix = torch.zeros(y.shape[2], x.shape[2], dtype=torch.float64, device="cpu")
     se = torch.empty_like(matrix)
     degrees, count = chains * (draws - 1), len(blocks)
     stretches = independent_stretches(chains, count, chains * draws)
     for start in range(0, x.shape[2], columns):
         some = slice(start, start + columns)
-        first = torch.zeros(y.shape[2], left[:, :, some].shape[2], dtype=torch.float64)
+        first = torch.zeros(y.shape[2], left[:, :, some].shape[2], dtype=torch.float64, device="cpu")
         square, value = torch.zeros_like(first), torch.empty_like(first)
         before, square_of_chains = torch.zeros_like(first), torch.zeros_like(first)
         for number, ((chain, rows), other) in enumerate(zip(blocks, rights, strict=True), start=1):
@@ -395,7 +395,7 @@ def group_means(x: Tensor, groups: Sequence[Optional[str]], names: Sequence[str]
         ``[num_chains, num_draws, len(names)]`` float64; NaN for a group without samples.
     """
     place = {name: k for k, name in enumerate(names)}
-    weights = torch.zeros(x.shape[2], len(names), dtype=torch.float64)
+    weights = torch.zeros(x.shape[2], len(names), dtype=torch.float64, device="cpu")
     for i, group in enumerate(groups):
         if group is not None and group in place:
             weights[i, place[group]] = 1.0

@@ -58,16 +58,16 @@ def shared_course(trace: Tensor) -> float:
 
     def together(turned: Tensor) -> float:
         """The variance of the chains' mean, each turned in time by so many readings."""
-        time = (torch.arange(reads) + turned[:, None]) % reads
-        which = torch.arange(chains)
+        time = (torch.arange(reads, device="cpu") + turned[:, None]) % reads
+        which = torch.arange(chains, device="cpu")
         at = products[which[:, None, None], time[:, None], which[None, :, None], time[None, :]]
         return float(at.sum()) / (chains**2 * (reads - 1))
 
-    found = together(torch.zeros(chains, dtype=torch.long))
+    found = together(torch.zeros(chains, dtype=torch.long, device="cpu"))
     alone = float(x.square().sum()) / (chains**2 * (reads - 1))
     share = (found - alone) / within * chains / (chains - 1)
     if share < LEAST_COURSE:
         return 0.0
     g = torch.Generator().manual_seed(0)
-    chance = max(together(torch.randint(reads, (chains,), generator=g)) for _ in range(SHUFFLES))
+    chance = max(together(torch.randint(reads, (chains,), generator=g, device="cpu")) for _ in range(SHUFFLES))
     return min(share, 1.0) if found > chance else 0.0

@@ -71,7 +71,9 @@ def susceptibility(integrand: Tensor, shift: Tensor) -> Response:
     above = (phi - phi.mean(dim=1, keepdim=True)).unsqueeze(2)
     products = -whole * draws / (draws - 1) * above * (delta - delta.mean(dim=1, keepdim=True))
     per_chain = products.mean(dim=1)
-    se = torch.tensor([standard_error(products[:, :, j]) for j in range(delta.shape[2])], dtype=torch.float64)
+    se = torch.tensor(
+        [standard_error(products[:, :, j]) for j in range(delta.shape[2])], dtype=torch.float64, device="cpu"
+    )
     return Response(per_chain.mean(dim=0), se, per_chain, share)
 
 

@@ -121,7 +121,7 @@ def estimate_influence(
         (torch.Size([40, 40]), True, True)
     """
     start = time.perf_counter()
-    shrink(torch.zeros(()), torch.zeros(()), 1.0 if shrinkage is None else shrinkage)
+    shrink(torch.zeros((), device="cpu"), torch.zeros((), device="cpu"), 1.0 if shrinkage is None else shrinkage)
     sampler = as_sampler(sampler)
     for name, value in (("nbeta", nbeta), ("localization", localization)):
         check_number(name, value)

@@ -249,7 +249,11 @@ class InfluenceReader:
     def _nothing(
         self, posterior: LocalPosterior, n: Optional[int], reasons: tuple[str, ...], dropped: tuple[Dropped, ...]
     ) -> InfluenceEstimate:
-        none, pairs, long = torch.empty(0).double(), torch.empty(0, 0).double(), torch.empty(0, dtype=torch.long)
+        none, pairs, long = (
+            torch.empty(0, device="cpu").double(),
+            torch.empty(0, 0, device="cpu").double(),
+            torch.empty(0, dtype=torch.long, device="cpu"),
+        )
         return InfluenceEstimate(
             *(pairs, pairs, pairs, none, none, none, none, none, none, none, long, long),
             nbeta=posterior.nbeta,

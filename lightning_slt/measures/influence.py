@@ -50,12 +50,12 @@ class Influence(Metric):
 
     def __init__(self, shrinkage: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        shrink(torch.zeros(()), torch.zeros(()), shrinkage)
+        shrink(torch.zeros((), device="cpu"), torch.zeros((), device="cpu"), shrinkage)
         self.shrinkage = float(shrinkage)
         self.add_state("train_trace", default=[], dist_reduce_fx="cat")
         self.add_state("query_trace", default=[], dist_reduce_fx="cat")
-        self.add_state("init_train", default=torch.empty(0), dist_reduce_fx=None)
-        self.add_state("init_query", default=torch.empty(0), dist_reduce_fx=None)
+        self.add_state("init_train", default=torch.empty(0, device="cpu"), dist_reduce_fx=None)
+        self.add_state("init_query", default=torch.empty(0, device="cpu"), dist_reduce_fx=None)
 
     def update(
         self,
@@ -83,9 +83,9 @@ class Influence(Metric):
                 f"train_losses {tuple(train_losses.shape)}, query_losses {tuple(queries.shape)}: expected "
                 "[num_chains, draws, n] with the same chains and draws."
             )
-        start = torch.zeros(train_losses.shape[2]) if init_train is None else init_train
+        start = torch.zeros(train_losses.shape[2], device="cpu") if init_train is None else init_train
         offset = start if query_losses is None else init_query
-        other = torch.zeros(queries.shape[2]) if offset is None else offset
+        other = torch.zeros(queries.shape[2], device="cpu") if offset is None else offset
         trains = joined("train_losses", self.train_trace, _above(train_losses, start).to(self.device))
         asked = joined("query_losses", self.query_trace, _above(queries, offset).to(self.device))
         inits = {"init_train": start, "init_query": other}
@@ -99,7 +99,7 @@ class Influence(Metric):
     def draws(self) -> tuple[Tensor, Tensor]:
         """``[num_chains, num_draws, n_train]`` and ``[..., n_query]`` losses above those at ``w*`` so far."""
         sides: list[Any] = [self.train_trace, self.query_trace]
-        found = [dim_zero_cat(s) if len(s) else torch.empty(0, 0, 0) for s in sides]
+        found = [dim_zero_cat(s) if len(s) else torch.empty(0, 0, 0, device="cpu") for s in sides]
         return found[0], found[1]
 
     def compute(self) -> dict[str, Tensor]:

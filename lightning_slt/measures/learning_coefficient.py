@@ -66,7 +66,7 @@ class LearningCoefficient(Metric):
     def draws(self) -> Tensor:
         """``[num_chains, num_draws]``, the integrand so far; of all processes inside ``compute``."""
         joined: Any = self.trace  # after a synchronisation torchmetrics leaves the joined tensor itself
-        return dim_zero_cat(joined) if len(joined) else torch.empty(0, 0, dtype=torch.float64)
+        return dim_zero_cat(joined) if len(joined) else torch.empty(0, 0, dtype=torch.float64, device="cpu")
 
     def summary(self) -> Summary:
         """All of what the trace says, with the reasons where it is not valid."""
@@ -82,7 +82,7 @@ class LearningCoefficient(Metric):
             "num_bad_chains": float((~s.good).sum()),
             "valid": float(s.valid),
         }
-        return {k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()}
+        return {k: torch.tensor(v, dtype=torch.float64, device="cpu") for k, v in values.items()}
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Running mean of each chain over its draws.
@@ -95,7 +95,7 @@ class LearningCoefficient(Metric):
         trace = self.draws().cpu()
         figure = ax.get_figure() if ax is not None else Figure(figsize=(6, 3.5), layout="constrained")
         axes = ax if ax is not None else figure.add_subplot()
-        count = torch.arange(1, trace.shape[1] + 1)
+        count = torch.arange(1, trace.shape[1] + 1, device="cpu")
         axes.plot(count.numpy(), (trace.cumsum(dim=1) / count).T.numpy(), linewidth=1)
         axes.set(xlabel="draw", ylabel="LLC, running mean of each chain")
         return figure, axes

@@ -121,7 +121,7 @@ def measure_first(objective: Objective, source: MinibatchSource) -> None:
     """The losses at ``w*`` of a few minibatches, where the first window is another one than that which was opened."""
     window = source.window(0)
     with objective.active():
-        measure_anchor(objective, window, torch.arange(min(PROBED_BATCHES, len(window))))
+        measure_anchor(objective, window, torch.arange(min(PROBED_BATCHES, len(window)), device="cpu"))
 
 
 def _remedy(error: Exception, objective: Objective, batch: Any) -> Optional[str]:
@@ -172,10 +172,10 @@ def measure_anchor(objective: Objective, window: Window, indices: Tensor) -> Ten
         except NoLossError:
             window.without_loss.add(i)
     if window.without_loss:
-        usable = torch.tensor([i for i in range(len(window)) if i in window.anchor_loss])
+        usable = torch.tensor([i for i in range(len(window)) if i in window.anchor_loss], device="cpu")
         if not len(usable):
             raise no_loss_of(objective.given_loss)
-        without = torch.isin(indices, torch.tensor(sorted(window.without_loss)))
+        without = torch.isin(indices, torch.tensor(sorted(window.without_loss), device="cpu"))
         indices = torch.where(without, usable[indices % len(usable)], indices)
     return indices
 
@@ -190,7 +190,7 @@ def some_batch(objective: Objective, window: Window) -> int:
         if window.anchor_loss:
             break
         with suppress(NoLossError):
-            measure_anchor(objective, window, torch.tensor([i]))
+            measure_anchor(objective, window, torch.tensor([i], device="cpu"))
     if not window.anchor_loss:
         raise no_loss_of(objective.given_loss)
     return next(iter(window.anchor_loss))
@@ -211,7 +211,7 @@ def anchor_of_steps(objective: Objective, window: Window, indices: Tensor, seeds
         ``[chains, steps]`` float64; NaN where there is no loss.
     """
     if indices.numel() == 0:
-        return torch.empty(indices.shape, dtype=torch.float64)
+        return torch.empty(indices.shape, dtype=torch.float64, device="cpu")
     unknown = torch.tensor(torch.nan, device=objective.device)
     rows = []
     for numbers, own in zip(indices.tolist(), seeds.tolist(), strict=True):

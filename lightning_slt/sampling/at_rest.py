@@ -112,10 +112,12 @@ class AtRest:
             ``[batches]``, together 1.
         """
         objective, anchor = self._objective, self._objective.anchor
-        wanted = torch.linspace(0, len(window) - 1, min(most, len(window))).round().long()
+        wanted = torch.linspace(0, len(window) - 1, min(most, len(window)), device="cpu").round().long()
         measure_anchor(objective, window, wanted)
         # those without a loss are left out, which all ranks do alike
-        batches = wanted[~torch.isin(wanted, torch.tensor(sorted(window.without_loss), dtype=torch.long))].unique()
+        batches = wanted[
+            ~torch.isin(wanted, torch.tensor(sorted(window.without_loss), dtype=torch.long, device="cpu"))
+        ].unique()
         table, gradients = anchor.new_zeros(len(weights), len(batches)), self._memory.of(1)
         gradients.bind(anchor.unsqueeze(0))
         try:
@@ -124,7 +126,7 @@ class AtRest:
                 table[:, column] = self._along(gradients, weights, scratch)
         finally:
             self._engine.release()
-        shares = (torch.ones(len(window)) if window.shares is None else window.shares)[batches].double()
+        shares = (torch.ones(len(window), device="cpu") if window.shares is None else window.shares)[batches].double()
         return objective.layout.sum(table).double().cpu(), shares / shares.sum()
 
     def _along(self, gradients: Gradients, weights: Tensor, scratch: Tensor) -> Tensor:
@@ -142,4 +144,4 @@ class AtRest:
         """The losses of the weights that are bound on one minibatch, their gradients left in their memory."""
         if self._objective.draws:
             seed_globals(derive_seed(self._seed, STEP, batch))
-        return self._engine(window, torch.full((rows,), batch))
+        return self._engine(window, torch.full((rows,), batch, device="cpu"))

@@ -190,8 +190,10 @@ class DatasetSource(MinibatchSource):
         n, b = self._count, self.batch_size
         stream = generator(self._seed, LOADER, start)
         if b * REPEATED < n:  # hardly any sample comes twice in a batch
-            return self._of_dataset(torch.randint(n, (count, b), generator=stream))
-        return self._of_dataset(torch.stack([torch.randperm(n, generator=stream)[:b] for _ in range(count)]))
+            return self._of_dataset(torch.randint(n, (count, b), generator=stream, device="cpu"))
+        return self._of_dataset(
+            torch.stack([torch.randperm(n, generator=stream, device="cpu")[:b] for _ in range(count)])
+        )
 
     def _of_dataset(self, numbers: Tensor) -> list[list[int]]:
         out: list[list[int]] = numbers.tolist()
@@ -316,7 +318,7 @@ def _rows(batch: Any) -> int:
 
 
 def _epoch_order(n: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(n, generator=generator(seed, LOADER, epoch))
+    return torch.randperm(n, generator=generator(seed, LOADER, epoch), device="cpu")
 
 
 def _epochs_for_even_use(n: int, batch_size: int) -> int:

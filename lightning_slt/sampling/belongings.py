@@ -6,6 +6,7 @@ its loss to a list changes what the list holds, and the list is still the same o
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import logging
@@ -141,13 +142,13 @@ def _keep(
     elif isinstance(value, RANDOM):
         undo.callback(set_random_state, value, random_state(value))
     elif isinstance(value, list):
-        undo.callback(_restore_list, value, list(value))
+        undo.callback(held_as_now(value))
         _keep_items(list(enumerate(value)), value, path, seen, undo, depth)
     elif isinstance(value, dict):
-        undo.callback(_restore_dict, value, dict(value))
+        undo.callback(held_as_now(value))
         _keep_items(list(value.items()), value, path, seen, undo, depth)
     elif isinstance(value, (set, deque)):
-        undo.callback(_restore_members, value, list(value))
+        undo.callback(held_as_now(value))
     elif isinstance(value, tuple):
         for index, item in enumerate(value):
             _keep(item, f"{path}[{index}]", _nowhere, seen, undo, depth - 1)
@@ -158,8 +159,7 @@ def _keep(
         _keep_module(value, path, seen, undo, depth)
     elif is_users(value):
         own, slots = getattr(value, "__dict__", {}), in_slots(value)
-        undo.callback(_restore_dict, own, dict(own))
-        undo.callback(_restore_slots, value, slots)
+        undo.callback(held_as_now(value))
         for name, item in list(own.items()):
             _keep(item, f"{path}.{name}", _setter(own, name), seen, undo, depth - 1)
         for name, item in slots.items():
@@ -221,6 +221,27 @@ def _restore_tensor(tensor: Tensor, before: Tensor, version: int) -> None:
         tensor.copy_(before)
 
 
+def held_as_now(value: Any) -> Callable[[], None]:
+    """What makes a collection or an object hold again what it holds now; these things themselves may have changed."""
+    if isinstance(value, list):
+        return functools.partial(_restore_list, value, list(value))
+    if isinstance(value, dict):
+        return functools.partial(_restore_dict, value, dict(value))
+    if isinstance(value, (set, deque)):
+        return functools.partial(_restore_members, value, list(value))
+    own = getattr(value, "__dict__", {})
+    attributes = functools.partial(_restore_dict, own, dict(own))
+    if not hasattr(value, "__slots__"):
+        return attributes
+    slots = in_slots(value)
+
+    def restore() -> None:
+        attributes()
+        _restore_slots(value, slots)
+
+    return restore
+
+
 def _restore_list(value: list[Any], before: list[Any]) -> None:
     if len(value) != len(before) or any(a is not b for a, b in zip(value, before, strict=True)):
         value[:] = before
@@ -264,6 +285,13 @@ def set_random_state(source: Any, state: Any) -> None:
         source.setstate(state)
     else:
         source.set_state(state)
+
+
+def copy_of_random(source: Any) -> Any:
+    """A second one of :data:`RANDOM`, which stands where the first one does."""
+    twin = torch.Generator(source.device) if isinstance(source, torch.Generator) else copy.deepcopy(source)
+    set_random_state(twin, random_state(source))
+    return twin
 
 
 def seed_random(source: Any, seed: int) -> None:
@@ -312,7 +340,9 @@ __all__ = [
     "RANDOM",
     "LiveIterator",
     "contents_kept",
+    "copy_of_random",
     "generators_in",
+    "held_as_now",
     "is_live_iterator",
     "is_users",
     "random_state",

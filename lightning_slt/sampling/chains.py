@@ -278,14 +278,14 @@ class Chains:
         indices = measure_anchor(self.objective, window, self._pick(window, steps))
         seeds = self._seeds(steps) if self.objective.draws else None
         anchor, known = self._at_anchor(window, indices, seeds)
-        losses = torch.zeros(chains, steps, dtype=torch.float64)
+        losses = torch.zeros(chains, steps, dtype=torch.float64, device="cpu")
         kinds, reads = 3 if self._state.preconditioner is None else 5, num_reads(steps, STATS_EVERY, before)
-        readings = torch.zeros(kinds, chains, reads, dtype=torch.float64)
+        readings = torch.zeros(kinds, chains, reads, dtype=torch.float64, device="cpu")
         read: list[Tensor] = []
         noise: Tensor | None = None
         others: Tensor | None = None
         if self.sampler.heating(lr).step > 0 and not self.sampler.full_batch and min(len(window), steps) > 1:
-            noise = torch.zeros(chains, num_noise_squares(steps, before), dtype=torch.float64)
+            noise = torch.zeros(chains, num_noise_squares(steps, before), dtype=torch.float64, device="cpu")
             others = _partners(indices)
         tallies = [self._state.tensors.get(name) for name in ("accepted", "proposed")]
         tallied = [tally.clone() for tally in tallies if tally is not None]
@@ -344,7 +344,9 @@ class Chains:
         """The losses at ``w*`` of the steps to come, ``[chains, steps]``, and of the minibatches by themselves."""
         known = window.anchor_loss
         if seeds is None:
-            return torch.tensor([[known[i] for i in row] for row in indices.tolist()], dtype=torch.float64), known
+            return torch.tensor(
+                [[known[i] for i in row] for row in indices.tolist()], dtype=torch.float64, device="cpu"
+            ), known
         anchor = anchor_of_steps(self.objective, window, indices, seeds)
         # of a minibatch the mean over what its steps draw, and not over one number
         means = {i: float(anchor[indices == i].nanmean()) for i in indices.unique().tolist()}
@@ -353,8 +355,8 @@ class Chains:
     def _seeds(self, steps: int) -> Tensor:
         """``[chains, steps]``, of the random numbers that the user's step draws."""
         streams = [own.steps for own in self._randomness]
-        seeds = [torch.randint(2**62, (steps,), generator=g) for g in streams]
-        return torch.stack(seeds) if seeds else torch.empty(0, steps, dtype=torch.long)
+        seeds = [torch.randint(2**62, (steps,), generator=g, device="cpu") for g in streams]
+        return torch.stack(seeds) if seeds else torch.empty(0, steps, dtype=torch.long, device="cpu")
 
     def _pick(self, window: Window, steps: int) -> Tensor:
         """Which minibatch each chain sees at each step, ``[chains, steps]``.
@@ -371,31 +373,33 @@ class Chains:
             if self._window_used == 0:
                 self._orders = [_order_of(window, g) for g in streams]
             picks = [order[self._window_used : self._window_used + steps] for order in self._orders]
-        return torch.stack(picks) if picks else torch.empty(0, steps, dtype=torch.long)
+        return torch.stack(picks) if picks else torch.empty(0, steps, dtype=torch.long, device="cpu")
 
 
 def _partners(indices: Tensor) -> Tensor:
     """``[k, steps]``, the minibatch beside each by which the noise of both is told: that of
     :data:`~lightning_slt.sampling.segment.NOISE_LAG` steps before, or the one before where there are not as many steps.
     """
-    at = torch.arange(indices.shape[1])
+    at = torch.arange(indices.shape[1], device="cpu")
     return indices[:, torch.where(at < NOISE_LAG, at - 1, at - NOISE_LAG)]  # before the first comes the last
 
 
 def _drawn_from(window: Window, steps: int, stream: torch.Generator) -> Tensor:
     """``[steps]``, batches with replacement."""
     if window.shares is None:
-        return torch.randint(len(window), (steps,), generator=stream)
+        return torch.randint(len(window), (steps,), generator=stream, device="cpu")
     return torch.multinomial(window.shares, steps, replacement=True, generator=stream)
 
 
 def _order_of(window: Window, stream: torch.Generator) -> Tensor:
     """``[batches]``, each once; in the place of some of the smaller ones full ones."""
-    order = torch.randperm(len(window), generator=stream)
+    order = torch.randperm(len(window), generator=stream, device="cpu")
     if window.shares is None:
         return order
     full = (window.shares == window.shares.max()).nonzero().flatten()
-    stand_ins = full[torch.randint(len(full), (len(window),), generator=stream)]
+    stand_ins = full[torch.randint(len(full), (len(window),), generator=stream, device="cpu")]
     # of a full one this is above 1
-    left_out = torch.rand(len(window), generator=stream, dtype=torch.float64) >= len(window) * window.shares
-    return torch.where(left_out, stand_ins, torch.arange(len(window)))[order]
+    left_out = (
+        torch.rand(len(window), generator=stream, dtype=torch.float64, device="cpu") >= len(window) * window.shares
+    )
+    return torch.where(left_out, stand_ins, torch.arange(len(window), device="cpu"))[order]

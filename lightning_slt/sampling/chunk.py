@@ -316,7 +316,7 @@ def num_noise_squares(steps: int, before: int = 0) -> int:
 
 def _padded(table: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     """The table as float64 on the CPU, with NaN where it ends before ``shape`` does."""
-    whole = torch.full(shape, torch.nan, dtype=torch.float64)
+    whole = torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
     if table is not None:
         whole[..., : table.shape[-1]] = table.double().cpu()
     return whole

@@ -51,7 +51,9 @@ class CommonBatches(MinibatchSource):
 
         first = self._ranks.exchange(digest)[0]
         own = read[0]
-        others = self._ranks.add(torch.tensor([float(digest_of(own.batches) != first)], dtype=torch.float64))
+        others = self._ranks.add(
+            torch.tensor([float(digest_of(own.batches) != first)], dtype=torch.float64, device="cpu")
+        )
         if float(others) > 0:
             device = device_of(own.batches[0])
             # a part of a larger tensor would be sent with all of it: each batch as a copy of its own

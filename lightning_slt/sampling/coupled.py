@@ -146,7 +146,7 @@ def couples_halves(objective: Objective, batch: Any, batch_size: int) -> bool:
 
 def _places(batch_size: int) -> Tensor:
     """About half of the places of a batch, in no order; an odd number, so that no pairing leaves all pairs whole."""
-    order = torch.randperm(batch_size, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(batch_size, generator=torch.Generator().manual_seed(0), device="cpu")
     return order[: (batch_size // 2 - 1) | 1]
 
 
@@ -158,7 +158,7 @@ def _scatter(noise: torch.Generator) -> Callable[[nn.Parameter], object]:
             return
         least = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
         size = max(float(parameter.float().square().mean()) ** 0.5, least)
-        drawn = torch.randn(parameter.shape, generator=noise).to(parameter.device, parameter.dtype)
+        drawn = torch.randn(parameter.shape, generator=noise, device="cpu").to(parameter.device, parameter.dtype)
         parameter.add_(drawn, alpha=0.5 * size)
 
     return scattered

@@ -190,7 +190,7 @@ class GradientsInParts:
         again()
 
     def derivative(self, direction: Tensor, step: Callable[[], Tensor]) -> tuple[Tensor, float]:
-        pieces, total = direction.split(self._sizes), torch.zeros((), dtype=torch.float64)
+        pieces, total = direction.split(self._sizes), torch.zeros((), dtype=torch.float64, device="cpu")
         loss: list[Tensor] = []
 
         def add(parameter: int, grad: Tensor) -> None:

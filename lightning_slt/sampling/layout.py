@@ -157,7 +157,7 @@ class ShardLayout(Layout):
                         a, b = max(start, first) - first, min(stop, last + 1) - first
                         source: Union[slice, Tensor] = slice(first + a - start, first + b - start)
                     else:
-                        ends = torch.searchsorted(piece.place, torch.tensor([start, stop]))
+                        ends = torch.searchsorted(piece.place, torch.tensor([start, stop], device="cpu"))
                         a, b = int(ends[0]), int(ends[1])
                         source = (piece.place[a:b] - start).to(device)
                     plan[number].append((source, slice(offset + a, offset + b)))
@@ -180,7 +180,9 @@ class ShardLayout(Layout):
         return float(self._add(torch.stack(parts).sum().cpu()))
 
     def all_finite(self, values: Tensor) -> bool:
-        return float(self._add(torch.tensor(0.0 if _is_finite(values) else 1.0, dtype=torch.float64))) == 0.0
+        return (
+            float(self._add(torch.tensor(0.0 if _is_finite(values) else 1.0, dtype=torch.float64, device="cpu"))) == 0.0
+        )
 
 
 def _is_finite(values: Tensor) -> bool:

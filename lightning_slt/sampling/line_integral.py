@@ -167,7 +167,7 @@ def _are_apart(lines: Sequence[Line]) -> bool:
     smooth loss has hardly any, has 35 times the variance. Jumps have as much: only where points that are near each
     other cannot tell the two apart.
     """
-    parts = torch.tensor([line.parts for line in lines], dtype=torch.float64)
+    parts = torch.tensor([line.parts for line in lines], dtype=torch.float64, device="cpu")
     if not parts.numel():
         return False
     apart = parts[..., 0] - parts[..., 1]
@@ -255,7 +255,7 @@ def _rounding(look: Callable[[float], tuple[float, float]], at: Looks) -> float:
     for share in (k / FIRST for k in range(FIRST)):
         loss, slope = look(share + NEAR)
         differences.append(abs(loss - at[share][0] - NEAR * (slope + at[share][1]) / 2))
-    return float(torch.tensor(differences, dtype=torch.float64).median()) / MEDIAN_OF_NORMAL
+    return float(torch.tensor(differences, dtype=torch.float64, device="cpu").median()) / MEDIAN_OF_NORMAL
 
 
 def _between(at: Looks, start: float, end: float) -> tuple[float, float]:

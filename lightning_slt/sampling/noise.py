@@ -91,7 +91,7 @@ class TableNormal(NormalStream):
 def fill_rows_(streams: Sequence[NormalStream], out: Tensor) -> Tensor:
     """The next numbers of each stream in a row of ``out`` ``[k, n]``, which is returned; those of the table at once."""
     if all(type(stream) is TableNormal for stream in streams) and out.shape[1] <= WINDOW:
-        places = torch.tensor([stream.place() for stream in streams])  # type: ignore[attr-defined]
+        places = torch.tensor([stream.place() for stream in streams], device="cpu")  # type: ignore[attr-defined]
         windows = _unrolled().as_strided((PERIOD, out.shape[1]), (1, 1))
         return torch.index_select(windows, 0, places, out=out)
     for stream, row in zip(streams, out, strict=True):

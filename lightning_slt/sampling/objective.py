@@ -324,7 +324,7 @@ class Objective:
         """Told the loss of the batch that it was adapted to: another one than then is one of many, of generators that
         the step makes anew. Ranks with shards, who compute every loss together, have one answer."""
         drew = self.draws or self._differs(loss)
-        self.draws = not self.layout.all_finite(torch.tensor([math.nan if drew else 0.0]))
+        self.draws = not self.layout.all_finite(torch.tensor([math.nan if drew else 0.0], device="cpu"))
 
     def _call_again(self, batch: Any) -> None:
         """Say so where a module that is called in place has another loss at its next call, for no global random number:

@@ -275,7 +275,7 @@ class _Probe:
         # a window of these alone: stacking the whole one takes the memory and the time of all the data
         least = min(len(window), 2)  # of one batch chains make one large product: not where they will have several
         self._window = Window([window[known[k % len(known)]] for k in range(max(len(known), least))])
-        self._indices = torch.tensor([k % len(self._window) for k in range(chains)])
+        self._indices = torch.tensor([k % len(self._window) for k in range(chains)], device="cpu")
         # autocast and TF32 round each product to 8 or 11 bits; float32 sums in another order
         self.tolerance = 1e-8 if objective.dtype == torch.float64 else 1e-3
         if objective.autocast or (

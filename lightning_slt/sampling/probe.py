@@ -135,7 +135,7 @@ class Probe:
             weights: ``[chains, d]``.
         """
         if not len(weights):
-            return torch.empty(0, self.n)
+            return torch.empty(0, self.n, device="cpu")
         with torch.no_grad():
             parts = [self._losses(some) for some in weights.split(self.rows)]
             return (torch.cat(parts).double().cpu() - self.anchor).float()
@@ -208,11 +208,13 @@ class Probe:
         for place in sorted(width):
             first[place], total = total, total + width[place]
         for group in self._groups:
-            starts = torch.tensor([first[place] for place in group.places])
-            group.at = starts[:, None] + torch.arange(width[group.places[0]])
-        samples, tokens_of = sorted(width), [torch.arange(width[place]) for place in sorted(width)]
-        self.index = torch.tensor([self._all[p] for p in samples for _ in range(width[p])], dtype=torch.long)
-        self.token = torch.cat(tokens_of) if self._per_token else torch.full((total,), -1)
+            starts = torch.tensor([first[place] for place in group.places], device="cpu")
+            group.at = starts[:, None] + torch.arange(width[group.places[0]], device="cpu")
+        samples, tokens_of = sorted(width), [torch.arange(width[place], device="cpu") for place in sorted(width)]
+        self.index = torch.tensor(
+            [self._all[p] for p in samples for _ in range(width[p])], dtype=torch.long, device="cpu"
+        )
+        self.token = torch.cat(tokens_of) if self._per_token else torch.full((total,), -1, device="cpu")
 
     def _losses(self, weights: Tensor) -> Tensor:
         """``[rows, n]``, at the weights ``[rows, d]``."""

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
@@ -85,9 +85,9 @@ class Reader:
         if rows is not None:
             # the same batches without a Python call for each sample
             if len({len(numbers) for numbers in batches}) != 1:
-                return [rows(torch.tensor(numbers)) for numbers in batches]
+                return [rows(torch.tensor(numbers, device="cpu")) for numbers in batches]
             count, size = len(batches), len(batches[0])
-            columns = [c.view(count, size, *c.shape[1:]) for c in rows(torch.tensor(batches).view(-1))]
+            columns = [c.view(count, size, *c.shape[1:]) for c in rows(torch.tensor(batches, device="cpu").view(-1))]
             return [[column[k] for column in columns] for k in range(count)]
         loader: DataLoader[Any] = DataLoader(
             self.dataset,
@@ -100,7 +100,7 @@ class Reader:
             worker_init_fn=partial(_alone, self.worker_init_fn) if workers else None,
         )
         with preserve_generators(self.dataset):
-            with may_have_children():
+            with may_have_children(), _numbers_on_cpu():
                 batches_read = iter(loader)
             try:
                 return list(batches_read)
@@ -123,7 +123,7 @@ def _plain_rows(dataset: Any) -> Optional[Callable[[Tensor], list[Tensor]]]:
     if type(dataset) is Subset:
         inner = _plain_rows(dataset.dataset)
         if inner is not None:
-            indices = torch.as_tensor(dataset.indices)
+            indices = torch.as_tensor(dataset.indices, device="cpu")
             return lambda numbers: inner(indices[numbers])
     return None
 
@@ -148,6 +148,12 @@ def may_have_children() -> Iterator[None]:
         yield
     finally:
         config["daemon"] = daemonic
+
+
+def _numbers_on_cpu() -> AbstractContextManager[Any]:
+    """Where a loader begins: it draws a number from its generator, which is one of the CPU whatever
+    ``torch.set_default_device`` says."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def heat_of(
     keep = segment.finite if keep is None else keep
     rows = keep.nonzero().flatten()
     if not len(rows):
-        return Heat(math.nan, math.nan, math.nan, math.nan, torch.empty(0, dtype=torch.float64))
+        return Heat(math.nan, math.nan, math.nan, math.nan, torch.empty(0, dtype=torch.float64, device="cpu"))
     nbeta, gamma = posterior.nbeta, posterior.localization
     total = 0.125 * lr * nbeta * force_of(segment, posterior)[rows].mean(dim=1)
     noise = torch.zeros_like(total)
@@ -259,7 +259,7 @@ def transient(trace: Tensor) -> int:
     count = steps // size
     # from the end: what is left over is at the front
     blocks = trace.mean(dim=0)[steps - count * size :].reshape(count, size).mean(dim=1).flip(0)
-    left = torch.arange(1, count + 1, dtype=blocks.dtype)
+    left = torch.arange(1, count + 1, dtype=blocks.dtype, device="cpu")
     mean = blocks.cumsum(0) / left
     squared_error = ((blocks.square().cumsum(0) / left - mean.square()) / left).clamp(min=0)
     best = int(squared_error[count // 2 - 1 :].argmin()) + count // 2 - 1

@@ -84,10 +84,10 @@ def choose_samples(n: int, limit: Optional[int], seed: int) -> list[int]:
         return list(range(n))
     numbers = generator(seed, CHOICE)
     if n <= max(MOST_SHUFFLED, 2 * limit):
-        return sorted(torch.randperm(n, generator=numbers)[:limit].tolist())
+        return sorted(torch.randperm(n, generator=numbers, device="cpu")[:limit].tolist())
     chosen: dict[int, None] = {}  # in the order drawn: those that come first are a fair choice
     while len(chosen) < limit:
-        chosen |= dict.fromkeys(torch.randint(n, (limit,), generator=numbers).tolist())
+        chosen |= dict.fromkeys(torch.randint(n, (limit,), generator=numbers, device="cpu").tolist())
     return sorted(list(chosen)[:limit])
 
 
@@ -155,7 +155,7 @@ class SampleGroup:
     columns: list[Any]
     spec: Any
     size: int = MAX_CHUNK
-    at: Tensor = field(default_factory=lambda: torch.empty(0, 1, dtype=torch.long))
+    at: Tensor = field(default_factory=lambda: torch.empty(0, 1, dtype=torch.long, device="cpu"))
 
     def part(self, start: int, stop: int) -> tuple[Any, Any]:
         """The batches of one each, stacked, and the ``in_dims`` for vmap."""

@@ -61,7 +61,7 @@ class Segment:
     def merge(parts: Sequence[Segment]) -> Segment:
         """The parts of several ranks as one, in order of the chains' numbers; nothing is counted twice."""
         chains = [number for part in parts for number in part.chains]
-        order = torch.tensor(sorted(range(len(chains)), key=chains.__getitem__), dtype=torch.long)
+        order = torch.tensor(sorted(range(len(chains)), key=chains.__getitem__), dtype=torch.long, device="cpu")
 
         tables: dict[str, Any] = {
             name: torch.cat([getattr(part, name) for part in parts])[order]
@@ -86,7 +86,7 @@ class Segment:
         acceptance = None
         if pieces[0].acceptance is not None:
             shares = [piece.acceptance for piece in pieces if piece.acceptance is not None]
-            steps = torch.tensor([piece.steps for piece in pieces], dtype=torch.float64)
+            steps = torch.tensor([piece.steps for piece in pieces], dtype=torch.float64, device="cpu")
             acceptance = (torch.stack(shares, dim=1) * (steps / steps.sum())).sum(dim=1)
         tables |= {"anchors": _all(pieces, "anchors"), "shares": _all(pieces, "shares"), "acceptance": acceptance}
         return Segment(pieces[0].chains, read_every=pieces[0].read_every, **tables)

@@ -77,7 +77,7 @@ def piece_of(parameter: Tensor, start: int, world_size: int) -> Piece:
     kinds = [type(placement).__name__ for placement in placements]
     if coordinate is None or not set(kinds) <= {"Shard", "_StridedShard", "Replicate"}:
         raise ValueError(f"a weight is placed as {placements} on {mesh}, which chains do not know: use restrict=.")
-    lists = [torch.arange(size) for size in parameter.shape]
+    lists = [torch.arange(size, device="cpu") for size in parameter.shape]
     # a strided shard is a part of what the dimensions to its right have left
     dims = range(len(placements))
     shards = 1
@@ -103,7 +103,7 @@ def piece_of(parameter: Tensor, start: int, world_size: int) -> Piece:
         inner = parameter.numel() // parameter.shape[0] if shape else 1
         first = start + (int(lists[0][0]) * inner if shape else 0)
         return Piece(range(first, first + size), size, share)
-    place = torch.zeros((), dtype=torch.long)
+    place = torch.zeros((), dtype=torch.long, device="cpu")
     for kept, full in zip(lists, parameter.shape, strict=True):
         place = place.unsqueeze(-1) * full + kept
     return Piece(place.reshape(-1) + start, size, share)

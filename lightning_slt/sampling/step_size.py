@@ -198,7 +198,7 @@ def largest_step_of_chains(chains: Chains, seed: int) -> float:
         buffers = [*own, *(torch.empty_like(chains.objective.anchor[None]) for _ in range(2))]
         sparing = not own
         window = chains.window
-        measure_anchor(chains.objective, window, torch.arange(min(LOOKED_AROUND, len(window))))
+        measure_anchor(chains.objective, window, torch.arange(min(LOOKED_AROUND, len(window)), device="cpu"))
         known = list(window.anchor_loss)  # minibatches that have a loss: of a window that is new, none was known
         if not known:
             return 0.0  # nothing shows that more is borne
@@ -298,7 +298,7 @@ def scale_of(trace: Tensor, most: float = math.inf) -> float:
     values = trace.flatten()
     # torch sorts no more than so many for a quantile; an even part of them says as much
     values = values[:: max(1, -(-len(values) // MOST_SORTED))]
-    low, high = torch.quantile(values, torch.tensor([0.05, 0.95], dtype=trace.dtype))
+    low, high = torch.quantile(values, torch.tensor([0.05, 0.95], dtype=trace.dtype, device="cpu"))
     centred = trace.clamp(low, high)
     centred = centred - centred.mean()
     products = centred[:, 1:] * centred[:, :-1]

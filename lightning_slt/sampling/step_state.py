@@ -121,7 +121,7 @@ class StepState:
             else:
                 attributes[key] = copy.deepcopy(value, {**memo, **self._shared, **self._renewed()})
             for source in generators_in(attributes[key]) if place in self._drawn_from else ():
-                seed_random(source, int(torch.randint(2**62, ())))
+                seed_random(source, int(torch.randint(2**62, (), device="cpu")))
 
     def _renewed(self) -> dict[int, Any]:
         return {id(service): renewed(service) for service in self._services}

@@ -79,7 +79,7 @@ def told_of(batch: Any) -> float:
             if tensor.layout == torch.strided and not tensor.is_nested and tensor.ndim > 0 and not tensor.is_complex():
                 numbers = tensor.detach().cpu().double()
                 rows = numbers.flatten(1) if numbers.ndim > 1 else numbers[:, None]
-                weights = torch.arange(1.0, rows.shape[1] + 1, dtype=torch.float64).cos()
+                weights = torch.arange(1.0, rows.shape[1] + 1, dtype=torch.float64, device="cpu").cos()
                 told += float((rows @ weights).square().sum())
     except Exception as error:
         log.debug(f"what a batch has is not told: {type(error).__name__}: {error}")

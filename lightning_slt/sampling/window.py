@@ -48,7 +48,7 @@ class Window:
         known = [length for length in lengths if length is not None]
         if len(known) < len(lengths) or min(known) == max(known) or 2 * known.count(max(known)) < len(known):
             return None
-        return torch.tensor(known, dtype=torch.float64) / sum(known)
+        return torch.tensor(known, dtype=torch.float64, device="cpu") / sum(known)
 
     def forget(self) -> None:
         """Drop what belongs to the weights under study; the batches stay."""

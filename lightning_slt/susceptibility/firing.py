@@ -65,7 +65,7 @@ def measure_susceptibility(
         found[name] = _measure(name, made[0], source, shift, asked, collective, together, progress)
     first, parts = next(iter(found.values())), list(found.values())
     names = names_of(shift.groups_of(first.index))
-    nothing = torch.zeros(len(parts), 0, dtype=torch.float64)
+    nothing = torch.zeros(len(parts), 0, dtype=torch.float64, device="cpu")
     notes = [note for part in parts for note in part.notes]
     if shift.base is not None:
         notes.append(
@@ -86,7 +86,7 @@ def measure_susceptibility(
         groups=names,
         group_chi=torch.stack([p.by_group.chi for p in parts if p.by_group is not None]) if names else nothing,
         group_se=torch.stack([p.by_group.se for p in parts if p.by_group is not None]) if names else nothing,
-        llc=torch.tensor([p.llc for p in parts], dtype=torch.float64),
+        llc=torch.tensor([p.llc for p in parts], dtype=torch.float64, device="cpu"),
         nbeta=first.posterior.nbeta,
         localization=tuple(p.posterior.localization for p in parts),
         num_weights=tuple(p.num_weights for p in parts),

@@ -89,7 +89,7 @@ def read_component(
         (notes if bool(usable.any()) else reasons).append(said)
     names = names_of(group)
     whole, single, grouped = (_nothing(k) for k in (1, m, len(names)))
-    per_chain, llc = torch.full((chains,), math.nan, dtype=torch.float64), math.nan
+    per_chain, llc = torch.full((chains,), math.nan, dtype=torch.float64, device="cpu"), math.nan
     if bool(good.any()) and bool(usable.any()) and draws >= 2:
         kept = read[good].double()
         phi, base, losses = posterior.nbeta * kept[:, :, 0], kept[:, :, 1:2], kept[:, :, 2:][:, :, usable]
@@ -140,12 +140,12 @@ def _among(response: Response, usable: Tensor) -> Response:
     """The response to every sample, NaN for those that are not usable."""
     if bool(usable.all()):
         return response
-    chi, se = (torch.full((len(usable),), math.nan, dtype=torch.float64) for _ in range(2))
-    per_chain = torch.full((len(response.per_chain), len(usable)), math.nan, dtype=torch.float64)
+    chi, se = (torch.full((len(usable),), math.nan, dtype=torch.float64, device="cpu") for _ in range(2))
+    per_chain = torch.full((len(response.per_chain), len(usable)), math.nan, dtype=torch.float64, device="cpu")
     chi[usable], se[usable], per_chain[:, usable] = response.chi, response.se, response.per_chain
     return Response(chi, se, per_chain, response.share)
 
 
 def _nothing(m: int) -> Response:
-    empty = torch.full((m,), math.nan, dtype=torch.float64)
+    empty = torch.full((m,), math.nan, dtype=torch.float64, device="cpu")
     return Response(empty, empty, empty.unsqueeze(0), math.nan)

@@ -78,7 +78,9 @@ class ShiftReader:
             least = min(self._observed.n, self._base.n)
             self.parts = min(PARTS, least) if least > 1 else 0
             numbers = generator(seed, CHOICE)  # the order of the data may carry meaning
-            self._orders = [torch.randperm(probe.n, generator=numbers) for probe in (self._observed, self._base)]
+            self._orders = [
+                torch.randperm(probe.n, generator=numbers, device="cpu") for probe in (self._observed, self._base)
+            ]
 
     @property
     def slow(self) -> str:

@@ -233,7 +233,7 @@ class Counting(LightningDataModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps, self.seen = 0, [0]
+        self.steps, self.seen, self.total = 0, [0], torch.zeros(2)
 
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(tensors(), 4)
@@ -266,6 +266,12 @@ def count(module: Any) -> None:
     module.trainer.datamodule.seen.append(1)
 
 
+def count_in_place(module: Any) -> None:
+    data = module.trainer.datamodule
+    data.total += 1
+    data.steps = float(data.total[0])
+
+
 def count_in_metrics(module: Any) -> None:
     metrics = module.trainer.callback_metrics
     metrics["counted"] = metrics.get("counted", torch.zeros(())) + 1
@@ -284,6 +290,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "scheduler": lambda m: m.lr_schedulers().step(),
     "scheduler through the trainer": lambda m: m.trainer.lr_scheduler_configs[0].scheduler.step(),
     "datamodule": count,
+    "datamodule in place": count_in_place,
     "metrics": count_in_metrics,
     "nothing": ask,
 }

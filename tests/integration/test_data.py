@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import random
 import threading
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -26,10 +27,11 @@ from torch.utils.data import (
 
 from lightning_slt.callbacks.apart import loosened
 from lightning_slt.callbacks.data import hooks
+from lightning_slt.callbacks.data.own_contents import MAX_COPIED_BYTES
 from lightning_slt.callbacks.data.training import training_transfer
 from lightning_slt.sampling import batches, reading
 from tests.integration import models
-from tests.integration.harness import Scenario, quiet_trainer, steps_of, tiny_monitor
+from tests.integration.harness import Scenario, nothing_said_of, quiet_trainer, steps_of, tiny_monitor
 from tests.integration.models import BATCH, Net, Plain, batch_sampled, loaders, tensors, weighted
 
 
@@ -279,6 +281,77 @@ def test_a_datamodule_is_copied_once_a_firing(tmp_path: Path, monkeypatch: pytes
     # zeros, of which another hook makes ones
     seen = {value for batch in models.CHAIN_SAW for value in batch.flatten().tolist()}
     assert seen == {1 + count + 1 + 100 * (count + 2) for count in (4, 8, 12)}
+
+
+class Holder:
+    def __init__(self) -> None:
+        self.count, self.sums = 0, {"x": [np.zeros(models.IN)]}
+
+
+class Changes(LightningDataModule):
+    """Its hook changes in place what it holds, and the batch by what it finds there."""
+
+    def __init__(self, kind: str, size: int = models.IN) -> None:
+        super().__init__()
+        self.kind, self.count = kind, 0
+        self.mean, self.sums, self.norm = torch.zeros(size), np.zeros(size), nn.BatchNorm1d(models.IN)
+        self.held, self.inside = Holder(), {"a": {"k": np.zeros(models.IN), "norms": [nn.BatchNorm1d(models.IN)]}}
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return loaders()["train_dataloaders"]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        x = batch[0]
+        self.count += 1
+        if self.kind == "running mean":
+            self.mean[: models.IN] += (x.mean(0) - self.mean[: models.IN]) / self.count
+            return [x - self.mean[: models.IN], batch[1]]
+        if self.kind == "array":
+            self.sums += 1
+            return [x + 0.1 * float(self.sums[0]), batch[1]]
+        if self.kind == "BatchNorm":
+            self.norm(x)
+            return [x - self.norm.running_mean, batch[1]]
+        if self.kind == "object":
+            self.held.count += 1
+            self.held.sums["x"][0] += 1
+            return [x + 0.1 * self.held.count * float(self.held.sums["x"][0][0]), batch[1]]
+        self.inside["a"]["k"] += 1
+        self.inside["a"]["norms"][0](x)
+        return [x + 0.1 * float(self.inside["a"]["k"][0]) - self.inside["a"]["norms"][0].running_mean, batch[1]]
+
+    @property
+    def state(self) -> list[float]:
+        norms = [self.norm, self.inside["a"]["norms"][0]]
+        arrays = [self.sums, self.held.sums["x"][0], self.inside["a"]["k"]]
+        counts = [float(norm.num_batches_tracked) for norm in norms] + [float(array[0]) for array in arrays]
+        return [self.count, *counts, self.held.count, *self.mean[: models.IN].tolist()]
+
+
+@pytest.mark.parametrize("kind", ["running mean", "array", "BatchNorm", "object", "nested"])
+def test_what_hooks_of_a_datamodule_change_in_place_is_changed_for_training_only(kind: str, tmp_path: Path) -> None:
+    made: list[Changes] = []
+
+    def data() -> dict[str, Any]:
+        made.append(Changes(kind))
+        return {"datamodule": made[-1]}
+
+    with nothing_said_of(".*the batch hooks"):
+        Scenario(Plain, data).assert_undisturbed(tmp_path, monitor := tiny_monitor(every_n_train_steps=5))
+    assert steps_of(monitor) == [5, 10]
+    plain, monitored = made
+    assert plain.count == 12 and plain.state == monitored.state
+
+
+def test_what_hooks_change_in_place_and_is_too_large_for_a_copy_is_named_once(tmp_path: Path) -> None:
+    data = lambda: {"datamodule": Changes("running mean", MAX_COPIED_BYTES)}  # noqa: E731
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Scenario(Plain, data).run(tmp_path, monitor := tiny_monitor())
+    assert steps_of(monitor) == [4, 8, 12]
+    said = [str(w.message) for w in caught if "batch hooks" in str(w.message)]
+    assert len(said) == 1
+    assert said[0].startswith("SLTMonitor: the batch hooks of the DataModule change self.mean in place, and so did")
 
 
 @pytest.mark.parametrize(("data", "is_copied"), [(models.AugmentingData, True), (LightningDataModule, False)])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_slt.record import RunRecord
 from tests.integration import models
-from tests.integration.harness import Scenario, assert_same, steps_of, tiny_monitor
+from tests.integration.harness import Scenario, assert_same, nothing_said_of, steps_of, tiny_monitor
 from tests.integration.models import Net, loaders
 
 
@@ -99,3 +99,41 @@ def test_a_point_that_cannot_be_measured_on_resume_is_said_to_be_left_out(tmp_pa
     with pytest.warns(UserWarning, match="SLTMonitor: the measurement at step 4 is left out: the checkpoint"):
         Scenario(Net, streamed).run(tmp_path, again, ckpt_path=str(saver.path))
     assert steps_of(again)[:3] == [2, 6, 8]
+
+
+class FailsAtTheEnd(Callback):
+    """At the end of the last epoch, before the monitor's turn."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == trainer.max_epochs - 1:  # type: ignore[operator]
+            raise RuntimeError("at the end")
+
+
+LEFT_OUT = "SLTMonitor: the measurement at step 12 is left out: the checkpoint was written before it, and nothing"
+
+
+def test_a_point_is_said_to_be_left_out_where_nothing_is_left_to_train(tmp_path: Path) -> None:
+    """Lightning does not start to train then; with more epochs it does, and the point is made up for."""
+    first, again, longer = (tiny_monitor(every_n_epochs=1) for _ in range(3))
+    saver = OnExceptionCheckpoint(tmp_path, "failed")
+    failing = Scenario(Net, loaders, lambda: {"callbacks": [FailsAtTheEnd()], "enable_checkpointing": True})
+    with pytest.raises(RuntimeError, match="at the end"):
+        failing.run(tmp_path, first, saver)
+    with pytest.warns(UserWarning, match=LEFT_OUT):
+        Scenario(Net, loaders).run(tmp_path, again, ckpt_path=str(tmp_path / "failed.ckpt"))
+    assert steps_of(first) == steps_of(again) == [6] and again.folder == first.folder is not None
+    more = Scenario(Net, loaders, lambda: {"max_epochs": 3})
+    more.run(tmp_path, longer, ckpt_path=str(tmp_path / "failed.ckpt"))
+    assert steps_of(longer) == [6, 12, 18]
+
+
+@pytest.mark.parametrize("is_kept", [True, False], ids=["from its end", "from before its last point"])
+def test_nothing_is_said_where_a_finished_run_is_resumed(is_kept: bool, tmp_path: Path) -> None:
+    """Also where the record alone has the last point."""
+    saver = SavesFirst(tmp_path / "saved.ckpt", 12, "on_train_end" if is_kept else "on_train_epoch_end")
+    first, again = (tiny_monitor(every_n_epochs=1) for _ in range(2))
+    Scenario(Net, loaders, lambda: {"callbacks": [saver]}).run(tmp_path, first)
+    with nothing_said_of(".*is left out"):
+        Scenario(Net, loaders).run(tmp_path, again, ckpt_path=str(saver.path))
+    assert steps_of(first) == [6, 12] and steps_of(again) == ([6, 12] if is_kept else [6])
+    assert again.folder == first.folder is not None

@@ -308,7 +308,7 @@ def _parametrised(kind: type[nn.Module], names: list[str]) -> nn.Module:
     module = kind.__new__(kind)
     nn.Module.__init__(module)
     for name in names:
-        module.register_buffer(name, torch.empty(0))
+        module.register_buffer(name, torch.empty(0, device="cpu"))
         register_parametrization(module, name, nn.Identity(), unsafe=True)
     return module
 

@@ -14,6 +14,7 @@ from lightning_slt.callbacks.data.training import TrainingData, datamodule_of, t
 from lightning_slt.callbacks.said import Voice
 from lightning_slt.sampling.batches import MinibatchSource
 from lightning_slt.sampling.collective import Collective
+from lightning_slt.warned import warn
 
 
 class FollowedData:
@@ -33,6 +34,7 @@ class FollowedData:
         self.source: Optional[MinibatchSource] = None
         self._module: Optional[nn.Module] = None
         self._hooks: Optional[DataHooks] = None
+        self._hooks_looked_at = False
 
     def __getstate__(self) -> dict[str, Any]:
         """For strategies that spawn: what was read belongs to the process that read it."""
@@ -47,7 +49,9 @@ class FollowedData:
     def hooks_of(self, module: Optional[nn.Module]) -> None:
         self._module = module
         if module is None:
-            self._hooks = None  # at the next firing training will have moved its own on
+            hooks, self._hooks = self._hooks, None  # at the next firing training will have moved its own on
+            if hooks is not None:
+                self._say_what_changed(hooks)
 
     @property
     def data(self) -> TrainingData:
@@ -69,6 +73,7 @@ class FollowedData:
     def close(self) -> None:
         """A fit is over: nothing of its data is held."""
         self._data, self.source, self.hooks_of = None, None, None
+        self._hooks_looked_at = False
 
     def _data_of(self, trainer: Trainer) -> TrainingData:
         asked = self._asked
@@ -122,10 +127,22 @@ class FollowedData:
 
         def moved(batch: Any) -> Any:
             if self._hooks is None:
-                self._hooks = DataHooks(datamodule_of(trainer))
+                self._hooks = DataHooks(datamodule_of(trainer), told=not self._hooks_looked_at)
             return training_transfer(trainer, self.hooks_of, self._hooks)(batch)  # type: ignore[arg-type]
 
         return moved
+
+    def _say_what_changed(self, hooks: DataHooks) -> None:
+        """After the first firing, of attributes that hooks change and chains could not have for their own."""
+        changed, self._hooks_looked_at = hooks.changed(), True
+        if changed:
+            names = " and ".join(f"self.{name}" for name in changed)
+            warn(
+                f"{self._voice.who}: the batch hooks of the DataModule change {names} in place, and so did their calls "
+                "for the chains: what is there is too large to be copied for these, or of a kind that is not, and "
+                "training goes on from other values. Keep what hooks change in an attribute of its own, or set it anew "
+                "in place of changing it."
+            )
 
 
 __all__ = ["FollowedData"]

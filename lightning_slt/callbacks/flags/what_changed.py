@@ -143,7 +143,7 @@ def moved_samples(
     pairs = [(i, place[int(index)]) for i, index in enumerate(old.train_index.tolist()) if int(index) in place]
     if not pairs:
         return ()
-    i, j = (torch.tensor(column) for column in zip(*pairs, strict=True))
+    i, j = (torch.tensor(column, device="cpu") for column in zip(*pairs, strict=True))
     loss = (new.mean_loss[j] - old.mean_loss[i]).double()
     loss_se = torch.hypot(new.mean_loss_se[j].double(), old.mean_loss_se[i].double())
     own = (new.self_influence[j] - old.self_influence[i]).double()
