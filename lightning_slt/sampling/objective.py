@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any, Optional, TypeVar
 
@@ -51,12 +51,15 @@ def told_once() -> Callable[[str, str], None]:
     return say
 
 
-def _copy_sharing(module: nn.Module, shared: dict[int, Any]) -> nn.Module:
-    """A copy that holds what ``shared`` has in place of what it answers for."""
+def _copy_sharing(module: nn.Module, known: dict[int, Any]) -> nn.Module:
+    """A copy that has what ``known`` says in place of what it answers for; locks and the like are shared with it."""
     try:
-        return copy_with_hooks(module, shared)
+        return copy_with_hooks(module, known)
     except Exception as error:
-        return copy_with_hooks(module, stand_ins_for(module, error, shared))
+        with suppress(CopyError):
+            stand_ins = stand_ins_for(module, error, known)
+            known = known | {key: held for key, held in stand_ins.items() if id(held) == key}
+    return copy_with_hooks(module, known)
 
 
 class Objective:
