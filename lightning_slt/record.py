@@ -26,10 +26,10 @@ from typing import Any, BinaryIO, Optional, Union
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from lightning_slt.durable import write_whole
+from lightning_slt.functional.convergence import surely
 from lightning_slt.reasons import UNSETTLED
 
 log = logging.getLogger(__name__)
@@ -179,10 +179,8 @@ class Estimate:
 
     @property
     def sure_of_slope(self) -> bool:
-        """Whether ``slope`` is above zero as surely as a normal number is that is two of its errors above: by Student's
-        t, for few chains tell their scatter badly (2.4 errors with eight, 3.3 with four)."""
-        freedom = self.num_chains - self.num_bad_chains - 1
-        return freedom > 0 and self.slope > float(stats.t.ppf(stats.norm.cdf(2.0), freedom)) * self.slope_se
+        """Whether ``slope`` is above zero beyond chance (:func:`lightning_slt.functional.surely`)."""
+        return surely(self.slope, self.slope_se, self.num_chains - self.num_bad_chains) > 0
 
     @property
     def heat_share(self) -> float:

@@ -10,7 +10,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from lightning_slt.functional.convergence import standard_error
+from lightning_slt.functional.convergence import standard_error, surely
 from lightning_slt.functional.learning_coefficient import Summary, summarise
 from lightning_slt.functional.owed import gain_of, owed_by
 from lightning_slt.reasons import (
@@ -163,7 +163,7 @@ def _judge(drawn: Drawn, chains: Chains, with_slope: bool = True) -> tuple[Estim
         *(Reason(Kind.EVAL_MODE, sentence) for sentence in misfit_of_eval(chains.objective)),
         *(Reason(Kind.SUM, sentence) for sentence in misfit_of_sum(chains.objective, chains.source, posterior.nbeta)),
         *(Reason(Kind.GRADIENT, sentence) for sentence in looked.misfit),
-        *(_reasons_of_oscillation(cooled, drawn) if looked.oscillates else ()),
+        *(_reasons_of_oscillation(cooled, summary, drawn) if looked.oscillates else ()),
     )
     estimate = Estimate(
         mean=summary.mean,
@@ -228,12 +228,13 @@ def _slowest_last(drawn: Drawn, chains: Chains) -> bool:
 def _reasons_of_heat(
     cooled: WithoutHeat, summary: Summary, slope: Slope, drawn: Drawn, chains: Chains
 ) -> Iterator[Reason]:
-    """Held against the estimate; where heat is taken off weights beside a minimum, against that of the minimum."""
-    if not summary.mean + cooled.taken > 0:
+    """Held against the estimate; where weights are surely beside a minimum, against that of the minimum. One that is
+    below zero beyond its error is of weights at no minimum, whatever the step."""
+    before, heat = summary.mean + cooled.taken, cooled.heat
+    if not before > 0 and any(reason.kind is Kind.NEGATIVE for reason in summary.verdict):
         return
-    heat = cooled.heat
-    if cooled.taken > 0 and slope.mean > 2 * slope.se:
-        level = max(summary.mean + cooled.taken, LEAST_SCALE)
+    if before > 0 and cooled.taken > 0 and surely(slope.mean, slope.se, int(summary.good.sum())) > 0:
+        level = max(before, LEAST_SCALE)
         heat *= level / (level + slope.mean)
     if has_momenta(chains):
         if heat >= MAX_NOISE_HEAT:
@@ -246,9 +247,10 @@ def _reasons_of_heat(
             yield Reason(Kind.HEAT_OF_STEP, f"{too_large}: {heat:.0%} of the estimate is heat of the step")
 
 
-def _reasons_of_oscillation(cooled: WithoutHeat, drawn: Drawn) -> Iterator[Reason]:
+def _reasons_of_oscillation(cooled: WithoutHeat, summary: Summary, drawn: Drawn) -> Iterator[Reason]:
     """A loss that goes up and down within a step is not raised by its heat as one that only rises is."""
-    heat = 1.0 - cooled.kept
+    before = summary.mean + cooled.taken
+    heat = cooled.taken / before if before > 0 else cooled.heat if cooled.taken > 0 else 0.0
     if heat >= LITTLE_HEAT:
         seen = "the loss goes up and down many times from w* to the chains"
         left = f"{heat:.0%} of the estimate was taken off as heat of the step, which need not be there"

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
@@ -436,7 +437,12 @@ class SLTMonitor(KeepsHistory):
         if turn is not None:
             every = trainer.log_every_n_steps  # type: ignore[attr-defined]
             logs_next = trainer.is_last_batch or (every > 0 and (turn.x + 1) % every == 0)
+            # the module's own hook comes before Lightning's row, and may log a row at another x
+            logs_next = logs_next and not is_overridden("on_train_batch_end", pl_module)
             self._consider(trainer, pl_module, turn, logs_next)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._reporting.settle()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._late is not None:

@@ -1,6 +1,6 @@
 """Pure tensor formulas: no module, no sampler, no trainer."""
 
-from lightning_slt.functional.convergence import effective_sample_size, rhat, standard_error
+from lightning_slt.functional.convergence import effective_sample_size, rhat, standard_error, surely
 from lightning_slt.functional.learning_coefficient import Summary, learning_coefficient, summarise
 from lightning_slt.functional.posterior import LocalPosterior, default_nbeta
 
@@ -13,4 +13,5 @@ __all__ = [
     "rhat",
     "standard_error",
     "summarise",
+    "surely",
 ]

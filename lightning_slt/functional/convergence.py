@@ -142,6 +142,26 @@ def standard_error(draws: Tensor) -> float:
     return float(max(known)) if known else math.nan
 
 
+def surely(mean: float, se: float, num_chains: int) -> float:
+    """What a mean over chains is at the least, as surely as a normal number is not two of its errors lower: by
+    Student's t, for few chains tell their scatter badly (2.4 errors with eight, 3.3 with four).
+
+    Args:
+        mean, se: of the chains.
+        num_chains: how many; of fewer than two nothing is sure.
+
+    Returns:
+        NaN where that is not known.
+
+    Example:
+        >>> round(surely(5.0, 1.0, 8), 2), round(surely(5.0, 1.0, 4), 2), surely(5.0, 1.0, 1)
+        (2.57, 1.69, nan)
+    """
+    if num_chains < 2:
+        return math.nan
+    return mean - float(stats.t.ppf(stats.norm.cdf(2.0), num_chains - 1)) * se
+
+
 def _batch_error(array: _Array) -> float:
     """The third estimate of :func:`standard_error`, of two chains or more and six draws or more of each."""
     chains, n = array.shape

@@ -105,6 +105,7 @@ class WandbSink:
         self._defined: set[str] = set()
         self._gathered: Optional[dict[int, dict[str, Any]]] = None
         self._pending: Optional[int] = None
+        self._tables: tuple[int, set[str]] = 0, set()
 
     def gather(self) -> None:
         """What is published from here on is one row for each x, once :meth:`write` is called."""
@@ -142,6 +143,14 @@ class WandbSink:
         if x is not None and not self._by_tensorboard:
             own["trainer/global_step"] = x
         self.logger.experiment.log(own, commit=False)
+
+    def _log_tables(self, tables: Mapping[str, Any]) -> None:
+        """As a part of the row that comes next; of one table twice before it comes, each has a row."""
+        run, (at, names) = self.logger.experiment, self._tables
+        if run.step == at and not names.isdisjoint(tables):
+            run.log({}, commit=True)
+        self._tables = run.step, (names if run.step == at else set()) | set(tables)
+        self._log_without_commit(tables)
 
     @property
     def _disabled(self) -> bool:
@@ -217,7 +226,7 @@ class WandbSink:
             found = {f"{self.prefix}/tables/{name}": table for name, table in found.items()}
         if found and self.online:
             # in no row of its own, and without an x, which would be that of training's row that comes next
-            self._later(lambda: self._log_without_commit(found))
+            self._later(lambda: self._log_tables(found))
         else:
             row |= found
         if row:

@@ -38,8 +38,8 @@ class WithoutHeat:
         trace: ``[num_chains, num_draws]`` float64.
         kept: its mean over the good chains, as a share of what it was; 1 where nothing is taken off, and where the
             same is taken off every draw.
-        heat: what the estimate is judged by, as a share of it; NaN where there is no heat, or no positive estimate to
-            hold it against.
+        heat: what the estimate is judged by, as a share of it, and of half the work of the gradient where the estimate
+            is not above zero; NaN where there is no heat, or neither of the two is positive.
         taken: what was taken off, in LLC units.
         noisy: the minibatches' part of it is what keeps the step small.
         lean: of the step (:func:`~lightning_slt.sampling.lean.lean_of`), in LLC units: taken off with the heat, where
@@ -80,10 +80,12 @@ def without_heat(drawn: Drawn, chains: Chains, good: Tensor) -> WithoutHeat:
     level, work = float(trace[good].mean()), 0.5 * posterior.nbeta * float(segment.grad_dot[good].mean())
     unsure = _unsure_share(segment, good) * max(found.noise, 0.0)
     if not level > 0:
+        judged = found.total if has_momenta(chains) else found.of_sgld
+        heat = judged / work if work > 0 else math.nan
         if 0 < found.total < 2 * MAX_HEAT * work:
             trace[good] -= found.each.unsqueeze(1)
-            return WithoutHeat(trace, 1.0, math.nan, noisy, scale=scale, unsure=unsure, taken=found.total)
-        return WithoutHeat(trace, 1.0, math.nan, noisy, scale=scale)
+            return WithoutHeat(trace, 1.0, heat, noisy, scale=scale, unsure=unsure, taken=found.total)
+        return WithoutHeat(trace, 1.0, heat, noisy, scale=scale)
     # where noise is shared there is no lean at first order; but neither can those chains stay where it is too steep
     lean = 0.0 if has_momenta(chains) else lean_of(segment, drawn.lr, posterior, good)
     above = max(lean, 0.0)  # one below zero is an error alone

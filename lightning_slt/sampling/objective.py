@@ -332,9 +332,13 @@ class Objective:
     def _call_again(self, batch: Any) -> None:
         """Say so where a module that is called in place has another loss at its next call, for no global random number:
         what it keeps is put back when the chains have ended, and not before each of their calls."""
-        with torch.no_grad():
-            if self.draws or not self._differs(float(self.loss(clone(batch)))):
-                return
+        try:
+            with torch.no_grad():
+                same = self.draws or not self._differs(float(self.loss(clone(batch))))
+        except steps.NoLossError:  # now and then it has none: nothing to compare
+            same = True
+        if same:
+            return
         self.say(
             "state in place",
             "the loss of one batch is another one at each call: the step keeps something from call to call (a count, "

@@ -239,6 +239,31 @@ def test_rows_that_a_user_logs_to_the_run_itself_are_kept(
     assert sum("slt/influence/valid" in row for row in ours) == (0 if probe is None else 4)
 
 
+class LogsAfterTheBatch(Net):
+    """Between the firing and Lightning's row of the same step, and at another x."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if isinstance(self.logger, WandbLogger):
+            self.logger.log_metrics({"own": 1.0}, step=self.global_step)
+
+
+@pytest.mark.parametrize("module", [LogsAfterTheBatch, Net])
+def test_x_is_exact_whatever_rows_come_after_a_firing(module: type[Net], offline: Path) -> None:
+    import wandb
+
+    monitor = tiny_monitor(every_n_train_steps=2)
+    logger = WandbLogger(save_dir=str(offline), offline=True, project="test")
+    trainer = {"logger": logger, "log_every_n_steps": 1, "val_check_interval": 3}
+    Scenario(module, with_validation, lambda: dict(trainer)).run(offline, monitor)
+    run_folder = Path(logger.experiment.dir).parent
+    wandb.finish()
+    rows = [record["history"]["item"] for record in records(run_folder) if record["type"] == "history"]
+    ours = [(row["trainer/global_step"], row["slt/step"]) for row in rows if "slt/llc/mean" in row]
+    assert ours == [(1, 2), (3, 4), (5, 6), (7, 8), (9, 10), (11, 12)]
+    assert [row["trainer/global_step"] for row in rows if "loss_step" in row] == list(range(12))
+    assert [row["trainer/global_step"] for row in rows if "own" in row] == ([] if module is Net else list(range(1, 13)))
+
+
 def test_wandb_disabled_is_no_obstacle(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monitor = tiny_monitor()

@@ -12,6 +12,7 @@ from lightning_slt.publish import RunPublisher
 from lightning_slt.publish.keys import ALL_METRIC_NAMES, METRIC_NAMES
 from lightning_slt.publish.sink import Page
 from lightning_slt.publish.tables import HISTORY_COLUMNS
+from lightning_slt.publish.wandb_logger import WandbSink
 from tests.publish.helpers import make_estimate, make_susceptibility, make_transition
 from tests.publish.test_loggers import run_out_of_order
 from tests.wandb_runs import inspect, records
@@ -87,6 +88,27 @@ def test_what_belongs_to_one_firing_is_one_row_and_part_of_trainings_own_where_t
         (2, None, 7, None),
         (29, 30, 1, None),
         (49, None, None, 0.25),
+    ]
+
+
+def test_tables_that_come_all_at_once_have_a_row_each(offline):
+    """As after a server that did not answer: they are logged without an x, as a part of what comes next."""
+    logger = WandbLogger(save_dir=offline, project="p")
+    sink = WandbSink(logger)
+    for value in (1, 2, 3):
+        sink._log_tables({"slt/tables/a": value})
+    sink._log_tables({"slt/tables/b": 4})
+    logger.log_metrics({"loss": 0.5}, step=19)
+    sink._log_tables({"slt/tables/b": 5})
+    folder = Path(logger.experiment.dir).parent
+    wandb.finish()
+    rows = [record["history"]["item"] for record in records(folder) if record["type"] == "history"]
+    keys = ("slt/tables/a", "slt/tables/b", "loss")
+    assert [tuple(row.get(key) for key in keys) for row in rows] == [
+        (1, None, None),
+        (2, None, None),
+        (3, 4, 0.5),
+        (None, 5, None),
     ]
 
 
